@@ -1,0 +1,39 @@
+# `make train` and `make test` are all a newcomer needs: both set up .venv first, once.
+#
+#   PYTHON=python3.12   the interpreter .venv is made with (default: python3 if it is 3.11 or 3.12)
+#   TARGET=gpu          install requirements/gpu.txt in place of cpu.txt
+#   CONFIG=file.yaml    what `make train` trains
+#   ARGS="..."          added to the command of train, test, lint or types
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint types pins clean
+
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+BIN := .venv/bin
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+setup:  ## make .venv with the pinned packages; does nothing when it is there
+	@PYTHON="$(PYTHON)" ./requirements/setup.sh $(TARGET)
+
+train: setup  ## run the quickstart: train a small language model from reward
+	$(BIN)/keel train $(CONFIG) $(ARGS)
+
+test: setup  ## run the tests; ARGS="-m 'not integration'" leaves out those on the real stack
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check $(ARGS) .
+	$(BIN)/ruff format --check $(ARGS) .
+
+types: setup  ## mypy
+	$(BIN)/mypy $(ARGS)
+
+pins:  ## resolve requirements/*.txt anew; UPGRADE=1 takes the newest versions
+	@PYTHON="$(PYTHON)" UPGRADE="$(UPGRADE)" ./requirements/refresh.sh
+
+clean:  ## remove .venv and all caches; runs/ stays
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find system tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

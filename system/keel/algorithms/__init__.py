@@ -1,0 +1,1 @@
+"""Objectives: advantages of groups, regularisers, and the loss that joins them."""

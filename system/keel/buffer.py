@@ -1,0 +1,230 @@
+"""The rollout buffer: bounded staleness, admission order, groups whole, rows on disk before they count.
+
+    admit -> tickets -> (generate, score) -> add | drop -> take -> advance
+      ^                                                       |
+      +---------- opens groups_per_step tickets --------------+
+
+A group is admitted only while
+
+    taken + live < (version + 1 + max_staleness) * groups_per_step
+
+(live: admitted, neither taken nor dropped) and groups are taken in admission order. A group admitted at version v is
+then at most the (v + 1 + max_staleness) * groups_per_step-th one taken, so it is trained by the step that starts
+from version v + max_staleness at the latest: no row is ever trained more than max_staleness versions late.
+
+Tickets that share a generator batch are decided here: an opening of groups_per_step slots is split into batches of
+groups_per_batch, and slots freed by drops are refilled once nothing is in flight. So at max_staleness 0 the
+composition of every batch is a function of tickets and drops, never of timing.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from keel import durable, schema
+from keel.protocols import AddReceipt
+
+MIN_GROUP_SAMPLES = 2
+"""A group of one has no baseline: it is dropped and counted, never trained on its raw reward."""
+
+
+_TICKETS = b"keel.tickets"
+
+
+class RolloutBuffer:
+    """Groups of scored rows between the generators and the learner.
+
+    `directory` is the run directory: accepted batches go to `buffer/`, step batches to `rollouts/`. Starting on a
+    directory that already holds accepted batches absorbs them instead of asking for the same tickets again.
+    Raises ValueError for a batch that breaks the column contract or for tickets that were not admitted.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        groups_per_step: int,
+        groups_per_batch: int,
+        max_staleness: int,
+        version: int = 0,
+        taken: int = 0,
+        next_ticket: int = 0,
+    ) -> None:
+        self.directory = Path(directory)
+        self.groups_per_step = groups_per_step
+        self.groups_per_batch = groups_per_batch
+        self.max_staleness = max_staleness
+        self.version = version
+        self.taken = taken
+        self.next_ticket = next_ticket
+        self._live: deque[int] = deque()  # admitted, in order, neither taken nor dropped
+        self._in_flight: set[int] = set()
+        self._ready: dict[int, pa.RecordBatch] = {}
+        self._added_at: dict[int, float] = {}
+        self._openings: deque[int] = deque()  # sizes of generator batches that may be admitted
+        self._freed = 0  # slots of dropped groups, not yet opened again
+        self._changed = asyncio.Condition()
+        self._stored = self._restore()
+        self._open(self._bound() - taken)
+
+    def _bound(self) -> int:
+        return (self.version + 1 + self.max_staleness) * self.groups_per_step
+
+    def _open(self, slots: int) -> None:
+        whole, rest = divmod(slots, self.groups_per_batch)
+        self._openings.extend([self.groups_per_batch] * whole + [rest] * bool(rest))
+
+    async def admit(self) -> list[int]:
+        """The next tickets that share a generator batch. Batches already on disk are absorbed on the way."""
+        async with self._changed:
+            while True:
+                await self._changed.wait_for(lambda: self._openings)
+                size = self._openings.popleft()
+                tickets = list(range(self.next_ticket, self.next_ticket + size))
+                self.next_ticket += size
+                self._live.extend(tickets)
+                self._in_flight.update(tickets)
+                assert self.taken + len(self._live) <= self._bound()
+                if missing := self._absorb(tickets):
+                    return missing
+
+    async def add(self, tickets: list[int], batch: pa.RecordBatch) -> AddReceipt:
+        """Accept the rows of admitted tickets that were scored; what is kept is on disk when this returns."""
+        schema.check(batch)
+        rows_of = batch.column("ticket").to_numpy()
+        if not set(tickets) <= self._in_flight or not set(rows_of.tolist()) <= set(tickets):
+            raise ValueError(f"tickets {tickets}: not in flight, or rows of other tickets in the batch")
+        failures = Counter(reason for reason in batch.column("failure").to_pylist() if reason)
+        scored = batch.column("reward").is_valid().to_numpy(zero_copy_only=False)
+        samples = Counter(rows_of[scored].tolist())
+        kept = {ticket for ticket in tickets if samples[ticket] >= MIN_GROUP_SAMPLES}
+        rows = schema.select(batch, scored & np.isin(rows_of, list(kept)))
+        owned = schema.concat([rows])
+        num_bytes = self._write_segment(tickets, owned) if kept else 0
+        async with self._changed:
+            self._accept(tickets, owned)
+            self._changed.notify_all()
+        dropped = {"too_few_samples": len(tickets) - len(kept)} if len(kept) < len(tickets) else {}
+        return AddReceipt(len(kept), owned.num_rows, failures, dropped, num_bytes)
+
+    async def drop(self, tickets: list[int], reason: str) -> None:
+        """Give up admitted tickets; their slots open again. The reason is the caller's to count."""
+        assert set(tickets) <= self._in_flight, (tickets, reason)
+        async with self._changed:
+            self._settle(tickets, kept=set())
+            self._changed.notify_all()
+
+    async def take(self, groups: int) -> tuple[pa.RecordBatch, Mapping[str, float]]:
+        """The next groups in admission order as one contiguous batch, stored as the step's rollout file."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._head_is_ready(groups))
+            tickets = [self._live.popleft() for _ in range(groups)]
+            self.taken += groups
+            batch = schema.concat([self._ready.pop(ticket) for ticket in tickets])
+        versions, row_lengths = schema.ragged(batch, "weight_versions")
+        staleness = self.version - versions
+        assert staleness.max() <= self.max_staleness, (staleness.max(), self.max_staleness)
+        num_bytes = self._write_step(self.version + 1, batch)
+        now = time.monotonic()
+        return batch, {
+            "buffer_age_seconds": now - min(self._added_at.pop(ticket) for ticket in tickets),
+            "buffer_groups": float(len(self._ready)),
+            "buffer_bytes": float(sum(rows.nbytes for rows in self._ready.values())),
+            "rollout_bytes": float(num_bytes),
+            "staleness_mean_versions": float(staleness.mean()),
+            "staleness_max_versions": float(staleness.max()),
+        }
+
+    async def advance(self, version: int) -> None:
+        """All generators hold this version now: a step's worth of tickets opens."""
+        assert version == self.version + 1, (version, self.version)
+        async with self._changed:
+            self.version = version
+            self._open(self.groups_per_step)
+            self._changed.notify_all()
+
+    async def state(self) -> dict[str, int]:
+        """What a checkpoint must hold to start again here: all that is live is asked for, or absorbed, again."""
+        oldest = self._live[0] if self._live else self.next_ticket
+        return {"version": self.version, "taken": self.taken, "next_ticket": oldest}
+
+    async def forget(self, before_ticket: int) -> None:
+        """Delete stored batches that no committed checkpoint can ask for."""
+        for path in self._segments():
+            if int(path.name.split(".")[1].split("-")[1]) < before_ticket:
+                path.unlink()
+
+    def _head_is_ready(self, groups: int) -> bool:
+        return len(self._live) >= groups and all(self._live[i] in self._ready for i in range(groups))
+
+    def _accept(self, tickets: list[int], rows: pa.RecordBatch) -> None:
+        rows_of = rows.column("ticket").to_numpy()
+        kept = set(rows_of.tolist())
+        for ticket in kept:
+            self._ready[ticket] = schema.select(rows, rows_of == ticket)
+            self._added_at[ticket] = time.monotonic()
+        self._settle(tickets, kept)
+
+    def _settle(self, tickets: list[int], kept: set[int]) -> None:
+        gone = set(tickets) - kept
+        self._in_flight.difference_update(tickets)
+        self._live = deque(ticket for ticket in self._live if ticket not in gone)
+        self._freed += len(gone)
+        if not self._in_flight and not self._openings and self._freed:
+            self._open(self._freed)
+            self._freed = 0
+
+    def _absorb(self, tickets: list[int]) -> list[int]:
+        """Take what is already on disk for these tickets; the tickets still to be generated."""
+        found = [ticket for ticket in tickets if ticket in self._stored]
+        groups = [rows for rows in (self._stored.pop(ticket) for ticket in found) if rows is not None]
+        if groups:
+            self._accept(found, schema.concat(groups))
+        elif found:
+            self._settle(found, kept=set())
+        if found:
+            self._changed.notify_all()
+        return [ticket for ticket in tickets if ticket not in found]
+
+    def _write_segment(self, tickets: list[int], rows: pa.RecordBatch) -> int:
+        """One file per accepted batch, named after its tickets and its digest (Arrow files have no checksum)."""
+        content = schema.to_bytes(rows.replace_schema_metadata({**rows.schema.metadata, _TICKETS: json.dumps(tickets)}))
+        name = f"segment.{tickets[0]:012d}-{tickets[-1]:012d}.{schema.digest(content)}.arrow"
+        durable.write(self.directory / "buffer" / name, content)
+        return content.size
+
+    def _write_step(self, step: int, batch: pa.RecordBatch) -> int:
+        content = schema.to_bytes(batch)
+        path = self.directory / "rollouts" / f"step-{step:06d}.arrow"
+        durable.write(path, content)
+        line = {"step": step, "file": path.name, "rows": batch.num_rows, "xxh3_128": schema.digest(content)}
+        durable.append_json(path.parent / "MANIFEST.jsonl", line)
+        return content.size
+
+    def _segments(self) -> list[Path]:
+        return sorted((self.directory / "buffer").glob("segment.*.arrow"))
+
+    def _restore(self) -> dict[int, pa.RecordBatch | None]:
+        """Stored groups by ticket (None: its samples failed); a file that does not match its digest is deleted."""
+        durable.keep_steps(self.directory / "rollouts" / "MANIFEST.jsonl", self.version)
+        stored: dict[int, pa.RecordBatch | None] = {}
+        for path in self._segments():
+            content = path.read_bytes()
+            if schema.digest(content) != path.name.split(".")[2]:
+                path.unlink()  # its tickets are generated again
+                continue
+            rows = schema.from_bytes(content)
+            metadata = dict(rows.schema.metadata)
+            tickets = json.loads(metadata.pop(_TICKETS))
+            rows = rows.replace_schema_metadata(metadata)
+            rows_of = rows.column("ticket").to_numpy()
+            for ticket in (ticket for ticket in tickets if ticket >= self.next_ticket):
+                group = schema.select(rows, rows_of == ticket)
+                stored[ticket] = group if group.num_rows else None
+        return stored

@@ -1,0 +1,79 @@
+"""Checkpoints that exist only when they are whole: written aside, digested, COMMIT last, renamed.
+
+    checkpoints/step-000010/    policy/  learner/  state.json  MANIFEST.json  COMMIT
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from keel import durable
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint whose files are not those its manifest names."""
+
+
+def begin(run_directory: Path, step: int) -> Path:
+    """An empty folder to write a checkpoint into; a reader never looks at it."""
+    aside = run_directory / "checkpoints" / f".step-{step:06d}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def commit(aside: Path, state: Mapping[str, Any]) -> Path:
+    """Make the folder a checkpoint: state, manifest with digests, COMMIT, rename."""
+    durable.write_json(aside / "state.json", state)
+    durable.write_json(aside / "MANIFEST.json", {"files": _digests(aside)})
+    durable.write(aside / "COMMIT", b"")
+    target = aside.with_name(aside.name.removeprefix(".").removesuffix(".tmp"))
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    durable.sync_directory(target.parent)
+    return target
+
+
+def latest(run_directory: Path) -> Path | None:
+    """The newest committed checkpoint; None when there is none."""
+    found = committed(run_directory)
+    return found[-1] if found else None
+
+
+def committed(run_directory: Path) -> list[Path]:
+    return sorted(path.parent for path in (run_directory / "checkpoints").glob("step-*/COMMIT"))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
+    manifest = json.loads((path / "MANIFEST.json").read_text())["files"]
+    found = _digests(path)
+    if wrong := sorted(name for name in manifest if found.get(name) != manifest[name]):
+        raise CheckpointError(f"{path}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
+    return json.loads((path / "state.json").read_text())
+
+
+def prune(run_directory: Path, keep: int) -> None:
+    for path in committed(run_directory)[:-keep]:
+        (path / "COMMIT").unlink()  # from here on it does not exist for a reader
+        shutil.rmtree(path)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """xxh3-128 of every file but the manifest and the marker."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        str(path.relative_to(folder)): _digest(path) for path in files if path.name not in ("MANIFEST.json", "COMMIT")
+    }
+
+
+def _digest(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            hasher.update(block)
+    return hasher.hexdigest()

@@ -1,0 +1,139 @@
+"""From a YAML file and `a.b=c` overrides to frozen settings, or to one line that says what is wrong.
+
+Every user mistake found before Ray starts is a `ConfigError`; the command line prints it and exits with 2.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from keel.settings import Settings
+
+
+class ConfigError(ValueError):
+    """Bad input of the user's: one line with the setting, its value and what was expected."""
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Settings from a YAML file with `a.b=c` overrides applied, checked field by field and across fields.
+
+    Raises ConfigError with one line for an unreadable file, an unknown key (with the nearest valid name),
+    a wrong type or a broken rule.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config {path}: no such file; expected a YAML file, for instance configs/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: {type(tree).__name__} at the top; expected blocks such as policy:, prompts:")
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree)
+
+
+def parse(tree: dict[str, Any]) -> Settings:
+    """Settings from a parsed tree; the first mistake becomes a ConfigError."""
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def dump(settings: Settings) -> str:
+    """The resolved configuration as YAML, its hash in the first line."""
+    body = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return f"# sha256 of the resolved settings: {digest(settings)}\n{body}"
+
+
+def digest(settings: Settings) -> str:
+    """Hash of every setting that can change a number; where the run lives and how it is watched is left out."""
+    tree = settings.model_dump(mode="json", exclude={"metrics", "cluster", "deadlines"})
+    del tree["run"]["directory"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    return Settings.model_json_schema()
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    """Set one `a.b=c` (list entries by index or by their `name`: rewards.vader.weight=2)."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"override {override!r}: expected key.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 6e-5 as text; people mean the number
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    *parents, last = path.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+        node = _child(node, key, ".".join(parents[: depth + 1]), override)
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a block; expected key.key=value")
+    node[last] = value
+
+
+def _child(node: Any, key: str, where: str, override: str) -> Any:
+    if isinstance(node, dict):
+        return node[key]
+    if isinstance(node, list):
+        named = [item for position, item in enumerate(node) if key in (str(position), item.get("name"))]
+        if named:
+            return named[0]
+        names = ", ".join(str(item.get("name")) for item in node)
+        raise ConfigError(f"override {override!r}: no entry {where}; expected one of {names}")
+    raise ConfigError(f"override {override!r}: {where} is not a block; expected key.key=value")
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake of a validation as `setting=value: what was expected`."""
+    errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    first = errors[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        *parents, key = first["loc"]
+        names = list(_fields_at(parents))
+        near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
+        return f"{where}: unknown setting; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: missing; expected a value"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{where}.{message}" if where else message
+    expected = message[0].lower() + message[1:]
+    return f"{where}={first['input']!r}: {expected}"
+
+
+def _fields_at(location: list[Any]) -> dict[str, Any]:
+    """Field names of the block at a location of the settings tree."""
+    model: Any = Settings
+    for part in location:
+        if not isinstance(part, int):
+            model = _block(model.model_fields[part].annotation)
+    return model.model_fields
+
+
+def _block(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, UnionType, list):
+        return next(block for block in map(_block, get_args(annotation)) if block)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -1,0 +1,69 @@
+"""What a batch of rollouts says about over-optimisation: reward, KL, entropy, length, repetition. Pure numpy."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from scipy import stats
+
+from keel import schema
+from keel.algorithms import regularisers
+
+
+def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """One value a completion, float64 [rows]; a reward that a monitor failed to give is NaN.
+
+    reward, reward_<name>; length_tokens; sequence_entropy_nats = -S and entropy_nats = -S/|y| (sampled estimates at the
+    sampling temperature); kl_nats = S - S_ref (k1 over the completion); finished (1: ended with an end token).
+    """
+    logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+    surprise = -schema.row_sums(logprobs, lengths)
+    values = {
+        name: batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+        for name in batch.schema.names
+        if name.startswith("reward")
+    }
+    values |= {
+        "length_tokens": lengths.astype(np.float64),
+        "sequence_entropy_nats": surprise,
+        "entropy_nats": surprise / lengths,
+        "finished_ratio": np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()], float),
+    }
+    if "reference_logprobs" in batch.schema.names:
+        reference, _ = schema.ragged(batch, "reference_logprobs")
+        values["kl_nats"] = regularisers.sequence_kl(logprobs, reference, lengths)
+        values["kl_k3_nats"] = schema.row_sums(regularisers.token_k3(logprobs, reference), lengths)
+    return {name: value for name, value in values.items() if name != "reference_logprobs"}
+
+
+def summarise(batch: pa.RecordBatch) -> Mapping[str, float]:
+    """Mean of every value of `per_completion` over the rows, and the spread of the reward."""
+    values = per_completion(batch)
+    means = {name: float(np.nanmean(value)) for name, value in values.items() if np.isfinite(value).any()}
+    return means | {"reward_std": float(np.std(values["reward"]))}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean over completions of different prompts with a BCa bootstrap interval (95 %, 2,000 resamples)."""
+    values = values[np.isfinite(values)]
+    if len(values) < 2 or np.ptp(values) == 0:
+        mean = float(values.mean()) if len(values) else float("nan")
+        return Estimate(mean, mean, mean)
+    interval = stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return Estimate(float(values.mean()), float(interval.low), float(interval.high))

@@ -1,0 +1,55 @@
+"""Files that are whole or absent: write aside, fsync, rename."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: Any) -> None:
+    """Put bytes at a path so that a reader sees the old file, no file, or all of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.tmp")
+    with aside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def append_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one JSON line."""
+    with path.open("a", encoding="utf8") as file:
+        file.write(json.dumps(value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON-lines file; a line cut off by a crash is not one of them. Missing file: none."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf8")
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def keep_steps(path: Path, last_step: int) -> None:
+    """Cut a JSON-lines file back to the lines of steps up to `last_step`: what a resumed run has really done."""
+    lines = [line for line in read_json_lines(path) if line["step"] <= last_step]
+    if path.exists():
+        write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

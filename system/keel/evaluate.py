@@ -1,0 +1,75 @@
+"""Held-out evaluation: the same prompts and seeds every time, one frontier row each, estimates with intervals."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from keel import durable, schema
+from keel.diagnostics import Estimate, estimate, per_completion
+
+_SHOWN = ("kl_nats", "entropy_nats", "length_tokens", "finished_ratio")
+
+
+def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, float]:
+    """Write evaluations/step-N.arrow and the frontier row; the row.
+
+    frontier.arrow has one row an evaluation: step, kl_nats, proxy (the training reward), gold (the monitor called
+    gold, else null), entropy_nats, length_tokens, n, stderr (of proxy), and every reward_<name>.
+    """
+    durable.write(path_of(run_directory, step), schema.to_bytes(batch))
+    values = per_completion(batch)
+    reward = values["reward"][np.isfinite(values["reward"])]
+    row = {
+        "step": float(step),
+        "kl_nats": _mean(values.get("kl_nats")),
+        "proxy": _mean(reward),
+        "gold": _mean(values.get("reward_gold")),
+        "entropy_nats": _mean(values["entropy_nats"]),
+        "length_tokens": _mean(values["length_tokens"]),
+        "n": float(len(reward)),
+        "stderr": float(reward.std(ddof=1) / np.sqrt(len(reward))) if len(reward) > 1 else float("nan"),
+    }
+    row |= {name: _mean(value) for name, value in values.items() if name.startswith("reward_")}
+    earlier = [old for old in frontier(run_directory) if old["step"] < step]
+    table = pa.Table.from_pylist([*earlier, row], schema=pa.schema([(name, pa.float64()) for name in row]))
+    durable.write(run_directory / "frontier.arrow", schema.to_bytes(table.combine_chunks().to_batches()[0]))
+    return row
+
+
+def frontier(run_directory: Path) -> list[dict[str, float]]:
+    """Rows of frontier.arrow in step order; none before the first evaluation."""
+    path = run_directory / "frontier.arrow"
+    return schema.from_bytes(path.read_bytes()).to_pylist() if path.exists() else []
+
+
+def path_of(run_directory: Path, step: int) -> Path:
+    return run_directory / "evaluations" / f"step-{step:06d}.arrow"
+
+
+def load(run_directory: Path, step: int) -> pa.RecordBatch:
+    return schema.from_bytes(path_of(run_directory, step).read_bytes())
+
+
+def estimates(batch: pa.RecordBatch) -> dict[str, Estimate]:
+    """Mean and 95 % interval over held-out prompts of rewards, KL, entropy and length."""
+    values = per_completion(batch)
+    names = ["reward"] + sorted(name for name in values if name.startswith("reward_"))
+    return {name: estimate(values[name]) for name in [*names, *_SHOWN] if name in values}
+
+
+def changes(first: pa.RecordBatch, last: pa.RecordBatch) -> dict[str, Estimate]:
+    """Last minus first, paired by prompt: mean and 95 % interval."""
+    assert first.column("prompt_id").equals(last.column("prompt_id"))
+    before, after = per_completion(first), per_completion(last)
+    return {name: estimate(after[name] - before[name]) for name in estimates(first) if name in after}
+
+
+def as_json(values: Mapping[str, Estimate]) -> str:
+    return json.dumps({name: {"mean": e.mean, "low": e.low, "high": e.high} for name, e in values.items()})
+
+
+def _mean(values: np.ndarray | None) -> float:
+    return float(np.nanmean(values)) if values is not None and np.isfinite(values).any() else float("nan")

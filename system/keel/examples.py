@@ -1,0 +1,70 @@
+"""What the quickstart trains on: questions from a text corpus, and rewards that a laptop computes.
+
+Needs the extra `examples` (pip install "keel-rlhf[examples]"). The rewards have TRL's signature: they take
+`prompts`, `completions`, `completion_ids` and every further column by keyword, and return one number each.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MAX_CHARACTERS = 120
+
+Completion = str | list[dict[str, Any]]
+
+
+def chatterbot_questions() -> list[dict[str, str]]:
+    """Distinct opening lines under 120 characters of the English dialogues in chatterbot-corpus.
+
+    Rows {"prompt": text, "topic": file stem}, sorted by prompt; of several topics a line has the first.
+    745 in chatterbot-corpus 1.3.3. Raises ImportError when that is not installed.
+    """
+    package = importlib.util.find_spec("chatterbot_corpus")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("chatterbot_corpus is not installed; it comes with keel-rlhf[examples]")
+    english = Path(package.submodule_search_locations[0]) / "data" / "english"
+    topics: dict[str, str] = {}
+    for file in sorted(english.glob("*.yml")):
+        for dialogue in yaml.safe_load(file.read_text(encoding="utf8"))["conversations"]:
+            if isinstance(dialogue, list):  # one entry of trivia.yml is a bare sentence with its answer in it
+                topics.setdefault(dialogue[0].strip(), file.stem)
+    return [{"prompt": text, "topic": topics[text]} for text in sorted(topics) if len(text) < _MAX_CHARACTERS]
+
+
+def vader_compound(completions: Sequence[Completion], **columns: Any) -> list[float]:
+    """VADER's compound sentiment of each completion: -1 (most negative) to 1 (most positive), 0 for no words.
+
+    Hutto and Gilbert 2014. It sums a lexicon's word scores, so a salad of positive words scores near 1.
+    """
+    analyzer = _analyzer()
+    return [analyzer.polarity_scores(_content(completion))["compound"] for completion in completions]
+
+
+def distinct_token_ratio(
+    completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any
+) -> list[float]:
+    """Distinct / all tokens of each completion, in (0, 1]; 1 for an empty one, which repeats nothing.
+
+    Tokens are `completion_ids`, or words between white space when the caller has none. High for gibberish: it
+    sees repetition, not sense.
+    """
+    rows: Sequence[Sequence[Any]] = [_content(completion).split() for completion in completions]
+    if completion_ids is not None:
+        rows = completion_ids
+    return [len(set(row)) / len(row) if len(row) else 1.0 for row in rows]
+
+
+def _content(completion: Completion) -> str:
+    """Text of a completion; of the last message if it is a conversation."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+@functools.cache
+def _analyzer() -> Any:
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer  # reads its lexicon: 0.1 s, once
+
+    return SentimentIntensityAnalyzer()

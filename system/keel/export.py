@@ -1,0 +1,55 @@
+"""A trained policy as a Hugging Face folder: weights, tokenizer, chat template, model card."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from keel import config
+from keel.models import DTYPES
+from keel.settings import Settings
+
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Settings, version: int) -> None:
+    """Write a folder that `from_pretrained` and vLLM load, with the tokenizer and template of the start model."""
+    target.mkdir(parents=True)
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".safetensors.index.json"):
+                shutil.copy(path, target / path.name)
+    dtype = DTYPES[settings.generators.dtype]
+    tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in named.items()}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "README.md").write_text(_card(settings, version), encoding="utf8")
+
+
+def _card(settings: Settings, version: int) -> str:
+    kl, entropy = settings.regulariser.kl, settings.regulariser.entropy
+    rewards = "\n".join(f"| {r.name} | {r.role} | {r.kind} | {r.weight} |" for r in settings.rewards)
+    return f"""---
+base_model: {settings.policy.model}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [rlhf, keel, {settings.objective.advantage}]
+---
+# {settings.run.name}, step {version}
+
+{settings.policy.model} after {version} steps of online reinforcement learning with Keel.
+
+| setting | value |
+|---|---|
+| advantage | {settings.objective.advantage} |
+| KL to the reference | coefficient {kl.coefficient}, in the {kl.placement} |
+| entropy | {entropy.form}, coefficient {entropy.coefficient} |
+| learning rate | {settings.learners.learning_rate} |
+| prompts x samples a step | {settings.buffer.groups_per_step} x {settings.sampling.samples_per_prompt} |
+| settings digest (sha256) | {config.digest(settings)} |
+
+| reward | role | kind | weight |
+|---|---|---|---|
+{rewards}
+"""

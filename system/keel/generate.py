@@ -1,0 +1,109 @@
+"""vLLM behind the Generator protocol: token ids in, token ids and log-probs out, one engine in this process.
+
+On CPU `vllm.LLM` runs in-process (one process an actor; vLLM's own Ray executor refuses CPUs). The class is the only
+thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import schema, weights
+from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
+from keel.settings import GeneratorSettings
+
+
+class VllmGenerator:
+    """One vLLM engine on one model folder. Not thread-safe: one call at a time, as a Ray actor gives it."""
+
+    def __init__(self, folder: str, settings: GeneratorSettings, max_model_tokens: int, name: str) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker in this process, no serialisation
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        import torch
+        from transformers import AutoTokenizer
+        from vllm import LLM
+
+        self.name = name
+        self.dtype = settings.dtype
+        self.version = 0
+        self._expected = weights.checkpoint_shapes(Path(folder))
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._engine: Any = LLM(
+            model=folder,
+            dtype=settings.dtype,
+            max_model_len=max_model_tokens,
+            max_num_seqs=settings.max_sequences,
+            kv_cache_memory_bytes=settings.kv_cache_bytes,
+            enforce_eager=settings.enforce_eager,
+            logprobs_mode="processed_logprobs",  # after temperature and top-p: the distribution that was sampled
+            generation_config="vllm",  # no sampling default of the model's may slip in
+            disable_log_stats=True,
+            seed=0,
+        )
+        torch.set_num_threads(settings.threads)  # vLLM may have set 1
+
+    def generate(self, prompts: pa.RecordBatch, sampling: Sampling) -> tuple[pa.RecordBatch, StageReceipt]:
+        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbours."""
+        started = time.monotonic()
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": row} for row in prompts.column("prompt_tokens").to_pylist()],
+            [_params(sampling, seed) for seed in prompts.column("seed").to_pylist()],
+            use_tqdm=False,
+        )
+        seconds = time.monotonic() - started
+        batch = schema.append(prompts, self._columns([output.outputs[0] for output in outputs], seconds))
+        schema.check(batch)
+        tokens = int(schema.lengths(batch, "completion_tokens").sum())
+        return batch, StageReceipt(batch.num_rows, tokens, seconds, self.name)
+
+    def load(self, new: Weights) -> LoadReceipt:
+        """Serve a new policy version from now on. Raises WeightError; the caller then replaces this generator."""
+        receipt = weights.load_engine(self._engine, new, self._expected, self.dtype)
+        self.version = new.version
+        return receipt
+
+    def _columns(self, completions: list[Any], seconds: float) -> pa.RecordBatch:
+        tokens = [list(completion.token_ids) for completion in completions]
+        lengths = np.array([len(row) for row in tokens])
+        # by token id: the first entry of a position need not be the sampled token
+        logprobs = [
+            entry[token].logprob
+            for completion in completions
+            for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+        ]
+        versions = np.full(int(lengths.sum()), self.version)
+        return schema.build(
+            schema.GENERATE,
+            {
+                "completion_tokens": tokens,
+                "completion_logprobs": schema.from_ragged(np.array(logprobs, np.float32), lengths, schema.NATS),
+                "weight_versions": schema.from_ragged(versions, lengths, schema.TOKENS),
+                "completion": self._tokenizer.batch_decode(tokens, skip_special_tokens=True),
+                "finish_reason": pa.array([c.finish_reason for c in completions]).dictionary_encode().cast(
+                    schema.GENERATE.field("finish_reason").type
+                ),
+                "generator": [self.name] * len(tokens),
+                "generate_seconds": [seconds] * len(tokens),
+            },
+        )  # fmt: skip
+
+
+def _params(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # the end tokens are ours to name; a sampled one is kept and counts as an action
+        logprobs=0,
+        seed=seed,
+        detokenize=False,
+    )

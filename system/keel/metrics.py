@@ -1,0 +1,168 @@
+"""The one table of metrics: the Prometheus page, metrics.jsonl and `keel metrics` all come from it.
+
+Actors return numbers; the driver records them here and serves one endpoint for the run.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+
+from keel import durable
+from keel.settings import MetricsSettings
+
+PREFIX = "keel_"
+Values = Mapping[str, float | Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    kind: Literal["gauge", "counter"]
+    meaning: str
+    label: str | None = None
+    """Second label besides `run`; its values come from a fixed set of the configuration or the code."""
+
+
+def _gauges(*rows: tuple[str, str]) -> list[Metric]:
+    return [Metric(name, "gauge", meaning) for name, meaning in rows]
+
+
+def _counters(*rows: tuple[str, str]) -> list[Metric]:
+    return [Metric(name, "counter", meaning) for name, meaning in rows]
+
+
+TABLE: list[Metric] = [
+    *_gauges(
+        ("version", "Weight version the generators hold."),
+        ("reward", "Mean over the step's completions of the weighted training reward, regularisers excluded."),
+        ("reward_std", "Standard deviation of the reward over the step's completions."),
+        ("regularised_reward", "Mean reward plus the regularisers that live in it: what the advantage is made of."),
+        ("reward_kl_term", "Mean KL term inside the reward: minus coefficient times nats."),
+        ("reward_entropy_term", "Mean entropy term inside the reward: coefficient times nats."),
+        ("kl_nats", "Mean over completions of sum_t log pi_sampler - log pi_ref (k1, on every run)."),
+        ("kl_k3_nats", "Mean over completions of sum_t k3, never negative."),
+        ("entropy_nats", "Mean over completions of -log pi(y)/|y| under the sampler (sampled estimate)."),
+        ("sequence_entropy_nats", "Mean over completions of -log pi(y) under the sampler (sampled estimate)."),
+        ("policy_entropy_nats", "Mean over tokens of the learner's full-vocabulary entropy."),
+        ("length_tokens", "Mean completion length, end token included."),
+        ("finished_ratio", "Share of completions that sampled an end token."),
+        ("uniform_groups", "Groups of the step whose samples all have the same reward: no gradient."),
+        ("loss", "Loss of the step: all terms."),
+        ("policy_loss", "Surrogate term of the loss."),
+        ("kl_loss", "KL term of the loss (0 when it lives in the reward)."),
+        ("entropy_loss", "Entropy bonus term of the loss (0 when it lives in the reward)."),
+        ("grad_norm", "Global gradient norm before clipping."),
+        ("learning_rate", "Learning rate of the step."),
+        ("clip_ratio", "Share of surrogate terms where the PPO clip was active."),
+        ("clamped_log_ratios", "Exponents of log-ratios cut at +-20 nats in the step."),
+        ("importance_weight", "Mean truncated importance weight learner/sampler."),
+        ("truncated_weight_ratio", "Share of importance weights at their cap."),
+        ("gap_nats", "Mean over tokens of |learner - sampler| log-prob at the start of the step."),
+        ("staleness_mean_versions", "Mean over the step's tokens of versions behind the learner."),
+        ("staleness_max_versions", "Largest number of versions a token of the step was behind."),
+        ("buffer_groups", "Groups waiting in the buffer after the step's were taken."),
+        ("buffer_bytes", "Bytes of rows waiting in the buffer."),
+        ("buffer_age_seconds", "Age of the oldest group of the step when it was taken."),
+        ("micro_batches", "Passes through the model of one rank in one update."),
+        ("weight_sync_seconds", "Publish and load of the newest weights, until the last generator proved them."),
+        ("step_seconds", "Learner step, without waiting."),
+        ("wait_seconds", "Learner waiting for the step's rollouts."),
+        ("generate_tokens_per_second", "Completion tokens of the step over the generators' busy seconds."),
+        ("free_memory_bytes", "Available memory of the driver's machine."),
+    ),
+    Metric("reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", "reward"),
+    *_counters(
+        ("steps_total", "Optimizer steps taken."),
+        ("completion_tokens_total", "Tokens sampled."),
+        ("samples_accepted_total", "Completions that entered the buffer."),
+        ("trained_tokens_total", "Completion tokens the learner trained on."),
+        ("generate_seconds_total", "Seconds generators were busy sampling."),
+        ("score_seconds_total", "Seconds scorers were busy."),
+        ("learner_seconds_total", "Seconds the learner was busy with steps."),
+        ("weight_sync_bytes_total", "Bytes of weights loaded, all generators together."),
+        ("weight_syncs_total", "Weight loads proved by all generators."),
+        ("rollout_bytes_total", "Bytes of rollout files written."),
+        ("retries_total", "Generator batches started again after a worker was lost."),
+        ("evaluations_total", "Evaluations on the held-out prompts."),
+        ("checkpoints_total", "Checkpoints committed."),
+    ),
+    Metric("samples_failed_total", "counter", "Completions without a reward, by reason.", "reason"),
+    Metric("groups_dropped_total", "counter", "Prompt groups given up, by reason.", "reason"),
+    Metric("workers_lost_total", "counter", "Generators or scorers that were replaced, by role.", "role"),
+]
+_BY_NAME = {metric.name: metric for metric in TABLE}
+
+
+class RunMetrics:
+    """Current value of every metric of one run; `record` closes a step and appends it to metrics.jsonl."""
+
+    def __init__(self, run: str, path: Path) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        self.run = run
+        self.path = path
+        self._gauge_values: dict[str, Any] = {}
+        self.totals: dict[str, Any] = {
+            metric.name: {} if metric.label else 0.0 for metric in TABLE if metric.kind == "counter"
+        }
+        self._collectors = {metric.name: self._collector(metric) for metric in TABLE}
+
+    def _collector(self, metric: Metric) -> Any:
+        labels = ["run"] + ([metric.label] if metric.label else [])
+        kind = Gauge if metric.kind == "gauge" else Counter
+        collector = kind(PREFIX + metric.name, metric.meaning, labels, registry=self.registry)
+        if not metric.label:
+            collector.labels(self.run)  # the series exists from the start
+        return collector
+
+    def serve(self, settings: MetricsSettings) -> int:
+        """Answer GET /metrics until the process ends; the port."""
+        server, _ = start_http_server(settings.port, settings.host, registry=self.registry)
+        return server.server_port
+
+    def set(self, values: Values) -> None:
+        """New values of gauges."""
+        for name, value in values.items():
+            assert _BY_NAME[name].kind == "gauge", name
+            self._gauge_values[name] = value
+            for label, number in _labelled(value):
+                self._collectors[name].labels(self.run, *label).set(number)
+
+    def add(self, values: Values) -> None:
+        """Increments of counters."""
+        for name, value in values.items():
+            assert _BY_NAME[name].kind == "counter", name
+            for label, number in _labelled(value):
+                self._collectors[name].labels(self.run, *label).inc(number)
+                if label:
+                    self.totals[name][label[0]] = self.totals[name].get(label[0], 0.0) + number
+                else:
+                    self.totals[name] += number
+
+    def restore(self, totals: Values) -> None:
+        """Counters of the checkpoint a run continues from."""
+        self.add(totals)
+
+    def record(self, step: int, time_seconds: float) -> dict[str, Any]:
+        """Append the step: every metric under its name without the prefix, labelled ones as objects."""
+        line = {"step": step, "time": time_seconds, **self._gauge_values, **self.totals}
+        durable.append_json(self.path, line)
+        return line
+
+
+def _labelled(value: float | Mapping[str, float]) -> Iterable[tuple[tuple[str, ...], float]]:
+    if isinstance(value, Mapping):
+        return [((label,), number) for label, number in value.items()]
+    return [((), value)]
+
+
+def reference_table() -> str:
+    """The metrics as a Markdown table, for `keel metrics` and the documentation."""
+    rows = [
+        f"| `{PREFIX}{metric.name}` | {metric.kind} | {', '.join(['run'] + [metric.label] * bool(metric.label))} | {metric.meaning} |"
+        for metric in TABLE
+    ]
+    return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *rows])

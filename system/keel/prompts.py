@@ -1,0 +1,209 @@
+"""From a ticket to prompt rows: read the source once, tokenise it once, then answer as a pure function.
+
+Nothing here depends on time, worker or call order: the held-out rows follow from the run seed, the order of
+an epoch from (run seed, epoch), a seed from (run seed, ticket, sample).
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from keel import schema
+from keel.config import ConfigError
+from keel.settings import PromptSettings, Settings
+from keel.sources import Row, read, wrong
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HELD_OUT, _TRAINING = 1, 2  # domains of randomness
+
+
+class Prompts:
+    """All prompts of a run, tokenised, split into held-out and training rows.
+
+    `counts` holds numbers of rows: `read` = `skipped` (too long) + `duplicates` (of a held-out prompt) +
+    `held_out` + `train`; `cut` of those not skipped were shortened. Raises ConfigError, one line, for every
+    mistake in the source or in the settings that concern it.
+    """
+
+    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
+        rows = read(settings.prompts)
+        tokens = _tokenize(rows, settings, tokenizer)
+        lengths = np.array([len(ids) for ids in tokens])
+        kept = np.arange(len(rows))
+        overlong = lengths > settings.prompts.max_tokens
+        if overlong.any() and settings.prompts.overlong == "refuse":
+            raise _too_long(rows, lengths, settings.prompts)
+        if settings.prompts.overlong == "skip":
+            kept = np.flatnonzero(~overlong)
+        tokens = [tokens[row][-settings.prompts.max_tokens :] for row in kept]
+
+        self._settings = settings
+        self._metadata = _metadata(settings, tokenizer)
+        self._held_out, self._train = _split(tokens, settings)
+        self._rows = pa.record_batch(
+            {
+                "prompt_id": pa.array(kept, pa.int64()),
+                "prompt_tokens": pa.array(tokens, schema.TOKENS),
+                "prompt": pa.array([rows[row].text for row in kept], pa.string()),
+                "prompt_columns": pa.array([rows[row].further for row in kept], pa.string()),
+            }
+        )
+        self.counts: dict[str, int] = {
+            "read": len(rows),
+            "skipped": len(rows) - len(kept),
+            "cut": int(overlong[kept].sum()),
+            "duplicates": len(kept) - len(self._held_out) - len(self._train),
+            "held_out": len(self._held_out),
+            "train": len(self._train),
+        }
+
+    def batch(self, tickets: Sequence[int]) -> pa.RecordBatch:
+        """Prompt columns of these tickets, in their order, samples_per_prompt rows each.
+
+        Ticket t is the row at place t % n of the order of epoch t // n, n = `counts["train"]`.
+        """
+        assert all(ticket >= 0 for ticket in tickets), tickets
+        samples = self._settings.sampling.samples_per_prompt
+        count, seed = len(self._train), self._settings.run.seed
+        rows = [
+            self._train[_permutation(_TRAINING, seed, ticket // count, count)[ticket % count]]
+            for ticket in tickets
+        ]
+        return self._build(
+            rows=np.repeat(np.array(rows, np.int64), samples),
+            tickets=np.repeat(np.array(tickets, np.int64), samples),
+            samples=np.tile(np.arange(samples), len(tickets)),
+            domain="train",
+        )
+
+    def held_out(self) -> pa.RecordBatch:
+        """One row a held-out prompt: ticket 0..n-1, sample 0, seeds unlike the training rows'."""
+        tickets = np.arange(len(self._held_out))
+        return self._build(
+            rows=self._held_out, tickets=tickets, samples=np.zeros_like(tickets), domain="held_out"
+        )
+
+    def _build(
+        self, rows: np.ndarray, tickets: np.ndarray, samples: np.ndarray, domain: str
+    ) -> pa.RecordBatch:
+        taken = self._rows.take(pa.array(rows))
+        seed = self._settings.run.seed
+        seeds = [_seed(domain, seed, *pair) for pair in zip(tickets.tolist(), samples.tolist(), strict=True)]
+        columns: dict[str, Any] = {"ticket": tickets, "sample": samples.astype(np.int16), "seed": seeds}
+        columns |= {name: taken.column(name) for name in taken.schema.names}
+        return schema.build(schema.PROMPT, columns).replace_schema_metadata(self._metadata)
+
+
+def _seed(domain: str, run_seed: int, ticket: int, sample: int) -> int:
+    """63-bit hash: fits int64, the same on every machine and Python."""
+    return xxhash.xxh3_64_intdigest(f"{domain}:{run_seed}:{ticket}:{sample}".encode()) >> 1
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(domain: int, seed: int, epoch: int, count: int) -> np.ndarray:
+    """Order of 0..count-1.
+
+    Sorts raw bits: numpy keeps the stream of PCG64 for ever, not that of Generator.permutation.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence([domain, seed, epoch])).random_raw(count)
+    order = np.argsort(bits, kind="stable")
+    order.flags.writeable = False
+    return order
+
+
+def _split(tokens: list[list[int]], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the held-out rows, all different, and of the training rows, which equal none of them.
+
+    Equality is that of the tokens, which the model sees: also prompts that only became equal by cutting.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    identity = np.array([first.setdefault(tuple(ids), place) for place, ids in enumerate(tokens)], np.int64)
+    distinct, wanted = np.unique(identity), settings.prompts.held_out
+    if len(distinct) < wanted + 1:
+        raise ConfigError(
+            f"prompts.held_out={wanted}: {settings.prompts.source} has {len(distinct)} different prompts of"
+            f" at most {settings.prompts.max_tokens} tokens; expected at least {wanted + 1}"
+        )
+    held_out = distinct[_permutation(_HELD_OUT, settings.run.seed, 0, len(distinct))[:wanted]]
+    return held_out, np.flatnonzero(~np.isin(identity, held_out))
+
+
+def _metadata(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    content = json.dumps([vocabulary, tokenizer.chat_template], sort_keys=True).encode()
+    return {
+        "keel.schema_version": schema.SCHEMA_VERSION,
+        "keel.run": settings.run.name,
+        "keel.tokenizer": schema.digest(content)[:16],
+    }
+
+
+def _tokenize(rows: list[Row], settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Token ids of every prompt, a beginning-of-text token once if the tokenizer or its template has one."""
+    tokens: list[list[int]] = [[] for _ in rows]
+    plain = [place for place, row in enumerate(rows) if isinstance(row.prompt, str)]
+    conversations = [place for place, row in enumerate(rows) if not isinstance(row.prompt, str)]
+    if conversations:
+        _require_template(rows[conversations[0]], settings, tokenizer)
+    # a template writes its own special tokens
+    for places, special in ((plain, True), (conversations, False)):
+        texts = [_render(rows[place], settings, tokenizer) for place in places]
+        encoded = _encode(texts, special, tokenizer)
+        for place, ids in zip(places, encoded, strict=True):
+            # text that was already rendered elsewhere brings its own
+            twice = special and ids[:2] == [tokenizer.bos_token_id] * 2
+            tokens[place] = ids[1:] if twice else ids
+    for row, ids in zip(rows, tokens, strict=True):
+        if not ids:
+            raise wrong(settings.prompts, f"{row.place} is an empty prompt (no tokens); expected some text")
+    return tokens
+
+
+def _encode(texts: list[str], special: bool, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    if not texts:  # which tokenizers refuse
+        return []
+    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"]
+
+
+def _require_template(row: Row, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ConfigError when a conversation cannot go through a chat template."""
+    prompts = settings.prompts
+    conversational = f"{row.place} of {prompts.source} is a list of messages"
+    why = conversational if prompts.system_prompt is None else "prompts.system_prompt makes conversations"
+    if settings.policy.chat_template == "never":
+        raise ConfigError(f"policy.chat_template=never: {why}; expected auto, or plain prompts alone")
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"policy.model={settings.policy.model}: its tokenizer has no chat template, but {why};"
+            " expected a model with one, or plain prompts alone"
+        )
+
+
+def _render(row: Row, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The text the model reads, up to where the assistant begins to speak."""
+    if isinstance(row.prompt, str):
+        return row.prompt
+    from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"
+
+    try:
+        return tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        problem = f"{row.place}: the chat template refuses it: {error}; expected other roles"
+        raise wrong(settings.prompts, problem) from None
+
+
+def _too_long(rows: list[Row], lengths: np.ndarray, prompts: PromptSettings) -> ConfigError:
+    longest, count = int(lengths.argmax()), int((lengths > prompts.max_tokens).sum())
+    return ConfigError(
+        f"prompts.max_tokens={prompts.max_tokens}: {count} of {len(rows)} prompts are longer,"
+        f" the longest has {lengths[longest]} tokens ({rows[longest].place}); expected more, or"
+        " prompts.overlong=skip or cut_left"
+    )

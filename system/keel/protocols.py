@@ -1,0 +1,148 @@
+"""The nouns of the system: what a generator, scorer, buffer and learner promise, and what travels between them.
+
+A batch travels as a `Batch`: either an Arrow record batch or a handle to one (a Ray object reference). The
+controller passes it on unseen; only the two ends open it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+Batch = Any
+"""A pa.RecordBatch, or an opaque handle to one that the receiving end resolves."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. Log-probs come back at this temperature and after this filter."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    """Completion budget, end token included."""
+    stop_token_ids: tuple[int, ...]
+    """A completion ends with the first of these; it is kept and counts as an action."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one parameter lies in the flat weight buffer."""
+
+    name: str
+    """Hugging Face checkpoint name."""
+    shape: tuple[int, ...]
+    dtype: str
+    """bfloat16 or float32."""
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All parameters of one policy version as one flat buffer, with the digest that proves it."""
+
+    version: int
+    digest: str
+    """xxh3-128 over specs and buffer."""
+    specs: tuple[TensorSpec, ...]
+    buffer: np.ndarray = field(repr=False)
+    """uint8 [num_bytes]."""
+
+
+@dataclass(frozen=True)
+class LoadReceipt:
+    """A generator's proof of which weights it now holds."""
+
+    version: int
+    digest: str
+    num_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class StageReceipt:
+    """What a stage did, in numbers: travels instead of the batch to whoever only counts."""
+
+    rows: int
+    tokens: int
+    seconds: float
+    worker: str
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failed samples by reason."""
+
+
+@dataclass(frozen=True)
+class AddReceipt:
+    """What the buffer made of a batch."""
+
+    accepted_groups: int
+    accepted_samples: int
+    failed: Mapping[str, int]
+    """Failed samples by reason."""
+    dropped: Mapping[str, int]
+    """Dropped groups by reason."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: the version it made and the numbers it saw, by metric name."""
+
+    version: int
+    metrics: Mapping[str, float]
+
+
+class WorkerLost(RuntimeError):
+    """A generator or scorer died or missed its deadline and was replaced; its tickets may be tried again."""
+
+    def __init__(self, role: str, message: str) -> None:
+        super().__init__(message)
+        self.role = role
+
+
+class Generator(Protocol):
+    async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
+        """Prompt rows in, the same rows with the generate columns appended out, in the same order."""
+
+    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+        """Take over a Weights (or a handle to one); one receipt from every generator behind this one."""
+
+
+class Scorer(Protocol):
+    async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
+        """The same rows with this scorer's columns appended."""
+
+
+class Buffer(Protocol):
+    async def admit(self) -> list[int]:
+        """The next tickets that share a generator batch; waits until the staleness bound allows them."""
+
+    async def add(self, tickets: list[int], batch: Batch) -> AddReceipt:
+        """Accept the scored rows of admitted tickets; on disk before this returns."""
+
+    async def drop(self, tickets: list[int], reason: str) -> None:
+        """Give up admitted tickets."""
+
+    async def take(self, groups: int) -> tuple[Batch, Mapping[str, float]]:
+        """The next groups in admission order as one batch, written to the run directory; waits for them."""
+
+    async def advance(self, version: int) -> None:
+        """All generators now hold this version."""
+
+
+class Learner(Protocol):
+    async def step(self, batch: Batch) -> StepReport: ...
+
+    async def publish(self) -> tuple[Any, LoadReceipt]:
+        """A handle to the current Weights, and what it holds."""
+
+    async def compare(self, batch: Batch) -> Mapping[str, float]:
+        """Gap between the learner's and the sampler's log-probs of the same tokens, in nats."""
+
+    async def save(self, directory: str) -> None: ...
+
+    async def load(self, directory: str) -> int:
+        """Restore a checkpoint; the version it holds."""

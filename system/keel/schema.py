@@ -1,0 +1,169 @@
+"""The rollout columns by stage, and what a record batch must hold at the borders.
+
+One row is one completion. A stage returns its input with its own columns appended; nothing is changed in place.
+Arrow enforces neither lengths, finiteness, nulls nor checksums [`validate(full=True)` included], so `check` does at
+the borders (generator out, buffer in) and `digest` covers bytes on disk.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+SCHEMA_VERSION = "1"
+
+TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
+NATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+
+PROMPT = pa.schema(
+    [
+        pa.field("ticket", pa.int64(), metadata={"meaning": "group number; all samples of a prompt in a step share it"}),
+        pa.field("sample", pa.int16(), metadata={"meaning": "0..n-1 inside the group"}),
+        pa.field("prompt_id", pa.int64(), metadata={"meaning": "row of the prompt source"}),
+        pa.field("prompt_tokens", TOKENS, metadata={"meaning": "as fed to the model"}),
+        pa.field("prompt", pa.string(), metadata={"meaning": "text of the prompt, the last user message if conversational"}),
+        pa.field("prompt_columns", pa.string(), metadata={"meaning": "further columns of the prompt source, as JSON"}),
+        pa.field("seed", pa.int64(), metadata={"meaning": "hash(run seed, ticket, sample)"}),
+    ]
+)
+GENERATE = pa.schema(
+    [
+        pa.field("completion_tokens", TOKENS, metadata={"meaning": "including the end token when it was sampled"}),
+        pa.field("completion_logprobs", NATS, metadata={"meaning": "nats, at the sampling temperature and filter"}),
+        pa.field("weight_versions", TOKENS, metadata={"meaning": "policy version that sampled each token"}),
+        pa.field("completion", pa.string(), metadata={"meaning": "text without special tokens"}),
+        pa.field("finish_reason", pa.dictionary(pa.int8(), pa.string()), metadata={"meaning": "stop, length or abort"}),
+        pa.field("generator", pa.string(), metadata={"meaning": "which generator"}),
+        pa.field("generate_seconds", pa.float32(), metadata={"meaning": "of the whole generator batch"}),
+    ]
+)
+REFERENCE = pa.schema(
+    [pa.field("reference_logprobs", NATS, metadata={"meaning": "nats, same temperature as completion_logprobs"})]
+)
+SCORE = pa.schema(
+    [
+        pa.field("reward", pa.float32(), metadata={"meaning": "weighted sum of the training rewards; null: failed"}),
+        pa.field("failure", pa.string(), metadata={"meaning": "why the sample has no reward; null: it was scored"}),
+        pa.field("score_seconds", pa.float32(), metadata={"meaning": "all scorers of this batch"}),
+        pa.field("scorer", pa.string(), metadata={"meaning": "names of the scorers, joined by +"}),
+    ]
+)
+_PER_COMPLETION_TOKEN = ("completion_logprobs", "weight_versions", "reference_logprobs")
+_NULLABLE = {"failure"}
+
+
+def reward_field(name: str) -> pa.Field:
+    """Column of one reward component; null where that scorer failed."""
+    return pa.field(f"reward_{name}", pa.float32(), metadata={"meaning": "reward component, gold and monitors included"})
+
+
+def build(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
+    """Record batch from columns (sequences or Arrow arrays), one for every field of the schema."""
+    assert set(columns) == set(schema.names), set(columns) ^ set(schema.names)
+    arrays = [
+        columns[field.name]
+        if isinstance(columns[field.name], pa.Array)
+        else pa.array(columns[field.name], type=field.type, from_pandas=False)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def append(batch: pa.RecordBatch, added: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch grown to the right by the added columns; its schema metadata is kept."""
+    assert batch.num_rows == added.num_rows, (batch.num_rows, added.num_rows)
+    assert not set(batch.schema.names) & set(added.schema.names), set(batch.schema.names) & set(added.schema.names)
+    fields = [*batch.schema, *added.schema]
+    return pa.RecordBatch.from_arrays([*batch.columns, *added.columns], schema=pa.schema(fields, batch.schema.metadata))
+
+
+def concat(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    """One contiguous batch that owns its memory, also from slices and read-only maps.
+
+    Never by pickling or `RecordBatch.slice` alone: those keep, and ship, the whole parent.
+    """
+    table = pa.Table.from_batches(batches).unify_dictionaries().combine_chunks()
+    return from_bytes(to_bytes(table.to_batches()[0])) if table.num_rows else batches[0].slice(0, 0)
+
+
+def select(batch: pa.RecordBatch, keep: np.ndarray) -> pa.RecordBatch:
+    """Rows where the boolean mask [rows] holds."""
+    return batch.filter(pa.array(keep))
+
+
+def to_bytes(batch: pa.RecordBatch) -> pa.Buffer:
+    """The batch as a complete Arrow IPC file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def from_bytes(content: pa.Buffer | bytes) -> pa.RecordBatch:
+    reader = pa.ipc.open_file(pa.BufferReader(content))
+    assert reader.num_record_batches == 1, reader.num_record_batches
+    return reader.get_batch(0)
+
+
+def digest(content: Any) -> str:
+    """xxh3-128 of a bytes-like object."""
+    return xxhash.xxh3_128_hexdigest(memoryview(content))
+
+
+def ragged(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """Flat values [all items] and lengths [rows] of a list column; honours slices (`.values` would not)."""
+    array = batch.column(column)
+    return array.flatten().to_numpy(zero_copy_only=False), lengths(batch, column)
+
+
+def lengths(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    return pc.list_value_length(batch.column(column)).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def from_ragged(values: np.ndarray, row_lengths: np.ndarray, list_type: pa.DataType) -> pa.ListArray:
+    """List array from flat values and the length of each row."""
+    offsets = np.concatenate([[0], np.cumsum(row_lengths)]).astype(np.int32)
+    items = pa.array(values, type=list_type.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=list_type)
+
+
+def row_sums(values: np.ndarray, row_lengths: np.ndarray) -> np.ndarray:
+    """Sum of each row of a ragged array, in float64; 0 for an empty row."""
+    totals = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    ends = np.cumsum(row_lengths)
+    return totals[ends] - totals[ends - row_lengths]
+
+
+def check(batch: pa.RecordBatch, vocabulary: int | None = None) -> None:
+    """Raise ValueError when a batch at a border breaks the contract of its columns.
+
+    Nulls only where a scorer may fail; every per-token list as long as the completion; log-probs finite and not
+    positive; token ids inside the vocabulary; completions not empty.
+    """
+    failed = batch.column("failure").is_valid() if "failure" in batch.schema.names else None
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        may_be_null = field.name in _NULLABLE or field.name.startswith("reward")
+        if column.null_count and not may_be_null:
+            raise ValueError(f"column {field.name}: {column.null_count} nulls")
+        if field.name == "reward" and failed is not None and pc.any(pc.equal(column.is_null(), pc.invert(failed))).as_py():
+            raise ValueError("column reward: null without a failure, or a failure with a reward")
+        if pa.types.is_floating(field.type) and not all(math.isfinite(x) for x in column.drop_null().to_pylist()):
+            raise ValueError(f"column {field.name}: not finite")
+    if "completion_tokens" not in batch.schema.names:
+        return
+    completion = lengths(batch, "completion_tokens")
+    if (completion == 0).any():
+        raise ValueError("column completion_tokens: empty completion")
+    for name in [name for name in _PER_COMPLETION_TOKEN if name in batch.schema.names]:
+        values, row_lengths = ragged(batch, name)
+        if (row_lengths != completion).any():
+            raise ValueError(f"column {name}: not as long as completion_tokens")
+        if name.endswith("logprobs") and not (np.isfinite(values).all() and (values <= 1e-4).all()):
+            raise ValueError(f"column {name}: log-probs must be finite and at most 0")
+    ids, _ = ragged(batch, "completion_tokens")
+    if ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary):
+        raise ValueError(f"column completion_tokens: id outside 0..{vocabulary}")

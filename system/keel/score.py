@@ -1,0 +1,219 @@
+"""Scorers: everything that appends reward columns. The frozen reference policy is one of them.
+
+A sample is scored or failed with a reason; a failure is a null, never a number. Functions follow TRL's reward
+signature `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+"""
+
+import importlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import batch as batching
+from keel import schema
+from keel.config import ConfigError
+from keel.protocols import StageReceipt
+from keel.settings import ReferenceSettings, RewardSettings
+
+Values = Sequence[float | None]
+Failure = str
+"""Why a reward could not be computed: a short fixed word, it becomes a metric label."""
+
+
+class ReferenceScorer:
+    """Appends the log-probs of the completions under a frozen policy, at the sampling temperature.
+
+    On every run, also one whose objective does not use them: they are the KL monitor.
+    """
+
+    def __init__(self, folder: str, settings: ReferenceSettings, temperature: float, name: str) -> None:
+        import torch
+
+        from keel import models
+
+        torch.set_num_threads(settings.threads)
+        self.adds = schema.REFERENCE
+        self.name = name
+        self.settings = settings
+        self.temperature = temperature
+        self._device = torch.device("cuda", 0) if settings.gpus else torch.device("cpu")
+        self._policy = models.load_policy(Path(folder), settings.dtype).to(self._device).eval()
+
+    def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
+        import torch
+
+        started = time.monotonic()
+        lengths = schema.lengths(batch, "completion_tokens")
+        prompts = schema.lengths(batch, "prompt_tokens")
+        budget = self.settings.tokens_per_batch
+        plan = batching.plan(prompts, lengths, ranks=1, tokens_per_batch=budget, head_chunk_tokens=512)
+        flat = np.empty(int(lengths.sum()), np.float32)
+        with torch.inference_mode():
+            for rows, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
+                micro = batching.tensors(batch, rows)
+                inputs = (part.to(self._device) for part in (micro.tokens, micro.positions, micro.targets))
+                flat[micro.items] = self._policy(*inputs, self.temperature, chunks)[0].cpu().numpy()
+        column = schema.from_ragged(flat, lengths, schema.NATS)
+        scored = schema.append(batch, schema.build(self.adds, {"reference_logprobs": column}))
+        return scored, StageReceipt(batch.num_rows, len(flat), time.monotonic() - started, self.name)
+
+
+class RewardScorer:
+    """Appends every configured reward, their weighted sum, and why a sample has none."""
+
+    def __init__(self, rewards: Sequence[RewardSettings], threads: int, name: str) -> None:
+        self.name = name
+        self.rewards = rewards
+        self.adds = pa.schema([schema.reward_field(reward.name) for reward in rewards] + list(schema.SCORE))
+        self._compute = {reward.name: _SCORERS[reward.kind](reward, threads) for reward in rewards}
+
+    def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
+        """A failed training reward fails the sample; a failed monitor is a null and is counted too."""
+        started = time.monotonic()
+        total = np.zeros(batch.num_rows)
+        failure: list[str | None] = [None] * batch.num_rows
+        columns: dict[str, Any] = {}
+        failures: Counter[str] = Counter()
+        for reward in self.rewards:
+            values, reasons = checked(reward.name, self._compute[reward.name](batch), batch.num_rows)
+            columns[f"reward_{reward.name}"] = pa.array(values, pa.float32(), mask=np.isnan(values))
+            failures.update(reason for reason in reasons if reason)
+            if reward.role == "train":
+                total += reward.weight * np.nan_to_num(values)
+                failure = [earlier or new for earlier, new in zip(failure, reasons, strict=True)]
+        failed = np.array([reason is not None for reason in failure])
+        seconds = time.monotonic() - started
+        columns |= {
+            "reward": pa.array(total, pa.float32(), mask=failed),
+            "failure": failure,
+            "score_seconds": [seconds] * batch.num_rows,
+            "scorer": ["+".join(reward.name for reward in self.rewards)] * batch.num_rows,
+        }
+        scored = schema.append(batch, schema.build(self.adds, columns))
+        return scored, StageReceipt(batch.num_rows, 0, seconds, self.name, dict(failures))
+
+
+def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:
+    """float64 [rows] with NaN for failed samples, and the reason of each failure.
+
+    Raises ValueError when there are not as many values as rows: nothing can be said about which is whose.
+    """
+    if isinstance(result, str):
+        return np.full(rows, np.nan), [f"{name}_{result}"] * rows
+    if len(result) != rows:
+        raise ValueError(f"reward {name}: {len(result)} values for {rows} completions; expected one for each")
+    values = np.array([math.nan if value is None else float(value) for value in result])
+    reasons = [
+        None if math.isfinite(value) else f"{name}_{'none' if given is None else 'not_finite'}"
+        for given, value in zip(result, values, strict=True)
+    ]
+    return np.where(np.isfinite(values), values, math.nan), reasons
+
+
+def import_function(source: str, setting: str) -> Callable[..., Values]:
+    """The function at module:function. Raises ConfigError when it cannot be imported."""
+    module, _, name = source.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{setting}={source}: cannot be imported ({error}); expected module:function") from None
+    if not callable(function):
+        raise ConfigError(f"{setting}={source}: a {type(function).__name__}; expected a function")
+    return function
+
+
+def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
+    """Keyword arguments of a reward function: TRL's names, and every further column of the prompt source."""
+    further = [json.loads(row) for row in batch.column("prompt_columns").to_pylist()]
+    return {
+        "prompts": batch.column("prompt").to_pylist(),
+        "completions": batch.column("completion").to_pylist(),
+        "completion_ids": batch.column("completion_tokens").to_pylist(),
+        **{key: [row[key] for row in further] for key in (further[0] if further else {})},
+    }
+
+
+def _rule(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+    function = import_function(reward.source, f"rewards.{reward.name}.source")
+
+    def compute(batch: pa.RecordBatch) -> Values | Failure:
+        try:
+            return list(function(**arguments(batch)))
+        except Exception as error:  # the user's code may raise anything; the samples fail and are counted
+            return type(error).__name__
+
+    return compute
+
+
+def _reference(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+    """Mean log-prob of a completion's tokens under the reference, nats: sees word salad that rewards miss."""
+
+    def compute(batch: pa.RecordBatch) -> Values:
+        values, lengths = schema.ragged(batch, "reference_logprobs")
+        return (schema.row_sums(values, lengths) / lengths).tolist()
+
+    return compute
+
+
+def _http(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+    """POST {"prompts": [...], "completions": [...], further columns} -> {"rewards": [...]}, with retries."""
+    import httpx
+
+    def compute(batch: pa.RecordBatch) -> Values | Failure:
+        body = arguments(batch)
+        reason = "http"
+        for _ in range(reward.retries + 1):
+            try:
+                answer = httpx.post(reward.source, json=body, timeout=reward.timeout_seconds)
+                answer.raise_for_status()
+                return answer.json()["rewards"]
+            except httpx.TimeoutException:
+                reason = "http_timeout"
+            except httpx.HTTPStatusError as error:
+                reason = f"http_{error.response.status_code // 100}xx"
+            except httpx.TransportError:
+                reason = "http_unreachable"
+            except (ValueError, KeyError, TypeError):
+                reason = "http_malformed"
+        return reason
+
+    return compute
+
+
+def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+    """Raw score (logit 0) of prompt + completion under a Hugging Face sequence classifier, read by the model itself."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(reward.source)
+    model = AutoModelForSequenceClassification.from_pretrained(reward.source, dtype=torch.float32).eval()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # how the model finds the last real token
+
+    def compute(batch: pa.RecordBatch) -> Values:
+        texts = [p + c for p, c in zip(*(batch.column(n).to_pylist() for n in ("prompt", "completion")), strict=True)]
+        scores: list[float] = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), 16):
+                inputs = tokenizer(texts[start : start + 16], return_tensors="pt", padding=True, truncation=True)
+                scores += model(**inputs).logits[:, 0].tolist()
+        return scores
+
+    return compute
+
+
+_SCORERS: dict[str, Callable[[RewardSettings, int], Callable[[pa.RecordBatch], Values | Failure]]] = {
+    "rule": _rule,
+    "reference": _reference,
+    "http": _http,
+    "model": _model,
+}

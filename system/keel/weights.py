@@ -1,0 +1,114 @@
+"""Both ends of weight transfer: pack a policy into one buffer, prove it, load it into a vLLM engine.
+
+    learner rank 0: pack -> Weights(version, digest, specs, buffer) -> object store -> every generator: load_engine
+
+A load is accepted only if the digest matches the bytes, every parameter of the model arrives exactly once with its
+shape and dtype, and no cache of the old weights survives. The engine is then bit-identical to one started from the
+same checkpoint (tested per architecture).
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from keel.protocols import LoadReceipt, TensorSpec, Weights
+
+_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+class WeightError(RuntimeError):
+    """Weights that must not be served: wrong digest, coverage, shape or dtype, or a cache that was not cleared."""
+
+
+def pack(named: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str) -> Weights:
+    """Copy parameters, cast to `dtype`, one behind the other into a flat uint8 buffer."""
+    specs, pieces, offset = [], [], 0
+    for name, tensor in named:
+        flat = tensor.detach().to("cpu", _DTYPES[dtype]).contiguous().view(-1)
+        piece = flat.view(torch.uint8).numpy().copy()
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, offset, piece.nbytes))
+        pieces.append(piece)
+        offset += piece.nbytes
+    buffer = np.concatenate(pieces)
+    return Weights(version, digest(specs, buffer), tuple(specs), buffer)
+
+
+def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Named tensors of a Weights, without copying."""
+    for spec in weights.specs:
+        piece = weights.buffer[spec.offset : spec.offset + spec.num_bytes]
+        yield spec.name, torch.from_numpy(piece).view(_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def digest(specs: Iterable[TensorSpec], buffer: np.ndarray) -> str:
+    """xxh3-128 over names, shapes, dtypes, offsets and bytes."""
+    hasher = xxhash.xxh3_128()
+    hasher.update(repr([(s.name, s.shape, s.dtype, s.offset, s.num_bytes) for s in specs]).encode())
+    hasher.update(memoryview(buffer))
+    return hasher.hexdigest()
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Parameter names and shapes from the headers of a folder's safetensors files, nothing loaded."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes
+
+
+def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -> None:
+    """Raise WeightError unless digest, coverage, shapes and dtype are those of the model that receives them."""
+    if digest(weights.specs, weights.buffer) != weights.digest:
+        raise WeightError(f"weights version {weights.version}: bytes do not match digest {weights.digest}")
+    names = [spec.name for spec in weights.specs]
+    missing, unknown = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    shapes = [s.name for s in weights.specs if s.name in expected and s.shape != expected[s.name]]
+    dtypes = [s.name for s in weights.specs if s.dtype != dtype]
+    for problem, found in (
+        ("missing", missing), ("unknown", unknown), ("sent twice", twice), ("wrong shape", shapes), ("wrong dtype", dtypes)
+    ):  # fmt: skip
+        if found:
+            raise WeightError(f"weights version {weights.version}: {len(found)} parameters {problem}: {found[:3]}")
+
+
+def load_engine(engine: Any, weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -> LoadReceipt:
+    """Put verified weights into an in-process vLLM engine (`vllm.LLM`) that is not generating.
+
+    Raises WeightError before anything is touched if the weights are wrong. Any error after that leaves the engine
+    half loaded: its owner must be killed and replaced.
+    """
+    started = time.monotonic()
+    verify(weights, expected, dtype)
+    engine.collective_rpc(_reload, args=(weights,))
+    if not engine.reset_prefix_cache():
+        raise WeightError("the prefix cache was not cleared: requests are running")
+    return LoadReceipt(weights.version, weights.digest, weights.buffer.nbytes, time.monotonic() - started)
+
+
+def _reload(worker: Any, weights: Weights) -> None:
+    """Runs in the vLLM worker, which is this process."""
+    worker.model_runner.reload_weights(weights_iterator=unpack(weights))
+    _repack_heads(worker.model_runner.get_model())
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Let every output head pack its weights again.
+
+    On CPU a head multiplies with a packed copy of its weight. A head tied to the embedding receives no tensor of its
+    own in a reload, so vLLM leaves its packed copy alone and it would go on with the old weights, silently.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,215 @@
+"""Prompts: what becomes of rows of every kind of source, and one line for every mistake."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from keel import config
+from keel.config import ConfigError
+from keel.prompts import Prompts
+
+WORDS = ["<unk>", "<s>", "<sys>", "<user>", "<bot>", "hello", "world", "be", "kind", "how", "are", "you"]
+UNK, BOS, SYS, USER, BOT, HELLO, WORLD, BE, KIND, HOW, ARE, YOU = range(12)
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'system' %}<sys>{% elif message.role == 'user' %}<user>{% else %}<bot>{% endif %}"
+    " {{ message.content }} {% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def word_tokenizer(chat_template: str | None = TEMPLATE, numbers: int = 0) -> PreTrainedTokenizerFast:
+    """One id a word (see WORDS, then "0", "1", ...); puts <s> in front of plain text, like Llama's."""
+    words = [*WORDS, *map(str, range(numbers))]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    special = {
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+        "additional_special_tokens": ["<sys>", "<user>", "<bot>"],
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special)
+
+
+PLAIN = word_tokenizer(chat_template=None, numbers=200)
+CHAT = word_tokenizer(numbers=200)
+
+
+def settings_for(source: object, seed: int = 0, samples: int = 2, policy: Any = None, **prompts: Any) -> Any:
+    return config.parse(
+        {
+            "run": {"name": "test", "seed": seed},
+            "policy": {"model": "tiny", **(policy or {})},
+            "prompts": {"source": str(source), "held_out": 2, **prompts},
+            "sampling": {"samples_per_prompt": samples},
+            "rewards": [{"name": "length", "source": "tests:length"}],
+        }
+    )
+
+
+def jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
+    return path
+
+
+def numbered(path: Path, count: int) -> Path:
+    """Prompts "0", "1", ...: the text tells the row of the source."""
+    return jsonl(path / "numbers.jsonl", [{"prompt": str(number)} for number in range(count)])
+
+
+def one_line(source: object, tokenizer: Any = PLAIN, **options: Any) -> str:
+    """The error of a broken source."""
+    with pytest.raises(ConfigError) as caught:
+        Prompts(settings_for(source, **options), tokenizer)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def every_row(prompts: Prompts) -> list[dict[str, Any]]:
+    """Each row once, in the order of the source."""
+    trained = prompts.batch(range(prompts.counts["train"])).to_pylist()
+    rows = {row["prompt_id"]: row for row in [*trained, *prompts.held_out().to_pylist()]}
+    return [rows[prompt_id] for prompt_id in sorted(rows)]
+
+
+# ---- tokens
+
+
+def test_plain_text_gets_the_tokenizers_own_special_tokens(tmp_path: Path) -> None:
+    source = jsonl(
+        tmp_path / "a.jsonl", [{"prompt": text} for text in ("hello world", "how are you", "be kind")]
+    )
+    rows = every_row(Prompts(settings_for(source), CHAT))
+    assert [row["prompt_tokens"] for row in rows] == [
+        [BOS, HELLO, WORLD],
+        [BOS, HOW, ARE, YOU],
+        [BOS, BE, KIND],
+    ]
+    assert [row["prompt"] for row in rows] == ["hello world", "how are you", "be kind"]
+
+
+def test_a_conversation_has_the_bos_of_its_template_once_and_the_assistants_header(tmp_path: Path) -> None:
+    turns = [("user", "hello"), ("assistant", "world"), ("user", "how are you")]
+    conversation = [{"role": role, "content": content} for role, content in turns]
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": conversation}, {"prompt": "hello"}, {"prompt": "world"}])
+    first, second, _ = every_row(Prompts(settings_for(source), CHAT))
+    assert first["prompt_tokens"] == [BOS, USER, HELLO, BOT, WORLD, USER, HOW, ARE, YOU, BOT]
+    assert first["prompt"] == "how are you"
+    assert second["prompt_tokens"] == [BOS, HELLO]  # plain rows beside it stay plain
+
+
+def test_text_that_brings_its_bos_does_not_get_a_second(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": text} for text in ("<s> hello", "world", "<s> <s> be")])
+    rows = every_row(Prompts(settings_for(source), PLAIN))
+    assert [row["prompt_tokens"] for row in rows] == [[BOS, HELLO], [BOS, WORLD], [BOS, BOS, BE]]
+
+
+def test_system_prompt_comes_first_unless_the_row_has_its_own(tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "hello"}, {"role": "user", "content": "you"}]
+    rows = [{"prompt": "how are you"}, {"prompt": own}, {"prompt": [{"role": "user", "content": "world"}]}]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    tokens = [
+        row["prompt_tokens"]
+        for row in every_row(Prompts(settings_for(source, system_prompt="be kind"), CHAT))
+    ]
+    assert tokens == [
+        [BOS, SYS, BE, KIND, USER, HOW, ARE, YOU, BOT],
+        [BOS, SYS, HELLO, USER, YOU, BOT],
+        [BOS, SYS, BE, KIND, USER, WORLD, BOT],
+    ]
+
+
+# ---- too long
+
+
+def long_and_short(path: Path) -> Path:
+    texts = [
+        "hello",
+        "hello world",
+        "be kind how are you",
+        "world",
+        "how are you hello",
+    ]  # +1 for <s>: 2 3 6 2 5
+    return jsonl(path / "long.jsonl", [{"prompt": text} for text in texts])
+
+
+def test_overlong_refuse_counts_them_and_names_the_longest(tmp_path: Path) -> None:
+    message = one_line(long_and_short(tmp_path), max_tokens=3)
+    assert message.startswith("prompts.max_tokens=3: 2 of 5 prompts")
+    assert "the longest has 6 tokens (line 3)" in message and "prompts.overlong=skip or cut_left" in message
+    Prompts(settings_for(long_and_short(tmp_path), max_tokens=6), PLAIN)  # exactly the budget is allowed
+
+
+def test_overlong_skip_leaves_them_out_and_keeps_the_row_numbers(tmp_path: Path) -> None:
+    prompts = Prompts(settings_for(long_and_short(tmp_path), max_tokens=3, overlong="skip"), PLAIN)
+    assert [(row["prompt_id"], row["prompt"]) for row in every_row(prompts)] == [
+        (0, "hello"),
+        (1, "hello world"),
+        (3, "world"),
+    ]
+    expected = {"read": 5, "skipped": 2, "cut": 0, "duplicates": 0, "held_out": 2, "train": 1}
+    assert prompts.counts == expected
+
+
+def test_overlong_cut_left_keeps_the_last_tokens(tmp_path: Path) -> None:
+    prompts = Prompts(settings_for(long_and_short(tmp_path), max_tokens=4, overlong="cut_left"), PLAIN)
+    tokens = [row["prompt_tokens"] for row in every_row(prompts)]
+    assert tokens == [
+        [BOS, HELLO],
+        [BOS, HELLO, WORLD],
+        [KIND, HOW, ARE, YOU],
+        [BOS, WORLD],
+        [HOW, ARE, YOU, HELLO][-4:],
+    ]
+    expected = {"read": 5, "skipped": 0, "cut": 2, "duplicates": 0, "held_out": 2, "train": 3}
+    assert prompts.counts == expected
+
+
+# ---- mistakes
+
+
+def test_text_without_tokens_is_an_empty_prompt(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": "hello"}]}] * 3)
+    assert "line 1 is an empty prompt (no tokens)" in one_line(source, word_tokenizer("{{ '' }}"))
+
+
+def test_too_few_different_prompts(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": str(number % 5)} for number in range(20)])
+    message = one_line(source, held_out=5)
+    assert message.startswith("prompts.held_out=5: ") and "has 5 different prompts" in message
+    assert message.endswith("expected at least 6")
+    assert Prompts(settings_for(source, held_out=4), PLAIN).counts["train"] == 4
+    skipped = one_line(long_and_short(tmp_path), max_tokens=2, overlong="skip")
+    assert "prompts.held_out=2" in skipped and "has 2 different prompts of at most 2 tokens" in skipped
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    plain = numbered(tmp_path, 5)
+    conversation = [{"role": "user", "content": "hello"}]
+    chat = jsonl(tmp_path / "chat.jsonl", [{"prompt": "hello"}, {"prompt": conversation}, {"prompt": "you"}])
+    message = one_line(plain, PLAIN, system_prompt="be kind")
+    assert message.startswith(
+        "policy.model=tiny: its tokenizer has no chat template, but prompts.system_prompt"
+    )
+    message = one_line(chat, PLAIN)
+    assert message.startswith("policy.model=tiny: its tokenizer has no chat template, but line 2 of ")
+    message = one_line(chat, CHAT, policy={"chat_template": "never"})
+    assert message.startswith("policy.chat_template=never: line 2 of ") and "is a list of messages" in message
+    message = one_line(plain, CHAT, policy={"chat_template": "never"}, system_prompt="be kind")
+    assert message.startswith("policy.chat_template=never: prompts.system_prompt makes conversations")
+    Prompts(settings_for(plain, policy={"chat_template": "never"}), CHAT)
+
+
+def test_a_template_that_refuses_a_role_is_quoted(tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    )
+    message = one_line(numbered(tmp_path, 5), word_tokenizer(template + "hello"), system_prompt="be kind")
+    assert "line 1: the chat template refuses it: System role not supported" in message
