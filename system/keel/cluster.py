@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import os
 import socket
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -129,16 +129,18 @@ class Pool:
         try:
             return await worker.load.remote(self._loaded)
         except (RayActorError, RayTaskError):
-            return await self._replace(index, worker)
+            await self._replace(index, worker)
+            return await self._workers[index].load.remote(self._loaded)
 
-    async def _replace(self, index: int, lost: ActorHandle) -> Any:
+    async def _replace(self, index: int, lost: ActorHandle) -> None:
         """Kill a worker and put a new one in its place, holding the newest weights; once for every loss."""
         if self._workers[index] is not lost:
-            return None
+            return
         ray.kill(lost, no_restart=True)
         self._workers[index] = self._spawn(index)
         await self._started(self._workers[index])
-        return await self._workers[index].load.remote(self._loaded) if self._loaded is not None else None
+        if self._loaded is not None:
+            await self._workers[index].load.remote(self._loaded)
 
 
 class GeneratorPool:
@@ -275,8 +277,3 @@ def scorers(settings: Settings, reference_folder: str | None) -> list[ScorerPool
 
 def _pool(role: str, spawn: Spawn, count: int, settings: Settings) -> Pool:
     return Pool(role, spawn, count, settings.deadlines.start_seconds, by_ticket=settings.buffer.max_staleness == 0)
-
-
-async def together(*starts: Coroutine[Any, Any, None]) -> None:
-    """Bring everything up at once."""
-    await asyncio.gather(*starts)

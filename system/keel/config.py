@@ -63,6 +63,21 @@ def digest(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def difference(stored: dict[str, Any], settings: Settings) -> str:
+    """The settings in which a stored tree differs, for one line."""
+    pairs = _leaves(stored), _leaves(settings.model_dump(mode="json"))
+    changed = [key for key in {**pairs[0], **pairs[1]} if pairs[0].get(key) != pairs[1].get(key)]
+    shown = [f"{key}: {pairs[0].get(key)} there, {pairs[1].get(key)} here" for key in changed[:2]]
+    return "; ".join(shown) + (f"; {len(changed) - 2} more" if len(changed) > 2 else "")
+
+
+def _leaves(node: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(node, dict | list) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return {k: v for key, child in items for k, v in _leaves(child, f"{path}.{key}" if path else str(key)).items()}
+    return {path: node}
+
+
 def schema() -> dict[str, Any]:
     return Settings.model_json_schema()
 

@@ -160,12 +160,13 @@ class Controller:
 
     async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
         deadlines = self.settings.deadlines
-        batch, receipt = await self._within(
-            deadlines.generate_seconds, self.parts.generators.generate(prompts, self.sampling), "a generator"
-        )
+        grace = deadlines.start_seconds + deadlines.load_seconds  # a lost worker is replaced within the same await
+        patience = deadlines.generate_seconds + grace
+        generated = self.parts.generators.generate(prompts, self.sampling)
+        batch, receipt = await self._within(patience, generated, "a generator")
         receipts = [receipt]
         for scorer in self.parts.scorers:
-            batch, receipt = await self._within(deadlines.score_seconds, scorer.score(batch), "a scorer")
+            batch, receipt = await self._within(deadlines.score_seconds + grace, scorer.score(batch), "a scorer")
             receipts.append(receipt)
         return batch, receipts
 
@@ -191,7 +192,8 @@ class Controller:
         deadlines = self.settings.deadlines
         self.observer.doing("rollouts")
         waited = time.monotonic()
-        patience = (deadlines.generate_seconds + deadlines.score_seconds) * (self.settings.failures.retries + 1)
+        attempt = deadlines.generate_seconds + deadlines.score_seconds + deadlines.start_seconds
+        patience = attempt * (self.settings.failures.retries + 1)
         groups = self.settings.buffer.groups_per_step
         batch, buffered = await self._within(patience, self.parts.buffer.take(groups), "rollouts of a step")
         tokens, busy = self._generated

@@ -1,0 +1,116 @@
+"""The commands. Configuration is parsed before any heavy import, so help and --dry-run answer at once."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from keel import __version__, config
+from keel.settings import Settings
+
+app = typer.Typer(
+    help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as a.b=c", show_default=False)]
+
+
+@app.command()
+def train(
+    config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")],
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="Ray address to join; default: an embedded Ray")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
+) -> None:
+    """Run online training. On the run directory of an unfinished run of the same settings, go on from there."""
+    extra = [f"cluster.address={address}"] if address else []
+    settings = config.load(config_path, [*(overrides or []), *extra])
+    if dry_run:
+        typer.echo(config.dump(settings), nl=False)
+        return
+    _train(settings, config_path)
+
+
+@app.command()
+def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
+    """Go on from the last committed checkpoint of a run."""
+    stored = run_directory / "config.yaml"
+    if not stored.is_file():
+        raise config.ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
+    _train(config.load(stored, [f"run.directory={run_directory}"]), str(stored))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, with defaults and descriptions."""
+    typer.echo(json.dumps(config.schema(), indent=2))
+
+
+@app.command()
+def metrics() -> None:
+    """Print the reference table of all Prometheus metrics."""
+    from keel.metrics import reference_table
+
+    typer.echo(reference_table())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    self_test: Annotated[bool, typer.Option(help="train a tiny model for one step through the whole stack")] = True,
+) -> None:
+    """Check this machine: Python, compiler, memory, ports, packages, and one step of training."""
+    from keel import doctor as checks
+
+    if not checks.run(console, as_json=as_json, self_test=self_test):
+        raise typer.Exit(1)
+
+
+def _train(settings: Settings, config_path: str) -> None:
+    from keel import quiet
+
+    quiet.libraries()
+    from keel import preflight, progress, summary
+    from keel import train as training
+
+    prepared = preflight.prepare(settings)
+    with progress.display(console, settings.run.steps) as display:
+        display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
+        outcome = training.run(prepared, display)
+    summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
+    try:
+        app(standalone_mode=False)
+    except config.ConfigError as error:
+        _fail(str(error), 2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", 130)
+    except Exception as error:
+        _fail_run(error)
+
+
+def _fail_run(error: Any) -> None:
+    """Usage errors of the command line end with 2; a failed run shows its cause and ends with 1."""
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's own exceptions
+        _fail(error.format_message(), error.exit_code)
+    if type(error).__module__.startswith("keel."):
+        _fail(f"{type(error).__name__}: {error}", 1)
+    raise error
+
+
+def _fail(message: str, code: int) -> None:
+    errors.print(f"keel: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
+    sys.exit(code)

@@ -1,0 +1,145 @@
+"""Everything that can be known to fail is found here, before Ray starts and before anything is written."""
+
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import yaml
+
+from keel import config, models, schema, score
+from keel.config import ConfigError
+from keel.prompts import Prompts
+from keel.protocols import Sampling
+from keel.settings import Settings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: what the actors and the controller are built from."""
+
+    settings: Settings
+    directory: Path
+    policy_folder: str
+    reference_folder: str | None
+    tokenizer: Any
+    prompts: Prompts
+    sampling: Sampling
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Check models, prompts, rewards, port, memory and run directory. Raises ConfigError, one line."""
+    directory = Path(settings.run_directory).resolve()
+    check_directory(directory, settings)
+    check_port(settings)
+    check_memory(settings)
+    for reward in settings.rewards:
+        check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
+    policy = models.locate(settings.policy.model, "policy.model")
+    check_context(policy, settings)
+    tokenizer = models.load_tokenizer(policy, "policy.model")
+    prompts = Prompts(settings, tokenizer)
+    check_rewards(settings, prompts.batch([0]))
+    reference = None
+    if settings.reference:
+        name = settings.reference.model
+        reference = str(models.locate(name, "reference.model") if name else policy)
+    stop = settings.sampling.stop_token_ids
+    sampling = Sampling(
+        temperature=settings.sampling.temperature,
+        top_p=settings.sampling.top_p,
+        max_tokens=settings.sampling.max_tokens,
+        stop_token_ids=tuple(stop) if stop is not None else models.end_tokens(policy, tokenizer),
+    )
+    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling)
+
+
+def check_directory(directory: Path, settings: Settings) -> None:
+    """The run directory is new, or holds a run of the same settings, which then goes on."""
+    stored = directory / "config.yaml"
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"run.directory={directory}: not a directory")
+    if not stored.exists():
+        return
+    other = config.digest(config.load(stored))
+    if other != config.digest(settings):
+        changed = config.difference(yaml.safe_load(stored.read_text()), settings)
+        raise ConfigError(
+            f"run.directory={directory}: holds a run with other settings ({changed}); expected a new run.name or directory"
+        )
+
+
+def check_port(settings: Settings) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.metrics.host, settings.metrics.port))
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port={settings.metrics.port}: cannot listen on {settings.metrics.host}"
+                f" ({error.strerror}); expected a free port, or 0 for any"
+            ) from None
+
+
+def check_memory(settings: Settings) -> None:
+    """Free memory, and shared memory for the embedded Ray's object store."""
+    available = psutil.virtual_memory().available
+    if available < settings.cluster.min_memory_bytes:
+        raise ConfigError(
+            f"cluster.min_memory_bytes={settings.cluster.min_memory_bytes}: {available} bytes of memory are free;"
+            " expected at least that many"
+        )
+    if settings.cluster.address is None and Path("/dev/shm").exists():
+        shared = shutil.disk_usage("/dev/shm").free
+        if shared < settings.cluster.object_store_bytes:
+            raise ConfigError(
+                f"cluster.object_store_bytes={settings.cluster.object_store_bytes}: /dev/shm has {shared} bytes free;"
+                " expected at least that many (in Docker: --shm-size)"
+            )
+
+
+def check_context(policy: Path, settings: Settings) -> None:
+    """Prompt and completion fit the model's positions."""
+    from transformers import AutoConfig
+
+    positions = getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", None)
+    if positions is not None and settings.max_model_tokens > positions:
+        raise ConfigError(
+            f"prompts.max_tokens + sampling.max_tokens={settings.max_model_tokens}: the model has {positions} positions;"
+            " expected at most that many"
+        )
+
+
+def check_reward_source(kind: str, source: str, setting: str) -> None:
+    if kind == "rule":
+        score.import_function(source, setting)
+    if kind == "model":
+        models.locate(source, setting)
+    if kind == "http" and not source.startswith(("http://", "https://")):
+        raise ConfigError(f"{setting}={source}: expected a URL that starts with http:// or https://")
+
+
+def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
+    """Call every reward function once, on two real prompts, to see that it answers one value for each."""
+    text = "Yes, of course. I am glad to help you."
+    sample = prompts.slice(0, 2)
+    columns = {"completion": [text] * 2, "completion_tokens": [[1, 2, 3]] * 2}
+    probe = schema.append(sample, pa.RecordBatch.from_pydict(columns))
+    for reward in settings.rewards:
+        if reward.kind != "rule":
+            continue
+        function = score.import_function(reward.source, f"rewards.{reward.name}.source")
+        setting = f"rewards.{reward.name}.source={reward.source}"
+        try:
+            values = function(**score.arguments(probe))
+        except Exception as error:  # the user's code may raise anything; here it is bad input
+            raise ConfigError(
+                f"{setting}: raised {type(error).__name__} ({error}) on a sample; expected"
+                " function(prompts, completions, completion_ids, **columns) -> list of numbers"
+            ) from None
+        if not isinstance(values, list | tuple) or len(values) != 2:
+            given = len(values) if isinstance(values, list | tuple) else type(values).__name__
+            raise ConfigError(f"{setting}: returned {given} values for 2 completions; expected one for each")

@@ -1,0 +1,82 @@
+"""What a finished run shows: first against last evaluation, two answers before and after, and where to go next."""
+
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from keel import checkpoint, evaluate
+from keel.diagnostics import Estimate, per_completion
+from keel.settings import Settings
+
+_UNITS = {
+    "kl_nats": "KL to reference (nats)",
+    "entropy_nats": "entropy (nats/token)",
+    "length_tokens": "length (tokens)",
+    "finished_ratio": "ended by itself (share)",
+    "reward": "reward (training)",
+}
+
+
+def show(console: Console, directory: Path, settings: Settings, seconds: float, config_path: str) -> None:
+    """Print the table, two completions before and after, the run's files and the next commands."""
+    steps = [int(row["step"]) for row in evaluate.frontier(directory)]
+    first, last = evaluate.load(directory, steps[0]), evaluate.load(directory, steps[-1])
+    console.print(_table(first, last, steps[0], steps[-1], settings))
+    for row in _telling_rows(first, last):
+        console.print(_answer(first, last, row, steps[0], steps[-1]), soft_wrap=True)
+    newest = checkpoint.latest(directory)
+    console.print(f"Run      {_short(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)", soft_wrap=True)
+    console.print(f"Policy   {_short(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)", soft_wrap=True)
+    console.print(f"Time     {seconds:.0f} s in this process")
+    console.print("Next     " + _next(config_path), soft_wrap=True)
+
+
+def _table(first: pa.RecordBatch, last: pa.RecordBatch, before: int, after: int, settings: Settings) -> Table:
+    table = Table(title=f"{settings.run.name}: {first.num_rows} held-out prompts, mean with 95 % interval")
+    for name, justify in (("", "left"), (f"step {before}", "right"), (f"step {after}", "right"), ("change (paired)", "right")):
+        table.add_column(name, justify=justify)
+    roles = {f"reward_{reward.name}": reward.role for reward in settings.rewards}
+    old, new, change = evaluate.estimates(first), evaluate.estimates(last), evaluate.changes(first, last)
+    for name in old:
+        label = _UNITS.get(name) or f"{name.removeprefix('reward_')} ({roles.get(name, 'monitor')})"
+        table.add_row(label, _interval(old[name]), _interval(new[name]), _signed(change[name]))
+    return table
+
+
+def _telling_rows(first: pa.RecordBatch, last: pa.RecordBatch) -> list[int]:
+    """The two prompts in the middle of the order by change of reward: typical, not the best."""
+    change = per_completion(last)["reward"] - per_completion(first)["reward"]
+    order = change.argsort(kind="stable")
+    return [int(order[len(order) // 2]), int(order[len(order) * 3 // 4])]
+
+
+def _answer(first: pa.RecordBatch, last: pa.RecordBatch, row: int, before: int, after: int) -> Text:
+    text = Text()
+    text.append(f"\nprompt:  {first.column('prompt')[row].as_py()}\n", style="bold")
+    for step, batch in ((before, first), (after, last)):
+        reward = batch.column("reward")[row].as_py()
+        completion = " ".join(batch.column("completion")[row].as_py().split())
+        text.append(f"step {step:>3} (reward {reward if reward is not None else float('nan'):+.2f}): {completion}\n")
+    return text
+
+
+def _interval(value: Estimate) -> str:
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _signed(value: Estimate) -> str:
+    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _next(config_path: str) -> str:
+    other = Path(config_path).with_name("quickstart-maxent.yaml")
+    if Path(config_path).name == "quickstart.yaml" and other.exists():
+        return f"keel train {other}  (the same run regularised by entropy: watch KL and the answers)"
+    return f"keel train {config_path} run.name=another run.seed=1"
