@@ -1,8 +1,13 @@
 """A record batch -> one rank's rows -> micro-batches of tensors under a token budget.
 
+Samples of one prompt are packed behind a single copy of it (a unit), so a prompt goes through the model once:
+
+    tokens     p p p p  a a a  b b b b          attention   a sees p and a;  b sees p and b, never a
+    positions  0 1 2 3  4 5 6  4 5 6 7
+
 Every rank plans for all ranks from the same lengths, so micro-batch counts, head pieces and denominators agree
 everywhere without asking: 1 rank and N ranks take the same step.
-Shapes: B rows, T padded tokens, N completion tokens of the micro-batch (flat, row by row).
+Shapes: U units, B rows in them, T padded tokens, N completion tokens (flat, row by row).
 """
 
 from dataclasses import dataclass
@@ -14,6 +19,9 @@ from torch import Tensor
 
 from keel import schema
 
+Unit = np.ndarray
+"""Row numbers that share a prompt and go through the model as one sequence."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -22,9 +30,13 @@ class MicroBatch:
     rows: np.ndarray
     """[B] row numbers in the record batch."""
     tokens: Tensor
-    """int64 [B, T], prompt then completion, zeros behind."""
+    """int64 [U, T], a prompt and then its completions, zeros behind."""
+    places: Tensor
+    """int64 [U, T] position of each token in its own prompt and completion."""
+    mask: Tensor | None
+    """bool [U, 1, T, T] who may look at whom; None: plain causal, every unit is one row."""
     positions: Tensor
-    """int64 [N], index into B * T of the token that predicts each completion token."""
+    """int64 [N], index into U * T of the token that predicts each completion token."""
     targets: Tensor
     """int64 [N], the completion tokens."""
     items: np.ndarray
@@ -37,72 +49,119 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows each rank puts through the model together."""
+    """Which units each rank puts through the model together."""
 
-    micro_batches: list[list[np.ndarray]]
-    """[rank][micro-batch] row numbers; equally many for every rank."""
+    micro_batches: list[list[list[Unit]]]
+    """[rank][micro-batch] units; equally many micro-batches for every rank."""
     real: list[list[bool]]
     """[rank][micro-batch] False for filler."""
     head_chunks: list[int]
     """[micro-batch] pieces the output head works in, the largest need of any rank."""
 
 
-def plan(
-    prompt_lengths: np.ndarray, completion_lengths: np.ndarray, *, ranks: int, tokens_per_batch: int, head_chunk_tokens: int
-) -> Plan:
-    """Deal rows to ranks, longest first and back and forth, then cut each rank's rows into padded micro-batches.
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a pass through the model, in tokens."""
 
-    Lengths [rows] in tokens. B * T <= tokens_per_batch unless one row alone is longer. Every row appears exactly
-    once among the real micro-batches.
+    tokens_per_batch: int
+    """Of a micro-batch, padding included."""
+    shared_prompt_tokens: int
+    """Of a unit of several rows; 0: one row a unit."""
+    head_chunk_tokens: int
+    """Completion tokens in the output head at once."""
+
+
+def plan(batch: pa.RecordBatch, ranks: int, budget: Budget) -> Plan:
+    """Deal units to ranks, longest first and back and forth, then cut each rank's units into padded micro-batches.
+
+    U * T <= tokens_per_batch unless one unit alone is longer. Every row appears exactly once among the real
+    micro-batches.
     """
-    total = prompt_lengths + completion_lengths
-    assert len(total) >= ranks, (len(total), ranks)
+    prompts, completions = schema.lengths(batch, "prompt_tokens"), schema.lengths(batch, "completion_tokens")
+    assert len(prompts) >= ranks, (len(prompts), ranks)
+    units = _units(batch.column("ticket").to_numpy(), prompts, completions, budget.shared_prompt_tokens)
+    if len(units) < ranks:
+        units = [np.array([row]) for row in range(len(prompts))]
+    total = np.array([prompts[unit[0]] + completions[unit].sum() for unit in units])
     order = np.argsort(-total, kind="stable")
     turns = np.arange(len(order)) % (2 * ranks)
     owner = np.minimum(turns, 2 * ranks - 1 - turns)
-    per_rank = [_pack(order[owner == rank], total, tokens_per_batch) for rank in range(ranks)]
+    per_rank = [_pack(order[owner == rank], total, budget.tokens_per_batch) for rank in range(ranks)]
     count = max(len(batches) for batches in per_rank)
-    padded = [batches + [batches[-1][:1]] * (count - len(batches)) for batches in per_rank]
-    real = [[index < len(batches) for index in range(count)] for batches in per_rank]
-    chunks = [
-        max(-(-int(completion_lengths[batches[index]].sum()) // head_chunk_tokens) for batches in padded)
-        for index in range(count)
+    padded = [
+        [[units[index] for index in numbers] for numbers in batches + [batches[-1][:1]] * (count - len(batches))]
+        for batches in per_rank
     ]
+    real = [[index < len(batches) for index in range(count)] for batches in per_rank]
+    items = [[sum(int(completions[unit].sum()) for unit in micro) for micro in batches] for batches in padded]
+    chunks = [-(-max(rank_items[index] for rank_items in items) // budget.head_chunk_tokens) for index in range(count)]
     return Plan(padded, real, chunks)
 
 
-def _pack(rows: np.ndarray, total: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Cut rows, longest first, into runs whose padded size fits the budget."""
+def _units(tickets: np.ndarray, prompts: np.ndarray, completions: np.ndarray, limit: int) -> list[Unit]:
+    """Rows of a ticket together while prompt and completions fit the limit."""
+    units: list[Unit] = []
+    for ticket in dict.fromkeys(tickets.tolist()):
+        open_unit: list[int] = []
+        for row in np.flatnonzero(tickets == ticket):
+            if open_unit and prompts[row] + completions[open_unit].sum() + completions[row] > limit:
+                units.append(np.array(open_unit))
+                open_unit = []
+            open_unit.append(int(row))
+        units.append(np.array(open_unit))
+    return units
+
+
+def _pack(numbers: np.ndarray, total: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Cut units, longest first, into runs whose padded size fits the budget."""
     batches, start = [], 0
-    while start < len(rows):
-        size = max(1, int(tokens_per_batch // total[rows[start]]))
-        batches.append(rows[start : start + size])
+    while start < len(numbers):
+        size = max(1, int(tokens_per_batch // total[numbers[start]]))
+        batches.append(numbers[start : start + size])
         start += size
     return batches
 
 
-def tensors(batch: pa.RecordBatch, rows: np.ndarray, *, real: bool = True) -> MicroBatch:
-    """The micro-batch of these rows."""
+def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> MicroBatch:
+    """The micro-batch of these units."""
     prompts, prompt_lengths = schema.ragged(batch, "prompt_tokens")
     completions, completion_lengths = schema.ragged(batch, "completion_tokens")
     prompt_starts = np.cumsum(prompt_lengths) - prompt_lengths
     completion_starts = np.cumsum(completion_lengths) - completion_lengths
-    width = int((prompt_lengths + completion_lengths)[rows].max())
-    tokens = np.zeros((len(rows), width), dtype=np.int64)
+    rows = np.concatenate(units)
+    width = max(int(prompt_lengths[unit[0]] + completion_lengths[unit].sum()) for unit in units)
+    tokens, places = np.zeros((len(units), width), np.int64), np.zeros((len(units), width), np.int64)
+    segments = np.full((len(units), width), -1)  # 0 the prompt, k the k-th completion, -1 padding
     positions, items = [], []
-    for b, row in enumerate(rows):
-        p, c = int(prompt_lengths[row]), int(completion_lengths[row])
-        tokens[b, :p] = prompts[prompt_starts[row] : prompt_starts[row] + p]
-        tokens[b, p : p + c] = completions[completion_starts[row] : completion_starts[row] + c]
-        positions.append(b * width + p - 1 + np.arange(c))
-        items.append(completion_starts[row] + np.arange(c))
+    for u, unit in enumerate(units):
+        p, end = int(prompt_lengths[unit[0]]), int(prompt_lengths[unit[0]])
+        tokens[u, :p] = prompts[prompt_starts[unit[0]] : prompt_starts[unit[0]] + p]
+        places[u, :p], segments[u, :p] = np.arange(p), 0
+        for k, row in enumerate(unit, start=1):
+            c = int(completion_lengths[row])
+            own = completion_starts[row] + np.arange(c)
+            tokens[u, end : end + c] = completions[own]
+            places[u, end : end + c], segments[u, end : end + c] = p + np.arange(c), k
+            # the last prompt token predicts the first token of every completion behind it
+            positions.append(u * width + np.concatenate([[p - 1], end + np.arange(c - 1)]).astype(np.int64))
+            items.append(own)
+            end += c
     flat_items = np.concatenate(items)
     return MicroBatch(
         rows=rows,
         tokens=torch.from_numpy(tokens),
+        places=torch.from_numpy(places),
+        mask=_mask(torch.from_numpy(segments)) if len(rows) > len(units) else None,
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(completions[flat_items].astype(np.int64)),
         items=flat_items,
         row_of_item=torch.from_numpy(np.repeat(np.arange(len(rows)), completion_lengths[rows])),
         real=real,
     )
+
+
+def _mask(segments: Tensor) -> Tensor:
+    """bool [U, 1, T, T]: causal, and only into the prompt or one's own completion; padding sees itself."""
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
+    return (causal & ((key == 0) | (key == query)))[:, None]

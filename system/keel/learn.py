@@ -105,16 +105,14 @@ class DeepSpeedLearner:
         started = time.monotonic()
         named = self._full_parameters()
         if self.rank != 0:
-            for _ in named:
-                pass
             return None, None
-        packed = weights.pack(named, self.version, self.settings.generators.dtype)
+        packed = weights.pack(named.items(), self.version, self.settings.generators.dtype)
         return packed, LoadReceipt(packed.version, packed.digest, packed.buffer.nbytes, time.monotonic() - started)
 
     def save(self, directory: str) -> None:
         """Write `learner/` (DeepSpeed, every rank its shard) and `policy/` (Hugging Face folder, rank 0)."""
         self._engine.save_checkpoint(f"{directory}/learner", tag="state", client_state={"version": self.version})
-        named = dict(self._full_parameters())
+        named = self._full_parameters()
         if self.rank == 0:
             from keel import export
 
@@ -128,18 +126,14 @@ class DeepSpeedLearner:
         return self.version
 
     def _plan(self, batch: pa.RecordBatch) -> batching.Plan:
-        return batching.plan(
-            schema.lengths(batch, "prompt_tokens"),
-            schema.lengths(batch, "completion_tokens"),
-            ranks=self.ranks,
-            tokens_per_batch=self.settings.learners.tokens_per_batch,
-            head_chunk_tokens=self.settings.learners.head_chunk_tokens,
-        )
+        learners = self.settings.learners
+        budget = batching.Budget(learners.tokens_per_batch, learners.shared_prompt_tokens, learners.head_chunk_tokens)
+        return batching.plan(batch, self.ranks, budget)
 
     def _micro_batches(self, batch: pa.RecordBatch, plan: batching.Plan) -> Iterator[tuple[batching.MicroBatch, int]]:
         own = zip(plan.micro_batches[self.rank], plan.real[self.rank], plan.head_chunks, strict=True)
-        for rows, real, chunks in own:
-            yield batching.tensors(batch, rows, real=real), chunks
+        for units, real, chunks in own:
+            yield batching.tensors(batch, units, real=real), chunks
 
     def _rows(self, batch: pa.RecordBatch, micro: batching.MicroBatch, credit: Credit, old: np.ndarray | None) -> Rows:
         def column(values: np.ndarray) -> Tensor:
@@ -157,13 +151,7 @@ class DeepSpeedLearner:
         )
 
     def _forward(self, micro: batching.MicroBatch, chunks: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-        logprobs, entropies = self._engine(
-            micro.tokens.to(self.device),
-            micro.positions.to(self.device),
-            micro.targets.to(self.device),
-            self.settings.sampling.temperature,
-            chunks,
-        )
+        logprobs, entropies = self._engine(micro, self.settings.sampling.temperature, chunks)
         return logprobs, entropies if entropy_gradient else entropies.detach()
 
     @torch.no_grad()
@@ -187,13 +175,16 @@ class DeepSpeedLearner:
             torch.distributed.all_reduce(values)
         return Counter(dict(zip(names, values.tolist(), strict=True)))
 
-    def _full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Checkpoint names and whole tensors; under ZeRO-3 gathered one after the other by all ranks together."""
+    def _full_parameters(self) -> dict[str, Tensor]:
+        """The whole policy under checkpoint names, on rank 0; the others take part where ZeRO-3 must gather."""
         import deepspeed
 
+        named: dict[str, Tensor] = {}
         for name, parameter in self._engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.learners.zero_stage == 3):
-                yield name.removeprefix("model."), parameter.detach().clone()
+                if self.rank == 0:
+                    named[name] = parameter.detach().to("cpu", copy=True)
+        return self._engine.module.checkpoint(named) if self.rank == 0 else {}
 
 
 def engine_config(learners: LearnerSettings) -> dict[str, Any]:

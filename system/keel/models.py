@@ -1,6 +1,6 @@
 """Language models: where they come from, and their token log-probs and entropy in fp32.
 
-Shapes: B rows, T padded tokens, H hidden size, V vocabulary, N completion tokens of all rows (flat, row by row).
+Shapes: U sequences, T padded tokens, H hidden size, V vocabulary, N completion tokens of all rows (flat, row by row).
 """
 
 import os
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from keel.batch import MicroBatch
 from keel.config import ConfigError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -166,7 +167,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 
 
 class Policy(nn.Module):
-    """A causal language model that returns what training needs of its completions, never [B, T, V] logits.
+    """A causal language model that returns what training needs of its completions, never [U, T, V] logits.
 
     Only positions that predict a completion token go through the head, `head_chunks` pieces one after the other;
     each piece is recomputed in the backward pass, so one piece of [n, V] logits exists at a time. The number of
@@ -177,19 +178,35 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
+    def checkpoint(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under this module's parameter names -> under the names of a Hugging Face checkpoint.
+
+        They differ where transformers renames on loading (GPT-NeoX: embed_out is lm_head in memory); vLLM and every
+        other reader know the names of the file.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        inner = {name.removeprefix("model."): tensor for name, tensor in named.items()}
+        return dict(revert_weight_conversion(self.model, inner))
+
     @property
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, targets: Tensor, temperature: float, head_chunks: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (fp32 [N], nats) of target tokens.
+    def forward(self, micro: MicroBatch, temperature: float, head_chunks: int = 1) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (fp32 [N], nats) of a micro-batch's completion tokens.
 
-        tokens [B, T] right-padded: a causal model never lets a completion see the padding after it, so no mask is
-        needed. positions [N]: index into the flattened [B * T] of the token that predicts each target; targets [N].
+        Tokens are right-padded: a causal model never lets a completion see the padding after it, so rows on their
+        own need no mask; packed rows bring theirs.
         """
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        device = next(self.parameters()).device
+        hidden = self.model.base_model(
+            input_ids=micro.tokens.to(device),
+            attention_mask=None if micro.mask is None else micro.mask.to(device),
+            position_ids=micro.places.to(device),
+            use_cache=False,
+        ).last_hidden_state
+        positions, targets = micro.positions.to(device), micro.targets.to(device)
         selected = hidden.flatten(0, 1)[positions]
         pieces = [
             checkpoint(self._score, piece, target, temperature, use_reentrant=False)

@@ -43,23 +43,20 @@ class ReferenceScorer:
         self.name = name
         self.settings = settings
         self.temperature = temperature
-        self._device = torch.device("cuda", 0) if settings.gpus else torch.device("cpu")
-        self._policy = models.load_policy(Path(folder), settings.dtype).to(self._device).eval()
+        self._policy = models.load_policy(Path(folder), settings.dtype).to("cuda" if settings.gpus else "cpu").eval()
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
         import torch
 
         started = time.monotonic()
         lengths = schema.lengths(batch, "completion_tokens")
-        prompts = schema.lengths(batch, "prompt_tokens")
-        budget = self.settings.tokens_per_batch
-        plan = batching.plan(prompts, lengths, ranks=1, tokens_per_batch=budget, head_chunk_tokens=512)
+        budget = batching.Budget(self.settings.tokens_per_batch, self.settings.shared_prompt_tokens, head_chunk_tokens=512)
+        plan = batching.plan(batch, ranks=1, budget=budget)
         flat = np.empty(int(lengths.sum()), np.float32)
         with torch.inference_mode():
-            for rows, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
-                micro = batching.tensors(batch, rows)
-                inputs = (part.to(self._device) for part in (micro.tokens, micro.positions, micro.targets))
-                flat[micro.items] = self._policy(*inputs, self.temperature, chunks)[0].cpu().numpy()
+            for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
+                micro = batching.tensors(batch, units)
+                flat[micro.items] = self._policy(micro, self.temperature, chunks)[0].cpu().numpy()
         column = schema.from_ragged(flat, lengths, schema.NATS)
         scored = schema.append(batch, schema.build(self.adds, {"reference_logprobs": column}))
         return scored, StageReceipt(batch.num_rows, len(flat), time.monotonic() - started, self.name)

@@ -164,6 +164,7 @@ class ReferenceSettings(WorkerSettings):
     model: str | None = Field(None, description="null: the policy before training")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic")
     tokens_per_batch: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
+    shared_prompt_tokens: int = Field(512, ge=0, description="as learners.shared_prompt_tokens")
 
 
 class LearnerSettings(WorkerSettings):
@@ -177,6 +178,9 @@ class LearnerSettings(WorkerSettings):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
     tokens_per_batch: int = Field(4096, ge=1, description="tokens of one micro-batch on one rank, padding included")
+    shared_prompt_tokens: int = Field(
+        512, ge=0, description="samples of a prompt go behind one copy of it while they fit this many tokens; 0: never"
+    )
     head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
 
 

@@ -1,0 +1,95 @@
+"""A tiny model and a configuration for the real stack: vLLM, Ray, Arrow files, DeepSpeed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from keel import doctor, tiny
+
+RUN_SECONDS = 240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = str(Path(__file__).parent)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_cpu() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
+    """Write the self-test configuration with blocks changed: write_config(run={"steps": 4})."""
+
+    def write(name: str = "run", **blocks: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        path = doctor.self_test_config(folder, str(tiny_model))
+        tree = yaml.safe_load(path.read_text())
+        for block, values in blocks.items():
+            tree[block] = {**tree.get(block, {}), **values} if isinstance(values, dict) else values
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def keel() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start the command line in its own process group; whatever is left of it is killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # rewards of these tests
+        process = subprocess.Popen(
+            [sys.executable, "-m", "keel", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=environment,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        kill(process)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    out, err = process.communicate(timeout=RUN_SECONDS)
+    return process.returncode, out, err
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.2)

@@ -1,0 +1,59 @@
+"""Run as a process of its own: load weights into vLLM engines and compare them with fresh ones, bit for bit.
+
+Usage: engines.py FOLDER     FOLDER/CASE/{start,target} are model folders; prints one JSON object
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from keel import schema, weights
+from keel.generate import VllmGenerator
+from keel.protocols import Sampling
+from keel.settings import GeneratorSettings
+from safetensors.torch import load_file
+
+SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=16, stop_token_ids=(2,))
+ROWS = 6
+
+
+def prompts() -> object:
+    columns = {
+        "ticket": list(range(ROWS)),
+        "sample": [0] * ROWS,
+        "prompt_id": list(range(ROWS)),
+        "prompt_tokens": [[3 + row, 20, 30 + row, 40] for row in range(ROWS)],
+        "prompt": ["x"] * ROWS,
+        "prompt_columns": ["{}"] * ROWS,
+        "seed": [1000 + row for row in range(ROWS)],
+    }
+    return schema.build(schema.PROMPT, columns)
+
+
+def sample(generator: VllmGenerator) -> dict[str, list[object]]:
+    batch, _ = generator.generate(prompts(), SAMPLING)
+    return {name: batch.column(name).to_pylist() for name in ("completion_tokens", "completion_logprobs")}
+
+
+def compare(case: Path) -> dict[str, bool | int]:
+    """Load target's weights into an engine started from start; compare with an engine started from target."""
+    settings = GeneratorSettings(kv_cache_bytes=2**26, threads=1)
+    loaded = VllmGenerator(str(case / "start"), settings, 64, "loaded")
+    before = sample(loaded)
+    packed = weights.pack(load_file(case / "target" / "model.safetensors").items(), 7, "bfloat16")
+    receipt = loaded.load(packed)
+    after = sample(loaded)
+    fresh = sample(VllmGenerator(str(case / "target"), settings, 64, "fresh"))
+    assert (receipt.version, receipt.digest) == (7, packed.digest)
+    return {"moved": before != after, "identical": after == fresh, "version": loaded.version}
+
+
+def main(folder: Path) -> None:
+    answers = {case.name: compare(case) for case in sorted(folder.iterdir())}
+    weights._repack_heads = lambda model: None
+    answers["no-repack"] = compare(folder / "llama-True")
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

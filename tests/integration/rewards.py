@@ -1,0 +1,12 @@
+"""Reward functions of these tests, importable by the actors through PYTHONPATH."""
+
+import math
+
+
+def not_a_number(completions: list[str], **columns: object) -> list[float]:
+    return [math.nan] * len(completions)
+
+
+def none_for_short(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float | None]:
+    """The length, and no answer for completions of which the last token id is odd."""
+    return [None if ids[-1] % 2 else float(len(ids)) for ids in completion_ids]

@@ -1,0 +1,188 @@
+"""The DeepSpeed learner against a plain PyTorch loop, and 1 rank against 2 at every ZeRO stage."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from keel import config, schema, weights
+from keel.learn import DeepSpeedLearner
+from keel.settings import Settings
+
+STEPS = 3
+RATE = 1e-2
+SAMPLES, GROUPS = 4, 3
+
+
+@pytest.fixture(scope="module")
+def small_ray() -> Iterator[None]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    yield
+    ray.shutdown()
+
+
+def settings(**learners: Any) -> Settings:
+    return config.parse(
+        {
+            "policy": {"model": "unused"},
+            "prompts": {"source": "unused", "max_tokens": 16},
+            "sampling": {"samples_per_prompt": SAMPLES, "max_tokens": 12, "temperature": 0.7},
+            "rewards": [{"name": "a", "source": "a:b"}],
+            "regulariser": {
+                "kl": {"coefficient": 0.05, "placement": "loss", "estimator": "k2"},
+                "entropy": {"form": "token_bonus", "coefficient": 0.01},
+            },
+            "objective": {"correction": "none"},
+            "buffer": {"groups_per_step": GROUPS},
+            "generators": {"dtype": "float32"},
+            "run": {"steps": STEPS},
+            "learners": {
+                "precision": "fp32",
+                "learning_rate": RATE,
+                "max_grad_norm": 0.5,
+                "threads": 1,
+                "tokens_per_batch": 64,
+                "head_chunk_tokens": 7,
+                "adam_epsilon": 1e-3,  # Adam divides tiny gradients by their own noise otherwise
+                **learners,
+            },
+        }
+    )
+
+
+def rollouts(step: int, vocabulary: int = 300) -> pa.RecordBatch:
+    """A step of random rows with uneven lengths; log-probs of sampler and reference are made up."""
+    rng = np.random.default_rng(step)
+    rows = GROUPS * SAMPLES
+    lengths = rng.integers(1, 12, rows)
+    prompts = [rng.integers(3, vocabulary, rng.integers(2, 16)).tolist() for _ in range(GROUPS)]
+    tickets = np.repeat(np.arange(GROUPS), SAMPLES)
+    reason = pa.array(["stop"] * rows).dictionary_encode().cast(schema.GENERATE.field("finish_reason").type)
+
+    def nats() -> pa.ListArray:
+        return schema.from_ragged(-rng.exponential(2.0, lengths.sum()).astype(np.float32), lengths, schema.NATS)
+
+    batch = schema.build(
+        schema.PROMPT,
+        {
+            "ticket": tickets,
+            "sample": np.tile(np.arange(SAMPLES), GROUPS),
+            "prompt_id": tickets,
+            "prompt_tokens": [prompts[ticket] for ticket in tickets],
+            "prompt": ["p"] * rows,
+            "prompt_columns": ["{}"] * rows,
+            "seed": np.arange(rows),
+        },
+    )
+    generated = {
+        "completion_tokens": [rng.integers(3, vocabulary, n).tolist() for n in lengths],
+        "completion_logprobs": nats(),
+        "weight_versions": schema.from_ragged(np.full(lengths.sum(), step), lengths, schema.TOKENS),
+        "completion": ["c"] * rows,
+        "finish_reason": reason,
+        "generator": ["g"] * rows,
+        "generate_seconds": [0.0] * rows,
+    }
+    scored = {
+        "reward": rng.normal(size=rows).astype(np.float32),
+        "failure": [None] * rows,
+        "score_seconds": [0.0] * rows,
+        "scorer": ["s"] * rows,
+    }
+    batch = schema.append(batch, schema.build(schema.GENERATE, generated))
+    batch = schema.append(batch, schema.build(schema.REFERENCE, {"reference_logprobs": nats()}))
+    return schema.append(batch, schema.build(schema.SCORE, scored))
+
+
+def train(folder: Path, ranks: int, **learners: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """Weights after STEPS steps of a gang, and what each step reported."""
+    from keel import cluster
+
+    chosen = settings(count=ranks, **learners)
+    gang = cluster.Gang(chosen, str(folder))
+    reports = [ray.get([rank.step.remote(rollouts(step)) for rank in gang.ranks])[0] for step in range(STEPS)]
+    answers = [rank.publish.options(num_returns=2).remote() for rank in gang.ranks]
+    ray.get([receipt for _, receipt in answers])
+    named = {name: tensor.clone() for name, tensor in weights.unpack(ray.get(answers[0][0]))}
+    for rank in gang.ranks:
+        ray.kill(rank)
+    return named, [dict(report.metrics) for report in reports]
+
+
+def plain_pytorch(folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same three steps written down once more: whole logits, one row at a time, no packing, no DeepSpeed."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.0)
+    norms = []
+    for step in range(STEPS):
+        rows = rollouts(step).to_pylist()
+        total_tokens = sum(len(row["completion_tokens"]) for row in rows)
+        optimizer.zero_grad()
+        for row in rows:
+            siblings = [other["reward"] for other in rows if other["ticket"] == row["ticket"]]
+            advantage = (row["reward"] - np.mean(siblings)) * SAMPLES / (SAMPLES - 1)
+            prompt, completion = row["prompt_tokens"], row["completion_tokens"]
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
+            log_p = logits.log_softmax(-1)
+            chosen = log_p[torch.arange(len(completion)), torch.tensor(completion)]
+            k2 = 0.5 * (chosen - torch.tensor(row["reference_logprobs"])).square().sum()
+            entropy = -(log_p.exp() * log_p).sum()
+            loss = (-advantage * chosen.sum() + 0.05 * k2) / len(rows) - 0.01 * entropy / total_tokens
+            loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, norms
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.timeout(600)
+def test_every_stage_and_size_takes_the_steps_of_a_plain_loop(small_ray: None, tiny_model: Path) -> None:
+    expected, norms = plain_pytorch(tiny_model)
+    start, _ = plain_start(tiny_model)
+    assert largest_difference(expected, start) > 1e-2  # the steps moved the weights, so equality says something
+    for stage in (1, 2, 3):
+        for ranks in (1, 2):
+            got, reports = train(tiny_model, ranks, zero_stage=stage)
+            assert largest_difference(got, expected) < 1e-5, (stage, ranks)
+            assert [r["grad_norm"] for r in reports] == pytest.approx(norms, rel=1e-4), (stage, ranks)
+
+
+def plain_start(folder: Path) -> tuple[dict[str, torch.Tensor], None]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, None
+
+
+@pytest.mark.timeout(600)
+def test_packing_prompts_changes_nothing_but_the_work(small_ray: None, tiny_model: Path) -> None:
+    packed, _ = train(tiny_model, 1, shared_prompt_tokens=64)
+    alone, _ = train(tiny_model, 1, shared_prompt_tokens=0)
+    assert largest_difference(packed, alone) < 1e-5
+
+
+@pytest.mark.timeout(600)
+def test_a_second_epoch_moves_the_ratio_and_the_clip_sees_it(small_ray: None, tiny_model: Path) -> None:
+    """With clipping and two updates on the same batch, the second one has ratios away from 1."""
+    learner = ray.remote(DeepSpeedLearner)
+    chosen = settings().model_copy(
+        update={"objective": settings().objective.model_copy(update={"epochs": 2, "clip_low": 0.01, "clip_high": 0.01})}
+    )
+    from keel.cluster import _meeting_point
+
+    rank = learner.remote(chosen, str(tiny_model), 0, 1, *_meeting_point())
+    report = ray.get(rank.step.remote(rollouts(0)))
+    ray.kill(rank)
+    assert report.metrics["clip_ratio"] > 0.05
