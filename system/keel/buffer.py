@@ -127,7 +127,7 @@ class RolloutBuffer:
             tickets = [self._live.popleft() for _ in range(groups)]
             self.taken += groups
             batch = schema.concat([self._ready.pop(ticket) for ticket in tickets])
-        versions, row_lengths = schema.ragged(batch, "weight_versions")
+        versions, _ = schema.ragged(batch, "weight_versions")
         staleness = self.version - versions
         assert staleness.max() <= self.max_staleness, (staleness.max(), self.max_staleness)
         num_bytes = self._write_step(self.version + 1, batch)

@@ -1,6 +1,6 @@
 """Checkpoints that exist only when they are whole: written aside, digested, COMMIT last, renamed.
 
-    checkpoints/step-000010/    policy/  learner/  state.json  MANIFEST.json  COMMIT
+checkpoints/step-000010/    policy/  learner/  state.json  MANIFEST.json  COMMIT
 """
 
 import json

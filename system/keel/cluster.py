@@ -253,7 +253,9 @@ def generators(settings: Settings, folder: str) -> GeneratorPool:
         settings.generators,
         lambda index: (folder, settings.generators, settings.max_model_tokens, f"generator-{index}"),
     )
-    return GeneratorPool(_pool("generator", spawn, settings.generators.count, settings), settings.deadlines.generate_seconds)
+    return GeneratorPool(
+        _pool("generator", spawn, settings.generators.count, settings), settings.deadlines.generate_seconds
+    )
 
 
 def scorers(settings: Settings, reference_folder: str | None) -> list[ScorerPool]:

@@ -3,6 +3,7 @@
 Every user mistake found before Ray starts is a `ConfigError`; the command line prints it and exits with 2.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -30,7 +31,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Setti
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise ConfigError(f"config {path}: no such file; expected a YAML file, for instance configs/quickstart.yaml") from None
+        raise ConfigError(
+            f"config {path}: no such file; expected a YAML file, for instance configs/quickstart.yaml"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -92,10 +95,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML") from None
     if isinstance(value, str):  # YAML 1.1 reads 6e-5 as text; people mean the number
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, last = path.split(".")
     node: Any = tree
     for depth, key in enumerate(parents):

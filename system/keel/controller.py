@@ -68,7 +68,9 @@ class Observer:
 class Controller:
     """Runs the loops from `version` to `settings.run.steps`."""
 
-    def __init__(self, settings: Settings, parts: Parts, sampling: Sampling, observer: Observer, version: int = 0) -> None:
+    def __init__(
+        self, settings: Settings, parts: Parts, sampling: Sampling, observer: Observer, version: int = 0
+    ) -> None:
         self.settings, self.parts, self.sampling, self.observer = settings, parts, sampling, observer
         self.version = version
         rows_per_step = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
@@ -95,7 +97,9 @@ class Controller:
         wrong = [r for r in receipts if (r.version, r.digest) != (published.version, published.digest)]
         assert not wrong, (published, wrong)
         self.observer.set({"weight_sync_seconds": time.monotonic() - started, "version": float(published.version)})
-        self.observer.add({"weight_syncs_total": 1.0, "weight_sync_bytes_total": float(sum(r.num_bytes for r in receipts))})
+        self.observer.add(
+            {"weight_syncs_total": 1.0, "weight_sync_bytes_total": float(sum(r.num_bytes for r in receipts))}
+        )
 
     async def evaluate(self, step: int) -> None:
         """Held-out prompts through generators and scorers; the observer stores what comes back."""
@@ -221,7 +225,7 @@ class Controller:
         if len(self._outcomes) == self._outcomes.maxlen and ratio > self.settings.failures.max_failed_ratio:
             raise TooManyFailures(
                 f"{ratio:.0%} of the last {len(self._outcomes)} samples failed, more than"
-                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; see samples_failed_total by reason"
+                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; see samples_failed_total"
             )
 
     async def _within(self, seconds: float, awaitable: Awaitable[Result], whom: str) -> Result:

@@ -66,7 +66,9 @@ def _checks(self_test: bool) -> Iterator[Check]:
 
 
 def _python() -> Check:
-    return Check("python", (3, 11) <= sys.version_info < (3, 13), f"{platform.python_version()} (3.11 or 3.12 expected)")
+    return Check(
+        "python", (3, 11) <= sys.version_info < (3, 13), f"{platform.python_version()} (3.11 or 3.12 expected)"
+    )
 
 
 def _compiler() -> Check:
@@ -145,7 +147,7 @@ def _self_test() -> Check:
 
 def self_test_config(folder: Path, model: str) -> Path:
     """A one-step configuration on a tiny model, with prompts beside it."""
-    prompts = [json.dumps({"prompt": f"What is {word}?"}) for word in "love money music time rain gold".split()]
+    prompts = [json.dumps({"prompt": f"What is {word}?"}) for word in ["love", "money", "music", "time", "rain"]]
     (folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
     tree = {
         "run": {"name": "doctor", "steps": 1, "directory": str(folder / "run")},

@@ -56,7 +56,7 @@ def load(run_directory: Path, step: int) -> pa.RecordBatch:
 def estimates(batch: pa.RecordBatch) -> dict[str, Estimate]:
     """Mean and 95 % interval over held-out prompts of rewards, KL, entropy and length."""
     values = per_completion(batch)
-    names = ["reward"] + sorted(name for name in values if name.startswith("reward_"))
+    names = ["reward", *sorted(name for name in values if name.startswith("reward_"))]
     return {name: estimate(values[name]) for name in [*names, *_SHOWN] if name in values}
 
 

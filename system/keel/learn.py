@@ -1,14 +1,14 @@
 """DeepSpeed behind the Learner protocol: one rank of the gang. Every rank sees the whole step and trains its own rows.
 
-    step:  weigh the whole batch (numpy, alike on every rank)
-           for epoch: for micro-batch of this rank: forward -> objective.loss -> backward
-                      clip, Adam, learning rate of the step                               -> version + 1
+step:  weigh the whole batch (numpy, alike on every rank)
+       for epoch: for micro-batch of this rank: forward -> objective.loss -> backward
+                  clip, Adam, learning rate of the step                               -> version + 1
 """
 
 import math
 import os
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -62,7 +62,7 @@ class DeepSpeedLearner:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         old = self._logprobs(batch, plan)[0] if self.objective.objective.epochs > 1 else None
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = {}
         for _ in range(self.objective.objective.epochs):
             sums = self._update(batch, plan, credit, old)
         self.version += 1
@@ -73,9 +73,9 @@ class DeepSpeedLearner:
 
     def _update(
         self, batch: pa.RecordBatch, plan: batching.Plan, credit: Credit, old: np.ndarray | None
-    ) -> Counter[str]:
+    ) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; metric sums added over all ranks."""
-        sums: Counter[str] = Counter()
+        sums: dict[str, float] = defaultdict(float)
         for micro, chunks in self._micro_batches(batch, plan):
             rows = self._rows(batch, micro, credit, old)
             logprobs, entropies = self._forward(micro, chunks, entropy_gradient=self.objective.bonus > 0)
@@ -84,7 +84,8 @@ class DeepSpeedLearner:
             self._engine.backward(terms.loss * (self.ranks if micro.real else 0.0), scale_wrt_gas=False)
             if micro.real:
                 difference = (logprobs.detach() - rows.sampler).abs()
-                sums.update(terms.sums)
+                for name, share in terms.sums.items():
+                    sums[name] += share
                 sums["gap_nats"] += difference.sum().item() / credit.num_tokens
         self._engine.step()
         sums = self._sum_over_ranks(sums)
@@ -168,12 +169,12 @@ class DeepSpeedLearner:
         logprobs, entropies = flat.cpu().numpy()
         return logprobs, entropies
 
-    def _sum_over_ranks(self, sums: Counter[str]) -> Counter[str]:
+    def _sum_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
         names = sorted(sums)
         values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
         if self.ranks > 1:
             torch.distributed.all_reduce(values)
-        return Counter(dict(zip(names, values.tolist(), strict=True)))
+        return dict(zip(names, values.tolist(), strict=True))
 
     def _full_parameters(self) -> dict[str, Tensor]:
         """The whole policy under checkpoint names, on rank 0; the others take part where ZeRO-3 must gather."""

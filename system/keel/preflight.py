@@ -68,7 +68,7 @@ def check_directory(directory: Path, settings: Settings) -> None:
     if other != config.digest(settings):
         changed = config.difference(yaml.safe_load(stored.read_text()), settings)
         raise ConfigError(
-            f"run.directory={directory}: holds a run with other settings ({changed}); expected a new run.name or directory"
+            f"run.directory={directory}: holds a run with other settings ({changed}); expected another run.name"
         )
 
 
@@ -108,8 +108,8 @@ def check_context(policy: Path, settings: Settings) -> None:
     positions = getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", None)
     if positions is not None and settings.max_model_tokens > positions:
         raise ConfigError(
-            f"prompts.max_tokens + sampling.max_tokens={settings.max_model_tokens}: the model has {positions} positions;"
-            " expected at most that many"
+            f"prompts.max_tokens + sampling.max_tokens={settings.max_model_tokens}: the model has {positions}"
+            " positions; expected at most that many"
         )
 
 

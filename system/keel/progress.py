@@ -8,7 +8,20 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-_COLUMNS = ("step", "reward", "KL nats", "entropy", "length", "gap", "grad", "tok/s", "late", "wait s", "train s", "sync s")
+_COLUMNS = (
+    "step",
+    "reward",
+    "KL nats",
+    "entropy",
+    "length",
+    "gap",
+    "grad",
+    "tok/s",
+    "late",
+    "wait s",
+    "train s",
+    "sync s",
+)
 _SHOWN_STEPS = 12
 
 
@@ -90,7 +103,9 @@ class LiveProgress:
             table.add_row(*cells)
         now = time.monotonic()
         done = int(self._lines[-1][0]) if self._lines else 0
-        status = f"step {done}/{self.steps}, {now - self._started:.0f} s in; now: {self._doing} ({now - self._since:.0f} s)"
+        status = (
+            f"step {done}/{self.steps}, {now - self._started:.0f} s in; now: {self._doing} ({now - self._since:.0f} s)"
+        )
         return Group(table, Text(status))
 
 

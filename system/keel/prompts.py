@@ -73,8 +73,7 @@ class Prompts:
         samples = self._settings.sampling.samples_per_prompt
         count, seed = len(self._train), self._settings.run.seed
         rows = [
-            self._train[_permutation(_TRAINING, seed, ticket // count, count)[ticket % count]]
-            for ticket in tickets
+            self._train[_permutation(_TRAINING, seed, ticket // count, count)[ticket % count]] for ticket in tickets
         ]
         return self._build(
             rows=np.repeat(np.array(rows, np.int64), samples),
@@ -86,13 +85,9 @@ class Prompts:
     def held_out(self) -> pa.RecordBatch:
         """One row a held-out prompt: ticket 0..n-1, sample 0, seeds unlike the training rows'."""
         tickets = np.arange(len(self._held_out))
-        return self._build(
-            rows=self._held_out, tickets=tickets, samples=np.zeros_like(tickets), domain="held_out"
-        )
+        return self._build(rows=self._held_out, tickets=tickets, samples=np.zeros_like(tickets), domain="held_out")
 
-    def _build(
-        self, rows: np.ndarray, tickets: np.ndarray, samples: np.ndarray, domain: str
-    ) -> pa.RecordBatch:
+    def _build(self, rows: np.ndarray, tickets: np.ndarray, samples: np.ndarray, domain: str) -> pa.RecordBatch:
         taken = self._rows.take(pa.array(rows))
         seed = self._settings.run.seed
         seeds = [_seed(domain, seed, *pair) for pair in zip(tickets.tolist(), samples.tolist(), strict=True)]

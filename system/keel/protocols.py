@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
 
 Batch = Any
 """A pa.RecordBatch, or an opaque handle to one that the receiving end resolves."""

@@ -21,11 +21,15 @@ NATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 
 PROMPT = pa.schema(
     [
-        pa.field("ticket", pa.int64(), metadata={"meaning": "group number; all samples of a prompt in a step share it"}),
+        pa.field(
+            "ticket", pa.int64(), metadata={"meaning": "group number; all samples of a prompt in a step share it"}
+        ),
         pa.field("sample", pa.int16(), metadata={"meaning": "0..n-1 inside the group"}),
         pa.field("prompt_id", pa.int64(), metadata={"meaning": "row of the prompt source"}),
         pa.field("prompt_tokens", TOKENS, metadata={"meaning": "as fed to the model"}),
-        pa.field("prompt", pa.string(), metadata={"meaning": "text of the prompt, the last user message if conversational"}),
+        pa.field(
+            "prompt", pa.string(), metadata={"meaning": "text of the prompt, the last user message if conversational"}
+        ),
         pa.field("prompt_columns", pa.string(), metadata={"meaning": "further columns of the prompt source, as JSON"}),
         pa.field("seed", pa.int64(), metadata={"meaning": "hash(run seed, ticket, sample)"}),
     ]
@@ -58,7 +62,9 @@ _NULLABLE = {"failure"}
 
 def reward_field(name: str) -> pa.Field:
     """Column of one reward component; null where that scorer failed."""
-    return pa.field(f"reward_{name}", pa.float32(), metadata={"meaning": "reward component, gold and monitors included"})
+    return pa.field(
+        f"reward_{name}", pa.float32(), metadata={"meaning": "reward component, gold and monitors included"}
+    )
 
 
 def build(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
@@ -149,7 +155,11 @@ def check(batch: pa.RecordBatch, vocabulary: int | None = None) -> None:
         may_be_null = field.name in _NULLABLE or field.name.startswith("reward")
         if column.null_count and not may_be_null:
             raise ValueError(f"column {field.name}: {column.null_count} nulls")
-        if field.name == "reward" and failed is not None and pc.any(pc.equal(column.is_null(), pc.invert(failed))).as_py():
+        if (
+            field.name == "reward"
+            and failed is not None
+            and pc.any(pc.equal(column.is_null(), pc.invert(failed))).as_py()
+        ):
             raise ValueError("column reward: null without a failure, or a failure with a reward")
         if pa.types.is_floating(field.type) and not all(math.isfinite(x) for x in column.drop_null().to_pylist()):
             raise ValueError(f"column {field.name}: not finite")

@@ -19,8 +19,9 @@ import pyarrow as pa
 from keel import batch as batching
 from keel import schema
 from keel.config import ConfigError
+from keel.objective_settings import RewardSettings
 from keel.protocols import StageReceipt
-from keel.settings import ReferenceSettings, RewardSettings
+from keel.settings import ReferenceSettings
 
 Values = Sequence[float | None]
 Failure = str
@@ -50,7 +51,9 @@ class ReferenceScorer:
 
         started = time.monotonic()
         lengths = schema.lengths(batch, "completion_tokens")
-        budget = batching.Budget(self.settings.tokens_per_batch, self.settings.shared_prompt_tokens, head_chunk_tokens=512)
+        budget = batching.Budget(
+            self.settings.tokens_per_batch, self.settings.shared_prompt_tokens, head_chunk_tokens=512
+        )
         plan = batching.plan(batch, ranks=1, budget=budget)
         flat = np.empty(int(lengths.sum()), np.float32)
         with torch.inference_mode():

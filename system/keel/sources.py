@@ -23,9 +23,7 @@ import pyarrow.parquet as pq
 from keel.config import ConfigError
 from keel.settings import PromptSettings
 
-_FORMS = (
-    "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
-)
+_FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _MESSAGES = "a string or a list of {role, content} messages"
 _SYSTEM = ("system", "developer")
@@ -133,9 +131,7 @@ def _parse(content: bytes, line: int | None, prompts: PromptSettings) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         problem = f"line {line or error.lineno} is not JSON: {error.msg} at character {error.colno}"
-        raise wrong(
-            prompts, f"{problem}; expected one object a line, or a list of objects in .json"
-        ) from None
+        raise wrong(prompts, f"{problem}; expected one object a line, or a list of objects in .json") from None
     except UnicodeError as error:
         raise wrong(prompts, f"line {line or 1}: {error}; expected text in UTF-8") from None
     return value
@@ -221,9 +217,7 @@ def _messages(turns: list[Any], where: str, explicit: bool, prompts: PromptSetti
     for turn in turns:
         parts = [turn.get(key) if isinstance(turn, dict) else None for key in ("role", "content")]
         if not all(isinstance(part, str) for part in parts):
-            raise wrong(
-                prompts, f"{where} has a message {_describe(turn)}; expected text `role` and `content`"
-            )
+            raise wrong(prompts, f"{where} has a message {_describe(turn)}; expected text `role` and `content`")
         # Arrow puts nulls where other rows have more keys; templates would take them for given
         messages.append({key: value for key, value in turn.items() if value is not None})
     while not explicit and messages and messages[-1]["role"] == "assistant":

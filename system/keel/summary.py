@@ -28,16 +28,22 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
     for row in _telling_rows(first, last):
         console.print(_answer(first, last, row, steps[0], steps[-1]), soft_wrap=True)
     newest = checkpoint.latest(directory)
-    console.print(f"Run      {_short(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)", soft_wrap=True)
-    console.print(f"Policy   {_short(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)", soft_wrap=True)
+    console.print(
+        f"Run      {_short(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)", soft_wrap=True
+    )
+    console.print(
+        f"Policy   {_short(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)",
+        soft_wrap=True,
+    )
     console.print(f"Time     {seconds:.0f} s in this process")
     console.print("Next     " + _next(config_path), soft_wrap=True)
 
 
 def _table(first: pa.RecordBatch, last: pa.RecordBatch, before: int, after: int, settings: Settings) -> Table:
     table = Table(title=f"{settings.run.name}: {first.num_rows} held-out prompts, mean with 95 % interval")
-    for name, justify in (("", "left"), (f"step {before}", "right"), (f"step {after}", "right"), ("change (paired)", "right")):
-        table.add_column(name, justify=justify)
+    table.add_column("")
+    for name in (f"step {before}", f"step {after}", "change (paired)"):
+        table.add_column(name, justify="right")
     roles = {f"reward_{reward.name}": reward.role for reward in settings.rewards}
     old, new, change = evaluate.estimates(first), evaluate.estimates(last), evaluate.changes(first, last)
     for name in old:

@@ -1,18 +1,18 @@
 """An online run from settings to its last step; resuming is the same path with a checkpoint.
 
-    preflight ----------------> one line and exit 2, nothing written
-        |
-    run directory, config.yaml
-        |
-    Ray: generators | reference | scorers | buffer | learner ranks        (cluster.py)
-        |   learner.load(checkpoint), buffer state, counters              only when resuming
-        |   publish -> load: every generator proves its weights
-        |   parity test: learner and sampler agree on the same tokens, or stop
-        |
-    Controller: rollouts loop || learn loop                               (controller.py)
-        |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
-        |
-    Outcome: first and last evaluation on the same held-out prompts
+preflight ----------------> one line and exit 2, nothing written
+    |
+run directory, config.yaml
+    |
+Ray: generators | reference | scorers | buffer | learner ranks        (cluster.py)
+    |   learner.load(checkpoint), buffer state, counters              only when resuming
+    |   publish -> load: every generator proves its weights
+    |   parity test: learner and sampler agree on the same tokens, or stop
+    |
+Controller: rollouts loop || learn loop                               (controller.py)
+    |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
+    |
+Outcome: first and last evaluation on the same held-out prompts
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class Recorder(Observer):
         )
 
     async def checkpoint(self, step: int) -> None:
-        """Learner and policy from the ranks, state from the buffer and the counters; then what it makes obsolete goes."""
+        """Learner and policy from the ranks, state from buffer and counters; then what it makes obsolete goes."""
         assert self.learner and self.buffer
         aside = checkpoint.begin(self.directory, step)
         await self.learner.save(str(aside))
@@ -121,7 +121,7 @@ def run(prepared: Prepared, display: Display) -> Outcome:
         port = metrics.serve(settings.metrics)
         display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
         recorder = Recorder(prepared, metrics, display)
-        if saved:
+        if saved and state:
             display.note(f"resuming from {saved.name}")
             recorder.event("resume", step=version)
             metrics.restore(state["totals"])
@@ -190,5 +190,7 @@ def _likely_cause(settings: Settings) -> str:
             " the learner's are over all; set it to 1"
         )
     if settings.generators.dtype == "bfloat16" or settings.learners.precision == "bf16":
-        return "bfloat16 arithmetic on a model that does not bear it; try generators.dtype=float32 learners.precision=fp32"
+        return (
+            "bfloat16 arithmetic on a model that does not bear it; try generators.dtype=float32 learners.precision=fp32"
+        )
     return "the two load different weights, or the model scales its logits in a way the learner does not know"

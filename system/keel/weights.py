@@ -43,15 +43,16 @@ def pack(named: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str) ->
 def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Named tensors of a Weights, without copying."""
     for spec in weights.specs:
-        piece = weights.buffer[spec.offset : spec.offset + spec.num_bytes]
-        yield spec.name, torch.from_numpy(piece).view(_DTYPES[spec.dtype]).view(spec.shape)
+        # frombuffer takes the read-only memory of the object store as it is; nobody writes to it
+        piece = torch.frombuffer(weights.buffer.data, dtype=torch.uint8, count=spec.num_bytes, offset=spec.offset)
+        yield spec.name, piece.view(_DTYPES[spec.dtype]).view(spec.shape)
 
 
 def digest(specs: Iterable[TensorSpec], buffer: np.ndarray) -> str:
     """xxh3-128 over names, shapes, dtypes, offsets and bytes."""
     hasher = xxhash.xxh3_128()
     hasher.update(repr([(s.name, s.shape, s.dtype, s.offset, s.num_bytes) for s in specs]).encode())
-    hasher.update(memoryview(buffer))
+    hasher.update(buffer.data)
     return hasher.hexdigest()
 
 
@@ -74,9 +75,14 @@ def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -
     twice = sorted({name for name in names if names.count(name) > 1})
     shapes = [s.name for s in weights.specs if s.name in expected and s.shape != expected[s.name]]
     dtypes = [s.name for s in weights.specs if s.dtype != dtype]
-    for problem, found in (
-        ("missing", missing), ("unknown", unknown), ("sent twice", twice), ("wrong shape", shapes), ("wrong dtype", dtypes)
-    ):  # fmt: skip
+    problems = {
+        "missing": missing,
+        "unknown": unknown,
+        "sent twice": twice,
+        "of wrong shape": shapes,
+        "of wrong dtype": dtypes,
+    }
+    for problem, found in problems.items():
         if found:
             raise WeightError(f"weights version {weights.version}: {len(found)} parameters {problem}: {found[:3]}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from keel import doctor, tiny
 
 RUN_SECONDS = 240

@@ -7,11 +7,12 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from keel import schema, weights
 from keel.generate import VllmGenerator
 from keel.protocols import Sampling
 from keel.settings import GeneratorSettings
-from safetensors.torch import load_file
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=16, stop_token_ids=(2,))
 ROWS = 6

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+
 from keel import config, schema, weights
 from keel.learn import DeepSpeedLearner
 from keel.settings import Settings

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import finish, kill, wait_for
-from keel import checkpoint, durable, schema, weights
 from safetensors.torch import load_file
+
+from keel import checkpoint, durable, schema, weights
 
 pytestmark = pytest.mark.timeout(600)
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second")
@@ -108,7 +109,9 @@ def test_a_killed_generator_is_replaced_and_changes_nothing(write_config: Start,
     code, _, err = finish(process)
     assert code == 0, err
     assert same_policy(run, tmp_path / "calm" / "run")
-    assert [e["role"] for e in durable.read_json_lines(run / "events.jsonl") if e["event"] == "worker_lost"] == ["generator"]
+    assert [e["role"] for e in durable.read_json_lines(run / "events.jsonl") if e["event"] == "worker_lost"] == [
+        "generator"
+    ]
 
 
 def is_generator(process: psutil.Process) -> bool:
@@ -139,7 +142,7 @@ def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start,
     code, _, err = finish(process)
     assert code == 0, err
     steps = metrics_of(tmp_path / "late" / "run")
-    assert [line["staleness_max_versions"] for line in steps][0] == 0
+    assert steps[0]["staleness_max_versions"] == 0
     assert max(line["staleness_max_versions"] for line in steps) == 1
     assert 'keel_steps_total{run="late"} 2.0' in page
     assert 'keel_reward_component{reward="distinct",run="late"}' in page

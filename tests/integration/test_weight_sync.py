@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from keel import models, tiny, weights
 from safetensors.torch import load_file
+
+from keel import models, tiny, weights
 
 SCRIPT = Path(__file__).with_name("engines.py")
 ARCHITECTURES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("gpt_neox", False)]
@@ -69,8 +70,8 @@ def test_bfloat16_is_rounded_once() -> None:
     [
         ({**SHAPES, "c": (1,)}, "float32", "missing"),
         ({"a": (3, 4)}, "float32", "unknown"),
-        ({**SHAPES, "a": (4, 3)}, "float32", "wrong shape"),
-        (SHAPES, "bfloat16", "wrong dtype"),
+        ({**SHAPES, "a": (4, 3)}, "float32", "of wrong shape"),
+        (SHAPES, "bfloat16", "of wrong dtype"),
     ],
 )
 def test_coverage_is_checked(expected: dict[str, tuple[int, ...]], dtype: str, message: str) -> None:

@@ -1,11 +1,11 @@
 """Regularisers: KL to the reference and entropy, as reward terms (numpy) or loss terms (torch).
 
-Where a term lives decides its gradient (1 in the reward: detached, through the advantage; 2 in the loss: differentiated):
+Where a term lives decides its gradient (in the reward: detached, through the advantage; in the loss: differentiated):
 
     KL, x = log pi - log ref      k1 = x in the reward        expected gradient: that of KL(pi, ref)
                                   k2 = x^2/2 in the loss      the same, token by token
     entropy                       -log pi(y) in the reward    exact gradient of the sequence entropy
-                                  mean_t H_t in the loss      its first part only: no credit for reaching uncertain states
+                                  mean_t H_t in the loss      its first part: no credit for reaching uncertain states
 
 Maximum entropy RLHF (2509.20265) is the entropy reward in place of the KL: KL to a uniform reference minus
 |y| log V, so every further token is paid and nothing holds the policy near the reference.
@@ -14,8 +14,8 @@ Maximum entropy RLHF (2509.20265) is the entropy reward in place of the KL: KL t
 import numpy as np
 from torch import Tensor
 
+from keel.objective_settings import EntropySettings
 from keel.schema import row_sums
-from keel.settings import EntropySettings
 
 
 def sequence_kl(logprobs: np.ndarray, reference: np.ndarray, lengths: np.ndarray) -> np.ndarray:
