@@ -20,9 +20,10 @@ composition of every batch is a function of tickets and drops, never of timing.
 import asyncio
 import json
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,7 @@ MIN_GROUP_SAMPLES = 2
 """A group of one has no baseline: it is dropped and counted, never trained on its raw reward."""
 
 
-_TICKETS = b"keel.tickets"
+_TICKETS, _COUNTS = b"keel.tickets", b"keel.counts"
 
 
 class RolloutBuffer:
@@ -69,8 +70,11 @@ class RolloutBuffer:
         self._added_at: dict[int, float] = {}
         self._openings: deque[int] = deque()  # sizes of generator batches that may be admitted
         self._freed = 0  # slots of dropped groups, not yet opened again
+        self._counts: dict[str, Counter[str]] = defaultdict(Counter)  # of the batches behind the next step
         self._changed = asyncio.Condition()
-        self._stored = self._restore()
+        self._stored: dict[int, pa.RecordBatch | None] = {}  # by ticket, from disk; None: its samples failed
+        self._stored_counts: dict[int, dict[str, dict[str, int]]] = {}  # by first ticket of a stored batch
+        self._restore()
         self._open(self._bound() - taken)
 
     def _bound(self) -> int:
@@ -106,11 +110,18 @@ class RolloutBuffer:
         kept = {ticket for ticket in tickets if samples[ticket] >= MIN_GROUP_SAMPLES}
         rows = schema.select(batch, scored & np.isin(rows_of, list(kept)))
         owned = schema.concat([rows])
-        num_bytes = self._write_segment(tickets, owned) if kept else 0
+        dropped = {"too_few_samples": len(tickets) - len(kept)} if len(kept) < len(tickets) else {}
+        counts = {
+            "samples_accepted_total": {"": owned.num_rows},
+            "completion_tokens_total": {"": int(schema.lengths(batch, "completion_tokens").sum())},
+            "samples_failed_total": {**failures, **_failed_monitors(batch)},
+            "groups_dropped_total": dropped,
+        }
+        num_bytes = self._write_segment(tickets, owned, counts) if kept else 0
         async with self._changed:
+            self._count(counts)
             self._accept(tickets, owned)
             self._changed.notify_all()
-        dropped = {"too_few_samples": len(tickets) - len(kept)} if len(kept) < len(tickets) else {}
         return AddReceipt(len(kept), owned.num_rows, failures, dropped, num_bytes)
 
     async def drop(self, tickets: list[int], reason: str) -> None:
@@ -120,13 +131,18 @@ class RolloutBuffer:
             self._settle(tickets, kept=set())
             self._changed.notify_all()
 
-    async def take(self, groups: int) -> tuple[pa.RecordBatch, Mapping[str, float]]:
-        """The next groups in admission order as one contiguous batch, stored as the step's rollout file."""
+    async def take(self, groups: int) -> tuple[pa.RecordBatch, Mapping[str, Any]]:
+        """The next groups in admission order as one contiguous batch, stored as the step's rollout file.
+
+        With it gauges of the buffer, and under `counts` what the batches accepted since the last step consisted of,
+        also those found on disk: counters of a resumed run go on as if nothing had happened.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: self._head_is_ready(groups))
             tickets = [self._live.popleft() for _ in range(groups)]
             self.taken += groups
             batch = schema.concat([self._ready.pop(ticket) for ticket in tickets])
+            counts, self._counts = self._counts, defaultdict(Counter)
         versions, _ = schema.ragged(batch, "weight_versions")
         staleness = self.version - versions
         assert staleness.max() <= self.max_staleness, (staleness.max(), self.max_staleness)
@@ -139,6 +155,7 @@ class RolloutBuffer:
             "rollout_bytes": float(num_bytes),
             "staleness_mean_versions": float(staleness.mean()),
             "staleness_max_versions": float(staleness.max()),
+            "counts": {name: dict(values) for name, values in counts.items()},
         }
 
     async def advance(self, version: int) -> None:
@@ -182,7 +199,9 @@ class RolloutBuffer:
 
     def _absorb(self, tickets: list[int]) -> list[int]:
         """Take what is already on disk for these tickets; the tickets still to be generated."""
-        found = [ticket for ticket in tickets if ticket in self._stored]
+        found = [ticket for ticket in tickets if ticket in self._stored and self._in_time(ticket)]
+        for ticket in found:
+            self._count(self._stored_counts.pop(ticket, {}))
         groups = [rows for rows in (self._stored.pop(ticket) for ticket in found) if rows is not None]
         if groups:
             self._accept(found, schema.concat(groups))
@@ -192,9 +211,23 @@ class RolloutBuffer:
             self._changed.notify_all()
         return [ticket for ticket in tickets if ticket not in found]
 
-    def _write_segment(self, tickets: list[int], rows: pa.RecordBatch) -> int:
+    def _in_time(self, ticket: int) -> bool:
+        """A stored group may be trained at the place its ticket has now: drops are not on disk, so it may have moved."""
+        group = self._stored[ticket]
+        if group is None:
+            return True
+        trained_from = (self.taken + self._live.index(ticket)) // self.groups_per_step
+        versions, _ = schema.ragged(group, "weight_versions")
+        return bool(trained_from - self.max_staleness <= versions.min() and versions.max() <= trained_from)
+
+    def _count(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        for name, values in counts.items():
+            self._counts[name].update(values)
+
+    def _write_segment(self, tickets: list[int], rows: pa.RecordBatch, counts: Mapping[str, Any]) -> int:
         """One file per accepted batch, named after its tickets and its digest (Arrow files have no checksum)."""
-        content = schema.to_bytes(rows.replace_schema_metadata({**rows.schema.metadata, _TICKETS: json.dumps(tickets)}))
+        own = {_TICKETS: json.dumps(tickets), _COUNTS: json.dumps(counts)}
+        content = schema.to_bytes(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **own}))
         name = f"segment.{tickets[0]:012d}-{tickets[-1]:012d}.{schema.digest(content)}.arrow"
         durable.write(self.directory / "buffer" / name, content)
         return content.size
@@ -210,10 +243,9 @@ class RolloutBuffer:
     def _segments(self) -> list[Path]:
         return sorted((self.directory / "buffer").glob("segment.*.arrow"))
 
-    def _restore(self) -> dict[int, pa.RecordBatch | None]:
-        """Stored groups by ticket (None: its samples failed); a file that does not match its digest is deleted."""
+    def _restore(self) -> None:
+        """Read accepted batches back; a file that does not match its digest is deleted."""
         durable.keep_steps(self.directory / "rollouts" / "MANIFEST.jsonl", self.version)
-        stored: dict[int, pa.RecordBatch | None] = {}
         for path in self._segments():
             content = path.read_bytes()
             if schema.digest(content) != path.name.split(".")[2]:
@@ -222,9 +254,16 @@ class RolloutBuffer:
             rows = schema.from_bytes(content)
             metadata = dict(rows.schema.metadata)
             tickets = json.loads(metadata.pop(_TICKETS))
+            self._stored_counts[tickets[0]] = json.loads(metadata.pop(_COUNTS))
             rows = rows.replace_schema_metadata(metadata)
             rows_of = rows.column("ticket").to_numpy()
             for ticket in (ticket for ticket in tickets if ticket >= self.next_ticket):
                 group = schema.select(rows, rows_of == ticket)
-                stored[ticket] = group if group.num_rows else None
-        return stored
+                self._stored[ticket] = group if group.num_rows else None
+
+
+def _failed_monitors(batch: pa.RecordBatch) -> dict[str, int]:
+    """Nulls of each reward in rows that have their training reward."""
+    scored = batch.filter(batch.column("failure").is_null())
+    nulls = {name: scored.column(name).null_count for name in batch.schema.names if name.startswith("reward_")}
+    return {f"{name.removeprefix('reward_')}_monitor": count for name, count in nulls.items() if count}

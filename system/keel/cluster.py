@@ -187,7 +187,7 @@ class RemoteBuffer:
     async def drop(self, tickets: list[int], reason: str) -> None:
         await self.actor.drop.remote(tickets, reason)
 
-    async def take(self, groups: int) -> tuple[Batch, Mapping[str, float]]:
+    async def take(self, groups: int) -> tuple[Batch, Mapping[str, Any]]:
         handle, numbers = self.actor.take.options(num_returns=2).remote(groups)
         return handle, await numbers
 

@@ -11,8 +11,8 @@ Only protocols are known here, not Ray, torch or vLLM, so all of it runs in a un
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -75,6 +75,7 @@ class Controller:
         self.version = version
         rows_per_step = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
         self._outcomes: deque[bool] = deque(maxlen=rows_per_step)  # of the last samples: failed?
+        self._reasons: Counter[str] = Counter()
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
 
     async def run(self) -> None:
@@ -87,8 +88,8 @@ class Controller:
         except* Exception as group:
             raise _first(group) from None
 
-    async def sync(self) -> None:
-        """Publish the learner's weights and have every generator prove that it holds them."""
+    async def sync(self) -> int:
+        """Publish the learner's weights and have every generator prove that it holds them; bytes loaded in all."""
         started = time.monotonic()
         self.observer.doing("weight sync")
         deadline = self.settings.deadlines.load_seconds
@@ -97,9 +98,7 @@ class Controller:
         wrong = [r for r in receipts if (r.version, r.digest) != (published.version, published.digest)]
         assert not wrong, (published, wrong)
         self.observer.set({"weight_sync_seconds": time.monotonic() - started, "version": float(published.version)})
-        self.observer.add(
-            {"weight_syncs_total": 1.0, "weight_sync_bytes_total": float(sum(r.num_bytes for r in receipts))}
-        )
+        return sum(receipt.num_bytes for receipt in receipts)
 
     async def evaluate(self, step: int) -> None:
         """Held-out prompts through generators and scorers; the observer stores what comes back."""
@@ -126,27 +125,21 @@ class Controller:
         except WorkerLost:
             await self.parts.buffer.drop(tickets, "worker_lost")
             self.observer.add({"groups_dropped_total": {"worker_lost": float(len(tickets))}})
-            self._watch_failures(failed=len(tickets) * self.settings.sampling.samples_per_prompt, accepted=0)
+            failed = len(tickets) * self.settings.sampling.samples_per_prompt
+            self._reasons["worker_lost"] += failed
+            self._watch_failures(failed, accepted=0)
             return
         self._generated[0] += receipts[0].tokens
         self._generated[1] += receipts[0].seconds
         self.observer.add(
             {
-                "completion_tokens_total": float(receipts[0].tokens),
                 "generate_seconds_total": receipts[0].seconds,
                 "score_seconds_total": sum(receipt.seconds for receipt in receipts[1:]),
             }
         )
         deadline = self.settings.deadlines.score_seconds
         added = await self._within(deadline, self.parts.buffer.add(tickets, batch), "the buffer to accept rows")
-        failures = {reason: float(n) for receipt in receipts for reason, n in receipt.failures.items()}
-        self.observer.add(
-            {
-                "samples_accepted_total": float(added.accepted_samples),
-                "samples_failed_total": failures,
-                "groups_dropped_total": {reason: float(n) for reason, n in added.dropped.items()},
-            }
-        )
+        self._reasons.update(added.failed)
         self._watch_failures(failed=sum(added.failed.values()), accepted=added.accepted_samples)
 
     async def _retrying(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
@@ -207,10 +200,13 @@ class Controller:
         report = await self._within(deadlines.step_seconds, self.parts.learner.step(batch), "the learner to step")
         assert report.version == self.version + 1, (report.version, self.version)
         self.version = report.version
-        await self.sync()
+        num_bytes = await self.sync()
+        self.observer.add({name: _unlabelled(values) for name, values in buffered["counts"].items()})
         self.observer.add(
             {
                 "steps_total": 1.0,
+                "weight_syncs_total": 1.0,
+                "weight_sync_bytes_total": float(num_bytes),
                 "trained_tokens_total": report.metrics["trained_tokens"],
                 "learner_seconds_total": report.metrics["step_seconds"],
                 "rollout_bytes_total": buffered["rollout_bytes"],
@@ -225,7 +221,7 @@ class Controller:
         if len(self._outcomes) == self._outcomes.maxlen and ratio > self.settings.failures.max_failed_ratio:
             raise TooManyFailures(
                 f"{ratio:.0%} of the last {len(self._outcomes)} samples failed, more than"
-                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; see samples_failed_total"
+                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; by reason: {dict(self._reasons)}"
             )
 
     async def _within(self, seconds: float, awaitable: Awaitable[Result], whom: str) -> Result:
@@ -242,11 +238,16 @@ class Controller:
 def _gauges(report: Any, buffered: Any) -> dict[str, Any]:
     """Numbers of the learner and the buffer under their metric names; reward_<name> become one labelled metric."""
     numbers = {**report, **buffered}
-    for name in ("trained_tokens", "rollout_bytes"):
+    for name in ("trained_tokens", "rollout_bytes", "counts"):
         del numbers[name]
     own = {"reward_std", "reward_kl_term", "reward_entropy_term"}
     components = {name: numbers.pop(name) for name in list(numbers) if name.startswith("reward_") and name not in own}
     return numbers | {"reward_component": {name.removeprefix("reward_"): value for name, value in components.items()}}
+
+
+def _unlabelled(values: Mapping[str, float]) -> float | Mapping[str, float]:
+    """A counter without label travels under the empty one."""
+    return values.get("", values)
 
 
 def _first(group: BaseExceptionGroup[Any]) -> BaseException:

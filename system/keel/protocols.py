@@ -125,8 +125,11 @@ class Buffer(Protocol):
     async def drop(self, tickets: list[int], reason: str) -> None:
         """Give up admitted tickets."""
 
-    async def take(self, groups: int) -> tuple[Batch, Mapping[str, float]]:
-        """The next groups in admission order as one batch, written to the run directory; waits for them."""
+    async def take(self, groups: int) -> tuple[Batch, Mapping[str, Any]]:
+        """The next groups in admission order as one batch, written to the run directory; waits for them.
+
+        Beside it gauges by metric name, and `counts`: increments of counters by metric name and label ("": none).
+        """
 
     async def advance(self, version: int) -> None:
         """All generators now hold this version."""

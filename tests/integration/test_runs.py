@@ -96,7 +96,7 @@ def check_files(run: Path, out: str) -> None:
 
 
 def test_a_killed_generator_is_replaced_and_changes_nothing(write_config: Start, keel: Start, tmp_path: Path) -> None:
-    changes = {"run": {"steps": 3}}
+    changes = {"run": {"steps": 12}}
     calm = write_config("calm", **with_directory(tmp_path / "calm" / "run", changes))
     assert finish(keel("train", str(calm)))[0] == 0
     rough = write_config("rough", **with_directory(tmp_path / "rough" / "run", changes))
