@@ -212,7 +212,7 @@ class RolloutBuffer:
         return [ticket for ticket in tickets if ticket not in found]
 
     def _in_time(self, ticket: int) -> bool:
-        """A stored group may be trained at the place its ticket has now: drops are not on disk, so it may have moved."""
+        """A stored group may be trained at its ticket's place of now: drops are not on disk, so it may have moved."""
         group = self._stored[ticket]
         if group is None:
             return True

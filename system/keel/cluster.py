@@ -9,6 +9,7 @@ go actor -> object store -> actor.
 """
 
 import asyncio
+import dataclasses
 import itertools
 import os
 import socket
@@ -130,7 +131,7 @@ class Pool:
             return await worker.load.remote(self._loaded)
         except (RayActorError, RayTaskError):
             await self._replace(index, worker)
-            return await self._workers[index].load.remote(self._loaded)
+            return dataclasses.replace(await self._workers[index].load.remote(self._loaded), replaced=True)
 
     async def _replace(self, index: int, lost: ActorHandle) -> None:
         """Kill a worker and put a new one in its place, holding the newest weights; once for every loss."""

@@ -97,6 +97,8 @@ class Controller:
         receipts = await self._within(deadline, self.parts.generators.load(handle), "generators to load weights")
         wrong = [r for r in receipts if (r.version, r.digest) != (published.version, published.digest)]
         assert not wrong, (published, wrong)
+        for _ in filter(lambda receipt: receipt.replaced, receipts):
+            self._lost("generator", "died or failed to load weights")
         self.observer.set({"weight_sync_seconds": time.monotonic() - started, "version": float(published.version)})
         return sum(receipt.num_bytes for receipt in receipts)
 
@@ -148,8 +150,7 @@ class Controller:
             try:
                 return await self._generate_and_score(prompts)
             except WorkerLost as lost:
-                self.observer.add({"workers_lost_total": {lost.role: 1.0}})
-                self.observer.event("worker_lost", role=lost.role, reason=str(lost))
+                self._lost(lost.role, str(lost))
                 if attempt == self.settings.failures.retries:
                     raise
                 self.observer.add({"retries_total": 1.0})
@@ -215,13 +216,17 @@ class Controller:
         self.observer.set(_gauges(report.metrics, buffered))
         self.observer.set({"wait_seconds": wait_seconds, "generate_tokens_per_second": tokens / busy if busy else 0.0})
 
+    def _lost(self, role: str, reason: str) -> None:
+        self.observer.add({"workers_lost_total": {role: 1.0}})
+        self.observer.event("worker_lost", role=role, reason=reason)
+
     def _watch_failures(self, failed: int, accepted: int) -> None:
         self._outcomes.extend([True] * failed + [False] * accepted)
         ratio = sum(self._outcomes) / max(1, len(self._outcomes))
         if len(self._outcomes) == self._outcomes.maxlen and ratio > self.settings.failures.max_failed_ratio:
             raise TooManyFailures(
                 f"{ratio:.0%} of the last {len(self._outcomes)} samples failed, more than"
-                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; by reason: {dict(self._reasons)}"
+                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; reasons: {dict(self._reasons)}"
             )
 
     async def _within(self, seconds: float, awaitable: Awaitable[Result], whom: str) -> Result:

@@ -59,6 +59,8 @@ class LoadReceipt:
     digest: str
     num_bytes: int
     seconds: float
+    replaced: bool = False
+    """The generator had died or failed the load; this is the one in its place."""
 
 
 @dataclass(frozen=True)
