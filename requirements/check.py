@@ -12,7 +12,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
-OVERRIDES = Path(__file__).with_name("overrides.txt")
+HERE = Path(__file__).parent
 
 
 def lines(path: Path) -> list[Requirement]:
@@ -25,7 +25,12 @@ def problems(pins: Path) -> list[str]:
     """Everything that is wrong, one line each."""
     found = []
     installed = {canonical(d.metadata["Name"]): d for d in distributions()}
-    left_out = {canonical(r.name) for r in lines(OVERRIDES)}
+    left_out = {
+        canonical(requirement.name)
+        for file in (HERE / "overrides.txt", HERE / f"overrides-{pins.stem}.txt")
+        if file.exists()
+        for requirement in lines(file)
+    }
     for pin in lines(pins):
         here = installed.get(canonical(pin.name))
         if here is None:

@@ -24,7 +24,7 @@ compile() { # input, output, Python version, further options
   local input=$1 output=$2 version=$3
   shift 3
   "$scratch/uv/bin/uv" pip compile --quiet --no-header --annotation-style line --index-strategy unsafe-best-match \
-    --python-platform x86_64-manylinux_2_28 --python-version "$version" --no-emit-package pip \
+    --python-platform x86_64-manylinux_2_28 --python-version "$version" \
     --overrides overrides.txt "$@" "$input" -o "$output"
 }
 names() { sed -E 's/[ ;#].*//' "$1" | grep == | sort; }
@@ -43,13 +43,13 @@ if "$pip" --disable-pip-version-check -qq install --dry-run --no-deps "$torch" 2
 else
   source=(--torch-backend cpu)
 fi
-compile cpu.in "$scratch/cpu.txt" 3.11 "${source[@]}"
+compile cpu.in "$scratch/cpu.txt" 3.11 "${source[@]}" --overrides overrides-cpu.txt
 
 # The same list must do for Python 3.12: nothing more, nothing else. (torch itself aside: a machine may hold one build only.)
 names "$scratch/cpu.txt" | grep -v '^torch==' >"$scratch/constraints"
-{ cat overrides.txt; echo "torch; sys_platform == 'never'"; } >"$scratch/overrides-312"
+echo "torch; sys_platform == 'never'" >"$scratch/overrides-312"
 grep -v '^torch==' cpu.in | sed "s#-r #-r $PWD/#" >"$scratch/cpu-312.in"
-compile "$scratch/cpu-312.in" "$scratch/cpu-312.txt" 3.12 -c "$scratch/constraints" --overrides "$scratch/overrides-312"
+compile "$scratch/cpu-312.in" "$scratch/cpu-312.txt" 3.12 -c "$scratch/constraints" --overrides overrides-cpu.txt --overrides "$scratch/overrides-312"
 more=$(comm -13 <(names "$scratch/cpu.txt") <(names "$scratch/cpu-312.txt"))
 [ -z "$more" ] || { echo "Python 3.12 needs other packages: $more" >&2; exit 1; }
 

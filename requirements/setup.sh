@@ -25,9 +25,10 @@ pins=requirements/$target.txt
 [ -f "$pins" ] || die "no such target: $target (expected cpu or gpu)"
 
 # --- Done already? ---------------------------------------------------------------------------------------------------
+sums=$(cat "$pins" pyproject.toml requirements/setup.sh | sha256sum | cut -c1-64)
 wanted="root $root
 target $target
-pins $(sha256sum "$pins" pyproject.toml requirements/setup.sh | cut -c1-64 | tr '\n' ' ')"
+sums $sums"
 asked=${PYTHON:+$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo none)}
 usable() {  # the environment still starts, at this very place, and with the Python that was asked for
   local has
@@ -79,8 +80,8 @@ pip() {
 must() { pip "$@" || { tail -n 25 "$log" >&2; die "pip failed; all of its output is in $log"; }; }
 pin() { grep -E "^$1==" "$pins" | sed 's/ .*//'; }
 
-# What builds the two packages that do not come as wheels (DeepSpeed and Keel itself).
-must "$(pin setuptools)"
+# pip first: the one that comes with Python 3.11 takes 30 s longer. setuptools builds DeepSpeed, which is no wheel.
+must "$(pin pip)" "$(pin setuptools)"
 
 # The CPU build of torch is not on PyPI. A machine may have its own source for it; otherwise PyTorch's index has it.
 torch=$(pin torch)
@@ -94,8 +95,17 @@ fi
 
 say "installing the $(grep -c '==' "$pins") packages of $pins (a few minutes)"
 must -r "$pins"
-"$venv/bin/python" -m compileall -q -j 0 "$venv/lib" >>"$log" 2>&1 || true  # some packages ship templates that are no Python
 must -e .
 "$venv/bin/python" requirements/check.py "$pins"
+
+# Byte code now and on both cores, not in every process of the first run. The import also shows that the stack fits together.
+say "compiling"
+export PYTHONDONTWRITEBYTECODE=
+"$venv/bin/python" -m compileall -q -x '/tests?/' "$venv"/lib/python3*/site-packages/{torch,vllm,ray,deepspeed} >>"$log" 2>&1 &
+"$venv/bin/python" -c 'import datasets, deepspeed, ray, transformers, vllm; from transformers import LlamaForCausalLM' >>"$log" 2>&1 || {
+  tail -n 25 "$log" >&2
+  die "the packages do not import; all of the output is in $log"
+}
+wait $! || true  # some packages ship templates that are no Python
 printf '%s\n' "$wanted" >"$stamp"
 say "set up in $((SECONDS - start)) s"
