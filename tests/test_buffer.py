@@ -15,9 +15,7 @@ from rollouts import rollouts
 
 
 def buffer_in(directory: Path, step: int = 4, batch: int = 2, staleness: int = 0, **state: int) -> RolloutBuffer:
-    return RolloutBuffer(
-        directory, groups_per_step=step, groups_per_batch=batch, max_staleness=staleness, **state
-    )
+    return RolloutBuffer(directory, groups_per_step=step, groups_per_batch=batch, max_staleness=staleness, **state)
 
 
 async def soon(awaitable: Any) -> Any:

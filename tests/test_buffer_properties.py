@@ -88,9 +88,7 @@ def simulate(step: int, batch: int, staleness: int, seed: int, lost: frozenset[i
     with tempfile.TemporaryDirectory(dir=SCRATCH) as directory:
 
         async def run() -> Story:
-            buffer = RolloutBuffer(
-                directory, groups_per_step=step, groups_per_batch=batch, max_staleness=staleness
-            )
+            buffer = RolloutBuffer(directory, groups_per_step=step, groups_per_batch=batch, max_staleness=staleness)
             return await World(buffer, random.Random(seed), lost).run()
 
         return asyncio.run(run())
@@ -107,7 +105,7 @@ def test_bound_order_and_progress_hold_for_every_interleaving(
 ) -> None:
     step, batch = sizes
     story = simulate(step, batch, staleness, seed, lost)
-    assert 0 <= min(story.staleness) and max(story.staleness) <= staleness
+    assert min(story.staleness) >= 0 and max(story.staleness) <= staleness
     assert [len(tickets) for tickets in story.steps] == [step] * STEPS
     trained = [ticket for tickets in story.steps for ticket in tickets]
     admitted = [ticket for tickets in story.batches for ticket in tickets]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fakes import FakeScorer, Run, settings_for
-from keel import metrics
+from keel import metrics, schema
 from keel.controller import Stalled, TooManyFailures
 from keel.protocols import LoadReceipt, WorkerLost
 
@@ -78,7 +78,9 @@ async def test_numbers_come_under_names_the_metrics_table_has(tmp_path: Path) ->
     assert {kinds[name] for name in run.observer.gauges} == {"gauge"}
     assert {kinds[name if isinstance(name, str) else name[0]] for name in run.observer.totals} == {"counter"}
     expected = {"steps_total": 3, "samples_accepted_total": 12, "trained_tokens_total": 21, "evaluations_total": 2}
-    expected |= {"completion_tokens_total": 60, "weight_syncs_total": 3, "weight_sync_bytes_total": 600}
+    stored = [schema.from_bytes(path.read_bytes()) for path in (tmp_path / "rollouts").glob("*.arrow")]
+    tokens = sum(int(schema.lengths(batch, "completion_tokens").sum()) for batch in stored)
+    expected |= {"completion_tokens_total": tokens, "weight_syncs_total": 3, "weight_sync_bytes_total": 600}
     assert {name: run.observer.totals[name] for name in expected} == expected
     assert run.observer.gauges["version"] == 3
     assert run.observer.gauges["reward_component"] == {"length": 0.5}
@@ -120,7 +122,7 @@ async def test_failed_groups_are_counted_and_replaced(tmp_path: Path) -> None:
     run = Run(tmp_path, settings_for(steps=2), scorer=FakeScorer(failed=lambda ticket: ticket == 2))
     await run.finish()
     assert run.entries("stepped") == [("stepped", 1, 0, 1), ("stepped", 2, 3, 4)]
-    assert run.observer.totals["samples_failed_total", "broken"] == 2 + 3 - 2  # ticket 2 twice, held-out row 2
+    assert run.observer.totals["samples_failed_total", "broken"] == 2  # both samples of ticket 2
     assert run.observer.totals["groups_dropped_total", "too_few_samples"] == 1
 
 

@@ -47,18 +47,14 @@ def test_vader_compound_reads_the_last_message_of_a_conversation() -> None:
         [{"role": "assistant", "content": "bad"}],
     ]
     call = {"prompts": ["a", "b"], "completion_ids": [[1], [2]], "topic": ["x", "y"]}
-    assert examples.vader_compound(completions=conversations, **call) == examples.vader_compound(
-        ["good", "bad"]
-    )
+    assert examples.vader_compound(completions=conversations, **call) == examples.vader_compound(["good", "bad"])
 
 
 def test_distinct_token_ratio_counts_ids_and_without_them_words() -> None:
     completions = ["a a b", "c"]
     assert examples.distinct_token_ratio(completions) == [2 / 3, 1.0]
     ids = [[5, 5, 5, 5], [1, 2, 1]]
-    found = examples.distinct_token_ratio(
-        prompts=["", ""], completions=completions, completion_ids=ids, topic=[1, 2]
-    )
+    found = examples.distinct_token_ratio(prompts=["", ""], completions=completions, completion_ids=ids, topic=[1, 2])
     assert found == [1 / 4, 2 / 3]
 
 

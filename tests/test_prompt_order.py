@@ -50,9 +50,7 @@ def test_epochs_and_run_seeds_have_different_orders(tmp_path: Path) -> None:
 
 def test_the_held_out_rows_follow_from_the_run_seed(tmp_path: Path) -> None:
     def held_out(seed: int, samples: int) -> frozenset[int]:
-        prompts = Prompts(
-            settings_for(numbered(tmp_path, 60), seed=seed, held_out=10, samples=samples), PLAIN
-        )
+        prompts = Prompts(settings_for(numbered(tmp_path, 60), seed=seed, held_out=10, samples=samples), PLAIN)
         return frozenset(prompts.held_out().column("prompt_id").to_pylist())
 
     assert held_out(0, 2) == held_out(0, 4)
@@ -76,10 +74,7 @@ def test_no_two_rows_share_a_seed(tmp_path: Path) -> None:
     seeds: list[int] = []
     for seed in (0, 1, 2**32 - 1):
         prompts = Prompts(settings_for(numbered(tmp_path, 60), seed=seed, samples=4, held_out=50), PLAIN)
-        seeds += (
-            prompts.batch(range(200)).column("seed").to_pylist()
-            + prompts.held_out().column("seed").to_pylist()
-        )
+        seeds += prompts.batch(range(200)).column("seed").to_pylist() + prompts.held_out().column("seed").to_pylist()
     assert len(set(seeds)) == len(seeds) == 3 * (800 + 50)
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62  # the upper bits are used

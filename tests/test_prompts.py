@@ -24,9 +24,7 @@ TEMPLATE = (
 def word_tokenizer(chat_template: str | None = TEMPLATE, numbers: int = 0) -> PreTrainedTokenizerFast:
     """One id a word (see WORDS, then "0", "1", ...); puts <s> in front of plain text, like Llama's."""
     words = [*WORDS, *map(str, range(numbers))]
-    tokenizer = Tokenizer(
-        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     special = {
@@ -83,9 +81,7 @@ def every_row(prompts: Prompts) -> list[dict[str, Any]]:
 
 
 def test_plain_text_gets_the_tokenizers_own_special_tokens(tmp_path: Path) -> None:
-    source = jsonl(
-        tmp_path / "a.jsonl", [{"prompt": text} for text in ("hello world", "how are you", "be kind")]
-    )
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": text} for text in ("hello world", "how are you", "be kind")])
     rows = every_row(Prompts(settings_for(source), CHAT))
     assert [row["prompt_tokens"] for row in rows] == [
         [BOS, HELLO, WORLD],
@@ -115,10 +111,7 @@ def test_system_prompt_comes_first_unless_the_row_has_its_own(tmp_path: Path) ->
     own = [{"role": "system", "content": "hello"}, {"role": "user", "content": "you"}]
     rows = [{"prompt": "how are you"}, {"prompt": own}, {"prompt": [{"role": "user", "content": "world"}]}]
     source = jsonl(tmp_path / "a.jsonl", rows)
-    tokens = [
-        row["prompt_tokens"]
-        for row in every_row(Prompts(settings_for(source, system_prompt="be kind"), CHAT))
-    ]
+    tokens = [row["prompt_tokens"] for row in every_row(Prompts(settings_for(source, system_prompt="be kind"), CHAT))]
     assert tokens == [
         [BOS, SYS, BE, KIND, USER, HOW, ARE, YOU, BOT],
         [BOS, SYS, HELLO, USER, YOU, BOT],
@@ -195,9 +188,7 @@ def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
     conversation = [{"role": "user", "content": "hello"}]
     chat = jsonl(tmp_path / "chat.jsonl", [{"prompt": "hello"}, {"prompt": conversation}, {"prompt": "you"}])
     message = one_line(plain, PLAIN, system_prompt="be kind")
-    assert message.startswith(
-        "policy.model=tiny: its tokenizer has no chat template, but prompts.system_prompt"
-    )
+    assert message.startswith("policy.model=tiny: its tokenizer has no chat template, but prompts.system_prompt")
     message = one_line(chat, PLAIN)
     assert message.startswith("policy.model=tiny: its tokenizer has no chat template, but line 2 of ")
     message = one_line(chat, CHAT, policy={"chat_template": "never"})
@@ -208,8 +199,6 @@ def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
 
 
 def test_a_template_that_refuses_a_role_is_quoted(tmp_path: Path) -> None:
-    template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    )
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     message = one_line(numbered(tmp_path, 5), word_tokenizer(template + "hello"), system_prompt="be kind")
     assert "line 1: the chat template refuses it: System role not supported" in message

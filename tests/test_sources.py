@@ -150,14 +150,10 @@ def test_further_columns_are_json_with_the_same_keys_in_every_row(tmp_path: Path
 
 def test_missing_and_unknown_files(tmp_path: Path) -> None:
     missing = one_line(tmp_path / "no.jsonl")
-    assert (
-        missing.startswith(f"prompts.source={tmp_path / 'no.jsonl'}: no such file") and "python:" in missing
-    )
+    assert missing.startswith(f"prompts.source={tmp_path / 'no.jsonl'}: no such file") and "python:" in missing
     assert "no such file or folder" in one_line("./nothing-here")
     (tmp_path / "a.csv").write_text("prompt\nhello\n")
-    assert "unknown file type '.csv'; expected a .jsonl, .json or .parquet file" in one_line(
-        tmp_path / "a.csv"
-    )
+    assert "unknown file type '.csv'; expected a .jsonl, .json or .parquet file" in one_line(tmp_path / "a.csv")
     (tmp_path / "a.parquet").write_text("no parquet")
     assert "cannot be read: " in one_line(tmp_path / "a.parquet")
 
@@ -242,9 +238,7 @@ def test_messages_do_not_stand_in_for_a_misspelt_column(tmp_path: Path) -> None:
 
 def test_implicit_prompt_as_text_is_refused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", [{"chosen": "hello world", "rejected": "hello"}] * 4)
-    assert "line 1: column chosen is text; expected a list of messages, or a column prompt" in one_line(
-        source
-    )
+    assert "line 1: column chosen is text; expected a list of messages, or a column prompt" in one_line(source)
 
 
 def test_python_sources_that_do_not_work(monkeypatch: Any) -> None:
@@ -252,9 +246,7 @@ def test_python_sources_that_do_not_work(monkeypatch: Any) -> None:
     module.number, module.text, module.rows = 5, lambda: "hello", lambda: [{"prompt": "hello"}, "world"]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert "cannot be imported: No module named 'no_such_module'" in one_line("python:no_such_module:rows")
-    assert "module prompts_for_a_test has no function nothing" in one_line(
-        "python:prompts_for_a_test:nothing"
-    )
+    assert "module prompts_for_a_test has no function nothing" in one_line("python:prompts_for_a_test:nothing")
     assert "module prompts_for_a_test has no function number" in one_line("python:prompts_for_a_test:number")
     assert "expected python:module:function" in one_line("python:prompts_for_a_test")
     assert "the function returned str 'hello'; expected a list" in one_line("python:prompts_for_a_test:text")

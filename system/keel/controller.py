@@ -79,14 +79,17 @@ class Controller:
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
 
     async def run(self) -> None:
-        """All steps. Raises the first error of either loop, the other one cancelled."""
+        """All steps. Raises the first error of either loop with its own cause, the other one cancelled."""
+        error: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 rollouts = tasks.create_task(self._rollouts(tasks))
                 await self._learn()
                 rollouts.cancel()
         except* Exception as group:
-            raise _first(group) from None
+            error = _first(group)
+        if error is not None:
+            raise error
 
     async def sync(self) -> int:
         """Publish the learner's weights and have every generator prove that it holds them; bytes loaded in all."""

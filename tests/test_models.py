@@ -1,0 +1,155 @@
+"""Token log-probs and entropy against autograd and against transformers' whole logits."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from keel import batch as batching
+from keel import models, schema, tiny
+from keel.batch import Budget
+from keel.config import ConfigError
+from keel.models import TokenLogprobs
+
+TEMPERATURE = 0.7
+
+
+def plain(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = (logits / temperature).log_softmax(-1)
+    return log_p.gather(-1, targets[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values_and_gradients_are_those_of_log_softmax(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 11, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (5,))
+    weights = torch.randn(2, 5, dtype=torch.float64)
+    gradients = []
+    for function in (plain, TokenLogprobs.apply):
+        logprob, entropy = function(logits, targets, temperature)
+        gradients.append(torch.autograd.grad((weights[0] * logprob + weights[1] * entropy).sum(), logits)[0])
+        values = torch.stack([logprob, entropy])
+        assert torch.allclose(values, torch.stack(plain(logits, targets, temperature)), atol=1e-12)
+    assert torch.allclose(*gradients, atol=1e-12)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_output_alone_passes_gradcheck(used: int) -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 7, (3,))
+    assert torch.autograd.gradcheck(lambda z: TokenLogprobs.apply(z, targets, 1.3)[used], (logits,))
+
+
+def test_entropy_oracle() -> None:
+    """algorithms P2d_tok_entropy: logits [.2, -.5, 1]."""
+    logits = torch.tensor([[0.2, -0.5, 1.0]], dtype=torch.float64, requires_grad=True)
+    _, entropy = TokenLogprobs.apply(logits, torch.tensor([0]), 1.0)
+    (gradient,) = torch.autograd.grad(entropy.sum(), logits)
+    assert entropy.item() == pytest.approx(0.9293476152, abs=1e-9)
+    assert gradient[0].tolist() == pytest.approx([0.103421387, 0.1447476333, -0.2481690203], abs=1e-9)
+
+
+def test_bfloat16_logits_are_summed_in_float32_and_left_alone() -> None:
+    logits = torch.randn(4, 50_000).to(torch.bfloat16)
+    before = logits.clone()
+    targets = torch.randint(0, 50_000, (4,))
+    logprob, entropy = TokenLogprobs.apply(logits, targets, TEMPERATURE)
+    expected = plain(logits.double(), targets, TEMPERATURE)
+    assert logprob.dtype == entropy.dtype == torch.float32
+    assert torch.allclose(logprob.double(), expected[0], atol=1e-5)
+    assert torch.allclose(entropy.double(), expected[1], atol=1e-4)
+    assert torch.equal(logits, before)
+
+
+def uneven_batch(vocabulary: int = 300) -> pa.RecordBatch:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, vocabulary, n).tolist() for n in (3, 9)]
+    tickets = [0, 0, 0, 1, 1]
+    return pa.record_batch(
+        {
+            "ticket": pa.array(tickets, pa.int64()),
+            "prompt_tokens": pa.array([prompts[t] for t in tickets], schema.TOKENS),
+            "completion_tokens": pa.array(
+                [rng.integers(3, vocabulary, n).tolist() for n in (5, 1, 8, 2, 4)], schema.TOKENS
+            ),
+        }
+    )
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("qwen2", True), ("gpt_neox", False)])
+def test_packed_and_padded_rows_equal_rows_on_their_own(tmp_path: Path, architecture: str, tied: bool) -> None:
+    """Against transformers' whole logits, one unpadded row at a time; gradients too, in one head piece and in five."""
+    policy = models.load_policy(tiny.write(tmp_path / "m", architecture, tied), "float32")
+    batch = uneven_batch()
+    expected = []
+    for prompt, completion in zip(
+        *(batch.column(n).to_pylist() for n in ("prompt_tokens", "completion_tokens")), strict=True
+    ):
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        expected.append(torch.stack(plain(logits, torch.tensor(completion), TEMPERATURE)))
+    want = torch.cat(expected, dim=1)
+    want[0].sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    for shared, pieces in ((0, 1), (0, 5), (64, 1), (64, 5)):
+        policy.zero_grad()
+        got = torch.zeros_like(want)
+        for units in batching.plan(batch, 1, Budget(40, shared, 64)).micro_batches[0]:
+            micro = batching.tensors(batch, units)
+            values = torch.stack(policy(micro, TEMPERATURE, pieces))
+            values[0].sum().backward()
+            got[:, torch.from_numpy(micro.items)] = values.detach()
+        assert torch.allclose(got, want, atol=1e-5), (shared, pieces)
+        for name, parameter in policy.named_parameters():
+            scale = gradients[name].abs().max()
+            assert torch.allclose(parameter.grad, gradients[name], atol=1e-5 * float(scale) + 1e-6), (
+                name,
+                shared,
+                pieces,
+            )
+
+
+def test_dropout_is_off(tmp_path: Path) -> None:
+    """A configuration with dropout gives the same numbers twice in training mode."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64, hidden_dropout=0.5, attention_dropout=0.5,
+    )  # fmt: skip
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "m")
+    policy = models.load_policy(tmp_path / "m", "float32").train()
+    micro = batching.tensors(uneven_batch(), [np.array([0])])
+    assert torch.equal(policy(micro, 1.0)[0], policy(micro, 1.0)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "no such folder"),
+        ("wheel:unknown", "unknown wheel"),
+        ("justaname", "no such folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(model: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        models.locate(model, "policy.model")
+    assert str(caught.value).startswith(f"policy.model={model}: ") and "\n" not in str(caught.value)
+
+
+def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "m")
+    tokenizer = models.load_tokenizer(folder, "policy.model")
+    assert models.end_tokens(folder, tokenizer) == (tiny.SPECIAL.index("<|im_end|>"),)
+    (folder / "generation_config.json").unlink()
+    assert models.end_tokens(folder, tokenizer) == (tokenizer.eos_token_id,)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        models.load_tokenizer(folder, "policy.model")
