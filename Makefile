@@ -35,5 +35,5 @@ pins:  ## resolve requirements/*.txt anew; UPGRADE=1 takes the newest versions
 	@PYTHON="$(PYTHON)" UPGRADE="$(UPGRADE)" ./requirements/refresh.sh
 
 clean:  ## remove .venv and all caches; runs/ stays
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv.old dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find system tests benchmarks -type d -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -45,7 +45,10 @@ def draw(runs: list[Path], target: Path) -> None:
 
 def table(runs: list[Path]) -> str:
     """Every fifth step of each run as Markdown."""
-    rows = ["| run | step | reward | KL (nats) | entropy (nats/token) | length | distinct | log-prob under reference |", "|" + "---|" * 8]
+    rows = [
+        "| run | step | reward | KL (nats) | entropy (nats/token) | length | distinct | log-prob under reference |",
+        "|" + "---|" * 8,
+    ]
     for run in runs:
         for line in curves(run):
             if line["step"] == 1 or line["step"] % 5 == 0:

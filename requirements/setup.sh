@@ -40,12 +40,14 @@ if usable && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 # --- What the machine must have --------------------------------------------------------------------------------------
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; }
 if [ -n "${PYTHON:-}" ]; then
-  fits "$PYTHON" || die "Python 3.11 or 3.12 is needed, but $PYTHON is $("$PYTHON" -V 2>&1 || echo missing)"
+  command -v "$PYTHON" >/dev/null || die "there is no $PYTHON; Python 3.11 or 3.12 is needed"
+  fits "$PYTHON" || die "Python 3.11 or 3.12 is needed, but $PYTHON is $("$PYTHON" -V 2>&1)"
   python=$PYTHON
 else
   for python in python3 python3.12 python3.11 ''; do
     if [ -z "$python" ]; then
-      die "Python 3.11 or 3.12 is needed, but python3 is $(python3 -V 2>&1 || true); name another: make setup PYTHON=..."
+      command -v python3 >/dev/null || die "there is no python3; Python 3.11 or 3.12 is needed"
+      die "Python 3.11 or 3.12 is needed, but python3 is $(python3 -V 2>&1); name another: make setup PYTHON=..."
     fi
     if fits "$python"; then break; fi
   done
@@ -58,10 +60,12 @@ done
 # --- Install ---------------------------------------------------------------------------------------------------------
 start=$SECONDS
 if ! usable; then
-  if [ -e "$venv" ] && ! grep -qs "^prompt = 'keel'" "$venv/pyvenv.cfg"; then
+  if [ -e "$venv/pyvenv.cfg" ] && ! grep -q "^prompt = 'keel'" "$venv/pyvenv.cfg"; then
     die "$venv was not made by 'make setup'; move it out of the way first"
   fi
-  rm -rf "$venv"
+  rm -rf "$venv.old"
+  [ ! -e "$venv" ] || mv "$venv" "$venv.old"  # so that an interrupted removal leaves nothing that looks like an environment
+  rm -rf "$venv.old"
   say "making .venv with $("$python" -V)"
   "$python" -m venv --prompt keel "$venv" >"$root/.venv.log" 2>&1 || {
     cat "$root/.venv.log" >&2

@@ -21,7 +21,7 @@ def prompts(tickets: Sequence[int], samples: int = 2) -> pa.RecordBatch:
         "prompt_id": [ticket % 7 for ticket, _ in rows],
         "prompt_tokens": [[ticket % VOCABULARY] * (1 + ticket % 3) for ticket, _ in rows],
         "prompt": [f"prompt {ticket}" for ticket, _ in rows],
-        "prompt_columns": ['{"answer": "%d"}' % ticket for ticket, _ in rows],
+        "prompt_columns": [f'{{"answer": "{ticket}"}}' for ticket, _ in rows],
         "seed": [1000 * ticket + sample for ticket, sample in rows],
     }
     return schema.build(schema.PROMPT, columns).replace_schema_metadata(METADATA)
@@ -35,7 +35,9 @@ def generated(batch: pa.RecordBatch, version: int = 0, logprobs: Sequence[Sequen
         logprobs = [(-draw.random(draw.integers(1, 6))).tolist() for draw in draws]
     lengths = [len(row) for row in logprobs]
     columns: dict[str, Any] = {
-        "completion_tokens": [[(seed + t) % VOCABULARY for t in range(n)] for seed, n in zip(seeds, lengths)],
+        "completion_tokens": [
+            [(seed + t) % VOCABULARY for t in range(n)] for seed, n in zip(seeds, lengths, strict=True)
+        ],
         "completion_logprobs": [list(row) for row in logprobs],
         "weight_versions": [[version] * length for length in lengths],
         "completion": [f"answer {seed}" for seed in seeds],

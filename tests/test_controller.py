@@ -223,7 +223,16 @@ async def test_a_finished_run_does_not_wait_for_rows_nobody_trains_on(tmp_path: 
     def hang(tickets: list[int], attempt: int) -> Any:
         return forever().wait() if tickets[0] >= 4 else None
 
-    run = Run(tmp_path, settings_for(steps=2, staleness=1), generator=hang)
+    async def until_two_hang() -> None:
+        while run.generator.busy < 2:
+            await asyncio.sleep(0)
+
+    run = Run(
+        tmp_path,
+        settings_for(steps=2, staleness=1),
+        generator=hang,
+        learner=lambda tickets, version: until_two_hang() if version == 2 else None,
+    )
     await asyncio.wait_for(run.controller.run(), 2)
     assert run.entries("evaluation")[-1] == ("evaluation", 2)
     await nothing_left(run)

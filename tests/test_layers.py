@@ -1,0 +1,70 @@
+"""Imports go one way, heavy libraries stay behind one file, files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "system" / "keel"
+LAYERS = [
+    ["protocols", "schema", "objective_settings", "settings", "config", "durable"],
+    ["sources", "prompts", "buffer", "batch", "models", "examples", "tiny", "algorithms", "algorithms.advantages"]
+    + ["algorithms.regularisers", "algorithms.objectives", "diagnostics", "metrics", "checkpoint", "quiet"],
+    ["weights", "generate", "score", "export", "learn"],
+    ["evaluate", "preflight", "controller"],
+    ["cluster", "train", "progress", "summary", "doctor"],
+    ["cli", "__main__"],
+]
+ORDER = [name for layer in LAYERS for name in layer]
+HEAVY = {
+    "ray": {"cluster"},
+    "vllm": {"generate", "weights"},
+    "deepspeed": {"learn"},
+    "prometheus_client": {"metrics"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    paths = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
+    return {name: ast.parse(path.read_text(encoding="utf8")) for path, name in names.items()}
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Full names of all modules and names imported anywhere in a file."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_place() -> None:
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_from_rows_above_it(name: str) -> None:
+    own = {full.removeprefix("keel.") for full in imports(modules()[name]) if full.startswith("keel.")}
+    used = own & set(ORDER)
+    assert all(ORDER.index(other) < ORDER.index(name) for other in used), used
+
+
+@pytest.mark.parametrize("library", list(HEAVY))
+def test_heavy_libraries_stay_behind_their_file(library: str) -> None:
+    users = {name for name, tree in modules().items() if library in {full.split(".")[0] for full in imports(tree)}}
+    assert users == HEAVY[library]
+
+
+def test_files_are_small_and_named_after_something() -> None:
+    sizes = {path.name: len(path.read_text(encoding="utf8").splitlines()) for path in ROOT.rglob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 300} == {}
+    assert not {"utils.py", "manager.py", "data.py", "info.py", "helpers.py"} & set(sizes)
+
+
+def test_no_except_without_a_name() -> None:
+    for name, tree in modules().items():
+        handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
+        assert all(handler.type is not None for handler in handlers), name

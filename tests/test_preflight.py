@@ -1,0 +1,179 @@
+"""What can be known to fail is one line, before anything is written."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keel import config, durable, preflight, tiny
+from keel.config import ConfigError
+
+
+def wrong_count(completions: list[str], **columns: Any) -> list[float]:
+    return [1.0]
+
+
+def raises(completions: list[str], **columns: Any) -> list[float]:
+    raise KeyError("answer")
+
+
+NOT_A_FUNCTION = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tree(tmp_path: Path, model: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"What is {n}?"}) + "\n" for n in range(8)))
+    return {
+        "run": {"directory": str(tmp_path / "run")},
+        "policy": {"model": str(model)},
+        "prompts": {"source": str(tmp_path / "prompts.jsonl"), "max_tokens": 32, "held_out": 2},
+        "sampling": {"max_tokens": 8},
+        "rewards": [{"name": "distinct", "source": "keel.examples:distinct_token_ratio"}],
+        "metrics": {"port": 0},
+        "cluster": {"object_store_bytes": 2**27, "min_memory_bytes": 0},
+    }
+
+
+def refused(tree: dict[str, Any], **blocks: Any) -> str:
+    """The one line for these blocks changed; the run directory is still absent."""
+    merged = {**tree, **{k: {**tree.get(k, {}), **v} if isinstance(v, dict) else v for k, v in blocks.items()}}
+    with pytest.raises(ConfigError) as caught:
+        preflight.prepare(config.parse(merged))
+    assert "\n" not in str(caught.value)
+    assert not Path(tree["run"]["directory"]).exists()
+    return str(caught.value)
+
+
+def test_a_good_run_is_prepared_and_nothing_is_written(tree: dict[str, Any]) -> None:
+    prepared = preflight.prepare(config.parse(tree))
+    assert prepared.sampling.stop_token_ids == (tiny.SPECIAL.index("<|im_end|>"),)
+    assert prepared.prompts.counts["held_out"] == 2 and prepared.prompts.counts["train"] == 6
+    assert prepared.reference_folder == prepared.policy_folder
+    assert not prepared.directory.exists()
+
+
+def test_missing_model_path(tree: dict[str, Any]) -> None:
+    assert refused(tree, policy={"model": "./absent"}).startswith("policy.model=./absent: no such folder; expected")
+    assert refused(tree, reference={"model": "./absent"}).startswith("reference.model=./absent: ")
+
+
+def test_a_model_without_tokenizer_or_chat_template(tree: dict[str, Any], tmp_path: Path) -> None:
+    bare = tiny.write(tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    assert "template" in refused(tree, policy={"model": str(bare)}, prompts={"system_prompt": "Be brief."})
+    (bare / "tokenizer.json").unlink()
+    assert "no tokenizer" in refused(tree, policy={"model": str(bare)})
+
+
+def test_prompt_files(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in refused(tree, prompts={"source": str(tmp_path / "empty.jsonl")})
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    assert "line 2" in refused(tree, prompts={"source": str(tmp_path / "bad.jsonl")})
+    assert "absent.jsonl" in refused(tree, prompts={"source": str(tmp_path / "absent.jsonl")})
+    assert "prompts.max_tokens=2" in refused(tree, prompts={"max_tokens": 2})
+
+
+def test_context_of_the_model(tree: dict[str, Any]) -> None:
+    line = refused(tree, prompts={"max_tokens": 250}, sampling={"max_tokens": 100})
+    assert line.startswith("prompts.max_tokens + sampling.max_tokens=350: the model has 256")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("absent_module:f", "cannot be imported"),
+        ("keel.examples:absent", "cannot be imported"),
+        (f"{__name__}:NOT_A_FUNCTION", "a int; expected a function"),
+        (f"{__name__}:wrong_count", "returned 1 values for 2 completions"),
+        (f"{__name__}:raises", "raised KeyError"),
+    ],
+)
+def test_reward_functions(tree: dict[str, Any], source: str, expected: str) -> None:
+    line = refused(tree, rewards=[{"name": "mine", "source": source}])
+    assert line.startswith(f"rewards.mine.source={source}: ") and expected in line
+
+
+def test_http_rewards_want_a_url(tree: dict[str, Any]) -> None:
+    assert "http://" in refused(tree, rewards=[{"name": "remote", "kind": "http", "source": "localhost:80"}])
+
+
+def test_a_taken_port(tree: dict[str, Any]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert refused(tree, metrics={"port": port}).startswith(f"metrics.port={port}: cannot listen on 127.0.0.1")
+
+
+def test_memory_and_shared_memory(tree: dict[str, Any]) -> None:
+    assert refused(tree, cluster={"min_memory_bytes": 2**60}).startswith(f"cluster.min_memory_bytes={2**60}: ")
+    assert refused(tree, cluster={"object_store_bytes": 2**60}).startswith(f"cluster.object_store_bytes={2**60}: ")
+
+
+def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
+    settings = config.parse(tree)
+    durable.write(Path(settings.run_directory) / "config.yaml", config.dump(settings).encode())
+    preflight.prepare(settings)  # the same settings go on
+    other = config.parse({**tree, "learners": {"learning_rate": 0.5}})
+    with pytest.raises(
+        ConfigError, match=r"holds a run with other settings \(learners.learning_rate: 1e-06 there, 0.5 here\)"
+    ):
+        preflight.prepare(other)
+
+
+# ---- the command line
+
+
+def keel(*arguments: str, folder: Path) -> tuple[int, str, str, float]:
+    started = time.monotonic()
+    command = [sys.executable, "-m", "keel", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
+    return answer.returncode, answer.stdout, answer.stderr, time.monotonic() - started
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["schema"], ["train", "CONFIG", "--dry-run"]])
+def test_answers_that_need_no_model_come_at_once(tree: dict[str, Any], tmp_path: Path, arguments: list[str]) -> None:
+    """Best of five, because the machine may be busy; torch is not imported."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    given = [str(path) if word == "CONFIG" else word for word in arguments]
+    answers = [keel(*given, folder=tmp_path) for _ in range(5)]
+    assert {code for code, *_ in answers} == {0}
+    assert min(seconds for *_, seconds in answers) < 1.0
+    code = f"import sys; sys.argv = ['keel'] + {given!r}\nfrom keel import cli\ncli.app(standalone_mode=False)\n"
+    heavy = (
+        "sys.stderr.write(repr([m for m in ('torch', 'ray', 'vllm', 'transformers', 'deepspeed') if m in sys.modules]))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code + heavy], capture_output=True, text=True, timeout=60)
+    assert answer.stderr == "[]"
+
+
+def test_bad_input_ends_with_2_one_line_and_nothing_written(tree: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments in (
+        ["train", str(path), "polcy.model=x"],
+        ["train", str(path), "policy.model=./absent"],
+        ["train", "absent.yaml"],
+        ["resume", "absent"],
+        ["train"],
+        ["nonsense"],
+    ):
+        code, _, err, _ = keel(*arguments, folder=empty)
+        assert code == 2, arguments
+        assert len(err.strip().splitlines()) == 1 and err.startswith("keel: "), err
+        assert list(empty.iterdir()) == []

@@ -1,0 +1,203 @@
+"""A sample is scored or failed with a reason; a failure is never a number."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from keel import schema, score, tiny
+from keel.objective_settings import RewardSettings
+from keel.settings import ReferenceSettings
+from rollouts import generated, prompts
+
+
+def batch() -> pa.RecordBatch:
+    return generated(prompts([0, 1]))
+
+
+def reward(**fields: Any) -> RewardSettings:
+    return RewardSettings(**{"name": "mine", "source": f"{__name__}:lengths", **fields})
+
+
+def scored(*rewards: RewardSettings, rows: pa.RecordBatch | None = None) -> tuple[pa.RecordBatch, dict[str, int]]:
+    answer, receipt = score.RewardScorer(rewards, 1, "scorer-0").score(rows or batch())
+    schema.check(answer)
+    return answer, dict(receipt.failures)
+
+
+def lengths(
+    prompts: list[str], completions: list[str], completion_ids: list[list[int]], answer: list[str], **more: Any
+) -> list[float]:
+    """Also checks what it is given: TRL's names, and the further columns of the prompt source."""
+    assert len(prompts) == len(completions) == len(completion_ids) == len(answer) == 4
+    assert not more and all(isinstance(text, str) for text in completions)
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def partly(completions: list[str], **columns: Any) -> list[float | None]:
+    return [None, math.nan, math.inf, 0.0]
+
+
+def broken(completions: list[str], **columns: Any) -> list[float]:
+    raise LookupError("no such key")
+
+
+def one_too_many(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * (len(completions) + 1)
+
+
+def test_weights_and_names() -> None:
+    answer, failures = scored(reward(weight=0.5), reward(name="again", weight=2.0), reward(name="seen", role="monitor"))
+    own = schema.lengths(answer, "completion_tokens")
+    assert answer.column("reward").to_pylist() == pytest.approx((2.5 * own).tolist())
+    assert answer.column("reward_seen").to_pylist() == own.tolist()
+    assert failures == {} and answer.column("scorer")[0].as_py() == "mine+again+seen"
+
+
+def test_none_nan_and_inf_fail_with_their_reason_and_zero_is_a_reward() -> None:
+    answer, failures = scored(reward(source=f"{__name__}:partly"))
+    assert answer.column("reward").to_pylist() == [None, None, None, 0.0]
+    assert answer.column("failure").to_pylist() == ["mine_none", "mine_not_finite", "mine_not_finite", None]
+    assert failures == {"mine_none": 1, "mine_not_finite": 2}
+
+
+def test_a_function_that_raises_fails_its_samples() -> None:
+    answer, failures = scored(reward(source=f"{__name__}:broken"))
+    assert answer.column("reward").null_count == 4
+    assert failures == {"mine_LookupError": 4}
+
+
+def test_a_failing_monitor_is_counted_and_costs_no_sample() -> None:
+    answer, failures = scored(reward(), reward(name="gold", source=f"{__name__}:partly", role="monitor"))
+    assert answer.column("reward").null_count == 0
+    assert answer.column("failure").null_count == 4
+    assert answer.column("reward_gold").to_pylist() == [None, None, None, 0.0]
+    assert failures == {"gold_none": 1, "gold_not_finite": 2}
+
+
+def test_a_wrong_count_says_nothing_about_anyone() -> None:
+    with pytest.raises(ValueError, match="5 values for 4 completions"):
+        scored(reward(source=f"{__name__}:one_too_many"))
+
+
+def with_reference(rows: pa.RecordBatch) -> pa.RecordBatch:
+    return schema.append(
+        rows, schema.build(schema.REFERENCE, {"reference_logprobs": rows.column("completion_logprobs")})
+    )
+
+
+def test_reference_reward_is_the_mean_log_prob() -> None:
+    rows = with_reference(batch())
+    answer, _ = scored(reward(kind="reference", source=""), rows=rows)
+    expected = [float(np.mean(row)) for row in rows.column("reference_logprobs").to_pylist()]
+    assert answer.column("reward").to_pylist() == pytest.approx(expected, abs=1e-6)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by path; /flaky fails once."""
+
+    calls = 0
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).calls += 1
+        if self.path == "/slow":
+            self.server.patience.wait(3)  # type: ignore[attr-defined]
+        if self.path == "/down" or (self.path == "/flaky" and self.calls == 1):
+            self.send_error(503)
+            return
+        content = (
+            b"{}" if self.path == "/odd" else json.dumps({"rewards": [len(c) for c in body["completions"]]}).encode()
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Handler.calls = 0
+    own = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    own.patience = threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=own.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{own.server_port}"
+    own.patience.set()  # type: ignore[attr-defined]
+    own.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "calls"),
+    [
+        ("/ok", None, 1),
+        ("/flaky", None, 2),
+        ("/down", "http_5xx", 3),
+        ("/odd", "http_malformed", 3),
+        ("/slow", "http_timeout", 3),
+    ],
+)
+def test_http_endpoint(server: str, path: str, reason: str | None, calls: int) -> None:
+    answer, failures = scored(reward(kind="http", source=server + path, timeout_seconds=0.3, retries=2))
+    assert Handler.calls == calls
+    if reason is None:
+        assert answer.column("reward").to_pylist() == [len(text) for text in answer.column("completion").to_pylist()]
+    else:
+        assert answer.column("reward").null_count == 4 and failures == {f"mine_{reason}": 4}
+
+
+def test_http_endpoint_that_is_not_there() -> None:
+    _, failures = scored(reward(kind="http", source="http://127.0.0.1:9/x", retries=0))
+    assert failures == {"mine_http_unreachable": 4}
+
+
+def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
+    """Padding and batching do not change a score; logit 0, no activation."""
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        LlamaConfig,
+        LlamaForSequenceClassification,
+    )
+
+    folder = tiny.write(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    classifier = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
+    LlamaForSequenceClassification(classifier).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    answer, _ = scored(reward(kind="model", source=str(tmp_path / "rm")))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
+    texts = [
+        p + c for p, c in zip(answer.column("prompt").to_pylist(), answer.column("completion").to_pylist(), strict=True)
+    ]
+    with torch.inference_mode():
+        expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
+    assert answer.column("reward").to_pylist() == pytest.approx(expected, abs=1e-5)
+    assert len(set(texts)) > 1
+
+
+def test_reference_log_probs_equal_whole_logits_at_the_same_temperature(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.write(tmp_path / "m")
+    rows = batch()
+    scorer = score.ReferenceScorer(str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0")
+    answer, receipt = scorer.score(rows)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for row in answer.to_pylist():
+        prompt, completion = row["prompt_tokens"], row["completion_tokens"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
+        assert row["reference_logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert receipt.tokens == schema.lengths(rows, "completion_tokens").sum()
