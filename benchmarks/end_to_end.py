@@ -7,6 +7,7 @@ Usage: python benchmarks/end_to_end.py [--rounds 1] [--steps 5] [--trl-python .v
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -41,7 +42,7 @@ def keel(steps: int, scratch: Path) -> list[Step]:
         [sys.executable, "-m", "keel", "train", str(CONFIG), *changes], check=True, stdout=subprocess.DEVNULL
     )
     lines = durable.read_json_lines(scratch / "keel" / "metrics.jsonl")
-    pairs = list(zip(lines[:-1], lines[1:], strict=True))[:-1]  # the last step also evaluates and saves
+    pairs = list(itertools.pairwise(lines))[:-1]  # the last step also evaluates and saves
     return [
         {
             "generate": new["generate_seconds_total"] - old["generate_seconds_total"],
