@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$(pwd -P)
+trap 'exit 130' INT TERM
 venv=$root/.venv
 stamp=$venv/setup-done
 log=$venv/setup.log
@@ -81,7 +82,8 @@ pip() {
   "$venv/bin/python" -m pip --disable-pip-version-check install --no-deps --no-build-isolation --no-compile \
     --progress-bar off "$@" >>"$log" 2>&1
 }
-must() { pip "$@" || { tail -n 25 "$log" >&2; die "pip failed; all of its output is in $log"; }; }
+failed() { tail -n 25 "$log" >&2; die "${1:-pip failed}; all of its output is in $log"; }
+must() { pip "$@" || failed; }
 pin() { grep -E "^$1==" "$pins" | sed 's/ .*//'; }
 
 # pip first: the one that comes with Python 3.11 takes 30 s longer. setuptools builds DeepSpeed, which is no wheel.
@@ -92,6 +94,7 @@ torch=$(pin torch)
 if [[ $torch == *+cpu ]]; then
   say "installing $torch"
   pip "$torch" || {
+    grep -q "^ERROR: No matching distribution found for torch" "$log" || failed
     say "pip's own configuration does not find it: asking PyTorch's CPU wheel index"
     must --retries 2 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "$torch"
   }
@@ -107,8 +110,7 @@ say "compiling"
 export PYTHONDONTWRITEBYTECODE=
 "$venv/bin/python" -m compileall -q -x '/tests?/' "$venv"/lib/python3*/site-packages/{torch,vllm,ray,deepspeed} >>"$log" 2>&1 &
 "$venv/bin/python" -c 'import datasets, deepspeed, ray, transformers, vllm; from transformers import LlamaForCausalLM' >>"$log" 2>&1 || {
-  tail -n 25 "$log" >&2
-  die "the packages do not import; all of the output is in $log"
+  failed "the packages do not import"
 }
 wait $! || true  # some packages ship templates that are no Python
 printf '%s\n' "$wanted" >"$stamp"

@@ -112,10 +112,15 @@ def _child(node: Any, key: str, where: str, override: str) -> Any:
     if isinstance(node, dict):
         return node[key]
     if isinstance(node, list):
-        named = [item for position, item in enumerate(node) if key in (str(position), item.get("name"))]
+        blocks = [item for item in node if isinstance(item, dict)]
+        named = (
+            [item for position, item in enumerate(node) if key in (str(position), dict(item).get("name"))]
+            if blocks
+            else []
+        )
         if named:
             return named[0]
-        names = ", ".join(str(item.get("name")) for item in node)
+        names = ", ".join(str(item.get("name")) for item in blocks) or "nothing: its entries are no blocks"
         raise ConfigError(f"override {override!r}: no entry {where}; expected one of {names}")
     raise ConfigError(f"override {override!r}: {where} is not a block; expected key.key=value")
 

@@ -88,6 +88,12 @@ class RewardSettings(Section):
     retries: int = Field(2, ge=0, description="http: further attempts after a failed one")
 
     @model_validator(mode="after")
+    def _name_is_free(self) -> Self:
+        if self.name in ("std", "kl_term", "entropy_term", "component"):
+            raise ValueError(f"name={self.name}: reward_{self.name} is a metric of the run; expected another name")
+        return self
+
+    @model_validator(mode="after")
     def _source_fits_kind(self) -> Self:
         if (self.kind == "reference") != (self.source == ""):
             raise ValueError(f"source={self.source!r}: kind={self.kind} expects " + _SOURCE_FORMS[self.kind])

@@ -88,6 +88,10 @@ class RewardScorer:
             if reward.role == "train":
                 total += reward.weight * np.nan_to_num(values)
                 failure = [earlier or new for earlier, new in zip(failure, reasons, strict=True)]
+        too_large = np.abs(total) > np.finfo(np.float32).max
+        failure = [
+            reason or ("sum_not_finite" if large else None) for reason, large in zip(failure, too_large, strict=True)
+        ]
         failed = np.array([reason is not None for reason in failure])
         seconds = time.monotonic() - started
         columns |= {
@@ -110,6 +114,7 @@ def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray,
     if len(result) != rows:
         raise ValueError(f"reward {name}: {len(result)} values for {rows} completions; expected one for each")
     values = np.array([math.nan if value is None else float(value) for value in result])
+    values[np.abs(values) > np.finfo(np.float32).max] = math.inf  # the column is float32
     reasons = [
         None if math.isfinite(value) else f"{name}_{'none' if given is None else 'not_finite'}"
         for given, value in zip(result, values, strict=True)
@@ -173,7 +178,7 @@ def _http(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Va
             try:
                 answer = httpx.post(reward.source, json=body, timeout=reward.timeout_seconds)
                 answer.raise_for_status()
-                return answer.json()["rewards"]
+                return [None if value is None else float(value) for value in answer.json()["rewards"]]
             except httpx.TimeoutException:
                 reason = "http_timeout"
             except httpx.HTTPStatusError as error:

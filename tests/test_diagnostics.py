@@ -1,0 +1,104 @@
+"""What a batch says about over-optimisation, against naive sums; intervals against their coverage."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from keel import diagnostics
+from keel.diagnostics import Estimate
+from rollouts import generated, prompts, referenced, scored
+
+SAMPLER = [[-0.5, -1.0, -0.2], [-2.0], [-0.1, -0.3], [-0.7, -0.7, -0.7, -0.7, -0.7]]
+REFERENCE = [[-1.0, -1.5, -0.1], [-0.5], [-0.1, -0.3], [-0.9, -0.7, -1.2, -0.7, -25.0]]
+GOLD = [1.0, None, 3.0, -1.0]
+
+
+def batch(rewards: list[float | None]):  # type: ignore[no-untyped-def]
+    rows = referenced(generated(prompts([0, 1]), logprobs=SAMPLER), REFERENCE)
+    return scored(rows, rewards, {"gold": GOLD})
+
+
+def test_one_value_a_completion() -> None:
+    values = diagnostics.per_completion(batch([0.1, 0.2, 0.3, 0.4]))
+    expected = {
+        "reward": [0.1, 0.2, 0.3, 0.4],
+        "reward_gold": [1.0, math.nan, 3.0, -1.0],
+        "length_tokens": [3, 1, 2, 5],
+        "sequence_entropy_nats": [1.7, 2.0, 0.4, 3.5],
+        "entropy_nats": [1.7 / 3, 2.0, 0.2, 0.7],
+        "finished_ratio": [1, 1, 1, 0],  # the fifth token was the last the budget had
+        "kl_nats": [1.0 - 0.1, -1.5, 0.0, 0.2 + 0.5 + 24.3],
+        "kl_k3_nats": [
+            2 * (math.exp(-0.5) - 1 + 0.5) + math.exp(0.1) - 1 - 0.1,
+            math.exp(1.5) - 1 - 1.5,
+            0.0,
+            sum(math.exp(-x) - 1 + x for x in (0.2, 0.5, 24.3)),
+        ],
+    }
+    assert set(values) == set(expected)
+    for name, each in expected.items():
+        assert values[name] == pytest.approx(each, abs=1e-6, nan_ok=True), name
+
+
+def test_k3_of_a_token_the_policy_hates_stays_finite() -> None:
+    rows = referenced(generated(prompts([0]), logprobs=[[-90.0], [-0.1]]), [[-0.1], [-0.1]])
+    values = diagnostics.per_completion(scored(rows))
+    assert values["kl_nats"] == pytest.approx([-89.9, 0.0], abs=1e-5)
+    assert values["kl_k3_nats"] == pytest.approx([math.expm1(20) - 89.9, 0.0], rel=1e-6)
+
+
+def test_means_leave_out_what_a_monitor_failed_to_give() -> None:
+    means = diagnostics.summarise(batch([0.1, 0.2, 0.3, 0.4]))
+    assert means["reward"] == pytest.approx(0.25)
+    assert means["reward_gold"] == pytest.approx(1.0)
+    assert means["reward_std"] == pytest.approx(math.sqrt(0.0125))
+    assert means["entropy_nats"] == pytest.approx((1.7 / 3 + 2.0 + 0.2 + 0.7) / 4)
+    assert means["length_tokens"] == 2.75 and means["finished_ratio"] == 0.75
+
+
+def test_a_monitor_that_gave_nothing_has_no_mean() -> None:
+    rows = scored(referenced(generated(prompts([0]))), extra={"gold": [None, None]})
+    means = diagnostics.summarise(rows)
+    assert "reward_gold" not in means
+    assert all(math.isfinite(value) for value in means.values())
+
+
+def test_a_sample_without_reward_does_not_take_the_spread_away() -> None:
+    means = diagnostics.summarise(batch([0.1, None, 0.3, 0.5]))
+    assert means["reward"] == pytest.approx(0.3)
+    assert means["reward_std"] == pytest.approx(math.sqrt(0.08 / 3))
+
+
+def test_the_interval_is_the_t_interval_where_that_is_exact() -> None:
+    """BCa and Student agree to a few percent on many normal values."""
+    values = np.random.default_rng(1).normal(3.0, 2.0, 400)
+    found = diagnostics.estimate(values)
+    low, high = stats.t.interval(0.95, 399, values.mean(), stats.sem(values))
+    assert found.mean == pytest.approx(values.mean(), abs=1e-12)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert found.half_width == pytest.approx((found.high - found.low) / 2)
+
+
+def test_the_interval_covers_the_mean_of_skewed_rewards() -> None:
+    """64 held-out prompts, exponential rewards of mean 1: about 95 of 100 intervals hold it."""
+    draws = np.random.default_rng(0).exponential(1.0, (100, 64))
+    found = [diagnostics.estimate(values) for values in draws]
+    assert 86 <= sum(each.low <= 1.0 <= each.high for each in found) <= 100
+    above, below = (sum(each) for each in zip(*((e.high - e.mean, e.mean - e.low) for e in found), strict=True))
+    assert above > 1.1 * below  # BCa follows the skew, a plain normal interval does not
+
+
+def test_an_estimate_is_a_function_of_values_and_seed() -> None:
+    values = np.random.default_rng(2).normal(size=30)
+    assert diagnostics.estimate(values) == diagnostics.estimate(values)
+    assert diagnostics.estimate(values) != diagnostics.estimate(values, seed=1)
+    with_gaps = np.concatenate([values, [math.nan]])
+    assert diagnostics.estimate(with_gaps) == diagnostics.estimate(values)
+
+
+def test_values_without_spread_have_no_interval() -> None:
+    assert diagnostics.estimate(np.array([2.0])) == Estimate(2.0, 2.0, 2.0)
+    assert diagnostics.estimate(np.array([2.0, 2.0, 2.0])) == Estimate(2.0, 2.0, 2.0)
+    assert math.isnan(diagnostics.estimate(np.array([math.nan])).mean)
