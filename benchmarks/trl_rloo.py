@@ -1,12 +1,12 @@
 """TRL's RLOOTrainer on the work of benchmarks/end_to_end.py; run by the Python of TRL's own environment.
 
-Usage: trl_rloo.py JOB.json     writes JOB's `result`: seconds of each step and of its stages, completion tokens of each
+Usage: python trl_rloo.py JOB.json     writes JOB's `result`: a list of {stages, wall, tokens}, one a step
 """
 
 import json
 import sys
 import time
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,91 +16,110 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import RLOOConfig, RLOOTrainer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-STAGES = {"_generate": "generate", "_get_per_token_logps_and_entropies": "log-probs", "training_step": "step"}
+ANALYZER = SentimentIntensityAnalyzer()
+
+
+def vader(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
+    """VADER's compound sentiment of each completion, as keel.examples:vader_compound."""
+    return [ANALYZER.polarity_scores(turns[-1]["content"])["compound"] for turns in completions]
+
+
+class Clock(TrainerCallback):
+    """Wall seconds from the end of a step to the end of the next, and the seconds of timed calls within."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.calls: Counter[str] = Counter()
+        """Seconds of this step's calls so far; `rollout` holds the others."""
+        self.tokens = 0
+        self._ended = 0.0
+
+    def on_train_begin(self, *arguments: Any, **named: Any) -> None:
+        """The first step starts here."""
+        self._ended = time.monotonic()
+
+    def on_step_end(self, *arguments: Any, **named: Any) -> None:
+        """Close the step. TRL trains in the same call that asks for the rollouts: training is the rest of the step."""
+        now = time.monotonic()
+        wall, calls = now - self._ended, self.calls
+        stages = {
+            "generate": calls["generate"],
+            "score": calls["rollout"] - calls["generate"] - calls["recompute"],
+            "recompute": calls["recompute"],
+            "train": wall - calls["rollout"],
+        }
+        self.steps.append({"stages": stages, "wall": wall, "tokens": self.tokens})
+        self.calls, self.tokens, self._ended = Counter(), 0, now
+
+
+class TimedTrainer(RLOOTrainer):
+    """RLOOTrainer that tells a clock how long its stages take, and nothing else."""
+
+    def __init__(self, clock: Clock, **named: Any) -> None:
+        self.clock = clock
+        super().__init__(callbacks=[clock], **named)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        started = time.monotonic()
+        outputs = super()._generate_and_score_completions(inputs)
+        self.clock.calls["rollout"] += time.monotonic() - started
+        self.clock.tokens += int(outputs["completion_mask"].sum())
+        return outputs
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        started = time.monotonic()
+        outputs = super()._generate(prompts)
+        self.clock.calls["generate"] += time.monotonic() - started
+        return outputs
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **named: Any) -> Any:
+        """Three uses: the sampling policy's log-probs, the reference's, and (with gradient) the training forward."""
+        started = time.monotonic()
+        outputs = super()._get_per_token_logps_and_entropies(model, *arguments, **named)
+        if model is not self.ref_model and not torch.is_grad_enabled():
+            self.clock.calls["recompute"] += time.monotonic() - started
+        return outputs
 
 
 def main(job: dict[str, Any]) -> None:
-    torch.set_num_threads(job["threads"])
-    analyzer = SentimentIntensityAnalyzer()
-
-    def vader(completions: list[Any], **columns: Any) -> list[float]:
-        texts = [turn[-1]["content"] if isinstance(turn, list) else turn for turn in completions]
-        return [analyzer.polarity_scores(text)["compound"] for text in texts]
-
+    """Train for the job's steps and write what the clock saw."""
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
-    rows = [
-        {"prompt": [{"role": "system", "content": job["system"]}, {"role": "user", "content": p}]}
-        for p in job["prompts"]
-    ]
-    arguments = RLOOConfig(
+    system = {"role": "system", "content": job["system_prompt"]}
+    rows = [{"prompt": [system, {"role": "user", "content": prompt}]} for prompt in job["prompts"]]
+    settings = RLOOConfig(
         output_dir=job["scratch"],
         per_device_train_batch_size=job["rows"],
         num_generations=job["samples"],
         max_completion_length=job["tokens"],
-        generation_kwargs={"min_new_tokens": job["tokens"]},
+        generation_kwargs={"min_new_tokens": job["tokens"]},  # no early end
         temperature=1.0,
-        top_k=0,
         beta=job["beta"],
         learning_rate=job["learning_rate"],
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
         lr_scheduler_type="constant",
+        adam_beta1=job["adam_betas"][0],
+        adam_beta2=job["adam_betas"][1],
+        max_grad_norm=job["max_grad_norm"],
         max_steps=job["steps"],
+        shuffle_dataset=False,  # the prompts in Keel's order
+        gradient_checkpointing=False,
         bf16=True,
         use_cpu=True,
-        gradient_checkpointing=False,
         save_strategy="no",
         report_to=[],
         logging_steps=1,
         disable_tqdm=True,
     )
     clock = Clock()
-    trainer = RLOOTrainer(
-        model=model,
+    trainer = TimedTrainer(
+        clock,
+        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16),
         processing_class=tokenizer,
         reward_funcs=vader,
-        args=arguments,
+        args=settings,
         train_dataset=Dataset.from_list(rows),
-        callbacks=[clock],
     )
-    for method, stage in STAGES.items():
-        clock.time(trainer, method, stage)
     trainer.train()
-    lengths = [
-        entry["completions/mean_length"] for entry in trainer.state.log_history if "completions/mean_length" in entry
-    ]
-    result = {"seconds": clock.steps, "stages": clock.stages, "tokens": [length * job["rows"] for length in lengths]}
-    Path(job["result"]).write_text(json.dumps(result))
-
-
-class Clock(TrainerCallback):
-    """Wall seconds of every step, and within it of the wrapped methods."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-        self.stages: list[dict[str, float]] = []
-        self._current: dict[str, float] = defaultdict(float)
-
-    def time(self, trainer: Any, method: str, stage: str) -> None:
-        inner = getattr(trainer, method)
-
-        def timed(*arguments: Any, **named: Any) -> Any:
-            started = time.monotonic()
-            try:
-                return inner(*arguments, **named)
-            finally:
-                self._current[stage] += time.monotonic() - started
-
-        setattr(trainer, method, timed)
-
-    def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-        self._started = time.monotonic()
-        self._current.clear()
-
-    def on_step_end(self, *arguments: Any, **named: Any) -> None:
-        self.steps.append(time.monotonic() - self._started)
-        self.stages.append(dict(self._current))
+    Path(job["result"]).write_text(json.dumps(clock.steps))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,9 @@ def doctor(
 ) -> None:
     """Check this machine: Python, compiler, memory, ports, packages, and one step of training."""
     from keel import doctor as checks
+    from keel import quiet
+
+    quiet.libraries()
 
     if not checks.run(console, as_json=as_json, self_test=self_test):
         raise typer.Exit(1)

@@ -113,11 +113,7 @@ def _child(node: Any, key: str, where: str, override: str) -> Any:
         return node[key]
     if isinstance(node, list):
         blocks = [item for item in node if isinstance(item, dict)]
-        named = (
-            [item for position, item in enumerate(node) if key in (str(position), dict(item).get("name"))]
-            if blocks
-            else []
-        )
+        named = [item for position, item in enumerate(blocks) if key in (str(position), item.get("name"))]
         if named:
             return named[0]
         names = ", ".join(str(item.get("name")) for item in blocks) or "nothing: its entries are no blocks"

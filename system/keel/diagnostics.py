@@ -41,7 +41,7 @@ def summarise(batch: pa.RecordBatch) -> Mapping[str, float]:
     """Mean of every value of `per_completion` over the rows, and the spread of the reward."""
     values = per_completion(batch)
     means = {name: float(np.nanmean(value)) for name, value in values.items() if np.isfinite(value).any()}
-    return means | {"reward_std": float(np.std(values["reward"]))}
+    return means | {"reward_std": float(np.nanstd(values["reward"]))}
 
 
 @dataclass(frozen=True)

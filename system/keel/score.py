@@ -88,10 +88,8 @@ class RewardScorer:
             if reward.role == "train":
                 total += reward.weight * np.nan_to_num(values)
                 failure = [earlier or new for earlier, new in zip(failure, reasons, strict=True)]
-        too_large = np.abs(total) > np.finfo(np.float32).max
-        failure = [
-            reason or ("sum_not_finite" if large else None) for reason, large in zip(failure, too_large, strict=True)
-        ]
+        for row in np.flatnonzero(np.abs(total) > np.finfo(np.float32).max):
+            failure[row] = failure[row] or "sum_not_finite"
         failed = np.array([reason is not None for reason in failure])
         seconds = time.monotonic() - started
         columns |= {
