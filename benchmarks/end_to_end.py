@@ -4,7 +4,7 @@ Work of a step: configs/quickstart.yaml without end tokens, so that both sample 
 bf16, 8 prompts x 4 samples x 48 tokens, VADER reward, RLOO, KL to the reference, Adam, two threads. Both get the same
 prompts in the same order. Reported are medians over the measured steps of all rounds, after two steps of warm-up.
 
-Usage: python benchmarks/end_to_end.py [--rounds 2] [--steps 5] [--trl-venv .venv-trl]
+Usage: python benchmarks/end_to_end.py [--rounds 2] [--steps 5]     makes .venv-trl at the first call
 
 TRL 1.16.0 generates with transformers (its vLLM mode cannot load weights on a CPU), keeps the optimizer in bf16 (Keel:
 fp32 master weights) and is given gradient_checkpointing=False, which is faster than its default.
@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 PINS = HERE / "requirements-trl.txt"
+TRL_VENV = ROOT / ".venv-trl"
 CHANGES = ["run.name=benchmark", "sampling.stop_token_ids=[]", "prompts.held_out=2", "metrics.port=0"]
 WARM_UP_STEPS = 2
 STAGES = {
@@ -107,13 +108,13 @@ def trl(python: Path, settings: Settings, steps: int, scratch: Path) -> list[Ste
     return [Step(dict.fromkeys(STAGES, 0.0) | step.stages, step.wall, step.tokens) for step in measured[WARM_UP_STEPS:]]
 
 
-def environment(folder: Path) -> Path:
-    """Python of TRL's own environment. The stamp is written last: what broke off is installed again."""
-    python, stamp = folder / "bin" / "python", folder / "setup-done"
+def environment() -> Path:
+    """Python of TRL's own environment. The stamp is written last: what broke off is made again from nothing."""
+    python, stamp = TRL_VENV / "bin" / "python", TRL_VENV / "setup-done"
     wanted = PINS.read_text()
     if not stamp.exists() or stamp.read_text() != wanted:
-        print(f"installing TRL into {folder} (a minute or two)", file=sys.stderr)
-        venv.create(folder, with_pip=True)
+        print(f"installing TRL into {TRL_VENV.name} (a minute or two)", file=sys.stderr)
+        venv.create(TRL_VENV, with_pip=True, clear=True)
         command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(PINS)]
         subprocess.run(command, check=True)
         stamp.write_text(wanted)
@@ -156,9 +157,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="Keel and TRL in turn, this often (default 1)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each in a round (default 5)")
-    parser.add_argument("--trl-venv", type=Path, default=ROOT / ".venv-trl", help="made when it is not there")
     options = parser.parse_args()
-    python = environment(options.trl_venv)
+    python = environment()
     settings = config.load(CONFIG, CHANGES)
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"load average {load:.1f}: something else is running, the numbers will be off", file=sys.stderr)

@@ -1,10 +1,12 @@
-"""A checkpoint exists when it is whole; files are whole or absent."""
+"""A checkpoint exists when it is whole, and what it holds is what was put in."""
 
+import json
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from keel import checkpoint, durable
+from keel import checkpoint
 from keel.checkpoint import CheckpointError
 
 
@@ -27,17 +29,18 @@ def test_only_a_committed_folder_exists(tmp_path: Path) -> None:
     assert checkpoint.read_state(first) == {"version": 1}
 
 
+@pytest.mark.parametrize("name", ["policy/weights", "state.json"])
 @pytest.mark.parametrize("damage", ["change", "remove"])
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str, name: str) -> None:
     path = made(tmp_path, 1)
-    weights = path / "policy" / "weights"
+    file = path / name
     if damage == "change":
-        content = bytearray(weights.read_bytes())
-        content[50] ^= 1
-        weights.write_bytes(bytes(content))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(bytes(content))
     else:
-        weights.unlink()
-    with pytest.raises(CheckpointError, match="policy/weights"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=f"1 files are missing or changed, for instance {name}"):
         checkpoint.read_state(path)
 
 
@@ -48,20 +51,32 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert not paths[0].exists()
 
 
-def test_a_line_cut_off_by_a_crash_is_no_line(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    assert durable.read_json_lines(path) == []
-    for step in (1, 2, 3):
-        durable.append_json(path, {"step": step})
-    path.write_text(path.read_text() + '{"step": 4, "re')
-    assert [line["step"] for line in durable.read_json_lines(path)] == [1, 2, 3]
-    durable.keep_steps(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+def test_pruning_fewer_than_are_kept_deletes_nothing_and_leftovers_do_not_count(tmp_path: Path) -> None:
+    paths = [made(tmp_path, step) for step in (1, 2)]
+    (made(tmp_path, 3) / "COMMIT").unlink()
+    checkpoint.prune(tmp_path, keep=2)
+    assert checkpoint.committed(tmp_path) == paths
+    checkpoint.prune(tmp_path, keep=1)
+    assert checkpoint.committed(tmp_path) == paths[1:]
+    assert checkpoint.read_state(paths[1]) == {"version": 2}
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    durable.write(path, b"old")
-    with pytest.raises(TypeError):
-        durable.write(path, 3)
-    assert path.read_bytes() == b"old"
+def test_a_step_is_done_again_from_an_empty_folder(tmp_path: Path) -> None:
+    """A run killed while writing step 1 and one resumed before it: neither leaves files in the new checkpoint."""
+    (checkpoint.begin(tmp_path, 1) / "half").write_bytes(b"x")
+    first = made(tmp_path, 1)
+    (first / "later").write_bytes(b"x")
+    second = made(tmp_path, 1)
+    assert first == second
+    files = {str(path.relative_to(second)) for path in second.rglob("*") if path.is_file()}
+    assert files == {"policy/weights", "state.json", "MANIFEST.json", "COMMIT"}
+    assert [path.name for path in second.parent.iterdir()] == ["step-000001"]
+
+
+def test_the_manifest_has_the_digest_of_every_file(tmp_path: Path) -> None:
+    path = made(tmp_path, 7)
+    files = json.loads((path / "MANIFEST.json").read_text())["files"]
+    expected = {
+        name: xxhash.xxh3_128_hexdigest((path / name).read_bytes()) for name in ("policy/weights", "state.json")
+    }
+    assert files == expected

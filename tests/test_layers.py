@@ -24,6 +24,10 @@ HEAVY = {
 }
 
 
+def files() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+
+
 def modules() -> dict[str, ast.Module]:
     paths = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}
@@ -43,6 +47,14 @@ def imports(tree: ast.Module) -> set[str]:
 
 def test_every_module_has_a_place() -> None:
     assert sorted(modules()) == sorted(ORDER)
+    assert imports(ast.parse((ROOT / "__init__.py").read_text(encoding="utf8"))) == set()  # runs before all of them
+
+
+def test_imports_say_where_from() -> None:
+    """What the next tests look for: no relative import, no module loaded by a name put together at run time."""
+    for name, tree in modules().items():
+        assert not any(node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)), name
+        assert "__import__" not in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}, name
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -59,9 +71,10 @@ def test_heavy_libraries_stay_behind_their_file(library: str) -> None:
 
 
 def test_files_are_small_and_named_after_something() -> None:
-    sizes = {path.name: len(path.read_text(encoding="utf8").splitlines()) for path in ROOT.rglob("*.py")}
+    sizes = {name: len((ROOT / name).read_text(encoding="utf8").splitlines()) for name in files()}
     assert {name: size for name, size in sizes.items() if size > 300} == {}
-    assert not {"utils.py", "manager.py", "data.py", "info.py", "helpers.py"} & set(sizes)
+    words = {word for name in sizes for part in Path(name).with_suffix("").parts for word in part.split("_")}
+    assert not {"utils", "util", "manager", "data", "info", "helpers", "misc", "common"} & words
 
 
 def test_no_except_without_a_name() -> None:

@@ -1,5 +1,6 @@
 """The Prometheus page, metrics.jsonl and the reference table say the same."""
 
+import ast
 import json
 import shutil
 import subprocess
@@ -7,12 +8,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from keel import metrics
+from fakes import Run, settings_for
+from keel import diagnostics, learn, metrics, schema
+from keel.algorithms.objectives import PolicyGradient, Rows
 from keel.metrics import TABLE, RunMetrics
 from keel.settings import MetricsSettings
+from rollouts import rollouts
 
 
 def filled(tmp_path: Path) -> RunMetrics:
@@ -59,6 +64,72 @@ def test_totals_are_restored(tmp_path: Path) -> None:
     again.restore(own.totals)
     again.add({"steps_total": 1.0})
     assert again.totals == {**own.totals, "steps_total": own.totals["steps_total"] + 1}
+
+
+def test_labels_keep_their_own_totals(tmp_path: Path) -> None:
+    own = RunMetrics("test", tmp_path / "metrics.jsonl")
+    own.add({"samples_failed_total": {"none": 2.0}})
+    own.add({"samples_failed_total": {"none": 1.0, "http_5xx": 4.0}})
+    own.set({"reward_component": {"gold": 0.5}, "reward": 1.0})
+    own.set({"reward_component": {"gold": 0.25}})
+    line = own.record(1, 0.0)
+    assert line["samples_failed_total"] == {"none": 3.0, "http_5xx": 4.0}
+    assert (line["reward_component"], line["reward"]) == ({"gold": 0.25}, 1.0)
+    page = samples(generate_latest(own.registry).decode())
+    assert page["keel_samples_failed_total", "none"] == 3 and page["keel_reward_component", "gold"] == 0.25
+
+
+def test_a_name_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
+    own = RunMetrics("test", tmp_path / "metrics.jsonl")
+    for record in (own.set, own.add):
+        with pytest.raises(KeyError, match="rewrad"):
+            record({"rewrad": 1.0})
+    with pytest.raises(AssertionError, match="steps_total"):
+        own.set({"steps_total": 1.0})
+
+
+# ---- every number of a step has a row, and every row gets a number
+
+
+def of_the_batch() -> set[str]:
+    """Names the learner takes from the rollouts and from the objective with every term switched on."""
+    kl = {"placement": "loss", "estimator": "k2", "coefficient": 0.1}
+    objective = PolicyGradient(
+        settings_for(regulariser={"kl": kl, "entropy": {"form": "token_bonus", "coefficient": 1}})
+    )
+    batch = rollouts([0, 1])
+    credit = objective.weigh(batch)
+    sampler, lengths = schema.ragged(batch, "completion_logprobs")
+    rows = Rows(
+        advantages=torch.from_numpy(credit.advantages),
+        lengths=torch.from_numpy(lengths),
+        row_of_item=torch.repeat_interleave(torch.arange(len(lengths)), torch.from_numpy(lengths)),
+        sampler=torch.from_numpy(sampler.copy()),
+        old=None,
+        reference=torch.from_numpy(sampler.copy()),
+    )
+    sums = objective.loss(rows, rows.sampler, rows.sampler, credit).sums
+    assert {"kl_loss", "entropy_loss"} <= set(sums)
+    return set(diagnostics.summarise(batch)) | set(credit.metrics) | set(sums)
+
+
+def of_the_learner() -> set[str]:
+    """Names that DeepSpeedLearner writes itself: keys of its literals in `step` and `_update`."""
+    tree = ast.parse(Path(learn.__file__).read_text(encoding="utf8"))
+    bodies = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("step", "_update")]
+    nodes = [node for body in bodies for node in ast.walk(body)]
+    keys = [key for node in nodes if isinstance(node, ast.Dict) for key in node.keys]
+    keys += [node.slice for node in nodes if isinstance(node, ast.Subscript)]
+    return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)} - {"lr"}
+
+
+async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(tmp_path: Path) -> None:
+    names = of_the_batch() | of_the_learner()
+    assert {"reward", "kl_nats", "loss", "gap_nats", "grad_norm", "learning_rate", "trained_tokens"} <= names
+    run = Run(tmp_path, settings_for(steps=1))
+    await run.finish()
+    written = (names - {"trained_tokens"}) | set(run.observer.gauges) | {"free_memory_bytes"}
+    assert written == {metric.name for metric in TABLE if metric.kind == "gauge"}
 
 
 def test_the_endpoint_answers(tmp_path: Path) -> None:

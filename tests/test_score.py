@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +63,29 @@ def test_weights_and_names() -> None:
     assert failures == {} and answer.column("scorer")[0].as_py() == "mine+again+seen"
 
 
+def test_checked_values_and_reasons() -> None:
+    values, reasons = score.checked("r", [1, None, 0.0, -math.inf, True], 5)
+    assert values == pytest.approx([1.0, math.nan, 0.0, math.nan, 1.0], nan_ok=True)
+    assert reasons == [None, "r_none", None, "r_not_finite", None]
+    values, reasons = score.checked("r", "http_timeout", 2)
+    assert np.isnan(values).all() and reasons == ["r_http_timeout"] * 2
+    for wrong in ([], [1.0], [1.0] * 3):
+        with pytest.raises(ValueError, match=f"reward r: {len(wrong)} values for 2 completions"):
+            score.checked("r", wrong, 2)
+
+
+def test_the_first_reason_stands_and_a_failed_part_is_never_a_zero() -> None:
+    """A sample that one of two training rewards failed has no sum at all."""
+    parts = [reward(), reward(name="odd", source=f"{__name__}:partly"), reward(name="bad", source=f"{__name__}:broken")]
+    answer, failures = scored(*parts[:2])
+    own = schema.lengths(answer, "completion_tokens").tolist()
+    assert answer.column("reward").to_pylist() == [None, None, None, own[3]]
+    answer, failures = scored(*parts)
+    assert answer.column("failure").to_pylist() == ["odd_none", "odd_not_finite", "odd_not_finite", "bad_LookupError"]
+    assert failures == {"odd_none": 1, "odd_not_finite": 2, "bad_LookupError": 4}
+    assert answer.column("reward_mine").to_pylist() == own
+
+
 def test_none_nan_and_inf_fail_with_their_reason_and_zero_is_a_reward() -> None:
     answer, failures = scored(reward(source=f"{__name__}:partly"))
     assert answer.column("reward").to_pylist() == [None, None, None, 0.0]
@@ -114,9 +138,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/down" or (self.path == "/flaky" and self.calls == 1):
             self.send_error(503)
             return
-        content = (
-            b"{}" if self.path == "/odd" else json.dumps({"rewards": [len(c) for c in body["completions"]]}).encode()
-        )
+        rewards = [len(text) for text in body["completions"]]
+        if self.path == "/answers":
+            rewards = [int(answer) for answer in body["answer"]]
+        content = b"{}" if self.path == "/odd" else json.dumps({"rewards": rewards}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -130,7 +155,7 @@ def server() -> Iterator[str]:
     Handler.calls = 0
     own = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     own.patience = threading.Event()  # type: ignore[attr-defined]
-    threading.Thread(target=own.serve_forever, daemon=True).start()
+    threading.Thread(target=own.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{own.server_port}"
     own.patience.set()  # type: ignore[attr-defined]
     own.shutdown()
@@ -156,8 +181,17 @@ def test_http_endpoint(server: str, path: str, reason: str | None, calls: int) -
 
 
 def test_http_endpoint_that_is_not_there() -> None:
-    _, failures = scored(reward(kind="http", source="http://127.0.0.1:9/x", retries=0))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        port = free.getsockname()[1]
+        answer, failures = scored(reward(kind="http", source=f"http://127.0.0.1:{port}/x", retries=1))
     assert failures == {"mine_http_unreachable": 4}
+    assert answer.column("reward").null_count == 4
+
+
+def test_http_gets_the_further_columns_of_the_prompts(server: str) -> None:
+    answer, failures = scored(reward(kind="http", source=server + "/answers"))
+    assert failures == {} and answer.column("reward").to_pylist() == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
@@ -172,10 +206,14 @@ def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    classifier = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, **sizes)
+    torch.manual_seed(0)
+    classifier = LlamaConfig(
+        vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id, initializer_range=0.2, **sizes
+    )
     LlamaForSequenceClassification(classifier).save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    answer, _ = scored(reward(kind="model", source=str(tmp_path / "rm")))
+    rows = generated(prompts(range(10)))  # more than one batch, and not the last one full
+    answer, _ = scored(reward(kind="model", source=str(tmp_path / "rm")), rows=rows)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     texts = [
         p + c for p, c in zip(answer.column("prompt").to_pylist(), answer.column("completion").to_pylist(), strict=True)
@@ -183,7 +221,7 @@ def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
     with torch.inference_mode():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
     assert answer.column("reward").to_pylist() == pytest.approx(expected, abs=1e-5)
-    assert len(set(texts)) > 1
+    assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1 and np.std(expected) > 0.01
 
 
 def test_reference_log_probs_equal_whole_logits_at_the_same_temperature(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
+INTERRUPTED = 130
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as a.b=c", show_default=False)]
 
@@ -45,7 +46,7 @@ def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
     stored = run_directory / "config.yaml"
     if not stored.is_file():
         raise config.ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
-    _train(config.load(stored, [f"run.directory={run_directory}"]), str(stored))
+    _train(config.load(stored, [f"run.directory={json.dumps(str(run_directory))}"]), str(stored))
 
 
 @app.command()
@@ -94,18 +95,17 @@ def _train(settings: Settings, config_path: str) -> None:
 def main() -> None:
     """Exit codes: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # the code of a typer.Exit, and 130 of Ctrl-C, come back as a value
     except config.ConfigError as error:
         _fail(str(error), 2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", 130)
     except Exception as error:
         _fail_run(error)
+    if code == INTERRUPTED:
+        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail_run(error: Any) -> None:
+def _fail_run(error: Any) -> NoReturn:
     """Usage errors of the command line end with 2; a failed run shows its cause and ends with 1."""
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's own exceptions
         _fail(error.format_message(), error.exit_code)
@@ -114,6 +114,6 @@ def _fail_run(error: Any) -> None:
     raise error
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     errors.print(f"keel: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
     sys.exit(code)

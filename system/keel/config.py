@@ -94,7 +94,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML") from None
-    if isinstance(value, str):  # YAML 1.1 reads 6e-5 as text; people mean the number
+    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, people mean the number
         with contextlib.suppress(ValueError):
             value = float(value)
     *parents, last = path.split(".")

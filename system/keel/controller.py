@@ -83,7 +83,7 @@ class Controller:
         error: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
-                rollouts = tasks.create_task(self._rollouts(tasks))
+                rollouts = tasks.create_task(self._rollouts())
                 await self._learn()
                 rollouts.cancel()
         except* Exception as group:
@@ -118,10 +118,11 @@ class Controller:
         batch, _ = await self._within(deadline, self.parts.generators.generate(prompts, self.sampling), "a generator")
         return await self.parts.fetch(batch)
 
-    async def _rollouts(self, tasks: asyncio.TaskGroup) -> None:
-        while True:
-            tickets = await self.parts.buffer.admit()
-            tasks.create_task(self._one(tickets))
+    async def _rollouts(self) -> None:
+        async with asyncio.TaskGroup() as tasks:  # its own: what is under way at the end is cancelled with it
+            while True:
+                tickets = await self.parts.buffer.admit()
+                tasks.create_task(self._one(tickets))
 
     async def _one(self, tickets: list[int]) -> None:
         """Carry the tickets of one generator batch to the buffer, or drop them when every retry lost its worker."""

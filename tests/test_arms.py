@@ -1,0 +1,82 @@
+"""The paper's contrast where it can be solved exactly: four answers, one reward hack, 2,000 kinds of gibberish.
+
+The proxy reward likes the hack, the gold reward does not; the reference knows the four answers. Reference numbers:
+oracle P1d, computed in closed form: KL control ends at ref exp(proxy / beta), maximum entropy at exp(proxy / alpha).
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from keel import config, diagnostics
+from keel.algorithms.objectives import PolicyGradient
+from rollouts import generated, prompts, referenced, scored
+
+PROXY = np.array([0.2, 0.6, 1.0, 0.4, 3.0] + [0.0] * 2000)
+GOLD = np.array([0.2, 0.6, 1.0, 0.4, -2.0] + [-3.0] * 2000)
+REFERENCE = np.array([0.45, 0.30, 0.15, 0.0998, 1e-4] + [1e-4 / 2000] * 2000)
+
+# arm, temperature -> proxy, gold, KL, entropy, P(hack)
+OPTIMA = {
+    ("kl", 0.2): (2.8199, -1.7566, 8.2213, 0.3551, 0.9153),
+    ("kl", 0.5): (0.6748, 0.6083, 0.2382, 1.3163, 0.0133),
+    ("kl", 1.0): (0.5506, 0.5443, 0.0468, 1.3030, 0.0012),
+    ("entropy", 0.2): (2.9981, -2.0005, 9.2042, 0.0104, 0.9993),
+    ("entropy", 0.5): (0.5049, -2.8109, 8.6720, 6.7808, 0.1669),
+    ("entropy", 2.0): (0.0083, -2.9882, 9.1524, 7.6017, 0.0022),
+}
+
+
+def optimum(arm: str, temperature: float) -> np.ndarray:
+    weights = np.exp((PROXY - PROXY.max()) / temperature) * (REFERENCE if arm == "kl" else 1.0)
+    return weights / weights.sum()
+
+
+def objective(arm: str, temperature: float) -> PolicyGradient:
+    terms: dict[str, Any] = {
+        "kl": {"kl": {"coefficient": temperature}},
+        "entropy": {"entropy": {"form": "sequence_sum", "coefficient": temperature}},
+    }
+    return PolicyGradient(
+        config.parse(
+            {
+                "policy": {"model": "m"},
+                "prompts": {"source": "p"},
+                "objective": {"advantage": "rloo"},
+                "regulariser": terms[arm],
+                "rewards": [{"name": "proxy", "source": "a:b"}],
+            }
+        )
+    )
+
+
+def rows(policy: np.ndarray) -> pa.RecordBatch:
+    """Every answer once, each a completion of one token under this policy."""
+    batch = generated(prompts([0], samples=len(PROXY)), logprobs=np.log(policy)[:, None].tolist())
+    return scored(referenced(batch, np.log(REFERENCE)[:, None].tolist()), PROXY.tolist())
+
+
+@pytest.mark.parametrize(("arm", "temperature"), OPTIMA)
+def test_no_answer_has_an_advantage_at_the_arms_optimum(arm: str, temperature: float) -> None:
+    """The regularised reward is constant there, so nothing moves; away from it the gradient points back."""
+    policy = optimum(arm, temperature)
+    assert np.abs(objective(arm, temperature).weigh(rows(policy)).advantages).max() < 1e-5
+    for answer in (0, 4, 1000):
+        pushed = policy.copy()
+        pushed[answer] *= 1.5
+        pushed /= pushed.sum()
+        found = objective(arm, temperature).weigh(rows(pushed)).advantages
+        assert found[answer] == found.min() < -0.9 * temperature * np.log(1.5)
+
+
+@pytest.mark.parametrize(("arm", "temperature"), OPTIMA)
+def test_monitors_read_kl_and_entropy_of_the_oracle(arm: str, temperature: float) -> None:
+    """Sampled estimates, here summed over all answers with their probabilities."""
+    policy = optimum(arm, temperature)
+    values = diagnostics.per_completion(rows(policy))
+    kl, entropy = policy @ values["kl_nats"], policy @ values["sequence_entropy_nats"]
+    found = (policy @ values["reward"], policy @ GOLD, kl, entropy, policy[4])
+    assert found == pytest.approx(OPTIMA[arm, temperature], abs=2e-4)
+    assert policy @ values["kl_k3_nats"] == pytest.approx(kl, abs=1e-3)  # unbiased, too
