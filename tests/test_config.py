@@ -49,6 +49,7 @@ def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
     ("changed", "expected"),
     [
         (tree(polcy={}), "polcy: unknown setting; did you mean policy?"),
+        ({"polcy": {"model": "m"}, "prompts": {"source": "p"}, "rewards": []}, "polcy: unknown setting; did you mean policy?"),
         (tree(learners={"learning_rat": 1}), "learners.learning_rat: unknown setting; did you mean learning_rate?"),
         (tree(rewards=[{"name": "a", "source": "a:b", "wieght": 2}]), "rewards.0.wieght: unknown setting; did you mean weight?"),
         (tree(regulariser={"kl": {"betta": 1}}), "regulariser.kl.betta: unknown setting; expected one of"),

@@ -1,6 +1,7 @@
 """Imports go one way, heavy libraries stay behind one file, files stay small."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def files() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     paths = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths}

@@ -135,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
         type(self).calls += 1
         if self.path == "/slow":
             self.server.patience.wait(3)  # type: ignore[attr-defined]
+        if self.path == "/drop":
+            return  # and the connection is closed
         if self.path == "/down" or (self.path == "/flaky" and self.calls == 1):
             self.send_error(503)
             return
@@ -168,6 +170,7 @@ def server() -> Iterator[str]:
         ("/flaky", None, 2),
         ("/down", "http_5xx", 3),
         ("/odd", "http_malformed", 3),
+        ("/drop", "http_unreachable", 3),
         ("/slow", "http_timeout", 3),
     ],
 )

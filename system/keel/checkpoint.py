@@ -45,7 +45,8 @@ def latest(run_directory: Path) -> Path | None:
 
 
 def committed(run_directory: Path) -> list[Path]:
-    return sorted(path.parent for path in (run_directory / "checkpoints").glob("step-*/COMMIT"))
+    found = (path.parent for path in (run_directory / "checkpoints").glob("step-*/COMMIT"))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -24,7 +24,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def append_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
+    """Append one JSON line, in place of a last line that a crash cut off."""
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with path.open("a", encoding="utf8") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()

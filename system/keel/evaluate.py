@@ -34,7 +34,8 @@ def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, fl
     }
     row |= {name: _mean(value) for name, value in values.items() if name.startswith("reward_")}
     earlier = [old for old in frontier(run_directory) if old["step"] < step]
-    table = pa.Table.from_pylist([*earlier, row], schema=pa.schema([(name, pa.float64()) for name in row]))
+    nulls = {name: None if np.isnan(value) else value for name, value in row.items()}
+    table = pa.Table.from_pylist([*earlier, nulls], schema=pa.schema([(name, pa.float64()) for name in row]))
     durable.write(run_directory / "frontier.arrow", schema.to_bytes(table.combine_chunks().to_batches()[0]))
     return row
 

@@ -148,7 +148,7 @@ def _rule(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Va
 
     def compute(batch: pa.RecordBatch) -> Values | Failure:
         try:
-            return list(function(**arguments(batch)))
+            return [None if value is None else float(value) for value in function(**arguments(batch))]
         except Exception as error:  # the user's code may raise anything; the samples fail and are counted
             return type(error).__name__
 
