@@ -46,7 +46,7 @@ def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
     stored = run_directory / "config.yaml"
     if not stored.is_file():
         raise config.ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
-    _train(config.load(stored, [f"run.directory={json.dumps(str(run_directory))}"]), str(stored))
+    _train(config.load(stored, [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]), str(stored))
 
 
 @app.command()
@@ -83,9 +83,10 @@ def _train(settings: Settings, config_path: str) -> None:
 
     quiet.libraries()
     from keel import preflight, progress, summary
-    from keel import train as training
 
     prepared = preflight.prepare(settings)
+    from keel import train as training  # Ray and vLLM: only once the input is known to be good
+
     with progress.display(console, settings.run.steps) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
         outcome = training.run(prepared, display)

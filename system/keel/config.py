@@ -131,7 +131,7 @@ def _one_line(error: ValidationError) -> str:
         names = list(_fields_at(parents))
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
-        return f"{where}: unknown setting; {hint}"
+        return f"{' '.join(where.split())}: unknown setting; {hint}"
     if first["type"] == "missing":
         return f"{where}: missing; expected a value"
     message = first["msg"].removeprefix("Value error, ")

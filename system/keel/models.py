@@ -38,6 +38,8 @@ def locate(model: str, setting: str) -> Path:
         folder = _from_hub(model, setting)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{setting}={model}: no weights in it; expected *.safetensors")
     return folder
 
 

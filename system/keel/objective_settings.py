@@ -72,6 +72,12 @@ class EntropySettings(Section):
     )
     coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
 
+    @model_validator(mode="after")
+    def _form_and_coefficient_agree(self) -> Self:
+        if self.form == "none" and self.coefficient > 0:
+            raise ValueError(f"coefficient={self.coefficient}: form=none ignores it; expected a form, or 0")
+        return self
+
 
 class RegulariserSettings(Section):
     kl: KLSettings = KLSettings()

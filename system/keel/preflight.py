@@ -105,7 +105,11 @@ def check_context(policy: Path, settings: Settings) -> None:
     """Prompt and completion fit the model's positions."""
     from transformers import AutoConfig
 
-    positions = getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", None)
+    try:
+        positions = getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", None)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"policy.model={policy}: config.json cannot be read ({reason})") from None
     if positions is not None and settings.max_model_tokens > positions:
         raise ConfigError(
             f"prompts.max_tokens + sampling.max_tokens={settings.max_model_tokens}: the model has {positions}"
@@ -136,10 +140,15 @@ def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
         try:
             values = function(**score.arguments(probe))
         except Exception as error:  # the user's code may raise anything; here it is bad input
+            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"{setting}: raised {type(error).__name__} ({error}) on a sample; expected"
+                f"{setting}: raised {type(error).__name__} ({reason}) on a sample; expected"
                 " function(prompts, completions, completion_ids, **columns) -> list of numbers"
             ) from None
         if not isinstance(values, list | tuple) or len(values) != 2:
             given = len(values) if isinstance(values, list | tuple) else type(values).__name__
             raise ConfigError(f"{setting}: returned {given} values for 2 completions; expected one for each")
+        try:
+            score.checked(reward.name, values, 2)
+        except (ValueError, TypeError):
+            raise ConfigError(f"{setting}: returned {values!r}; expected numbers or None") from None

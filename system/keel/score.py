@@ -125,8 +125,9 @@ def import_function(source: str, setting: str) -> Callable[..., Values]:
     module, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{setting}={source}: cannot be imported ({error}); expected module:function") from None
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{setting}={source}: cannot be imported ({reason}); expected module:function") from None
     if not callable(function):
         raise ConfigError(f"{setting}={source}: a {type(function).__name__}; expected a function")
     return function
@@ -197,7 +198,12 @@ def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], V
 
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(reward.source)
-    model = AutoModelForSequenceClassification.from_pretrained(reward.source, dtype=torch.float32).eval()
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        reward.source, dtype=torch.float32, output_loading_info=True
+    )
+    if loading["missing_keys"]:  # a language model has no score head: transformers would make a random one
+        raise ValueError(f"reward {reward.name}: {reward.source} has no weights for {sorted(loading['missing_keys'])}")
+    model.eval()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # how the model finds the last real token
