@@ -8,7 +8,7 @@ from rich.console import Console
 
 from keel import doctor
 from keel.learn import learning_rate
-from keel.settings import LearnerSettings
+from keel.actor_settings import LearnerSettings
 
 
 def checks(capsys: pytest.CaptureFixture[str]) -> tuple[bool, dict[str, Any]]:

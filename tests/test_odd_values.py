@@ -11,7 +11,7 @@ import pytest
 
 from keel import config, metrics, schema, score
 from keel.config import ConfigError
-from keel.objective_settings import RewardSettings
+from keel.reward_settings import RewardSettings
 from rollouts import generated, prompts
 
 

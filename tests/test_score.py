@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from keel import schema, score, tiny
-from keel.objective_settings import RewardSettings
-from keel.settings import ReferenceSettings
+from keel.reward_settings import RewardSettings
+from keel.actor_settings import ReferenceSettings
 from rollouts import generated, prompts
 
 

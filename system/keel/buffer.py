@@ -15,6 +15,9 @@ from version v + max_staleness at the latest: no row is ever trained more than m
 Tickets that share a generator batch are decided here: an opening of groups_per_step slots is split into batches of
 groups_per_batch, and slots freed by drops are refilled once nothing is in flight. So at max_staleness 0 the
 composition of every batch is a function of tickets and drops, never of timing.
+
+Dynamic sampling (DAPO, 2503.14476): a group whose rewards are all equal teaches nothing and is dropped, too, at most
+`refills` times a step; after that such groups are kept, so a step always fills up.
 """
 
 import asyncio
@@ -30,10 +33,6 @@ import pyarrow as pa
 
 from keel import durable, schema
 from keel.protocols import AddReceipt
-
-MIN_GROUP_SAMPLES = 2
-"""A group of one has no baseline: it is dropped and counted, never trained on its raw reward."""
-
 
 _TICKETS, _COUNTS = b"keel.tickets", b"keel.counts"
 
@@ -53,6 +52,8 @@ class RolloutBuffer:
         groups_per_step: int,
         groups_per_batch: int,
         max_staleness: int,
+        min_samples: int = 2,
+        refills: int = 0,
         version: int = 0,
         taken: int = 0,
         next_ticket: int = 0,
@@ -61,6 +62,9 @@ class RolloutBuffer:
         self.groups_per_step = groups_per_step
         self.groups_per_batch = groups_per_batch
         self.max_staleness = max_staleness
+        self.min_samples = min_samples  # with fewer scored ones a group is dropped: its objective compares them
+        self.refills = refills
+        self._refilled = 0  # times slots of dropped groups were opened again since the last advance
         self.version = version
         self.taken = taken
         self.next_ticket = next_ticket
@@ -107,10 +111,14 @@ class RolloutBuffer:
         failures = Counter(reason for reason in batch.column("failure").to_pylist() if reason)
         scored = batch.column("reward").is_valid().to_numpy(zero_copy_only=False)
         samples = Counter(rows_of[scored].tolist())
-        kept = {ticket for ticket in tickets if samples[ticket] >= MIN_GROUP_SAMPLES}
+        kept = {ticket for ticket in tickets if samples[ticket] >= self.min_samples}
+        uniform = self._uniform(batch, rows_of, scored, kept)
+        kept -= uniform
         rows = schema.select(batch, scored & np.isin(rows_of, list(kept)))
         owned = schema.concat([rows])
-        dropped = {"too_few_samples": len(tickets) - len(kept)} if len(kept) < len(tickets) else {}
+        too_few = len(tickets) - len(kept) - len(uniform)
+        dropped = {"too_few_samples": too_few} if too_few else {}
+        dropped |= {"uniform_rewards": len(uniform)} if uniform else {}
         counts = {
             "samples_accepted_total": {"": owned.num_rows},
             "completion_tokens_total": {"": int(schema.lengths(batch, "completion_tokens").sum())},
@@ -163,6 +171,7 @@ class RolloutBuffer:
         assert version == self.version + 1, (version, self.version)
         async with self._changed:
             self.version = version
+            self._refilled = 0
             self._open(self.groups_per_step)
             self._changed.notify_all()
 
@@ -196,6 +205,14 @@ class RolloutBuffer:
         if not self._in_flight and not self._openings and self._freed:
             self._open(self._freed)
             self._freed = 0
+            self._refilled += 1
+
+    def _uniform(self, batch: pa.RecordBatch, rows_of: np.ndarray, scored: np.ndarray, kept: set[int]) -> set[int]:
+        """Tickets of kept groups whose rewards are all equal, while the step may still ask for others."""
+        if self._refilled >= self.refills:
+            return set()
+        rewards = batch.column("reward").to_numpy(zero_copy_only=False)
+        return {ticket for ticket in kept if np.ptp(rewards[(rows_of == ticket) & scored]) == 0}
 
     def _absorb(self, tickets: list[int]) -> list[int]:
         """Take what is already on disk for these tickets; the tickets still to be generated."""

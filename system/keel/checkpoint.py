@@ -45,8 +45,14 @@ def latest(run_directory: Path) -> Path | None:
 
 
 def committed(run_directory: Path) -> list[Path]:
-    found = (path.parent for path in (run_directory / "checkpoints").glob("step-*/COMMIT"))
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Committed checkpoints, oldest first."""
+    return [run_directory / "checkpoints" / f"step-{step:06d}" for step in steps(run_directory)]
+
+
+def steps(run_directory: Path) -> list[int]:
+    """Steps of the committed checkpoints, oldest first."""
+    found = (path.parent.name for path in (run_directory / "checkpoints").glob("step-*/COMMIT"))
+    return sorted(int(name.removeprefix("step-")) for name in found)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -21,14 +21,16 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
+from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
 from keel.learn import DeepSpeedLearner
 from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt, StepReport, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
-from keel.settings import ClusterSettings, Settings, WorkerSettings
+from keel.settings import Settings
 
 Spawn = Callable[[int], ActorHandle]
+Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 
 
 def connect(settings: Settings) -> None:
@@ -145,13 +147,14 @@ class Pool:
 
 
 class GeneratorPool:
-    """A Generator made of many."""
+    """A Generator made of many. `given` knows the completions of prompts that come with theirs."""
 
-    def __init__(self, pool: Pool, deadline: float) -> None:
-        self.pool, self.deadline = pool, deadline
+    def __init__(self, pool: Pool, deadline: float, given: Given | None) -> None:
+        self.pool, self.deadline, self.given = pool, deadline, given
 
     async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
-        return await self.pool.call("generate", prompts, sampling, deadline=self.deadline)
+        given = self.given(prompts) if self.given else None
+        return await self.pool.call("generate", prompts, sampling, given, deadline=self.deadline)
 
     async def load(self, weights: Any) -> Sequence[LoadReceipt]:
         return await self.pool.load(weights)
@@ -176,6 +179,8 @@ class RemoteBuffer:
             groups_per_step=settings.buffer.groups_per_step,
             groups_per_batch=settings.groups_per_batch,
             max_staleness=settings.buffer.max_staleness,
+            min_samples=settings.objective.min_samples,
+            refills=settings.buffer.dynamic_sampling_refills,
             **state,
         )
 
@@ -205,11 +210,12 @@ class RemoteBuffer:
 class Gang:
     """A Learner made of ranks that move together: every call goes to all, rank 0 answers."""
 
-    def __init__(self, settings: Settings, folder: str) -> None:
+    def __init__(self, settings: Settings, folder: str, others: Mapping[str, str] | None = None) -> None:
+        """`others`: folders of models beside the policy in the learner: reference, teacher, critic."""
         ranks = settings.learners.count
         remote = ray.remote(num_cpus=settings.learners.threads, num_gpus=settings.learners.gpus)(DeepSpeedLearner)
         address, port = _meeting_point()
-        self.ranks = [remote.remote(settings, folder, rank, ranks, address, port) for rank in range(ranks)]
+        self.ranks = [remote.remote(settings, folder, rank, ranks, address, port, others) for rank in range(ranks)]
 
     async def ready(self) -> None:
         await self._all([rank.__ray_ready__.remote() for rank in self.ranks])
@@ -231,6 +237,15 @@ class Gang:
     async def load(self, directory: str) -> int:
         return (await self._all([rank.load.remote(directory) for rank in self.ranks]))[0]
 
+    async def export(self, folder: str) -> None:
+        await self._all([rank.export.remote(folder) for rank in self.ranks])
+
+    async def state(self) -> Mapping[str, Any]:
+        return await self.ranks[0].state.remote()
+
+    async def renew_reference(self, folder: str) -> None:
+        await self._all([rank.renew_reference.remote(folder) for rank in self.ranks])
+
     async def _all(self, references: list[Any]) -> list[Any]:
         """Answers of all ranks; the first error ends the wait, the others would wait for the lost rank."""
         return list(await asyncio.gather(*(_as_coroutine(reference) for reference in references)))
@@ -248,14 +263,15 @@ def _meeting_point() -> tuple[str, int]:
         return address, probe.getsockname()[1]
 
 
-def generators(settings: Settings, folder: str) -> GeneratorPool:
+def generators(settings: Settings, folder: str, given: Given | None = None) -> GeneratorPool:
+    tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
     spawn = _spawner(
         VllmGenerator,
         settings.generators,
-        lambda index: (folder, settings.generators, settings.max_model_tokens, f"generator-{index}"),
+        lambda index: (folder, settings.generators, tokens, f"generator-{index}"),
     )
     return GeneratorPool(
-        _pool("generator", spawn, settings.generators.count, settings), settings.deadlines.generate_seconds
+        _pool("generator", spawn, settings.generators.count, settings), settings.deadlines.generate_seconds, given
     )
 
 
@@ -272,7 +288,7 @@ def scorers(settings: Settings, reference_folder: str | None) -> list[ScorerPool
     spawn = _spawner(
         RewardScorer,
         settings.scorers,
-        lambda index: (settings.rewards, settings.scorers.threads, f"scorer-{index}"),
+        lambda index: (settings.rewards, settings.ensemble, settings.scorers.threads, f"scorer-{index}"),
     )
     pools.append(_pool("scorer", spawn, settings.scorers.count, settings))
     return [ScorerPool(pool, settings.deadlines.score_seconds) for pool in pools]

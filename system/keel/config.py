@@ -5,6 +5,7 @@ Every user mistake found before Ray starts is a `ConfigError`; the command line 
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -125,13 +126,15 @@ def _one_line(error: ValidationError) -> str:
     """The first mistake of a validation as `setting=value: what was expected`."""
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in first["loc"] if part not in _tags())
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
         names = list(_fields_at(parents))
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
         return f"{' '.join(where.split())}: unknown setting; {hint}"
+    if first["type"] == "union_tag_invalid":
+        return f"{where}.kind={first['ctx']['tag']}: expected one of {first['ctx']['expected_tags']}"
     if first["type"] == "missing":
         return f"{where}: missing; expected a value"
     message = first["msg"].removeprefix("Value error, ")
@@ -141,12 +144,28 @@ def _one_line(error: ValidationError) -> str:
     return f"{where}={first['input']!r}: {expected}"
 
 
+@functools.cache
+def _tags() -> frozenset[str]:
+    """Kinds of objective: pydantic puts the one it chose into the location of an error, no user wrote it there."""
+    return frozenset(_kinds(Settings.model_fields["objective"].annotation))
+
+
+def _kinds(annotation: Any) -> dict[str, Any]:
+    """The blocks of a union by their `kind`."""
+    found = [block for block in get_args(annotation) if isinstance(block, type) and issubclass(block, BaseModel)]
+    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in found}
+
+
 def _fields_at(location: list[Any]) -> dict[str, Any]:
     """Field names of the block at a location of the settings tree."""
     model: Any = Settings
+    annotation: Any = None
     for part in location:
-        if not isinstance(part, int):
-            model = _block(model.model_fields[part].annotation)
+        if part in _tags():
+            model = _kinds(annotation)[part]
+        elif not isinstance(part, int):
+            annotation = model.model_fields[part].annotation
+            model = _block(annotation)
     return model.model_fields
 
 

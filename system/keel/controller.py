@@ -64,6 +64,9 @@ class Observer:
 
     async def checkpoint(self, step: int) -> None: ...
 
+    async def iteration(self, step: int) -> None:
+        """The policy of now becomes the reference."""
+
 
 class Controller:
     """Runs the loops from `version` to `settings.run.steps`."""
@@ -178,19 +181,31 @@ class Controller:
         if self.version == 0:
             await self.evaluate(0)
         while self.version < settings.run.steps:
-            await self._step()
-            last = self.version == settings.run.steps
+            finished = await self._step()
+            last = finished or self.version == settings.run.steps
             if last or (evaluate_every and self.version % evaluate_every == 0):
                 await self.evaluate(self.version)
             if not last:
+                await self._iterate()
                 await self.parts.buffer.advance(self.version)
             self.observer.step(self.version)
             if last or (checkpoint_every and self.version % checkpoint_every == 0):
                 self.observer.doing("checkpoint")
                 deadline = settings.deadlines.step_seconds
                 await self._within(deadline, self.observer.checkpoint(self.version), "the learner to save")
+            if last:
+                return
 
-    async def _step(self) -> None:
+    async def _iterate(self) -> None:
+        """Renew the reference when an iteration ends: before the tickets of the next step open."""
+        every = self.settings.reference.iteration_steps if self.settings.reference else None
+        if every and self.version % every == 0:
+            self.observer.doing("new reference")
+            deadline = self.settings.deadlines.load_seconds
+            await self._within(deadline, self.observer.iteration(self.version), "the reference to be renewed")
+
+    async def _step(self) -> bool:
+        """One version; whether the objective wants no further one."""
         deadlines = self.settings.deadlines
         self.observer.doing("rollouts")
         waited = time.monotonic()
@@ -219,6 +234,10 @@ class Controller:
         )
         self.observer.set(_gauges(report.metrics, buffered))
         self.observer.set({"wait_seconds": wait_seconds, "generate_tokens_per_second": tokens / busy if busy else 0.0})
+        self.observer.add(dict(report.counts))
+        if report.finished:
+            self.observer.event("objective_finished", step=self.version)
+        return report.finished
 
     def _lost(self, role: str, reason: str) -> None:
         self.observer.add({"workers_lost_total": {role: 1.0}})

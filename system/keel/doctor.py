@@ -17,7 +17,8 @@ import psutil
 import yaml
 from rich.console import Console
 
-from keel.settings import ClusterSettings, MetricsSettings
+from keel.actor_settings import ClusterSettings
+from keel.settings import MetricsSettings
 
 TESTED = {
     "torch": "2.13.0",

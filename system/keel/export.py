@@ -34,7 +34,7 @@ def _card(settings: Settings, version: int) -> str:
 base_model: {settings.policy.model}
 library_name: transformers
 pipeline_tag: text-generation
-tags: [rlhf, keel, {settings.objective.advantage}]
+tags: [rlhf, keel, {_objective(settings)}]
 ---
 # {settings.run.name}, step {version}
 
@@ -42,7 +42,7 @@ tags: [rlhf, keel, {settings.objective.advantage}]
 
 | setting | value |
 |---|---|
-| advantage | {settings.objective.advantage} |
+| objective | {settings.objective.kind}: {_objective(settings)} |
 | KL to the reference | coefficient {kl.coefficient}, in the {kl.placement} |
 | entropy | {entropy.form}, coefficient {entropy.coefficient} |
 | learning rate | {settings.learners.learning_rate} |
@@ -53,3 +53,16 @@ tags: [rlhf, keel, {settings.objective.advantage}]
 |---|---|---|---|
 {rewards}
 """
+
+
+def _objective(settings: Settings) -> str:
+    """The one word that tells an objective from others of its kind."""
+    by = settings.objective
+    words = {
+        "policy_gradient": "advantage",
+        "preference": "loss",
+        "weighted_likelihood": "weights",
+        "logits_convexity": "form",
+        "custom": "source",
+    }
+    return str(getattr(by, words[by.kind]))

@@ -6,15 +6,17 @@ thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
 
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from keel import schema, weights
+from keel import schema, stored, weights
+from keel.actor_settings import GeneratorSettings
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
-from keel.settings import GeneratorSettings
 
 
 class VllmGenerator:
@@ -48,16 +50,31 @@ class VllmGenerator:
         )
         torch.set_num_threads(settings.threads)  # vLLM may have set 1
 
-    def generate(self, prompts: pa.RecordBatch, sampling: Sampling) -> tuple[pa.RecordBatch, StageReceipt]:
-        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbours."""
+    def generate(
+        self, prompts: pa.RecordBatch, sampling: Sampling, given: Sequence[list[int]] | None = None
+    ) -> tuple[pa.RecordBatch, StageReceipt]:
+        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbours.
+
+        `given` holds the completion of each row that already has one, else []: these are not sampled, only their
+        log-probs under the weights of now are computed.
+        """
         started = time.monotonic()
+        rows = prompts.column("prompt_tokens").to_pylist()
+        given = given if given is not None else [[]] * len(rows)
         outputs = self._engine.generate(
-            [{"prompt_token_ids": row} for row in prompts.column("prompt_tokens").to_pylist()],
-            [_params(sampling, seed) for seed in prompts.column("seed").to_pylist()],
+            [{"prompt_token_ids": row + known} for row, known in zip(rows, given, strict=True)],
+            [
+                _reading() if known else _params(sampling, seed)
+                for seed, known in zip(prompts.column("seed").to_pylist(), given, strict=True)
+            ],
             use_tqdm=False,
         )
+        completions = [
+            _read(output, known, sampling) if known else _sampled(output.outputs[0])
+            for output, known in zip(outputs, given, strict=True)
+        ]
         seconds = time.monotonic() - started
-        batch = schema.append(prompts, self._columns([output.outputs[0] for output in outputs], seconds))
+        batch = schema.append(prompts, self._columns(completions, seconds))
         schema.check(batch)
         tokens = int(schema.lengths(batch, "completion_tokens").sum())
         return batch, StageReceipt(batch.num_rows, tokens, seconds, self.name)
@@ -68,15 +85,10 @@ class VllmGenerator:
         self.version = new.version
         return receipt
 
-    def _columns(self, completions: list[Any], seconds: float) -> pa.RecordBatch:
-        tokens = [list(completion.token_ids) for completion in completions]
+    def _columns(self, completions: list["_Completion"], seconds: float) -> pa.RecordBatch:
+        tokens = [completion.tokens for completion in completions]
         lengths = np.array([len(row) for row in tokens])
-        # by token id: the first entry of a position need not be the sampled token
-        logprobs = [
-            entry[token].logprob
-            for completion in completions
-            for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
-        ]
+        logprobs = [value for completion in completions for value in completion.logprobs]
         versions = np.full(int(lengths.sum()), self.version)
         return schema.build(
             schema.GENERATE,
@@ -88,10 +100,39 @@ class VllmGenerator:
                 "finish_reason": pa.array([c.finish_reason for c in completions]).dictionary_encode().cast(
                     schema.GENERATE.field("finish_reason").type
                 ),
-                "generator": [self.name] * len(tokens),
+                "generator": [stored.NAME if completion.given else self.name for completion in completions],
                 "generate_seconds": [seconds] * len(tokens),
             },
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Completion:
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    given: bool
+
+
+def _sampled(completion: Any) -> _Completion:
+    tokens = list(completion.token_ids)
+    # by token id: the first entry of a position need not be the sampled token
+    logprobs = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
+    return _Completion(tokens, logprobs, completion.finish_reason, given=False)
+
+
+def _read(output: Any, tokens: list[int], sampling: Sampling) -> _Completion:
+    """A completion that was given: its log-probs are those of the last tokens of the prompt."""
+    entries = output.prompt_logprobs[-len(tokens) :]
+    logprobs = [entry[token].logprob for token, entry in zip(tokens, entries, strict=True)]
+    ended = "stop" if tokens[-1] in sampling.stop_token_ids else "length"
+    return _Completion(tokens, logprobs, ended, given=True)
+
+
+def _reading() -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
 
 
 def _params(sampling: Sampling, seed: int) -> Any:

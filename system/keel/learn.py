@@ -1,15 +1,18 @@
 """DeepSpeed behind the Learner protocol: one rank of the gang. Every rank sees the whole step and trains its own rows.
 
-step:  weigh the whole batch (numpy, alike on every rank)
+step:  measure   log-probs and values of the whole step under the current weights, if the objective reads them
+       weigh     the whole batch (numpy, alike on every rank)
        for epoch: for micro-batch of this rank: forward -> objective.loss -> backward
                   clip, Adam, learning rate of the step                               -> version + 1
+       adapt     coefficients that move with what the step saw
 """
 
+import json
 import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,57 +22,96 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from keel import algorithms, diagnostics, models, optimisation, schema, weights
 from keel import batch as batching
-from keel import diagnostics, models, schema, weights
-from keel.algorithms.objectives import Credit, PolicyGradient, Rows
+from keel.actor_settings import LearnerSettings
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
+from keel.anchors import Anchors
+from keel.networks import Critic, Learnable, Piece, Policy
 from keel.protocols import LoadReceipt, StepReport, Weights
-from keel.settings import LearnerSettings, Settings
+from keel.settings import Settings
 
 
 class DeepSpeedLearner:
     """One rank. All public methods are collective: every rank must be called with the same arguments."""
 
-    def __init__(self, settings: Settings, folder: str, rank: int, ranks: int, address: str, port: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        folder: str,
+        rank: int,
+        ranks: int,
+        address: str,
+        port: int,
+        others: Mapping[str, str] | None = None,
+    ) -> None:
+        """`others`: folders of the frozen models that live in the learner (reference, teacher) and of `critic`."""
         learners = settings.learners
         _join_gang(learners, rank, ranks, address, port, settings.deadlines.step_seconds)
         import deepspeed
 
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self.others = settings, folder, dict(others or {})
         self.rank, self.ranks = rank, ranks
         self.version = 0
-        self.objective = PolicyGradient(settings)
-        policy = models.load_policy(Path(folder), "float32" if learners.precision == "fp32" else "bfloat16")
+        self.objective = algorithms.build(settings)
         self.device = torch.device("cuda", 0) if learners.gpus else torch.device("cpu")
-        optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=learners.learning_rate,
-            betas=learners.adam_betas,
-            eps=learners.adam_epsilon,
-            weight_decay=learners.weight_decay,
-            fused=True,
-        )
+        dtype = "float32" if learners.precision == "fp32" else "bfloat16"
+        policy = models.load_policy(Path(folder), dtype)
+        torch.manual_seed(settings.run.seed)  # of new value heads
+        module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
+        rate = module.critic.by.learning_rate if module.critic is not None else None
+        self._rates = [1.0, (rate or learners.learning_rate) / learners.learning_rate]
         self._engine: Any = deepspeed.initialize(
-            model=policy.to(self.device), optimizer=optimizer, config=engine_config(learners)
+            model=module,
+            optimizer=optimisation.optimizer(learners, module, rate),
+            config=optimisation.engine_config(learners),
         )[0]
         self._engine.train()
+        frozen_dtype = settings.reference.dtype if settings.reference else dtype
+        self._anchors = Anchors(self.objective.vocabulary, self._folder_of, frozen_dtype, self.device)
+
+    def _folder_of(self, name: str) -> str:
+        return self.others.get(name, self.folder)
+
+    def _critic(self, policy: Policy, dtype: str) -> Critic | None:
+        by = getattr(self.settings.objective, "critic", None)
+        if by is None:
+            return None
+        trunk = models.load_trunk(Path(self._folder_of("critic")), dtype) if by.trunk == "own" else None
+        hidden = (trunk if trunk is not None else policy.model).config.hidden_size
+        return Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
-        """One version: `objective.epochs` optimizer updates on the batch. Raises FloatingPointError on a NaN loss."""
+        """One version: `objective.epochs` optimizer updates on the batch.
+
+        Raises FloatingPointError for a loss that is not finite, before the optimizer moves.
+        """
         started = time.monotonic()
-        credit = self.objective.weigh(batch)
         plan = self._plan(batch)
-        rate = learning_rate(self.settings.learners, self.version, self.settings.run.steps)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
-        old = self._logprobs(batch, plan)[0] if self.objective.objective.epochs > 1 else None
-        sums: dict[str, float] = {}
-        for _ in range(self.objective.objective.epochs):
+        rate = optimisation.learning_rate(self.settings.learners, self.version, self.settings.run.steps)
+        for group, factor in zip(self._engine.optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate * factor
+        coefficients = self.objective.coefficients()
+        epochs = self.objective.epochs
+        self._anchors.keep_old(self._engine.module.policy, (micro for micro, _ in self._micro_batches(batch, plan)))
+        measured = self._measure(batch, plan, self._asked(epochs))
+        credit = self.objective.weigh(batch, measured)
+        old = measured.logprobs if epochs > 1 and not self.objective.weighs_every_epoch else None
+        sums = self._update(batch, plan, credit, old)
+        for _ in range(epochs - 1):
+            if self.objective.weighs_every_epoch:
+                credit = self.objective.weigh(batch, self._measure(batch, plan, self._asked(epochs)))
             sums = self._update(batch, plan, credit, old)
+        self.objective.adapt(batch)
         self.version += 1
-        metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | dict(sums)
+        metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | sums | coefficients
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
         metrics |= {"micro_batches": float(len(plan.real[self.rank])), "trained_tokens": float(credit.num_tokens)}
-        return StepReport(self.version, {name: float(value) for name, value in metrics.items()})
+        return StepReport(self.version, labelled(metrics), credit.counts, credit.finished)
+
+    def _asked(self, epochs: int) -> frozenset[str]:
+        """What must be measured before weighing; several updates also need the log-probs they start from."""
+        return self.objective.measures | ({"logprobs"} if epochs > 1 else frozenset())
 
     def _update(
         self, batch: pa.RecordBatch, plan: batching.Plan, credit: Credit, old: np.ndarray | None
@@ -78,25 +120,26 @@ class DeepSpeedLearner:
         sums: dict[str, float] = defaultdict(float)
         for micro, chunks in self._micro_batches(batch, plan):
             rows = self._rows(batch, micro, credit, old)
-            logprobs, entropies = self._forward(micro, chunks, entropy_gradient=self.objective.bonus > 0)
-            terms = self.objective.loss(rows, logprobs, entropies, credit)
+            piece = self._anchors.piece(micro, rows, credit, self.settings.sampling.temperature)
+            outputs = self._forward(micro, chunks, self.objective.needs_entropy, piece)
+            terms = self.objective.loss(rows, outputs, credit)
             # DeepSpeed averages gradients over ranks, while shares of the loss add up; filler rows weigh nothing
             self._engine.backward(terms.loss * (self.ranks if micro.real else 0.0), scale_wrt_gas=False)
             if micro.real:
-                difference = (logprobs.detach() - rows.sampler).abs()
+                difference = (outputs.logprobs.detach() - rows.sampler).abs()
                 for name, share in terms.sums.items():
                     sums[name] += share
                 sums["gap_nats"] += difference.sum().item() / credit.num_tokens
-        self._engine.step()
         sums = self._sum_over_ranks(sums)
         if not math.isfinite(sums["loss"]):
-            raise FloatingPointError(f"step {self.version + 1}: the loss is {sums['loss']}")
+            raise FloatingPointError(f"step {self.version + 1}: the loss is {sums['loss']}; terms: {sums}")
+        self._engine.step()
         sums["grad_norm"] = float(self._engine.get_global_grad_norm())
         return sums
 
     def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
         """|learner - sampler| log-prob of the stored completion tokens: mean and largest, nats."""
-        logprobs, _ = self._logprobs(batch, self._plan(batch))
+        logprobs = self._measure(batch, self._plan(batch), frozenset({"logprobs"})).logprobs
         sampler, _ = schema.ragged(batch, "completion_logprobs")
         difference = np.abs(logprobs - sampler)
         return {"gap_mean_nats": float(difference.mean()), "gap_max_nats": float(difference.max())}
@@ -111,20 +154,33 @@ class DeepSpeedLearner:
         return packed, LoadReceipt(packed.version, packed.digest, packed.buffer.nbytes, time.monotonic() - started)
 
     def save(self, directory: str) -> None:
-        """Write `learner/` (DeepSpeed, every rank its shard) and `policy/` (Hugging Face folder, rank 0)."""
+        """Write `learner/` (DeepSpeed, every rank its shard) and `policy/` (rank 0)."""
         self._engine.save_checkpoint(f"{directory}/learner", tag="state", client_state={"version": self.version})
+        self.export(f"{directory}/policy")
+
+    def state(self) -> dict[str, Any]:
+        """What changes the run and is not in the weights, alike on every rank: for state.json."""
+        return self.objective.state()
+
+    def export(self, folder: str) -> None:
+        """Write the policy as a Hugging Face folder, on rank 0; the others take part in gathering."""
         named = self._full_parameters()
         if self.rank == 0:
             from keel import export
 
-            export.policy(Path(directory) / "policy", Path(self.folder), named, self.settings, self.version)
+            export.policy(Path(folder), Path(self.folder), named, self.settings, self.version)
 
     def load(self, directory: str) -> int:
         """Continue from `save`'s output at the same number of ranks; returns its version."""
         path, client_state = self._engine.load_checkpoint(f"{directory}/learner", tag="state")
         assert path is not None, directory
+        self.objective.restore(json.loads((Path(directory) / "state.json").read_text())["objective"])
         self.version = client_state["version"]
         return self.version
+
+    def renew_reference(self, folder: str) -> None:
+        """Read the frozen reference inside the learner from another folder, where there is one."""
+        self._anchors.renew_reference(folder)
 
     def _plan(self, batch: pa.RecordBatch) -> batching.Plan:
         learners = self.settings.learners
@@ -143,31 +199,39 @@ class DeepSpeedLearner:
         lengths = schema.lengths(batch, "completion_tokens")[micro.rows]
         needs_reference = "reference_logprobs" in self.objective.needs
         return Rows(
-            advantages=torch.from_numpy(credit.advantages[micro.rows].astype(np.float32)).to(self.device),
+            advantages=column(credit.advantages),
             lengths=torch.from_numpy(lengths.astype(np.float32)).to(self.device),
             row_of_item=micro.row_of_item.to(self.device),
             sampler=column(schema.ragged(batch, "completion_logprobs")[0]),
             old=None if old is None else column(old),
             reference=column(schema.ragged(batch, "reference_logprobs")[0]) if needs_reference else None,
+            targets=None if credit.targets is None else column(credit.targets),
+            old_values=None if credit.old_values is None else column(credit.old_values),
         )
 
-    def _forward(self, micro: batching.MicroBatch, chunks: int, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-        logprobs, entropies = self._engine(micro, self.settings.sampling.temperature, chunks)
-        return logprobs, entropies if entropy_gradient else entropies.detach()
+    def _forward(self, micro: batching.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:
+        temperature = self.settings.sampling.temperature
+        return Outputs(*self._engine(micro, temperature, chunks, entropy, piece))
 
     @torch.no_grad()
-    def _logprobs(self, batch: pa.RecordBatch, plan: batching.Plan) -> tuple[np.ndarray, np.ndarray]:
-        """The learner's log-probs and entropies of all completion tokens of the batch, fp32 [tokens], every rank's."""
+    def _measure(self, batch: pa.RecordBatch, plan: batching.Plan, asked: frozenset[str]) -> Measured:
+        """Log-probs [tokens] and values [tokens, K] of the whole step under the current weights, every rank's."""
+        if not asked:
+            return Measured(version=self.version)
         num_tokens = int(schema.lengths(batch, "completion_tokens").sum())
-        flat = torch.zeros(2, num_tokens, device=self.device)
+        num_heads = len(self.objective.heads) if "values" in asked else 0
+        flat = torch.zeros(num_tokens, 1 + num_heads, device=self.device)
         for micro, chunks in self._micro_batches(batch, plan):
-            values = self._forward(micro, chunks, entropy_gradient=False)
+            outputs = self._forward(micro, chunks, entropy=False)
             if micro.real:
-                flat[:, torch.from_numpy(micro.items).to(self.device)] = torch.stack(values)
+                columns = [outputs.logprobs[:, None]] + ([outputs.values] if num_heads else [])
+                flat[torch.from_numpy(micro.items).to(self.device)] = torch.cat(columns, dim=1)  # type: ignore[arg-type]
         if self.ranks > 1:
             torch.distributed.all_reduce(flat)
-        logprobs, entropies = flat.cpu().numpy()
-        return logprobs, entropies
+        found = flat.cpu().numpy()
+        if not np.isfinite(found).all():
+            raise FloatingPointError(f"step {self.version + 1}: log-probs or values of the learner are not finite")
+        return Measured(found[:, 0], found[:, 1:] if num_heads else None, self.version)
 
     def _sum_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
         names = sorted(sums)
@@ -181,37 +245,12 @@ class DeepSpeedLearner:
         import deepspeed
 
         named: dict[str, Tensor] = {}
-        for name, parameter in self._engine.module.named_parameters():
+        policy = self._engine.module.policy
+        for name, parameter in policy.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.learners.zero_stage == 3):
                 if self.rank == 0:
                     named[name] = parameter.detach().to("cpu", copy=True)
-        return self._engine.module.checkpoint(named) if self.rank == 0 else {}
-
-
-def engine_config(learners: LearnerSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration. The caller owns accumulation: backward accumulates, step() updates."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "zero_optimization": {"stage": learners.zero_stage, "overlap_comm": False},
-        "bf16": {"enabled": learners.precision == "bf16"},
-        "gradient_clipping": learners.max_grad_norm,
-        "steps_per_print": 10**9,
-    }
-
-
-def learning_rate(learners: LearnerSettings, version: int, steps: int) -> float:
-    """Rate of the step that starts from `version`: a pure function, so a resumed run needs no scheduler state."""
-    if version < learners.warmup_steps:
-        return learners.learning_rate * (version + 1) / learners.warmup_steps
-    progress = (version - learners.warmup_steps) / max(1, steps - learners.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[learners.schedule]
-    return learners.learning_rate * factor
+        return policy.checkpoint(named) if self.rank == 0 else {}
 
 
 def _join_gang(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:

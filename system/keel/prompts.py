@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from keel import schema
+from keel import schema, stored
 from keel.config import ConfigError
 from keel.settings import PromptSettings, Settings
 from keel.sources import Row, read, wrong
@@ -34,6 +34,8 @@ class Prompts:
 
     def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
         rows = read(settings.prompts)
+        if settings.sampling.stored_ratio > 0:
+            stored.check(rows, settings.sampling.samples_per_prompt, settings.prompts.source)
         tokens = _tokenize(rows, settings, tokenizer)
         lengths = np.array([len(ids) for ids in tokens])
         kept = np.arange(len(rows))
@@ -85,7 +87,8 @@ class Prompts:
     def held_out(self) -> pa.RecordBatch:
         """One row a held-out prompt: ticket 0..n-1, sample 0, seeds unlike the training rows'."""
         tickets = np.arange(len(self._held_out))
-        return self._build(rows=self._held_out, tickets=tickets, samples=np.zeros_like(tickets), domain="held_out")
+        held_out = self._build(rows=self._held_out, tickets=tickets, samples=np.zeros_like(tickets), domain="held_out")
+        return held_out.replace_schema_metadata({**self._metadata, "keel.held_out": "true"})
 
     def _build(self, rows: np.ndarray, tickets: np.ndarray, samples: np.ndarray, domain: str) -> pa.RecordBatch:
         taken = self._rows.take(pa.array(rows))

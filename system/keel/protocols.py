@@ -93,7 +93,12 @@ class StepReport:
     """One optimizer step: the version it made and the numbers it saw, by metric name."""
 
     version: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Any]
+    """Gauges; those with a label are mappings."""
+    counts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Increments of counters by metric name and label."""
+    finished: bool = False
+    """The objective's own stopping rule holds: no further step is wanted."""
 
 
 class WorkerLost(RuntimeError):
@@ -150,3 +155,6 @@ class Learner(Protocol):
 
     async def load(self, directory: str) -> int:
         """Restore a checkpoint; the version it holds."""
+
+    async def export(self, folder: str) -> None:
+        """Write the current policy as a Hugging Face folder."""

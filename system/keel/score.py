@@ -4,7 +4,6 @@ A sample is scored or failed with a reason; a failure is a null, never a number.
 signature `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
 """
 
-import importlib
 import json
 import math
 import time
@@ -17,11 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from keel import batch as batching
-from keel import schema
-from keel.config import ConfigError
-from keel.objective_settings import RewardSettings
-from keel.protocols import StageReceipt
-from keel.settings import ReferenceSettings
+from keel import extension, schema, stored
+from keel.actor_settings import ReferenceSettings
+from keel.algorithms import elicitation
+from keel.protocols import LoadReceipt, StageReceipt
+from keel.reward_settings import EnsembleSettings, RewardSettings
 
 Values = Sequence[float | None]
 Failure = str
@@ -44,7 +43,16 @@ class ReferenceScorer:
         self.name = name
         self.settings = settings
         self.temperature = temperature
-        self._policy = models.load_policy(Path(folder), settings.dtype).to("cuda" if settings.gpus else "cpu").eval()
+        self._device = torch.device("cuda" if settings.gpus else "cpu")
+        self._policy = models.load_frozen(Path(folder), settings.dtype, self._device)
+
+    def load(self, folder: str) -> LoadReceipt:
+        """Be another policy from now on: a new iteration's reference. version -1: a folder, not a published version."""
+        from keel import models
+
+        started = time.monotonic()
+        self._policy = models.load_frozen(Path(folder), self.settings.dtype, self._device)
+        return LoadReceipt(-1, folder, 0, time.monotonic() - started)
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
         import torch
@@ -59,25 +67,26 @@ class ReferenceScorer:
         with torch.inference_mode():
             for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
                 micro = batching.tensors(batch, units)
-                flat[micro.items] = self._policy(micro, self.temperature, chunks)[0].cpu().numpy()
+                flat[micro.items] = self._policy(micro, self.temperature, chunks, entropy=False)[0].cpu().numpy()
         column = schema.from_ragged(flat, lengths, schema.NATS)
         scored = schema.append(batch, schema.build(self.adds, {"reference_logprobs": column}))
         return scored, StageReceipt(batch.num_rows, len(flat), time.monotonic() - started, self.name)
 
 
 class RewardScorer:
-    """Appends every configured reward, their weighted sum, and why a sample has none."""
+    """Appends every configured reward, the one the objective sees, and why a sample has none."""
 
-    def __init__(self, rewards: Sequence[RewardSettings], threads: int, name: str) -> None:
+    def __init__(self, rewards: Sequence[RewardSettings], ensemble: EnsembleSettings, threads: int, name: str) -> None:
         self.name = name
+        self.ensemble = ensemble
         self.rewards = rewards
         self.adds = pa.schema([schema.reward_field(reward.name) for reward in rewards] + list(schema.SCORE))
         self._compute = {reward.name: _SCORERS[reward.kind](reward, threads) for reward in rewards}
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
-        """A failed training reward fails the sample; a failed monitor is a null and is counted too."""
+        """A failed training reward fails the sample; a failed judge or monitor is a null and is counted too."""
         started = time.monotonic()
-        total = np.zeros(batch.num_rows)
+        members: list[np.ndarray] = []
         failure: list[str | None] = [None] * batch.num_rows
         columns: dict[str, Any] = {}
         failures: Counter[str] = Counter()
@@ -86,8 +95,9 @@ class RewardScorer:
             columns[f"reward_{reward.name}"] = pa.array(values, pa.float32(), mask=np.isnan(values))
             failures.update(reason for reason in reasons if reason)
             if reward.role == "train":
-                total += reward.weight * np.nan_to_num(values)
+                members.append(np.nan_to_num(values))
                 failure = [earlier or new for earlier, new in zip(failure, reasons, strict=True)]
+        total = self._combine(np.stack(members), batch)
         for row in np.flatnonzero(np.abs(total) > np.finfo(np.float32).max):
             failure[row] = failure[row] or "sum_not_finite"
         failed = np.array([reason is not None for reason in failure])
@@ -100,6 +110,13 @@ class RewardScorer:
         }
         scored = schema.append(batch, schema.build(self.adds, columns))
         return scored, StageReceipt(batch.num_rows, 0, seconds, self.name, dict(failures))
+
+    def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
+        """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
+        weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
+        if self.ensemble.form != "sum" and self.ensemble.centre:
+            members = elicitation.centre(members, batch.column("ticket").to_numpy())
+        return elicitation.combine(members, weights, self.ensemble.form, self.ensemble.coefficient)
 
 
 def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:
@@ -120,19 +137,6 @@ def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray,
     return np.where(np.isfinite(values), values, math.nan), reasons
 
 
-def import_function(source: str, setting: str) -> Callable[..., Values]:
-    """The function at module:function. Raises ConfigError when it cannot be imported."""
-    module, _, name = source.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{setting}={source}: cannot be imported ({reason}); expected module:function") from None
-    if not callable(function):
-        raise ConfigError(f"{setting}={source}: a {type(function).__name__}; expected a function")
-    return function
-
-
 def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
     """Keyword arguments of a reward function: TRL's names, and every further column of the prompt source."""
     further = [json.loads(row) for row in batch.column("prompt_columns").to_pylist()]
@@ -145,7 +149,7 @@ def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
 
 
 def _rule(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
-    function = import_function(reward.source, f"rewards.{reward.name}.source")
+    function = extension.load(reward.source, f"rewards.{reward.name}.source")
 
     def compute(batch: pa.RecordBatch) -> Values | Failure:
         try:
@@ -220,9 +224,24 @@ def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], V
     return compute
 
 
+def _stored(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+    """What the prompt source says of its own completions; nothing of generated ones."""
+
+    def compute(batch: pa.RecordBatch) -> Values:
+        rows = zip(batch.column("prompt_columns").to_pylist(), batch.column("sample").to_pylist(), strict=True)
+        own = batch.column("generator").to_pylist()
+        return [
+            stored.rewards(json.loads(columns))[sample] if name == stored.NAME else None
+            for (columns, sample), name in zip(rows, own, strict=True)
+        ]
+
+    return compute
+
+
 _SCORERS: dict[str, Callable[[RewardSettings, int], Callable[[pa.RecordBatch], Values | Failure]]] = {
     "rule": _rule,
     "reference": _reference,
     "http": _http,
     "model": _model,
+    "stored": _stored,
 }

@@ -1,21 +1,30 @@
 """Every setting of a run, with its unit, default and the rules between settings.
 
-Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel schema` load this, `objective_settings.py`
-and `config.py` only.
+Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel schema` load this, the other
+`*_settings.py` and `config.py` only.
 """
 
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.objective_settings import (
-    Fraction,
-    ObjectiveSettings,
-    RegulariserSettings,
-    RewardSettings,
-    Seconds,
-    Section,
+from keel.actor_settings import (
+    ClusterSettings,
+    DeadlineSettings,
+    GeneratorSettings,
+    LearnerSettings,
+    ReferenceSettings,
+    WorkerSettings,
 )
+from keel.objective_settings import (
+    LogitsConvexitySettings,
+    ObjectiveSettings,
+    PolicyGradientSettings,
+    PreferenceSettings,
+)
+from keel.regulariser_settings import RegulariserSettings
+from keel.reward_settings import EnsembleSettings, RewardSettings, ShapingSettings
+from keel.section import Fraction, Section
 
 
 class RunSettings(Section):
@@ -54,6 +63,11 @@ class SamplingSettings(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
     max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
     stop_token_ids: list[int] | None = Field(None, description="end tokens; null: the model's own")
+    stored_ratio: Fraction = Field(
+        0.0,
+        description="share of prompts whose completions are those of the prompt source (columns chosen and rejected, or"
+        " responses and rewards): 0 online, 1 offline, between: hybrid",
+    )
 
 
 class FailureSettings(Section):
@@ -67,45 +81,9 @@ class BufferSettings(Section):
         None, ge=1, description="tickets that share a generator batch; null: groups_per_step / generators.count"
     )
     max_staleness: int = Field(0, ge=0, description="versions a sample may be late; 0 is synchronous training")
-
-
-class WorkerSettings(Section):
-    count: int = Field(1, ge=1, description="actors")
-    threads: int = Field(2, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")
-    gpus: float = Field(0, ge=0, description="GPUs an actor asks Ray for")
-
-
-class GeneratorSettings(WorkerSettings):
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the sampler")
-    kv_cache_bytes: int = Field(2**30, ge=2**26, description="key-value cache of one generator")
-    max_sequences: int = Field(64, ge=1, description="sequences decoded together")
-    enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
-
-
-class ReferenceSettings(WorkerSettings):
-    model: str | None = Field(None, description="null: the policy before training")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic")
-    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
-    shared_prompt_tokens: int = Field(512, ge=0, description="as learners.shared_prompt_tokens")
-
-
-class LearnerSettings(WorkerSettings):
-    zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: fp32 master weights, bf16 arithmetic")
-    learning_rate: float = Field(1e-6, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up, to 0 at the end"
+    dynamic_sampling_refills: int = Field(
+        0, ge=0, description="times a step replaces groups whose rewards are all equal (DAPO); 0: trains on them"
     )
-    warmup_steps: int = Field(0, ge=0)
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
-    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one micro-batch on one rank, padding included")
-    shared_prompt_tokens: int = Field(
-        512, ge=0, description="samples of a prompt go behind one copy of it while they fit this many tokens; 0: never"
-    )
-    head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
 
 
 class EvaluationSettings(Section):
@@ -126,20 +104,6 @@ class MetricsSettings(Section):
     port: int = Field(9464, ge=0, le=65535, description="0: any free port")
 
 
-class ClusterSettings(Section):
-    address: str | None = Field(None, description="Ray address; null: an embedded Ray on this machine")
-    object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
-    min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")
-
-
-class DeadlineSettings(Section):
-    start_seconds: Seconds = Field(600, description="an actor comes up and loads its model")
-    generate_seconds: Seconds = Field(600, description="one generator batch")
-    score_seconds: Seconds = Field(600, description="one batch through one scorer")
-    step_seconds: Seconds = Field(1800, description="one learner step, or a checkpoint")
-    load_seconds: Seconds = Field(300, description="one weight load into all generators")
-
-
 class Settings(Section):
     """One run. `keel schema` prints this as JSON schema."""
 
@@ -147,9 +111,11 @@ class Settings(Section):
     policy: PolicySettings
     prompts: PromptSettings
     sampling: SamplingSettings = SamplingSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: ObjectiveSettings = PolicyGradientSettings()
     regulariser: RegulariserSettings = RegulariserSettings()
     rewards: list[RewardSettings] = Field(min_length=1)
+    ensemble: EnsembleSettings = EnsembleSettings()
+    shaping: ShapingSettings = ShapingSettings()
     failures: FailureSettings = FailureSettings()
     buffer: BufferSettings = BufferSettings()
     generators: GeneratorSettings = GeneratorSettings()
@@ -176,10 +142,24 @@ class Settings(Section):
         """Tickets that share a generator batch: a number of the configuration, never of timing."""
         return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // self.generators.count)
 
+    @property
+    def train_rewards(self) -> list[RewardSettings]:
+        return [reward for reward in self.rewards if reward.role == "train"]
+
+    def reference_readers(self) -> list[str]:
+        """Settings that make the objective read the reference policy."""
+        kl, objective = self.regulariser.kl, self.objective
+        readers = [f"regulariser.kl.coefficient={kl.coefficient}"] if kl.coefficient > 0 else []
+        if isinstance(objective, PreferenceSettings) and objective.uses_reference:
+            readers.append(f"objective.loss={objective.loss}")
+        if isinstance(objective, LogitsConvexitySettings) and (objective.anchor == "reference" or objective.dense):
+            readers.append("objective.dense" if objective.dense else "objective.anchor=reference")
+        return readers
+
     def needed_columns(self) -> dict[str, str]:
         """Rollout columns the objective reads -> the setting that asks for them."""
-        kl = self.regulariser.kl
-        return {"reference_logprobs": f"regulariser.kl.coefficient={kl.coefficient}"} if kl.coefficient > 0 else {}
+        readers = self.reference_readers()
+        return {"reference_logprobs": readers[0]} if readers else {}
 
     def written_columns(self) -> set[str]:
         return {"reference_logprobs"} if self.reference else set()
@@ -202,15 +182,84 @@ class Settings(Section):
         if duplicate := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"rewards: name {sorted(duplicate)[0]!r} is used twice; expected unique names")
         if not any(reward.role == "train" for reward in self.rewards):
-            raise ValueError("rewards: every role is monitor; expected at least one reward with role train")
+            raise ValueError("rewards: none has role train; expected at least one that does")
         return self
 
     @model_validator(mode="after")
     def _group_has_a_baseline(self) -> Self:
-        if self.sampling.samples_per_prompt < 2:
+        samples, wanted = self.sampling.samples_per_prompt, self.objective.min_samples
+        if samples < wanted:
+            what = getattr(self.objective, "advantage", self.objective.kind)
             raise ValueError(
-                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}:"
-                f" objective.advantage={self.objective.advantage} compares samples of one prompt; expected at least 2"
+                f"sampling.samples_per_prompt={samples}: {what} compares samples of one prompt; expected at least 2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _regularisers_fit_the_objective(self) -> Self:
+        objective, terms = self.objective, self.regulariser.reward_terms()
+        linear = isinstance(objective, PolicyGradientSettings) or objective.kind == "custom"
+        sparse = isinstance(objective, LogitsConvexitySettings) and not objective.dense
+        if terms and not (linear or sparse):
+            raise ValueError(
+                f"regulariser.{terms[0]}: objective.kind={objective.kind} has no gradient that is linear in the reward,"
+                " so a term in it is no regulariser; expected placement=loss or form=token_bonus"
+            )
+        if isinstance(objective, LogitsConvexitySettings):
+            if self.regulariser.kl.exact:
+                raise ValueError(
+                    "regulariser.kl.estimator=exact: logits_convexity already reads the whole vocabulary towards its"
+                    " anchor; expected k2, or objective.anchor=reference"
+                )
+            if self.learners.zero_stage == 3 and objective.epochs > 1 and objective.anchor == "behaviour":
+                raise ValueError(
+                    "learners.zero_stage=3: objective.anchor=behaviour with epochs > 1 keeps a copy of the output head,"
+                    " which no rank holds whole; expected 1 or 2"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _ensemble_has_members(self) -> Self:
+        objective, members = self.objective, len(self.train_rewards)
+        pairs = objective.pairs if isinstance(objective, PreferenceSettings) else None
+        readers = {
+            f"ensemble.form={self.ensemble.form}": self.ensemble.form != "sum",
+            "objective.pairs.selection=most_disagreeing": pairs and pairs.selection == "most_disagreeing",
+            f"objective.pessimism={getattr(objective, 'pessimism', 0)}": bool(getattr(objective, "pessimism", 0)),
+        }
+        for setting, reads in readers.items():
+            if reads and members < 2:
+                raise ValueError(f"{setting}: the ensemble has {members} rewards of role train; expected at least 2")
+        judges = [reward.name for reward in self.rewards if reward.role != "monitor"]
+        if pairs and pairs.judge is not None and pairs.judge not in judges:
+            raise ValueError(
+                f"objective.pairs.judge={pairs.judge}: no such reward with role judge or train; expected one of"
+                f" {', '.join(judges)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stored_completions_fit(self) -> Self:
+        ratio = self.sampling.stored_ratio
+        for reward in self.train_rewards:
+            if reward.kind == "stored" and ratio < 1:
+                raise ValueError(
+                    f"rewards.{reward.name}.kind=stored: completions that are generated have none"
+                    f" (sampling.stored_ratio={ratio}); expected stored_ratio 1, or another kind"
+                )
+        if ratio > 0 and isinstance(self.objective, PolicyGradientSettings | LogitsConvexitySettings):
+            raise ValueError(
+                f"sampling.stored_ratio={ratio}: objective.kind={self.objective.kind} needs samples of the policy;"
+                " expected preference or weighted_likelihood"
+            )
+        if ratio > 0 and self.sampling.temperature != 1:
+            raise ValueError(
+                f"sampling.temperature={self.sampling.temperature}: stored completions are scored at 1; expected 1"
+            )
+        if self.shaping.overlong_buffer_tokens > self.sampling.max_tokens:
+            raise ValueError(
+                f"shaping.overlong_buffer_tokens={self.shaping.overlong_buffer_tokens}: longer than"
+                f" sampling.max_tokens={self.sampling.max_tokens}; expected at most that"
             )
         return self
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, evaluate
+from keel import checkpoint, cluster, config, durable, evaluate, references
 from keel.controller import Controller, Observer, Parts
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
@@ -65,6 +65,8 @@ class Recorder(Observer):
         self.directory = prepared.directory
         self.buffer: cluster.RemoteBuffer | None = None
         self.learner: cluster.Gang | None = None
+        self.reference: cluster.ScorerPool | None = None
+        self.finished = False
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -73,6 +75,7 @@ class Recorder(Observer):
         self.metrics.add(values)
 
     def event(self, name: str, **fields: Any) -> None:
+        self.finished |= name == "objective_finished"
         durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
 
     def doing(self, what: str) -> None:
@@ -97,10 +100,31 @@ class Recorder(Observer):
         buffer = await self.buffer.state() | {"version": step}
         self.metrics.add({"checkpoints_total": 1.0})
         settings = self.prepared.settings
-        state = {"version": step, "buffer": buffer, "totals": self.metrics.totals, "digest": config.digest(settings)}
+        state = {
+            "version": step,
+            "finished": self.finished,
+            "buffer": buffer,
+            "objective": await self.learner.state(),
+            "totals": self.metrics.totals,
+            "digest": config.digest(settings),
+        }
         checkpoint.commit(aside, state)
         checkpoint.prune(self.directory, settings.checkpoint.keep)
+        references.prune(self.directory, settings, checkpoint.steps(self.directory)[0])
         await self.buffer.forget(buffer["next_ticket"])
+
+    async def iteration(self, step: int) -> None:
+        """Write the policy of now into references/ and let everyone who reads the reference read that."""
+        assert self.learner
+        folder = references.folder_of(self.directory, step)
+        await self.learner.export(str(references.begin(folder)))
+        references.commit(folder)
+        await self.renew(str(folder))
+
+    async def renew(self, folder: str) -> None:
+        assert self.learner and self.reference
+        await self.reference.pool.load(folder)
+        await self.learner.renew_reference(folder)
 
 
 def run(prepared: Prepared, display: Display) -> Outcome:
@@ -115,7 +139,7 @@ def run(prepared: Prepared, display: Display) -> Outcome:
     saved = checkpoint.latest(directory)
     state = checkpoint.read_state(saved) if saved else None
     version = state["version"] if state else 0
-    if version < settings.run.steps:
+    if version < settings.run.steps and not (state and state["finished"]):
         _cut_back(directory, version)
         metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
         port = metrics.serve(settings.metrics)
@@ -145,14 +169,18 @@ def _cut_back(directory: Path, version: int) -> None:
 async def _train(prepared: Prepared, recorder: Recorder, saved: str | None, state: dict[str, Any] | None) -> None:
     settings = prepared.settings
     # The learner first, alone: two models loading at once take longer on few cores than one after the other.
-    generators = cluster.generators(settings, prepared.policy_folder)
+    given = prepared.given()
+    generators = cluster.generators(settings, prepared.policy_folder, given)
     scorers = cluster.scorers(settings, prepared.reference_folder)
-    learner = cluster.Gang(settings, prepared.policy_folder)
+    learner = cluster.Gang(settings, prepared.policy_folder, prepared.learner_folders)
     buffer = cluster.RemoteBuffer(settings, str(prepared.directory), state["buffer"] if state else {})
     async with asyncio.timeout(settings.deadlines.start_seconds):
         await asyncio.gather(generators.pool.ready(), learner.ready(), *(scorer.pool.ready() for scorer in scorers))
     recorder.buffer, recorder.learner = buffer, learner
+    recorder.reference = scorers[0] if prepared.reference_folder else None
     version = await learner.load(saved) if saved else 0
+    if renewed := references.of_version(prepared.directory, settings, version):
+        await recorder.renew(str(renewed))
     parts = Parts(
         generators=generators,
         scorers=scorers,

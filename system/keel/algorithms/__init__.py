@@ -1,1 +1,30 @@
-"""Objectives: advantages of groups, regularisers, and the loss that joins them."""
+"""Objectives by kind. Each module is one family; `credit.py` says what passes between them and the learner."""
+
+from keel import extension
+from keel.algorithms.convexity import LogitsConvexity
+from keel.algorithms.objective import Build, Objective
+from keel.algorithms.policy_gradient import PolicyGradient
+from keel.algorithms.preferences import Preference
+from keel.algorithms.weighting import WeightedLikelihood
+from keel.objective_settings import CustomObjectiveSettings
+from keel.settings import Settings
+
+OBJECTIVES: dict[str, Build] = {
+    "policy_gradient": PolicyGradient,
+    "preference": Preference,
+    "weighted_likelihood": WeightedLikelihood,
+    "logits_convexity": LogitsConvexity,
+}
+
+
+def build(settings: Settings) -> Objective:
+    """The configured objective. Raises ConfigError when a class of the user's own cannot be imported or is none."""
+    by = settings.objective
+    if not isinstance(by, CustomObjectiveSettings):
+        return OBJECTIVES[by.kind](settings)
+    own = extension.load(by.source, "objective.source")
+    if not (isinstance(own, type) and issubclass(own, Objective)):
+        raise extension.ConfigError(
+            f"objective.source={by.source}: not a class derived from keel.algorithms.objective.Objective; expected one"
+        )
+    return own(settings)

@@ -1,6 +1,7 @@
-"""Advantages of the samples of one prompt against each other. Pure numpy, float64, whole step at once.
+"""Advantages: of the samples of one prompt against each other, or of tokens by what follows them.
 
-Rows are grouped by ticket, never by position. A group of one has advantage 0: it has no baseline.
+Pure numpy, float64, whole step at once. Rows are grouped by ticket, never by position. Flat arrays hold the tokens of
+all rows, row by row; `lengths` [rows] cuts them.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ def rloo(rewards: np.ndarray) -> np.ndarray:
     """REINFORCE leave-one-out (2402.14740): A_i = R_i - mean_{j != i} R_j = k/(k-1) (R_i - mean R).
 
     Unbiased: the baseline of a sample does not contain its own reward. rewards [k] of one group; returns [k].
+    A group of one has no baseline: its advantage is 0.
     """
     k = len(rewards)
     return group_mean(rewards) * (k / (k - 1)) if k > 1 else np.zeros(1)
@@ -37,7 +39,7 @@ def grpo(rewards: np.ndarray) -> np.ndarray:
     return group_mean(rewards) / (rewards.std(ddof=1) + 1e-4)
 
 
-ADVANTAGES: dict[str, GroupAdvantage] = {
+GROUP: dict[str, GroupAdvantage] = {
     "rloo": rloo,
     "group_mean": group_mean,
     "grpo": grpo,
@@ -57,3 +59,43 @@ def by_ticket(advantage: GroupAdvantage, rewards: np.ndarray, tickets: np.ndarra
 def num_uniform_groups(rewards: np.ndarray, tickets: np.ndarray) -> int:
     """Groups whose samples all have the same reward: they teach nothing."""
     return sum(float(np.ptp(rewards[tickets == ticket])) == 0.0 for ticket in np.unique(tickets))
+
+
+def returns(rewards: np.ndarray, lengths: np.ndarray, discount: float) -> np.ndarray:
+    """G_t = sum_{t' >= t} discount^(t'-t) r_t' within each row: reward to go. Flat [tokens] -> [tokens]."""
+    return gae(rewards, np.zeros_like(rewards), lengths, discount, 1.0)
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, lengths: np.ndarray, discount: float, trace: float) -> np.ndarray:
+    """Generalised advantage estimation (1506.02438) of each row: A_t = delta_t + discount * trace * A_{t+1}.
+
+    delta_t = r_t + discount V_{t+1} - V_t. A completion is over after its last token, also one that was cut at the
+    budget: its reward stands there and V behind it is 0. trace 0 is the one-step advantage, 1 is G_t - V_t.
+    Flat [tokens]; returns [tokens]; A + V is the target of the value.
+    """
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    r, v = np.zeros(inside.shape), np.zeros((len(lengths), inside.shape[1] + 1))
+    r[inside] = rewards
+    v[:, :-1][inside] = values
+    delta = r + discount * v[:, 1:] - v[:, :-1]
+    advantage = np.zeros((len(lengths), inside.shape[1] + 1))
+    for t in reversed(range(inside.shape[1])):
+        advantage[:, t] = inside[:, t] * (delta[:, t] + discount * trace * advantage[:, t + 1])
+    return advantage[:, :-1][inside]
+
+
+def centre_by_position(values: np.ndarray, lengths: np.ndarray, tickets: np.ndarray) -> np.ndarray:
+    """Values minus their mean over the group's rows that reach the same position. Flat [tokens] -> [tokens]."""
+    position = np.concatenate([np.arange(n) for n in lengths])
+    _, place = np.unique(np.stack([np.repeat(tickets, lengths), position]), axis=1, return_inverse=True)
+    place = place.reshape(-1)
+    return values - (np.bincount(place, values) / np.bincount(place))[place]
+
+
+def whiten(values: np.ndarray, ddof: int) -> np.ndarray:
+    """Zero mean and unit deviation over all tokens of the step; unchanged deviation where there is none.
+
+    ddof 0: REINFORCE++ (2501.03262); ddof 1: PPO as in 2403.17031.
+    """
+    deviation = values.std(ddof=ddof) if len(values) > ddof else 0.0
+    return (values - values.mean()) / (deviation if deviation > 0 else 1.0)

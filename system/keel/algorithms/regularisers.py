@@ -2,20 +2,37 @@
 
 Where a term lives decides its gradient (in the reward: detached, through the advantage; in the loss: differentiated):
 
-    KL, x = log pi - log ref      k1 = x in the reward        expected gradient: that of KL(pi, ref)
-                                  k2 = x^2/2 in the loss      the same, token by token
-    entropy                       -log pi(y) in the reward    exact gradient of the sequence entropy
-                                  mean_t H_t in the loss      its first part: no credit for reaching uncertain states
+    KL, x = log pi - log ref      k1 = x in the reward         expected gradient: that of KL(pi, ref)
+                                  k2 = x^2/2 in the loss       the same, token by token
+                                  k3 = e^-x - 1 + x, loss      that of the forward KL(ref, pi): GRPO
+                                  k3_k2 in the loss            k3's value, k2's gradient
+                                  exact in the loss            sum_a pi(a) log pi(a)/ref(a), the same without noise
+    entropy                       -log pi(y) in the reward     exact gradient of the sequence entropy
+                                  mean_t H_t in the loss       its first part: no credit for reaching uncertain states
 
 Maximum entropy RLHF (2509.20265) is the entropy reward in place of the KL: KL to a uniform reference minus
 |y| log V, so every further token is paid and nothing holds the policy near the reference.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 from torch import Tensor
 
-from keel.objective_settings import EntropySettings
 from keel.schema import row_sums
+
+MAX_LOG_RATIO = 20.0
+"""Exponents of log-ratios are clamped here; how often is a metric (a clamp has no gradient)."""
+
+MAX_WEIGHT = 2.0
+"""Upper bound of truncated importance weights where the objective sets none."""
+
+
+def clamp(log_ratio: Tensor) -> tuple[Tensor, int]:
+    """The log-ratio within +-MAX_LOG_RATIO, and how many entries were outside."""
+    clamped = int((log_ratio.detach().abs() > MAX_LOG_RATIO).sum())
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), clamped
 
 
 def sequence_kl(logprobs: np.ndarray, reference: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -29,31 +46,81 @@ def token_k3(logprobs: np.ndarray, reference: np.ndarray) -> np.ndarray:
     The exponent is clamped at 20 so that one token cannot make the mean infinite.
     """
     x = logprobs.astype(np.float64) - reference
-    return np.expm1(np.minimum(-x, 20.0)) + x
+    return np.expm1(np.minimum(-x, MAX_LOG_RATIO)) + x
 
 
 def entropy_reward(form: str, logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """What one nat of coefficient adds to the reward of each completion, nats. [tokens], [rows] -> [rows].
+    """What one nat of coefficient adds to the reward at each token, nats. Flat [tokens] -> [tokens].
 
-    sequence_sum: -S = -sum_t log pi (MaxEnt RL proper). sequence_mean: -S/|y| (SimPO's temperature beta/|y|, online).
+    sequence_sum: -log pi, over a completion -S (MaxEnt RL proper). sequence_mean: -log pi / |y|, over a completion
+    -S/|y| (SimPO's temperature beta/|y|, online). Others add nothing.
     """
-    surprise = -row_sums(logprobs, lengths)
+    surprise = -logprobs.astype(np.float64)
     return {
-        "none": np.zeros(len(lengths)),
-        "token_bonus": np.zeros(len(lengths)),
+        "none": np.zeros(len(surprise)),
+        "token_bonus": np.zeros(len(surprise)),
         "sequence_sum": surprise,
-        "sequence_mean": surprise / lengths,
+        "sequence_mean": surprise / np.repeat(lengths, lengths),
     }[form]
 
 
-def kl_loss(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """k2 = (log pi - log ref)^2 / 2 of each token, nats^2; its gradient is x grad log pi. [N] -> [N].
+def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """k2 = x^2 / 2 of each token, nats^2; its gradient is x grad log pi. [N] -> [N].
 
     Token by token it leaves out that early tokens lead to later divergence, which k1 in the reward has.
     """
     return 0.5 * (logprobs - reference).square()
 
 
-def token_bonus_coefficient(entropy: EntropySettings) -> float:
-    """c of -c mean_t H_t in the loss; 0 when entropy is a reward term or absent: then it needs no gradient."""
-    return entropy.coefficient if entropy.form == "token_bonus" else 0.0
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """k3 = exp(-x) - 1 + x of each token, nats (GRPO, 2402.03300). [N] -> [N].
+
+    On policy its gradient is that of KL(ref, pi), which agrees with KL(pi, ref) to first order near ref only.
+    """
+    x = logprobs - reference
+    return clamp(-x)[0].exp() - 1 + x
+
+
+def kl_k3_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """k3's value with k2's gradient (straight through): reads like GRPO's KL, pulls like KL(pi, ref). [N] -> [N]."""
+    k2 = kl_k2(logprobs, reference)
+    return kl_k3(logprobs, reference).detach() + k2 - k2.detach()
+
+
+KL_LOSSES = {"k2": kl_k2, "k3": kl_k3, "k3_k2": kl_k3_k2}
+
+
+def weighted_kl(estimator: str, logprobs: Tensor, reference: Tensor, sampler: Tensor, cap: float) -> Tensor:
+    """A KL loss on tokens that another policy mu sampled, so that its gradient is that of KL(pi, ref). [N] -> [N].
+
+    k2, k3_k2: times min(pi/mu, cap), detached. k3: times pi/mu itself, differentiated, whole: the expectation is then
+    sum_a pi(a) k3(a) = KL(pi, ref) as a function of pi (2510.01555 on why stale samples need a weight).
+    """
+    ratio = clamp(logprobs - sampler)[0].exp()
+    weight = ratio if estimator == "k3" else ratio.detach().clamp(max=cap)
+    return weight * KL_LOSSES[estimator](logprobs, reference)
+
+
+class ExactKL:
+    """KL(pi, ref) = sum_a pi(a) (log pi(a) - log ref(a)) of each selected token: the whole vocabulary, no sampling.
+
+    On a share of the tokens, drawn per row from its seed and the version; divided by the share, so the sum over tokens
+    is unbiased. Its gradient is that of the token KL (as k2's, without its noise).
+    """
+
+    models = frozenset({"reference"})
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def select(self, seeds: np.ndarray, lengths: np.ndarray, version: int) -> np.ndarray | None:
+        """bool [tokens]: which tokens it is computed on; None: all."""
+        if self.share == 1:
+            return None
+        draws = [np.random.default_rng([seed, version]).random(n) for seed, n in zip(seeds, lengths, strict=True)]
+        return np.concatenate(draws) < self.share
+
+    def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """logits, others["reference"] [n, V] at the sampling temperature; returns [n] nats."""
+        log_p, log_r = logits.log_softmax(-1), others["reference"].log_softmax(-1)
+        return torch.linalg.vecdot(log_p.exp(), log_p - log_r) / self.share

@@ -1,0 +1,73 @@
+"""Settings of the actors: sizes, numerics, deadlines, and the Ray they run on."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from keel.section import Fraction, Seconds, Section
+
+
+class WorkerSettings(Section):
+    count: int = Field(1, ge=1, description="actors")
+    threads: int = Field(2, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")
+    gpus: float = Field(0, ge=0, description="GPUs an actor asks Ray for")
+
+
+class GeneratorSettings(WorkerSettings):
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the sampler")
+    kv_cache_bytes: int = Field(2**30, ge=2**26, description="key-value cache of one generator")
+    max_sequences: int = Field(64, ge=1, description="sequences decoded together")
+    enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
+
+
+class ReferenceSettings(WorkerSettings):
+    model: str | None = Field(None, description="null: the policy before training")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic")
+    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
+    shared_prompt_tokens: int = Field(512, ge=0, description="as learners.shared_prompt_tokens")
+    ref_policy: Literal["initial", "previous"] = Field(
+        "initial", description="previous: every iteration_steps the reference becomes the policy of now; KL compounds"
+    )
+    iteration_steps: int | None = Field(None, ge=1, description="length of an iteration of ref_policy=previous")
+
+    @model_validator(mode="after")
+    def _iteration_has_a_length(self) -> Self:
+        if (self.ref_policy == "previous") != (self.iteration_steps is not None):
+            raise ValueError(
+                f"iteration_steps={self.iteration_steps}: ref_policy={self.ref_policy}; expected a number of steps"
+                " with previous, null with initial"
+            )
+        return self
+
+
+class LearnerSettings(WorkerSettings):
+    zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: fp32 master weights, bf16 arithmetic")
+    learning_rate: float = Field(1e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="after the warm-up, to 0 at the end"
+    )
+    warmup_steps: int = Field(0, ge=0)
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    tokens_per_batch: int = Field(4096, ge=1, description="tokens of one micro-batch on one rank, padding included")
+    shared_prompt_tokens: int = Field(
+        512, ge=0, description="samples of a prompt go behind one copy of it while they fit this many tokens; 0: never"
+    )
+    head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
+
+
+class ClusterSettings(Section):
+    address: str | None = Field(None, description="Ray address; null: an embedded Ray on this machine")
+    object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
+    min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")
+
+
+class DeadlineSettings(Section):
+    start_seconds: Seconds = Field(600, description="an actor comes up and loads its model")
+    generate_seconds: Seconds = Field(600, description="one generator batch")
+    score_seconds: Seconds = Field(600, description="one batch through one scorer")
+    step_seconds: Seconds = Field(1800, description="one learner step, or a checkpoint")
+    load_seconds: Seconds = Field(300, description="one weight load into all generators")

@@ -1,0 +1,153 @@
+"""Coefficients that adapt: what one regulariser weighs at this step, moved after every step by what was seen.
+
+Every rank sees the same step and so holds the same coefficient; it is in metrics.jsonl and in state.json.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from keel.regulariser_settings import ControllerSettings
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a step says to the controllers: means over its completions or tokens."""
+
+    nats: float
+    """Of the regularised quantity: sequence KL, or entropy in the unit of its form."""
+    completions: int
+    kl_per_token_nats: float
+    entropy_per_token_nats: float
+    reward: float
+
+
+class Coefficient(Protocol):
+    value: float
+    """In force at the next step."""
+
+    def update(self, seen: Observation) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON numbers and lists that `restore` takes."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class Fixed:
+    """The coefficient of the configuration."""
+
+    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
+        self.value = start
+
+    def update(self, seen: Observation) -> None: ...
+
+    def state(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+class Proportional(Fixed):
+    """Ziegler's controller (1909.08593): c *= 1 + clip(nats/target - 1, -0.2, 0.2) n / horizon.
+
+    n completions of the step. Linear in the error and slow by design; `Dual` has no clip.
+    """
+
+    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
+        self.settings, self.value, self.sign = settings, start, sign
+
+    def update(self, seen: Observation) -> None:
+        error = float(np.clip(self._error(seen), -0.2, 0.2))
+        self._move(1 + self.sign * error * seen.completions / self.settings.horizon_completions)
+
+    def _error(self, seen: Observation) -> float:
+        assert self.settings.target_nats is not None
+        return seen.nats / self.settings.target_nats - 1
+
+    def _move(self, factor: float) -> None:
+        self.value = min(max(self.value * factor, self.settings.minimum), self.settings.maximum)
+
+
+class Dual(Proportional):
+    """Dual ascent on the log of the coefficient: c *= exp(rate (nats/target - 1)), so c stays positive.
+
+    sign +1: a budget, the coefficient grows while nats are above it (target KL; FLAC's divergence budget, 2602.12829).
+    sign -1: a floor, it grows while nats are below it (target entropy, as SAC's temperature, 1812.05905).
+    """
+
+    def update(self, seen: Observation) -> None:
+        self._move(math.exp(min(self.sign * self.settings.rate * self._error(seen), 1.0)))
+
+
+class Safe:
+    """SAFE's controller (2602.04651), made to act: its penalty P = s relu(kl - tau)^2 gate as a coefficient on the KL.
+
+        kl     <- .9 kl + .1 KL per token
+        ema    <- .95 ema + .05 reward;  e = change of ema - .001;  I <- clip(I + e, -1, 1)
+        tau    = clip((threshold + .3 e + .01 I + .05 (e - e_before)) phase, .1, .6)       nats per token
+        gate   = max(.5, floor / (entropy + .1))                                            low entropy costs more
+        value  = dP/dkl = 2 s relu(kl - tau) gate
+
+    The released code adds P, a plain number, to the loss: its gradient is zero (tested). phase: 1.5 in the first 50
+    steps, then 1.2 while the mean reward climbs, 1.0 when it has converged, 0.8 on a plateau. s is kl.coefficient.
+    """
+
+    GAINS = (0.3, 0.01, 0.05)
+
+    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
+        self.settings, self.scale = settings, start
+        self.value = 0.0
+        self.memory: dict[str, Any] = {"kl": 0.0, "ema": None, "integral": 0.0, "error": 0.0, "rewards": []}
+        self.seen: dict[str, float] = {"threshold_nats": settings.threshold_nats, "gate": 1.0, "penalty": 0.0}
+
+    def update(self, seen: Observation) -> None:
+        memory = self.memory
+        memory["kl"] = 0.9 * memory["kl"] + 0.1 * seen.kl_per_token_nats
+        correction = self._pid(seen.reward)
+        memory["rewards"] = [*memory["rewards"][-99:], seen.reward]
+        threshold = float(np.clip((self.settings.threshold_nats + correction) * self._phase(), 0.1, 0.6))
+        excess = max(0.0, memory["kl"] - threshold)
+        gate = max(0.5, self.settings.entropy_floor_nats / (seen.entropy_per_token_nats + 0.1)) if excess else 1.0
+        self.value = 2 * self.scale * excess * gate
+        self.seen = {"threshold_nats": threshold, "gate": gate, "penalty": self.scale * excess**2 * gate}
+
+    def _pid(self, reward: float) -> float:
+        memory = self.memory
+        if memory["ema"] is None:
+            memory["ema"] = reward
+            return 0.0
+        change = 0.05 * (reward - memory["ema"])
+        memory["ema"] += change
+        error = change - 0.001
+        memory["integral"] = float(np.clip(memory["integral"] + error, -1, 1))
+        before, memory["error"] = memory["error"], error
+        return sum(
+            gain * part for gain, part in zip(self.GAINS, (error, memory["integral"], error - before), strict=True)
+        )
+
+    def _phase(self) -> float:
+        rewards = self.memory["rewards"]
+        if len(rewards) < 50:
+            return 1.5
+        last = np.array(rewards[-50:])
+        if len(rewards) == 100 and last.mean() > np.mean(rewards[:50]) + 0.01:
+            return 1.2
+        return 1.0 if last.std() < 0.02 and last.mean() > 0.7 else 0.8
+
+    def state(self) -> dict[str, Any]:
+        return {"value": self.value, "memory": dict(self.memory), "seen": dict(self.seen)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.value, self.memory, self.seen = state["value"], dict(state["memory"]), dict(state["seen"])
+
+
+_KINDS = {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "safe": Safe}
+
+
+def coefficient(settings: ControllerSettings, start: float, sign: float) -> Any:
+    """A Coefficient of the configured kind. sign +1: raising it lowers the nats (KL); -1: it raises them (entropy)."""
+    return _KINDS[settings.kind](settings, start, sign)

@@ -1,0 +1,126 @@
+"""LCO: regress the logits of each state onto the closed-form optimum of one KL-regularised step (2603.00963).
+
+    z* = z_anchor + A / eta,   pi* = softmax(z*)
+    mse        1/2 ||z - z*||^2            gradient z - z*
+    log_cosh   sum_a log cosh(z - z*)      gradient tanh(z - z*): bounded
+    kl         KL(pi*, pi)                 gradient pi - pi*
+
+All three are convex in the logits, where clipped policy gradients are not, and their gradient dies out at the target.
+Only the abstract and reviews of the paper were to be had: these equations are a reconstruction from its description.
+Sparse advantages touch the sampled token alone, so nothing of vocabulary size is stored between passes: with anchor
+behaviour and one epoch the anchor is the policy itself; with more, its hidden states and output head.
+Logits are defined up to a constant: mse and log_cosh compare them after removing their mean, which keeps them convex.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from keel import schema
+from keel.algorithms import advantages
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.algorithms.objective import Objective
+from keel.objective_settings import LogitsConvexitySettings
+from keel.settings import Settings
+
+
+def distance(logits: Tensor, target: Tensor, form: str) -> Tensor:
+    """Loss of each state, [n, V] logits and target logits -> [n]. mse and log_cosh take them as they are."""
+    if form == "kl":
+        log_target = target.log_softmax(-1)
+        return (log_target.exp() * (log_target - logits.log_softmax(-1))).sum(-1)
+    error = logits - target
+    if form == "mse":
+        return 0.5 * error.square().sum(-1)
+    # log cosh e = |e| + log(1 + exp(-2|e|)) - log 2, which does not overflow
+    size = error.abs()
+    return (size + torch.nn.functional.softplus(-2 * size) - np.log(2)).sum(-1)
+
+
+def ratio_shift(probability: Tensor, ratio: Tensor) -> Tensor:
+    """Logit change that makes the sampled token's probability ratio * p: log(ratio (1-p) / (1 - ratio p)). [n] -> [n].
+
+    The ratio is capped so that ratio * p <= 1 - 1e-3.
+    """
+    capped = torch.minimum(ratio, (1 - 1e-3) / probability)
+    return torch.log(capped * (1 - probability) / (1 - capped * probability))
+
+
+def centred(logits: Tensor) -> Tensor:
+    return logits - logits.mean(-1, keepdim=True)
+
+
+class ConvexTerm:
+    """LCO's loss of each token of a piece of the vocabulary's logits."""
+
+    def __init__(self, by: LogitsConvexitySettings) -> None:
+        self.by = by
+        anchor = {"reference"} if by.anchor == "reference" else ({"old"} if by.epochs > 1 else set())
+        self.models = frozenset(anchor | ({"teacher", "reference"} if by.dense else set()))
+
+    def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        own = others["reference" if self.by.anchor == "reference" else "old"] if self._anchored else logits.detach()
+        if self.by.dense:
+            ratio = others["teacher"].log_softmax(-1) - others["reference"].log_softmax(-1)
+            target = own + self.by.dense.coefficient * ratio / self.by.temperature
+        else:
+            shift = self._shift(own, targets, advantages.to(logits.dtype))
+            target = own.scatter_add(-1, targets[:, None], shift[:, None])
+        if self.by.form != "kl":
+            return distance(centred(logits), centred(target), self.by.form)
+        weight = advantages.abs() if self.by.target == "ratio" else 1.0
+        return weight * distance(logits, target, "kl")
+
+    @property
+    def _anchored(self) -> bool:
+        return self.by.anchor == "reference" or self.by.epochs > 1
+
+    def _shift(self, own: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
+        if self.by.target == "advantage":
+            return advantages / self.by.temperature
+        probability = own.gather(-1, targets[:, None]).squeeze(-1).sub(torch.logsumexp(own, -1)).exp()
+        up = torch.full_like(probability, self.by.ratio_up)
+        shift = ratio_shift(probability, torch.where(advantages > 0, up, torch.full_like(up, self.by.ratio_down)))
+        return torch.where(advantages == 0, 0.0, shift)
+
+
+class LogitsConvexity(Objective):
+    """Group advantages in, distance to the improved policy out."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        assert isinstance(settings.objective, LogitsConvexitySettings)
+        self.by: LogitsConvexitySettings = settings.objective
+        self.vocabulary = ConvexTerm(self.by)
+
+    def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
+        lengths = schema.lengths(batch, "completion_logprobs")
+        tickets = batch.column("ticket").to_numpy()
+        kl = schema.row_sums(self.penalty(batch, measured), lengths)
+        bonus = schema.row_sums(self.bonus(batch), lengths)
+        own = self.own_terms(batch)
+        regularised = self.rewards(batch) + bonus - kl + sum(own.values())
+        rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularised, tickets)
+        deviation = rows.std()
+        if self.by.normalise_advantage and deviation > 0:
+            rows = rows / deviation
+        return Credit(
+            advantages=np.repeat(rows, lengths),
+            num_rows=len(rows),
+            num_tokens=int(lengths.sum()),
+            metrics={
+                "regularised_reward": float(regularised.mean()),
+                "reward_kl_term": float(-kl.mean()),
+                "reward_entropy_term": float(bonus.mean()),
+                "uniform_groups": float(advantages.num_uniform_groups(regularised, tickets)),
+                "advantage_std": float(deviation),
+            },
+        )
+
+    def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
+        assert outputs.vocabulary is not None
+        loss = self.reduce(outputs.vocabulary, rows, credit)
+        return loss, {"policy_loss": loss.item()}

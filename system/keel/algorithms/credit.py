@@ -1,0 +1,126 @@
+"""What passes between the learner and an objective: measurements, credit, rows, outputs, loss.
+
+Shapes: B rows and N completion tokens of a micro-batch (flat, row by row), K value heads, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the learner computed for all tokens of the step before it is weighed; None: not asked for."""
+
+    logprobs: np.ndarray | None = None
+    """[tokens] of the current policy."""
+    values: np.ndarray | None = None
+    """[tokens, K] of the current critic, as its heads give them."""
+    version: int = 0
+    """Of the learner at the start of the step."""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the whole step owes each of its tokens, computed alike on every rank."""
+
+    advantages: np.ndarray
+    """float64 [tokens]; equal within a row where the whole completion is one action."""
+    num_rows: int
+    num_tokens: int
+    """Completion tokens of the step."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Gauges by metric name."""
+    counts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Increments of counters by metric name and label."""
+    targets: np.ndarray | None = None
+    """[tokens, K] what the critic regresses on; NaN: this token has no target."""
+    old_values: np.ndarray | None = None
+    """[tokens, K] of the critic before the step, in the unit of the targets."""
+    selected: np.ndarray | None = None
+    """bool [tokens] where the vocabulary term is computed; None: everywhere."""
+    finished: bool = False
+    """The objective has reached its own stopping rule: this is the last step."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """One micro-batch's share of the loss, already divided by the step's counts, and sums for the metrics."""
+
+    loss: Tensor
+    """Scalar; shares of all micro-batches of all ranks add up to the step's loss."""
+    sums: Mapping[str, float]
+    """Shares that add up in the same way: means over the step's tokens or rows. name/label for labelled metrics."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The torch view of a micro-batch's stored columns."""
+
+    advantages: Tensor
+    """fp32 [N]."""
+    lengths: Tensor
+    """fp32 [B] completion tokens."""
+    row_of_item: Tensor
+    """int64 [N]."""
+    sampler: Tensor
+    """fp32 [N] log-probs under the sampler, mu."""
+    old: Tensor | None = None
+    """fp32 [N] log-probs under the learner when the step began; None: the current ones, detached."""
+    reference: Tensor | None = None
+    """fp32 [N]."""
+    targets: Tensor | None = None
+    """fp32 [N, K], NaN where there is none."""
+    old_values: Tensor | None = None
+    """fp32 [N, K]."""
+
+    def first_items(self) -> Tensor:
+        """[B] place of each row's first token among the N."""
+        lengths = self.lengths.long()
+        return lengths.cumsum(0) - lengths
+
+    def sum_by_row(self, values: Tensor) -> Tensor:
+        """Sum over the tokens of each row: [N] -> [B]."""
+        return torch.zeros_like(self.lengths, dtype=values.dtype).index_add(0, self.row_of_item, values)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model says of a micro-batch's completion tokens, with gradient."""
+
+    logprobs: Tensor
+    """fp32 [N], nats at the sampling temperature."""
+    entropies: Tensor | None = None
+    """fp32 [N] full-vocabulary entropy, nats; None: not computed."""
+    values: Tensor | None = None
+    """fp32 [N, K] of the state before each token."""
+    vocabulary: Tensor | None = None
+    """fp32 [N] of the objective's vocabulary term."""
+
+
+class VocabularyTerm(Protocol):
+    """A term of each token that reads the whole vocabulary. It is recomputed in the backward pass, piece by piece."""
+
+    models: frozenset[str]
+    """Whose logits it reads beside the policy's: reference, teacher, old (the policy when the step began)."""
+
+    def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """fp32 logits [n, V] at the sampling temperature, sampled ids [n], advantages [n] -> [n]."""
+
+
+def labelled(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as floats; `name/label` keys gathered under their name."""
+    found: dict[str, Any] = {}
+    for key, value in metrics.items():
+        name, _, label = key.partition("/")
+        if label:
+            found[name] = {**found.get(name, {}), label: float(value)}
+        elif isinstance(value, Mapping):
+            found[name] = {**found.get(name, {}), **{each: float(number) for each, number in value.items()}}
+        else:
+            found[name] = float(value)
+    return found

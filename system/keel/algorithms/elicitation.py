@@ -1,0 +1,178 @@
+"""Which completions of a prompt are compared, and what an ensemble of rewards knows of them. Pure numpy.
+
+Pairs of one prompt: iterative preference learning under KL (2312.11456) and Sim-OPRL (2406.18450) in its bandit form,
+where dynamics are known, so candidates are sampled completions and only rewards are uncertain.
+Shapes: k completions of a prompt, M ensemble members, P pairs of the step.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from keel.objective_settings import PairSettings
+
+
+def combine(members: np.ndarray, weights: np.ndarray, form: str, coefficient: float) -> np.ndarray:
+    """One reward of several, [M, rows] -> [rows]: population moments over members, each times its weight.
+
+    sum | mean | lower_bound: mean - c std (2310.02743; QAM's critic target) | worst: min | variance: mean - c var.
+    """
+    weighted = members * weights[:, None]
+    return {
+        "sum": lambda: weighted.sum(0),
+        "mean": lambda: weighted.mean(0),
+        "lower_bound": lambda: weighted.mean(0) - coefficient * weighted.std(0),
+        "worst": lambda: weighted.min(0),
+        "variance": lambda: weighted.mean(0) - coefficient * weighted.var(0),
+    }[form]()
+
+
+def centre(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
+    """Each member minus its mean over the prompt's completions: its zero is arbitrary. [M, rows] -> [M, rows]."""
+    centred = members.astype(np.float64)
+    for ticket in np.unique(tickets):
+        rows = tickets == ticket
+        centred[:, rows] -= centred[:, rows].mean(1, keepdims=True)
+    return centred
+
+
+def plausible(members: np.ndarray) -> np.ndarray:
+    """Candidates that at least one member holds to be the best: sorted places, from [M, k]."""
+    return np.unique(members.argmax(1))
+
+
+def most_disagreeing(members: np.ndarray, among: np.ndarray) -> tuple[int, int, float]:
+    """The pair among these candidates whose margin the members see most differently, and by how much.
+
+    argmax over (a, b) of max_{i,j} |(R_i(a) - R_i(b)) - (R_j(a) - R_j(b))|. Restricted to the plausible set, or it
+    would pick whatever is furthest from anything the members know.
+    """
+    margins = members[:, among][:, :, None] - members[:, among][:, None, :]
+    spread = np.triu(np.ptp(margins, axis=0))
+    a, b = np.unravel_index(spread.argmax(), spread.shape)
+    return int(among[a]), int(among[b]), float(spread[a, b])
+
+
+def acceptance(rewards: np.ndarray, temperature: float, before: float | None) -> np.ndarray:
+    """Probability to keep each of a prompt's samples in one stage of rejection sampling, [k] -> [k].
+
+    exp((1/eta_i - 1/eta_{i-1}) (r - max r)) carries samples of pi exp(r/eta_{i-1}) to pi exp(r/eta_i); before None is
+    the policy itself. Many small stages keep acceptance high (multi-step rejection sampling, 2312.11456).
+    """
+    sharper = 1 / temperature - (0.0 if before is None else 1 / before)
+    return np.exp(sharper * (rewards - rewards.max()))
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n from the policy it samples, nats: log n - (n-1)/n, an upper bound where samples repeat."""
+    return float(np.log(n) - (n - 1) / n)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The comparisons of a step."""
+
+    chosen: np.ndarray
+    """[P] row numbers."""
+    rejected: np.ndarray
+    """[P] row numbers."""
+    dropped: Mapping[str, int]
+    """Prompts or pairs left out, by reason: tie, unfinished, settled."""
+    metrics: Mapping[str, float]
+
+
+Choice = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
+"""Selection rewards [k] and randomness -> candidate pairs, in any order."""
+
+
+def _max_min(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
+    return [(int(rewards.argmax()), int(rewards.argmin()))]
+
+
+def _max_random(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
+    best = int(rewards.argmax())
+    return [(best, int(random.choice(np.delete(np.arange(len(rewards)), best))))]
+
+
+def _random(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
+    a, b = random.choice(len(rewards), 2, replace=False)
+    return [(int(a), int(b))]
+
+
+def _max_max(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
+    first, second = np.argsort(-rewards, kind="stable")[:2]
+    return [(int(first), int(second))]
+
+
+def _best_of_n_vs_policy(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
+    """Sample 0 is the policy's, the best of the others its best-of-(k-1) enhancer's: either may win."""
+    return [(1 + int(rewards[1:].argmax()), 0)]
+
+
+def _all(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
+    return [(a, b) for a in range(len(rewards)) for b in range(a)]
+
+
+CHOICES: dict[str, Choice] = {
+    "max_min": _max_min,
+    "max_random": _max_random,
+    "random": _random,
+    "max_max": _max_max,
+    "best_of_n_vs_policy": _best_of_n_vs_policy,
+    "all": _all,
+}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What selection knows of the step's completions, one entry a row."""
+
+    tickets: np.ndarray
+    seeds: np.ndarray
+    rewards: np.ndarray
+    """What pairs are selected by."""
+    judged: np.ndarray
+    """What orders a pair; NaN where the judge failed."""
+    lengths: np.ndarray
+    finished: np.ndarray
+    members: np.ndarray
+    """[M, rows] rewards of the ensemble, M may be 1."""
+
+
+def select(by: PairSettings, seen: Candidates) -> Pairs:
+    """Pairs of every prompt, ordered by the judge; ties and prompts without a pair are counted, never trained on."""
+    pairs: list[tuple[int, int]] = []
+    dropped: Counter[str] = Counter()
+    sizes, spreads = [], []
+    selected_by = seen.rewards - by.length_penalty * seen.lengths
+    for ticket in np.unique(seen.tickets):
+        rows = np.flatnonzero((seen.tickets == ticket) & (seen.finished | (not by.finished_only)))
+        if len(rows) < 2:
+            dropped["unfinished"] += 1
+            continue
+        if by.selection == "most_disagreeing":
+            among = plausible(seen.members[:, rows])
+            sizes.append(len(among))
+            if len(among) == 1:
+                dropped["settled"] += 1
+                continue
+            a, b, spread = most_disagreeing(seen.members[:, rows], among)
+            spreads.append(spread)
+            found = [(a, b)]
+        else:
+            found = CHOICES[by.selection](selected_by[rows], np.random.default_rng(seen.seeds[rows[0]]))
+        for a, b in found:
+            margin = seen.judged[rows[a]] - seen.judged[rows[b]]
+            if not abs(margin) > by.min_margin:
+                dropped["tie" if np.isfinite(margin) else "unjudged"] += 1
+            else:
+                pairs.append((int(rows[a]), int(rows[b])) if margin > 0 else (int(rows[b]), int(rows[a])))
+    metrics = {"pairs": float(len(pairs))}
+    if sizes:
+        metrics["plausible_completions"] = float(np.mean(sizes))
+        metrics["settled_ratio"] = float(np.mean(np.array(sizes) == 1))
+        metrics["pair_disagreement"] = float(np.mean(spreads)) if spreads else 0.0
+    table = np.array(pairs, np.int64).reshape(-1, 2)
+    return Pairs(table[:, 0], table[:, 1], dict(dropped), metrics)

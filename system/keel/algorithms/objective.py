@@ -1,0 +1,197 @@
+"""What every objective is: credit for the whole step in numpy, then a loss for each micro-batch in torch.
+
+    measured   learner's log-probs and values of the whole step, if `measures` asks for them       (learn.py)
+    credit     = weigh(batch, measured)      alike on every rank: advantages, targets, denominators
+    loss       = surrogate(rows, outputs, credit) + KL and entropy terms that live in the loss
+    adapt      after the step: coefficients move
+
+Your own objective derives from `Objective` and overrides `weigh` and `surrogate`. Shares of the loss add up over
+micro-batches and ranks because every denominator is one of the whole step. Shapes as in `credit.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from keel import extension, schema
+from keel.algorithms import coefficients, regularisers
+from keel.algorithms.coefficients import Observation
+from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
+from keel.algorithms.shaping import shape
+from keel.settings import Settings
+
+
+class Objective:
+    """Regularisers, their coefficients, and the frame into which every kind of objective puts its surrogate."""
+
+    measures: frozenset[str] = frozenset()
+    """What `weigh` reads of Measured: logprobs, values."""
+    weighs_every_epoch = False
+    """Credit depends on the current policy, so every update of a step needs it anew."""
+    vocabulary: VocabularyTerm | None = None
+    heads: Sequence[str] = ()
+    """Names of the critic's outputs, K of them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.kl, self.entropy = settings.regulariser.kl, settings.regulariser.entropy
+        self.max_tokens = settings.sampling.max_tokens
+        self.needs = frozenset(settings.needed_columns())
+        self.epochs: int = settings.objective.epochs
+        self.kl_coefficient = coefficients.coefficient(self.kl.controller, self.kl.coefficient, sign=1.0)
+        start = self.entropy.coefficient
+        self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
+        self._terms = [
+            (term, extension.load(term.source, f"regulariser.terms.{term.name}.source"))
+            for term in settings.regulariser.terms
+        ]
+        if self.kl.exact:
+            self.vocabulary = regularisers.ExactKL(self.kl.token_share)
+        if self.kl.in_reward and self.kl.importance_weighted:
+            self.measures |= {"logprobs"}
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the full-vocabulary entropy is computed at all."""
+        return self.entropy.in_loss or self.entropy.monitor
+
+    def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
+        """Advantages of all tokens of the step, the same on every rank."""
+        raise NotImplementedError
+
+    def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
+        """The micro-batch's share of the loss without regularisers, and shares of further metrics.
+
+        Here: a weighted likelihood, -sum_t A_t log pi_t / rows, for objectives whose whole idea is in the weights.
+        """
+        loss = -(rows.advantages * outputs.logprobs).sum() / credit.num_rows
+        return loss, {"policy_loss": loss.item()}
+
+    def loss(self, rows: Rows, outputs: Outputs, credit: Credit) -> LossTerms:
+        """The micro-batch's share of the loss: surrogate, then every regulariser under its own name."""
+        total, sums = self.surrogate(rows, outputs, credit)
+        if self.kl.in_loss:
+            share = self.reduce(self._kl_tokens(rows, outputs), rows, credit)
+            total = total + self.kl_coefficient.value * share
+            sums |= {"kl_loss": self.kl_coefficient.value * share.item(), "kl_loss_nats": share.item()}
+        if outputs.entropies is not None:
+            mean = outputs.entropies.sum() / credit.num_tokens
+            sums["policy_entropy_nats"] = mean.item()
+            if self.entropy.in_loss:
+                total = total - self.entropy_coefficient.value * mean
+                sums["entropy_loss"] = -self.entropy_coefficient.value * mean.item()
+        for term, function in self._terms:
+            if term.placement == "loss":
+                share = term.coefficient * self.reduce(function(rows=rows, outputs=outputs), rows, credit)
+                total = total + share
+                sums[f"objective_term/{term.name}"] = share.item()
+        return LossTerms(total, sums | {"loss": total.item()})
+
+    def _kl_tokens(self, rows: Rows, outputs: Outputs) -> Tensor:
+        if self.kl.exact:
+            assert outputs.vocabulary is not None
+            return outputs.vocabulary
+        assert rows.reference is not None
+        if self.kl.importance_weighted:
+            cap = getattr(self.settings.objective, "correction_cap", regularisers.MAX_WEIGHT)
+            return regularisers.weighted_kl(self.kl.estimator, outputs.logprobs, rows.reference, rows.sampler, cap)
+        return regularisers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
+
+    def reduce(self, terms: Tensor, rows: Rows, credit: Credit) -> Tensor:
+        """Sum of terms ([N] tokens or [B] rows) divided by counts of the whole step, as `reduction` says."""
+        match getattr(self.settings.objective, "reduction", "sequence_sum"):
+            case "sequence_mean":
+                return (terms / rows.lengths[rows.row_of_item]).sum() / credit.num_rows
+            case "token_mean":
+                return terms.sum() / credit.num_tokens
+            case "constant":
+                return terms.sum() / (credit.num_rows * self.max_tokens)
+        return terms.sum() / credit.num_rows
+
+    def rewards(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Training reward of each row after shaping, float64 [rows]."""
+        raw = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
+        by = self.settings.shaping
+        return shape(raw, schema.lengths(batch, "completion_logprobs"), finished(batch), self.max_tokens, by)
+
+    def penalty(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
+        """KL term of the reward at each token: coefficient * (log pi - log ref), float64 [tokens]; 0 where none is.
+
+        importance_weighted: with the learner's log-probs in place of the sampler's, as stale samples need.
+        """
+        logprobs, _ = schema.ragged(batch, "completion_logprobs")
+        if not self.kl.in_reward:
+            return np.zeros(len(logprobs))
+        if self.kl.importance_weighted:
+            assert measured.logprobs is not None
+            logprobs = measured.logprobs
+        reference, _ = schema.ragged(batch, "reference_logprobs")
+        return self.kl_coefficient.value * (logprobs.astype(np.float64) - reference)
+
+    def bonus(self, batch: pa.RecordBatch) -> np.ndarray:
+        """Entropy term of the reward at each token, float64 [tokens]; 0 where none is."""
+        logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+        if not self.entropy.in_reward:
+            return np.zeros(len(logprobs))
+        return self.entropy_coefficient.value * regularisers.entropy_reward(self.entropy.form, logprobs, lengths)
+
+    def own_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """The user's terms of the reward by name, coefficient included, float64 [rows]."""
+        found = {}
+        for term, function in self._terms:
+            if term.placement == "reward":
+                values = np.asarray(function(batch), np.float64)
+                if values.shape != (batch.num_rows,) or not np.isfinite(values).all():
+                    raise ValueError(
+                        f"regulariser term {term.name}: expected {batch.num_rows} finite numbers, one a row"
+                    )
+                found[term.name] = term.coefficient * values
+        return found
+
+    def selected(self, batch: pa.RecordBatch, version: int) -> np.ndarray | None:
+        """bool [tokens] where the vocabulary term is computed; None: everywhere."""
+        if not isinstance(self.vocabulary, regularisers.ExactKL):
+            return None
+        seeds = batch.column("seed").to_numpy()
+        return self.vocabulary.select(seeds, schema.lengths(batch, "completion_logprobs"), version)
+
+    def adapt(self, batch: pa.RecordBatch) -> None:
+        """Move the coefficients by what the step's samples say. Called once a step, with the same batch everywhere."""
+        logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+        surprise = -schema.row_sums(logprobs, lengths)
+        kl = np.zeros(len(lengths))
+        if "reference_logprobs" in batch.schema.names:
+            kl = regularisers.sequence_kl(logprobs, schema.ragged(batch, "reference_logprobs")[0], lengths)
+        tokens, reward = float(lengths.sum()), float(self.rewards(batch).mean())
+        entropy = surprise.mean() if self.entropy.form == "sequence_sum" else (surprise / lengths).mean()
+        shared = (len(lengths), float(kl.sum() / tokens), float(surprise.sum() / tokens), reward)
+        self.kl_coefficient.update(Observation(float(kl.mean()), *shared))
+        self.entropy_coefficient.update(Observation(float(entropy), *shared))
+
+    def coefficients(self) -> dict[str, float]:
+        """Every number that adapts, by metric name, as it is in force at this step."""
+        found = {"kl_coefficient": self.kl_coefficient.value, "entropy_coefficient": self.entropy_coefficient.value}
+        if isinstance(self.kl_coefficient, coefficients.Safe):
+            found |= {f"safe_{name}": value for name, value in self.kl_coefficient.seen.items()}
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """Everything that changes the run and is not in the weights, as JSON."""
+        return {"kl": self.kl_coefficient.state(), "entropy": self.entropy_coefficient.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.kl_coefficient.restore(state["kl"])
+        self.entropy_coefficient.restore(state["entropy"])
+
+
+Build = Callable[[Settings], Objective]
+
+
+def finished(batch: pa.RecordBatch) -> np.ndarray:
+    """bool [rows]: completions that ended by themselves; all where the batch does not say."""
+    if "finish_reason" not in batch.schema.names:
+        return np.ones(batch.num_rows, bool)
+    return np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()])

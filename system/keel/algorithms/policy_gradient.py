@@ -1,0 +1,256 @@
+"""Policy gradient: advantage x clipped ratio x truncated importance weight, a critic where there is one.
+
+    reward   r_t = -beta (log pi - log ref)_t - alpha log pi_t, at the last token + score          (terms in the reward)
+    A        of R = sum_t r_t within its group, or of the r_t that follow a token (returns, GAE)
+             + tau A^H, EAPO's advantage of the entropy still to come
+    loss     = reduce_t [ -min(rho A, clip(rho) A) w ] + c_V L_V + the regularisers that live in the loss
+
+    rho = pi / pi_old, per token, per completion, or its geometric mean;  pi_old: the learner when the step began
+    w   = min(pi_old / mu, cap), mu: the sampler's log-probs as stored; detached (truncated importance weight)
+
+Settings of these: RLOO (2402.14740), REINFORCE, REINFORCE++ (2501.03262) with and without baseline, PPO (1707.06347),
+GRPO (2402.03300), Dr. GRPO (2503.20783), GSPO (2507.18071), DAPO (2503.14476), SAFE (2602.04651), EAPO (2407.18143).
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from keel import extension, schema
+from keel.algorithms import advantages, critics, regularisers
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.algorithms.objective import Objective
+from keel.objective_settings import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
+from keel.settings import Settings
+
+_WHITENED = {"reinforce_pp": "population", "reinforce_pp_baseline": "population", "gae": "sample"}
+_WHITENED |= {"value_baseline": "sample"}
+
+
+class PolicyGradient(Objective):
+    """`weigh` the whole step in numpy, then `loss` of each micro-batch in torch."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        assert isinstance(settings.objective, PolicyGradientSettings)
+        self.by: PolicyGradientSettings = settings.objective
+        auto = _WHITENED.get(self.by.advantage, "none")
+        self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
+        self.group = advantages.GROUP.get(self.by.advantage)
+        own = ":" in self.by.advantage
+        self.own = extension.load(self.by.advantage, "objective.advantage") if own else None
+        self.moments = critics.RunningMoments()
+        self.heads = ["value"] * (self.by.advantage in ("gae", "value_baseline"))
+        self.heads += ["entropy"] * bool(self.by.entropy_advantage and self.by.entropy_advantage.critic)
+        self.popart = {head: critics.PopArt() for head in self.heads}
+        if self.heads:
+            self.measures |= {"values"}
+
+    def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
+        """Advantages of all tokens of the step, regularisers that live in the reward included."""
+        missing = self.needs - set(batch.schema.names)
+        assert not missing, missing
+        logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+        rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch)
+        own = self.own_terms(batch)
+        scores = self.moments.normalise(rewards) if self.by.normalise_reward else rewards
+        scores = scores + sum(own.values())
+        parts = (scores, penalty, bonus, lengths)
+        row_penalty, row_bonus = schema.row_sums(penalty, lengths), schema.row_sums(bonus, lengths)
+        regularised = scores + row_bonus - row_penalty
+        values = self._values(measured, len(logprobs))
+        flat, targets = self._advantages(batch, parts, values)
+        if self.by.entropy_advantage:
+            flat = flat + self._entropy_advantage(batch, self.by.entropy_advantage, values, targets)
+        metrics = {
+            "regularised_reward": float(regularised.mean()),
+            "reward_kl_term": float(-row_penalty.mean()),
+            "reward_entropy_term": float(row_bonus.mean()),
+            "uniform_groups": float(advantages.num_uniform_groups(regularised, batch.column("ticket").to_numpy())),
+            "advantage_std": float(flat.std()),
+            "shaping_term": float(rewards.mean() - batch.column("reward").to_numpy(zero_copy_only=False).mean()),
+            **({"objective_term": {name: float(term.mean()) for name, term in own.items()}} if own else {}),
+            **self._judge_values(values, targets),
+        }
+        if self.whitened != "none":
+            flat = advantages.whiten(flat, ddof=1 if self.whitened == "sample" else 0)
+        target_columns, old = self._normalised(targets, values)
+        selected = self.selected(batch, measured.version)
+        return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old, selected)
+
+    def _advantages(
+        self, batch: pa.RecordBatch, parts: tuple[np.ndarray, ...], values: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Advantage of every token before whitening, and what each value head should have said."""
+        scores, penalty, bonus, lengths = parts
+        tickets = batch.column("ticket").to_numpy()
+        ends = np.cumsum(lengths) - 1
+        if self.by.by_token:
+            if self.by.advantage == "reinforce_pp_baseline":
+                scores = advantages.by_ticket(advantages.group_mean, scores, tickets)
+            rewards = bonus - penalty
+            rewards[ends] += scores
+            if self.by.advantage != "gae":
+                return advantages.returns(rewards, lengths, self.by.discount), {}
+            found = advantages.gae(rewards, values["value"], lengths, self.by.discount, self.by.gae_lambda)
+            return found, {"value": found + values["value"]}
+        kl = schema.row_sums(penalty, lengths)
+        before = self.kl.order == "before_baseline"
+        rows = scores + schema.row_sums(bonus, lengths) - (kl if before else 0.0)
+        targets = {}
+        if self.by.advantage == "value_baseline":
+            starts = ends - lengths + 1
+            targets["value"] = np.full(len(penalty), np.nan)
+            targets["value"][starts] = rows
+            rows = rows - values["value"][starts]
+        elif self.own is not None:
+            rows = _checked(self.own(rows, tickets), len(rows), self.by.advantage)
+        elif self.group is not None:
+            rows = advantages.by_ticket(self.group, rows, tickets)
+        return np.repeat(rows - (0.0 if before else kl), lengths), targets
+
+    def _entropy_advantage(
+        self,
+        batch: pa.RecordBatch,
+        by: EntropyAdvantageSettings,
+        values: dict[str, np.ndarray],
+        targets: dict[str, np.ndarray],
+    ) -> np.ndarray:
+        """tau A^H: GAE of -log pi under the sampler with its own discount and trace, or its critic-free form."""
+        logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+        surprise = -logprobs.astype(np.float64)
+        if not by.critic:
+            to_come = advantages.returns(surprise, lengths, by.discount)
+            return by.coefficient * advantages.centre_by_position(to_come, lengths, batch.column("ticket").to_numpy())
+        found = advantages.gae(surprise, values["entropy"], lengths, by.discount, by.gae_lambda)
+        targets["entropy"] = found + values["entropy"]
+        return by.coefficient * found
+
+    def _values(self, measured: Measured, num_tokens: int) -> dict[str, np.ndarray]:
+        """Each head's values of the step in the unit of its targets."""
+        if not self.heads:
+            return {}
+        assert measured.values is not None and measured.values.shape == (num_tokens, len(self.heads))
+        raw = measured.values.astype(np.float64)
+        return {head: self.popart[head].value(raw[:, column]) for column, head in enumerate(self.heads)}
+
+    def _normalised(
+        self, targets: dict[str, np.ndarray], values: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Targets and old values [tokens, K] in the unit the heads are trained in, after PopArt saw the targets."""
+        if not targets:
+            return None, None
+        assert self.by.critic is not None
+        for head, art in self.popart.items():
+            if self.by.critic.popart:
+                art.update(targets[head][np.isfinite(targets[head])], self.by.critic.popart_rate)
+
+        def unit(numbers: dict[str, np.ndarray]) -> np.ndarray:
+            scaled = [self._scaled(numbers[head], head) for head in self.heads]
+            return np.stack(scaled, axis=1)
+
+        return unit(targets), unit(values)
+
+    def _scaled(self, numbers: np.ndarray, head: str) -> np.ndarray:
+        assert self.by.critic is not None
+        art = self.popart[head]
+        return (numbers - art.mean) / art.deviation if self.by.critic.popart else numbers
+
+    def _judge_values(self, values: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dict[str, Any]:
+        known = {head: np.isfinite(target) for head, target in targets.items()}
+        explained = {
+            head: critics.explained_variance(values[head][known[head]], target[known[head]])
+            for head, target in targets.items()
+        }
+        means = {head: float(values[head][known[head]].mean()) for head in targets}
+        return {"explained_variance": explained, "value_mean": means} if targets else {}
+
+    def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
+        logprobs = outputs.logprobs
+        old = logprobs.detach() if rows.old is None else rows.old
+        weight, clamped_weights = self._importance_weight(old - rows.sampler, rows)
+        terms, clipped, clamped = self._terms_of(logprobs - old, weight, rows)
+        num_terms = credit.num_tokens if self.by.level == "token" else credit.num_rows
+        loss = self.reduce(terms, rows, credit)
+        sums = {
+            "policy_loss": loss.item(),
+            "clip_ratio": clipped / num_terms,
+            "clamped_log_ratios": float(clamped + clamped_weights),
+            "importance_weight": weight.sum().item() / num_terms,
+            "truncated_weight_ratio": (weight >= self.by.correction_cap).sum().item() / num_terms,
+        }
+        if self.by.critic:
+            value_terms = self._value_terms(self.by.critic, rows, outputs, credit)
+            loss = loss + torch.stack(list(value_terms.values())).sum()
+            sums |= {f"critic_loss/{head}": term.item() for head, term in value_terms.items()}
+        return loss, sums
+
+    def _value_terms(self, by: CriticSettings, rows: Rows, outputs: Outputs, credit: Credit) -> dict[str, Tensor]:
+        """Each head's share of its loss, coefficient included, over all its targets of the step."""
+        assert outputs.values is not None and rows.targets is not None and rows.old_values is not None
+        assert credit.targets is not None
+        terms = {}
+        for column, head in enumerate(self.heads):
+            art, target = self.popart[head], rows.targets[:, column]
+            known = target.isfinite()
+            raw = outputs.values[known, column]
+            predicted = art.scale * raw + art.shift if by.popart else raw
+            old = rows.old_values[known, column]
+            errors = critics.value_loss(predicted, old, target[known], by.loss, by.clip, by.clipped)
+            weight = by.coefficient * (by.entropy_coefficient if head == "entropy" else 1.0)
+            terms[head] = weight * errors.sum() / int(np.isfinite(credit.targets[:, column]).sum())
+        return terms
+
+    def _importance_weight(self, log_ratio: Tensor, rows: Rows) -> tuple[Tensor, int]:
+        """min(pi_old / mu, cap) for every term of the surrogate, and how many exponents were clamped."""
+        by_completion = self.by.level != "token"
+        if self.by.correction == "none":
+            return torch.ones_like(rows.lengths if by_completion else log_ratio), 0
+        per_row = self.by.correction == "sequence"
+        exponent, clamped = regularisers.clamp(rows.sum_by_row(log_ratio) if per_row else log_ratio)
+        weight = exponent.exp().clamp(max=self.by.correction_cap)
+        return (weight[rows.row_of_item] if per_row and not by_completion else weight), clamped
+
+    def _terms_of(self, log_ratio: Tensor, weight: Tensor, rows: Rows) -> tuple[Tensor, int, int]:
+        """-min(rho A, clip(rho) A) w of every term ([N] tokens or [B] rows); clipped and clamped terms counted."""
+        credit = rows.advantages
+        if self.by.level != "token":
+            credit, log_ratio = credit[rows.first_items()], rows.sum_by_row(log_ratio)
+        if self.by.level == "sequence_mean":
+            log_ratio = log_ratio / rows.lengths
+        exponent, clamped = regularisers.clamp(log_ratio)
+        ratio = exponent.exp()
+        low, high = self.by.clip_low, self.by.clip_high
+        bounded = ratio.clamp(1 - low if low else None, 1 + high if high else None) if low or high else ratio
+        objective = torch.minimum(ratio * credit, bounded * credit)
+        clipped = int((bounded * credit < ratio * credit).sum())
+        return -objective * weight, clipped, clamped
+
+    def coefficients(self) -> dict[str, Any]:
+        found: dict[str, Any] = super().coefficients()
+        if self.by.normalise_reward:
+            state = self.moments
+            found |= {"normaliser_mean": state.mean, "normaliser_std": (state.square_sum / state.count) ** 0.5}
+        if self.by.critic and self.by.critic.popart:
+            found["popart_mean"] = {head: art.mean for head, art in self.popart.items()}
+            found["popart_std"] = {head: art.deviation for head, art in self.popart.items()}
+        return found
+
+    def state(self) -> dict[str, Any]:
+        popart = {head: art.state() for head, art in self.popart.items()}
+        return {**super().state(), "moments": self.moments.state(), "popart": popart}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.moments = critics.RunningMoments(**state["moments"])
+        self.popart = {head: critics.PopArt(**numbers) for head, numbers in state["popart"].items()}
+
+
+def _checked(values: Any, rows: int, source: str) -> np.ndarray:
+    found = np.asarray(values, np.float64)
+    if found.shape != (rows,) or not np.isfinite(found).all():
+        raise ValueError(f"objective.advantage={source}: expected {rows} finite numbers, one a row")
+    return found

@@ -1,0 +1,56 @@
+"""What a vocabulary term reads beside the policy: frozen models, and the policy as it was when the step began."""
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from keel import models
+from keel.algorithms.credit import Credit, Rows, VocabularyTerm
+from keel.batch import MicroBatch
+from keel.networks import FrozenView, Piece, Policy, vocabulary_piece
+
+
+class Anchors:
+    """The models a term names, inside the learner, on its device."""
+
+    def __init__(self, term: VocabularyTerm | None, folder: Callable[[str], str], dtype: str, device: torch.device):
+        """`folder` gives the model folder of `reference` or `teacher`."""
+        self.term, self.dtype, self.device = term, dtype, device
+        names = term.models - {"old"} if term is not None else frozenset()
+        self._frozen = {name: models.load_frozen(Path(folder(name)), dtype, device) for name in names}
+        self._old: tuple[dict[bytes, Tensor], nn.Module] | None = None
+
+    def renew_reference(self, folder: str) -> None:
+        """Read the reference from another folder, where there is one here."""
+        if "reference" in self._frozen:
+            self._frozen["reference"] = models.load_frozen(Path(folder), self.dtype, self.device)
+
+    @torch.no_grad()
+    def keep_old(self, policy: Policy, micro_batches: Iterable[MicroBatch]) -> None:
+        """Keep the policy of now for terms that stay anchored there for all epochs: [N, H] and [V, H] numbers.
+
+        Never [N, V]: logits are read again from states and head, piece by piece.
+        """
+        if self.term is not None and "old" in self.term.models:
+            states = {micro.items.tobytes(): policy.states(micro) for micro in micro_batches}
+            self._old = states, copy.deepcopy(policy.head).requires_grad_(False)
+
+    def piece(self, micro: MicroBatch, rows: Rows, credit: Credit, temperature: float) -> Piece | None:
+        """The term of this micro-batch, to be read together with the policy's own logits; None without a term."""
+        if self.term is None:
+            return None
+        chosen = credit.selected
+        selected = None if chosen is None else torch.from_numpy(chosen[micro.items]).to(self.device)
+        targets = micro.targets.to(self.device)
+        return vocabulary_piece(self.term, targets, rows.advantages, selected, self._views(micro), temperature)
+
+    @torch.no_grad()
+    def _views(self, micro: MicroBatch) -> dict[str, FrozenView]:
+        views = {name: FrozenView(frozen.states(micro), frozen.head) for name, frozen in self._frozen.items()}
+        if self._old is not None:
+            states, head = self._old
+            views["old"] = FrozenView(states[micro.items.tobytes()], head)
+        return views

@@ -1,0 +1,49 @@
+"""How the learner is optimised: DeepSpeed's configuration, parameter groups, the rate of a step."""
+
+import math
+from typing import Any
+
+import torch
+
+from keel.actor_settings import LearnerSettings
+from keel.networks import Learnable
+
+
+def optimizer(learners: LearnerSettings, module: Learnable, critic_rate: float | None) -> torch.optim.Optimizer:
+    """AdamW over two groups: the policy at the configured rate, the critic (if any) at its own or the same."""
+    groups = [{"params": list(module.policy.parameters()), "lr": learners.learning_rate}]
+    if module.critic is not None:
+        groups.append({"params": list(module.critic.parameters()), "lr": critic_rate or learners.learning_rate})
+    return torch.optim.AdamW(
+        groups,
+        betas=learners.adam_betas,
+        eps=learners.adam_epsilon,
+        weight_decay=learners.weight_decay,
+        fused=True,
+    )
+
+
+def engine_config(learners: LearnerSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration. The caller owns accumulation: backward accumulates, step() updates."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": {"stage": learners.zero_stage, "overlap_comm": False},
+        "bf16": {"enabled": learners.precision == "bf16"},
+        "gradient_clipping": learners.max_grad_norm,
+        "steps_per_print": 10**9,
+    }
+
+
+def learning_rate(learners: LearnerSettings, version: int, steps: int) -> float:
+    """Rate of the step that starts from `version`: a pure function, so a resumed run needs no scheduler state."""
+    if version < learners.warmup_steps:
+        return learners.learning_rate * (version + 1) / learners.warmup_steps
+    progress = (version - learners.warmup_steps) / max(1, steps - learners.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[learners.schedule]
+    return learners.learning_rate * factor

@@ -1,0 +1,44 @@
+"""References of iterations: with reference.ref_policy=previous every iteration leaves a folder a resumed run reads.
+
+RUN_DIR/references/step-000010/    the policy after step 10, Hugging Face layout; whole or absent
+"""
+
+import shutil
+from pathlib import Path
+
+from keel import durable
+from keel.settings import Settings
+
+
+def folder_of(run_directory: Path, step: int) -> Path:
+    return run_directory / "references" / f"step-{step:06d}"
+
+
+def begin(folder: Path) -> Path:
+    """Where to write a reference before it counts: a path that does not exist yet."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    return aside
+
+
+def commit(folder: Path) -> None:
+    """What was written aside becomes the reference of its step, in place of what an interrupted run left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(f".{folder.name}.tmp").rename(folder)
+    durable.sync_directory(folder.parent)
+
+
+def of_version(run_directory: Path, settings: Settings, version: int) -> Path | None:
+    """The reference in force from a version on; None: the initial one."""
+    every = settings.reference.iteration_steps if settings.reference else None
+    step = version // every * every if every else 0
+    return folder_of(run_directory, step) if step else None
+
+
+def prune(run_directory: Path, settings: Settings, oldest_version: int) -> None:
+    """Delete references that no checkpoint from this version on would start with."""
+    oldest = of_version(run_directory, settings, oldest_version)
+    for folder in (run_directory / "references").glob("step-*"):
+        if oldest is not None and folder.name < oldest.name:
+            shutil.rmtree(folder)

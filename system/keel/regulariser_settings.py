@@ -1,0 +1,149 @@
+"""Settings of the regularisers: KL to the reference, entropy, terms of the user's own, and coefficients that adapt."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from keel.section import Section, Source
+
+_GRADIENTS = {
+    ("reward", "k2"): "its expected gradient is not that of any KL",
+    ("reward", "k3"): "its expected gradient is KL(pi,ref) minus KL(ref,pi)",
+    ("reward", "k3_k2"): "a value with another gradient makes no sense where nothing is differentiated",
+    ("reward", "exact"): "it is a sum over the vocabulary, to be differentiated",
+    ("loss", "k1"): "its expected gradient is zero: no regularisation at all",
+}
+_RIGHT = {"reward": "k1", "loss": "k2, k3, k3_k2 or exact"}
+
+
+class ControllerSettings(Section):
+    """How a coefficient moves from step to step. What it holds is in metrics.jsonl and in state.json."""
+
+    kind: Literal["fixed", "proportional", "dual", "safe"] = Field(
+        "fixed",
+        description="proportional: Ziegler's factor 1 + clip(error) n / horizon; dual: exponentiated dual ascent"
+        " towards target_nats; safe: PID threshold with an entropy gate (KL only)",
+    )
+    target_nats: float | None = Field(None, gt=0, description="what proportional and dual steer towards")
+    rate: float = Field(0.1, gt=0, description="dual: coefficient *= exp(rate * relative error)")
+    horizon_completions: float = Field(10_000, gt=0, description="proportional: completions for a change of 20 %")
+    minimum: float = Field(1e-6, gt=0, description="the coefficient stays above this")
+    maximum: float = Field(100.0, gt=0, description="the coefficient stays below this")
+    threshold_nats: float = Field(0.3, gt=0, description="safe: KL per token that costs nothing, before PID and phase")
+    entropy_floor_nats: float = Field(2.0, gt=0, description="safe: entropy per token below which KL costs more")
+
+    @model_validator(mode="after")
+    def _target_is_set(self) -> Self:
+        steers = self.kind in ("proportional", "dual")
+        if steers and self.target_nats is None:
+            raise ValueError(f"target_nats=null: kind={self.kind} steers towards it; expected a number of nats")
+        if not steers and self.target_nats is not None:
+            raise ValueError(f"target_nats={self.target_nats}: kind={self.kind} ignores it; expected dual, or null")
+        if self.minimum > self.maximum:
+            raise ValueError(f"minimum={self.minimum}: above maximum={self.maximum}; expected less")
+        return self
+
+
+class KLSettings(Section):
+    coefficient: float = Field(0.0, ge=0, description="beta, reward units per nat; where a controller starts")
+    placement: Literal["reward", "loss"] = Field("reward", description="inside the reward, or inside the loss")
+    estimator: Literal["k1", "k2", "k3", "k3_k2", "exact"] = Field(
+        "k1",
+        description="k1 in the reward; in the loss k2, k3 (GRPO: the forward KL), k3_k2 (k3's value, k2's gradient)"
+        " or exact (whole vocabulary)",
+    )
+    token_share: float = Field(1.0, gt=0, le=1, description="exact: share of the tokens it is computed on, sampled")
+    importance_weighted: bool = Field(
+        False, description="correct for stale samples: learner's log-probs in the reward, ratio pi/sampler in the loss"
+    )
+    order: Literal["before_baseline", "after_baseline"] = Field(
+        "before_baseline", description="KL enters the reward before the group baseline (TRL) or after it (OpenRLHF)"
+    )
+    controller: ControllerSettings = ControllerSettings()
+
+    @model_validator(mode="after")
+    def _estimator_has_the_right_gradient(self) -> Self:
+        if reason := _GRADIENTS.get((self.placement, self.estimator)):
+            raise ValueError(
+                f"estimator={self.estimator} in the {self.placement}: {reason}; expected {_RIGHT[self.placement]}"
+            )
+        if self.token_share < 1 and self.estimator != "exact":
+            raise ValueError(f"token_share={self.token_share}: estimator={self.estimator} uses all; expected exact")
+        if self.estimator == "exact" and self.importance_weighted:
+            raise ValueError("importance_weighted=true: exact has no sampled action to weigh; expected k2 or k3")
+        if self.controller.kind != "fixed" and self.coefficient == 0:
+            raise ValueError(f"coefficient=0.0: controller.kind={self.controller.kind} starts from it; expected more")
+        return self
+
+    @property
+    def in_reward(self) -> bool:
+        return self.coefficient > 0 and self.placement == "reward"
+
+    @property
+    def in_loss(self) -> bool:
+        return self.coefficient > 0 and self.placement == "loss"
+
+    @property
+    def exact(self) -> bool:
+        return self.in_loss and self.estimator == "exact"
+
+
+class EntropySettings(Section):
+    form: Literal["none", "sequence_sum", "sequence_mean", "token_bonus"] = Field(
+        "none",
+        description="-log pi(y|x) in the reward, summed or averaged; or a differentiable token bonus in the loss",
+    )
+    coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
+    monitor: bool = Field(
+        False, description="measure the full-vocabulary entropy also where no term uses it; false: skipped entirely"
+    )
+    controller: ControllerSettings = ControllerSettings()
+
+    @model_validator(mode="after")
+    def _form_and_coefficient_agree(self) -> Self:
+        if self.form == "none" and self.coefficient > 0:
+            raise ValueError(f"coefficient={self.coefficient}: form=none ignores it; expected a form, or 0")
+        if self.controller.kind not in ("fixed", "dual"):
+            raise ValueError(f"controller.kind={self.controller.kind}: is for KL; expected fixed or dual")
+        if self.controller.kind == "dual" and self.coefficient == 0:
+            raise ValueError("coefficient=0.0: controller.kind=dual starts from it; expected more")
+        return self
+
+    @property
+    def in_reward(self) -> bool:
+        return self.coefficient > 0 and self.form in ("sequence_sum", "sequence_mean")
+
+    @property
+    def in_loss(self) -> bool:
+        return self.coefficient > 0 and self.form == "token_bonus"
+
+
+class TermSettings(Section):
+    """A regulariser of the user's own."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="label of its metric objective_term")
+    source: Source = Field(description="module:name of the function")
+    placement: Literal["reward", "loss"] = Field(
+        "reward",
+        description="reward: function(batch) -> [rows], added to it; loss: function(rows, outputs) -> [tokens]",
+    )
+    coefficient: float = Field(1.0, description="factor of the term")
+
+
+class RegulariserSettings(Section):
+    kl: KLSettings = KLSettings()
+    entropy: EntropySettings = EntropySettings()
+    terms: list[TermSettings] = Field([], description="regularisers of your own")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [term.name for term in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"terms: name {max(names, key=names.count)!r} is used twice; expected unique names")
+        return self
+
+    def reward_terms(self) -> list[str]:
+        """The settings that put a regulariser into the reward."""
+        found = ["kl.placement=reward"] if self.kl.in_reward else []
+        found += [f"entropy.form={self.entropy.form}"] if self.entropy.in_reward else []
+        return found + [f"terms.{term.name}.placement=reward" for term in self.terms if term.placement == "reward"]

@@ -1,0 +1,35 @@
+"""What every block of settings is made of: the base model and the types that several blocks use."""
+
+import functools
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """A block of settings: unknown keys are refused, values are frozen once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def is_source(value: str) -> bool:
+    """Whether a text names the user's own code as module:name."""
+    module, _, name = value.partition(":")
+    return all(part.isidentifier() for part in [*module.split("."), name])
+
+
+def one_of(names: tuple[str, ...], value: str) -> str:
+    """The value if it is one of the names or the user's module:name; a one-line validation error otherwise."""
+    if value in names or is_source(value):
+        return value
+    raise PydanticCustomError(
+        "unknown_name", f"expected {' or '.join([', '.join(names)] * bool(names) + ['module:name of your own'])}"
+    )
+
+
+Source = Annotated[str, AfterValidator(functools.partial(one_of, ()))]
+"""module:name of the user's own code."""
