@@ -34,7 +34,7 @@ def settings_for(steps: int = 4, staleness: int = 0, retries: int = 2, **blocks:
         "deadlines": {f"{name}_seconds": 20 for name in deadlines},
     }
     for name, block in blocks.items():
-        tree[name] = {**tree.get(name, {}), **block}
+        tree[name] = {**tree.get(name, {}), **block} if isinstance(block, dict) else block
     return config.parse(tree)
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keel import schema
 from keel.algorithms import advantages, regularisers
-from keel.objective_settings import EntropySettings
 
 SCORES = np.array([1.0, 2.0, 5.0, 8.0])
 KL = np.array([2.0, 1.0, 4.0, 3.0])
@@ -33,16 +33,17 @@ def test_entropy_in_the_reward() -> None:
     """-S = [1.5, 2.4, .7, .8], alpha .1; log-probs after the end of a completion do not exist, so nothing leaks."""
     lengths = np.array([2, 3, 1, 4])
     logprobs = -np.concatenate([np.full(n, total / n) for n, total in zip(lengths, [1.5, 2.4, 0.7, 0.8], strict=True)])
-    reward = SCORES + 0.1 * regularisers.entropy_reward("sequence_sum", logprobs, lengths)
+    terms = regularisers.entropy_reward("sequence_sum", logprobs, lengths)
+    reward = SCORES + 0.1 * schema.row_sums(terms, lengths)
     assert reward == pytest.approx([1.15, 2.24, 5.07, 8.08], abs=1e-9)
     assert advantages.rloo(reward) == pytest.approx([-3.98, -2.5266666667, 1.2466666667, 5.26], abs=1e-9)
-    means = regularisers.entropy_reward("sequence_mean", logprobs, lengths)
+    means = schema.row_sums(regularisers.entropy_reward("sequence_mean", logprobs, lengths), lengths)
     assert means == pytest.approx([0.75, 0.8, 0.7, 0.2], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", list(advantages.ADVANTAGES))
+@pytest.mark.parametrize("name", list(advantages.GROUP))
 def test_a_group_of_one_has_no_advantage(name: str) -> None:
-    assert advantages.ADVANTAGES[name](np.array([3.0])).tolist() == [0.0]
+    assert advantages.GROUP[name](np.array([3.0])).tolist() == [0.0]
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=12), st.permutations(range(12)))
@@ -77,7 +78,7 @@ def expectation_gradient(loss_of_action: object) -> list[float]:
 
 
 def test_k2_in_the_loss_has_the_gradient_of_the_kl() -> None:
-    assert expectation_gradient(regularisers.kl_loss) == pytest.approx(GRADIENT_OF_KL, abs=1e-9)
+    assert expectation_gradient(regularisers.kl_k2) == pytest.approx(GRADIENT_OF_KL, abs=1e-9)
 
 
 def test_k1_in_the_reward_has_the_gradient_of_the_kl() -> None:
@@ -115,7 +116,8 @@ def test_the_entropy_reward_has_the_whole_gradient_and_the_bonus_only_its_first_
     parameters, paths = two_step_tree()
     totals = torch.stack([one + two for one, two in paths])
     flat = np.array([[one.item(), two.item()] for one, two in paths]).ravel()
-    reward = torch.from_numpy(regularisers.entropy_reward("sequence_sum", flat, np.full(4, 2)))
+    lengths = np.full(4, 2)
+    reward = torch.from_numpy(schema.row_sums(regularisers.entropy_reward("sequence_sum", flat, lengths), lengths))
     objective = (totals.exp().detach() * reward * totals).sum()
     (whole,) = torch.autograd.grad(objective, parameters, retain_graph=True)
     assert whole.tolist() == pytest.approx([0.2953666094, -0.0990803539], abs=1e-9)
@@ -127,8 +129,3 @@ def test_the_entropy_reward_has_the_whole_gradient_and_the_bonus_only_its_first_
 
 def branches(paths: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     return [(paths[start][0], [paths[start][1], paths[start + 1][1]]) for start in (0, 2)]
-
-
-def test_only_the_token_bonus_needs_a_gradient() -> None:
-    assert regularisers.token_bonus_coefficient(EntropySettings(form="token_bonus", coefficient=0.3)) == 0.3
-    assert regularisers.token_bonus_coefficient(EntropySettings(form="sequence_sum", coefficient=0.3)) == 0.0

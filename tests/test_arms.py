@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 
 from keel import config, diagnostics
-from keel.algorithms.objectives import PolicyGradient
+from keel.algorithms.credit import Measured
+from keel.algorithms.policy_gradient import PolicyGradient
 from rollouts import generated, prompts, referenced, scored
 
 PROXY = np.array([0.2, 0.6, 1.0, 0.4, 3.0] + [0.0] * 2000)
@@ -62,12 +63,12 @@ def rows(policy: np.ndarray) -> pa.RecordBatch:
 def test_no_answer_has_an_advantage_at_the_arms_optimum(arm: str, temperature: float) -> None:
     """The regularised reward is constant there, so nothing moves; away from it the gradient points back."""
     policy = optimum(arm, temperature)
-    assert np.abs(objective(arm, temperature).weigh(rows(policy)).advantages).max() < 1e-5
+    assert np.abs(objective(arm, temperature).weigh(rows(policy), Measured()).advantages).max() < 1e-5
     for answer in (0, 4, 1000):
         pushed = policy.copy()
         pushed[answer] *= 1.5
         pushed /= pushed.sum()
-        found = objective(arm, temperature).weigh(rows(pushed)).advantages
+        found = objective(arm, temperature).weigh(rows(pushed), Measured()).advantages
         assert found[answer] == found.min() < -0.9 * temperature * np.log(1.5)
 
 

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from keel import doctor
-from keel.learn import learning_rate
 from keel.actor_settings import LearnerSettings
+from keel.optimisation import learning_rate
 
 
 def checks(capsys: pytest.CaptureFixture[str]) -> tuple[bool, dict[str, Any]]:

@@ -8,10 +8,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
-    ["protocols", "schema", "objective_settings", "settings", "config", "durable"],
-    ["sources", "prompts", "buffer", "batch", "models", "examples", "tiny", "algorithms", "algorithms.advantages"]
-    + ["algorithms.regularisers", "algorithms.objectives", "diagnostics", "metrics", "checkpoint", "quiet"],
-    ["weights", "generate", "score", "export", "learn"],
+    ["protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
+    + ["actor_settings", "settings", "config", "extension", "durable"],
+    [
+        "algorithms",
+        *(
+            f"algorithms.{name}"
+            for name in ("credit", "shaping", "advantages", "regularisers", "coefficients", "critics")
+        ),
+    ]
+    + [f"algorithms.{name}" for name in ("objective", "elicitation", "policy_gradient", "preferences", "weighting")]
+    + ["algorithms.convexity", "algorithms.kinds"],
+    ["sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors", "examples", "tiny"]
+    + ["diagnostics", "metrics", "checkpoint", "references", "quiet"],
+    ["weights", "generate", "score", "export", "optimisation", "learn"],
     ["evaluate", "preflight", "controller"],
     ["cluster", "train", "progress", "summary", "doctor"],
     ["cli", "__main__"],

@@ -6,18 +6,21 @@ import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import Run, settings_for
-from keel import diagnostics, learn, metrics, schema
-from keel.algorithms.objectives import PolicyGradient, Rows
+from keel import diagnostics, extension, learn, metrics, schema
+from keel.algorithms import kinds
+from keel.algorithms.credit import Measured, Outputs, Rows, labelled
 from keel.metrics import TABLE, RunMetrics
 from keel.settings import MetricsSettings
-from rollouts import rollouts
+from rollouts import generated, prompts, referenced, scored
 
 
 def filled(tmp_path: Path) -> RunMetrics:
@@ -91,26 +94,46 @@ def test_a_name_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
 # ---- every number of a step has a row, and every row gets a number
 
 
-def of_the_batch() -> set[str]:
-    """Names the learner takes from the rollouts and from the objective with every term switched on."""
-    kl = {"placement": "loss", "estimator": "k2", "coefficient": 0.1}
-    objective = PolicyGradient(
-        settings_for(regulariser={"kl": kl, "entropy": {"form": "token_bonus", "coefficient": 1}})
-    )
-    batch = rollouts([0, 1])
-    credit = objective.weigh(batch)
+CRITIC = {"advantage": "gae", "critic": {"popart": True}, "normalise_reward": True}
+MEMBERS = [{"name": name, "source": "a:b"} for name in ("a", "b")]
+KL = {"placement": "loss", "estimator": "k2", "coefficient": 0.1, "controller": {"kind": "safe"}}
+EVERYTHING: list[dict[str, Any]] = [
+    {
+        "objective": CRITIC,
+        "regulariser": {
+            "kl": KL,
+            "entropy": {"form": "token_bonus", "coefficient": 1},
+            "terms": [{"name": "length", "source": "builtins:len", "placement": "reward", "coefficient": 0}],
+        },
+    },
+    {"objective": {"kind": "preference", "pairs": {"selection": "most_disagreeing"}}, "rewards": MEMBERS},
+    {"objective": {"kind": "weighted_likelihood"}},
+]
+
+
+def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names the learner takes from the rollouts and from objectives with every term switched on."""
+    monkeypatch.setattr(extension, "load", lambda source, setting: lambda batch: np.zeros(batch.num_rows))
+    batch = scored(referenced(generated(prompts([0, 1]))), extra={"a": [0.1, 0.2, 0.3, 0.5], "b": [0.3, 0.2, 0.1, 0.0]})
     sampler, lengths = schema.ragged(batch, "completion_logprobs")
-    rows = Rows(
-        advantages=torch.from_numpy(credit.advantages),
-        lengths=torch.from_numpy(lengths),
-        row_of_item=torch.repeat_interleave(torch.arange(len(lengths)), torch.from_numpy(lengths)),
-        sampler=torch.from_numpy(sampler.copy()),
-        old=None,
-        reference=torch.from_numpy(sampler.copy()),
-    )
-    sums = objective.loss(rows, rows.sampler, rows.sampler, credit).sums
-    assert {"kl_loss", "entropy_loss"} <= set(sums)
-    return set(diagnostics.summarise(batch)) | set(credit.metrics) | set(sums)
+    names = set(diagnostics.summarise(batch))
+    for blocks in EVERYTHING:
+        objective = kinds.build(settings_for(**blocks))
+        values = np.zeros((len(sampler), len(objective.heads)))
+        credit = objective.weigh(batch, Measured(sampler, values))
+        rows = Rows(
+            advantages=torch.from_numpy(credit.advantages),
+            lengths=torch.from_numpy(lengths),
+            row_of_item=torch.repeat_interleave(torch.arange(len(lengths)), torch.from_numpy(lengths)),
+            sampler=torch.from_numpy(sampler.copy()),
+            reference=torch.from_numpy(sampler.copy()),
+            targets=None if credit.targets is None else torch.from_numpy(credit.targets),
+            old_values=None if credit.old_values is None else torch.from_numpy(credit.old_values),
+        )
+        outputs = Outputs(rows.sampler, rows.sampler, torch.from_numpy(values))
+        sums = objective.loss(rows, outputs, credit).sums
+        names |= set(labelled(dict(credit.metrics) | dict(sums) | objective.coefficients()))
+    return names
 
 
 def of_the_learner() -> set[str]:
@@ -123,12 +146,14 @@ def of_the_learner() -> set[str]:
     return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)} - {"lr"}
 
 
-async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(tmp_path: Path) -> None:
-    names = of_the_batch() | of_the_learner()
+async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = of_the_batch(monkeypatch) | of_the_learner()
     assert {"reward", "kl_nats", "loss", "gap_nats", "grad_norm", "learning_rate", "trained_tokens"} <= names
     run = Run(tmp_path, settings_for(steps=1))
     await run.finish()
-    written = (names - {"trained_tokens"}) | set(run.observer.gauges) | {"free_memory_bytes"}
+    written = (names - {"trained_tokens", "reward_a", "reward_b"}) | set(run.observer.gauges) | {"free_memory_bytes"}
     assert written == {metric.name for metric in TABLE if metric.kind == "gauge"}
 
 

@@ -11,7 +11,7 @@ from keel import batch as batching
 from keel import models, schema, tiny
 from keel.batch import Budget
 from keel.config import ConfigError
-from keel.models import TokenLogprobs
+from keel.networks import TokenLogprobs
 
 TEMPERATURE = 0.7
 

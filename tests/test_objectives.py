@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from keel import config, schema
-from keel.algorithms.objectives import Credit, PolicyGradient, Rows
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.algorithms.policy_gradient import PolicyGradient
 
 TOKENS_A, TOKENS_B = 3, 1
 
@@ -25,7 +26,7 @@ def objective(**blocks: dict[str, Any]) -> PolicyGradient:
 
 def rows(advantages: list[float], lengths: list[int], sampler: list[float], **more: Any) -> Rows:
     return Rows(
-        advantages=torch.tensor(advantages, dtype=torch.float64),
+        advantages=torch.repeat_interleave(torch.tensor(advantages, dtype=torch.float64), torch.tensor(lengths)),
         lengths=torch.tensor(lengths, dtype=torch.float64),
         row_of_item=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         sampler=torch.tensor(sampler, dtype=torch.float64),
@@ -48,8 +49,7 @@ def test_ppo_clip_oracle() -> None:
     new = logs(np.log([1.5, 0.6, 1.1, 0.5]).tolist())
     terms = own.loss(
         rows([1, 1, -1, -1], [1, 1, 1, 1], [0.0] * 4, old=torch.zeros(4, dtype=torch.float64)),
-        new,
-        new.detach(),
+        Outputs(new),
         credit(4, 4),
     )
     assert terms.loss.item() == pytest.approx((-1.2 - 0.6 + 1.1 + 0.8) / 4, abs=1e-9)
@@ -66,7 +66,7 @@ def test_reductions_oracle(reduction: str, expected: float) -> None:
     """P2b_agg: per-token values [[1, 2, 3], [4]] give 2.5, 3.0, 5.0 and, with 4 tokens at most, 1.25."""
     own = objective(objective={"reduction": reduction, "correction": "none"})
     values = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    reduced = own._reduce(values, rows([0, 0], [TOKENS_A, TOKENS_B], [0.0] * 4), credit(2, 4))
+    reduced = own.reduce(values, rows([0, 0], [TOKENS_A, TOKENS_B], [0.0] * 4), credit(2, 4))
     assert reduced.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -74,7 +74,7 @@ def test_on_policy_gradient_is_advantage_times_score() -> None:
     """With rho = w = 1 the gradient of every token is -A / rows: REINFORCE on the sum of log-probs."""
     own = objective(objective={"correction": "none"})
     new = logs([-1.0, -2.0, -0.5, -0.1])
-    terms = own.loss(rows([0.7, -0.3], [3, 1], [-1.0, -2.0, -0.5, -0.1]), new, new.detach(), credit(2, 4))
+    terms = own.loss(rows([0.7, -0.3], [3, 1], [-1.0, -2.0, -0.5, -0.1]), Outputs(new), credit(2, 4))
     (gradient,) = torch.autograd.grad(terms.loss, new)
     assert gradient.tolist() == pytest.approx([-0.35, -0.35, -0.35, 0.15], abs=1e-12)
 
@@ -86,7 +86,7 @@ def test_truncated_weights_by_token_and_by_sequence() -> None:
     weights = {"token": [np.exp(0.5), 2.0, np.exp(-0.2), np.exp(0.3)], "sequence": [2.0, 2.0, 2.0, np.exp(0.3)]}
     for correction, expected in weights.items():
         own = objective(objective={"correction": correction})
-        terms = own.loss(rows([1.0, 1.0], [3, 1], sampler), new, new.detach(), credit(2, 4))
+        terms = own.loss(rows([1.0, 1.0], [3, 1], sampler), Outputs(new), credit(2, 4))
         (gradient,) = torch.autograd.grad(terms.loss, new)
         assert (-2 * gradient).tolist() == pytest.approx(expected, abs=1e-12)
         assert terms.sums["importance_weight"] == pytest.approx(np.mean(expected))
@@ -97,7 +97,7 @@ def test_sequence_ratio_is_one_term_a_completion() -> None:
     own = objective(objective={"level": "sequence", "correction": "none", "clip_low": 0.2, "clip_high": 0.2})
     old = torch.tensor([-1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
     new = logs([-0.9, -0.9, -0.9, -1.1])
-    terms = own.loss(rows([1.0, 1.0], [3, 1], [0.0] * 4, old=old), new, new.detach(), credit(2, 4))
+    terms = own.loss(rows([1.0, 1.0], [3, 1], [0.0] * 4, old=old), Outputs(new), credit(2, 4))
     assert terms.loss.item() == pytest.approx(-(1.2 + np.exp(-0.1)) / 2)  # e^.3 is clipped to 1.2
     (gradient,) = torch.autograd.grad(terms.loss, new)
     assert gradient.tolist() == pytest.approx([0, 0, 0, -np.exp(-0.1) / 2])
@@ -106,7 +106,7 @@ def test_sequence_ratio_is_one_term_a_completion() -> None:
 def test_clamped_exponents_are_counted() -> None:
     own = objective(objective={"correction": "token"})
     new = logs([-1.0, -1.0])
-    terms = own.loss(rows([1.0, 1.0], [1, 1], [-50.0, -1.0]), new, new.detach(), credit(2, 2))
+    terms = own.loss(rows([1.0, 1.0], [1, 1], [-50.0, -1.0]), Outputs(new), credit(2, 2))
     assert terms.sums["clamped_log_ratios"] == 1.0
     assert np.isfinite(terms.loss.item())
 
@@ -127,7 +127,7 @@ def test_shares_of_micro_batches_add_up() -> None:
     def part(which: slice, advantages: list[float], lengths: list[int]) -> tuple[float, list[float], dict[str, float]]:
         new = logs(values[which])
         made = rows(advantages, lengths, sampler[which], reference=torch.tensor(reference[which], dtype=torch.float64))
-        terms = own.loss(made, new, torch.tensor(entropies[which], dtype=torch.float64), credit(2, 4))
+        terms = own.loss(made, Outputs(new, torch.tensor(entropies[which], dtype=torch.float64)), credit(2, 4))
         return terms.loss.item(), torch.autograd.grad(terms.loss, new)[0].tolist(), dict(terms.sums)
 
     whole = part(slice(0, 4), [0.5, -0.5], [3, 1])
@@ -153,24 +153,31 @@ ROLLOUT = batch([1.0, 2.0, 5.0, 8.0], [1, 1, 2, 1], [-1, -2, -1, -1, -3], [-3, -
 """KL of the completions: 2, 1, 4, 3."""
 
 
+def by_row(credit: Credit) -> list[float]:
+    """The completion of ROLLOUT that has two tokens gives both the same advantage."""
+    values = credit.advantages.tolist()
+    assert values[2] == values[3]
+    return values[:3] + values[4:]
+
+
 def test_kl_before_and_after_the_baseline_differ() -> None:
     kl = {"coefficient": 0.05}
-    before = objective(regulariser={"kl": kl}).weigh(ROLLOUT)
-    assert before.advantages.tolist() == pytest.approx([-3.9666666667, -2.5666666667, 1.2333333333, 5.3], abs=1e-6)
-    after = objective(regulariser={"kl": {**kl, "order": "after_baseline"}}).weigh(ROLLOUT)
+    before = objective(regulariser={"kl": kl}).weigh(ROLLOUT, Measured())
+    assert by_row(before) == pytest.approx([-3.9666666667, -2.5666666667, 1.2333333333, 5.3], abs=1e-6)
+    after = objective(regulariser={"kl": {**kl, "order": "after_baseline"}}).weigh(ROLLOUT, Measured())
     plain = [-4.0, -2.6666666667, 1.3333333333, 5.3333333333]
-    assert after.advantages.tolist() == pytest.approx(np.array(plain) - [0.1, 0.05, 0.2, 0.15], abs=1e-6)
+    assert by_row(after) == pytest.approx(np.array(plain) - [0.1, 0.05, 0.2, 0.15], abs=1e-6)
     assert before.metrics["reward_kl_term"] == pytest.approx(-0.125)
 
 
 def test_zero_coefficients_change_no_bit() -> None:
-    none = objective().weigh(ROLLOUT).advantages
+    none = objective().weigh(ROLLOUT, Measured()).advantages
     for form in ("sequence_sum", "sequence_mean"):
-        zero = objective(regulariser={"entropy": {"form": form, "coefficient": 0.0}}).weigh(ROLLOUT).advantages
+        zero = objective(regulariser={"entropy": {"form": form, "coefficient": 0.0}}).weigh(ROLLOUT, Measured()).advantages
         assert zero.tobytes() == none.tobytes()
 
 
 def test_missing_columns_are_a_broken_invariant() -> None:
     own = objective(regulariser={"kl": {"coefficient": 0.05}})
     with pytest.raises(AssertionError):
-        own.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]))
+        own.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]), Measured())

@@ -11,7 +11,7 @@ import pytest
 
 from keel import config, metrics, schema, score
 from keel.config import ConfigError
-from keel.reward_settings import RewardSettings
+from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts
 
 
@@ -20,7 +20,7 @@ def too_large(completions: list[str], **columns: Any) -> list[float]:
 
 
 def scored(*rewards: RewardSettings) -> tuple[Any, dict[str, int]]:
-    answer, receipt = score.RewardScorer(rewards, 1, "scorer-0").score(generated(prompts([0, 1])))
+    answer, receipt = score.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(generated(prompts([0, 1])))
     schema.check(answer)  # as the buffer will
     return answer, dict(receipt.failures)
 

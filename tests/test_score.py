@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from keel import schema, score, tiny
-from keel.reward_settings import RewardSettings
 from keel.actor_settings import ReferenceSettings
+from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts
 
 
@@ -29,7 +29,7 @@ def reward(**fields: Any) -> RewardSettings:
 
 
 def scored(*rewards: RewardSettings, rows: pa.RecordBatch | None = None) -> tuple[pa.RecordBatch, dict[str, int]]:
-    answer, receipt = score.RewardScorer(rewards, 1, "scorer-0").score(rows or batch())
+    answer, receipt = score.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(rows or batch())
     schema.check(answer)
     return answer, dict(receipt.failures)
 

@@ -9,9 +9,11 @@ go actor -> object store -> actor.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import os
+import random
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -256,11 +258,16 @@ async def _as_coroutine(reference: Any) -> Any:
 
 
 def _meeting_point() -> tuple[str, int]:
-    """Address and a free port where the ranks find each other."""
+    """Address and a free port where the ranks find each other.
+
+    Below the range the kernel hands out by itself and above Ray's: nobody takes it before rank 0 has it.
+    """
     address = ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return address, probe.getsockname()[1]
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((address, port))
+            return address, port
+    raise OSError(f"no free port between 20000 and 32000 on {address}")
 
 
 def generators(settings: Settings, folder: str, given: Given | None = None) -> GeneratorPool:

@@ -22,9 +22,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from keel import algorithms, diagnostics, models, optimisation, schema, weights
 from keel import batch as batching
+from keel import diagnostics, models, optimisation, schema, weights
 from keel.actor_settings import LearnerSettings
+from keel.algorithms import kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
 from keel.networks import Critic, Learnable, Piece, Policy
@@ -53,7 +54,7 @@ class DeepSpeedLearner:
         self.settings, self.folder, self.others = settings, folder, dict(others or {})
         self.rank, self.ranks = rank, ranks
         self.version = 0
-        self.objective = algorithms.build(settings)
+        self.objective = kinds.build(settings)
         self.device = torch.device("cuda", 0) if learners.gpus else torch.device("cpu")
         dtype = "float32" if learners.precision == "fp32" else "bfloat16"
         policy = models.load_policy(Path(folder), dtype)

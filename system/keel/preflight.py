@@ -10,7 +10,8 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import algorithms, config, extension, models, schema, score
+from keel import config, extension, models, schema, score
+from keel.algorithms import kinds
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -46,7 +47,7 @@ def prepare(settings: Settings) -> Prepared:
     check_memory(settings)
     for reward in settings.rewards:
         check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
-    algorithms.build(settings)  # imports what the configuration names, and refuses what is not there
+    kinds.build(settings)  # imports what the configuration names, and refuses what is not there
     policy = models.locate(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")

@@ -10,9 +10,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from keel import schema, weights
+from keel.actor_settings import GeneratorSettings
 from keel.generate import VllmGenerator
 from keel.protocols import Sampling
-from keel.actor_settings import GeneratorSettings
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=16, stop_token_ids=(2,))
 ROWS = 6

@@ -10,3 +10,8 @@ def not_a_number(completions: list[str], **columns: object) -> list[float]:
 def none_for_short(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float | None]:
     """The length, and no answer for completions of which the last token id is odd."""
     return [None if ids[-1] % 2 else float(len(ids)) for ids in completion_ids]
+
+
+def share_of_low_ids(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """Share of a completion's tokens with an id below 100: something a random model can learn in a few steps."""
+    return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]

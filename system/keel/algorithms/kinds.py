@@ -1,0 +1,31 @@
+"""Objectives by kind: one literal table, and the user's own."""
+
+from keel import extension
+from keel.algorithms.convexity import LogitsConvexity
+from keel.algorithms.objective import Build, Objective
+from keel.algorithms.policy_gradient import PolicyGradient
+from keel.algorithms.preferences import Preference
+from keel.algorithms.weighting import WeightedLikelihood
+from keel.config import ConfigError
+from keel.objective_settings import CustomObjectiveSettings
+from keel.settings import Settings
+
+OBJECTIVES: dict[str, Build] = {
+    "policy_gradient": PolicyGradient,
+    "preference": Preference,
+    "weighted_likelihood": WeightedLikelihood,
+    "logits_convexity": LogitsConvexity,
+}
+
+
+def build(settings: Settings) -> Objective:
+    """The configured objective. Raises ConfigError when a class of the user's own cannot be imported or is none."""
+    by = settings.objective
+    if not isinstance(by, CustomObjectiveSettings):
+        return OBJECTIVES[by.kind](settings)
+    own = extension.load(by.source, "objective.source")
+    if not (isinstance(own, type) and issubclass(own, Objective)):
+        raise ConfigError(
+            f"objective.source={by.source}: not a class derived from keel.algorithms.objective.Objective; expected one"
+        )
+    return own(settings)

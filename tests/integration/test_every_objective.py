@@ -1,0 +1,79 @@
+"""One real step of every objective: 1 rank = 2 ranks, and how rows are cut into passes changes nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from arms import ARMS, CRITIC_ARMS
+from probe import Probe
+from test_learner import rollouts, settings
+
+from keel import config
+from keel.cluster import _meeting_point
+from keel.settings import Settings
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def configured(arm: dict[str, Any], **learners: Any) -> Settings:
+    tree = settings(**learners).model_dump(mode="json")
+    tree["objective"] = {"correction": "none"} if "kind" not in arm["objective"] else {}
+    blocks = {name: {**tree.get(name, {}), **arm[name]} if name == "objective" else arm[name] for name in arm}
+    return config.parse({**tree, **blocks, "regulariser": arm["regulariser"]})
+
+
+@pytest.fixture(scope="module")
+def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """(flavour, ranks) -> Probe actors; made once each."""
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # where the actors find probe.py
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
+    made: dict[tuple[str, int], list[Any]] = {}
+
+    def gang(flavour: str, ranks: int) -> list[Any]:
+        for key in [key for key in made if key[0] not in ("none", flavour)]:
+            for actor in made.pop(key):
+                ray.kill(actor)
+        if (flavour, ranks) not in made:
+            chosen = configured(CRITIC_ARMS.get(flavour, ARMS["kl"]), count=ranks, zero_stage=1)
+            address, port = _meeting_point()
+            actors = [
+                ray.remote(num_cpus=1)(Probe).remote(chosen, str(tiny_model), rank, ranks, address, port)
+                for rank in range(ranks)
+            ]
+            directory = tmp_path_factory.mktemp("start")
+            ray.get([actor.begin.remote(str(directory)) for actor in actors])
+            made[flavour, ranks] = actors
+        return made[flavour, ranks]
+
+    yield gang
+    ray.shutdown()
+
+
+def probe(gang: list[Any], chosen: Settings) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    batch = rollouts(0)
+    return ray.get([actor.probe.remote(chosen, batch) for actor in gang])[0]
+
+
+def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("name", [*ARMS, *CRITIC_ARMS])
+def test_a_step_is_the_same_however_it_is_divided(gangs: Any, name: str, tiny_model: Path) -> None:
+    arm = {**ARMS, **CRITIC_ARMS}[name]
+    flavour = name if name in CRITIC_ARMS else "none"
+    one, metrics = probe(gangs(flavour, 1), configured(arm))
+    two, of_two = probe(gangs(flavour, 2), configured(arm, count=2))
+    small, of_small = probe(gangs(flavour, 1), configured(arm, tokens_per_batch=32, shared_prompt_tokens=0))
+    start, _ = probe(gangs(flavour, 1), configured(arm, learning_rate=1e-12))
+    assert difference(one, start) > 1e-4  # the step moved the weights, so equality says something
+    assert difference(one, two) < 1e-5
+    assert difference(one, small) < 1e-5
+    for other in (of_two, of_small):
+        for key in {"loss", "grad_norm", "policy_loss", "preference_loss", "kl_loss"} & set(metrics):
+            assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
+    assert of_two["state"] == metrics["state"]

@@ -1,0 +1,105 @@
+"""Every online objective raises a simple reward in 20 steps through the whole stack: vLLM, scorers, buffer, DeepSpeed.
+
+Ray, generator and scorers are started once; each objective gets a learner gang and a buffer of its own.
+"""
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import yaml
+from arms import ARMS, CRITIC_ARMS
+
+from keel import cluster, config, doctor, models
+from keel.controller import Controller, Observer, Parts
+from keel.prompts import Prompts
+from keel.protocols import Sampling
+from keel.settings import Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+STEPS = 20
+EVERY = {**ARMS, **CRITIC_ARMS}
+
+
+class Curve(Observer):
+    """Training reward of each step."""
+
+    def __init__(self) -> None:
+        self.rewards: list[float] = []
+
+    def set(self, values: dict[str, Any]) -> None:
+        if "reward" in values:
+            self.rewards.append(values["reward"])
+
+
+class Stack:
+    """Generators and scorers that outlive the objectives they serve."""
+
+    def __init__(self, folder: Path, tree: dict[str, Any], model: Path) -> None:
+        self.folder, self.tree, self.model = folder, tree, model
+        settings = self.settings(EVERY["kl"])
+        tokenizer = models.load_tokenizer(model, "policy.model")
+        self.prompts = Prompts(settings, tokenizer)
+        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, models.end_tokens(model, tokenizer))
+        self.generators = cluster.generators(settings, str(model))
+        self.scorers = cluster.scorers(settings, str(model))
+        asyncio.run(self._ready())
+
+    async def _ready(self) -> None:
+        await asyncio.gather(self.generators.pool.ready(), *(scorer.pool.ready() for scorer in self.scorers))
+
+    def settings(self, arm: dict[str, Any]) -> Settings:
+        return config.parse({**self.tree, **arm})
+
+    async def train(self, name: str) -> list[float]:
+        """Rewards of STEPS steps from the start model."""
+        settings, directory = self.settings(EVERY[name]), self.folder / name
+        learner = cluster.Gang(settings, str(self.model))
+        await learner.ready()
+        curve = Curve()
+        parts = Parts(
+            generators=self.generators,
+            scorers=self.scorers,
+            buffer=cluster.RemoteBuffer(settings, str(directory), {}),
+            learner=learner,
+            prompts=self.prompts.batch,
+            held_out=self.prompts.held_out(),
+            fetch=cluster.fetch,
+        )
+        controller = Controller(settings, parts, self.sampling, curve)
+        await controller.sync()
+        await controller.run()
+        for rank in learner.ranks:
+            ray.kill(rank)
+        return curve.rewards
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    folder = tmp_path_factory.mktemp("learning")
+    tree = yaml.safe_load(doctor.self_test_config(folder, str(tiny_model)).read_text())
+    tree["run"] |= {"steps": STEPS}
+    tree["sampling"] = {"samples_per_prompt": 8, "max_tokens": 6}
+    tree["buffer"] = {"groups_per_step": 3}
+    tree["evaluation"] = {"every_steps": 0}
+    tree["rewards"] = [{"name": "low", "source": "rewards:share_of_low_ids"}]
+    tree["learners"] |= {"learning_rate": 3e-3, "tokens_per_batch": 2048}
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
+    yield Stack(folder, tree, tiny_model)
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("name", list(EVERY))
+def test_the_reward_rises(stack: Stack, name: str) -> None:
+    rewards = asyncio.run(stack.train(name))
+    assert len(rewards) == STEPS
+    first, last = np.mean(rewards[:4]), np.mean(rewards[-4:])
+    print(f"{name}: {first:.3f} -> {last:.3f}")
+    assert last > first + 0.1, (name, np.round(rewards, 2).tolist())

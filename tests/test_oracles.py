@@ -1,0 +1,263 @@
+"""Policy gradients, KL estimators, LCO, critics and controllers against the numbers of the algorithm reference."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from keel.algorithms import convexity, elicitation, regularisers
+from keel.algorithms.convexity import ConvexTerm
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.networks import TokenLogprobs
+from keel.objective_settings import LogitsConvexitySettings
+from tabular import objective, rollout
+
+GAE_BATCH = rollout([[-1.0, -1.0, -1.0]], [1.5], reference=[[-1.2, -0.9, -1.4]])
+GAE_VALUES = np.array([[0.3], [0.6], [0.9]])
+
+
+def test_gae() -> None:
+    """P2b_gae: token KL [.2, -.1, .4] at .05, score 1.5 at the end, V = [.3, .6, .9], discount 1, lambda .95."""
+    by: dict[str, Any] = {"advantage": "gae", "critic": {}}
+    kl = {"kl": {"coefficient": 0.05}}
+    plain = objective(objective={**by, "whiten": "none"}, regulariser=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
+    assert plain.advantages == pytest.approx([1.1032, 0.856, 0.58], abs=1e-9)
+    assert plain.targets is not None and plain.old_values is not None
+    assert plain.targets[:, 0] == pytest.approx([1.4032, 1.456, 1.48], abs=1e-9)
+    assert plain.old_values[:, 0] == pytest.approx([0.3, 0.6, 0.9], abs=1e-12)
+    whitened = objective(objective=by, regulariser=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
+    # the oracle has TRL's 1e-8 under the root, which is 7e-8 here
+    assert whitened.advantages == pytest.approx([0.981155938, 0.0366787267, -1.0178346646], abs=1e-7)
+    assert whitened.targets is not None
+    assert whitened.targets[:, 0] == pytest.approx([1.4032, 1.456, 1.48], abs=1e-9)  # never whitened
+
+
+def test_reinforce_pp() -> None:
+    """P2b_reinforcepp: rewards [-.01, .02, .97 | .005, -.51]; whitened over all tokens, population deviation."""
+    x = [[0.01, -0.02, 0.03], [-0.005, 0.01]]
+    batch = rollout(x, [1.0, -0.5], tickets=[0, 1], reference=[[0.0] * 3, [0.0] * 2])
+    kl = {"kl": {"coefficient": 1.0}}
+    to_go = objective(objective={"advantage": "reinforce_pp", "whiten": "none"}, regulariser=kl)
+    assert to_go.weigh(batch, Measured()).advantages == pytest.approx([0.98, 0.99, 0.97, -0.505, -0.51], abs=1e-9)
+    whitened = objective(objective={"advantage": "reinforce_pp"}, regulariser=kl).weigh(batch, Measured()).advantages
+    expected = [0.81646391, 0.8301859925, 0.8027418274, -1.2212653443, -1.2281263856]
+    assert whitened == pytest.approx(expected, abs=1e-9)
+
+
+LOG_P = torch.tensor([0.2, -0.5, 1.0], dtype=torch.float64).log_softmax(-1)
+LOG_R = torch.tensor([0.0, 0.3, 0.5], dtype=torch.float64).log_softmax(-1)
+OF_KL = [-0.0123483624, -0.139546433, 0.1518947954]
+OF_K3 = [0.0185748682, -0.2041701201, 0.1855952519]
+
+
+def sampled_gradient(loss: Any, weights: Tensor = LOG_P) -> list[float]:
+    """Gradient by the logits of sum_a w(a) loss(a), the expectation of a loss under the sampler."""
+    logits = LOG_P.clone().requires_grad_()
+    total = (weights.exp() * loss(logits.log_softmax(-1))).sum()
+    return torch.autograd.grad(total, logits)[0].tolist()
+
+
+def in_the_reward(estimate: Any) -> Any:
+    """The surrogate of a penalty in the reward: detached, times the log-prob."""
+    return lambda log_p: estimate(log_p.detach(), LOG_R) * log_p
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (in_the_reward(lambda p, r: p - r), OF_KL),
+        (lambda log_p: log_p - LOG_R, [0.0, 0.0, 0.0]),
+        (lambda log_p: regularisers.kl_k2(log_p, LOG_R), OF_KL),
+        (lambda log_p: regularisers.kl_k3_k2(log_p, LOG_R), OF_KL),
+        (lambda log_p: regularisers.kl_k3(log_p, LOG_R), OF_K3),
+        (in_the_reward(regularisers.kl_k2), [-0.0260352859, 0.0442200933, -0.0181848074]),
+        (in_the_reward(regularisers.kl_k3), [-0.0309232306, 0.0646236872, -0.0337004566]),
+    ],
+    ids=["k1 reward", "k1 loss", "k2 loss", "k3_k2 loss", "k3 loss", "k2 reward", "k3 reward"],
+)
+def test_gradients_of_kl_estimators(loss: Any, expected: list[float]) -> None:
+    """P2c_kl: where an estimator lives decides its gradient."""
+    assert sampled_gradient(loss) == pytest.approx(expected, abs=1e-9)
+
+
+def test_moments_of_kl_estimators() -> None:
+    """P2c_kl: expectations and variances of k1, k2, k3."""
+    p = LOG_P.exp()
+    k1, k2, k3 = LOG_P - LOG_R, regularisers.kl_k2(LOG_P, LOG_R), regularisers.kl_k3(LOG_P, LOG_R)
+    means = [float(p @ k) for k in (k1, k2, k3)]
+    assert means == pytest.approx([0.1176064084, 0.0994730694, 0.1176064084], abs=1e-9)
+    variances = [float(p @ (k - p @ k).square()) for k in (k1, k3)]
+    assert variances == pytest.approx([0.1851148716, 0.0367613365], abs=1e-9)
+    assert regularisers.kl_k3_k2(LOG_P, LOG_R).tolist() == pytest.approx(k3.tolist(), abs=1e-12)
+
+
+def test_exact_kl() -> None:
+    """P2c_kl: the sum over the vocabulary, and its gradient without sampling; halved tokens count twice."""
+    logits = LOG_P.clone().requires_grad_()
+    term = regularisers.ExactKL(share=0.5)
+    (value,) = term(logits[None], torch.tensor([0]), torch.zeros(1), {"reference": LOG_R[None]})
+    assert value.item() == pytest.approx(2 * 0.1176064084, abs=1e-9)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient.tolist() == pytest.approx([2 * x for x in OF_KL], abs=1e-9)
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k2", OF_KL), ("k3_k2", OF_KL), ("k3", OF_KL)])
+def test_importance_weighted_kl_of_stale_samples(estimator: str, expected: list[float]) -> None:
+    """Sampled from another policy, every weighted loss has the gradient of KL(pi, ref), that of P2c_kl."""
+    sampler = torch.tensor([0.6, 0.1, 0.4], dtype=torch.float64).log_softmax(-1)
+
+    def loss(log_p: Tensor) -> Tensor:
+        return regularisers.weighted_kl(estimator, log_p, LOG_R, sampler, cap=10.0)
+
+    assert sampled_gradient(loss, sampler) == pytest.approx(expected, abs=1e-9)
+    unweighted = sampled_gradient(lambda log_p: regularisers.KL_LOSSES[estimator](log_p, LOG_R), sampler)
+    assert unweighted != pytest.approx(expected, abs=1e-2)
+
+
+def test_sequence_kl_needs_the_reward() -> None:
+    """P2c_seqkl: two choices; k2 token by token leaves out that the first leads to the divergence of the second."""
+    own = torch.tensor([-1.0, 3.0], dtype=torch.float64, requires_grad=True)
+
+    def paths(theta: Tensor, phi: Tensor, after_b: Tensor) -> Tensor:
+        """[4, 2] log-probs: a then its two answers, b then its two."""
+        zero = torch.zeros_like(theta)
+        first = torch.stack([zero, theta]).log_softmax(0).repeat_interleave(2)
+        return torch.stack([first, torch.cat([torch.stack([phi, zero]).log_softmax(0), after_b.log()])], dim=1)
+
+    pi = paths(*own, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    ref = paths(*torch.tensor([0.5, 0.2], dtype=torch.float64), torch.tensor([0.8, 0.2], dtype=torch.float64))
+    totals, weights = pi.sum(1), pi.sum(1).exp().detach()
+    flat = (pi.detach().numpy().ravel(), ref.numpy().ravel(), np.full(4, 2))
+    losses = [
+        torch.from_numpy(regularisers.sequence_kl(*flat)) * totals,
+        regularisers.kl_k2(totals, ref.sum(1)),
+        regularisers.kl_k2(pi, ref).sum(1),
+    ]
+    found = [torch.autograd.grad((weights * loss).sum(), own, retain_graph=True)[0].tolist() for loss in losses]
+    exact, by_token = [-0.3329850219, 0.0924749969], [-0.2949178999, 0.0924749969]
+    assert found == [pytest.approx(exact, abs=1e-9), pytest.approx(exact, abs=1e-9), pytest.approx(by_token, abs=1e-9)]
+
+
+OLD = torch.tensor([[1.0, 0.5, 0.0, -1.0]], dtype=torch.float64)
+TARGET = torch.tensor([[1.0, 2.1, 0.0, -1.0]], dtype=torch.float64)
+TOKEN_1 = torch.tensor([0, 1, 0, 0], dtype=torch.float64)
+KLD = [0.2521325086, -0.3790092994, 0.0927543664, 0.0341224245]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "gradient"),
+    [
+        ("mse", 1.28, [0.0, -1.6, 0.0, 0.0]),
+        ("log_cosh", 0.9468061526, [0.0, -0.9216685544, 0.0, 0.0]),
+        ("kl", 0.3072498979, KLD),
+    ],
+)
+def test_lco_distances(form: str, value: float, gradient: list[float]) -> None:
+    """P3_lco: z_old = [1, .5, 0, -1], token 1 with A / eta = 1.6."""
+    logits = OLD.clone().requires_grad_()
+    (found,) = convexity.distance(logits, TARGET, form)
+    assert found.item() == pytest.approx(value, abs=1e-9)
+    assert torch.autograd.grad(found, logits)[0][0].tolist() == pytest.approx(gradient, abs=1e-9)
+    expected = [0.2218583377, 0.6664992801, 0.0816171213, 0.030025261]
+    assert TARGET.softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def lco(advantage: float, other: Tensor = OLD, **settings: Any) -> tuple[float, list[float]]:
+    """Loss and gradient at z_old through the term as the learner calls it."""
+    term = ConvexTerm(LogitsConvexitySettings(kind="logits_convexity", **settings))
+    logits = OLD.clone().requires_grad_()
+    others = dict.fromkeys(term.models, other)
+    (found,) = term(logits, torch.tensor([1]), torch.tensor([advantage], dtype=torch.float64), others)
+    return found.item(), torch.autograd.grad(found, logits)[0][0].tolist()
+
+
+def test_lco_term() -> None:
+    """P3_lco through ConvexTerm; mse and log_cosh see the error without its mean: 1.6 (onehot - 1/4)."""
+    value, gradient = lco(0.8, form="kl", temperature=0.5)
+    assert value == pytest.approx(0.3072498979, abs=1e-9)
+    assert gradient == pytest.approx(KLD, abs=1e-9)
+    kept = lco(0.8, form="kl", temperature=0.5, epochs=2)  # the anchor kept from the beginning of the step
+    assert kept == (pytest.approx(value, abs=1e-12), pytest.approx(gradient, abs=1e-12))
+    value, gradient = lco(0.8, form="mse", temperature=0.5)
+    assert value == pytest.approx(0.96, abs=1e-12)
+    assert gradient == pytest.approx([0.4, -1.2, 0.4, 0.4], abs=1e-12)
+    value, gradient = lco(0.8, form="log_cosh", temperature=0.5)
+    pull = np.tanh([0.4, -1.2, 0.4, 0.4])
+    assert value == pytest.approx(np.log(np.cosh([0.4, -1.2, 0.4, 0.4])).sum(), abs=1e-12)
+    assert gradient == pytest.approx(pull - pull.mean(), abs=1e-12)
+    shifted = lco(0.0, OLD + 3.0, form="mse", anchor="reference")  # logits are defined up to a constant
+    assert shifted == (pytest.approx(0.0, abs=1e-12), pytest.approx([0.0] * 4, abs=1e-12))
+
+
+def test_lco_compared_with_reinforce() -> None:
+    """P3_lco: -A grad log p(1) at the same place."""
+    logits = OLD.clone().requires_grad_()
+    logprob, _ = TokenLogprobs.apply(logits, torch.tensor([1]), 1.0, False)
+    (gradient,) = torch.autograd.grad(-0.8 * logprob.sum(), logits)
+    expected = [0.379192677, -0.5700080155, 0.1394971901, 0.0513181483]
+    assert gradient[0].tolist() == pytest.approx(expected, abs=1e-9)
+
+
+def test_lco_first_version() -> None:
+    """P3_lco_v0: the sampled token's probability times 1.8 or 0.9, capped so that it stays below 1 - 1e-3."""
+    p = OLD.softmax(-1)[0, 1]
+    up, down = convexity.ratio_shift(p.expand(2), torch.tensor([1.8, 0.9], dtype=torch.float64)).tolist()
+    assert (up, down) == (pytest.approx(0.9775623413, abs=1e-9), pytest.approx(-0.1449166568, abs=1e-9))
+    moved = (OLD + up * TOKEN_1).softmax(-1)[0, 1].item()
+    assert moved == pytest.approx(0.5174819652, abs=1e-9)
+    assert lco(0.8, target="ratio")[0] == pytest.approx(0.0928761641, abs=1e-9)  # |A| weighs the loss alone
+    assert lco(1.6, target="ratio")[0] == pytest.approx(2 * 0.0928761641, abs=1e-9)
+    lower = (OLD + down * TOKEN_1).softmax(-1)
+    assert lco(-1.0, target="ratio")[0] == pytest.approx((lower * (lower / OLD.softmax(-1)).log()).sum().item())
+    assert lower[0, 1].item() == pytest.approx(0.9 * p.item(), abs=1e-12)
+    (capped,) = convexity.ratio_shift(
+        torch.tensor([0.8], dtype=torch.float64), torch.tensor([1.8], dtype=torch.float64)
+    )
+    assert torch.sigmoid(torch.logit(torch.tensor(0.8, dtype=torch.float64)) + capped).item() == pytest.approx(0.999)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_lco_first_version_of_a_token_that_is_sure(advantage: float) -> None:
+    """A probability that float32 rounds to 1 has a ratio like any other: a finite loss."""
+    term = ConvexTerm(LogitsConvexitySettings(kind="logits_convexity", target="ratio"))
+    logits = torch.tensor([[20.0, 0.0, 0.0, 0.0]], requires_grad=True)
+    (found,) = term(logits, torch.tensor([0]), torch.tensor([advantage]), {})
+    assert np.isfinite(found.item()) and found.item() >= 0
+    (gradient,) = torch.autograd.grad(found, logits)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("advantage", "form", "expected"), [(0.8, "kl", 0.374), (0.8, "ratio", -0.43), (-0.8, "ratio", 0.43)]
+)
+def test_curvature(advantage: float, form: str, expected: float) -> None:
+    """P3_curvature: second derivative along [.3, -1, .5, .2] at z_old; the policy gradient's is not convex."""
+    direction = torch.tensor([0.3, -1.0, 0.5, 0.2], dtype=torch.float64)
+    own = objective(objective={"correction": "none"})
+
+    def loss(step: Tensor) -> Tensor:
+        logits = OLD + step * direction
+        if form == "kl":
+            return convexity.distance(logits, TARGET, "kl").sum()
+        rows = Rows(
+            advantages=torch.tensor([advantage], dtype=torch.float64),
+            lengths=torch.ones(1, dtype=torch.float64),
+            row_of_item=torch.zeros(1, dtype=torch.int64),
+            sampler=torch.zeros(1, dtype=torch.float64),
+            old=OLD.log_softmax(-1)[:, 1],
+        )
+        return own.loss(rows, Outputs(logits.log_softmax(-1)[:, 1]), Credit(np.zeros(1), 1, 1)).loss
+
+    curvature = torch.autograd.functional.hessian(loss, torch.zeros((), dtype=torch.float64))
+    assert curvature.item() == pytest.approx(expected, abs=5e-4)
+
+
+def test_ensemble_forms() -> None:
+    """P11 ensemble: scores [1.2, .8, 1, .2, 1.3]."""
+    members = np.array([[1.2], [0.8], [1.0], [0.2], [1.3]])
+    forms = [("mean", 1.0, 0.9), ("worst", 1.0, 0.2), ("variance", 0.5, 0.824), ("lower_bound", 1.0, 0.5101282262)]
+    for form, coefficient, expected in forms:
+        found = elicitation.combine(members, np.ones(5), form, coefficient)
+        assert found.tolist() == [pytest.approx(expected, abs=1e-9)], form
