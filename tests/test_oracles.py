@@ -203,7 +203,7 @@ def test_lco_compared_with_reinforce() -> None:
 def test_lco_first_version() -> None:
     """P3_lco_v0: the sampled token's probability times 1.8 or 0.9, capped so that it stays below 1 - 1e-3."""
     p = OLD.softmax(-1)[0, 1]
-    up, down = convexity.ratio_shift(p.expand(2), torch.tensor([1.8, 0.9], dtype=torch.float64)).tolist()
+    up, down = convexity.ratio_shift(p.expand(2).log(), torch.tensor([1.8, 0.9], dtype=torch.float64)).tolist()
     assert (up, down) == (pytest.approx(0.9775623413, abs=1e-9), pytest.approx(-0.1449166568, abs=1e-9))
     moved = (OLD + up * TOKEN_1).softmax(-1)[0, 1].item()
     assert moved == pytest.approx(0.5174819652, abs=1e-9)

@@ -250,11 +250,7 @@ class Gang:
 
     async def _all(self, references: list[Any]) -> list[Any]:
         """Answers of all ranks; the first error ends the wait, the others would wait for the lost rank."""
-        return list(await asyncio.gather(*(_as_coroutine(reference) for reference in references)))
-
-
-async def _as_coroutine(reference: Any) -> Any:
-    return await reference
+        return list(await asyncio.gather(*references))
 
 
 def _meeting_point() -> tuple[str, int]:

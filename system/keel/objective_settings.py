@@ -208,6 +208,10 @@ class WeightedLikelihoodSettings(ObjectiveSection):
     )
     stage_steps: int = Field(1, ge=1, description="steps of each stage but the last")
 
+    @property
+    def min_samples(self) -> int:
+        return 1 if self.weights == "uniform" else 2
+
     @model_validator(mode="after")
     def _temperatures_fall(self) -> Self:
         etas = self.rejection_temperatures

@@ -205,8 +205,14 @@ class Settings(Section):
                 f"regulariser.{terms[0]}: objective.kind={objective.kind} has no gradient that is linear in the reward,"
                 " so a term in it is no regulariser; expected placement=loss or form=token_bonus"
             )
+        kl = self.regulariser.kl
+        if kl.in_reward and kl.order == "after_baseline" and getattr(objective, "by_token", False):
+            raise ValueError(
+                "regulariser.kl.order=after_baseline: the KL of each token is part of what follows it in"
+                f" objective.advantage={objective.advantage}; expected before_baseline"  # type: ignore[union-attr]
+            )
         if isinstance(objective, LogitsConvexitySettings):
-            if self.regulariser.kl.exact:
+            if kl.exact:
                 raise ValueError(
                     "regulariser.kl.estimator=exact: logits_convexity already reads the whole vocabulary towards its"
                     " anchor; expected k2, or objective.anchor=reference"
@@ -227,6 +233,11 @@ class Settings(Section):
             "objective.pairs.selection=most_disagreeing": pairs and pairs.selection == "most_disagreeing",
             f"objective.pessimism={getattr(objective, 'pessimism', 0)}": bool(getattr(objective, "pessimism", 0)),
         }
+        if getattr(objective, "pessimism", 0) and self.sampling.samples_per_prompt < 3:
+            raise ValueError(
+                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: objective.pessimism reads members"
+                " centred per prompt, which deviate alike on two samples; expected at least 3"
+            )
         for setting, reads in readers.items():
             if reads and members < 2:
                 raise ValueError(f"{setting}: the ensemble has {members} rewards of role train; expected at least 2")

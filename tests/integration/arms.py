@@ -18,13 +18,23 @@ def adapting(kind: str, **more: Any) -> dict[str, Any]:
     return {"kl": {"coefficient": 0.02, "controller": {"kind": kind, **more}}}
 
 
-PPO = {"advantage": "gae", "critic": {"trunk": "shared", "coefficient": 0.01}, "clip_low": 0.2, "clip_high": 0.2, "epochs": 2}
+PPO = {
+    "advantage": "gae",
+    "critic": {"trunk": "shared", "coefficient": 0.01},
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "epochs": 2,
+}
 SAFE = {
     "advantage": "value_baseline",
     "normalise_reward": True,
     "critic": {"trunk": "detached", "head": "mlp", "softmin_temperature": 0.3, "loss": "huber", "clipped": "mean"},
 }
-EAPO = {**PPO, "entropy_advantage": {"gae_lambda": 0.5}, "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01}}
+EAPO = {
+    **PPO,
+    "entropy_advantage": {"gae_lambda": 0.5},
+    "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01},
+}
 DAPO = {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28, "reduction": "token_mean", "epochs": 2}
 
 Arm = dict[str, Any]

@@ -92,8 +92,8 @@ class Safe:
         gate   = max(.5, floor / (entropy + .1))                                            low entropy costs more
         value  = dP/dkl = 2 s relu(kl - tau) gate
 
-    The released code adds P, a plain number, to the loss: its gradient is zero (tested). phase: 1.5 in the first 50
-    steps, then 1.2 while the mean reward climbs, 1.0 when it has converged, 0.8 on a plateau. s is kl.coefficient.
+    The released code adds P, a plain number, to the loss: its gradient is zero (tested). phase: 1.5 before the 50th
+    step, then 1.2 while the mean reward climbs, 1.0 when it has converged, 0.8 on a plateau. s is kl.coefficient.
     """
 
     GAINS = (0.3, 0.01, 0.05)

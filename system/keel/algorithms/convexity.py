@@ -40,13 +40,17 @@ def distance(logits: Tensor, target: Tensor, form: str) -> Tensor:
     return (size + torch.nn.functional.softplus(-2 * size) - np.log(2)).sum(-1)
 
 
-def ratio_shift(probability: Tensor, ratio: Tensor) -> Tensor:
+def ratio_shift(log_probability: Tensor, ratio: Tensor) -> Tensor:
     """Logit change that makes the sampled token's probability ratio * p: log(ratio (1-p) / (1 - ratio p)). [n] -> [n].
 
-    The ratio is capped so that ratio * p <= 1 - 1e-3.
+    A ratio above 1 is capped so that ratio * p <= 1 - 1e-3, but never below 1; a token that is already that sure, up
+    to the last bit of fp32, stays where it is.
     """
-    capped = torch.minimum(ratio, (1 - 1e-3) / probability)
-    return torch.log(capped * (1 - probability) / (1 - capped * probability))
+    probability = log_probability.exp()
+    capped = torch.where(ratio > 1, torch.minimum(ratio, ((1 - 1e-3) / probability).clamp(min=1)), ratio)
+    rest = -torch.expm1(log_probability)  # 1 - p without cancellation
+    shift = torch.log(capped * rest / (1 - capped * probability))
+    return torch.where((rest <= 0) | (capped == 1), torch.zeros_like(shift), shift)
 
 
 def centred(logits: Tensor) -> Tensor:
@@ -81,9 +85,9 @@ class ConvexTerm:
     def _shift(self, own: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
         if self.by.target == "advantage":
             return advantages / self.by.temperature
-        probability = own.gather(-1, targets[:, None]).squeeze(-1).sub(torch.logsumexp(own, -1)).exp()
-        up = torch.full_like(probability, self.by.ratio_up)
-        shift = ratio_shift(probability, torch.where(advantages > 0, up, torch.full_like(up, self.by.ratio_down)))
+        log_p = own.gather(-1, targets[:, None]).squeeze(-1).sub(torch.logsumexp(own, -1))
+        up = torch.full_like(log_p, self.by.ratio_up)
+        shift = ratio_shift(log_p, torch.where(advantages > 0, up, torch.full_like(up, self.by.ratio_down)))
         return torch.where(advantages == 0, 0.0, shift)
 
 
@@ -103,7 +107,8 @@ class LogitsConvexity(Objective):
         bonus = schema.row_sums(self.bonus(batch), lengths)
         own = self.own_terms(batch)
         regularised = self.rewards(batch) + bonus - kl + sum(own.values())
-        rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularised, tickets)
+        late = kl if self.kl.order == "after_baseline" else 0.0
+        rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularised + late, tickets) - late
         deviation = rows.std()
         if self.by.normalise_advantage and deviation > 0:
             rows = rows / deviation

@@ -107,7 +107,7 @@ def _max_max(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int
 
 
 def _best_of_n_vs_policy(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    """Sample 0 is the policy's, the best of the others its best-of-(k-1) enhancer's: either may win."""
+    """The first sample is the policy's, the best of the others its best-of-(k-1) enhancer's: either may win."""
     return [(1 + int(rewards[1:].argmax()), 0)]
 
 

@@ -154,7 +154,7 @@ class Preference(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PreferenceSettings)
         self.by: PreferenceSettings = settings.objective
-        self._members = [f"reward_{reward.name}" for reward in settings.train_rewards]
+        self._members = {f"reward_{reward.name}": reward.weight for reward in settings.train_rewards}
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         assert measured.logprobs is not None
@@ -187,7 +187,7 @@ class Preference(Objective):
             return batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
 
         known = [name for name in self._members if name in batch.schema.names]
-        members = np.stack([column(name) for name in known] or [rewards])
+        members = np.stack([self._members[name] * column(name) for name in known] or [rewards])
         return Candidates(
             tickets=tickets,
             seeds=batch.column("seed").to_numpy() if "seed" in batch.schema.names else tickets,
@@ -207,9 +207,7 @@ class Preference(Objective):
         return Sequences(policy, torch.from_numpy(reference), lengths, torch.from_numpy(deviation))
 
     def _pairs(self, seen: Candidates) -> Pairs:
-        if self.by.loss in RANKING_SCORES:
-            ranked = self.by.pairs.model_copy(update={"selection": "all"})
-            return elicitation.select(ranked, seen)
+        """Of rankings best and worst: what the likelihood term, the counts and the metrics are about."""
         return elicitation.select(self.by.pairs, seen)
 
     def _loss(self, rows: Sequences, pairs: Pairs, seen: Candidates) -> tuple[Tensor, dict[str, float]]:
@@ -235,10 +233,12 @@ class Preference(Objective):
         losses = []
         for ticket in np.unique(seen.tickets):
             own = np.flatnonzero((seen.tickets == ticket) & np.isfinite(seen.judged))
-            best_first = own[np.argsort(-seen.judged[own], kind="stable")]
-            apart = np.abs(np.diff(seen.judged[best_first], prepend=np.inf)) > self.by.pairs.min_margin
-            if apart.sum() > 1:  # of equal rewards only the first is ranked
-                losses.append(ranking_loss(scores[torch.from_numpy(best_first[apart])], self.by.target_margin))
+            ranked: list[int] = []  # of rewards no further apart than min_margin only the first
+            for row in own[np.argsort(-seen.judged[own], kind="stable")]:
+                if not ranked or seen.judged[ranked[-1]] - seen.judged[row] > self.by.pairs.min_margin:
+                    ranked.append(int(row))
+            if len(ranked) > 1:
+                losses.append(ranking_loss(scores[torch.tensor(ranked)], self.by.target_margin))
         return torch.stack(losses).mean()
 
     @torch.no_grad()
