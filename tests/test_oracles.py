@@ -213,7 +213,7 @@ def test_lco_first_version() -> None:
     assert lco(-1.0, target="ratio")[0] == pytest.approx((lower * (lower / OLD.softmax(-1)).log()).sum().item())
     assert lower[0, 1].item() == pytest.approx(0.9 * p.item(), abs=1e-12)
     (capped,) = convexity.ratio_shift(
-        torch.tensor([0.8], dtype=torch.float64), torch.tensor([1.8], dtype=torch.float64)
+        torch.tensor([0.8], dtype=torch.float64).log(), torch.tensor([1.8], dtype=torch.float64)
     )
     assert torch.sigmoid(torch.logit(torch.tensor(0.8, dtype=torch.float64)) + capped).item() == pytest.approx(0.999)
 

@@ -59,7 +59,7 @@ def disconnect() -> None:
 
 
 async def fetch(batch: Batch) -> pa.RecordBatch:
-    """Bring a batch into this process."""
+    """Bring it here."""
     return await batch
 
 
@@ -77,7 +77,7 @@ def _spawner(actor_class: type, workers: WorkerSettings, arguments: Callable[[in
 class Pool:
     """Interchangeable actors behind one: routes, deadlines, replacement of lost workers.
 
-    A worker that dies, misses a deadline or fails a load is killed and replaced, the newest load is repeated on its
+    One that dies, misses a deadline or fails a load is killed and replaced, the newest load is repeated on its
     replacement, and the caller sees WorkerLost. An exception raised by the actor's own code surfaces as it is.
     """
 

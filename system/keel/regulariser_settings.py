@@ -94,6 +94,9 @@ class EntropySettings(Section):
         description="-log pi(y|x) in the reward, summed or averaged; or a differentiable token bonus in the loss",
     )
     coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
+    importance_weighted: bool = Field(
+        False, description="stale samples: -log pi of the learner in place of the sampler's in the reward"
+    )
     monitor: bool = Field(
         False, description="measure the full-vocabulary entropy also where no term uses it; false: skipped entirely"
     )

@@ -104,7 +104,7 @@ class LogitsConvexity(Objective):
         lengths = schema.lengths(batch, "completion_logprobs")
         tickets = batch.column("ticket").to_numpy()
         kl = schema.row_sums(self.penalty(batch, measured), lengths)
-        bonus = schema.row_sums(self.bonus(batch), lengths)
+        bonus = schema.row_sums(self.bonus(batch, measured), lengths)
         own = self.own_terms(batch)
         regularised = self.rewards(batch) + bonus - kl + sum(own.values())
         late = kl if self.kl.order == "after_baseline" else 0.0

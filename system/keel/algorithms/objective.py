@@ -50,8 +50,9 @@ class Objective:
         ]
         if self.kl.exact:
             self.vocabulary = regularisers.ExactKL(self.kl.token_share)
-        if self.kl.in_reward and self.kl.importance_weighted:
-            self.measures |= {"logprobs"}
+        for term in (self.kl, self.entropy):
+            if term.in_reward and term.importance_weighted:
+                self.measures |= {"logprobs"}
 
     @property
     def needs_entropy(self) -> bool:
@@ -122,21 +123,23 @@ class Objective:
 
         importance_weighted: with the learner's log-probs in place of the sampler's, as stale samples need.
         """
-        logprobs, _ = schema.ragged(batch, "completion_logprobs")
+        logprobs, _ = self._logprobs(batch, measured, self.kl.importance_weighted)
         if not self.kl.in_reward:
             return np.zeros(len(logprobs))
-        if self.kl.importance_weighted:
-            assert measured.logprobs is not None
-            logprobs = measured.logprobs
         reference, _ = schema.ragged(batch, "reference_logprobs")
         return self.kl_coefficient.value * (logprobs.astype(np.float64) - reference)
 
-    def bonus(self, batch: pa.RecordBatch) -> np.ndarray:
+    def bonus(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """Entropy term of the reward at each token, float64 [tokens]; 0 where none is."""
-        logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+        logprobs, lengths = self._logprobs(batch, measured, self.entropy.importance_weighted)
         if not self.entropy.in_reward:
             return np.zeros(len(logprobs))
         return self.entropy_coefficient.value * regularisers.entropy_reward(self.entropy.form, logprobs, lengths)
+
+    def _logprobs(self, batch: pa.RecordBatch, measured: Measured, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Flat log-probs and lengths: the sampler's, or the learner's for a term of the policy of now."""
+        logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+        return (measured.logprobs if weighted and measured.logprobs is not None else logprobs), lengths
 
     def own_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
         """The user's terms of the reward by name, coefficient included, float64 [rows]."""

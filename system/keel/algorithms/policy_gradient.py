@@ -54,7 +54,7 @@ class PolicyGradient(Objective):
         missing = self.needs - set(batch.schema.names)
         assert not missing, missing
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
-        rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch)
+        rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch, measured)
         own = self.own_terms(batch)
         scores = self.moments.normalise(rewards) if self.by.normalise_reward else rewards
         scores = scores + sum(own.values())
