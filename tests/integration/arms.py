@@ -32,7 +32,7 @@ SAFE = {
 }
 EAPO = {
     **PPO,
-    "entropy_advantage": {"gae_lambda": 0.5},
+    "entropy_advantage": {"gae_lambda": 0.5, "coefficient": 0.002},
     "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01},
 }
 DAPO = {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28, "reduction": "token_mean", "epochs": 2}
@@ -83,17 +83,17 @@ ARMS: dict[str, Arm] = {
     "lco_log_cosh": convex("log_cosh", epochs=2),
     "lco_kl": convex("kl", epochs=2),
     "lco_ratio": convex("kl", target="ratio"),
-    "lco_reference": convex("kl", NONE, anchor="reference", temperature=0.2),
+    "lco_reference": convex("kl", NONE, anchor="reference", temperature=0.05),
     "dpo": preference("dpo"),
     "cdpo": preference("dpo", label_smoothing=0.1, pairs={"selection": "all"}),
     "dpo_hinge": preference("dpo_hinge"),
     "rpo": preference("dpo", likelihood_coefficient=0.0005),
-    "ipo_sum": preference("ipo_sum"),
+    "ipo_sum": preference("ipo_sum", beta=0.3),
     "ipo_average": preference("ipo_average"),
     "simpo": preference("simpo", beta=2.0, target_margin=1.0),
     "simpo_exact": preference("simpo", in_loss("k2"), beta=2.0, exact_length_margin=True),
     "simpo_hinge": preference("simpo_hinge", beta=2.0),
-    "simpo_plackett_luce": preference("simpo_plackett_luce", beta=2.0),
+    "simpo_plackett_luce": preference("simpo_plackett_luce", beta=10.0),
     "dpo_plackett_luce": preference("dpo_plackett_luce"),
     "cpo": preference("cpo", likelihood_coefficient=0.1, likelihood="average"),
     "orpo": preference("orpo", likelihood_coefficient=0.1, likelihood="average", beta=0.5),

@@ -15,3 +15,8 @@ def none_for_short(completions: list[str], completion_ids: list[list[int]], **co
 def share_of_low_ids(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
     """Share of a completion's tokens with an id below 100: something a random model can learn in a few steps."""
     return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
+
+
+def mostly_even(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """1 when the last token's id is even: two samples of a prompt often agree."""
+    return [float(ids[-1] % 2 == 0) for ids in completion_ids]
