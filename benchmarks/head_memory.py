@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from keel.actor_settings import LearnerSettings
 from keel.networks import Policy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,6 +39,9 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 WARM_UP_TOKENS = 8
 MIN_PEAK_RATIO = 3.0
 MAX_SLOWDOWN = 1.1
+
+
+KEPT_BYTES = LearnerSettings().head_kept_bytes
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Work:
         self.targets = torch.randint(size.vocabulary, (size.tokens,))
         self.by_logprob, self.by_entropy = torch.randn(size.tokens), torch.randn(size.tokens)
         self.policy = Policy(self.model)
+        self.policy.keep(KEPT_BYTES, size.chunk)
 
     def run(self, code: str, entropy: bool, tokens: int | None = None) -> list[Tensor]:
         """Forward and backward of the first tokens; log-probs and entropies. Gradients add up in .grad."""

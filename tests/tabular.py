@@ -13,7 +13,8 @@ from keel import config
 from keel.algorithms import critics, kinds
 from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
-from keel.networks import FrozenView, TokenLogprobs, vocabulary_piece
+from keel.anchors import FrozenView, vocabulary_piece
+from keel.networks import TokenLogprobs
 
 VOCABULARY = 4
 TICKETS = [7, 2, 7, 2, 2, 7, 7, 2]

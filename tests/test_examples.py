@@ -19,6 +19,14 @@ def test_questions_are_distinct_sorted_opening_lines() -> None:
     assert len({row["topic"] for row in rows}) == 21
 
 
+def test_pairs_hold_the_answer_of_their_line_and_of_another() -> None:
+    rows = examples.chatterbot_pairs()
+    answers = {row["prompt"]: row["chosen"] for row in rows}
+    assert len(rows) > 700 and len(answers) == len(rows)
+    assert answers["What is AI?"].startswith("Artificial Intelligence is")
+    assert all(row["rejected"] != row["chosen"] and row["rejected"] in answers.values() for row in rows[:50])
+
+
 def test_the_malformed_entry_of_the_corpus_is_not_a_prompt() -> None:
     texts = {row["prompt"] for row in examples.chatterbot_questions()}
     assert "I" not in texts and not any("two little ducks" in text for text in texts)

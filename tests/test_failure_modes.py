@@ -16,7 +16,7 @@ import torch
 from keel import config
 from keel.algorithms import kinds
 from keel.algorithms.credit import Measured, Outputs, Rows
-from keel.networks import FrozenView, vocabulary_piece
+from keel.anchors import FrozenView, vocabulary_piece
 from test_arms import GOLD, OPTIMA, PROXY, REFERENCE, optimum
 
 N = len(PROXY)

@@ -1,7 +1,8 @@
 """What a vocabulary term reads beside the policy: frozen models, and the policy as it was when the step began."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,40 @@ from torch import Tensor, nn
 from keel import models
 from keel.algorithms.credit import Credit, Rows, VocabularyTerm
 from keel.batch import MicroBatch
-from keel.networks import FrozenView, Piece, Policy, vocabulary_piece
+from keel.networks import Piece, Policy, in_precision
+
+
+@dataclass(frozen=True)
+class FrozenView:
+    """A micro-batch as a model sees it that nobody trains: its states, and the head that reads them."""
+
+    states: Tensor
+    """[N, H]."""
+    head: nn.Module
+
+    @torch.no_grad()
+    def logits(self, places: Tensor, temperature: float) -> Tensor:
+        return in_precision(self.head(self.states[places]), temperature)
+
+
+def vocabulary_piece(
+    term: VocabularyTerm,
+    targets: Tensor,
+    advantages: Tensor,
+    selected: Tensor | None,
+    views: Mapping[str, FrozenView],
+    temperature: float,
+) -> Piece:
+    """The term of an objective as something a policy can read piece by piece; 0 at tokens that are not selected."""
+
+    def piece(logits: Tensor, start: int, stop: int) -> Tensor:
+        places = torch.arange(start, stop, device=logits.device)
+        own = places if selected is None else places[selected[start:stop]]
+        others = {name: view.logits(own, temperature) for name, view in views.items()}
+        values = term(logits[own - start], targets[own], advantages[own], others)
+        return torch.zeros(len(places), dtype=logits.dtype, device=logits.device).index_add(0, own - start, values)
+
+    return piece
 
 
 class Anchors:

@@ -9,7 +9,6 @@ go actor -> object store -> actor.
 """
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -260,9 +259,9 @@ def _meeting_point() -> tuple[str, int]:
     """
     address = ray.util.get_node_ip_address()
     for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((address, port))
-            return address, port
+        with socket.socket() as probe:
+            if probe.connect_ex((address, port)):  # nobody answers there
+                return address, port
     raise OSError(f"no free port between 20000 and 32000 on {address}")
 
 

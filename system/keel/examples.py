@@ -6,7 +6,7 @@ Needs the extra `examples` (pip install "keel-rlhf[examples]"). The rewards have
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,37 @@ def chatterbot_questions() -> list[dict[str, str]]:
     Rows {"prompt": text, "topic": file stem}, sorted by prompt; of several topics a line has the first.
     745 in chatterbot-corpus 1.3.3. Raises ImportError when that is not installed.
     """
+    topics: dict[str, str] = {}
+    for topic, dialogue in _dialogues():
+        topics.setdefault(dialogue[0], topic)
+    return [{"prompt": text, "topic": topics[text]} for text in sorted(topics) if len(text) < _MAX_CHARACTERS]
+
+
+def chatterbot_pairs() -> list[dict[str, str]]:
+    """Preference pairs in TRL's columns: an opening line, its answer as chosen, another line's answer as rejected.
+
+    The rejected answer is that of the line half way round the sorted list, so it is fluent and off the point.
+    """
+    answers: dict[str, str] = {}
+    for _, dialogue in _dialogues():
+        if len(dialogue) > 1 and len(dialogue[0]) < _MAX_CHARACTERS and dialogue[1]:
+            answers.setdefault(dialogue[0], dialogue[1])
+    texts = sorted(answers)
+    others = texts[len(texts) // 2 :] + texts[: len(texts) // 2]
+    rows = [{"prompt": a, "chosen": answers[a], "rejected": answers[b]} for a, b in zip(texts, others, strict=True)]
+    return [row for row in rows if row["chosen"] != row["rejected"]]
+
+
+def _dialogues() -> Iterator[tuple[str, list[str]]]:
+    """Topic and lines of every English dialogue of chatterbot-corpus."""
     package = importlib.util.find_spec("chatterbot_corpus")
     if package is None or not package.submodule_search_locations:
         raise ImportError("chatterbot_corpus is not installed; it comes with keel-rlhf[examples]")
     english = Path(package.submodule_search_locations[0]) / "data" / "english"
-    topics: dict[str, str] = {}
     for file in sorted(english.glob("*.yml")):
         for dialogue in yaml.safe_load(file.read_text(encoding="utf8"))["conversations"]:
             if isinstance(dialogue, list):  # one entry of trivia.yml is a bare sentence with its answer in it
-                topics.setdefault(dialogue[0].strip(), file.stem)
-    return [{"prompt": text, "topic": topics[text]} for text in sorted(topics) if len(text) < _MAX_CHARACTERS]
+                yield file.stem, [str(line).strip() for line in dialogue]
 
 
 def vader_compound(completions: Sequence[Completion], **columns: Any) -> list[float]:

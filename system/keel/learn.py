@@ -58,6 +58,7 @@ class DeepSpeedLearner:
         self.device = torch.device("cuda", 0) if learners.gpus else torch.device("cpu")
         dtype = "float32" if learners.precision == "fp32" else "bfloat16"
         policy = models.load_policy(Path(folder), dtype)
+        policy.keep(learners.head_kept_bytes, learners.head_chunk_tokens)
         torch.manual_seed(settings.run.seed)  # of new value heads
         module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
         rate = module.critic.by.learning_rate if module.critic is not None else None
@@ -96,14 +97,15 @@ class DeepSpeedLearner:
         epochs = self.objective.epochs
         self._anchors.keep_old(self._engine.module.policy, (micro for micro, _ in self._micro_batches(batch, plan)))
         measured = self._measure(batch, plan, self._asked(epochs))
-        credit = self.objective.weigh(batch, measured)
+        seen = self.objective.visible(batch)
+        credit = self.objective.weigh(seen, measured).checked(int(schema.lengths(batch, "completion_tokens").sum()))
         old = measured.logprobs if epochs > 1 and not self.objective.weighs_every_epoch else None
         sums = self._update(batch, plan, credit, old)
         for _ in range(epochs - 1):
             if self.objective.weighs_every_epoch:
-                credit = self.objective.weigh(batch, self._measure(batch, plan, self._asked(epochs)))
+                credit = self.objective.weigh(seen, self._measure(batch, plan, self._asked(epochs)))
             sums = self._update(batch, plan, credit, old)
-        self.objective.adapt(batch)
+        self.objective.adapt(seen)
         self.version += 1
         metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | sums | coefficients
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
@@ -198,14 +200,14 @@ class DeepSpeedLearner:
             return torch.from_numpy(values[micro.items].astype(np.float32)).to(self.device)
 
         lengths = schema.lengths(batch, "completion_tokens")[micro.rows]
-        needs_reference = "reference_logprobs" in self.objective.needs
+        has_reference = "reference_logprobs" in batch.schema.names
         return Rows(
             advantages=column(credit.advantages),
             lengths=torch.from_numpy(lengths.astype(np.float32)).to(self.device),
             row_of_item=micro.row_of_item.to(self.device),
             sampler=column(schema.ragged(batch, "completion_logprobs")[0]),
             old=None if old is None else column(old),
-            reference=column(schema.ragged(batch, "reference_logprobs")[0]) if needs_reference else None,
+            reference=column(schema.ragged(batch, "reference_logprobs")[0]) if has_reference else None,
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
         )

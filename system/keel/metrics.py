@@ -162,7 +162,7 @@ class RunMetrics:
     def set(self, values: Values) -> None:
         """New values of gauges."""
         for name, value in values.items():
-            assert _BY_NAME[name].kind == "gauge", name
+            assert _metric(name).kind == "gauge", name
             self._gauge_values[name] = value
             for label, number in _labelled(value):
                 self._collectors[name].labels(self.run, *label).set(number)
@@ -170,7 +170,7 @@ class RunMetrics:
     def add(self, values: Values) -> None:
         """Increments of counters."""
         for name, value in values.items():
-            assert _BY_NAME[name].kind == "counter", name
+            assert _metric(name).kind == "counter", name
             for label, number in _labelled(value):
                 self._collectors[name].labels(self.run, *label).inc(number)
                 if label:
@@ -187,6 +187,12 @@ class RunMetrics:
         line = {"step": step, "time": time_seconds, **self._gauge_values, **self.totals}
         durable.append_json(self.path, line)
         return line
+
+
+def _metric(name: str) -> Metric:
+    if name not in _BY_NAME:
+        raise KeyError(f"{name!r} is no metric of the table; one of your own belongs under objective_term")
+    return _BY_NAME[name]
 
 
 def _labels(metric: Metric) -> list[str]:

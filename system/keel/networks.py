@@ -1,11 +1,9 @@
 """Networks: a policy that gives token log-probs and entropy in fp32, a critic on its own or the policy's states.
 
-Shapes: U sequences, T padded tokens, H hidden size, V vocabulary, N completion tokens of all rows (flat, row by row),
-K value heads.
+Shapes: U sequences, T padded tokens, H hidden, V vocabulary, N completion tokens (flat, row by row), K value heads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from keel.algorithms import critics
-from keel.algorithms.credit import VocabularyTerm
 from keel.batch import MicroBatch
 from keel.objective_settings import CriticSettings
 
@@ -35,45 +32,73 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool = True
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        with_entropy: bool = True,
+        kept: list[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        scaled = in_precision(logits, temperature)
-        normaliser = torch.logsumexp(scaled, dim=-1)
-        logprob = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
-        entropy = None
-        if with_entropy:
-            probabilities = (scaled - normaliser[:, None]).exp_()
-            entropy = normaliser - torch.linalg.vecdot(probabilities, scaled)
+        """`kept`: empty in the first pass, which leaves its results there for a second pass over the same logits."""
+        found = kept if kept else _forward(logits, targets, temperature, with_entropy)
+        if kept is not None and not kept:
+            kept.extend(None if tensor is None else tensor.detach() for tensor in found)
+        logprob, normaliser, entropy = found
         ctx.save_for_backward(logits, targets, normaliser, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, targets, normaliser, entropy = ctx.saved_tensors
         by_logprob, by_entropy = gradients
-        log_p = in_precision(logits, ctx.temperature).sub_(normaliser[:, None])
-        if by_entropy is None:
-            by_logits = log_p.exp_()
-            by_logits.mul_(-by_logprob[:, None] if by_logprob is not None else 0.0)
-        else:
-            probabilities = log_p.exp()
-            factor = log_p.add_(entropy[:, None]).mul_(-by_entropy[:, None])
+        by_logits = torch.empty_like(logits)
+        for block, (log_p, slope) in _blocks(logits):
+            log_p.copy_(logits[block]).div_(ctx.temperature).sub_(normaliser[block, None])
+            torch.exp(log_p, out=slope)
+            if by_entropy is None:
+                slope.mul_(-by_logprob[block, None] if by_logprob is not None else 0.0)
+            else:
+                factor = log_p.add_(entropy[block, None]).mul_(-by_entropy[block, None])
+                slope.mul_(factor if by_logprob is None else factor.sub_(by_logprob[block, None]))
             if by_logprob is not None:
-                factor.sub_(by_logprob[:, None])
-            by_logits = probabilities.mul_(factor)
-        if by_logprob is not None:
-            by_logits.scatter_add_(-1, targets[:, None], by_logprob[:, None])
-        if ctx.temperature != 1.0:
-            by_logits.div_(ctx.temperature)
-        return by_logits.to(logits.dtype), None, None, None
+                slope.scatter_add_(-1, targets[block, None], by_logprob[block, None])
+            by_logits[block] = slope.div_(ctx.temperature)
+        return by_logits, None, None, None, None
+
+
+def _forward(
+    logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-prob, logsumexp and entropy of each row."""
+    rows = []
+    for block, (below, weight) in _blocks(logits):
+        top = logits[block].amax(-1, keepdim=True)
+        below.copy_(logits[block]).sub_(top).div_(temperature)  # log p + log(total), at most 0
+        total = torch.exp(below, out=weight).sum(-1)
+        logprob = below.gather(-1, targets[block, None]).squeeze(-1) - total.log()
+        normaliser = top.squeeze(-1) / temperature + total.log()
+        rows.append((logprob, normaliser, total.log() - torch.linalg.vecdot(weight, below) / total))
+    logprobs, normalisers, entropies = (torch.cat(column) for column in zip(*rows, strict=True))
+    return logprobs, normalisers, entropies if with_entropy else None
+
+
+def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """64 rows at a time and two fp32 buffers for them, the same ones every time: small enough for a cache."""
+    work = logits.new_empty(2, min(64, len(logits)), logits.shape[-1], dtype=_precise(logits))
+    for start in range(0, max(1, len(logits)), 64):  # an empty piece is one empty block
+        stop = min(start + 64, len(logits))
+        yield slice(start, stop), work[:, : stop - start]
+
+
+def _precise(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def in_precision(logits: Tensor, temperature: float) -> Tensor:
     """A copy in fp32 (float64 stays), at the temperature: everything must come from the same untouched logits."""
-    precise = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scaled = logits.to(precise, copy=True)
+    scaled = logits.to(_precise(logits), copy=True)
     return scaled if temperature == 1.0 else scaled.div_(temperature)
 
 
@@ -96,14 +121,21 @@ def hidden_states(trunk: Any, micro: MicroBatch) -> Tensor:
 class Policy(nn.Module):
     """A causal language model that returns what training needs of its completions, never [U, T, V] logits.
 
-    Only positions that predict a completion token go through the head, `head_chunks` pieces one after the other;
-    each piece is recomputed in the backward pass, so one piece of [n, V] logits exists at a time. The number of
-    pieces is an argument because under ZeRO-3 every rank must enter the head equally often.
+    Only positions that predict a completion token go through the head, `head_chunks` pieces one after the other.
+    Softmax and entropy are recomputed in the backward pass; of the [n, V] logits the last `kept_pieces` are kept once,
+    as the head gave them, the others are made again. Both numbers are the same on every rank, whatever its rows,
+    because under ZeRO-3 all must enter the head equally often.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.kept_pieces = 1  # the last piece is the first to go backward: keeping it costs nothing
+
+    def keep(self, num_bytes: int, chunk_tokens: int) -> None:
+        """Keep the logits of as many pieces of this size as fit so many bytes, and of one at least."""
+        weight = self.head.weight
+        self.kept_pieces = max(1, num_bytes // (chunk_tokens * len(weight) * weight.element_size()))
 
     def checkpoint(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under this module's parameter names -> under the names of a Hugging Face checkpoint.
@@ -141,10 +173,12 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs, entropies and vocabulary term of states [N, H], each [N]; None where not asked for."""
         parts, start = [], 0
-        for state, target in zip(states.tensor_split(head_chunks), targets.tensor_split(head_chunks), strict=True):
-            arguments = (state, target, temperature, entropy, piece, start)
-            keep = not torch.is_grad_enabled()
-            parts.append(self._score(*arguments) if keep else checkpoint(self._score, *arguments, use_reentrant=False))
+        pieces = list(zip(states.tensor_split(head_chunks), targets.tensor_split(head_chunks), strict=True))
+        for number, (state, target) in enumerate(pieces, start=1):
+            kept: list[Tensor | None] = []  # spares the second pass everything but the head itself
+            arguments = (state, target, temperature, entropy, piece, start, kept)
+            whole = not torch.is_grad_enabled() or number > len(pieces) - self.kept_pieces
+            parts.append(self._score(*arguments) if whole else checkpoint(self._score, *arguments, use_reentrant=False))
             start += len(target)
         columns = zip(*parts, strict=True)
         logprobs, entropies, terms = (None if column[0] is None else torch.cat(column) for column in columns)
@@ -152,46 +186,20 @@ class Policy(nn.Module):
         return logprobs, entropies, terms
 
     def _score(
-        self, states: Tensor, targets: Tensor, temperature: float, entropy: bool, piece: Piece | None, start: int
+        self,
+        states: Tensor,
+        targets: Tensor,
+        temperature: float,
+        entropy: bool,
+        piece: Piece | None,
+        start: int,
+        kept: list[Tensor | None],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits = self.head(states)
-        logprobs, entropies = TokenLogprobs.apply(logits, targets, temperature, entropy)
+        logprobs, entropies = TokenLogprobs.apply(logits, targets, temperature, entropy, kept)
         if piece is None:
             return logprobs, entropies, None
         return logprobs, entropies, piece(in_precision(logits, temperature), start, start + len(targets))
-
-
-@dataclass(frozen=True)
-class FrozenView:
-    """A micro-batch as a model sees it that nobody trains: its states, and the head that reads them."""
-
-    states: Tensor
-    """[N, H]."""
-    head: nn.Module
-
-    @torch.no_grad()
-    def logits(self, places: Tensor, temperature: float) -> Tensor:
-        return in_precision(self.head(self.states[places]), temperature)
-
-
-def vocabulary_piece(
-    term: VocabularyTerm,
-    targets: Tensor,
-    advantages: Tensor,
-    selected: Tensor | None,
-    views: Mapping[str, FrozenView],
-    temperature: float,
-) -> Piece:
-    """The term of an objective as something a policy can read piece by piece; 0 at tokens that are not selected."""
-
-    def piece(logits: Tensor, start: int, stop: int) -> Tensor:
-        places = torch.arange(start, stop, device=logits.device)
-        own = places if selected is None else places[selected[start:stop]]
-        others = {name: view.logits(own, temperature) for name, view in views.items()}
-        values = term(logits[own - start], targets[own], advantages[own], others)
-        return torch.zeros(len(places), dtype=logits.dtype, device=logits.device).index_add(0, own - start, values)
-
-    return piece
 
 
 class ValueHead(nn.Module):
@@ -235,9 +243,8 @@ class Critic(nn.Module):
         columns = []
         for members in self.heads:
             values = torch.stack([member(states) for member in members], dim=-1)
-            temperature = self.by.softmin_temperature
-            joined = values.squeeze(-1) if len(members) == 1 else critics.soft_min(values, temperature or 1.0)
-            columns.append(joined)
+            twin = self.by.softmin_temperature or 1.0
+            columns.append(values.squeeze(-1) if len(members) == 1 else critics.soft_min(values, twin))
         return torch.stack(columns, dim=-1)
 
 

@@ -23,7 +23,8 @@ from keel.settings import Settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 STEPS = 20
-EVERY = {**ARMS, **CRITIC_ARMS}
+# sparse targets anchored at the reference pull all other tokens back to it: no rise in so few steps (docs/algorithms.md)
+EVERY = {name: arm for name, arm in {**ARMS, **CRITIC_ARMS}.items() if name != "lco_reference"}
 
 
 class Curve(Observer):

@@ -105,8 +105,7 @@ class LogitsConvexity(Objective):
         tickets = batch.column("ticket").to_numpy()
         kl = schema.row_sums(self.penalty(batch, measured), lengths)
         bonus = schema.row_sums(self.bonus(batch, measured), lengths)
-        own = self.own_terms(batch)
-        regularised = self.rewards(batch) + bonus - kl + sum(own.values())
+        regularised = self.regularised_rewards(batch, measured)
         late = kl if self.kl.order == "after_baseline" else 0.0
         rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularised + late, tickets) - late
         deviation = rows.std()

@@ -46,6 +46,14 @@ class Credit:
     finished: bool = False
     """The objective has reached its own stopping rule: this is the last step."""
 
+    def checked(self, num_tokens: int) -> "Credit":
+        """Itself. Raises ValueError unless there is one finite advantage for each of the step's tokens."""
+        if self.advantages.shape != (num_tokens,) or not np.isfinite(self.advantages).all():
+            raise ValueError(
+                f"credit: advantages {self.advantages.shape}; expected {num_tokens} finite numbers, one a token"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class LossTerms:

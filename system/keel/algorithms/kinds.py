@@ -19,7 +19,7 @@ OBJECTIVES: dict[str, Build] = {
 
 
 def build(settings: Settings) -> Objective:
-    """The configured objective. Raises ConfigError when a class of the user's own cannot be imported or is none."""
+    """The configured objective. Raises ConfigError when code of the user's own cannot be imported or built."""
     by = settings.objective
     if not isinstance(by, CustomObjectiveSettings):
         return OBJECTIVES[by.kind](settings)
@@ -28,4 +28,12 @@ def build(settings: Settings) -> Objective:
         raise ConfigError(
             f"objective.source={by.source}: not a class derived from keel.algorithms.objective.Objective; expected one"
         )
-    return own(settings)
+    try:
+        return own(settings)
+    except ConfigError:
+        raise
+    except Exception as error:  # the user's code may raise anything; here it is bad input
+        reason = f"{type(error).__name__} {' '.join(str(error).split())}"
+        raise ConfigError(
+            f"objective.source={by.source}: raised {reason} when built; check objective.options"
+        ) from None

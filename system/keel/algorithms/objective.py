@@ -86,7 +86,11 @@ class Objective:
                 sums["entropy_loss"] = -self.entropy_coefficient.value * mean.item()
         for term, function in self._terms:
             if term.placement == "loss":
-                share = term.coefficient * self.reduce(function(rows=rows, outputs=outputs), rows, credit)
+                values = function(rows=rows, outputs=outputs)
+                if values.shape != outputs.logprobs.shape:
+                    shapes = f"{tuple(values.shape)}; expected {tuple(outputs.logprobs.shape)}, one number a token"
+                    raise ValueError(f"regulariser term {term.name}: shape {shapes}")
+                share = term.coefficient * self.reduce(values, rows, credit)
                 total = total + share
                 sums[f"objective_term/{term.name}"] = share.item()
         return LossTerms(total, sums | {"loss": total.item()})
@@ -111,6 +115,11 @@ class Objective:
             case "constant":
                 return terms.sum() / (credit.num_rows * self.max_tokens)
         return terms.sum() / credit.num_rows
+
+    def visible(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The batch without the columns of monitors: an objective that could read them would hack them, too."""
+        monitors = {f"reward_{reward.name}" for reward in self.settings.rewards if reward.role == "monitor"}
+        return batch.select([name for name in batch.schema.names if name not in monitors])
 
     def rewards(self, batch: pa.RecordBatch) -> np.ndarray:
         """Training reward of each row after shaping, float64 [rows]."""
@@ -153,6 +162,12 @@ class Objective:
                     )
                 found[term.name] = term.coefficient * values
         return found
+
+    def regularised_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
+        """Reward of each row with every regulariser that lives in it: KL, entropy, own terms. float64 [rows]."""
+        by_token = self.bonus(batch, measured) - self.penalty(batch, measured)
+        rows = schema.row_sums(by_token, schema.lengths(batch, "completion_logprobs"))
+        return self.rewards(batch) + rows + sum(self.own_terms(batch).values())
 
     def selected(self, batch: pa.RecordBatch, version: int) -> np.ndarray | None:
         """bool [tokens] where the vocabulary term is computed; None: everywhere."""

@@ -23,6 +23,7 @@ from keel import extension, schema
 from keel.algorithms import advantages, critics, regularisers
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.config import ConfigError
 from keel.objective_settings import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
 from keel.settings import Settings
 
@@ -42,12 +43,23 @@ class PolicyGradient(Objective):
         self.group = advantages.GROUP.get(self.by.advantage)
         own = ":" in self.by.advantage
         self.own = extension.load(self.by.advantage, "objective.advantage") if own else None
+        if self.own is not None:
+            self._probe(self.own)
         self.moments = critics.RunningMoments()
         self.heads = ["value"] * (self.by.advantage in ("gae", "value_baseline"))
         self.heads += ["entropy"] * bool(self.by.entropy_advantage and self.by.entropy_advantage.critic)
         self.popart = {head: critics.PopArt() for head in self.heads}
         if self.heads:
             self.measures |= {"values"}
+
+    def _probe(self, own: Any) -> None:
+        """Call the user's advantage once, to refuse before Ray starts what would fail at the first step."""
+        setting = f"objective.advantage={self.by.advantage}"
+        try:
+            _checked(own(np.array([0.0, 1.0, 0.5]), np.array([0, 0, 1])), 3, self.by.advantage)
+        except Exception as error:  # the user's code may raise anything; here it is bad input
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ConfigError(f"{setting}: fails on 3 rewards of 2 prompts ({reason})") from None
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         """Advantages of all tokens of the step, regularisers that live in the reward included."""
