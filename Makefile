@@ -6,14 +6,14 @@
 #   ARGS="..."          added to the command of train, test, lint or types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint types pins clean
+.PHONY: help setup train test test-all lint types pins clean
 
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
 BIN := .venv/bin
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 setup:  ## make .venv with the pinned packages; does nothing when it is there
 	@PYTHON="$(PYTHON)" ./requirements/setup.sh $(TARGET)
@@ -21,7 +21,10 @@ setup:  ## make .venv with the pinned packages; does nothing when it is there
 train: setup  ## run the quickstart: train a small language model from reward
 	$(BIN)/keel train $(CONFIG) $(ARGS)
 
-test: setup  ## run the tests; ARGS="-m 'not integration'" leaves out those on the real stack
+test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" leaves out all on the real stack
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup  ## run every test, also twenty steps of every objective on the real stack
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: setup  ## ruff: rules and format

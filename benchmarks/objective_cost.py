@@ -4,8 +4,8 @@
 
 One rank, in this process: DeepSpeed, bf16, SmolLM2-135M, made-up rollouts of `groups` prompts x 4 completions of
 `tokens` tokens. A step is what the learner does with a batch: measuring, weighing, forward, backward, Adam. Objectives
-take turns within a repetition, so that a slow minute of the machine hits all of them; the table shows medians of the ratio
-to RLOO of the same repetition. Generation, scoring and weight sync cost the same for all and are not in it.
+take turns within a repetition, so that a slow minute of the machine hits all of them; the table shows medians of the
+ratio to RLOO of the same repetition. Generation, scoring and weight sync cost the same for all and are not in it.
 """
 
 import argparse
