@@ -100,7 +100,7 @@ class DeepSpeedLearner:
         seen = self.objective.visible(batch)
         credit = self.objective.weigh(seen, measured).checked(int(schema.lengths(batch, "completion_tokens").sum()))
         old = measured.logprobs if epochs > 1 and not self.objective.weighs_every_epoch else None
-        sums = self._update(batch, plan, credit, old)
+        sums = first = self._update(batch, plan, credit, old)
         for _ in range(epochs - 1):
             if self.objective.weighs_every_epoch:
                 credit = self.objective.weigh(seen, self._measure(batch, plan, self._asked(epochs)))
@@ -108,6 +108,7 @@ class DeepSpeedLearner:
         self.objective.adapt(seen)
         self.version += 1
         metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | sums | coefficients
+        metrics["gap_nats"] = first["gap_nats"]  # later updates move away from the sampler on purpose
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
         metrics |= {"micro_batches": float(len(plan.real[self.rank])), "trained_tokens": float(credit.num_tokens)}
         return StepReport(self.version, labelled(metrics), credit.counts, credit.finished)
