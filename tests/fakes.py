@@ -158,6 +158,9 @@ class Listener(Observer):
         assert batch.num_rows == HELD_OUT
         self.log.append(("evaluation", step))
 
+    async def iteration(self, step: int) -> None:
+        self.log.append(("iteration", step))
+
     async def checkpoint(self, step: int) -> None:
         self.log.append(("checkpoint", step))
 

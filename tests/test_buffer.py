@@ -286,3 +286,45 @@ async def test_a_lost_batch_that_succeeds_after_a_restart_makes_no_stored_row_to
         _, numbers = await soon(again.take(2))
         assert numbers["staleness_max_versions"] == 0
         await again.advance(version)
+
+
+# ---- dynamic sampling
+
+
+def uniform(tickets: Sequence[int]) -> pa.RecordBatch:
+    """Rollouts whose samples all have the same reward."""
+    batch = rollouts(tickets)
+    index = batch.schema.get_field_index("reward")
+    return batch.set_column(index, batch.schema.field(index), pa.array([0.5] * batch.num_rows, pa.float32()))
+
+
+async def test_uniform_groups_are_replaced_as_often_as_allowed_and_then_kept(tmp_path: Path) -> None:
+    """Two refills a step: the third opening of slots trains on what it gets, so a step always fills up."""
+    buffer = buffer_in(tmp_path, step=2, batch=2, refills=2)
+    assert await soon(buffer.admit()) == [0, 1]
+    first = await soon(buffer.add([0, 1], schema.concat([uniform([0]), rollouts([1])])))
+    assert (first.accepted_groups, dict(first.dropped)) == (1, {"uniform_rewards": 1})
+    assert await soon(buffer.admit()) == [2]
+    assert dict((await soon(buffer.add([2], uniform([2])))).dropped) == {"uniform_rewards": 1}
+    assert await soon(buffer.admit()) == [3]
+    last = await soon(buffer.add([3], uniform([3])))
+    assert (last.accepted_groups, dict(last.dropped)) == (1, {})
+    batch, gauges = await soon(buffer.take(2))
+    assert tickets_of(batch) == [1, 3]
+    assert gauges["counts"]["groups_dropped_total"] == {"uniform_rewards": 2}
+    await soon(buffer.advance(1))
+    assert await soon(buffer.admit()) == [4, 5]
+    assert dict((await soon(buffer.add([4, 5], uniform([4, 5])))).dropped) == {"uniform_rewards": 2}  # a new step
+
+
+async def test_without_refills_uniform_groups_are_trained_on(tmp_path: Path) -> None:
+    buffer = buffer_in(tmp_path, step=2, batch=2)
+    tickets = await soon(buffer.admit())
+    assert (await soon(buffer.add(tickets, uniform(tickets)))).accepted_groups == 2
+
+
+async def test_objectives_that_compare_nothing_keep_groups_of_one(tmp_path: Path) -> None:
+    buffer = buffer_in(tmp_path, step=2, batch=2, min_samples=1)
+    tickets = await soon(buffer.admit())
+    receipt = await soon(buffer.add(tickets, rollouts(tickets, failed=[(0, 0)])))
+    assert (receipt.accepted_groups, receipt.accepted_samples) == (2, 3)

@@ -1,6 +1,7 @@
 """The two loops on in-process fakes: the order of things, and every way a run ends."""
 
 import asyncio
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -236,3 +237,35 @@ async def test_a_finished_run_does_not_wait_for_rows_nobody_trains_on(tmp_path: 
     await asyncio.wait_for(run.controller.run(), 2)
     assert run.entries("evaluation")[-1] == ("evaluation", 2)
     await nothing_left(run)
+
+
+# ---- objectives that end the run, references of iterations
+
+
+async def test_an_objective_that_is_done_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings_for(steps=9))
+    learner = run.controller.parts.learner
+    step = learner.step
+
+    async def done_at_two(batch: Any) -> Any:
+        report = await step(batch)
+        return dataclasses.replace(report, finished=report.version == 2, counts={"pairs_dropped_total": {"tie": 1.0}})
+
+    learner.step = done_at_two  # type: ignore[method-assign]
+    await run.finish()
+    await nothing_left(run)
+    assert run.entries("stepped")[-1][1] == 2
+    assert run.entries("evaluation", "checkpoint")[-2:] == [("evaluation", 2), ("checkpoint", 2)]
+    assert run.observer.events == [{"event": "objective_finished", "step": 2}]
+    assert run.observer.totals["pairs_dropped_total", "tie"] == 2
+
+
+async def test_a_reference_is_renewed_before_the_tickets_of_the_next_step_open(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings_for(steps=5, reference={"ref_policy": "previous", "iteration_steps": 2}))
+    await run.finish()
+    order = run.entries("loaded", "iteration", "generated")
+    assert run.entries("iteration") == [("iteration", 2), ("iteration", 4)]
+    for step in (2, 4):
+        place = order.index(("iteration", step))
+        assert order[place - 1] == ("loaded", step)
+        assert order[place + 1][0] == "generated" and order[place + 1][2] == step

@@ -1,5 +1,6 @@
 """Everything that can be known to fail is found here, before Ray starts and before anything is written."""
 
+import json
 import shutil
 import socket
 from dataclasses import dataclass
@@ -64,11 +65,11 @@ def prepare(settings: Settings) -> Prepared:
         max_tokens=settings.sampling.max_tokens,
         stop_token_ids=tuple(stop) if stop is not None else models.end_tokens(policy, tokenizer),
     )
-    folders = learner_folders(settings, reference)
+    folders = learner_folders(settings, policy, reference)
     return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
 
 
-def learner_folders(settings: Settings, reference: str | None) -> dict[str, str]:
+def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:
     """Folders of the models an objective reads beside the policy. Raises ConfigError for one that is not there."""
     objective = settings.objective
     named = {
@@ -76,7 +77,18 @@ def learner_folders(settings: Settings, reference: str | None) -> dict[str, str]
         "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
     }
     found = {name: str(models.locate(model, setting)) for setting, (name, model) in named.items() if model}
+    if "teacher" in found:
+        own, other = (_vocabulary(folder) for folder in (policy, Path(found["teacher"])))
+        if own != other:
+            raise ConfigError(
+                f"objective.dense.teacher={settings.objective.dense.teacher}: {other} tokens in its vocabulary;"  # type: ignore[union-attr]
+                f" expected the {own} of policy.model"
+            )
     return found | ({"reference": reference} if reference else {})
+
+
+def _vocabulary(folder: Path) -> int:
+    return int(json.loads((folder / "config.json").read_text(encoding="utf8"))["vocab_size"])
 
 
 def check_directory(directory: Path, settings: Settings) -> None:

@@ -18,6 +18,21 @@ class Probe(DeepSpeedLearner):
         self.directory = directory
         self._engine.save_checkpoint(directory, tag="start")
 
+    def step_with_a_broken_weight(self, chosen: Settings, batch: pa.RecordBatch) -> str:
+        """What a step says when the policy gives NaN; the version it is at then must still be the start."""
+        self._engine.load_checkpoint(self.directory, tag="start")
+        self.version, self.settings, self.objective = 0, chosen, kinds.build(chosen)
+        next(self._engine.module.parameters()).data[0] = float("nan")
+        before = [parameter.detach().clone() for parameter in self._engine.module.parameters()]
+        try:
+            self.step(batch)
+        except FloatingPointError as error:
+            after = list(self._engine.module.parameters())
+            assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))
+            assert self.version == 0
+            return str(error)
+        return "no error"
+
     def probe(self, chosen: Settings, batch: pa.RecordBatch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Parameters of policy and critic after one step, and what the step reported."""
         self._engine.load_checkpoint(self.directory, tag="start")

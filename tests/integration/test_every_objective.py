@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -87,3 +88,18 @@ def test_a_step_is_the_same_however_it_is_divided(gangs: Any, name: str, tiny_mo
         for key in {"loss", "grad_norm", "policy_loss", "preference_loss", "kl_loss"} & set(metrics):
             assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
     assert of_two["state"] == metrics["state"]
+
+
+@pytest.mark.parametrize("name", ["kl", "dpo"])
+def test_log_probs_that_are_not_finite_stop_the_step_before_the_optimizer(gangs: Any, name: str) -> None:
+    """rloo sees it in its loss, dpo when it measures; neither moves a weight."""
+    batch = rollouts(0)
+    broken = batch.set_column(
+        batch.schema.get_field_index("prompt_tokens"),
+        batch.schema.field("prompt_tokens"),
+        pa.array([[0, 0, 5]] * batch.num_rows, batch.schema.field("prompt_tokens").type),
+    )  # the token whose embedding is broken
+    (message,) = ray.get(
+        [actor.step_with_a_broken_weight.remote(configured(ARMS[name]), broken) for actor in gangs("none", 1)]
+    )
+    assert message.startswith("step 1: ") and ("the loss is nan" in message or "not finite" in message)

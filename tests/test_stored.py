@@ -1,0 +1,141 @@
+"""Completions that come with the prompts, the references of iterations, and ensembles of rewards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from fakes import SAMPLING, settings_for
+from keel import references, schema, score, stored
+from keel.config import ConfigError
+from keel.reward_settings import EnsembleSettings, RewardSettings
+from keel.sources import Row
+from rollouts import generated, prompts
+
+PAIR = {"chosen": "yes", "rejected": "no way"}
+CHAT = {
+    "chosen": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}],
+    "rejected": [{"content": "no"}],
+}
+LISTS = {"responses": ["a", "b", "c"], "rewards": [0.5, 1, -2]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts", "rewards"),
+    [(PAIR, ["yes", "no way"], [1.0, 0.0]), (CHAT, ["yes", "no"], [1.0, 0.0]), (LISTS, ["a", "b", "c"], [0.5, 1.0, -2.0])],
+)  # fmt: skip
+def test_both_forms_of_rows_are_read(columns: dict[str, Any], texts: list[str], rewards: list[float]) -> None:
+    assert stored.completions(columns) == texts
+    assert stored.rewards(columns) == rewards
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9, 1.0])
+def test_the_share_of_stored_tickets_is_the_ratio_and_spread_evenly(ratio: float) -> None:
+    taken = np.array([stored.is_stored(ticket, ratio) for ticket in range(1000)])
+    assert taken.sum() == pytest.approx(1000 * ratio, abs=1)
+    if 0 < ratio < 1:
+        assert np.diff(np.flatnonzero(taken)).max() <= np.ceil(1 / ratio)
+
+
+def words(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    assert not add_special_tokens  # a second start token would change what the model sees
+    return {"input_ids": [len(word) for word in text.split()]}
+
+
+def test_tokens_end_with_the_end_token_and_the_budget() -> None:
+    columns = json.dumps({"chosen": "a bb ccc", "rejected": "a bb ccc dddd eeeee"})
+    rows = prompts([0, 1])
+    index = rows.schema.get_field_index("prompt_columns")
+    rows = rows.set_column(index, rows.schema.field(index), pa.array([columns] * 4))
+    assert SAMPLING.max_tokens == 5 and SAMPLING.stop_token_ids == (1,)
+    own = stored.StoredCompletions(1.0, words, SAMPLING)
+    assert own(rows) == [[1, 2, 3, 1], [1, 2, 3, 4, 5]] * 2  # the second was cut: no end token
+    half = stored.StoredCompletions(0.5, words, SAMPLING)
+    assert half(rows) == [[], [], [1, 2, 3, 1], [1, 2, 3, 4, 5]]
+    assert own(rows.replace_schema_metadata({"keel.held_out": "true"})) is None
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"other": 1}, "line 3 has no completions; sampling.stored_ratio expects columns chosen and rejected"),
+        ({"responses": ["a", "b"]}, "line 3 has no completions"),
+        (
+            {"responses": ["a", "b", "c"], "rewards": [1, 2, 3]},
+            "sampling.samples_per_prompt=2: line 3 has 3 completions",
+        ),
+        ({"responses": ["a", "b"], "rewards": [1]}, "line 3 has 2 completions and 1 rewards"),
+        ({"chosen": " ", "rejected": "b"}, "line 3 has an empty completion"),
+        ({"chosen": "b", "rejected": "b"}, "line 3 has equal completions"),
+        ({"chosen": None, "rejected": "b"}, "line 3 has no completions"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(columns: dict[str, Any], expected: str) -> None:
+    good = Row("line 2", "p", json.dumps(PAIR))
+    stored.check([good], 2, "pairs.jsonl")
+    with pytest.raises(ConfigError, match=expected):
+        stored.check([good, Row("line 3", "p", json.dumps(columns))], 2, "pairs.jsonl")
+
+
+def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> None:
+    settings = settings_for(reference={"ref_policy": "previous", "iteration_steps": 4})
+    assert references.of_version(tmp_path, settings, 3) is None
+    for step in (4, 8, 12):
+        folder = references.folder_of(tmp_path, step)
+        aside = references.begin(folder)
+        aside.mkdir()
+        (aside / "model").write_text(str(step))
+        assert not folder.exists()
+        references.commit(folder)
+        assert (folder / "model").read_text() == str(step)
+    assert references.of_version(tmp_path, settings, 11) == references.folder_of(tmp_path, 8)
+    references.prune(tmp_path, settings, oldest_version=9)
+    assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000008", "step-000012"]
+    assert references.of_version(tmp_path, settings_for(), 11) is None
+
+
+def low(completions: list[str], **columns: Any) -> list[float]:
+    return [1.0, 3.0, 10.0, 20.0]
+
+
+def high(completions: list[str], **columns: Any) -> list[float]:
+    return [102.0, 100.0, 100.0, 110.0]
+
+
+def gold(completions: list[str], **columns: Any) -> list[float | None]:
+    return [None, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "expected"),
+    [
+        ({}, [103.0, 103.0, 110.0, 130.0]),
+        ({"form": "mean"}, [0.0, 0.0, -5.0, 5.0]),  # centred per prompt: [-1, 1, -5, 5] and [1, -1, -5, 5]
+        ({"form": "worst"}, [-1.0, -1.0, -5.0, 5.0]),
+        ({"form": "lower_bound", "coefficient": 0.5}, [-0.5, -0.5, -5.0, 5.0]),
+        ({"form": "variance", "coefficient": 2.0}, [-2.0, -2.0, -5.0, 5.0]),
+        ({"form": "mean", "centre": False}, [51.5, 51.5, 55.0, 65.0]),
+    ],
+)
+def test_the_reward_of_an_ensemble(ensemble: dict[str, Any], expected: list[float]) -> None:
+    """A judge is no part of it, and its failure costs no sample."""
+    rewards = [RewardSettings(name=name, source=f"{__name__}:{name}") for name in ("low", "high")]
+    rewards.append(RewardSettings(name="gold", source=f"{__name__}:gold", role="judge"))
+    batch, receipt = score.RewardScorer(rewards, EnsembleSettings(**ensemble), 1, "s").score(generated(prompts([0, 1])))
+    schema.check(batch)
+    assert batch.column("reward").to_pylist() == expected
+    assert receipt.failures == {"gold_none": 1}
+
+
+def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> None:
+    rows = prompts([0])
+    index = rows.schema.get_field_index("prompt_columns")
+    rows = generated(rows.set_column(index, rows.schema.field(index), pa.array([json.dumps(PAIR)] * 2)))
+    own = score.RewardScorer([RewardSettings(name="label", kind="stored")], EnsembleSettings(), 1, "s")
+    assert own.score(rows)[0].column("failure").to_pylist() == ["label_none"] * 2
+    place = rows.schema.get_field_index("generator")
+    rows = rows.set_column(place, rows.schema.field(place), pa.array([stored.NAME] * 2))
+    assert own.score(rows)[0].column("reward").to_pylist() == [1.0, 0.0]
