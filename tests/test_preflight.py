@@ -1,6 +1,7 @@
 """What can be known to fail is one line, before anything is written."""
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,23 @@ def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
         ConfigError, match=r"holds a run with other settings \(learners.learning_rate: 1e-06 there, 0.5 here\)"
     ):
         preflight.prepare(other)
+
+
+def test_a_single_sample_a_prompt_is_enough_where_nothing_is_compared(tree: dict[str, Any]) -> None:
+    """The reward functions are tried on two completions, also then."""
+    alone = {
+        "sampling": {**tree.get("sampling", {}), "samples_per_prompt": 1},
+        "objective": {"advantage": "reinforce_pp"},
+    }
+    assert preflight.prepare(config.parse({**tree, **alone})).prompts.batch([0]).num_rows == 1
+
+
+def test_a_teacher_speaks_the_same_vocabulary(tree: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "teacher"
+    shutil.copytree(model, other)
+    wanted = {"kind": "logits_convexity", "anchor": "reference", "dense": {"teacher": str(other)}}
+    prepared = preflight.prepare(config.parse({**tree, "objective": wanted}))
+    assert prepared.learner_folders == {"teacher": str(other), "reference": str(model)}
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 1}))
+    assert "objective.dense.teacher=" in refused(tree, objective=wanted)

@@ -53,7 +53,7 @@ def prepare(settings: Settings) -> Prepared:
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")
     prompts = Prompts(settings, tokenizer)
-    check_rewards(settings, prompts.batch([0]))
+    check_rewards(settings, prompts.batch([0, 1]))
     reference = None
     if settings.reference:
         name = settings.reference.model
