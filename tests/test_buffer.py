@@ -328,3 +328,34 @@ async def test_objectives_that_compare_nothing_keep_groups_of_one(tmp_path: Path
     tickets = await soon(buffer.admit())
     receipt = await soon(buffer.add(tickets, rollouts(tickets, failed=[(0, 0)])))
     assert (receipt.accepted_groups, receipt.accepted_samples) == (2, 3)
+
+
+async def test_a_checkpoint_taken_while_groups_are_dropped_replays_the_same_round(tmp_path: Path) -> None:
+    """The first group of the step was dropped when the state was read: it is asked for, dropped and replaced again."""
+    uniforms = {0, 4}
+
+    def made(tickets: list[int]) -> pa.RecordBatch:
+        return schema.concat([(uniform if ticket in uniforms else rollouts)([ticket]) for ticket in tickets])
+
+    async def finish(buffer: RolloutBuffer) -> tuple[list[list[int]], list[int], Any]:
+        batches = []
+        for _ in range(3):
+            task = asyncio.create_task(buffer.admit())
+            if await blocked(task):
+                task.cancel()
+                break
+            batches.append(task.result())
+            await soon(buffer.add(task.result(), made(task.result())))
+        batch, gauges = await soon(buffer.take(4))
+        return batches, tickets_of(batch), gauges["counts"]
+
+    whole = await finish(buffer_in(tmp_path / "whole", refills=1))
+    broken = buffer_in(tmp_path / "broken", refills=1)
+    tickets = await soon(broken.admit())
+    await soon(broken.add(tickets, made(tickets)))
+    state = await broken.state()
+    assert state["next_ticket"] == 0
+    for path in (tmp_path / "broken" / "buffer").iterdir():
+        path.unlink()
+    assert await finish(buffer_in(tmp_path / "broken", refills=1, **state)) == whole
+    assert whole[:2] == ([[0, 1], [2, 3], [4]], [1, 2, 3, 4])

@@ -140,7 +140,7 @@ def test_an_unknown_answer_is_a_failed_sample() -> None:
 def test_the_advantage() -> None:
     """Rewards 0, .1, .2 of each prompt: minus the median, -.1, 0, .1, for every token of the completion."""
     own = kinds.build(settings(BLOCKS["my_advantages"]))
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     assert credit.advantages == pytest.approx(np.repeat([-0.1, 0.0, 0.1] * 3, LENGTHS), abs=1e-6)
     rows = rows_of(STEP, credit)
     new = outputs(rows, 0.0)
@@ -164,7 +164,7 @@ def test_the_term_of_the_reward() -> None:
     """R + 0.1 * mean log ref enters the baseline of rloo; the metric is the mean of the term."""
     own = kinds.build(settings(BLOCKS["my_terms"]))
     fluency = np.array([np.mean(row) for row in STEP.column("reference_logprobs").to_pylist()])
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     expected = advantages.by_ticket(advantages.rloo, REWARDS + 0.1 * fluency, TICKETS)
     assert credit.advantages == pytest.approx(np.repeat(expected, LENGTHS), abs=1e-6)
     assert labelled(credit.metrics)["objective_term"] == {"fluency": pytest.approx(0.1 * fluency.mean(), abs=1e-6)}
@@ -201,7 +201,7 @@ def test_the_objective_weighs() -> None:
     """Rewards 0, .1, .2: rloo -.15, 0, .15; a third of the completions is above its baseline."""
     own = tapered()
     assert type(own).__name__ == "Tapered" and own.settings.objective.options == {"cap": 1.0}
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     assert credit.advantages == pytest.approx(np.repeat([-0.15, 0.0, 0.15] * 3, LENGTHS), abs=1e-6)
     assert (credit.num_rows, credit.num_tokens) == (9, LENGTHS.sum())
     assert labelled(credit.metrics) == {"objective_term": {"positive_ratio": pytest.approx(1 / 3)}}
@@ -211,7 +211,7 @@ def test_the_objective_weighs() -> None:
 def test_the_objective_tapers_what_is_pushed_away(shift: float, weight: float) -> None:
     """pi / sampler = e^shift, at most the cap of 1, on tokens with a negative advantage; 1 on the others."""
     own = tapered()
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
     new = outputs(rows, shift)
     terms = own.loss(rows, new, credit)
@@ -225,7 +225,7 @@ def test_the_objective_tapers_what_is_pushed_away(shift: float, weight: float) -
 
 def test_options_reach_the_class() -> None:
     own = tapered({"objective": {**BLOCKS["my_objectives"]["objective"], "options": {"cap": 1.5}}})
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
     terms = own.loss(rows, outputs(rows, 1.0), credit)
     weights = np.where(credit.advantages < 0, 1.5, 1.0)
@@ -240,7 +240,7 @@ def test_every_regulariser_works_with_the_objective() -> None:
         "entropy": {"form": "sequence_sum", "coefficient": 0.1},
     }
     own = tapered({"regulariser": regulariser})
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     fluency = np.array([np.mean(row) for row in STEP.column("reference_logprobs").to_pylist()])
     scores = REWARDS - 0.005 * LENGTHS - 0.1 * schema.row_sums(SAMPLER, LENGTHS) + 0.1 * fluency
     expected = advantages.by_ticket(advantages.rloo, scores, TICKETS)
@@ -252,7 +252,7 @@ def test_every_regulariser_works_with_the_objective() -> None:
 
 def test_shares_of_micro_batches_add_up() -> None:
     own = tapered(BLOCKS["my_terms"])
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     whole = own.loss(rows_of(STEP, credit), outputs(rows_of(STEP, credit), -0.5), credit)
     parts = [rows_of(STEP, credit, which) for which in (np.arange(2), np.arange(2, 9))]
     shares = [own.loss(part, outputs(part, -0.5), credit) for part in parts]
@@ -263,18 +263,18 @@ def test_shares_of_micro_batches_add_up() -> None:
 def test_its_metrics_are_in_the_table() -> None:
     """What weigh and loss give can be recorded: an unknown name would stop the run."""
     own = tapered(BLOCKS["my_terms"])
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
     found = labelled({**credit.metrics, **own.loss(rows, outputs(rows, 0.0), credit).sums})
     assert set(found) <= {metric.name for metric in TABLE}
-    assert set(found["objective_term"]) == {"positive_ratio", "weight", "near_sampler"}
+    assert set(found["objective_term"]) == {"positive_ratio", "weight", "near_sampler", "fluency"}
 
 
 def test_without_a_surrogate_it_is_a_weighted_likelihood(tmp_path: Path) -> None:
     code = MODULES["my_objectives"]
     (tmp_path / "only_weights.py").write_text(code[: code.index("    def surrogate")], encoding="utf8")
     own = tapered({"objective": {"kind": "custom", "source": "only_weights:Tapered"}})
-    credit = own.weigh(STEP, Measured())
+    credit = own.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
     terms = own.loss(rows, outputs(rows, -0.5), credit)
     assert terms.loss.item() == pytest.approx(-(credit.advantages * (SAMPLER - 0.5)).sum() / 9, abs=1e-6)

@@ -120,7 +120,7 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     for blocks in EVERYTHING:
         objective = kinds.build(settings_for(**blocks))
         values = np.zeros((len(sampler), len(objective.heads)))
-        credit = objective.weigh(batch, Measured(sampler, values))
+        credit = objective.credited(batch, Measured(sampler, values))
         rows = Rows(
             advantages=torch.from_numpy(credit.advantages),
             lengths=torch.from_numpy(lengths),

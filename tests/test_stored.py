@@ -10,6 +10,7 @@ import pytest
 
 from fakes import SAMPLING, settings_for
 from keel import references, schema, score, stored
+from keel.algorithms import elicitation
 from keel.config import ConfigError
 from keel.reward_settings import EnsembleSettings, RewardSettings
 from keel.sources import Row
@@ -113,11 +114,12 @@ def gold(completions: list[str], **columns: Any) -> list[float | None]:
     ("ensemble", "expected"),
     [
         ({}, [103.0, 103.0, 110.0, 130.0]),
-        ({"form": "mean"}, [0.0, 0.0, -5.0, 5.0]),  # centred per prompt: [-1, 1, -5, 5] and [1, -1, -5, 5]
-        ({"form": "worst"}, [-1.0, -1.0, -5.0, 5.0]),
-        ({"form": "lower_bound", "coefficient": 0.5}, [-0.5, -0.5, -5.0, 5.0]),
-        ({"form": "variance", "coefficient": 2.0}, [-2.0, -2.0, -5.0, 5.0]),
-        ({"form": "mean", "centre": False}, [51.5, 51.5, 55.0, 65.0]),
+        ({"form": "mean"}, [51.5, 51.5, 55.0, 65.0]),
+        # centred per prompt the members are [-1, 1, -5, 5] and [1, -1, -5, 5]: they agree on the second prompt
+        ({"form": "worst"}, [50.5, 50.5, 55.0, 65.0]),
+        ({"form": "lower_bound", "coefficient": 0.5}, [51.0, 51.0, 55.0, 65.0]),
+        ({"form": "variance", "coefficient": 2.0}, [49.5, 49.5, 55.0, 65.0]),
+        ({"form": "worst", "centre": False}, [1.0, 3.0, 10.0, 20.0]),
     ],
 )
 def test_the_reward_of_an_ensemble(ensemble: dict[str, Any], expected: list[float]) -> None:
@@ -128,6 +130,19 @@ def test_the_reward_of_an_ensemble(ensemble: dict[str, Any], expected: list[floa
     schema.check(batch)
     assert batch.column("reward").to_pylist() == expected
     assert receipt.failures == {"gold_none": 1}
+
+
+def test_a_failed_member_leaves_its_siblings_what_they_are() -> None:
+    """And a prompt with one completion, as in an evaluation, has the members' mean, not 0."""
+    members = np.array([[10.0, 11.0, 12.0, np.nan], [12.0, 10.0, 11.0, 11.0]])
+    tickets, weights = np.zeros(4, int), np.ones(2)
+    whole = elicitation.combine(
+        members[:, :3], weights, "lower_bound", 1.0, elicitation.centre(members[:, :3], tickets[:3])
+    )
+    broken = elicitation.combine(members, weights, "lower_bound", 1.0, elicitation.centre(members, tickets))
+    assert broken[:3] == pytest.approx(whole) and np.isnan(broken[3])
+    alone = members[:, :1]
+    assert elicitation.combine(alone, weights, "lower_bound", 1.0, elicitation.centre(alone, tickets[:1])) == 11.0
 
 
 def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> None:

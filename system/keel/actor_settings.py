@@ -7,6 +7,17 @@ from pydantic import Field, model_validator
 from keel.section import Fraction, Seconds, Section
 
 
+class BufferSettings(Section):
+    groups_per_step: int = Field(8, ge=1, description="prompts a step trains on")
+    groups_per_batch: int | None = Field(
+        None, ge=1, description="tickets that share a generator batch; null: groups_per_step / generators.count"
+    )
+    max_staleness: int = Field(0, ge=0, description="versions a sample may be late; 0 is synchronous training")
+    dynamic_sampling_refills: int = Field(
+        0, ge=0, description="times a step replaces groups whose rewards are all equal (DAPO); 0: trains on them"
+    )
+
+
 class WorkerSettings(Section):
     count: int = Field(1, ge=1, description="actors")
     threads: int = Field(2, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")

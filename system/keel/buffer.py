@@ -16,8 +16,9 @@ Tickets that share a generator batch are decided here: an opening of groups_per_
 groups_per_batch, and slots freed by drops are refilled once nothing is in flight. So at max_staleness 0 the
 composition of every batch is a function of tickets and drops, never of timing.
 
-Dynamic sampling (DAPO, 2503.14476): a group whose rewards are all equal teaches nothing and is dropped, too, at most
-`refills` times a step; after that such groups are kept, so a step always fills up.
+Dynamic sampling (DAPO, 2503.14476): a group whose rewards are all equal teaches a group baseline nothing and is
+dropped, too, while the step's slots were opened again less than `refills` times (by any drop); after that such groups
+are kept, so a step always fills up.
 """
 
 import asyncio
@@ -68,6 +69,7 @@ class RolloutBuffer:
         self.version = version
         self.taken = taken
         self.next_ticket = next_ticket
+        self._after_taken = next_ticket  # the first ticket behind the last one taken
         self._live: deque[int] = deque()  # admitted, in order, neither taken nor dropped
         self._in_flight: set[int] = set()
         self._ready: dict[int, pa.RecordBatch] = {}
@@ -149,6 +151,7 @@ class RolloutBuffer:
             await self._changed.wait_for(lambda: self._head_is_ready(groups))
             tickets = [self._live.popleft() for _ in range(groups)]
             self.taken += groups
+            self._after_taken = tickets[-1] + 1
             batch = schema.concat([self._ready.pop(ticket) for ticket in tickets])
             counts, self._counts = self._counts, defaultdict(Counter)
         versions, _ = schema.ragged(batch, "weight_versions")
@@ -176,9 +179,11 @@ class RolloutBuffer:
             self._changed.notify_all()
 
     async def state(self) -> dict[str, int]:
-        """What a checkpoint must hold to start again here: all that is live is asked for, or absorbed, again."""
-        oldest = self._live[0] if self._live else self.next_ticket
-        return {"version": self.version, "taken": self.taken, "next_ticket": oldest}
+        """What a checkpoint must hold to start again here: everything behind the last ticket taken is asked for again.
+
+        Also what was dropped since: it is dropped again, so batches, refills and counts come out as they were.
+        """
+        return {"version": self.version, "taken": self.taken, "next_ticket": self._after_taken}
 
     async def forget(self, before_ticket: int) -> None:
         """Delete stored batches that no committed checkpoint can ask for."""

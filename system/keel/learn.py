@@ -86,7 +86,7 @@ class DeepSpeedLearner:
     def step(self, batch: pa.RecordBatch) -> StepReport:
         """One version: `objective.epochs` optimizer updates on the batch.
 
-        Raises FloatingPointError for a loss that is not finite, before the optimizer moves.
+        Raises FloatingPointError for a loss that is not finite, before the optimizer makes that update.
         """
         started = time.monotonic()
         plan = self._plan(batch)
@@ -98,12 +98,12 @@ class DeepSpeedLearner:
         self._anchors.keep_old(self._engine.module.policy, (micro for micro, _ in self._micro_batches(batch, plan)))
         measured = self._measure(batch, plan, self._asked(epochs))
         seen = self.objective.visible(batch)
-        credit = self.objective.weigh(seen, measured).checked(int(schema.lengths(batch, "completion_tokens").sum()))
-        old = measured.logprobs if epochs > 1 and not self.objective.weighs_every_epoch else None
+        credit = self.objective.credited(seen, measured)
+        old = measured.logprobs if epochs > 1 and self.objective.reads_old else None
         sums = first = self._update(batch, plan, credit, old)
         for _ in range(epochs - 1):
             if self.objective.weighs_every_epoch:
-                credit = self.objective.weigh(seen, self._measure(batch, plan, self._asked(epochs)))
+                credit = self.objective.credited(seen, self._measure(batch, plan, self._asked(epochs)))
             sums = self._update(batch, plan, credit, old)
         self.objective.adapt(seen)
         self.version += 1
@@ -115,7 +115,7 @@ class DeepSpeedLearner:
 
     def _asked(self, epochs: int) -> frozenset[str]:
         """What must be measured before weighing; several updates also need the log-probs they start from."""
-        return self.objective.measures | ({"logprobs"} if epochs > 1 else frozenset())
+        return self.objective.measures | ({"logprobs"} if epochs > 1 and self.objective.reads_old else frozenset())
 
     def _update(
         self, batch: pa.RecordBatch, plan: batching.Plan, credit: Credit, old: np.ndarray | None

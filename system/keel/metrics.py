@@ -37,7 +37,10 @@ def _counters(*rows: tuple[str, str]) -> list[Metric]:
 TABLE: list[Metric] = [
     *_gauges(
         ("version", "Weight version the generators hold."),
-        ("reward", "Mean over the step's completions of the weighted training reward, regularisers excluded."),
+        (
+            "reward",
+            "Mean over the step's completions of the training reward (sum or ensemble), regularisers excluded.",
+        ),
         ("reward_std", "Standard deviation of the reward over the step's completions."),
         ("regularised_reward", "Mean reward plus the regularisers that live in it: what the advantage is made of."),
         ("reward_kl_term", "Mean KL term inside the reward: minus coefficient times nats."),
@@ -111,7 +114,7 @@ TABLE: list[Metric] = [
     Metric("popart_std", "gauge", "PopArt: running standard deviation of the head's targets.", "head"),
     *_counters(
         ("steps_total", "Optimizer steps taken."),
-        ("completion_tokens_total", "Tokens sampled."),
+        ("completion_tokens_total", "Completion tokens sampled, or read where completions were stored."),
         ("samples_accepted_total", "Completions that entered the buffer."),
         ("trained_tokens_total", "Completion tokens the learner trained on."),
         ("generate_seconds_total", "Seconds generators were busy sampling."),
@@ -185,6 +188,7 @@ class RunMetrics:
     def record(self, step: int, time_seconds: float) -> dict[str, Any]:
         """Append the step: every metric under its name without the prefix, labelled ones as objects."""
         line = {"step": step, "time": time_seconds, **self._gauge_values, **self.totals}
+        self._gauge_values = {}  # what the next step does not say is absent from its line, not repeated
         durable.append_json(self.path, line)
         return line
 

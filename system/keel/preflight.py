@@ -77,14 +77,15 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
         "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
     }
     found = {name: str(models.locate(model, setting)) for setting, (name, model) in named.items() if model}
-    if "teacher" in found:
-        own, other = (_vocabulary(folder) for folder in (policy, Path(found["teacher"])))
+    found |= {"reference": reference} if reference else {}
+    for name, folder in found.items():  # all of them read the policy's tokens
+        own, other = _vocabulary(policy), _vocabulary(Path(folder))
         if own != other:
-            raise ConfigError(
-                f"objective.dense.teacher={settings.objective.dense.teacher}: {other} tokens in its vocabulary;"  # type: ignore[union-attr]
-                f" expected the {own} of policy.model"
+            setting = {"teacher": "objective.dense.teacher", "critic": "objective.critic.model"}.get(
+                name, "reference.model"
             )
-    return found | ({"reference": reference} if reference else {})
+            raise ConfigError(f"{setting}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}")
+    return found
 
 
 def _vocabulary(folder: Path) -> int:
@@ -144,9 +145,10 @@ def check_context(policy: Path, settings: Settings) -> None:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"policy.model={policy}: config.json cannot be read ({reason})") from None
-    if positions is not None and settings.max_model_tokens > positions:
+    needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
+    if positions is not None and needed > positions:
         raise ConfigError(
-            f"prompts.max_tokens + sampling.max_tokens={settings.max_model_tokens}: the model has {positions}"
+            f"prompts.max_tokens + sampling.max_tokens={needed}: the model has {positions}"
             " positions; expected at most that many"
         )
 

@@ -65,4 +65,6 @@ class EnsembleSettings(Section):
         description="sum: weighted sum; mean; lower_bound: mean - c std; worst: smallest; variance: mean - c variance",
     )
     coefficient: float = Field(1.0, ge=0, description="c, population standard deviation or variance over members")
-    centre: bool = Field(True, description="each member is centred per prompt first: its zero is arbitrary")
+    centre: bool = Field(
+        True, description="spread and worst case are those of members centred per prompt: their zero is arbitrary"
+    )

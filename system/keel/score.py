@@ -95,7 +95,7 @@ class RewardScorer:
             columns[f"reward_{reward.name}"] = pa.array(values, pa.float32(), mask=np.isnan(values))
             failures.update(reason for reason in reasons if reason)
             if reward.role == "train":
-                members.append(np.nan_to_num(values))
+                members.append(values)
                 failure = [earlier or new for earlier, new in zip(failure, reasons, strict=True)]
         total = self._combine(np.stack(members), batch)
         for row in np.flatnonzero(np.abs(total) > np.finfo(np.float32).max):
@@ -114,9 +114,9 @@ class RewardScorer:
     def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
         weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
-        if self.ensemble.form != "sum" and self.ensemble.centre:
-            members = elicitation.centre(members, batch.column("ticket").to_numpy())
-        return elicitation.combine(members, weights, self.ensemble.form, self.ensemble.coefficient)
+        centred = elicitation.centre(members, batch.column("ticket").to_numpy()) if self.ensemble.centre else None
+        by = self.ensemble
+        return np.nan_to_num(elicitation.combine(members, weights, by.form, by.coefficient, centred))
 
 
 def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from keel.actor_settings import (
+    BufferSettings,
     ClusterSettings,
     DeadlineSettings,
     GeneratorSettings,
@@ -73,17 +74,6 @@ class SamplingSettings(Section):
 class FailureSettings(Section):
     max_failed_ratio: Fraction = Field(0.5, description="the run stops when a larger share of a step's samples fail")
     retries: int = Field(2, ge=0, description="further attempts for tickets whose generator or scorer died")
-
-
-class BufferSettings(Section):
-    groups_per_step: int = Field(8, ge=1, description="prompts a step trains on")
-    groups_per_batch: int | None = Field(
-        None, ge=1, description="tickets that share a generator batch; null: groups_per_step / generators.count"
-    )
-    max_staleness: int = Field(0, ge=0, description="versions a sample may be late; 0 is synchronous training")
-    dynamic_sampling_refills: int = Field(
-        0, ge=0, description="times a step replaces groups whose rewards are all equal (DAPO); 0: trains on them"
-    )
 
 
 class EvaluationSettings(Section):
@@ -188,6 +178,10 @@ class Settings(Section):
     @model_validator(mode="after")
     def _group_has_a_baseline(self) -> Self:
         samples, wanted = self.sampling.samples_per_prompt, self.objective.min_samples
+        if self.buffer.dynamic_sampling_refills and samples < 2:
+            raise ValueError(
+                "sampling.samples_per_prompt=1: buffer.dynamic_sampling_refills replaces every group of one"
+            )
         if samples < wanted:
             what = getattr(self.objective, "advantage", self.objective.kind)
             raise ValueError(
@@ -214,10 +208,14 @@ class Settings(Section):
                 " so a term in it is no regulariser; expected placement=loss or form=token_bonus"
             )
         kl = self.regulariser.kl
-        if kl.in_reward and kl.order == "after_baseline" and getattr(objective, "by_token", False):
+        if (
+            kl.in_reward
+            and kl.order == "after_baseline"
+            and (objective.kind == "custom" or getattr(objective, "by_token", False))
+        ):
             raise ValueError(
-                "regulariser.kl.order=after_baseline: the KL of each token is part of what follows it in"
-                f" objective.advantage={objective.advantage}; expected before_baseline"  # type: ignore[union-attr]
+                "regulariser.kl.order=after_baseline: the KL is part of the reward before"
+                f" {getattr(objective, 'advantage', 'your objective')} sees it; expected before_baseline"
             )
         if isinstance(objective, LogitsConvexitySettings):
             if kl.exact:
@@ -241,10 +239,11 @@ class Settings(Section):
             "objective.pairs.selection=most_disagreeing": pairs and pairs.selection == "most_disagreeing",
             f"objective.pessimism={getattr(objective, 'pessimism', 0)}": bool(getattr(objective, "pessimism", 0)),
         }
-        if getattr(objective, "pessimism", 0) and self.sampling.samples_per_prompt < 3:
+        spread = self.ensemble.form in ("lower_bound", "variance") and self.ensemble.centre
+        if (getattr(objective, "pessimism", 0) or spread) and self.sampling.samples_per_prompt < 3:
             raise ValueError(
-                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: objective.pessimism reads members"
-                " centred per prompt, which deviate alike on two samples; expected at least 3"
+                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: ensemble members centred per prompt"
+                " deviate alike on two samples, so their spread says nothing; expected at least 3"
             )
         for setting, reads in readers.items():
             if reads and members < 2:

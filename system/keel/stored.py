@@ -40,6 +40,8 @@ class StoredCompletions:
 
     def __init__(self, ratio: float, tokenizer: Any, sampling: Sampling) -> None:
         self.ratio, self.tokenizer, self.sampling = ratio, tokenizer, sampling
+        stop, own = sampling.stop_token_ids, getattr(tokenizer, "eos_token_id", None)
+        self.end = [own] if own in stop else list(stop[:1])  # of several end tokens the tokenizer's own
 
     def __call__(self, prompts: pa.RecordBatch) -> list[list[int]] | None:
         """Tokens of each row, the end token behind them, cut at the budget; [] where the row is to be sampled.
@@ -57,7 +59,7 @@ class StoredCompletions:
 
     def _tokens(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, *self.sampling.stop_token_ids[:1]][: self.sampling.max_tokens]
+        return [*ids, *self.end][: self.sampling.max_tokens]
 
 
 def check(rows: Sequence[Row], samples: int, source: str) -> None:
@@ -79,7 +81,7 @@ def check(rows: Sequence[Row], samples: int, source: str) -> None:
                 f"sampling.samples_per_prompt={samples}: {row.place} has {len(texts)} completions and {len(values)}"
                 " rewards; expected as many of each"
             )
-        if not all(text.strip() for text in texts):
+        if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError(f"prompts.source={source}: {row.place} has an empty completion; expected text")
         if len(set(texts)) < samples:
             raise ConfigError(f"prompts.source={source}: {row.place} has equal completions; expected different ones")

@@ -94,6 +94,8 @@ class ConvexTerm:
 class LogitsConvexity(Objective):
     """Group advantages in, distance to the improved policy out."""
 
+    reads_old = False
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, LogitsConvexitySettings)

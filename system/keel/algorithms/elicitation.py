@@ -14,27 +14,34 @@ import numpy as np
 from keel.objective_settings import PairSettings
 
 
-def combine(members: np.ndarray, weights: np.ndarray, form: str, coefficient: float) -> np.ndarray:
+def combine(
+    members: np.ndarray, weights: np.ndarray, form: str, coefficient: float, centred: np.ndarray | None = None
+) -> np.ndarray:
     """One reward of several, [M, rows] -> [rows]: population moments over members, each times its weight.
 
     sum | mean | lower_bound: mean - c std (2310.02743; QAM's critic target) | worst: min | variance: mean - c var.
+    Members whose zero is arbitrary differ by it, which is no uncertainty: spread and worst case are then those of the
+    `centred` members, around the same mean.
     """
     weighted = members * weights[:, None]
+    spread = weighted if centred is None else centred * weights[:, None]
+    mean = weighted.mean(0)
     return {
         "sum": lambda: weighted.sum(0),
-        "mean": lambda: weighted.mean(0),
-        "lower_bound": lambda: weighted.mean(0) - coefficient * weighted.std(0),
-        "worst": lambda: weighted.min(0),
-        "variance": lambda: weighted.mean(0) - coefficient * weighted.var(0),
+        "mean": lambda: mean,
+        "lower_bound": lambda: mean - coefficient * spread.std(0),
+        "worst": lambda: mean - spread.mean(0) + spread.min(0),
+        "variance": lambda: mean - coefficient * spread.var(0),
     }[form]()
 
 
 def centre(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
-    """Each member minus its mean over the prompt's completions: its zero is arbitrary. [M, rows] -> [M, rows]."""
+    """Each member minus its mean over the prompt's completions; NaN (failed) ones stay. [M, rows] -> [M, rows]."""
     centred = members.astype(np.float64)
     for ticket in np.unique(tickets):
-        rows = tickets == ticket
-        centred[:, rows] -= centred[:, rows].mean(1, keepdims=True)
+        own = centred[:, tickets == ticket]
+        known = np.maximum(np.isfinite(own).sum(1, keepdims=True), 1)
+        centred[:, tickets == ticket] = own - np.nansum(own, 1, keepdims=True) / known
     return centred
 
 

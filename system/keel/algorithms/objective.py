@@ -9,6 +9,7 @@ Your own objective derives from `Objective` and overrides `weigh` and `surrogate
 micro-batches and ranks because every denominator is one of the whole step. Shapes as in `credit.py`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class Objective:
     """What `weigh` reads of Measured: logprobs, values."""
     weighs_every_epoch = False
     """Credit depends on the current policy, so every update of a step needs it anew."""
+    reads_old = True
+    """Several updates of a step need the log-probs it began with (`Rows.old`)."""
     vocabulary: VocabularyTerm | None = None
     heads: Sequence[str] = ()
     """Names of the critic's outputs, K of them."""
@@ -62,6 +65,17 @@ class Objective:
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         """Advantages of all tokens of the step, the same on every rank."""
         raise NotImplementedError
+
+    def credited(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
+        """`weigh`, checked, with what every objective owes: where the vocabulary term reads, the user's reward terms.
+
+        Raises ValueError unless there is one finite advantage a token.
+        """
+        credit = self.weigh(batch, measured).checked(int(schema.lengths(batch, "completion_logprobs").sum()))
+        own = {name: float(values.mean()) for name, values in self.own_terms(batch).items()}
+        terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **own}} if own else {}
+        selected = self.selected(batch, measured.version)
+        return dataclasses.replace(credit, selected=selected, metrics={**credit.metrics, **terms})
 
     def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the loss without regularisers, and shares of further metrics.

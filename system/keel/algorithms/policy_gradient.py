@@ -84,14 +84,12 @@ class PolicyGradient(Objective):
             "uniform_groups": float(advantages.num_uniform_groups(regularised, batch.column("ticket").to_numpy())),
             "advantage_std": float(flat.std()),
             "shaping_term": float(rewards.mean() - batch.column("reward").to_numpy(zero_copy_only=False).mean()),
-            **({"objective_term": {name: float(term.mean()) for name, term in own.items()}} if own else {}),
             **self._judge_values(values, targets),
         }
         if self.whitened != "none":
             flat = advantages.whiten(flat, ddof=1 if self.whitened == "sample" else 0)
         target_columns, old = self._normalised(targets, values)
-        selected = self.selected(batch, measured.version)
-        return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old, selected)
+        return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old)
 
     def _advantages(
         self, batch: pa.RecordBatch, parts: tuple[np.ndarray, ...], values: dict[str, np.ndarray]

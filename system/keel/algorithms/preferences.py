@@ -149,6 +149,7 @@ class Preference(Objective):
 
     measures = frozenset({"logprobs"})
     weighs_every_epoch = True
+    reads_old = False
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -174,7 +175,6 @@ class Preference(Objective):
             num_tokens=int(lengths.sum()),
             metrics={**pairs.metrics, "preference_loss": float(loss.detach()), **metrics},
             counts={"pairs_dropped_total": {reason: float(count) for reason, count in pairs.dropped.items()}},
-            selected=self.selected(batch, measured.version),
             finished=stop is not None and settled >= stop,
         )
 

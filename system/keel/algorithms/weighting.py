@@ -6,7 +6,9 @@ so that the weights average 1. It never asks for anything outside the samples, s
     kl         f = w log w         w = k softmax(r / alpha): reward-weighted regression, FLAME's weighting of candidates
     chi2       f = (w - 1)^2 / 2   w = max(0, (r - nu)/alpha + 1): bad samples get nothing
     soft_chi2  in between          w = exp(x) for x < 0, x + 1 above: bad samples little, good ones linearly
-    best_of_n  the best sample alone (RAFT, 2304.06767);   rejection: kept or not, see elicitation.acceptance
+    best_of_n  the best sample alone (RAFT, 2304.06767);   rejection: kept or not, see elicitation.acceptance. It is an
+               online variant: weights reach the generators after every step, so a stage of several steps applies its
+               factor to samples of a policy that has moved within it; stage_steps 1 is one factor a step
 """
 
 import numpy as np
@@ -53,6 +55,8 @@ def effective_samples(weights: np.ndarray) -> float:
 class WeightedLikelihood(Objective):
     """Likelihood of the samples, each weighted by what its reward says within its prompt."""
 
+    reads_old = False
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, WeightedLikelihoodSettings)
@@ -81,7 +85,6 @@ class WeightedLikelihood(Objective):
                 "best_reward": float(np.mean(best)),
                 "best_of_n_kl_nats": elicitation.best_of_n_kl(round(group)),
             },
-            selected=self.selected(batch, measured.version),
         )
 
     def _weights(self, rewards: np.ndarray, batch: pa.RecordBatch, rows: np.ndarray, version: int) -> np.ndarray:
