@@ -158,3 +158,9 @@ class Learner(Protocol):
 
     async def export(self, folder: str) -> None:
         """Write the current policy as a Hugging Face folder."""
+
+    async def state(self) -> Mapping[str, Any]:
+        """What changes the run and is not in the weights: coefficients, moments, normalisers. JSON."""
+
+    async def renew_reference(self, folder: str) -> None:
+        """Read the reference inside the learner from this folder from now on, where there is one."""
