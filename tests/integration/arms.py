@@ -93,7 +93,7 @@ ARMS: dict[str, Arm] = {
     "simpo": preference("simpo", beta=2.0, target_margin=1.0),
     "simpo_exact": preference("simpo", in_loss("k2"), beta=2.0, exact_length_margin=True),
     "simpo_hinge": preference("simpo_hinge", beta=2.0),
-    "simpo_plackett_luce": preference("simpo_plackett_luce", beta=2.0, pairs={"min_margin": 0.2}),
+    "simpo_plackett_luce": preference("simpo_plackett_luce", beta=2.0, epochs=2),
     "dpo_plackett_luce": preference("dpo_plackett_luce"),
     "cpo": preference("cpo", likelihood_coefficient=0.1, likelihood="average"),
     "orpo": preference("orpo", likelihood_coefficient=0.1, likelihood="average", beta=0.5),
