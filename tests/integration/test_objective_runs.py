@@ -116,7 +116,7 @@ def test_a_stopping_rule_ends_the_run_for_good(write_config: Start, keel: Start,
             "pairs": {"selection": "most_disagreeing", "stop_settled_ratio": 0.9, "judge": "gold"},
         },
         regulariser={"kl": {"coefficient": 0.0}},
-        ensemble={"form": "lower_bound"},
+        ensemble={"form": "worst"},
         rewards=[{"name": "a", **member}, {"name": "b", **member}, {"name": "gold", "role": "judge", **member}],
     )
     code, _, err = finish(keel("train", str(config)))
