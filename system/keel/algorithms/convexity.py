@@ -118,10 +118,7 @@ class LogitsConvexity(Objective):
             num_rows=len(rows),
             num_tokens=int(lengths.sum()),
             metrics={
-                "regularised_reward": float(regularised.mean()),
-                "reward_kl_term": float(-kl.mean()),
-                "reward_entropy_term": float(bonus.mean()),
-                "uniform_groups": float(advantages.num_uniform_groups(regularised, tickets)),
+                **self.reward_metrics(regularised, kl, bonus, tickets),
                 "advantage_std": float(deviation),
             },
         )

@@ -18,7 +18,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from keel import extension, schema
-from keel.algorithms import coefficients, regularisers
+from keel.algorithms import advantages, coefficients, regularisers
 from keel.algorithms.coefficients import Observation
 from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
 from keel.algorithms.shaping import shape
@@ -182,6 +182,18 @@ class Objective:
         by_token = self.bonus(batch, measured) - self.penalty(batch, measured)
         rows = schema.row_sums(by_token, schema.lengths(batch, "completion_logprobs"))
         return self.rewards(batch) + rows + sum(self.own_terms(batch).values())
+
+    @staticmethod
+    def reward_metrics(
+        regularised: np.ndarray, kl: np.ndarray, bonus: np.ndarray, tickets: np.ndarray
+    ) -> dict[str, float]:
+        """What regularisers did to the reward of the step, from the regularised reward and its terms, each [rows]."""
+        return {
+            "regularised_reward": float(regularised.mean()),
+            "reward_kl_term": float(-kl.mean()),
+            "reward_entropy_term": float(bonus.mean()),
+            "uniform_groups": float(advantages.num_uniform_groups(regularised, tickets)),
+        }
 
     def selected(self, batch: pa.RecordBatch, version: int) -> np.ndarray | None:
         """bool [tokens] where the vocabulary term is computed; None: everywhere."""

@@ -78,10 +78,7 @@ class PolicyGradient(Objective):
         if self.by.entropy_advantage:
             flat = flat + self._entropy_advantage(batch, self.by.entropy_advantage, values, targets)
         metrics = {
-            "regularised_reward": float(regularised.mean()),
-            "reward_kl_term": float(-row_penalty.mean()),
-            "reward_entropy_term": float(row_bonus.mean()),
-            "uniform_groups": float(advantages.num_uniform_groups(regularised, batch.column("ticket").to_numpy())),
+            **self.reward_metrics(regularised, row_penalty, row_bonus, batch.column("ticket").to_numpy()),
             "advantage_std": float(flat.std()),
             "shaping_term": float(rewards.mean() - batch.column("reward").to_numpy(zero_copy_only=False).mean()),
             **self._judge_values(values, targets),
