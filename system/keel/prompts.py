@@ -15,7 +15,8 @@ import xxhash
 
 from keel import schema, stored
 from keel.config import ConfigError
-from keel.settings import PromptSettings, Settings
+from keel.prompt_settings import PromptSettings
+from keel.settings import Settings
 from keel.sources import Row, read, wrong
 
 if TYPE_CHECKING:

