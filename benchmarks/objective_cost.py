@@ -104,7 +104,7 @@ def main() -> None:
             critic = getattr(chosen.objective, "critic", None)
             flavour = critic.trunk if critic else None
             if flavour not in learners:
-                learners[flavour] = DeepSpeedLearner(chosen, folder, 0, 1, "127.0.0.1", 29_600 + len(learners))
+                learners[flavour] = DeepSpeedLearner(chosen, folder, {}, 0, 1, "127.0.0.1", 29_600 + len(learners))
             learner = learners[flavour]
             learner.settings, learner.objective = chosen, kinds.build(chosen)
             learner._anchors = Anchors(learner.objective.vocabulary, learner._folder_of, "bfloat16", learner.device)

@@ -21,6 +21,7 @@ def prompts(tickets: Sequence[int], samples: int = 2) -> pa.RecordBatch:
         "prompt_id": [ticket % 7 for ticket, _ in rows],
         "prompt_tokens": [[ticket % VOCABULARY] * (1 + ticket % 3) for ticket, _ in rows],
         "prompt": [f"prompt {ticket}" for ticket, _ in rows],
+        "prompt_messages": ["[]"] * len(rows),
         "prompt_columns": [f'{{"answer": "{ticket}"}}' for ticket, _ in rows],
         "seed": [1000 * ticket + sample for ticket, sample in rows],
     }

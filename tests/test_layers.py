@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
-    + ["prompt_settings", "actor_settings", "settings", "config", "extension", "durable"],
+    + ["prompt_settings", "actor_settings", "settings", "stage_settings", "config", "extension", "durable"],
     [
         "algorithms",
         *(
@@ -21,16 +21,16 @@ LAYERS = [
     + ["algorithms.convexity", "algorithms.kinds"],
     ["sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors", "examples", "tiny"]
     + ["diagnostics", "metrics", "checkpoint", "references", "quiet"],
-    ["weights", "generate", "score", "export", "optimisation", "learn"],
+    ["weights", "generate", "score", "export", "optimisation", "engine", "learn"],
     ["evaluate", "preflight", "controller"],
-    ["cluster", "train", "progress", "summary", "doctor"],
+    ["cluster", "gang", "train", "progress", "summary", "doctor"],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"cluster"},
+    "ray": {"cluster", "gang"},
     "vllm": {"generate", "weights"},
-    "deepspeed": {"learn"},
+    "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},
 }
 

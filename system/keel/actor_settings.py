@@ -67,6 +67,9 @@ class LearnerSettings(WorkerSettings):
     shared_prompt_tokens: int = Field(
         512, ge=0, description="samples of a prompt go behind one copy of it while they fit this many tokens; 0: never"
     )
+    packed_tokens: int = Field(
+        0, ge=0, description="rows of different prompts share a sequence, unseen by each other, up to so many tokens"
+    )
     head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
     head_kept_bytes: int = Field(
         2**28, ge=0, description="logits of so many bytes are kept for the backward pass, the rest is computed again"

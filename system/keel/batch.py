@@ -2,8 +2,11 @@
 
 Samples of one prompt are packed behind a single copy of it (a unit), so a prompt goes through the model once:
 
-    tokens     p p p p  a a a  b b b b          attention   a sees p and a;  b sees p and b, never a
-    positions  0 1 2 3  4 5 6  4 5 6 7
+    tokens     p p p p  a a a  b b b b | q q  c c c     a sees p and a;  b sees p and b, never a
+    positions  0 1 2 3  4 5 6  4 5 6 7 | 0 1  2 3 4     c sees q and c, never p, a, b
+
+With `packed_tokens` units of different prompts (here p and q) share a sequence, each blind to the other, and with
+positions of its own; without, a sequence ends where the picture has a bar.
 
 Every rank plans for all ranks from the same lengths, so micro-batch counts, head pieces and denominators agree
 everywhere without asking: 1 rank and N ranks take the same step.
@@ -20,7 +23,7 @@ from torch import Tensor
 from keel import schema
 
 Unit = np.ndarray
-"""Row numbers that share a prompt and go through the model as one sequence."""
+"""Row numbers that go through the model as one sequence; rows of a prompt are neighbours."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class MicroBatch:
     rows: np.ndarray
     """[B] row numbers in the record batch."""
     tokens: Tensor
-    """int64 [U, T], a prompt and then its completions, zeros behind."""
+    """int64 [U, T], a prompt and then its completions, then the next one's, zeros behind."""
     places: Tensor
     """int64 [U, T] position of each token in its own prompt and completion."""
     mask: Tensor | None
@@ -69,6 +72,8 @@ class Budget:
     """Of a unit of several rows; 0: one row a unit."""
     head_chunk_tokens: int
     """Completion tokens in the output head at once."""
+    packed_tokens: int = 0
+    """Of a sequence that several units share; 0: each has its own."""
 
 
 def plan(batch: pa.RecordBatch, ranks: int, budget: Budget) -> Plan:
@@ -83,6 +88,8 @@ def plan(batch: pa.RecordBatch, ranks: int, budget: Budget) -> Plan:
     if len(units) < ranks:
         units = [np.array([row]) for row in range(len(prompts))]
     total = np.array([prompts[unit[0]] + completions[unit].sum() for unit in units])
+    if budget.packed_tokens:
+        units, total = _packed(units, total, budget.packed_tokens, ranks)
     order = np.argsort(-total, kind="stable")
     turns = np.arange(len(order)) % (2 * ranks)
     owner = np.minimum(turns, 2 * ranks - 1 - turns)
@@ -112,6 +119,25 @@ def _units(tickets: np.ndarray, prompts: np.ndarray, completions: np.ndarray, li
     return units
 
 
+def _packed(units: list[Unit], total: np.ndarray, limit: int, ranks: int) -> tuple[list[Unit], np.ndarray]:
+    """Units joined into sequences of at most `limit` tokens, longest first into the first that has room.
+
+    At least as many sequences as ranks. A unit longer than the limit stays alone.
+    """
+    sequences: list[list[int]] = []
+    room: list[int] = []
+    for number in np.argsort(-total, kind="stable"):
+        place = next((place for place, left in enumerate(room) if left >= total[number]), None)
+        if place is None or len(sequences) < ranks:
+            sequences.append([])
+            room.append(limit)
+            place = len(room) - 1
+        sequences[place].append(int(number))
+        room[place] -= int(total[number])
+    joined = [np.concatenate([units[number] for number in numbers]) for numbers in sequences]
+    return joined, np.array([total[numbers].sum() for numbers in sequences])
+
+
 def _pack(numbers: np.ndarray, total: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
     """Cut units, longest first, into runs whose padded size fits the budget."""
     batches, start = [], 0
@@ -128,22 +154,29 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
     completions, completion_lengths = schema.ragged(batch, "completion_tokens")
     prompt_starts = np.cumsum(prompt_lengths) - prompt_lengths
     completion_starts = np.cumsum(completion_lengths) - completion_lengths
+    opens = _opens(units, batch.column("ticket").to_numpy())
     rows = np.concatenate(units)
-    width = max(int(prompt_lengths[unit[0]] + completion_lengths[unit].sum()) for unit in units)
+    width = max(
+        int(completion_lengths[unit].sum() + prompt_lengths[unit[o]].sum())
+        for unit, o in zip(units, opens, strict=True)
+    )
     tokens, places = np.zeros((len(units), width), np.int64), np.zeros((len(units), width), np.int64)
-    segments = np.full((len(units), width), -1)  # 0 the prompt, k the k-th completion, -1 padding
+    groups, segments = np.full((2, len(units), width), -1)  # which prompt; 0 the prompt itself, k its k-th completion
     positions, items = [], []
     for u, unit in enumerate(units):
-        p, end = int(prompt_lengths[unit[0]]), int(prompt_lengths[unit[0]])
-        tokens[u, :p] = prompts[prompt_starts[unit[0]] : prompt_starts[unit[0]] + p]
-        places[u, :p], segments[u, :p] = np.arange(p), 0
-        for k, row in enumerate(unit, start=1):
-            c = int(completion_lengths[row])
+        end = group = start = p = k = 0
+        for row, opening in zip(unit, opens[u], strict=True):
+            if opening:
+                p, start, group, k = int(prompt_lengths[row]), end, group + 1, 0
+                end += p
+                tokens[u, start:end] = prompts[prompt_starts[row] : prompt_starts[row] + p]
+                places[u, start:end], groups[u, start:end], segments[u, start:end] = np.arange(p), group, 0
+            c, k = int(completion_lengths[row]), k + 1
             own = completion_starts[row] + np.arange(c)
             tokens[u, end : end + c] = completions[own]
-            places[u, end : end + c], segments[u, end : end + c] = p + np.arange(c), k
+            places[u, end : end + c], groups[u, end : end + c], segments[u, end : end + c] = p + np.arange(c), group, k
             # the last prompt token predicts the first token of every completion behind it
-            positions.append(u * width + np.concatenate([[p - 1], end + np.arange(c - 1)]).astype(np.int64))
+            positions.append(u * width + np.concatenate([[start + p - 1], end + np.arange(c - 1)]).astype(np.int64))
             items.append(own)
             end += c
     flat_items = np.concatenate(items)
@@ -151,7 +184,7 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
         rows=rows,
         tokens=torch.from_numpy(tokens),
         places=torch.from_numpy(places),
-        mask=_mask(torch.from_numpy(segments)) if len(rows) > len(units) else None,
+        mask=_mask(torch.from_numpy(groups), torch.from_numpy(segments)) if len(rows) > len(units) else None,
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(completions[flat_items].astype(np.int64)),
         items=flat_items,
@@ -160,8 +193,14 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
     )
 
 
-def _mask(segments: Tensor) -> Tensor:
-    """bool [U, 1, T, T]: causal, and only into the prompt or one's own completion; padding sees itself."""
+def _opens(units: list[Unit], tickets: np.ndarray) -> list[np.ndarray]:
+    """bool of each unit's rows: a prompt stands before this one, because the row before it is another prompt's."""
+    return [np.diff(tickets[unit], prepend=tickets[unit[0]] - 1) != 0 for unit in units]
+
+
+def _mask(groups: Tensor, segments: Tensor) -> Tensor:
+    """bool [U, 1, T, T]: causal, and only into one's own prompt or completion; padding sees itself."""
+    group = groups[:, :, None] == groups[:, None, :]
     query, key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
-    return (causal & ((key == 0) | (key == query)))[:, None]
+    return (causal & group & ((key == 0) | (key == query)))[:, None]

@@ -52,7 +52,7 @@ def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
 @app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, with defaults and descriptions."""
-    typer.echo(json.dumps(config.schema(), indent=2))
+    typer.echo(json.dumps(Settings.model_json_schema(), indent=2))
 
 
 @app.command()

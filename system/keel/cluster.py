@@ -1,8 +1,8 @@
-"""The only file that knows Ray: actors behind the protocols of `protocols.py`.
+"""Ray, with gang.py the only file that knows it: actors behind the protocols of `protocols.py`.
 
     driver --prompts--> Pool(generators) --ref--> Pool(reference) --ref--> Pool(scorers) --ref--> buffer actor
       ^ receipts, reports (small)                                                                    | ref
-      +----------------------------------------- Gang(learner ranks) <-------------------------------+
+      +------------------------------- Gang(learner ranks), gang.py <-------------------------------+
 
 Every stage method returns (batch, receipt): the driver awaits the small receipt and passes the reference on, so bytes
 go actor -> object store -> actor.
@@ -12,8 +12,6 @@ import asyncio
 import dataclasses
 import itertools
 import os
-import random
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +23,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
-from keel.learn import DeepSpeedLearner
-from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt, StepReport, WorkerLost
+from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
 
@@ -206,63 +203,6 @@ class RemoteBuffer:
 
     async def forget(self, before_ticket: int) -> None:
         await self.actor.forget.remote(before_ticket)
-
-
-class Gang:
-    """A Learner made of ranks that move together: every call goes to all, rank 0 answers."""
-
-    def __init__(self, settings: Settings, folder: str, others: Mapping[str, str] | None = None) -> None:
-        """`others`: folders of models beside the policy in the learner: reference, teacher, critic."""
-        ranks = settings.learners.count
-        remote = ray.remote(num_cpus=settings.learners.threads, num_gpus=settings.learners.gpus)(DeepSpeedLearner)
-        address, port = _meeting_point()
-        self.ranks = [remote.remote(settings, folder, rank, ranks, address, port, others) for rank in range(ranks)]
-
-    async def ready(self) -> None:
-        await self._all([rank.__ray_ready__.remote() for rank in self.ranks])
-
-    async def step(self, batch: Batch) -> StepReport:
-        return (await self._all([rank.step.remote(batch) for rank in self.ranks]))[0]
-
-    async def publish(self) -> tuple[Any, LoadReceipt]:
-        answers = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
-        receipts = await self._all([receipt for _, receipt in answers])
-        return answers[0][0], receipts[0]
-
-    async def compare(self, batch: Batch) -> Mapping[str, float]:
-        return (await self._all([rank.compare.remote(batch) for rank in self.ranks]))[0]
-
-    async def save(self, directory: str) -> None:
-        await self._all([rank.save.remote(directory) for rank in self.ranks])
-
-    async def load(self, directory: str) -> int:
-        return (await self._all([rank.load.remote(directory) for rank in self.ranks]))[0]
-
-    async def export(self, folder: str) -> None:
-        await self._all([rank.export.remote(folder) for rank in self.ranks])
-
-    async def state(self) -> Mapping[str, Any]:
-        return await self.ranks[0].state.remote()
-
-    async def renew_reference(self, folder: str) -> None:
-        await self._all([rank.renew_reference.remote(folder) for rank in self.ranks])
-
-    async def _all(self, references: list[Any]) -> list[Any]:
-        """Answers of all ranks; the first error ends the wait, the others would wait for the lost rank."""
-        return list(await asyncio.gather(*references))
-
-
-def _meeting_point() -> tuple[str, int]:
-    """Address and a free port where the ranks find each other.
-
-    Below the range the kernel hands out by itself and above Ray's: nobody takes it before rank 0 has it.
-    """
-    address = ray.util.get_node_ip_address()
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex((address, port)):  # nobody answers there
-                return address, port
-    raise OSError(f"no free port between 20000 and 32000 on {address}")
 
 
 def generators(settings: Settings, folder: str, given: Given | None = None) -> GeneratorPool:

@@ -8,26 +8,40 @@ import difflib
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from keel.section import Section
 from keel.settings import Settings
+
+Model = TypeVar("Model", bound=Section)
 
 
 class ConfigError(ValueError):
     """Bad input of the user's: one line with the setting, its value and what was expected."""
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
-    """Settings from a YAML file with `a.b=c` overrides applied, checked field by field and across fields.
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Settings of an online run from a YAML file with `a.b=c` overrides. Raises ConfigError as `load_as`."""
+    return load_as(Settings, path, overrides)
+
+
+def load_as(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:
+    """Settings of a command from a YAML file, overrides applied, checked field by field and across fields.
 
     Raises ConfigError with one line for an unreadable file, an unknown key (with the nearest valid name),
     a wrong type or a broken rule.
     """
+    return parse_as(model, read(path, overrides))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a YAML file with overrides applied, unchecked. Raises ConfigError."""
     path = Path(path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf8"))
@@ -43,31 +57,35 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Setti
         raise ConfigError(f"config {path}: {type(tree).__name__} at the top; expected blocks such as policy:, prompts:")
     for override in overrides:
         _apply(tree, override)
-    return parse(tree)
+    return tree
 
 
 def parse(tree: dict[str, Any]) -> Settings:
+    return parse_as(Settings, tree)
+
+
+def parse_as(model: type[Model], tree: dict[str, Any]) -> Model:
     """Settings from a parsed tree; the first mistake becomes a ConfigError."""
     try:
-        return Settings.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(error, model)) from None
 
 
-def dump(settings: Settings) -> str:
+def dump(settings: Section) -> str:
     """The resolved configuration as YAML, its hash in the first line."""
     body = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return f"# sha256 of the resolved settings: {digest(settings)}\n{body}"
 
 
-def digest(settings: Settings) -> str:
+def digest(settings: Section) -> str:
     """Hash of every setting that can change a number; where the run lives and how it is watched is left out."""
     tree = settings.model_dump(mode="json", exclude={"metrics", "cluster", "deadlines"})
     del tree["run"]["directory"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def difference(stored: dict[str, Any], settings: Settings) -> str:
+def difference(stored: dict[str, Any], settings: Section) -> str:
     """The settings in which a stored tree differs, for one line."""
     pairs = _leaves(stored), _leaves(settings.model_dump(mode="json"))
     changed = [key for key in {**pairs[0], **pairs[1]} if pairs[0].get(key) != pairs[1].get(key)]
@@ -80,10 +98,6 @@ def _leaves(node: Any, path: str = "") -> dict[str, Any]:
         items = node.items() if isinstance(node, dict) else enumerate(node)
         return {k: v for key, child in items for k, v in _leaves(child, f"{path}.{key}" if path else str(key)).items()}
     return {path: node}
-
-
-def schema() -> dict[str, Any]:
-    return Settings.model_json_schema()
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -122,14 +136,14 @@ def _child(node: Any, key: str, where: str, override: str) -> Any:
     raise ConfigError(f"override {override!r}: {where} is not a block; expected key.key=value")
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, model: type[Section]) -> str:
     """The first mistake of a validation as `setting=value: what was expected`."""
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part not in _tags())
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
-        names = list(_fields_at(parents))
+        names = list(_fields_at(model, parents))
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
         return f"{' '.join(where.split())}: unknown setting; {hint}"
@@ -156,9 +170,9 @@ def _kinds(annotation: Any) -> dict[str, Any]:
     return {get_args(block.model_fields["kind"].annotation)[0]: block for block in found}
 
 
-def _fields_at(location: list[Any]) -> dict[str, Any]:
+def _fields_at(root: type[Section], location: list[Any]) -> dict[str, Any]:
     """Field names of the block at a location of the settings tree."""
-    model: Any = Settings
+    model: Any = root
     annotation: Any = None
     for part in location:
         if part in _tags():

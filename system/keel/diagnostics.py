@@ -15,10 +15,10 @@ def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     """One value a completion, float64 [rows]; a reward that a monitor failed to give is NaN.
 
     reward, reward_<name>; length_tokens; sequence_entropy_nats = -S and entropy_nats = -S/|y| (sampled estimates at the
-    sampling temperature); kl_nats = S - S_ref (k1 over the completion); finished (1: ended with an end token).
+    sampling temperature); kl_nats = S - S_ref (k1 over the completion); finished_ratio (1: ended with an end token).
+    Completions that nobody sampled have no entropy and no KL.
     """
-    logprobs, lengths = schema.ragged(batch, "completion_logprobs")
-    surprise = -schema.row_sums(logprobs, lengths)
+    lengths = schema.completion_lengths(batch)
     values = {
         name: batch.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
         for name in batch.schema.names
@@ -26,15 +26,22 @@ def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     }
     values |= {
         "length_tokens": lengths.astype(np.float64),
-        "sequence_entropy_nats": surprise,
-        "entropy_nats": surprise / lengths,
         "finished_ratio": np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()], float),
     }
+    if "completion_logprobs" in batch.schema.names:
+        values |= _of_logprobs(batch, lengths)
+    return values
+
+
+def _of_logprobs(batch: pa.RecordBatch, lengths: np.ndarray) -> dict[str, np.ndarray]:
+    logprobs, _ = schema.ragged(batch, "completion_logprobs")
+    surprise = -schema.row_sums(logprobs, lengths)
+    values = {"sequence_entropy_nats": surprise, "entropy_nats": surprise / lengths}
     if "reference_logprobs" in batch.schema.names:
         reference, _ = schema.ragged(batch, "reference_logprobs")
         values["kl_nats"] = regularisers.sequence_kl(logprobs, reference, lengths)
         values["kl_k3_nats"] = schema.row_sums(regularisers.token_k3(logprobs, reference), lengths)
-    return {name: value for name, value in values.items() if name != "reference_logprobs"}
+    return values
 
 
 def summarise(batch: pa.RecordBatch) -> Mapping[str, float]:

@@ -9,11 +9,9 @@ step:  measure   log-probs and values of the whole step under the current weight
 
 import json
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from torch import Tensor
 
 from keel import batch as batching
 from keel import diagnostics, models, optimisation, schema, weights
-from keel.actor_settings import LearnerSettings
 from keel.algorithms import kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
+from keel.engine import Engine, join_gang
 from keel.networks import Critic, Learnable, Piece, Policy
 from keel.protocols import LoadReceipt, StepReport, Weights
 from keel.settings import Settings
@@ -40,35 +38,28 @@ class DeepSpeedLearner:
         self,
         settings: Settings,
         folder: str,
+        others: Mapping[str, str],
         rank: int,
         ranks: int,
         address: str,
         port: int,
-        others: Mapping[str, str] | None = None,
     ) -> None:
         """`others`: folders of the frozen models that live in the learner (reference, teacher) and of `critic`."""
         learners = settings.learners
-        _join_gang(learners, rank, ranks, address, port, settings.deadlines.step_seconds)
-        import deepspeed
-
-        self.settings, self.folder, self.others = settings, folder, dict(others or {})
+        join_gang(learners, rank, ranks, address, port, settings.deadlines.step_seconds)
+        self.settings, self.folder, self.others = settings, folder, others
         self.rank, self.ranks = rank, ranks
         self.version = 0
         self.objective = kinds.build(settings)
-        self.device = torch.device("cuda", 0) if learners.gpus else torch.device("cpu")
+        self._engine = Engine(learners, ranks, settings.run.steps)
+        self.device = self._engine.device
         dtype = "float32" if learners.precision == "fp32" else "bfloat16"
         policy = models.load_policy(Path(folder), dtype)
         policy.keep(learners.head_kept_bytes, learners.head_chunk_tokens)
         torch.manual_seed(settings.run.seed)  # of new value heads
         module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
         rate = module.critic.by.learning_rate if module.critic is not None else None
-        self._rates = [1.0, (rate or learners.learning_rate) / learners.learning_rate]
-        self._engine: Any = deepspeed.initialize(
-            model=module,
-            optimizer=optimisation.optimizer(learners, module, rate),
-            config=optimisation.engine_config(learners),
-        )[0]
-        self._engine.train()
+        self._engine.drive(module, optimisation.optimizer(learners, module, rate))
         frozen_dtype = settings.reference.dtype if settings.reference else dtype
         self._anchors = Anchors(self.objective.vocabulary, self._folder_of, frozen_dtype, self.device)
 
@@ -90,9 +81,7 @@ class DeepSpeedLearner:
         """
         started = time.monotonic()
         plan = self._plan(batch)
-        rate = optimisation.learning_rate(self.settings.learners, self.version, self.settings.run.steps)
-        for group, factor in zip(self._engine.optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = rate * factor
+        rate = self._engine.set_rate(self.version)
         coefficients = self.objective.coefficients()
         epochs = self.objective.epochs
         self._anchors.keep_old(self._engine.module.policy, (micro for micro, _ in self._micro_batches(batch, plan)))
@@ -108,7 +97,9 @@ class DeepSpeedLearner:
         self.objective.adapt(seen)
         self.version += 1
         metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | sums | coefficients
-        metrics["gap_nats"] = first["gap_nats"]  # later updates move away from the sampler on purpose
+        metrics |= {
+            name: first[name] for name in first if name == "gap_nats"
+        }  # later updates move away from the sampler on purpose
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
         metrics |= {"micro_batches": float(len(plan.real[self.rank])), "trained_tokens": float(credit.num_tokens)}
         return StepReport(self.version, labelled(metrics), credit.counts, credit.finished)
@@ -127,18 +118,17 @@ class DeepSpeedLearner:
             piece = self._anchors.piece(micro, rows, credit, self.settings.sampling.temperature)
             outputs = self._forward(micro, chunks, self.objective.needs_entropy, piece)
             terms = self.objective.loss(rows, outputs, credit)
-            # DeepSpeed averages gradients over ranks, while shares of the loss add up; filler rows weigh nothing
-            self._engine.backward(terms.loss * (self.ranks if micro.real else 0.0), scale_wrt_gas=False)
+            self._engine.backward(terms.loss, real=micro.real)
             if micro.real:
-                difference = (outputs.logprobs.detach() - rows.sampler).abs()
                 for name, share in terms.sums.items():
                     sums[name] += share
-                sums["gap_nats"] += difference.sum().item() / credit.num_tokens
-        sums = self._sum_over_ranks(sums)
+                if rows.sampler is not None:
+                    difference = (outputs.logprobs.detach() - rows.sampler).abs()
+                    sums["gap_nats"] += difference.sum().item() / credit.num_tokens
+        sums = self._engine.sum_named(sums)
         if not math.isfinite(sums["loss"]):
             raise FloatingPointError(f"step {self.version + 1}: the loss is {sums['loss']}; terms: {sums}")
-        self._engine.step()
-        sums["grad_norm"] = float(self._engine.get_global_grad_norm())
+        sums["grad_norm"] = self._engine.update()
         return sums
 
     def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
@@ -159,7 +149,7 @@ class DeepSpeedLearner:
 
     def save(self, directory: str) -> None:
         """Write `learner/` (DeepSpeed, every rank its shard) and `policy/` (rank 0)."""
-        self._engine.save_checkpoint(f"{directory}/learner", tag="state", client_state={"version": self.version})
+        self._engine.save(directory, self.version)
         self.export(f"{directory}/policy")
 
     def state(self) -> dict[str, Any]:
@@ -176,10 +166,8 @@ class DeepSpeedLearner:
 
     def load(self, directory: str) -> int:
         """Continue from `save`'s output at the same number of ranks; returns its version."""
-        path, client_state = self._engine.load_checkpoint(f"{directory}/learner", tag="state")
-        assert path is not None, directory
+        self.version = self._engine.load(directory)
         self.objective.restore(json.loads((Path(directory) / "state.json").read_text())["objective"])
-        self.version = client_state["version"]
         return self.version
 
     def renew_reference(self, folder: str) -> None:
@@ -187,8 +175,13 @@ class DeepSpeedLearner:
         self._anchors.renew_reference(folder)
 
     def _plan(self, batch: pa.RecordBatch) -> batching.Plan:
-        learners = self.settings.learners
-        budget = batching.Budget(learners.tokens_per_batch, learners.shared_prompt_tokens, learners.head_chunk_tokens)
+        by = self.settings.learners
+        budget = batching.Budget(
+            by.tokens_per_batch,
+            by.shared_prompt_tokens,
+            by.head_chunk_tokens,
+            min(by.packed_tokens, by.tokens_per_batch),
+        )
         return batching.plan(batch, self.ranks, budget)
 
     def _micro_batches(self, batch: pa.RecordBatch, plan: batching.Plan) -> Iterator[tuple[batching.MicroBatch, int]]:
@@ -200,15 +193,17 @@ class DeepSpeedLearner:
         def column(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values[micro.items].astype(np.float32)).to(self.device)
 
+        def stored(name: str) -> Tensor | None:
+            return column(schema.ragged(batch, name)[0]) if name in batch.schema.names else None
+
         lengths = schema.lengths(batch, "completion_tokens")[micro.rows]
-        has_reference = "reference_logprobs" in batch.schema.names
         return Rows(
             advantages=column(credit.advantages),
             lengths=torch.from_numpy(lengths.astype(np.float32)).to(self.device),
             row_of_item=micro.row_of_item.to(self.device),
-            sampler=column(schema.ragged(batch, "completion_logprobs")[0]),
+            sampler=stored("completion_logprobs"),
             old=None if old is None else column(old),
-            reference=column(schema.ragged(batch, "reference_logprobs")[0]) if has_reference else None,
+            reference=stored("reference_logprobs"),
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
         )
@@ -230,51 +225,13 @@ class DeepSpeedLearner:
             if micro.real:
                 columns = [outputs.logprobs[:, None]] + ([outputs.values] if num_heads else [])
                 flat[torch.from_numpy(micro.items).to(self.device)] = torch.cat(columns, dim=1)  # type: ignore[arg-type]
-        if self.ranks > 1:
-            torch.distributed.all_reduce(flat)
-        found = flat.cpu().numpy()
+        found = self._engine.sum_over_ranks(flat).cpu().numpy()
         if not np.isfinite(found).all():
             raise FloatingPointError(f"step {self.version + 1}: log-probs or values of the learner are not finite")
         return Measured(found[:, 0], found[:, 1:] if num_heads else None, self.version)
 
-    def _sum_over_ranks(self, sums: dict[str, float]) -> dict[str, float]:
-        names = sorted(sums)
-        values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
-        if self.ranks > 1:
-            torch.distributed.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
-
     def _full_parameters(self) -> dict[str, Tensor]:
         """The whole policy under checkpoint names, on rank 0; the others take part where ZeRO-3 must gather."""
-        import deepspeed
-
-        named: dict[str, Tensor] = {}
         policy = self._engine.module.policy
-        for name, parameter in policy.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.settings.learners.zero_stage == 3):
-                if self.rank == 0:
-                    named[name] = parameter.detach().to("cpu", copy=True)
+        named = self._engine.gather(policy, self.rank)
         return policy.checkpoint(named) if self.rank == 0 else {}
-
-
-def _join_gang(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
-    """Set up this process for DeepSpeed without its launcher: gloo on CPU, NCCL on GPUs."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-    }
-    if not learners.gpus:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(learners.threads)
-    import deepspeed
-    import deepspeed.ops
-
-    # a shared-memory all-reduce for inference that would be compiled with g++ at every first start; unused here
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if learners.gpus else "gloo"
-    timeout = timedelta(seconds=deadline)
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)

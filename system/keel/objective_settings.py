@@ -202,7 +202,10 @@ class WeightedLikelihoodSettings(ObjectiveSection):
         " sample alone; rejection sampling; or all alike",
     )
     temperature: float = Field(1.0, gt=0, description="alpha, reward units: large stays near the samples")
-    likelihood: Literal["sum", "average"] = Field("average", description="of a completion's log-probs over its tokens")
+    likelihood: Literal["sum", "average", "token_mean"] = Field(
+        "average",
+        description="of log-probs: over a completion's tokens, or over all tokens of the step (a supervised loss)",
+    )
     rejection_temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         [1.0], min_length=1, description="eta of each stage of multi-step rejection sampling, falling"
     )

@@ -55,6 +55,7 @@ class Prompts:
                 "prompt_id": pa.array(kept, pa.int64()),
                 "prompt_tokens": pa.array(tokens, schema.TOKENS),
                 "prompt": pa.array([rows[row].text for row in kept], pa.string()),
+                "prompt_messages": pa.array([_messages(rows[row]) for row in kept], pa.string()),
                 "prompt_columns": pa.array([rows[row].further for row in kept], pa.string()),
             }
         )
@@ -98,6 +99,11 @@ class Prompts:
         columns: dict[str, Any] = {"ticket": tickets, "sample": samples.astype(np.int16), "seed": seeds}
         columns |= {name: taken.column(name) for name in taken.schema.names}
         return schema.build(schema.PROMPT, columns).replace_schema_metadata(self._metadata)
+
+
+def _messages(row: Row) -> str:
+    """Messages of a conversational prompt as JSON, [] of a plain one."""
+    return json.dumps([] if isinstance(row.prompt, str) else row.prompt, ensure_ascii=False)
 
 
 def _seed(domain: str, run_seed: int, ticket: int, sample: int) -> int:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 NATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
@@ -29,6 +29,9 @@ PROMPT = pa.schema(
         pa.field("prompt_tokens", TOKENS, metadata={"meaning": "as fed to the model"}),
         pa.field(
             "prompt", pa.string(), metadata={"meaning": "text of the prompt, the last user message if conversational"}
+        ),
+        pa.field(
+            "prompt_messages", pa.string(), metadata={"meaning": "its messages as JSON; [] where it is plain text"}
         ),
         pa.field("prompt_columns", pa.string(), metadata={"meaning": "further columns of the prompt source, as JSON"}),
         pa.field("seed", pa.int64(), metadata={"meaning": "hash(run seed, ticket, sample)"}),
@@ -128,6 +131,12 @@ def ragged(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 def lengths(batch: pa.RecordBatch, column: str) -> np.ndarray:
     return pc.list_value_length(batch.column(column)).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def completion_lengths(batch: pa.RecordBatch) -> np.ndarray:
+    """Tokens of each completion [rows], from whichever per-token column the batch has."""
+    known = next(name for name in ("completion_tokens", "completion_logprobs") if name in batch.schema.names)
+    return lengths(batch, known)
 
 
 def from_ragged(values: np.ndarray, row_lengths: np.ndarray, list_type: pa.DataType) -> pa.ListArray:

@@ -29,10 +29,13 @@ from keel.reward_settings import EnsembleSettings, RewardSettings, ShapingSettin
 from keel.section import Fraction, Section
 
 
-class RunSettings(Section):
+class RunIdentity(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="run id: label of every metric and file")
     directory: str = Field("runs/{name}", description="run directory; {name} is replaced")
     seed: int = Field(0, ge=0, lt=2**32, description="everything random is a function of this number and a ticket")
+
+
+class RunSettings(RunIdentity):
     steps: int = Field(30, ge=1, description="optimizer steps, one weight version each")
 
 

@@ -4,7 +4,7 @@ preflight ----------------> one line and exit 2, nothing written
     |
 run directory, config.yaml
     |
-Ray: generators | reference | scorers | buffer | learner ranks        (cluster.py)
+Ray: generators | reference | scorers | buffer | learner ranks        (cluster.py, gang.py)
     |   learner.load(checkpoint), buffer state, counters              only when resuming
     |   publish -> load: every generator proves its weights
     |   parity test: learner and sampler agree on the same tokens, or stop
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, evaluate, references
+from keel import checkpoint, cluster, config, durable, evaluate, gang, references
 from keel.controller import Controller, Observer, Parts
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
@@ -64,7 +64,7 @@ class Recorder(Observer):
         self.prepared, self.metrics, self.display = prepared, metrics, display
         self.directory = prepared.directory
         self.buffer: cluster.RemoteBuffer | None = None
-        self.learner: cluster.Gang | None = None
+        self.learner: gang.LearnerGang | None = None
         self.reference: cluster.ScorerPool | None = None
         self.finished = False
 
@@ -172,7 +172,7 @@ async def _train(prepared: Prepared, recorder: Recorder, saved: str | None, stat
     given = prepared.given()
     generators = cluster.generators(settings, prepared.policy_folder, given)
     scorers = cluster.scorers(settings, prepared.reference_folder)
-    learner = cluster.Gang(settings, prepared.policy_folder, prepared.learner_folders)
+    learner = gang.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
     buffer = cluster.RemoteBuffer(settings, str(prepared.directory), state["buffer"] if state else {})
     async with asyncio.timeout(settings.deadlines.start_seconds):
         await asyncio.gather(generators.pool.ready(), learner.ready(), *(scorer.pool.ready() for scorer in scorers))

@@ -25,6 +25,7 @@ def prompts() -> object:
         "prompt_id": list(range(ROWS)),
         "prompt_tokens": [[3 + row, 20, 30 + row, 40] for row in range(ROWS)],
         "prompt": ["x"] * ROWS,
+        "prompt_messages": ["[]"] * ROWS,
         "prompt_columns": ["{}"] * ROWS,
         "seed": [1000 + row for row in range(ROWS)],
     }

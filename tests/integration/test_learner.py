@@ -77,6 +77,7 @@ def rollouts(step: int, vocabulary: int = 300) -> pa.RecordBatch:
             "prompt_id": tickets,
             "prompt_tokens": [prompts[ticket] for ticket in tickets],
             "prompt": ["p"] * rows,
+            "prompt_messages": ["[]"] * rows,
             "prompt_columns": ["{}"] * rows,
             "seed": np.arange(rows),
         },
@@ -103,15 +104,15 @@ def rollouts(step: int, vocabulary: int = 300) -> pa.RecordBatch:
 
 def train(folder: Path, ranks: int, **learners: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights after STEPS steps of a gang, and what each step reported."""
-    from keel import cluster
+    from keel import gang
 
     chosen = settings(count=ranks, **learners)
-    gang = cluster.Gang(chosen, str(folder))
-    reports = [ray.get([rank.step.remote(rollouts(step)) for rank in gang.ranks])[0] for step in range(STEPS)]
-    answers = [rank.publish.options(num_returns=2).remote() for rank in gang.ranks]
+    learner = gang.LearnerGang(chosen, str(folder))
+    reports = [ray.get([rank.step.remote(rollouts(step)) for rank in learner.ranks])[0] for step in range(STEPS)]
+    answers = [rank.publish.options(num_returns=2).remote() for rank in learner.ranks]
     ray.get([receipt for _, receipt in answers])
     named = {name: tensor.clone() for name, tensor in weights.unpack(ray.get(answers[0][0]))}
-    for rank in gang.ranks:
+    for rank in learner.ranks:
         ray.kill(rank)
     return named, [dict(report.metrics) for report in reports]
 

@@ -15,7 +15,7 @@ import ray
 import yaml
 from arms import ARMS, CRITIC_ARMS
 
-from keel import cluster, config, doctor, models
+from keel import cluster, config, doctor, gang, models
 from keel.controller import Controller, Observer, Parts
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -60,7 +60,7 @@ class Stack:
     async def train(self, name: str) -> list[float]:
         """Rewards of STEPS steps from the start model."""
         settings, directory = self.settings(EVERY[name]), self.folder / name
-        learner = cluster.Gang(settings, str(self.model))
+        learner = gang.LearnerGang(settings, str(self.model))
         await learner.ready()
         curve = Curve()
         parts = Parts(

@@ -103,7 +103,7 @@ class LogitsConvexity(Objective):
         self.vocabulary = ConvexTerm(self.by)
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
-        lengths = schema.lengths(batch, "completion_logprobs")
+        lengths = schema.completion_lengths(batch)
         tickets = batch.column("ticket").to_numpy()
         kl = schema.row_sums(self.penalty(batch, measured), lengths)
         bonus = schema.row_sums(self.bonus(batch, measured), lengths)

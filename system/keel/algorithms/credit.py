@@ -75,8 +75,8 @@ class Rows:
     """fp32 [B] completion tokens."""
     row_of_item: Tensor
     """int64 [N]."""
-    sampler: Tensor
-    """fp32 [N] log-probs under the sampler, mu."""
+    sampler: Tensor | None
+    """fp32 [N] log-probs under the sampler, mu; None: nobody sampled these completions."""
     old: Tensor | None = None
     """fp32 [N] log-probs under the learner when the step began; None: the current ones, detached."""
     reference: Tensor | None = None

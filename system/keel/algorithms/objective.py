@@ -71,7 +71,7 @@ class Objective:
 
         Raises ValueError unless there is one finite advantage a token.
         """
-        credit = self.weigh(batch, measured).checked(int(schema.lengths(batch, "completion_logprobs").sum()))
+        credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
         own = {name: float(values.mean()) for name, values in self.own_terms(batch).items()}
         terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **own}} if own else {}
         selected = self.selected(batch, measured.version)
@@ -115,6 +115,7 @@ class Objective:
             return outputs.vocabulary
         assert rows.reference is not None
         if self.kl.importance_weighted:
+            assert rows.sampler is not None
             cap = getattr(self.settings.objective, "correction_cap", regularisers.MAX_WEIGHT)
             return regularisers.weighted_kl(self.kl.estimator, outputs.logprobs, rows.reference, rows.sampler, cap)
         return regularisers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
@@ -139,7 +140,7 @@ class Objective:
         """Training reward of each row after shaping, float64 [rows]."""
         raw = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
         by = self.settings.shaping
-        return shape(raw, schema.lengths(batch, "completion_logprobs"), finished(batch), self.max_tokens, by)
+        return shape(raw, schema.completion_lengths(batch), finished(batch), self.max_tokens, by)
 
     def penalty(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """KL term of the reward at each token: coefficient * (log pi - log ref), float64 [tokens]; 0 where none is.
@@ -180,7 +181,7 @@ class Objective:
     def regularised_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """Reward of each row with every regulariser that lives in it: KL, entropy, own terms. float64 [rows]."""
         by_token = self.bonus(batch, measured) - self.penalty(batch, measured)
-        rows = schema.row_sums(by_token, schema.lengths(batch, "completion_logprobs"))
+        rows = schema.row_sums(by_token, schema.completion_lengths(batch))
         return self.rewards(batch) + rows + sum(self.own_terms(batch).values())
 
     @staticmethod
@@ -200,10 +201,12 @@ class Objective:
         if not isinstance(self.vocabulary, regularisers.ExactKL):
             return None
         seeds = batch.column("seed").to_numpy()
-        return self.vocabulary.select(seeds, schema.lengths(batch, "completion_logprobs"), version)
+        return self.vocabulary.select(seeds, schema.completion_lengths(batch), version)
 
     def adapt(self, batch: pa.RecordBatch) -> None:
         """Move the coefficients by what the step's samples say. Called once a step, with the same batch everywhere."""
+        if "completion_logprobs" not in batch.schema.names:  # of an offline stage: nobody sampled them
+            return
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         surprise = -schema.row_sums(logprobs, lengths)
         kl = np.zeros(len(lengths))

@@ -178,6 +178,7 @@ class PolicyGradient(Objective):
     def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
         logprobs = outputs.logprobs
         old = logprobs.detach() if rows.old is None else rows.old
+        assert rows.sampler is not None
         weight, clamped_weights = self._importance_weight(old - rows.sampler, rows)
         terms, clipped, clamped = self._terms_of(logprobs - old, weight, rows)
         num_terms = credit.num_tokens if self.by.level == "token" else credit.num_rows

@@ -159,7 +159,7 @@ class Preference(Objective):
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         assert measured.logprobs is not None
-        lengths = schema.lengths(batch, "completion_logprobs")
+        lengths = schema.completion_lengths(batch)
         candidates = self._candidates(batch, lengths)
         rows = self._sequences(batch, measured.logprobs, candidates)
         pairs = self._pairs(candidates)

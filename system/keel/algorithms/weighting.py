@@ -64,7 +64,7 @@ class WeightedLikelihood(Objective):
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         rewards, tickets = self.rewards(batch), batch.column("ticket").to_numpy()
-        lengths = schema.lengths(batch, "completion_logprobs")
+        lengths = schema.completion_lengths(batch)
         weights, effective, best, accepted = np.zeros(len(rewards)), [], [], []
         for ticket in np.unique(tickets):
             rows = np.flatnonzero(tickets == ticket)
@@ -73,7 +73,8 @@ class WeightedLikelihood(Objective):
             effective.append(effective_samples(weights[rows]))
             best.append(rewards[rows].max())
         weights *= len(weights) / weights.sum()  # rejection keeps different numbers of each prompt's
-        per_token = np.repeat(weights / (lengths if self.by.likelihood == "average" else 1.0), lengths)
+        share = {"sum": 1.0, "average": 1 / lengths, "token_mean": len(lengths) / lengths.sum()}[self.by.likelihood]
+        per_token = np.repeat(weights * share, lengths)
         group = len(rewards) / len(best)
         return Credit(
             advantages=per_token,

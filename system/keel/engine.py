@@ -1,0 +1,113 @@
+"""One rank of a gang around a torch module: joined, optimised by DeepSpeed, gathered. Every learner has one.
+
+All methods are collective: every rank must call them alike.
+"""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keel.actor_settings import LearnerSettings
+from keel.optimisation import engine_config, learning_rate
+
+
+class Engine:
+    """Backward passes add up until `update`; shares of the loss add up over ranks."""
+
+    def __init__(self, learners: LearnerSettings, ranks: int, steps: int) -> None:
+        self.learners, self.ranks, self.steps = learners, ranks, steps
+        self.device = torch.device("cuda", 0) if learners.gpus else torch.device("cpu")
+        self._engine: Any = None
+        self._factors: list[float] = []
+
+    def drive(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Train this module from now on; parameter groups keep their rates' ratio to `learners.learning_rate`."""
+        import deepspeed
+
+        self._factors = [group["lr"] / self.learners.learning_rate for group in optimizer.param_groups]
+        self._engine = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(self.learners))[0]
+        self._engine.train()
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def set_rate(self, version: int) -> float:
+        """The learning rate of the step that starts from this version."""
+        rate = learning_rate(self.learners, version, self.steps)
+        for group, factor in zip(self._engine.optimizer.param_groups, self._factors, strict=False):
+            group["lr"] = rate * factor
+        return rate
+
+    def backward(self, share: Tensor, *, real: bool) -> None:
+        """Add the gradient of a share of the loss; a filler's weighs nothing."""
+        # DeepSpeed averages gradients over ranks, while shares of the loss add up
+        self._engine.backward(share * (self.ranks if real else 0.0), scale_wrt_gas=False)
+
+    def update(self) -> float:
+        """Clip, move the weights; the global gradient norm before clipping."""
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Add the ranks' tensors up, in place."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def sum_named(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Numbers by name, added over ranks in float64."""
+        names = sorted(sums)
+        values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
+        return dict(zip(names, self.sum_over_ranks(values).tolist(), strict=True))
+
+    def gather(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
+        """All parameters under the module's names, on the CPU of rank 0; the others take part where ZeRO-3 must."""
+        import deepspeed
+
+        named: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.learners.zero_stage == 3):
+                if rank == 0:
+                    named[name] = parameter.detach().to("cpu", copy=True)
+        return named
+
+    def save(self, directory: str, version: int) -> None:
+        """Write `learner/`: optimizer and weights, every rank its shard."""
+        self._engine.save_checkpoint(f"{directory}/learner", tag="state", client_state={"version": version})
+
+    def load(self, directory: str) -> int:
+        """Continue from `save`'s output at the same number of ranks; its version."""
+        path, client_state = self._engine.load_checkpoint(f"{directory}/learner", tag="state")
+        assert path is not None, directory
+        return client_state["version"]
+
+
+def join_gang(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
+    """Set up this process for DeepSpeed without its launcher: gloo on CPU, NCCL on GPUs."""
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": "0",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
+    if not learners.gpus:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(learners.threads)
+    import deepspeed
+    import deepspeed.ops
+
+    # a shared-memory all-reduce for inference that would be compiled with g++ at every first start; unused here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if learners.gpus else "gloo"
+    timeout = timedelta(seconds=deadline)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)

@@ -1,0 +1,192 @@
+"""Settings of the stages around online training: supervised, preference and reward-model training, labels.
+
+A stage trains on rows that come with their completions. `learning()` of each gives the settings of the learner it
+runs on: those of a run whose completions are all stored.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from keel.actor_settings import (
+    BufferSettings,
+    ClusterSettings,
+    DeadlineSettings,
+    GeneratorSettings,
+    LearnerSettings,
+    ReferenceSettings,
+    WorkerSettings,
+)
+from keel.objective_settings import PairSettings, PreferenceSettings
+from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
+from keel.regulariser_settings import RegulariserSettings
+from keel.reward_settings import EnsembleSettings, RewardSettings
+from keel.section import Fraction, Section
+from keel.settings import CheckpointSettings, FailureSettings, MetricsSettings, RunIdentity, Settings
+
+
+class CompletionSettings(Section):
+    """What a row must hold to be trained on."""
+
+    max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
+    unusable: Literal["drop", "refuse"] = Field(
+        "drop",
+        description="rows with an empty or too long completion, or whose completions are equal: dropped and counted by"
+        " reason, or refused with the first one's place",
+    )
+
+
+class TrainingSettings(Section):
+    """How long, and on how much at a time."""
+
+    rows_per_step: int = Field(32, ge=1, description="pairs or demonstrations a step trains on")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="end after so many steps at the latest")
+    evaluate_every_steps: int = Field(0, ge=0, description="held-out loss; 0: before the first and after the last")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="end after so many evaluations without a lower held-out loss; keep the best; 0: never",
+    )
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> Self:
+        if self.patience and not self.evaluate_every_steps:
+            raise ValueError(
+                f"patience={self.patience}: counts evaluations, but evaluate_every_steps=0; expected a number of steps"
+            )
+        return self
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps for so many training rows, at least one."""
+        steps = max(1, round(rows * self.epochs / self.rows_per_step))
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+
+class StageSettings(Section):
+    """What every stage that trains shares."""
+
+    run: RunIdentity = RunIdentity()
+    policy: PolicySettings
+    prompts: PromptSettings
+    completions: CompletionSettings = CompletionSettings()
+    training: TrainingSettings = TrainingSettings()
+    learners: LearnerSettings = LearnerSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings(every_steps=0)
+    metrics: MetricsSettings = MetricsSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+
+    @property
+    def run_directory(self) -> str:
+        return self.run.directory.replace("{name}", self.run.name)
+
+    def _learning(self, samples: int, steps: int, **blocks: Any) -> Settings:
+        """Settings of a run on stored completions, `samples` a row."""
+        own = {name: getattr(self, name) for name in _SHARED}
+        return Settings(
+            run={**self.run.model_dump(), "steps": steps},
+            sampling=SamplingSettings(
+                samples_per_prompt=samples, max_tokens=self.completions.max_tokens, stored_ratio=1.0
+            ),
+            buffer=BufferSettings(groups_per_step=self.training.rows_per_step),
+            rewards=[RewardSettings(name="label", kind="stored")],
+            **{**own, **blocks},
+        )
+
+
+class SupervisedSettings(StageSettings):
+    """`keel sft`: likelihood of demonstrations. Loss: -log pi averaged over all completion tokens of a step."""
+
+    def learning(self, steps: int) -> Settings:
+        objective = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
+        return self._learning(1, steps, objective=objective, regulariser=_NO_KL, reference=None)
+
+
+class PreferSettings(StageSettings):
+    """`keel prefer`: the DPO family on stored pairs or rankings."""
+
+    objective: PreferenceSettings = PreferenceSettings(kind="preference")
+    regulariser: RegulariserSettings = RegulariserSettings(kl={"coefficient": 0.0})
+    reference: ReferenceSettings = Field(
+        ReferenceSettings(), description="read also by losses that need none: log-ratios are how displacement is seen"
+    )
+    samples: int = Field(2, ge=2, description="completions of a row: 2 for chosen and rejected, more for rankings")
+
+    def learning(self, steps: int) -> Settings:
+        blocks = {"objective": self.objective, "regulariser": self.regulariser, "reference": self.reference}
+        return self._learning(self.samples, steps, **blocks)
+
+
+class CentreSettings(Section):
+    """Bradley-Terry scores have no zero: which completions score 0 on average afterwards."""
+
+    rows: Literal["all", "chosen", "rejected", "none"] = Field("all", description="of the training pairs")
+    source: str | None = Field(
+        None, description="prompt-completion rows that score 0 instead (demonstrations); forms as prompts.source"
+    )
+
+
+class MemberSettings(Section):
+    """An ensemble of reward models."""
+
+    count: int = Field(1, ge=1, description="members: other seeds of head and order")
+    bootstrap: bool = Field(True, description="each of several members draws its pairs with replacement")
+
+
+class RewardModelSettings(StageSettings):
+    """`keel reward`: -log sigma(r_chosen - r_rejected - margin), averaged over the pairs of a step."""
+
+    policy: PolicySettings = Field(description="trunk: a language model (score read at the last token) or an encoder")
+    completions: CompletionSettings = CompletionSettings(max_tokens=512)
+    members: MemberSettings = MemberSettings()
+    margin: float = Field(0.0, ge=0, description="subtracted from every pair's difference")
+    margin_column: str | None = Field(None, description="column of the source with a margin of each pair (Llama 2)")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong")
+    centre_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
+    centre: CentreSettings = CentreSettings()
+
+
+class NoiseSettings(Section):
+    """Wrong labels on purpose: what a judge of people would bring."""
+
+    flip_ratio: Fraction = Field(0.0, description="share of pairs whose labels are exchanged, drawn from run.seed")
+    temperature: float = Field(
+        0.0, ge=0, description="> 0: the better wins with probability sigma(difference / temperature); 0: always"
+    )
+
+
+class LabelSettings(Section):
+    """`keel label`: preference pairs from sampled completions and a judge."""
+
+    run: RunIdentity = RunIdentity(name="label")
+    runs: list[str] = Field([], description="run directories whose rollouts are labelled; empty: sample from prompts")
+    policy: PolicySettings | None = Field(None, description="samples the completions; null with `runs`")
+    prompts: PromptSettings | None = Field(None, description="null with `runs`")
+    sampling: SamplingSettings = SamplingSettings()
+    max_prompts: int | None = Field(None, ge=1, description="the first so many of the shuffled prompts; null: all")
+    judge: RewardSettings = Field(description="a reward; its score orders the completions")
+    pairs: PairSettings = PairSettings()
+    truncated: Literal["keep", "drop"] = Field(
+        "keep",
+        description="completions cut at the budget: kept and marked (nobody trains an end behind them), or not",
+    )
+    noise: NoiseSettings = NoiseSettings()
+    reference: ReferenceSettings | None = None
+    ensemble: EnsembleSettings = EnsembleSettings()
+    generators: GeneratorSettings = GeneratorSettings()
+    scorers: WorkerSettings = WorkerSettings(threads=1)
+    failures: FailureSettings = FailureSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+
+    @model_validator(mode="after")
+    def _comes_from_somewhere(self) -> Self:
+        sampled = self.policy is not None and self.prompts is not None
+        if bool(self.runs) == sampled:
+            raise ValueError(f"runs={self.runs}: expected run directories, or policy and prompts, and not both")
+        return self
+
+
+_SHARED = ("policy", "prompts", "learners", "metrics", "cluster", "deadlines")
+_NO_KL = RegulariserSettings(kl={"coefficient": 0.0})
