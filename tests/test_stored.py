@@ -62,11 +62,11 @@ def test_tokens_end_with_the_end_token_and_the_budget() -> None:
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"other": 1}, "line 3 has no completions; sampling.stored_ratio expects columns chosen and rejected"),
+        ({"other": 1}, "line 3 has no completions; expected columns chosen and rejected"),
         ({"responses": ["a", "b"]}, "line 3 has no completions"),
         (
             {"responses": ["a", "b", "c"], "rewards": [1, 2, 3]},
-            "sampling.samples_per_prompt=2: line 3 has 3 completions",
+            "line 3 has 3 completions and 3 rewards; expected 2 of each",
         ),
         ({"responses": ["a", "b"], "rewards": [1]}, "line 3 has 2 completions and 1 rewards"),
         ({"chosen": " ", "rejected": "b"}, "line 3 has an empty completion"),

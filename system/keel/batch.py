@@ -90,19 +90,26 @@ def plan(batch: pa.RecordBatch, ranks: int, budget: Budget) -> Plan:
     total = np.array([prompts[unit[0]] + completions[unit].sum() for unit in units])
     if budget.packed_tokens:
         units, total = _packed(units, total, budget.packed_tokens, ranks)
-    order = np.argsort(-total, kind="stable")
-    turns = np.arange(len(order)) % (2 * ranks)
-    owner = np.minimum(turns, 2 * ranks - 1 - turns)
-    per_rank = [_pack(order[owner == rank], total, budget.tokens_per_batch) for rank in range(ranks)]
-    count = max(len(batches) for batches in per_rank)
-    padded = [
-        [[units[index] for index in numbers] for numbers in batches + [batches[-1][:1]] * (count - len(batches))]
-        for batches in per_rank
-    ]
-    real = [[index < len(batches) for index in range(count)] for batches in per_rank]
+    per_rank, real = share_out(total, ranks, budget.tokens_per_batch)
+    count = len(real[0])
+    padded = [[[units[index] for index in numbers] for numbers in batches] for batches in per_rank]
     items = [[sum(int(completions[unit].sum()) for unit in micro) for micro in batches] for batches in padded]
     chunks = [-(-max(rank_items[index] for rank_items in items) // budget.head_chunk_tokens) for index in range(count)]
     return Plan(padded, real, chunks)
+
+
+def share_out(total: np.ndarray, ranks: int, tokens_per_batch: int) -> tuple[list[list[np.ndarray]], list[list[bool]]]:
+    """[rank][micro-batch] numbers of sequences, and whether it is real; `total` [U] tokens of each sequence.
+
+    Longest first and back and forth between ranks; equally many micro-batches each, the missing ones filler.
+    """
+    order = np.argsort(-total, kind="stable")
+    turns = np.arange(len(order)) % (2 * ranks)
+    owner = np.minimum(turns, 2 * ranks - 1 - turns)
+    per_rank = [_pack(order[owner == rank], total, tokens_per_batch) for rank in range(ranks)]
+    count = max(len(batches) for batches in per_rank)
+    real = [[index < len(batches) for index in range(count)] for batches in per_rank]
+    return [batches + [batches[-1][:1]] * (count - len(batches)) for batches in per_rank], real
 
 
 def _units(tickets: np.ndarray, prompts: np.ndarray, completions: np.ndarray, limit: int) -> list[Unit]:

@@ -44,6 +44,8 @@ class Row:
     """Text, or messages with the system message in front."""
     further: str
     """All columns but `prompts.column` as a JSON object, the same keys in every row."""
+    conversational: bool = False
+    """The source gives messages, not text."""
 
     @property
     def text(self) -> str:
@@ -70,6 +72,7 @@ def read(prompts: PromptSettings) -> list[Row]:
             place,
             _prompt(columns.get(column), f"{place}: column {column}", column == prompts.column, prompts),
             _as_json({name: columns.get(name) for name in further}, place, prompts),
+            isinstance(columns.get(column), list),
         )
         for place, columns in raw
     ]

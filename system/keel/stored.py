@@ -1,8 +1,9 @@
-"""Completions that come with the prompts: offline preference data and scored samples, as rollouts like any other.
+"""Completions that come with the prompts: demonstrations, preference data, scored samples, as rollouts like any other.
 
-A row of the prompt source holds `chosen` and `rejected` (TRL), or `responses` and `rewards` (two lists, RLHFlow).
-Texts, or conversations of which the last message counts. The generators still take part: they say how likely the
-policy of now finds these tokens, so KL, staleness and the parity gap mean what they mean online.
+A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
+demonstration: `completion`, or the last message of `messages`. Texts, or conversations of which the last message
+counts. In an online run the generators still take part: they say how likely the policy of now finds these tokens, so
+KL, staleness and the parity gap mean what they mean online.
 """
 
 import json
@@ -21,13 +22,30 @@ NAME = "stored"
 
 def completions(columns: Mapping[str, Any]) -> list[str]:
     """Texts of one row, chosen before rejected. Raises KeyError or TypeError when the columns are not there."""
-    texts = [columns["chosen"], columns["rejected"]] if "chosen" in columns else columns["responses"]
-    return [text if isinstance(text, str) else text[-1]["content"] for text in texts]
+    return [text if isinstance(text, str) else text[-1]["content"] for text in _given(columns)]
+
+
+def _given(columns: Mapping[str, Any]) -> list[Any]:
+    """Texts or conversations of one row, as the source has them."""
+    if "chosen" in columns:
+        return [columns["chosen"], columns["rejected"]]
+    if "responses" in columns:
+        return columns["responses"]
+    return [columns["completion"] if "completion" in columns else columns["messages"]]
+
+
+def finished(columns: Mapping[str, Any]) -> list[bool]:
+    """Whether each completion of a row ended by itself: all, but those that `keel label` marked as cut."""
+    if "chosen" in columns:
+        return [columns.get("chosen_finished") is not False, columns.get("rejected_finished") is not False]
+    return [True] * len(_given(columns))
 
 
 def rewards(columns: Mapping[str, Any]) -> list[float]:
     """Rewards of one row: its own, or 1 for chosen and 0 for rejected."""
-    return [1.0, 0.0] if "chosen" in columns else [float(value) for value in columns["rewards"]]
+    if "chosen" in columns:
+        return [1.0, 0.0]
+    return [float(value) for value in columns["rewards"]] if "responses" in columns else [0.0]
 
 
 def is_stored(ticket: int, ratio: float) -> bool:
@@ -50,16 +68,21 @@ class StoredCompletions:
         """
         if (prompts.schema.metadata or {}).get(b"keel.held_out"):
             return None
-        names = ("ticket", "sample", "prompt_columns")
-        rows = zip(*(prompts.column(name).to_pylist() for name in names), strict=True)
-        return [
-            self._tokens(completions(json.loads(columns))[sample]) if is_stored(ticket, self.ratio) else []
-            for ticket, sample, columns in rows
-        ]
+        own = [is_stored(ticket, self.ratio) for ticket in prompts.column("ticket").to_pylist()]
+        return [tokens if stored else [] for tokens, stored in zip(self.tokens(prompts), own, strict=True)]
 
-    def _tokens(self, text: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, *self.end][: self.sampling.max_tokens]
+    def tokens(self, prompts: pa.RecordBatch) -> list[list[int]]:
+        """Tokens of each row's completion, cut at the budget; an end token behind those that ended."""
+        rows = zip(prompts.column("prompt_columns").to_pylist(), prompts.column("sample").to_pylist(), strict=True)
+        return [self.encode(json.loads(columns))[sample] for columns, sample in rows]
+
+    def encode(self, columns: Mapping[str, Any]) -> list[list[int]]:
+        """Tokens of every completion of one row, cut at the budget."""
+        pairs = zip(completions(columns), finished(columns), strict=True)
+        return [[*self._ids(text), *(self.end if ended else [])][: self.sampling.max_tokens] for text, ended in pairs]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def check(rows: Sequence[Row], samples: int, source: str) -> None:
@@ -67,21 +90,45 @@ def check(rows: Sequence[Row], samples: int, source: str) -> None:
 
     Raises ConfigError naming the first row that has not.
     """
+    _check_shape(rows, samples, source)
+    for row in rows:
+        if problem := unusable(json.loads(row.further)):
+            raise ConfigError(f"prompts.source={source}: {row.place} has {problem}; expected different texts")
+
+
+def _check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
+    """Completions are there, as many as wanted, and all of one form. Raises ConfigError."""
+    forms: dict[tuple[bool, bool], str] = {}
     for row in rows:
         columns = json.loads(row.further)
         try:
             texts, values = completions(columns), rewards(columns)
+            conversation = not isinstance(_given(columns)[0], str)
         except (KeyError, TypeError, IndexError, ValueError):
             raise ConfigError(
-                f"prompts.source={source}: {row.place} has no completions; sampling.stored_ratio expects columns chosen"
-                " and rejected, or responses and rewards"
+                f"prompts.source={source}: {row.place} has no completions; expected columns chosen and rejected,"
+                " responses and rewards, completion, or messages that end with an assistant's"
             ) from None
         if len(texts) != samples or len(values) != samples:
             raise ConfigError(
-                f"sampling.samples_per_prompt={samples}: {row.place} has {len(texts)} completions and {len(values)}"
-                " rewards; expected as many of each"
+                f"prompts.source={source}: {row.place} has {len(texts)} completions and {len(values)} rewards;"
+                f" expected {samples} of each (sampling.samples_per_prompt)"
             )
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ConfigError(f"prompts.source={source}: {row.place} has an empty completion; expected text")
-        if len(set(texts)) < samples:
-            raise ConfigError(f"prompts.source={source}: {row.place} has equal completions; expected different ones")
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"prompts.source={source}: {row.place} has a completion that is no text; expected text")
+        forms.setdefault((row.conversational, conversation), row.place)
+    if len(forms) > 1:
+        (one, first), (_, second) = list(forms.items())[:2]
+        kinds = ["messages" if any(one) else "plain text", "plain text" if any(one) else "messages"]
+        raise ConfigError(
+            f"prompts.source={source}: {first} is {kinds[0]}, {second} is of another form ({kinds[1]} in prompt or"
+            " completion); expected one form in all rows"
+        )
+
+
+def unusable(columns: Mapping[str, Any]) -> str | None:
+    """Why nobody should train on this row: an empty completion, or equal ones. None: it is fine."""
+    texts = [text.strip() for text in completions(columns)]
+    if not all(texts):
+        return "an empty completion"
+    return "equal completions" if len(set(texts)) < len(texts) else None
