@@ -24,6 +24,7 @@ LAYERS = [
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn"],
     ["evaluate", "preflight", "controller"],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
+    ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood"))],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from keel import durable
 
 
@@ -74,13 +72,7 @@ def _digests(folder: Path) -> dict[str, str]:
     """xxh3-128 of every file but the manifest and the marker."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {
-        str(path.relative_to(folder)): _digest(path) for path in files if path.name not in ("MANIFEST.json", "COMMIT")
+        str(path.relative_to(folder)): durable.digest(path)
+        for path in files
+        if path.name not in ("MANIFEST.json", "COMMIT")
     }
-
-
-def _digest(path: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            hasher.update(block)
-    return hasher.hexdigest()

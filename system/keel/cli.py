@@ -9,7 +9,9 @@ import typer
 from rich.console import Console
 
 from keel import __version__, config
+from keel.section import Section
 from keel.settings import Settings
+from keel.stage_settings import PreferSettings, SupervisedSettings
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -21,23 +23,42 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 INTERRUPTED = 130
 
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as a.b=c", show_default=False)]
+Address = Annotated[str | None, typer.Option(help="Ray address to join; default: an embedded Ray")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")]
 
 
 @app.command()
-def train(
-    config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")],
-    overrides: Overrides = None,
-    address: Annotated[str | None, typer.Option(help="Ray address to join; default: an embedded Ray")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")] = False,
-) -> None:
+def train(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
     """Run online training. On the run directory of an unfinished run of the same settings, go on from there."""
-    extra = [f"cluster.address={address}"] if address else []
-    settings = config.load(config_path, [*(overrides or []), *extra])
-    if dry_run:
-        typer.echo(config.dump(settings), nl=False)
+    settings = config.load(config_path, _with(overrides, address))
+    if not _shown(settings, dry_run):
+        _train(settings, config_path)
+
+
+@app.command()
+def sft(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
+    """Supervised fine-tuning on demonstrations: the loss of completions alone."""
+    settings = config.load_as(SupervisedSettings, config_path, _with(overrides, address))
+    if not _shown(settings, dry_run):
+        _likelihood(settings)
+
+
+@app.command()
+def prefer(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
+    """Train on preferences: stored pairs, or (a configuration with `rewards`) pairs of samples, scored and selected."""
+    changes = _with(overrides, address)
+    if "rewards" in config.read(config_path, changes):
+        online = config.load(config_path, changes)
+        if online.objective.kind != "preference":
+            raise config.ConfigError(f"objective.kind={online.objective.kind}: keel prefer expected preference")
+        if not _shown(online, dry_run):
+            _train(online, config_path)
         return
-    _train(settings, config_path)
+    settings = config.load_as(PreferSettings, config_path, changes)
+    if not _shown(settings, dry_run):
+        _likelihood(settings)
 
 
 @app.command()
@@ -76,6 +97,32 @@ def doctor(
 
     if not checks.run(console, as_json=as_json, self_test=self_test):
         raise typer.Exit(1)
+
+
+def _with(overrides: list[str] | None, address: str | None) -> list[str]:
+    return [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
+
+
+def _shown(settings: Section, dry_run: bool) -> bool:
+    """Print the resolved settings where that is all that was asked for."""
+    if dry_run:
+        typer.echo(config.dump(settings), nl=False)
+    return dry_run
+
+
+def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
+    from keel import quiet
+
+    quiet.libraries()
+    from keel import progress, summary
+    from keel.stages import likelihood
+
+    prepared = likelihood.prepare(settings)
+    steps = prepared.learning.run.steps
+    with progress.display(console, steps, prepared.columns) as display:
+        display.note(f"keel {__version__}: {settings.run.name}, {prepared.name}, {steps} steps, {prepared.rows.counts}")
+        done = likelihood.run(prepared, display)
+    summary.show_stage(console, prepared.directory, done)
 
 
 def _train(settings: Settings, config_path: str) -> None:

@@ -91,6 +91,11 @@ class Pool:
         """All constructors are done. Raises their error, or WorkerLost."""
         await asyncio.gather(*(self._started(worker) for worker in self._workers))
 
+    def stop(self) -> None:
+        """End all workers: what comes next needs their memory."""
+        for worker in self._workers:
+            ray.kill(worker, no_restart=True)
+
     async def _started(self, worker: ActorHandle) -> None:
         try:
             async with asyncio.timeout(self._start_seconds):
@@ -217,23 +222,24 @@ def generators(settings: Settings, folder: str, given: Given | None = None) -> G
     )
 
 
+def reference(settings: Settings, folder: str) -> ScorerPool:
+    """The frozen reference policy."""
+    by, temperature = settings.reference, settings.sampling.temperature
+    assert by is not None
+    spawn = _spawner(ReferenceScorer, by, lambda index: (folder, by, temperature, f"reference-{index}"))
+    return ScorerPool(_pool("reference", spawn, by.count, settings), settings.deadlines.score_seconds)
+
+
 def scorers(settings: Settings, reference_folder: str | None) -> list[ScorerPool]:
     """The reference policy first: rewards may read its log-probs."""
-    pools = []
-    reference = settings.reference
-    if reference and reference_folder:
-        temperature = settings.sampling.temperature
-        spawn = _spawner(
-            ReferenceScorer, reference, lambda index: (reference_folder, reference, temperature, f"reference-{index}")
-        )
-        pools.append(_pool("reference", spawn, reference.count, settings))
+    pools = [reference(settings, reference_folder)] if settings.reference and reference_folder else []
     spawn = _spawner(
         RewardScorer,
         settings.scorers,
         lambda index: (settings.rewards, settings.ensemble, settings.scorers.threads, f"scorer-{index}"),
     )
-    pools.append(_pool("scorer", spawn, settings.scorers.count, settings))
-    return [ScorerPool(pool, settings.deadlines.score_seconds) for pool in pools]
+    scorer = _pool("scorer", spawn, settings.scorers.count, settings)
+    return [*pools, ScorerPool(scorer, settings.deadlines.score_seconds)]
 
 
 def _pool(role: str, spawn: Spawn, count: int, settings: Settings) -> Pool:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 
 def write(path: Path, content: Any) -> None:
     """Put bytes at a path so that a reader sees the old file, no file, or all of it."""
@@ -47,6 +49,15 @@ def keep_steps(path: Path, last_step: int) -> None:
     lines = [line for line in read_json_lines(path) if line["step"] <= last_step]
     if path.exists():
         write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def digest(path: Path) -> str:
+    """xxh3-128 of a file, read in pieces."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def sync_directory(directory: Path) -> None:

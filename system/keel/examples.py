@@ -44,6 +44,11 @@ def chatterbot_pairs() -> list[dict[str, str]]:
     return [row for row in rows if row["chosen"] != row["rejected"]]
 
 
+def chatterbot_demonstrations() -> list[dict[str, str]]:
+    """Prompt-completion rows: an opening line and its answer, where it has one."""
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in chatterbot_pairs()]
+
+
 def _dialogues() -> Iterator[tuple[str, list[str]]]:
     """Topic and lines of every English dialogue of chatterbot-corpus."""
     package = importlib.util.find_spec("chatterbot_corpus")

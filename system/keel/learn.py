@@ -138,6 +138,11 @@ class DeepSpeedLearner:
         difference = np.abs(logprobs - sampler)
         return {"gap_mean_nats": float(difference.mean()), "gap_max_nats": float(difference.max())}
 
+    def assess(self, batch: pa.RecordBatch) -> dict[str, float]:
+        """What the objective says of held-out rows under the current weights; nothing is learned."""
+        measured = self._measure(batch, self._plan(batch), frozenset({"logprobs"}))
+        return self.objective.assess(self.objective.visible(batch), measured)
+
     def publish(self) -> tuple[Weights | None, LoadReceipt | None]:
         """The current policy as one buffer and its proof, on rank 0; the others take part in gathering."""
         started = time.monotonic()

@@ -12,11 +12,13 @@ import pyarrow as pa
 import yaml
 
 from keel import config, extension, models, schema, score
+from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
-from keel.settings import Settings
+from keel.section import Section
+from keel.settings import MetricsSettings, Settings
 from keel.stored import StoredCompletions
 
 
@@ -44,8 +46,8 @@ def prepare(settings: Settings) -> Prepared:
     """Check models, prompts, rewards, port, memory and run directory. Raises ConfigError, one line."""
     directory = Path(settings.run_directory).resolve()
     check_directory(directory, settings)
-    check_port(settings)
-    check_memory(settings)
+    check_port(settings.metrics)
+    check_memory(settings.cluster)
     for reward in settings.rewards:
         check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
     kinds.build(settings)  # imports what the configuration names, and refuses what is not there
@@ -92,14 +94,14 @@ def _vocabulary(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text(encoding="utf8"))["vocab_size"])
 
 
-def check_directory(directory: Path, settings: Settings) -> None:
+def check_directory(directory: Path, settings: Section) -> None:
     """The run directory is new, or holds a run of the same settings, which then goes on."""
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
     if not stored.exists():
         return
-    other = config.digest(config.load(stored))
+    other = config.digest(config.load_as(type(settings), stored))
     if other != config.digest(settings):
         changed = config.difference(yaml.safe_load(stored.read_text()), settings)
         raise ConfigError(
@@ -107,31 +109,31 @@ def check_directory(directory: Path, settings: Settings) -> None:
         )
 
 
-def check_port(settings: Settings) -> None:
+def check_port(metrics: MetricsSettings) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((settings.metrics.host, settings.metrics.port))
+            probe.bind((metrics.host, metrics.port))
         except OSError as error:
             raise ConfigError(
-                f"metrics.port={settings.metrics.port}: cannot listen on {settings.metrics.host}"
+                f"metrics.port={metrics.port}: cannot listen on {metrics.host}"
                 f" ({error.strerror}); expected a free port, or 0 for any"
             ) from None
 
 
-def check_memory(settings: Settings) -> None:
+def check_memory(cluster: ClusterSettings) -> None:
     """Free memory, and shared memory for the embedded Ray's object store."""
     available = psutil.virtual_memory().available
-    if available < settings.cluster.min_memory_bytes:
+    if available < cluster.min_memory_bytes:
         raise ConfigError(
-            f"cluster.min_memory_bytes={settings.cluster.min_memory_bytes}: {available} bytes of memory are free;"
+            f"cluster.min_memory_bytes={cluster.min_memory_bytes}: {available} bytes of memory are free;"
             " expected at least that many"
         )
-    if settings.cluster.address is None and Path("/dev/shm").exists():
+    if cluster.address is None and Path("/dev/shm").exists():
         shared = shutil.disk_usage("/dev/shm").free
-        if shared < settings.cluster.object_store_bytes:
+        if shared < cluster.object_store_bytes:
             raise ConfigError(
-                f"cluster.object_store_bytes={settings.cluster.object_store_bytes}: /dev/shm has {shared} bytes free;"
+                f"cluster.object_store_bytes={cluster.object_store_bytes}: /dev/shm has {shared} bytes free;"
                 " expected at least that many (in Docker: --shm-size)"
             )
 

@@ -1,6 +1,7 @@
 """Progress of a run: a live table on a terminal, plain lines everywhere else."""
 
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
@@ -8,46 +9,60 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-_COLUMNS = (
-    "step",
-    "reward",
-    "KL nats",
-    "entropy",
-    "length",
-    "gap",
-    "grad",
-    "tok/s",
-    "late",
-    "wait s",
-    "train s",
-    "sync s",
-)
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
+"""What a step shows: name of the column -> text from the step's metrics."""
+
+
+def number(metric: str, form: str) -> Callable[[Mapping[str, Any]], str]:
+    """A metric in a format; a dash where the step has none."""
+    return lambda line: format(line[metric], form) if metric in line else "-"
+
+
+_STEP: Columns = {"step": lambda line: str(line["step"])}
+ONLINE: Columns = _STEP | {
+    "reward": lambda line: f"{line['reward']:+.3f} ±{line['reward_std']:.2f}",
+    "KL nats": number("kl_nats", ".2f"),
+    "entropy": number("entropy_nats", ".2f"),
+    "length": number("length_tokens", ".1f"),
+    "gap": number("gap_nats", ".3f"),
+    "grad": number("grad_norm", ".1f"),
+    "tok/s": number("generate_tokens_per_second", ".0f"),
+    "late": number("staleness_max_versions", ".0f"),
+    "wait s": number("wait_seconds", ".1f"),
+    "train s": number("step_seconds", ".1f"),
+    "sync s": number("weight_sync_seconds", ".1f"),
+}
+_OFFLINE: Columns = {
+    "length": number("length_tokens", ".1f"),
+    "grad": number("grad_norm", ".2f"),
+    "rate": number("learning_rate", ".1e"),
+    "train s": number("step_seconds", ".1f"),
+}
+SUPERVISED: Columns = _STEP | {"loss": number("loss", ".4f")} | _OFFLINE
+PREFERENCE: Columns = {
+    **_STEP,
+    "loss": number("preference_loss", ".4f"),
+    "accuracy": number("preference_accuracy_ratio", ".2f"),
+    "margin": number("implicit_margin", "+.3f"),
+    "chosen": number("chosen_log_ratio_nats", "+.2f"),
+    "rejected": number("rejected_log_ratio_nats", "+.2f"),
+    **_OFFLINE,
+}
+REWARD_MODEL: Columns = {
+    **_STEP,
+    "loss": number("loss", ".4f"),
+    "accuracy": number("preference_accuracy_ratio", ".2f"),
+    "margin": number("implicit_margin", "+.3f"),
+    **_OFFLINE,
+}
 _SHOWN_STEPS = 12
-
-
-def _cells(line: dict[str, Any]) -> list[str]:
-    """One step as text; reward with its spread over completions."""
-    return [
-        str(line["step"]),
-        f"{line['reward']:+.3f} ±{line['reward_std']:.2f}",
-        f"{line.get('kl_nats', float('nan')):.2f}",
-        f"{line['entropy_nats']:.2f}",
-        f"{line['length_tokens']:.1f}",
-        f"{line['gap_nats']:.3f}",
-        f"{line['grad_norm']:.1f}",
-        f"{line['generate_tokens_per_second']:.0f}",
-        f"{line['staleness_max_versions']:.0f}",
-        f"{line['wait_seconds']:.1f}",
-        f"{line['step_seconds']:.1f}",
-        f"{line['weight_sync_seconds']:.1f}",
-    ]
 
 
 class PlainProgress:
     """A line a step, for logs and pipes."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, steps: int, columns: Columns) -> None:
+        self.console, self.steps, self.columns = console, steps, columns
         self._started = time.monotonic()
 
     def __enter__(self) -> "PlainProgress":
@@ -63,7 +78,7 @@ class PlainProgress:
             self.note(f"{what} ...")
 
     def step(self, line: dict[str, Any]) -> None:
-        cells = dict(zip(_COLUMNS, _cells(line), strict=True))
+        cells = {name: cell(line) for name, cell in self.columns.items()}
         position = f"step {cells.pop('step')}/{self.steps}"
         elapsed = f"{time.monotonic() - self._started:.0f} s"
         self.note(f"{position}  " + "  ".join(f"{name} {value}" for name, value in cells.items()) + f"  ({elapsed})")
@@ -72,8 +87,8 @@ class PlainProgress:
 class LiveProgress:
     """The last steps as a table, redrawn, with what is going on below it."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+    def __init__(self, console: Console, steps: int, columns: Columns) -> None:
+        self.console, self.steps, self.columns = console, steps, columns
         self._lines: list[list[str]] = []
         self._doing = "starting"
         self._since = self._started = time.monotonic()
@@ -93,10 +108,10 @@ class LiveProgress:
         self._doing, self._since = what, time.monotonic()
 
     def step(self, line: dict[str, Any]) -> None:
-        self._lines.append(_cells(line))
+        self._lines.append([cell(line) for cell in self.columns.values()])
 
     def _render(self) -> Group:
-        table = Table(*_COLUMNS, box=None, pad_edge=False)
+        table = Table(*self.columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
         for cells in self._lines[-_SHOWN_STEPS:]:
@@ -109,5 +124,5 @@ class LiveProgress:
         return Group(table, Text(status))
 
 
-def display(console: Console, steps: int) -> PlainProgress | LiveProgress:
-    return LiveProgress(console, steps) if console.is_terminal else PlainProgress(console, steps)
+def display(console: Console, steps: int, columns: Columns = ONLINE) -> PlainProgress | LiveProgress:
+    return (LiveProgress if console.is_terminal else PlainProgress)(console, steps, columns)

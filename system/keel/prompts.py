@@ -6,7 +6,7 @@ an epoch from (run seed, epoch), a seed from (run seed, ticket, sample).
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +33,12 @@ class Prompts:
     mistake in the source or in the settings that concern it.
     """
 
-    def __init__(self, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
-        rows = read(settings.prompts)
-        if settings.sampling.stored_ratio > 0:
+    def __init__(
+        self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row] | None = None
+    ) -> None:
+        """`rows`: of the source, where they were read and checked before."""
+        given, rows = rows is not None, read(settings.prompts) if rows is None else list(rows)
+        if settings.sampling.stored_ratio > 0 and not given:
             stored.check(rows, settings.sampling.samples_per_prompt, settings.prompts.source)
         tokens = _tokenize(rows, settings, tokenizer)
         lengths = np.array([len(ids) for ids in tokens])
@@ -49,7 +52,7 @@ class Prompts:
 
         self._settings = settings
         self._metadata = _metadata(settings, tokenizer)
-        self._held_out, self._train = _split(tokens, settings)
+        self._held_out, self._train = split([tuple(ids) for ids in tokens], settings.prompts, settings.run.seed)
         self._rows = pa.record_batch(
             {
                 "prompt_id": pa.array(kept, pa.int64()),
@@ -76,9 +79,7 @@ class Prompts:
         assert all(ticket >= 0 for ticket in tickets), tickets
         samples = self._settings.sampling.samples_per_prompt
         count, seed = len(self._train), self._settings.run.seed
-        rows = [
-            self._train[_permutation(_TRAINING, seed, ticket // count, count)[ticket % count]] for ticket in tickets
-        ]
+        rows = [self._train[place_of(ticket, count, seed)] for ticket in tickets]
         return self._build(
             rows=np.repeat(np.array(rows, np.int64), samples),
             tickets=np.repeat(np.array(tickets, np.int64), samples),
@@ -86,10 +87,15 @@ class Prompts:
             domain="train",
         )
 
-    def held_out(self) -> pa.RecordBatch:
-        """One row a held-out prompt: ticket 0..n-1, sample 0, seeds unlike the training rows'."""
-        tickets = np.arange(len(self._held_out))
-        held_out = self._build(rows=self._held_out, tickets=tickets, samples=np.zeros_like(tickets), domain="held_out")
+    def held_out(self, samples: int = 1) -> pa.RecordBatch:
+        """`samples` rows a held-out prompt: ticket 0..n-1, seeds unlike the training rows'."""
+        count = len(self._held_out)
+        held_out = self._build(
+            rows=np.repeat(self._held_out, samples),
+            tickets=np.repeat(np.arange(count), samples),
+            samples=np.tile(np.arange(samples), count),
+            domain="held_out",
+        )
         return held_out.replace_schema_metadata({**self._metadata, "keel.held_out": "true"})
 
     def _build(self, rows: np.ndarray, tickets: np.ndarray, samples: np.ndarray, domain: str) -> pa.RecordBatch:
@@ -123,21 +129,26 @@ def _permutation(domain: int, seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def _split(tokens: list[list[int]], settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the held-out rows, all different, and of the training rows, which equal none of them.
+def split(prompts: Sequence[Hashable], by: PromptSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the held-out rows, of different prompts, and of the training rows, whose prompts equal none of them.
 
     Equality is that of the tokens, which the model sees: also prompts that only became equal by cutting.
     """
-    first: dict[tuple[int, ...], int] = {}
-    identity = np.array([first.setdefault(tuple(ids), place) for place, ids in enumerate(tokens)], np.int64)
-    distinct, wanted = np.unique(identity), settings.prompts.held_out
+    first: dict[Hashable, int] = {}
+    identity = np.array([first.setdefault(prompt, place) for place, prompt in enumerate(prompts)], np.int64)
+    distinct, wanted = np.unique(identity), by.held_out
     if len(distinct) < wanted + 1:
         raise ConfigError(
-            f"prompts.held_out={wanted}: {settings.prompts.source} has {len(distinct)} different prompts of"
-            f" at most {settings.prompts.max_tokens} tokens; expected at least {wanted + 1}"
+            f"prompts.held_out={wanted}: {by.source} has {len(distinct)} different prompts of"
+            f" at most {by.max_tokens} tokens; expected at least {wanted + 1}"
         )
-    held_out = distinct[_permutation(_HELD_OUT, settings.run.seed, 0, len(distinct))[:wanted]]
+    held_out = distinct[_permutation(_HELD_OUT, seed, 0, len(distinct))[:wanted]]
     return held_out, np.flatnonzero(~np.isin(identity, held_out))
+
+
+def place_of(ticket: int, count: int, seed: int) -> int:
+    """Which of `count` training rows a ticket is: place t % n of the order of epoch t // n."""
+    return int(_permutation(_TRAINING, seed, ticket // count, count)[ticket % count])
 
 
 def _metadata(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:

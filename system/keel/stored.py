@@ -16,6 +16,7 @@ from keel.config import ConfigError
 from keel.protocols import Sampling
 from keel.sources import Row
 
+_PROBLEMS = {"empty": "an empty completion", "equal": "equal completions"}
 NAME = "stored"
 """What the column `generator` says of these rows."""
 
@@ -90,13 +91,14 @@ def check(rows: Sequence[Row], samples: int, source: str) -> None:
 
     Raises ConfigError naming the first row that has not.
     """
-    _check_shape(rows, samples, source)
+    check_shape(rows, samples, source)
     for row in rows:
         if problem := unusable(json.loads(row.further)):
-            raise ConfigError(f"prompts.source={source}: {row.place} has {problem}; expected different texts")
+            what = _PROBLEMS[problem]
+            raise ConfigError(f"prompts.source={source}: {row.place} has {what}; expected different texts")
 
 
-def _check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
+def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
     """Completions are there, as many as wanted, and all of one form. Raises ConfigError."""
     forms: dict[tuple[bool, bool], str] = {}
     for row in rows:
@@ -127,8 +129,8 @@ def _check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
 
 
 def unusable(columns: Mapping[str, Any]) -> str | None:
-    """Why nobody should train on this row: an empty completion, or equal ones. None: it is fine."""
+    """Why nobody should train on this row, in a word: empty or equal completions. None: it is fine."""
     texts = [text.strip() for text in completions(columns)]
     if not all(texts):
-        return "an empty completion"
-    return "equal completions" if len(set(texts)) < len(texts) else None
+        return "empty"
+    return "equal" if len(set(texts)) < len(texts) else None

@@ -1,6 +1,8 @@
 """What a finished run shows: first against last evaluation, two answers before and after, and where to go next."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -37,6 +39,21 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
     )
     console.print(f"Time     {seconds:.0f} s in this process")
     console.print("Next     " + _next(config_path), soft_wrap=True)
+
+
+def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> None:
+    """Print what an offline stage did: held-out numbers before and after, rows left out, the model's folder."""
+    first, last = done["evaluations"][0], done["evaluations"][-1]
+    table = Table(title=f"{directory.name}: held-out rows")
+    for name in ("", f"step {first['step']:.0f}", f"step {last['step']:.0f}"):
+        table.add_column(name, justify="right" if name else "left")
+    for name in [name for name in last if name != "step"]:
+        table.add_row(name, *(f"{of[name]:.4f}" if name in of else "-" for of in (first, last)))
+    console.print(table)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in done["dropped"].items()) or "none"
+    console.print(f"Rows     {done['rows']} for training; left out: {left_out}", soft_wrap=True)
+    console.print(f"Model    {_short(directory / 'model')}  (step {done['model_step']})", soft_wrap=True)
+    console.print(f"Time     {done['seconds']:.0f} s")
 
 
 def _table(first: pa.RecordBatch, last: pa.RecordBatch, before: int, after: int, settings: Settings) -> Table:

@@ -13,7 +13,7 @@ from probe import Probe
 from test_learner import rollouts, settings
 
 from keel import config
-from keel.cluster import _meeting_point
+from keel.gang import _meeting_point
 from keel.settings import Settings
 
 pytestmark = pytest.mark.timeout(120)

@@ -77,6 +77,11 @@ class Objective:
         selected = self.selected(batch, measured.version)
         return dataclasses.replace(credit, selected=selected, metrics={**credit.metrics, **terms})
 
+    def assess(self, batch: pa.RecordBatch, measured: Measured) -> dict[str, float]:
+        """What held-out rows say of the policy; `loss` is what early stopping watches: -log pi a token, nats."""
+        assert measured.logprobs is not None
+        return {"loss": -float(measured.logprobs.mean())}
+
     def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
         """The micro-batch's share of the loss without regularisers, and shares of further metrics.
 

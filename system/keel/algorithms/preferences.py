@@ -178,6 +178,10 @@ class Preference(Objective):
             finished=stop is not None and settled >= stop,
         )
 
+    def assess(self, batch: pa.RecordBatch, measured: Measured) -> dict[str, float]:
+        metrics = self.weigh(batch, measured).metrics
+        return {"loss": metrics["preference_loss"], **metrics}
+
     def _candidates(self, batch: pa.RecordBatch, lengths: np.ndarray) -> Candidates:
         rewards = self.rewards(batch)
         judge = f"reward_{self.by.pairs.judge}" if self.by.pairs.judge else None

@@ -1,0 +1,174 @@
+"""One offline course of training, from the start model to a model folder; resuming is the same path.
+
+version -> step(rows of the step) -> version + 1     metrics.jsonl, Prometheus
+             |  when due: held-out loss -> evaluations.jsonl; the best model so far is kept aside
+             |  when due: checkpoint (learner, state.json, COMMIT)
+until the last step, or until `patience` evaluations brought no lower held-out loss
+             -> RUN_DIR/model (Hugging Face folder), RUN_DIR/stage.json: what was done
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import pyarrow as pa
+
+from keel import checkpoint, durable
+from keel.metrics import RunMetrics
+from keel.stage_settings import StageSettings
+from keel.train import Display
+
+_LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
+
+
+class Trainee(Protocol):
+    """Ranks that move together: `step`, `assess`, `save`, `load`, `export` on all of them."""
+
+    async def call(self, method: str, *arguments: Any) -> Any: ...
+
+
+@dataclass
+class State:
+    """What a resumed course needs beside the weights."""
+
+    version: int = 0
+    best_loss: float | None = None
+    best_version: int = 0
+    waited: int = 0
+    """Evaluations since the best."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is trained on, how long, and where it is kept."""
+
+    settings: StageSettings
+    directory: Path
+    steps: int
+    rows: int
+    """Training rows of one epoch."""
+    batch: Callable[[int], pa.RecordBatch]
+    held_out: pa.RecordBatch
+    dropped: Mapping[str, int]
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+
+class Recorder:
+    """Puts numbers into metrics, files and the display."""
+
+    def __init__(self, course: Course, metrics: RunMetrics, display: Display) -> None:
+        self.course, self.metrics, self.display = course, metrics, display
+
+    def step(self, report: Any) -> None:
+        numbers = {name: value for name, value in report.metrics.items() if name not in _LABELS}
+        tokens = numbers.pop("trained_tokens", 0.0)
+        epochs = report.version * self.course.settings.training.rows_per_step / self.course.rows
+        memory = float(psutil.virtual_memory().available)
+        self.metrics.set({**numbers, "epochs": epochs, "version": float(report.version), "free_memory_bytes": memory})
+        counts = {"steps_total": 1.0, "trained_tokens_total": tokens, "learner_seconds_total": numbers["step_seconds"]}
+        self.metrics.add({**counts, **report.counts})
+        self.display.step(self.metrics.record(report.version, time.time()))
+
+    def evaluated(self, version: int, found: Mapping[str, float]) -> None:
+        durable.append_json(self.course.directory / "evaluations.jsonl", {"step": version, **found})
+        gauges = {"held_out_loss": found["loss"]}
+        if "preference_accuracy_ratio" in found:
+            gauges["held_out_accuracy_ratio"] = found["preference_accuracy_ratio"]
+        self.metrics.set(gauges)
+        self.metrics.add({"evaluations_total": 1.0})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if name in _SHOWN)
+        self.display.note(f"held out at step {version}: {shown}")
+
+
+_SHOWN = ("loss", "preference_accuracy_ratio", "implicit_margin", "chosen_log_ratio_nats", "rejected_log_ratio_nats")
+
+
+async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:
+    """Train to the last step or the end of patience; the model lies at `target` then."""
+    training = course.settings.training
+    if not state.evaluations:
+        await _evaluate(course, trainee, recorder, state, target)
+    while state.version < course.steps and not _out_of_patience(course, state):
+        recorder.step(await trainee.call("step", course.batch(state.version)))
+        state.version += 1
+        last = state.version == course.steps
+        if last or (training.evaluate_every_steps and state.version % training.evaluate_every_steps == 0):
+            await _evaluate(course, trainee, recorder, state, target)
+        every = course.settings.checkpoint.every_steps
+        if every and state.version % every == 0 and not last:
+            await save(course, trainee, recorder, state)
+    if not training.patience:
+        await _export(trainee, target)
+    return state
+
+
+def _out_of_patience(course: Course, state: State) -> bool:
+    return 0 < course.settings.training.patience <= state.waited
+
+
+async def _evaluate(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> None:
+    found = await trainee.call("assess", course.held_out)
+    state.evaluations.append({"step": float(state.version), **found})
+    recorder.evaluated(state.version, found)
+    if state.best_loss is not None and found["loss"] >= state.best_loss:
+        state.waited += 1
+        return
+    state.best_loss, state.best_version, state.waited = found["loss"], state.version, 0
+    if course.settings.training.patience:
+        await _export(trainee, target)
+
+
+async def _export(trainee: Trainee, target: Path) -> None:
+    """The model of now at `target`, whole or as it was."""
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    await trainee.call("export", str(aside))
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+async def save(course: Course, trainee: Trainee, recorder: Recorder, state: State) -> None:
+    aside = checkpoint.begin(course.directory, state.version)
+    await trainee.call("save", str(aside))
+    recorder.metrics.add({"checkpoints_total": 1.0})
+    objective = await trainee.call("state")
+    checkpoint.commit(aside, {**asdict(state), "totals": recorder.metrics.totals, "objective": objective})
+    checkpoint.prune(course.directory, course.settings.checkpoint.keep)
+
+
+async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> State:
+    """The state of the newest checkpoint, learner and counters with it; a fresh one without."""
+    saved = checkpoint.latest(course.directory)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        stored = checkpoint.read_state(saved) if saved else {"version": 0}
+        durable.keep_steps(course.directory / name, stored["version"] if saved else -1)
+    if saved is None:
+        return State()
+    await trainee.call("load", str(saved))
+    metrics.restore(stored["totals"])
+    return State(**{name: stored[name] for name in State.__dataclass_fields__})
+
+
+def finished(directory: Path) -> dict[str, Any] | None:
+    """What a stage that reached its end says of itself; None: it has not."""
+    path = directory / "stage.json"
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+
+
+def finish(course: Course, stage: str, started: float, **said: Any) -> dict[str, Any]:
+    """Write stage.json, the mark of a finished stage; checkpoints are needed no more."""
+    summary = {"stage": stage, "steps": course.steps, "rows": course.rows, "dropped": dict(course.dropped), **said}
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    durable.write_json(course.directory / "stage.json", summary)
+    shutil.rmtree(course.directory / "checkpoints", ignore_errors=True)
+    return summary

@@ -1,0 +1,117 @@
+"""Stages that train a policy on stored completions: `keel sft` (demonstrations) and `keel prefer` (pairs, rankings).
+
+Both run the objectives of online training on the same learner; the rows are stored, and nobody samples. `keel prefer`
+first reads every row's log-probs under the reference once and keeps them as Arrow, so training holds one model.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from keel import cluster, config, durable, gang, models, preflight, progress
+from keel.algorithms import kinds
+from keel.metrics import RunMetrics
+from keel.settings import Settings
+from keel.stage_settings import PreferSettings, SupervisedSettings
+from keel.stages import course
+from keel.stages.course import Course, Recorder
+from keel.stages.reference_logprobs import ReferenceLogprobs
+from keel.stages.rows import OfflineRows
+from keel.train import Display
+
+PolicyStage = SupervisedSettings | PreferSettings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked stage."""
+
+    settings: PolicyStage
+    learning: Settings
+    """Of the learner, as of a run whose completions are all stored."""
+    directory: Path
+    folder: str
+    reference_folder: str | None
+    rows: OfflineRows
+
+    @property
+    def name(self) -> str:
+        return "sft" if isinstance(self.settings, SupervisedSettings) else "prefer"
+
+    @property
+    def columns(self) -> progress.Columns:
+        return progress.SUPERVISED if self.name == "sft" else progress.PREFERENCE
+
+
+def prepare(settings: PolicyStage) -> Prepared:
+    """Check models, rows, port, memory and run directory. Raises ConfigError, one line."""
+    directory = Path(settings.run_directory).resolve()
+    preflight.check_directory(directory, settings)
+    preflight.check_port(settings.metrics)
+    preflight.check_memory(settings.cluster)
+    draft = settings.learning(steps=1)
+    kinds.build(draft)
+    folder = models.locate(settings.policy.model, "policy.model")
+    preflight.check_context(folder, draft)
+    tokenizer = models.load_tokenizer(folder, "policy.model")
+    rows = OfflineRows(draft, settings.completions, tokenizer, models.end_tokens(folder, tokenizer))
+    reference = None
+    if draft.reference:
+        name = draft.reference.model
+        reference = str(models.locate(name, "reference.model") if name else folder)
+        preflight.learner_folders(draft, folder, reference)
+    learning = settings.learning(settings.training.steps(rows.num_training))
+    return Prepared(settings, learning, directory, str(folder), reference, rows)
+
+
+def run(prepared: Prepared, display: Display) -> dict[str, Any]:
+    """Train to the end; what stage.json says. A finished stage is not run again."""
+    started = time.monotonic()
+    directory, settings = prepared.directory, prepared.settings
+    if done := course.finished(directory):
+        display.note(f"{directory} holds this stage, finished")
+        return done
+    directory.mkdir(parents=True, exist_ok=True)
+    durable.write(directory / "config.yaml", config.dump(settings).encode())
+    metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
+    port = metrics.serve(settings.metrics)
+    display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
+    display.doing("starting Ray, learner")
+    cluster.connect(prepared.learning)
+    try:
+        return asyncio.run(_train(prepared, metrics, display, started))
+    finally:
+        cluster.disconnect()
+
+
+async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
+    settings, learning, rows = prepared.settings, prepared.learning, prepared.rows
+    completed: Callable[[pa.RecordBatch], pa.RecordBatch] = lambda batch: batch  # noqa: E731
+    if prepared.reference_folder:
+        logprobs = await ReferenceLogprobs.read(learning, prepared.reference_folder, rows, display)
+        completed = logprobs.append
+    plan = Course(
+        settings=settings,
+        directory=prepared.directory,
+        steps=learning.run.steps,
+        rows=rows.num_training,
+        batch=lambda version: completed(rows.step(version)),
+        held_out=completed(rows.held_out()),
+        dropped=rows.dropped,
+    )
+    learner = gang.LearnerGang(learning, prepared.folder)
+    async with asyncio.timeout(settings.deadlines.start_seconds):
+        await learner.ready()
+    state = await course.restore(plan, learner, metrics)
+    if state.version == 0:
+        metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
+    state = await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
+    best = state.best_version if settings.training.patience else state.version
+    return course.finish(
+        plan, prepared.name, started, trained_steps=state.version, model_step=best, evaluations=state.evaluations
+    )

@@ -1,0 +1,71 @@
+"""Log-probs of stored completions under the reference, read once and kept as Arrow by content.
+
+The file's name is a hash of everything the numbers depend on (model files, tokens, dtype), so a sweep over betas reads
+them once, and another model or another row never finds them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from keel import cluster, durable, models, schema
+from keel.settings import Settings
+from keel.stages.rows import OfflineRows
+from keel.train import Display
+
+_ROWS_PER_BATCH = 256
+
+
+class ReferenceLogprobs:
+    """`append` puts the column reference_logprobs on rows that were read."""
+
+    def __init__(self, table: pa.RecordBatch) -> None:
+        self._table = table
+        ids, samples = (table.column(name).to_pylist() for name in ("prompt_id", "sample"))
+        self._places = {key: place for place, key in enumerate(zip(ids, samples, strict=True))}
+
+    @classmethod
+    async def read(cls, settings: Settings, folder: str, rows: OfflineRows, display: Display) -> "ReferenceLogprobs":
+        """From the cache, or through the reference scorers and into it."""
+        batch = rows.everything()
+        path = models.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, batch)}.arrow"
+        if path.is_file():
+            display.note(f"reference log-probs: cached ({path})")
+            return cls(schema.from_bytes(path.read_bytes()))
+        display.doing("reference log-probs")
+        pool = cluster.reference(settings, folder)
+        await pool.pool.ready()
+        parts = []
+        for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
+            handle, _ = await pool.score(schema.concat([batch.slice(start, _ROWS_PER_BATCH)]))
+            scored = await cluster.fetch(handle)
+            parts.append(scored.select(["prompt_id", "sample", "reference_logprobs"]))
+        pool.pool.stop()
+        table = schema.concat(parts)
+        durable.write(path, schema.to_bytes(table))
+        display.note(f"reference log-probs: {batch.num_rows} completions read once, kept in {path}")
+        return cls(table)
+
+    def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        keys = zip(*(batch.column(name).to_pylist() for name in ("prompt_id", "sample")), strict=True)
+        taken = self._table.column("reference_logprobs").take(pa.array([self._places[key] for key in keys]))
+        assert pc.list_value_length(taken).equals(pc.list_value_length(batch.column("completion_tokens")))
+        return schema.append(batch, schema.build(schema.REFERENCE, {"reference_logprobs": taken}))
+
+
+def _key(settings: Settings, folder: str, batch: pa.RecordBatch) -> str:
+    """Hash of the model's files, the rows' tokens and the arithmetic."""
+    assert settings.reference is not None
+    hasher = xxhash.xxh3_128(settings.reference.dtype.encode())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        hasher.update(durable.digest(path).encode())
+    for name in ("prompt_tokens", "completion_tokens"):
+        values, lengths = schema.ragged(batch, name)
+        hasher.update(np.ascontiguousarray(values))
+        hasher.update(lengths)
+    for name in ("prompt_id", "sample"):
+        hasher.update(batch.column(name).to_numpy())
+    return hasher.hexdigest()

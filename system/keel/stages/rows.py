@@ -1,0 +1,105 @@
+"""Rows that come with their completions, from a source to the batch of any step: what offline stages train on.
+
+source -> rows of one form -> usable rows (the others counted by reason) -> held out | training order of (seed, epoch)
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import schema, sources, stored
+from keel.config import ConfigError
+from keel.prompts import Prompts
+from keel.protocols import Sampling
+from keel.settings import Settings
+from keel.sources import Row
+from keel.stage_settings import CompletionSettings
+from keel.stored import StoredCompletions
+
+COMPLETION = pa.schema(
+    [schema.GENERATE.field(name) for name in ("completion_tokens", "completion", "finish_reason")]
+    + [schema.SCORE.field("reward")]
+)
+
+
+class OfflineRows:
+    """Batches of stored completions: prompt columns, COMPLETION, and `reward` as the source ranks them."""
+
+    def __init__(
+        self, settings: Settings, by: CompletionSettings, tokenizer: Any, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        """Raises ConfigError, one line, for every mistake in the source."""
+        self.samples = settings.sampling.samples_per_prompt
+        self.rows_per_step = settings.buffer.groups_per_step
+        sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
+        self._completions = StoredCompletions(1.0, tokenizer, sampling)
+        rows = sources.read(settings.prompts)
+        stored.check_shape(rows, self.samples, settings.prompts.source)
+        usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
+        self.prompts = Prompts(settings, tokenizer, usable)
+        self.counts = {**self.prompts.counts, "read": len(rows), **self.dropped}
+
+    def _problem(self, max_tokens: int) -> Any:
+        def of(columns: dict[str, Any]) -> str | None:
+            lengths = [len(ids) for ids in self._completions.encode(columns)]
+            return "too_long" if max(lengths) > max_tokens else None
+
+        return of
+
+    @property
+    def num_training(self) -> int:
+        return self.prompts.counts["train"]
+
+    def step(self, version: int) -> pa.RecordBatch:
+        """The rows of the step that starts from this version; a pure function."""
+        first = version * self.rows_per_step
+        return self._completed(self.prompts.batch(range(first, first + self.rows_per_step)))
+
+    def held_out(self) -> pa.RecordBatch:
+        return self._completed(self.prompts.held_out(self.samples))
+
+    def everything(self) -> pa.RecordBatch:
+        """Every row once: training rows, then held-out ones."""
+        return schema.concat([self._completed(self.prompts.batch(range(self.num_training))), self.held_out()])
+
+    def _completed(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
+        tokens = self._completions.tokens(prompts)
+        further = [json.loads(columns) for columns in prompts.column("prompt_columns").to_pylist()]
+        own = list(zip(further, prompts.column("sample").to_pylist(), strict=True))
+        reasons = ["stop" if stored.finished(columns)[sample] else "length" for columns, sample in own]
+        columns = {
+            "completion_tokens": tokens,
+            "completion": [stored.completions(columns)[sample] for columns, sample in own],
+            "finish_reason": pa.array(reasons).dictionary_encode().cast(COMPLETION.field("finish_reason").type),
+            "reward": np.array([stored.rewards(columns)[sample] for columns, sample in own], np.float32),
+        }
+        return schema.append(prompts, schema.build(COMPLETION, columns))
+
+
+def usable_rows(
+    rows: Sequence[Row], by: CompletionSettings, further: Any, source: str
+) -> tuple[list[Row], dict[str, int]]:
+    """Rows to train on, and how many were left out by reason: empty, equal, or what `further(columns)` says.
+
+    Raises ConfigError: for the first unusable row where `completions.unusable` refuses, or when none is left.
+    """
+    usable, dropped = [], Counter()
+    for row in rows:
+        columns = json.loads(row.further)
+        problem = stored.unusable(columns) or further(columns)
+        if problem and by.unusable == "refuse":
+            raise ConfigError(
+                f"prompts.source={source}: {row.place} is not usable ({problem}); expected another row, or"
+                " completions.unusable=drop"
+            )
+        if problem:
+            dropped[problem] += 1
+        else:
+            usable.append(row)
+    if not usable:
+        raise ConfigError(f"prompts.source={source}: no usable row ({dict(dropped)}); expected at least one")
+    return usable, dict(dropped)
