@@ -107,7 +107,7 @@ def load_policy(folder: Path, dtype: str) -> Policy:
     """A causal language model with dropout off: sampler, learner and reference must be the same function."""
     from transformers import AutoModelForCausalLM
 
-    return Policy(AutoModelForCausalLM.from_pretrained(folder, config=_without_dropout(folder), dtype=DTYPES[dtype]))
+    return Policy(AutoModelForCausalLM.from_pretrained(folder, config=without_dropout(folder), dtype=DTYPES[dtype]))
 
 
 def load_frozen(folder: Path, dtype: str, device: torch.device) -> Policy:
@@ -119,10 +119,10 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     """The model without its head: of a language model, or of a reward model a critic starts from."""
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(folder, config=_without_dropout(folder), dtype=DTYPES[dtype])
+    return AutoModel.from_pretrained(folder, config=without_dropout(folder), dtype=DTYPES[dtype])
 
 
-def _without_dropout(folder: Path) -> Any:
+def without_dropout(folder: Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)

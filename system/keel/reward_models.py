@@ -1,0 +1,243 @@
+"""Reward models: Hugging Face sequence classifiers with one output, and ensembles of them.
+
+    FOLDER/config.json, model.safetensors, tokenizer.json        one model
+    FOLDER/ensemble.json, member-0/, member-1/, ...              several, each a model of its own
+
+A text is prompt and completion in one form for training and scoring: through the tokenizer's chat template where it
+has one and the prompt is conversational, as a text pair for encoders, else one behind the other. A completion that was
+cut has no end token behind it. `keel_reward` in config.json holds what transformers has no field for: `offset`
+(subtracted from the logit, so that the reference set scores 0 on average) and `max_tokens`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from keel import models
+from keel.config import ConfigError
+
+ENSEMBLE = "ensemble.json"
+_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
+_NO_LIMIT = 1 << 30
+
+
+def members(folder: Path, setting: str) -> list[Path]:
+    """Folders of the models of an artefact: itself, or the members that ensemble.json names.
+
+    Raises ConfigError when a member is missing or is no reward model.
+    """
+    if not (folder / ENSEMBLE).is_file():
+        check_head(folder, setting)
+        return [folder]
+    names = json.loads((folder / ENSEMBLE).read_text(encoding="utf8"))["members"]
+    for name in names:
+        if not (folder / name / "config.json").is_file():
+            raise ConfigError(
+                f"{setting}={folder}: {name} of its {len(names)} members is missing; expected all of them"
+            )
+        check_head(folder / name, setting)
+    return [folder / name for name in names]
+
+
+def check_head(folder: Path, setting: str) -> None:
+    """The folder holds a sequence classifier with one output. Raises ConfigError that says what it holds instead."""
+    known = json.loads((folder / "config.json").read_text(encoding="utf8")).get("architectures") or ["no architecture"]
+    found = [
+        (name, file.get_slice(name).get_shape()[0])
+        for path in sorted(folder.glob("*.safetensors"))
+        for file in [safe_open(path, "pt")]
+        for name in _HEADS
+        if name in file.keys()  # noqa: SIM118 a safetensors file is no mapping
+    ]
+    if not found:
+        raise ConfigError(
+            f"{setting}={folder}: {known[0]} has no score head ({' or '.join(_HEADS[:2])}); expected a sequence"
+            " classifier with one output, for instance what keel reward writes"
+        )
+    if found[0][1] != 1:
+        raise ConfigError(f"{setting}={folder}: its score head has {found[0][1]} outputs; expected one")
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A prompt with one completion, as a reward model reads it."""
+
+    prompt: str
+    messages: Sequence[dict[str, Any]]
+    """Of a conversational prompt; empty: plain text."""
+    completion: str
+    finished: bool
+    """It ended by itself."""
+
+
+class RewardText:
+    """Text -> tokens of a reward model."""
+
+    def __init__(self, tokenizer: Any, encoder: bool, max_tokens: int) -> None:
+        self.tokenizer, self.encoder, self.max_tokens = tokenizer, encoder, max_tokens
+
+    def tokens(self, text: ScoredText, *, cut: bool = True) -> tuple[list[int], int] | None:
+        """Token ids, and where the second segment of a pair begins (their number where there is none).
+
+        Too long: the prompt loses its beginning, or None where it may not (`cut`) or that is not enough.
+        """
+        ids, prompt, second = self._pair(text) if self.encoder else self._one(text)
+        excess = len(ids) - self.max_tokens
+        if excess > 0 and (not cut or excess >= prompt):
+            return None
+        first = 1 if self.encoder or ids[:1] == [self.tokenizer.bos_token_id] else 0  # it stays in front
+        return (ids, second) if excess <= 0 else (ids[:first] + ids[first + excess :], second - excess)
+
+    def _pair(self, text: ScoredText) -> tuple[list[int], int, int]:
+        said = "\n".join(message["content"] for message in text.messages) if text.messages else text.prompt
+        ids = self.tokenizer(said, text.completion, verbose=False)["input_ids"]
+        second = len(self.tokenizer(said, verbose=False)["input_ids"])
+        return ids, second - 2, second
+
+    def _one(self, text: ScoredText) -> tuple[list[int], int, int]:
+        chat = bool(text.messages and self.tokenizer.chat_template)
+        before, whole = self._chat(text) if chat else self._plain(text)
+        # a template writes its own special tokens
+        encoded = self.tokenizer([whole, before], add_special_tokens=not chat, verbose=False)["input_ids"]
+        ids, end = encoded[0], self.tokenizer.eos_token_id
+        if not chat and text.finished and end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        return ids, len(encoded[1]), len(ids)
+
+    def _plain(self, text: ScoredText) -> tuple[str, str]:
+        said = "\n".join(message["content"] for message in text.messages) + "\n" if text.messages else text.prompt
+        return said, said + text.completion
+
+    def _chat(self, text: ScoredText) -> tuple[str, str]:
+        answer = {"role": "assistant", "content": text.completion}
+        before = self.tokenizer.apply_chat_template(list(text.messages), add_generation_prompt=True, tokenize=False)
+        whole = self.tokenizer.apply_chat_template([*text.messages, answer], tokenize=False)
+        if not text.finished:  # without what the template puts behind an answer
+            whole = whole[: whole.rindex(text.completion.strip()) + len(text.completion.strip())]
+        return before, whole
+
+
+class RewardModel(nn.Module):
+    """A sequence classifier with one output and how texts reach it. Scores are in fp32, offset subtracted."""
+
+    def __init__(self, model: Any, text: RewardText, offset: float) -> None:
+        super().__init__()
+        self.model, self.text, self.offset = model, text, offset
+
+    def forward(self, ids: Tensor, lengths: Tensor, seconds: Tensor) -> Tensor:
+        """Scores [B] of right-padded ids [B, T]; `seconds` [B]: where the second segment begins."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        inputs = {"input_ids": ids, "attention_mask": (places < lengths[:, None]).long()}
+        if "token_type_ids" in self.text.tokenizer.model_input_names:
+            inputs["token_type_ids"] = ((places >= seconds[:, None]) & (places < lengths[:, None])).long()
+        return self.model(**inputs).logits[:, 0].float() - self.offset
+
+    def padded(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [B, T], lengths [B], seconds [B] of token rows."""
+        pad = self.model.config.get_text_config().pad_token_id
+        width = max(len(ids) for ids, _ in rows)
+        for ids, _ in rows:  # transformers finds the last token as the last that is not padding
+            assert self.text.encoder or ids[-1] != pad, f"a text ends with the padding token {pad}"
+        tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows])
+        return tokens, torch.tensor([len(ids) for ids, _ in rows]), torch.tensor([second for _, second in rows])
+
+    @torch.inference_mode()
+    def scores(self, texts: Sequence[ScoredText], rows_per_pass: int = 16) -> list[float | None]:
+        """One score a text; None for one whose completion alone is too long. Texts of like length go together."""
+        rows = [self.text.tokens(text) for text in texts]
+        found: list[float | None] = [None] * len(rows)
+        fits = sorted((place for place, row in enumerate(rows) if row), key=lambda place: len(rows[place][0]))  # type: ignore[index]
+        device = next(self.model.parameters()).device
+        for start in range(0, len(fits), rows_per_pass):
+            places = fits[start : start + rows_per_pass]
+            inputs = (tensor.to(device) for tensor in self.padded([rows[place] for place in places]))  # type: ignore[misc]
+            for place, score in zip(places, self(*inputs).tolist(), strict=True):
+                found[place] = score
+        return found
+
+
+def load(folder: Path) -> RewardModel:
+    """A trained reward model, frozen, in fp32."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    own = getattr(model.config, "keel_reward", None) or {}
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = spare_token(tokenizer)
+    text = RewardText(tokenizer, is_encoder(model.config), own.get("max_tokens") or limit(model.config))
+    return RewardModel(model.requires_grad_(False), text, own.get("offset", 0.0))
+
+
+def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
+    """A reward model to train: the folder's trunk, a new head N(0, 1/sqrt(H + 1)) as in 2403.17031, no dropout."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = models.without_dropout(folder)
+    config.num_labels, config.problem_type = 1, "regression"  # vLLM would put a sigmoid on a single label otherwise
+    text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)))
+    if not text.encoder:
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=models.DTYPES[dtype])
+    generator = torch.Generator().manual_seed(seed)
+    named = dict(model.named_parameters())
+    head = next(named[name] for name in _HEADS if name in named)
+    with torch.no_grad():
+        head.copy_(torch.randn(head.shape, generator=generator) / (head.shape[1] + 1) ** 0.5)
+        if "classifier.bias" in named:
+            named["classifier.bias"].zero_()
+    return RewardModel(model, text, 0.0)
+
+
+def is_encoder(config: Any) -> bool:
+    """It reads a text in both directions, and its score at the first token; else causally, at the last."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING
+
+
+def limit(config: Any) -> int:
+    """Tokens a model can read."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+
+
+def spare_token(tokenizer: Any) -> int:
+    """A token to pad with that ends no text: the tokenizer's own, or another special one if that is the end token."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token_id
+    named = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    return min(named) if named else 0
+
+
+def write(folder: Path, model: RewardModel, named: dict[str, Tensor], offset: float) -> None:
+    """A folder that transformers and vLLM load. A head with a bias holds the offset itself."""
+    named = dict(named)
+    if "classifier.bias" in named:
+        named["classifier.bias"] = named["classifier.bias"] - offset
+        offset = 0.0
+    model.model.config.keel_reward = {"offset": offset, "max_tokens": model.text.max_tokens}
+    model.model.save_pretrained(folder, state_dict=named)
+    model.text.tokenizer.save_pretrained(folder)
+
+
+def write_ensemble(folder: Path, names: Sequence[str]) -> None:
+    (folder / ENSEMBLE).write_text(json.dumps({"members": list(names)}, indent=2) + "\n", encoding="utf8")
+
+
+class Ensemble:
+    """All members of an artefact."""
+
+    def __init__(self, folder: Path, setting: str) -> None:
+        self.models = [load(member) for member in members(folder, setting)]
+
+    def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:
+        """float64 [members, texts], NaN where a text is too long."""
+        return np.array([[np.nan if s is None else s for s in model.scores(texts)] for model in self.models])
