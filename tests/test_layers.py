@@ -22,7 +22,7 @@ LAYERS = [
     ["sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors", "examples", "tiny"]
     + ["diagnostics", "metrics", "checkpoint", "references", "quiet"],
     ["weights", "generate", "score", "export", "optimisation", "learn"],
-    ["evaluate", "preflight", "controller"],
+    ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "preflight", "controller"],
     ["cluster", "train", "progress", "summary", "doctor"],
     ["cli", "__main__"],
 ]

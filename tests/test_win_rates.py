@@ -132,15 +132,15 @@ def test_wins_by_length_alone_are_no_wins_at_equal_length() -> None:
 
 
 def test_the_interval_covers_the_truth() -> None:
-    """sigmoid(0.4) at equal lengths, 80 prompts, own mostly longer: about 95 of 100 intervals hold it."""
+    """sigmoid(0.4) at equal lengths, 80 prompts, own mostly longer: about 57 of 60 intervals hold it."""
     rng, truth = np.random.default_rng(4), float(special.expit(0.4))
     held = 0
-    for _ in range(100):
+    for _ in range(60):
         difference = rng.normal(10, 40, 80)
         won = (rng.random(80) < special.expit(0.4 + 1.5 * np.tanh(difference / 40))).astype(float)
         found = controlled(won, difference)
         held += found.low <= truth <= found.high
-    assert 88 <= held <= 100
+    assert 52 <= held <= 60
 
 
 def test_where_length_separates_wins_from_losses_the_rate_is_finite() -> None:

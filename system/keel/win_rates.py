@@ -54,9 +54,10 @@ def length_controlled_win_rate(
 
     (a, b) maximise the log-likelihood, each prompt weighing 1, minus RIDGE b^2 / 2: where length separates wins from
     losses b would be infinite; where it does not, the ridge moves b by the order of RIDGE b / P. a is free: shrinking
-    it would pull every rate to 0.5. Equal to `win_rate` where there is nothing to control for or nothing to explain: no variance
-    of the difference [also when own is always 10 longer: then length and quality cannot be told apart], or all rows the
-    same win. When all differences have one sign, equal lengths are an extrapolation, and the interval says so.
+    it would pull every rate to 0.5. Equal to `win_rate` where there is nothing to control for or nothing to explain:
+    no variance of the difference [also when own is always 10 longer: then length and quality cannot be told apart], or
+    all rows the same win. When all differences have one sign, equal lengths are an extrapolation, and the interval
+    is wide.
 
     The interval (95 %, BCa) resamples prompts and fits again, the std included.
     """
