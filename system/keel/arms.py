@@ -1,7 +1,7 @@
 """A run directory as an arm of a comparison: what each evaluation says of each held-out prompt."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from keel.diagnostics import per_completion
 
 Prompt = tuple[int, str]
 """prompt_id and text: the row of the prompt source, and what stood in it."""
+
+
+_SAME_REFERENCE = ("policy.model", "reference.model", "reference.ref_policy", "reference.iteration_steps")
+_SAME_TEXT = ("prompts.system_prompt", "sampling.temperature", "sampling.top_p", "sampling.max_tokens")
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,29 @@ def _per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np
         total = np.bincount(group[known], values[name][known], minlength=len(prompts))
         means[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     return prompts, means
+
+
+def notes(arms: Sequence[Arm], names: Sequence[str]) -> list[str]:
+    """What differs between the settings of the first arm and another, and which metric that touches."""
+    found = []
+    for arm, name in zip(arms[1:], names[1:], strict=True):
+        if _rewards(arm) != _rewards(arms[0]):
+            found.append(f"{name} has other rewards than {names[0]}: `reward` is another quantity in each")
+        for keys, consequence in (
+            (_SAME_REFERENCE, "KL is to another policy"),
+            (_SAME_TEXT, "the answers differ by more than training"),
+        ):
+            if changed := [key for key in keys if _setting(arm, key) != _setting(arms[0], key)]:
+                found.append(f"{name} differs from {names[0]} in {', '.join(changed)}: {consequence}")
+    return found
+
+
+def _rewards(arm: Arm) -> list[tuple[Any, ...]]:
+    """What the number `reward` is made of."""
+    blocks = [block for block in arm.settings.get("rewards", []) if block.get("role", "train") == "train"]
+    return [tuple(block.get(key) for key in ("name", "kind", "source", "weight")) for block in blocks]
+
+
+def _setting(arm: Arm, path: str) -> Any:
+    block, key = path.split(".")
+    return (arm.settings.get(block) or {}).get(key)
