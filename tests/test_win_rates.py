@@ -124,23 +124,23 @@ def test_two_lengths_have_a_closed_form() -> None:
 
 def test_wins_by_length_alone_are_no_wins_at_equal_length() -> None:
     rng = np.random.default_rng(3)
-    difference = rng.normal(60, 60, 1000)
-    won = (rng.random(1000) < special.expit(2 * np.tanh(difference / 60))).astype(float)
+    difference = rng.normal(60, 60, 700)
+    won = (rng.random(700) < special.expit(2 * np.tanh(difference / 60))).astype(float)
     plain, equal = win_rates.win_rate(won), controlled(won, difference)
     assert plain.low > 0.65
     assert equal.low < 0.5 < equal.high and abs(equal.mean - 0.5) < 0.05
 
 
 def test_the_interval_covers_the_truth() -> None:
-    """sigmoid(0.4) at equal lengths, 80 prompts, own mostly longer: about 57 of 60 intervals hold it."""
+    """sigmoid(0.4) at equal lengths, 80 prompts, own mostly longer: about 38 of 40 intervals hold it."""
     rng, truth = np.random.default_rng(4), float(special.expit(0.4))
     held = 0
-    for _ in range(60):
+    for _ in range(40):
         difference = rng.normal(10, 40, 80)
         won = (rng.random(80) < special.expit(0.4 + 1.5 * np.tanh(difference / 40))).astype(float)
         found = controlled(won, difference)
         held += found.low <= truth <= found.high
-    assert 52 <= held <= 60
+    assert 34 <= held <= 40
 
 
 def test_where_length_separates_wins_from_losses_the_rate_is_finite() -> None:
