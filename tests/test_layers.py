@@ -21,10 +21,10 @@ LAYERS = [
     + ["algorithms.convexity", "algorithms.kinds"],
     ["sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors", "examples", "tiny"]
     + ["diagnostics", "metrics", "checkpoint", "references", "quiet"],
-    ["weights", "generate", "score", "export", "optimisation", "engine", "learn"],
-    ["evaluate", "preflight", "controller"],
+    ["reward_models", "weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward"],
+    ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "preflight", "controller"],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
-    ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood"))],
+    ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood", "reward"))],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -65,9 +65,12 @@ class Estimate:
 
 
 def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean over completions of different prompts with a BCa bootstrap interval (95 %, 2,000 resamples)."""
+    """Mean over completions of different prompts with a BCa bootstrap interval (95 %, 2,000 resamples).
+
+    Values that differ by rounding alone have no interval; BCa would answer NaN.
+    """
     values = values[np.isfinite(values)]
-    if len(values) < 2 or np.ptp(values) == 0:
+    if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
         mean = float(values.mean()) if len(values) else float("nan")
         return Estimate(mean, mean, mean)
     interval = stats.bootstrap(

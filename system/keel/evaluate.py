@@ -1,7 +1,7 @@
 """Held-out evaluation: the same prompts and seeds every time, one frontier row each, estimates with intervals."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,13 @@ def load(run_directory: Path, step: int) -> pa.RecordBatch:
 def estimates(batch: pa.RecordBatch) -> dict[str, Estimate]:
     """Mean and 95 % interval over held-out prompts of rewards, KL, entropy and length."""
     values = per_completion(batch)
-    names = ["reward", *sorted(name for name in values if name.startswith("reward_"))]
-    return {name: estimate(values[name]) for name in [*names, *_SHOWN] if name in values}
+    return {name: estimate(values[name]) for name in shown(values)}
+
+
+def shown(values: Iterable[str]) -> list[str]:
+    """The names a reader is shown, in order: the reward, its parts and monitors, KL, entropy, length, own ends."""
+    names = set(values)
+    return [name for name in ("reward", *sorted(n for n in names if n.startswith("reward_")), *_SHOWN) if name in names]
 
 
 def changes(first: pa.RecordBatch, last: pa.RecordBatch) -> dict[str, Estimate]:

@@ -1,0 +1,105 @@
+"""The frontier as a picture: training reward and gold against the square root of the KL (arXiv 2210.10760).
+
+Gao et al. fit gold as d (alpha - beta d) for best-of-n and d (alpha - beta log d) for RL, d = sqrt(KL): on this axis
+the proxy keeps rising where over-optimisation makes gold turn down.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from keel import durable
+from keel.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Evaluations of one run with a finite KL, in the order of training; NaN where there is no value. All [k]."""
+
+    steps: np.ndarray
+    root_kl: np.ndarray
+    """sqrt(nats)"""
+    proxy: np.ndarray
+    stderr: np.ndarray
+    """Of proxy; known for the column `proxy` alone."""
+    gold: np.ndarray
+
+
+def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | None = "gold") -> Curves:
+    """What is drawn of the rows of a frontier.arrow, `proxy` and `gold` being names of its columns.
+
+    The KL is a sampled estimate and can be slightly negative, as at step 0, where it is 0 in truth: it is clipped at 0.
+    """
+    table = {name: _column(rows, name) for name in ("step", "kl_nats", "stderr", proxy, *([gold] if gold else []))}
+    known = np.isfinite(table["kl_nats"])
+    nothing = np.full(int(known.sum()), np.nan)
+    return Curves(
+        steps=table["step"][known],
+        root_kl=np.sqrt(np.maximum(table["kl_nats"][known], 0)),
+        proxy=table[proxy][known],
+        stderr=table["stderr"][known] if proxy == "proxy" else nothing,
+        gold=table[gold][known] if gold else nothing,
+    )
+
+
+def draw(
+    arms: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, proxy: str = "proxy", gold: str | None = "gold"
+) -> None:
+    """Write a PNG or SVG, by suffix: a colour a run, proxy solid, gold dashed, a point an evaluation.
+
+    Bars are one standard error over held-out prompts. `arms` holds frontier rows by name of the run; proxy and gold are
+    columns of these, gold None where no run has one. Raises ConfigError, one line, for another suffix, where no run has
+    an evaluation with a finite KL, and where matplotlib is missing.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigError(f"picture {path}: expected a name that ends in .png or .svg")
+    drawn = {name: curves(rows, proxy, gold) for name, rows in arms.items()}
+    drawn = {name: each for name, each in drawn.items() if len(each.steps)}
+    if not drawn:
+        raise ConfigError(
+            f"picture {path}: no evaluation of {', '.join(arms)} has a KL; expected runs with a reference"
+        )
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # without pyplot: no display, no global figure; Agg draws PNG
+    except ModuleNotFoundError:
+        raise ConfigError(f"picture {path}: matplotlib is not installed; expected `pip install matplotlib`") from None
+    figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
+    axis = figure.add_subplot()
+    for number, (name, each) in enumerate(drawn.items()):
+        _plot(axis, each, name.replace("$", r"\$"), f"C{number % 10}", proxy, gold)
+    axis.set_title("Reward against distance from the reference, held-out prompts")
+    axis.set_xlabel("square root of the KL to the reference (nats$^{1/2}$)")
+    axis.set_ylabel("reward (mean, bars: standard error)")
+    axis.margins(x=0.1)  # room for the label of the last step
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    content = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    with matplotlib.rc_context({"svg.hashsalt": "keel"}):  # the same picture for the same numbers
+        figure.savefig(content, format=path.suffix[1:], metadata=metadata)
+    durable.write(path, content.getvalue())
+
+
+def _plot(axis: Any, each: Curves, name: str, colour: str, proxy: str, gold: str | None) -> None:
+    bars = np.where(np.isfinite(each.stderr), each.stderr, 0)
+    axis.errorbar(
+        each.root_kl, each.proxy, yerr=bars, fmt="o-", markersize=4, capsize=2, color=colour, label=f"{proxy}: {name}"
+    )
+    if gold and np.isfinite(each.gold).any():
+        axis.plot(each.root_kl, each.gold, "s--", markersize=4, color=colour, label=f"{gold}: {name}")
+    for end in dict.fromkeys((0, len(each.steps) - 1)):
+        if np.isfinite(each.proxy[end]):
+            where = (each.root_kl[end], each.proxy[end])
+            text = f"step {each.steps[end]:.0f}"
+            axis.annotate(text, where, xytext=(4, 5), textcoords="offset points", fontsize=7, color=colour)
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """[rows] of a column, NaN where the row has none or a null."""
+    values = [row.get(name) for row in rows]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -1,0 +1,124 @@
+"""The picture of the frontier: what is drawn is what the rows say, and the file is an image."""
+
+import io
+import math
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keel import evaluate, frontier_picture
+from keel.config import ConfigError
+from rollouts import generated, prompts, referenced, scored
+
+ROWS: list[dict[str, Any]] = [
+    {"step": 0.0, "kl_nats": -0.02, "proxy": 0.1, "gold": 0.2, "stderr": 0.05, "reward_gold": 0.2},
+    {"step": 5.0, "kl_nats": 4.0, "proxy": 0.6, "gold": None, "stderr": None, "reward_gold": None},
+    {"step": 7.0, "kl_nats": None, "proxy": 0.7, "gold": 0.3, "stderr": 0.04, "reward_gold": 0.3},
+    {"step": 9.0, "kl_nats": 6.25, "proxy": 0.9, "gold": 0.1, "stderr": 0.03, "reward_gold": 0.1},
+]
+NAN = math.nan
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Axes of every figure that is saved."""
+    from matplotlib.figure import Figure
+
+    axes: list[Any] = []
+    save = Figure.savefig
+
+    def keep(figure: Any, *arguments: Any, **options: Any) -> None:
+        axes.extend(figure.axes)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return axes
+
+
+def test_curves_are_rows_with_a_kl_at_its_root() -> None:
+    found = frontier_picture.curves(ROWS)
+    assert found.steps == pytest.approx([0, 5, 9])
+    assert found.root_kl == pytest.approx([0, 2, 2.5])
+    assert found.proxy == pytest.approx([0.1, 0.6, 0.9])
+    assert found.gold == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
+    assert found.stderr == pytest.approx([0.05, NAN, 0.03], nan_ok=True)
+
+
+def test_another_column_has_no_standard_error() -> None:
+    found = frontier_picture.curves(ROWS, proxy="reward_gold", gold=None)
+    assert found.proxy == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
+    assert np.isnan(found.stderr).all() and np.isnan(found.gold).all()
+    assert len(frontier_picture.curves([]).steps) == 0
+
+
+def test_curves_of_a_stored_frontier(tmp_path: Path) -> None:
+    """Through real files: kl is 0.5 and 2 nats on every completion."""
+    for step, kl in ((0, 0.5), (3, 2.0)):
+        rows = generated(prompts(range(4), samples=1), logprobs=[[-0.5, -0.5]] * 4)
+        rows = referenced(rows, [[-0.5 - kl, -0.5]] * 4)
+        evaluate.store(tmp_path, step, scored(rows, [1.0, 2.0, 3.0, 6.0], {"gold": [1.0, 1.0, 2.0, None]}))
+    found = frontier_picture.curves(evaluate.frontier(tmp_path))
+    assert found.root_kl == pytest.approx([math.sqrt(0.5), math.sqrt(2)], abs=1e-6)
+    assert found.proxy == pytest.approx([3, 3]) and found.gold == pytest.approx([4 / 3, 4 / 3])
+    assert found.stderr == pytest.approx([np.std([1, 2, 3, 6], ddof=1) / 2] * 2)
+
+
+def test_lines_are_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
+    frontier_picture.draw({"one": ROWS, "_two": ROWS[:2]}, tmp_path / "a.png")
+    (axis,) = drawn
+    lines = {(each.get_color(), each.get_linestyle()): each for each in axis.lines if each.get_linestyle() != "None"}
+    assert set(lines) == {("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "--")}
+    proxy, gold = lines["C0", "-"], lines["C0", "--"]
+    assert proxy.get_xdata() == pytest.approx([0, 2, 2.5]) and proxy.get_ydata() == pytest.approx([0.1, 0.6, 0.9])
+    assert gold.get_ydata() == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
+    (segments, _) = (each.get_segments() for each in axis.collections)  # the error bars of either run
+    assert [segment[:, 1] for segment in segments] == [
+        pytest.approx(ends) for ends in ([0.05, 0.15], [0.6, 0.6], [0.87, 0.93])
+    ]
+    assert [each.get_text() for each in axis.texts] == ["step 0", "step 9", "step 0", "step 5"]
+    legend = [each.get_text() for each in axis.get_legend().get_texts()]
+    assert sorted(legend) == ["gold: _two", "gold: one", "proxy: _two", "proxy: one"]
+    assert "nats" in axis.get_xlabel() and "reward" in axis.get_ylabel() and axis.get_title()
+
+
+def test_a_run_without_gold_or_without_kl(tmp_path: Path, drawn: list[Any]) -> None:
+    no_gold = [row | {"gold": None} for row in ROWS]
+    no_kl = [row | {"kl_nats": NAN} for row in ROWS]
+    frontier_picture.draw({"bare": no_kl, "one": no_gold}, tmp_path / "a.png")
+    assert [each.get_text() for each in drawn[0].get_legend().get_texts()] == ["proxy: one"]
+
+
+def test_png_and_svg_parse(tmp_path: Path) -> None:
+    for name in ("deep/a.png", "a.svg", "b.svg"):
+        frontier_picture.draw({"one": ROWS, "costs $2 or $3": ROWS[:1]}, tmp_path / name)
+    with Image.open(io.BytesIO((tmp_path / "deep/a.png").read_bytes())) as image:
+        image.load()
+        assert image.format == "PNG" and 600 < image.width < 3000 and 400 < image.height < 3000
+        assert len(image.convert("RGB").getcolors(1 << 20) or []) > 10  # something is on it
+    root = ElementTree.fromstring((tmp_path / "a.svg").read_bytes())
+    assert root.tag.endswith("svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_refusals_are_one_line_and_write_nothing(tmp_path: Path) -> None:
+    no_kl = [row | {"kl_nats": None} for row in ROWS]
+    for runs, name, says in (
+        ({"one": no_kl, "two": []}, "a.png", "no evaluation of one, two has a KL"),
+        ({}, "a.png", "has a KL"),
+        ({"one": ROWS}, "a.jpg", "expected a name that ends in .png or .svg"),
+    ):
+        with pytest.raises(ConfigError, match=says) as caught:
+            frontier_picture.draw(runs, tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match="matplotlib is not installed"):
+        frontier_picture.draw({"one": ROWS}, tmp_path / "a.png")
