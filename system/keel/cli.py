@@ -11,7 +11,7 @@ from rich.console import Console
 from keel import __version__, config
 from keel.section import Section
 from keel.settings import Settings
-from keel.stage_settings import PreferSettings, SupervisedSettings
+from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -97,6 +97,27 @@ def doctor(
 
     if not checks.run(console, as_json=as_json, self_test=self_test):
         raise typer.Exit(1)
+
+
+@app.command()
+def reward(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
+    """Train a reward model, or an ensemble of them, on preference pairs (Bradley-Terry)."""
+    settings = config.load_as(RewardModelSettings, config_path, _with(overrides, address))
+    if _shown(settings, dry_run):
+        return
+    from keel import quiet
+
+    quiet.libraries()
+    from keel import progress, summary
+    from keel.stages import reward as stage
+
+    prepared = stage.prepare(settings)
+    with progress.display(console, prepared.steps, progress.REWARD_MODEL) as display:
+        members = f"{settings.members.count} x {prepared.steps} steps"
+        display.note(f"keel {__version__}: {settings.run.name}, reward, {members}, {prepared.rows.counts}")
+        done = stage.run(prepared, display)
+    summary.show_stage(console, prepared.directory, done)
+    summary.show_reward_report(console, done["report"])
 
 
 def _with(overrides: list[str] | None, address: str | None) -> list[str]:

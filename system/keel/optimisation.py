@@ -14,8 +14,14 @@ def optimizer(learners: LearnerSettings, module: Learnable, critic_rate: float |
     groups = [{"params": list(module.policy.parameters()), "lr": learners.learning_rate}]
     if module.critic is not None:
         groups.append({"params": list(module.critic.parameters()), "lr": critic_rate or learners.learning_rate})
+    return adamw(learners, groups)
+
+
+def adamw(learners: LearnerSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW at the configured numbers over parameter groups, each with its own rate or the configured one."""
     return torch.optim.AdamW(
         groups,
+        lr=learners.learning_rate,
         betas=learners.adam_betas,
         eps=learners.adam_epsilon,
         weight_decay=learners.weight_decay,

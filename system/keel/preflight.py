@@ -11,7 +11,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import config, extension, models, schema, score
+from keel import config, extension, models, reward_models, schema, score
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
@@ -159,7 +159,7 @@ def check_reward_source(kind: str, source: str, setting: str) -> None:
     if kind == "rule":
         extension.load(source, setting)
     if kind == "model":
-        models.locate(source, setting)
+        reward_models.members(models.locate(source, setting), setting)
     if kind == "http" and not source.startswith(("http://", "https://")):
         raise ConfigError(f"{setting}={source}: expected a URL that starts with http:// or https://")
 

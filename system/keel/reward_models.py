@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keel import models
+from keel import durable, models
 from keel.config import ConfigError
 
 ENSEMBLE = "ensemble.json"
@@ -217,19 +219,48 @@ def spare_token(tokenizer: Any) -> int:
     return min(named) if named else 0
 
 
-def write(folder: Path, model: RewardModel, named: dict[str, Tensor], offset: float) -> None:
-    """A folder that transformers and vLLM load. A head with a bias holds the offset itself."""
-    named = dict(named)
-    if "classifier.bias" in named:
-        named["classifier.bias"] = named["classifier.bias"] - offset
-        offset = 0.0
-    model.model.config.keel_reward = {"offset": offset, "max_tokens": model.text.max_tokens}
+def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:
+    """A folder that transformers and vLLM load, not centred."""
+    model.model.config.keel_reward = {"offset": 0.0, "max_tokens": model.text.max_tokens}
     model.model.save_pretrained(folder, state_dict=named)
     model.text.tokenizer.save_pretrained(folder)
 
 
+def centre(folder: Path, offset: float) -> None:
+    """Subtract a number from all scores of a written model: in its head's bias, or by config.json where it has none."""
+    weights, path = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(weights) if weights.is_file() else {}
+    tree = json.loads(path.read_text(encoding="utf8"))
+    if "classifier.bias" in tensors:
+        tensors["classifier.bias"] = tensors["classifier.bias"] - offset
+        save_file(tensors, weights, metadata={"format": "pt"})
+    else:
+        tree["keel_reward"]["offset"] += offset
+        durable.write(path, json.dumps(tree, indent=2).encode())
+
+
 def write_ensemble(folder: Path, names: Sequence[str]) -> None:
     (folder / ENSEMBLE).write_text(json.dumps({"members": list(names)}, indent=2) + "\n", encoding="utf8")
+
+
+def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:
+    """Texts in the rollout columns that a reward model reads."""
+    reasons = pa.array(["stop" if text.finished else "length" for text in scored]).dictionary_encode()
+    columns = {
+        "ticket": pa.array(range(len(scored)), pa.int64()),
+        "prompt": [text.prompt for text in scored],
+        "prompt_messages": [json.dumps(list(text.messages), ensure_ascii=False) for text in scored],
+        "completion": [text.completion for text in scored],
+        "finish_reason": reasons,
+    }
+    return pa.RecordBatch.from_pydict(columns)
+
+
+def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
+    """Rollout columns -> texts."""
+    names = ("prompt", "prompt_messages", "completion", "finish_reason")
+    rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
+    return [ScoredText(prompt, json.loads(said), answer, reason == "stop") for prompt, said, answer, reason in rows]
 
 
 class Ensemble:

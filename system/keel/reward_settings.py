@@ -7,6 +7,19 @@ from pydantic import Field, model_validator
 from keel.section import Seconds, Section
 
 
+class EnsembleSettings(Section):
+    """How several training rewards, read as members of one ensemble, become one."""
+
+    form: Literal["sum", "mean", "lower_bound", "worst", "variance"] = Field(
+        "sum",
+        description="sum: weighted sum; mean; lower_bound: mean - c std; worst: smallest; variance: mean - c variance",
+    )
+    coefficient: float = Field(1.0, ge=0, description="c, population standard deviation or variance over members")
+    centre: bool = Field(
+        True, description="spread and worst case are those of members centred per prompt: their zero is arbitrary"
+    )
+
+
 class RewardSettings(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="column reward_<name> and metric label")
     kind: Literal["rule", "model", "reference", "http", "stored"] = Field("rule", description="who computes it")
@@ -17,6 +30,10 @@ class RewardSettings(Section):
         "train", description="judge: orders pairs, no part of the reward; monitors are never visible to the objective"
     )
     weight: float = Field(1.0, description="factor in the weighted sum `reward`; judges and monitors ignore it")
+    ensemble: EnsembleSettings = Field(
+        EnsembleSettings(form="mean", centre=False),
+        description="model: how the members of an ensemble folder become one reward",
+    )
     timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt")
     retries: int = Field(2, ge=0, description="http: further attempts after a failed one")
 
@@ -54,17 +71,4 @@ class ShapingSettings(Section):
     missing_end_penalty: float = Field(0.0, ge=0, description="subtracted from completions that did not end (TRL)")
     missing_end_reward: float | None = Field(
         None, description="the reward of completions that did not end, whatever they scored; null: their own"
-    )
-
-
-class EnsembleSettings(Section):
-    """How several training rewards, read as members of one ensemble, become one."""
-
-    form: Literal["sum", "mean", "lower_bound", "worst", "variance"] = Field(
-        "sum",
-        description="sum: weighted sum; mean; lower_bound: mean - c std; worst: smallest; variance: mean - c variance",
-    )
-    coefficient: float = Field(1.0, ge=0, description="c, population standard deviation or variance over members")
-    centre: bool = Field(
-        True, description="spread and worst case are those of members centred per prompt: their zero is arbitrary"
     )

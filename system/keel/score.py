@@ -80,7 +80,8 @@ class RewardScorer:
         self.name = name
         self.ensemble = ensemble
         self.rewards = rewards
-        self.adds = pa.schema([schema.reward_field(reward.name) for reward in rewards] + list(schema.SCORE))
+        own = [name for reward in rewards for name in (reward.name, *spread_names(reward))]
+        self.adds = pa.schema([schema.reward_field(name) for name in own] + list(schema.SCORE))
         self._compute = {reward.name: _SCORERS[reward.kind](reward, threads) for reward in rewards}
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
@@ -91,7 +92,11 @@ class RewardScorer:
         columns: dict[str, Any] = {}
         failures: Counter[str] = Counter()
         for reward in self.rewards:
-            values, reasons = checked(reward.name, self._compute[reward.name](batch), batch.num_rows)
+            result = self._compute[reward.name](batch)
+            if isinstance(result, np.ndarray):
+                columns |= _spread(reward, result)
+                result = of_members(reward, result, batch.column("ticket").to_numpy()).tolist()
+            values, reasons = checked(reward.name, result, batch.num_rows)
             columns[f"reward_{reward.name}"] = pa.array(values, pa.float32(), mask=np.isnan(values))
             failures.update(reason for reason in reasons if reason)
             if reward.role == "train":
@@ -117,6 +122,25 @@ class RewardScorer:
         centred = elicitation.centre(members, batch.column("ticket").to_numpy()) if self.ensemble.centre else None
         by = self.ensemble
         return np.nan_to_num(elicitation.combine(members, weights, by.form, by.coefficient, centred))
+
+
+def spread_names(reward: RewardSettings) -> list[str]:
+    """Names of the further columns of an ensemble's reward."""
+    return [f"{reward.name}_{what}" for what in ("mean", "std", "worst")] if reward.kind == "model" else []
+
+
+def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
+    """What the members [M, rows] of an ensemble say beside the reward; of one model, mean = worst and std 0."""
+    found = zip(spread_names(reward), (members.mean(0), members.std(0), members.min(0)), strict=True)
+    return {f"reward_{name}": pa.array(values, pa.float32(), mask=np.isnan(values)) for name, values in found}
+
+
+def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
+    """The reward [rows] of an artefact's members [M, rows], as `rewards.NAME.ensemble` says; NaN where one has none."""
+    by = reward.ensemble
+    centred = elicitation.centre(np.nan_to_num(members), tickets) if by.centre else None
+    combined = elicitation.combine(np.nan_to_num(members), np.ones(len(members)), by.form, by.coefficient, centred)
+    return np.where(np.isnan(members).any(0), np.nan, combined)
 
 
 def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:
@@ -195,33 +219,16 @@ def _http(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Va
     return compute
 
 
-def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
-    """Raw score (logit 0) of prompt + completion under a Hugging Face sequence classifier, read by the model itself."""
+def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], np.ndarray]:
+    """Scores [members, rows] of a reward-model folder; its own text form, offset and ensemble (reward_models.py)."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from keel import models, reward_models
 
     torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(reward.source)
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        reward.source, dtype=torch.float32, output_loading_info=True
-    )
-    if loading["missing_keys"]:  # a language model has no score head: transformers would make a random one
-        raise ValueError(f"reward {reward.name}: {reward.source} has no weights for {sorted(loading['missing_keys'])}")
-    model.eval()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # how the model finds the last real token
-
-    def compute(batch: pa.RecordBatch) -> Values:
-        texts = [p + c for p, c in zip(*(batch.column(n).to_pylist() for n in ("prompt", "completion")), strict=True)]
-        scores: list[float] = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), 16):
-                inputs = tokenizer(texts[start : start + 16], return_tensors="pt", padding=True, truncation=True)
-                scores += model(**inputs).logits[:, 0].tolist()
-        return scores
-
-    return compute
+    setting = f"rewards.{reward.name}.source"
+    ensemble = reward_models.Ensemble(models.locate(reward.source, setting), setting)
+    return lambda batch: ensemble.scores(reward_models.from_batch(batch))
 
 
 def _stored(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
@@ -238,7 +245,7 @@ def _stored(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], 
     return compute
 
 
-_SCORERS: dict[str, Callable[[RewardSettings, int], Callable[[pa.RecordBatch], Values | Failure]]] = {
+_SCORERS: dict[str, Callable[[RewardSettings, int], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]] = {
     "rule": _rule,
     "reference": _reference,
     "http": _http,

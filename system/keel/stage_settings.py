@@ -6,7 +6,7 @@ runs on: those of a run whose completions are all stored.
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from keel.actor_settings import (
     BufferSettings,
@@ -77,9 +77,34 @@ class StageSettings(Section):
     cluster: ClusterSettings = ClusterSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
 
+    @model_validator(mode="after")
+    def _ranks_have_rows(self) -> Self:
+        fewest = min(self.training.rows_per_step, self.prompts.held_out)
+        if fewest < self.learners.count:
+            raise ValueError(
+                f"learners.count={self.learners.count}: every rank takes a row of every step and evaluation"
+                f" (training.rows_per_step, prompts.held_out); expected at most {fewest}"
+            )
+        return self
+
     @property
     def run_directory(self) -> str:
         return self.run.directory.replace("{name}", self.run.name)
+
+    def learning(self, steps: int) -> Settings:
+        """Settings of the learner, for a course of so many steps."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _learner_can_run(self) -> Self:
+        try:
+            self.learning(1)
+        except ValidationError as error:
+            message = error.errors()[0]["msg"].removeprefix("Value error, ")
+            for theirs, ours in _NAMES.items():
+                message = message.replace(theirs, ours)
+            raise ValueError(message) from None
+        return self
 
     def _learning(self, samples: int, steps: int, **blocks: Any) -> Settings:
         """Settings of a run on stored completions, `samples` a row."""
@@ -90,8 +115,7 @@ class StageSettings(Section):
                 samples_per_prompt=samples, max_tokens=self.completions.max_tokens, stored_ratio=1.0
             ),
             buffer=BufferSettings(groups_per_step=self.training.rows_per_step),
-            rewards=[RewardSettings(name="label", kind="stored")],
-            **{**own, **blocks},
+            **{**own, "rewards": [RewardSettings(name="label", kind="stored")], **blocks},
         )
 
 
@@ -99,8 +123,7 @@ class SupervisedSettings(StageSettings):
     """`keel sft`: likelihood of demonstrations. Loss: -log pi averaged over all completion tokens of a step."""
 
     def learning(self, steps: int) -> Settings:
-        objective = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
-        return self._learning(1, steps, objective=objective, regulariser=_NO_KL, reference=None)
+        return self._learning(1, steps, objective=_LIKELIHOOD, regulariser=_NO_KL, reference=None)
 
 
 class PreferSettings(StageSettings):
@@ -122,6 +145,7 @@ class CentreSettings(Section):
     """Bradley-Terry scores have no zero: which completions score 0 on average afterwards."""
 
     rows: Literal["all", "chosen", "rejected", "none"] = Field("all", description="of the training pairs")
+    max_rows: int = Field(512, ge=1, description="texts that are averaged at most")
     source: str | None = Field(
         None, description="prompt-completion rows that score 0 instead (demonstrations); forms as prompts.source"
     )
@@ -145,6 +169,16 @@ class RewardModelSettings(StageSettings):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong")
     centre_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
     centre: CentreSettings = CentreSettings()
+
+    def learning(self, steps: int) -> Settings:
+        """Settings of the cluster it runs on; what a step learns is not an objective of online training."""
+        learners = self.learners.model_copy(update={"tokens_per_batch": 2**30})
+        return self._learning(2, steps, objective=_LIKELIHOOD, regulariser=_NO_KL, reference=None, learners=learners)
+
+    def scoring(self, rewards: list[RewardSettings]) -> Settings:
+        """Settings of a run that scores with these models on the learner's threads and GPUs."""
+        scorers = WorkerSettings(threads=self.learners.threads, gpus=self.learners.gpus)
+        return self.learning(1).model_copy(update={"rewards": rewards, "scorers": scorers})
 
 
 class NoiseSettings(Section):
@@ -188,5 +222,12 @@ class LabelSettings(Section):
         return self
 
 
+_LIKELIHOOD = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
+_NAMES = {
+    "sampling.max_tokens": "completions.max_tokens",
+    "sampling.samples_per_prompt": "samples",
+    "buffer.groups_per_step": "training.rows_per_step",
+}
+"""What the learner's settings are called here."""
 _SHARED = ("policy", "prompts", "learners", "metrics", "cluster", "deadlines")
 _NO_KL = RegulariserSettings(kl={"coefficient": 0.0})

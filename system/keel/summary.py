@@ -56,6 +56,30 @@ def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> No
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
+def show_reward_report(console: Console, report: Mapping[str, Any]) -> None:
+    """Print held-out accuracy with its interval, the calibration curve, and what length has to do with it."""
+    table = Table(title=f"calibration on {report['pairs']} held-out pairs")
+    for name in ("predicted", "pairs", "mean predicted", "observed"):
+        table.add_column(name, justify="right")
+    for each in report["calibration"]:
+        span = f"{each['low']:.2f} - {each['high']:.2f}"
+        table.add_row(span, str(each["pairs"]), f"{each['predicted']:.3f}", f"{each['observed']:.3f}")
+    console.print(table)
+    accuracy = report["accuracy"]
+    members = ", ".join(f"{value:.3f}" for value in report["member_accuracies"])
+    console.print(
+        f"Accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] on held-out pairs (members"
+        f" {members}); calibration error {report['calibration_error']:.3f}",
+        soft_wrap=True,
+    )
+    if report["length_correlation"] is not None and report["prefers_longer"] is not None:
+        console.print(
+            f"Length   rank correlation of score and length {report['length_correlation']:+.3f}; prefers the longer"
+            f" text in {report['prefers_longer']:.3f} of pairs, the labels in {report['label_prefers_longer']:.3f}",
+            soft_wrap=True,
+        )
+
+
 def _table(first: pa.RecordBatch, last: pa.RecordBatch, before: int, after: int, settings: Settings) -> Table:
     table = Table(title=f"{settings.run.name}: {first.num_rows} held-out prompts, mean with 95 % interval")
     table.add_column("")

@@ -138,7 +138,12 @@ class Objective:
 
     def visible(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The batch without the columns of monitors: an objective that could read them would hack them, too."""
-        monitors = {f"reward_{reward.name}" for reward in self.settings.rewards if reward.role == "monitor"}
+        monitors = {
+            f"reward_{reward.name}{what}"
+            for reward in self.settings.rewards
+            if reward.role == "monitor"
+            for what in ("", "_mean", "_std", "_worst")
+        }
         return batch.select([name for name in batch.schema.names if name not in monitors])
 
     def rewards(self, batch: pa.RecordBatch) -> np.ndarray:

@@ -5,7 +5,7 @@ source -> rows of one form -> usable rows (the others counted by reason) -> held
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,9 @@ class OfflineRows:
         self.prompts = Prompts(settings, tokenizer, usable)
         self.counts = {**self.prompts.counts, "read": len(rows), **self.dropped}
 
-    def _problem(self, max_tokens: int) -> Any:
-        def of(columns: dict[str, Any]) -> str | None:
-            lengths = [len(ids) for ids in self._completions.encode(columns)]
+    def _problem(self, max_tokens: int) -> Callable[[Row], str | None]:
+        def of(row: Row) -> str | None:
+            lengths = [len(ids) for ids in self._completions.encode(json.loads(row.further))]
             return "too_long" if max(lengths) > max_tokens else None
 
         return of
@@ -81,16 +81,16 @@ class OfflineRows:
 
 
 def usable_rows(
-    rows: Sequence[Row], by: CompletionSettings, further: Any, source: str
+    rows: Sequence[Row], by: CompletionSettings, further: Callable[[Row], str | None], source: str
 ) -> tuple[list[Row], dict[str, int]]:
-    """Rows to train on, and how many were left out by reason: empty, equal, or what `further(columns)` says.
+    """Rows to train on, and how many were left out by reason: empty, equal, or what `further` says of it.
 
     Raises ConfigError: for the first unusable row where `completions.unusable` refuses, or when none is left.
     """
-    usable, dropped = [], Counter()
+    usable: list[Row] = []
+    dropped: Counter[str] = Counter()
     for row in rows:
-        columns = json.loads(row.further)
-        problem = stored.unusable(columns) or further(columns)
+        problem = stored.unusable(json.loads(row.further)) or further(row)
         if problem and by.unusable == "refuse":
             raise ConfigError(
                 f"prompts.source={source}: {row.place} is not usable ({problem}); expected another row, or"

@@ -1,0 +1,154 @@
+"""One rank of the gang that trains reward models: Bradley-Terry on pairs, behind the same engine as every learner.
+
+    L = -(1 - e) log sigma(u) - e log sigma(-u) + c (r_w + r_l)^2,    u = r_w - r_l - margin
+
+averaged over the pairs of a step; w chosen, l rejected, e label smoothing, c `centre_penalty` (2312.09244). Both texts
+of a pair go through the model together. Shapes: P pairs, B = 2 P rows (chosen, rejected, chosen, ...).
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from keel import batch as batching
+from keel import durable, optimisation, reward_models, schema
+from keel.engine import Engine, join_gang
+from keel.protocols import StepReport
+from keel.stage_settings import RewardModelSettings
+
+PAIR = pa.schema(
+    [
+        pa.field("tokens", schema.TOKENS, metadata={"meaning": "prompt and completion as the reward model reads them"}),
+        pa.field("second", pa.int32(), metadata={"meaning": "where the second segment of an encoder's text begins"}),
+        pa.field("margin", pa.float32(), metadata={"meaning": "subtracted from the difference of the pair"}),
+    ]
+)
+"""Two rows a pair: chosen, then rejected."""
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of some pairs, and what it says of them."""
+
+    losses: Tensor
+    """[P]."""
+    margins: Tensor
+    """[P] r_w - r_l."""
+
+
+def pair_loss(scores: Tensor, margins: Tensor, by: RewardModelSettings) -> PairLoss:
+    """Bradley-Terry losses of scores [2 P] (chosen, rejected, chosen, ...) and margins [P]."""
+    chosen, rejected = scores[0::2], scores[1::2]
+    u, smoothing = chosen - rejected - margins, by.label_smoothing
+    losses = -(1 - smoothing) * logsigmoid(u) - smoothing * logsigmoid(-u)
+    return PairLoss(losses + by.centre_penalty * (chosen + rejected).square(), (chosen - rejected).detach())
+
+
+class RewardModelLearner:
+    """All public methods are collective: every rank must be called with the same arguments."""
+
+    def __init__(
+        self, settings: RewardModelSettings, folder: str, steps: int, rank: int, ranks: int, address: str, port: int
+    ) -> None:
+        join_gang(settings.learners, rank, ranks, address, port, settings.deadlines.step_seconds)
+        self.settings, self.folder, self.steps = settings, folder, steps
+        self.rank, self.ranks = rank, ranks
+        self.version = 0
+
+    def begin(self, member: int) -> None:
+        """Put a new model in place: this member's head, untrained."""
+        by = self.settings
+        dtype = "float32" if by.learners.precision == "fp32" else "bfloat16"
+        seed = by.run.seed * 1000 + member
+        self._engine = Engine(by.learners, self.ranks, self.steps)
+        model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed).to(self._engine.device)
+        self._engine.drive(model, optimisation.adamw(by.learners, [{"params": list(model.parameters())}]))
+        self.version = 0
+
+    def step(self, batch: pa.RecordBatch) -> StepReport:
+        """One optimizer update on the pairs. Raises FloatingPointError for a loss that is not finite, before it."""
+        started = time.monotonic()
+        rate = self._engine.set_rate(self.version)
+        pairs = batch.num_rows // 2
+        margins = torch.from_numpy(batch.column("margin").to_numpy()[0::2].copy())
+        sums: dict[str, float] = defaultdict(float)
+        for numbers, real, inputs in self._passes(batch):
+            found = pair_loss(
+                self._engine(*inputs), margins[torch.from_numpy(numbers)].to(self._engine.device), self.settings
+            )
+            self._engine.backward(found.losses.sum() / pairs, real=real)
+            if real:
+                sums["loss"] += found.losses.sum().item() / pairs
+                sums["implicit_margin"] += found.margins.sum().item() / pairs
+                sums["preference_accuracy_ratio"] += (found.margins > 0).sum().item() / pairs
+        metrics = self._engine.sum_named(sums)
+        if not np.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"step {self.version + 1}: the loss is {metrics['loss']}")
+        metrics["grad_norm"] = self._engine.update()
+        self.version += 1
+        tokens = float(schema.lengths(batch, "tokens").sum())
+        metrics |= {"learning_rate": rate, "pairs": float(pairs), "trained_tokens": tokens}
+        metrics |= {"length_tokens": tokens / batch.num_rows, "step_seconds": time.monotonic() - started}
+        return StepReport(self.version, metrics)
+
+    @torch.no_grad()
+    def scores(self, batch: pa.RecordBatch) -> np.ndarray:
+        """float64 [rows] under the weights of now, without dropout (there is none), no offset subtracted."""
+        found = torch.zeros(batch.num_rows, dtype=torch.float64, device=self._engine.device)
+        for numbers, real, inputs in self._passes(batch):
+            if real:
+                rows = torch.from_numpy(np.stack([2 * numbers, 2 * numbers + 1], axis=1).reshape(-1))
+                found[rows.to(found.device)] = self._engine(*inputs).double()
+            else:
+                self._engine(*inputs)
+        return self._engine.sum_over_ranks(found).cpu().numpy()
+
+    def assess(self, batch: pa.RecordBatch) -> dict[str, float]:
+        """Loss, accuracy and margin on held-out pairs; nothing is learned."""
+        margins = torch.from_numpy(batch.column("margin").to_numpy()[0::2].copy())
+        found = pair_loss(torch.from_numpy(self.scores(batch)), margins, self.settings)
+        ties = (found.margins == 0).double() / 2
+        return {
+            "loss": float(found.losses.mean()),
+            "preference_accuracy_ratio": float(((found.margins > 0).double() + ties).mean()),
+            "implicit_margin": float(found.margins.mean()),
+        }
+
+    def save(self, directory: str) -> None:
+        self._engine.save(directory, self.version)
+
+    def load(self, directory: str) -> int:
+        self.version = self._engine.load(directory)
+        return self.version
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def export(self, folder: str) -> None:
+        """Write the model as a Hugging Face folder, on rank 0; the others take part in gathering."""
+        model = self._engine.module
+        named = self._engine.gather(model.model, self.rank)
+        if self.rank == 0:
+            Path(folder).mkdir(parents=True)
+            reward_models.write(Path(folder), model, named)
+            durable.sync_directory(Path(folder))
+
+    def _passes(self, batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, bool, tuple[Tensor, Tensor, Tensor]]]:
+        """(pair numbers, real, inputs) of this rank's passes; equally many on every rank, the last ones filler."""
+        lengths = schema.lengths(batch, "tokens")
+        total = 2 * np.maximum(lengths[0::2], lengths[1::2])  # a pair, padded to its longer text
+        shares, real = batching.share_out(total, self.ranks, self.settings.learners.tokens_per_batch)
+        tokens, seconds = batch.column("tokens"), batch.column("second").to_pylist()
+        for numbers, is_real in zip(shares[self.rank], real[self.rank], strict=True):
+            rows = [row for number in numbers.tolist() for row in (2 * number, 2 * number + 1)]
+            inputs = self._engine.module.padded([(tokens[row].as_py(), seconds[row]) for row in rows])
+            yield numbers, is_real, tuple(tensor.to(self._engine.device) for tensor in inputs)

@@ -1,0 +1,254 @@
+"""`keel reward`: Bradley-Terry reward models from preference pairs, one or an ensemble.
+
+pairs -> tokens | held out (by prompt) | training order, with replacement for each of several members
+member 0, 1, ...   each its own course on the learner gang           -> members/N/
+all members        scored as they were written: reference set, held-out pairs
+                   -> offsets (the reference set scores 0 on average), report.json, model/
+"""
+
+import asyncio
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import (
+    cluster,
+    config,
+    durable,
+    gang,
+    models,
+    preflight,
+    prompts,
+    reward_models,
+    reward_report,
+    schema,
+    sources,
+    stored,
+)
+from keel.config import ConfigError
+from keel.learn_reward import PAIR, RewardModelLearner
+from keel.metrics import RunMetrics
+from keel.prompt_settings import PromptSettings
+from keel.reward_models import RewardText, ScoredText
+from keel.reward_settings import RewardSettings
+from keel.sources import Row
+from keel.stage_settings import RewardModelSettings
+from keel.stages import course
+from keel.stages.course import Course, Recorder
+from keel.stages.rows import usable_rows
+from keel.train import Display
+
+_MEMBER_SEEDS = 1000
+
+
+class PairRows:
+    """Usable pairs of the source as texts and tokens, held-out ones by prompt."""
+
+    def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
+        """Raises ConfigError, one line, for every mistake in the source."""
+        self.settings, self.text = settings, text
+        rows = sources.read(settings.prompts)
+        stored.check_shape(rows, 2, settings.prompts.source)
+        by = settings.completions
+        usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
+        self.pairs = [texts(row) for row in usable]
+        self.margins = [self._margin(row) for row in usable]
+        identities = [json.dumps(row.prompt) for row in usable]
+        self.held_out, self.train = prompts.split(identities, settings.prompts, settings.run.seed)
+        self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
+
+    def _problem(self, row: Row) -> str | None:
+        found = [self.text.tokens(text, cut=False) for text in texts(row)]
+        return None if all(found) else "too_long"
+
+    def _margin(self, row: Row) -> float:
+        column = self.settings.margin_column
+        if column is None:
+            return self.settings.margin
+        value = json.loads(row.further).get(column)
+        if not isinstance(value, int | float):
+            raise ConfigError(f"margin_column={column}: {row.place} has {value!r} there; expected a number")
+        return self.settings.margin + value
+
+    def step(self, version: int, member: int) -> pa.RecordBatch:
+        """The pairs of a member's step, a pure function; with replacement where the ensemble is a bootstrap."""
+        by, count = self.settings, len(self.train)
+        seed = by.run.seed * _MEMBER_SEEDS + member
+        size = by.training.rows_per_step
+        places = np.array([prompts.place_of(t, count, seed) for t in range(version * size, (version + 1) * size)])
+        if by.members.bootstrap and by.members.count > 1:
+            places = np.random.Generator(np.random.PCG64([seed, 7])).integers(0, count, count)[places]
+        return self.batch(self.train[places])
+
+    def batch(self, places: np.ndarray) -> pa.RecordBatch:
+        """PAIR columns of these pairs."""
+        rows = [self.text.tokens(text) for place in places for text in self.pairs[place]]
+        columns = {
+            "tokens": [row[0] for row in rows if row],
+            "second": [row[1] for row in rows if row],
+            "margin": np.repeat([self.margins[place] for place in places], 2).astype(np.float32),
+        }
+        return schema.build(PAIR, columns)
+
+
+def texts(row: Row) -> list[ScoredText]:
+    """Every completion of a row behind its prompt."""
+    columns = json.loads(row.further)
+    messages = [] if isinstance(row.prompt, str) else row.prompt
+    ended = zip(stored.completions(columns), stored.finished(columns), strict=True)
+    return [ScoredText(row.text, messages, completion, finished) for completion, finished in ended]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked stage."""
+
+    settings: RewardModelSettings
+    directory: Path
+    folder: str
+    rows: PairRows
+    reference: Sequence[ScoredText]
+    """What scores 0 on average in the end; empty: nothing does."""
+    steps: int
+
+
+def prepare(settings: RewardModelSettings) -> Prepared:
+    """Check model, rows, port, memory and run directory. Raises ConfigError, one line."""
+    from transformers import AutoConfig
+
+    directory = Path(settings.run_directory).resolve()
+    preflight.check_directory(directory, settings)
+    preflight.check_port(settings.metrics)
+    preflight.check_memory(settings.cluster)
+    folder = models.locate(settings.policy.model, "policy.model")
+    tokenizer = models.load_tokenizer(folder, "policy.model")
+    trunk = AutoConfig.from_pretrained(folder)
+    limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
+    rows = PairRows(settings, RewardText(tokenizer, reward_models.is_encoder(trunk), limit))
+    steps = settings.training.steps(len(rows.train))
+    return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps)
+
+
+def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText]:
+    """Up to `centre.max_rows` texts of the reference set, in an order of the seed."""
+    by = settings.centre
+    if by.source is not None:
+        own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt))
+        stored.check_shape(own, 1, by.source)
+        found = [texts(row)[0] for row in own]
+    else:
+        sides = {"all": (0, 1), "chosen": (0,), "rejected": (1,), "none": ()}[by.rows]
+        found = [rows.pairs[place][side] for place in rows.train for side in sides]
+    order = [prompts.place_of(t, len(found), settings.run.seed) for t in range(min(by.max_rows, len(found)))]
+    return [found[place] for place in order]
+
+
+def run(prepared: Prepared, display: Display) -> dict[str, Any]:
+    """Train all members to the end; what stage.json says. A finished stage is not run again."""
+    started = time.monotonic()
+    directory, settings = prepared.directory, prepared.settings
+    if done := course.finished(directory):
+        display.note(f"{directory} holds this stage, finished")
+        return done
+    directory.mkdir(parents=True, exist_ok=True)
+    durable.write(directory / "config.yaml", config.dump(settings).encode())
+    metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
+    port = metrics.serve(settings.metrics)
+    display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
+    display.doing("starting Ray, learner")
+    cluster.connect(settings.learning(prepared.steps))
+    try:
+        return asyncio.run(_train(prepared, metrics, display, started))
+    finally:
+        cluster.disconnect()
+
+
+async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
+    settings, rows = prepared.settings, prepared.rows
+    learner = gang.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
+    async with asyncio.timeout(settings.deadlines.start_seconds):
+        await learner.ready()
+    metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
+    folders, evaluations = [], []
+    for member in range(settings.members.count):
+        plan = _course(prepared, member)
+        folders.append(plan.model)
+        if not plan.model.is_dir():
+            display.doing(f"member {member}")
+            metrics.path = plan.directory / "metrics.jsonl"
+            await learner.call("begin", member)
+            state = await course.restore(plan, learner, metrics)
+            await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
+        evaluations.append(durable.read_json_lines(plan.directory / "evaluations.jsonl"))
+    learner.stop()
+    display.doing("scoring held-out pairs")
+    found = await _judge(prepared, folders)
+    _assemble(prepared.directory / "model", folders)
+    durable.write_json(prepared.directory / "report.json", found)
+    last = _course(prepared, 0)
+    return course.finish(last, "reward", started, evaluations=evaluations[0], model_step=prepared.steps, report=found)
+
+
+def _course(prepared: Prepared, member: int) -> Course:
+    rows = prepared.rows
+    directory = prepared.directory / "members" / str(member)
+    directory.mkdir(parents=True, exist_ok=True)
+    return Course(
+        settings=prepared.settings,
+        directory=directory,
+        steps=prepared.steps,
+        rows=len(rows.train),
+        batch=lambda version: rows.step(version, member),
+        held_out=rows.batch(rows.held_out),
+        dropped=rows.dropped,
+    )
+
+
+async def _judge(prepared: Prepared, folders: Sequence[Path]) -> dict[str, Any]:
+    """Centre the members on the reference set and report on the held-out pairs, both as the scorer sees them."""
+    rows = prepared.rows
+    held_out = [text for place in rows.held_out for text in rows.pairs[place]]
+    scores = await _scores(prepared.settings, folders, [*prepared.reference, *held_out])
+    assert np.isfinite(scores).all()  # all of them fit: they were trained on, or cut
+    count = len(prepared.reference)
+    offsets = scores[:, :count].mean(1) if count else np.zeros(len(folders))
+    for folder, offset in zip(folders, offsets, strict=True):
+        reward_models.centre(folder, float(offset))
+    judged = scores[:, count:] - offsets[:, None]
+    lengths = np.array([len(text.completion) for text in held_out], np.float64)
+    found = reward_report.report(judged[:, 0::2], judged[:, 1::2], (lengths[0::2], lengths[1::2]))
+    return {**found, "offsets": offsets.tolist(), "reference_rows": count}
+
+
+async def _scores(settings: RewardModelSettings, folders: Sequence[Path], scored: Sequence[ScoredText]) -> np.ndarray:
+    """float64 [members, texts] through the scorer that online training uses."""
+    rewards = [RewardSettings(name=f"m{n}", kind="model", source=str(folder)) for n, folder in enumerate(folders)]
+    pool = cluster.scorers(settings.scoring(rewards), None)[0]
+    await pool.pool.ready()
+    handle, _ = await pool.score(reward_models.as_batch(scored))
+    batch = await cluster.fetch(handle)
+    pool.pool.stop()
+    return np.stack(
+        [batch.column(f"reward_{reward.name}").to_numpy(zero_copy_only=False) for reward in rewards]
+    ).astype(float)
+
+
+def _assemble(target: Path, folders: Sequence[Path]) -> None:
+    """The artefact: the one model, or all members beside ensemble.json."""
+    aside = target.with_name(".model.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    if len(folders) == 1:
+        shutil.copytree(folders[0], aside)
+    else:
+        for number, folder in enumerate(folders):
+            shutil.copytree(folder, aside / f"member-{number}")
+        reward_models.write_ensemble(aside, [f"member-{number}" for number in range(len(folders))])
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
