@@ -34,9 +34,15 @@ LAYERS = [
     ]
     + ["diagnostics", "metrics", "references", "quiet", "reward_models"],
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
-    ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "preflight", "controller"],
+    ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "preflight", "controller"],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
-    ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood", "reward"))],
+    [
+        "stages",
+        *(
+            f"stages.{name}"
+            for name in ("course", "rows", "reference_logprobs", "likelihood", "reward", "sampled", "label")
+        ),
+    ],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -11,7 +11,7 @@ from rich.console import Console
 from keel import __version__, config
 from keel.section import Section
 from keel.settings import Settings
-from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -118,6 +118,25 @@ def reward(config_path: Config, overrides: Overrides = None, address: Address = 
         done = stage.run(prepared, display)
     summary.show_stage(console, prepared.directory, done)
     summary.show_reward_report(console, done["report"])
+
+
+@app.command()
+def label(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
+    """Make preference pairs: sample from a policy (or read runs' rollouts), let a judge score, pair, write Parquet."""
+    settings = config.load_as(LabelSettings, config_path, _with(overrides, address))
+    if _shown(settings, dry_run):
+        return
+    from keel import quiet
+
+    quiet.libraries()
+    from keel import progress, summary
+    from keel.stages import label as stage
+
+    prepared = stage.prepare(settings)
+    with progress.display(console, 0) as display:
+        display.note(f"keel {__version__}: {settings.run.name}, label by {settings.judge.name}")
+        done = stage.run(prepared, display)
+    summary.show_labels(console, prepared.directory, done)
 
 
 def _with(overrides: list[str] | None, address: str | None) -> list[str]:

@@ -20,7 +20,7 @@ from keel.actor_settings import (
 from keel.objective_settings import PairSettings, PreferenceSettings
 from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
 from keel.regulariser_settings import RegulariserSettings
-from keel.reward_settings import EnsembleSettings, RewardSettings
+from keel.reward_settings import RewardSettings
 from keel.section import Fraction, Section
 from keel.settings import CheckpointSettings, FailureSettings, MetricsSettings, RunIdentity, Settings
 
@@ -207,18 +207,47 @@ class LabelSettings(Section):
     )
     noise: NoiseSettings = NoiseSettings()
     reference: ReferenceSettings | None = None
-    ensemble: EnsembleSettings = EnsembleSettings()
     generators: GeneratorSettings = GeneratorSettings()
     scorers: WorkerSettings = WorkerSettings(threads=1)
     failures: FailureSettings = FailureSettings()
     cluster: ClusterSettings = ClusterSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
 
+    @property
+    def run_directory(self) -> str:
+        return self.run.directory.replace("{name}", self.run.name)
+
+    @property
+    def policy_model(self) -> str:
+        return self.policy.model if self.policy else ""
+
+    def sampling_run(self) -> Settings:
+        """Settings of an online run that samples and scores like this."""
+        shared = ("sampling", "reference", "generators", "scorers", "failures", "cluster", "deadlines")
+        own = {name: getattr(self, name) for name in shared}
+        wide = LearnerSettings(tokens_per_batch=2**30)  # no learner runs
+        return Settings(
+            run={**self.run.model_dump(), "steps": 1},
+            policy=self.policy or PolicySettings(model="-"),
+            prompts=self.prompts or PromptSettings(source="-"),
+            objective={"kind": "weighted_likelihood", "weights": "uniform"},
+            regulariser=_NO_KL,
+            rewards=[self.judge.model_copy(update={"role": "train"})],
+            learners=wide,
+            **own,
+        )
+
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Self:
         sampled = self.policy is not None and self.prompts is not None
         if bool(self.runs) == sampled:
             raise ValueError(f"runs={self.runs}: expected run directories, or policy and prompts, and not both")
+        if self.judge.kind == "reference" and (self.reference is None or (self.runs and self.reference.model is None)):
+            raise ValueError(
+                "judge.kind=reference: reads a reference's log-probs; expected a reference block, with a model"
+            )
+        if self.judge.kind == "stored":
+            raise ValueError("judge.kind=stored: sampled completions have no stored reward; expected another kind")
         return self
 
 

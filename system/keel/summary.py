@@ -56,6 +56,21 @@ def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> No
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
+def show_labels(console: Console, directory: Path, done: Mapping[str, Any]) -> None:
+    """Print how many completions became how many pairs, and what was left out and why."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in done["dropped"].items()) or "none"
+    console.print(
+        f"Pairs    {done['pairs']} of {done['completions']} completions, mean margin {done['margin_mean']:.3f}, labels"
+        f" exchanged {done['flipped_ratio']:.3f}, completions cut at the budget {done['truncated_ratio']:.3f}",
+        soft_wrap=True,
+    )
+    console.print(f"Left out {left_out}", soft_wrap=True)
+    console.print(
+        f"File     {_short(directory / 'pairs.parquet')}  (TRL's columns prompt, chosen, rejected)", soft_wrap=True
+    )
+    console.print(f"Time     {done['seconds']:.0f} s")
+
+
 def show_reward_report(console: Console, report: Mapping[str, Any]) -> None:
     """Print held-out accuracy with its interval, the calibration curve, and what length has to do with it."""
     table = Table(title=f"calibration on {report['pairs']} held-out pairs")

@@ -1,0 +1,125 @@
+"""From scored completions to preference pairs: rules first, then selection, then (on purpose) wrong labels.
+
+    failed judge, empty, cut, equal     completions left out, counted by reason
+    pairs.*                             which two of a prompt's completions are compared (elicitation.py)
+    noise.*                             which of them is called chosen
+
+Rows have TRL's columns (`prompt`, `chosen`, `rejected`), messages where the prompt is conversational, and what the
+judge said. All of it is a function of the completions and the seed.
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from scipy import special
+
+from keel import schema
+from keel.algorithms import elicitation
+from keel.algorithms.elicitation import Candidates
+from keel.stage_settings import LabelSettings, NoiseSettings
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Preference rows and what was left out on the way."""
+
+    table: pa.Table
+    dropped: dict[str, int]
+    """Completions (judge_failed, empty, truncated, equal) and prompts or pairs (tie, too_few) by reason."""
+
+    @property
+    def flipped_ratio(self) -> float:
+        return float(np.mean(self.table.column("flipped").to_numpy())) if self.table.num_rows else 0.0
+
+
+def label(batch: pa.RecordBatch, by: LabelSettings) -> Labelled:
+    """Pairs of every ticket's completions, ordered by the column `reward`."""
+    kept, dropped = usable(batch, truncated=by.truncated == "keep")
+    rows = schema.select(batch, kept)
+    seeds = rows.column("seed").to_numpy()
+    judged = rows.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
+    candidates = Candidates(
+        tickets=rows.column("ticket").to_numpy(),
+        seeds=seeds,
+        rewards=judged,
+        judged=judged,
+        lengths=schema.lengths(rows, "completion_tokens"),
+        finished=_finished(rows),
+        members=judged[None],
+    )
+    pairs = elicitation.select(by.pairs, candidates)
+    for reason, count in pairs.dropped.items():
+        dropped["too_few" if reason == "unfinished" else reason] += count
+    flipped = flips(judged[pairs.chosen] - judged[pairs.rejected], seeds[pairs.chosen], by.noise, by.run.seed)
+    chosen = np.where(flipped, pairs.rejected, pairs.chosen)
+    rejected = np.where(flipped, pairs.chosen, pairs.rejected)
+    return Labelled(_table(rows, chosen, rejected, flipped), dict(dropped))
+
+
+def usable(batch: pa.RecordBatch, *, truncated: bool) -> tuple[np.ndarray, Counter[str]]:
+    """bool [rows] of completions that may be compared, and how many may not, by reason.
+
+    Of equal texts of one prompt the first stays. `truncated`: completions cut at the budget may stay.
+    """
+    keep = np.ones(batch.num_rows, bool)
+    dropped: Counter[str] = Counter()
+    seen: set[tuple[int, str]] = set()
+    columns = (batch.column(name).to_pylist() for name in ("ticket", "completion", "reward"))
+    for row, (ticket, text, reward) in enumerate(zip(*columns, strict=True)):
+        reason = "judge_failed" if reward is None else "empty" if not text.strip() else None
+        if reason is None and not truncated and not _finished(batch.slice(row, 1))[0]:
+            reason = "truncated"
+        if reason is None and (ticket, text.strip()) in seen:
+            reason = "equal"
+        if reason is None:
+            seen.add((ticket, text.strip()))
+        else:
+            keep[row] = False
+            dropped[reason] += 1
+    return keep, dropped
+
+
+def flips(differences: np.ndarray, seeds: np.ndarray, noise: NoiseSettings, run_seed: int) -> np.ndarray:
+    """bool [P]: label exchanged. P = 1 - sigma(difference / temperature), then flip_ratio on top; drawn by pair."""
+    draws = np.array([[_uniform(run_seed, int(seed), what) for what in ("temperature", "flip")] for seed in seeds])
+    draws = draws.reshape(-1, 2)
+    wrong = np.zeros(len(differences), bool)
+    if noise.temperature > 0:
+        wrong = draws[:, 0] < special.expit(-differences / noise.temperature)
+    return wrong ^ (draws[:, 1] < noise.flip_ratio)
+
+
+def _uniform(run_seed: int, seed: int, what: str) -> float:
+    return xxhash.xxh3_64_intdigest(f"label:{run_seed}:{seed}:{what}".encode()) / 2**64
+
+
+def _finished(batch: pa.RecordBatch) -> np.ndarray:
+    return np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()], bool)
+
+
+def _table(rows: pa.RecordBatch, chosen: np.ndarray, rejected: np.ndarray, flipped: np.ndarray) -> pa.Table:
+    messages = [json.loads(said) for said in rows.column("prompt_messages").to_pylist()]
+    texts, scores = rows.column("completion").to_pylist(), rows.column("reward").to_pylist()
+    prompts, ended = rows.column("prompt").to_pylist(), _finished(rows)
+
+    def answer(row: int) -> Any:
+        return [{"role": "assistant", "content": texts[row]}] if messages[row] else texts[row]
+
+    return pa.table(
+        {
+            "prompt": [messages[row] or prompts[row] for row in chosen],
+            "chosen": [answer(row) for row in chosen],
+            "rejected": [answer(row) for row in rejected],
+            "score_chosen": pa.array([scores[row] for row in chosen], pa.float32()),
+            "score_rejected": pa.array([scores[row] for row in rejected], pa.float32()),
+            "chosen_finished": pa.array(ended[chosen]),
+            "rejected_finished": pa.array(ended[rejected]),
+            "flipped": pa.array(flipped, pa.bool_()),
+            "prompt_id": pa.array([rows.column("prompt_id")[int(row)].as_py() for row in chosen], pa.int64()),
+        }
+    )

@@ -1,0 +1,156 @@
+"""`keel label`: completions of a policy, or the rollouts of runs, and a judge -> preference pairs in Parquet.
+
+    prompts -> generators  \\
+                             judge -> labels.py -> RUN_DIR/pairs.parquet, completions.arrow, stage.json
+    RUN/rollouts/*.arrow   /
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from keel import cluster, config, durable, labels, models, preflight, schema
+from keel.config import ConfigError
+from keel.prompts import Prompts
+from keel.protocols import Sampling
+from keel.settings import Settings
+from keel.stage_settings import LabelSettings
+from keel.stages import course, sampled
+from keel.train import Display
+
+_ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "prompt_columns", "completion", "completion_tokens")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked stage."""
+
+    settings: LabelSettings
+    sampling: Settings
+    """Of an online run that samples and scores like this."""
+    directory: Path
+    folder: str | None
+    reference_folder: str | None
+    prompts: pa.RecordBatch | None
+    rollouts: pa.RecordBatch | None
+    draws: Sampling
+
+
+def prepare(settings: LabelSettings) -> Prepared:
+    """Check model, prompts or rollouts, judge, memory and run directory. Raises ConfigError, one line."""
+    directory = Path(settings.run_directory).resolve()
+    preflight.check_directory(directory, settings)
+    preflight.check_memory(settings.cluster)
+    online = settings.sampling_run()
+    preflight.check_reward_source(settings.judge.kind, settings.judge.source, "judge.source")
+    folder = prompts = rollouts = None
+    stop: tuple[int, ...] = tuple(settings.sampling.stop_token_ids or ())
+    if settings.policy:
+        located = models.locate(settings.policy.model, "policy.model")
+        preflight.check_context(located, online)
+        tokenizer = models.load_tokenizer(located, "policy.model")
+        source = Prompts(online, tokenizer)
+        count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
+        prompts, folder = source.batch(range(count)), str(located)
+        preflight.check_rewards(online, prompts)
+        stop = stop or models.end_tokens(located, tokenizer)
+    else:
+        rollouts = _rollouts(settings.runs)
+    reference = None
+    if settings.reference:
+        reference = str(models.locate(settings.reference.model or settings.policy_model, "reference.model"))
+    by = settings.sampling
+    draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
+    return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws)
+
+
+def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
+    """Every rollout of the runs, tickets made different from step to step. Raises ConfigError for a run without any."""
+    parts = []
+    for run in runs:
+        files = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
+        if not files:
+            raise ConfigError(f"runs={run}: no rollouts/step-*.arrow in it; expected the directory of a run")
+        for file in files:
+            batch = schema.from_bytes(file.read_bytes())
+            if missing := [name for name in _ROLLOUT if name not in batch.schema.names]:
+                raise ConfigError(
+                    f"runs={run}: {file.name} has no column {missing[0]}; expected rollouts of this version"
+                )
+            kept = [name for name in batch.schema.names if not name.startswith(("reward", "score", "failure"))]
+            groups = pa.array(batch.column("ticket").to_numpy() + len(parts) * 2**40, pa.int64())
+            parts.append(batch.select(kept).set_column(kept.index("ticket"), batch.schema.field("ticket"), groups))
+    shared = [name for name in parts[0].schema.names if all(name in part.schema.names for part in parts)]
+    return schema.concat([part.select(shared).replace_schema_metadata(None) for part in parts])
+
+
+def run(prepared: Prepared, display: Display) -> dict[str, Any]:
+    """Sample (unless there are rollouts), judge, pair, write; what stage.json says. A finished stage is not run again."""
+    started = time.monotonic()
+    directory, settings = prepared.directory, prepared.settings
+    if done := course.finished(directory):
+        display.note(f"{directory} holds this stage, finished")
+        return done
+    directory.mkdir(parents=True, exist_ok=True)
+    durable.write(directory / "config.yaml", config.dump(settings).encode())
+    cluster.connect(prepared.sampling)
+    try:
+        batch = asyncio.run(_scored(prepared, display))
+    finally:
+        cluster.disconnect()
+    durable.write(directory / "completions.arrow", schema.to_bytes(batch))
+    found = labels.label(batch, settings)
+    _check_share(batch, settings)
+    if found.table.num_rows == 0:
+        raise ConfigError(
+            f"pairs: none of {batch.num_rows} completions made a pair ({found.dropped}); expected at least one"
+        )
+    aside = directory / ".pairs.parquet.tmp"
+    pq.write_table(found.table, aside)
+    aside.rename(directory / "pairs.parquet")
+    margins = np.abs(found.table.column("score_chosen").to_numpy() - found.table.column("score_rejected").to_numpy())
+    summary = {
+        "stage": "label",
+        "completions": batch.num_rows,
+        "pairs": found.table.num_rows,
+        "dropped": found.dropped,
+        "flipped_ratio": found.flipped_ratio,
+        "margin_mean": float(margins.mean()),
+        "truncated_ratio": float(1 - np.mean([r == "stop" for r in batch.column("finish_reason").to_pylist()])),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    durable.write_json(directory / "stage.json", summary)
+    return summary
+
+
+def _check_share(batch: pa.RecordBatch, settings: LabelSettings) -> None:
+    """Stop when the judge failed on more than `failures.max_failed_ratio` of the completions."""
+    failed, allowed = batch.column("failure").drop_null(), settings.failures.max_failed_ratio
+    if len(failed) > allowed * batch.num_rows:
+        reasons = {entry["values"]: entry["counts"] for entry in failed.value_counts().to_pylist()}
+        raise JudgeFailed(
+            f"judge {settings.judge.name}: failed on {len(failed)} of {batch.num_rows} completions ({reasons});"
+            f" failures.max_failed_ratio={allowed}"
+        )
+
+
+class JudgeFailed(RuntimeError):
+    """The judge failed on more completions than the configuration allows."""
+
+
+async def _scored(prepared: Prepared, display: Display) -> pa.RecordBatch:
+    batch = prepared.rollouts
+    if batch is None:
+        assert prepared.folder is not None and prepared.prompts is not None
+        rows = prepared.settings.generators.max_sequences
+        samplers = sampled.Samplers(prepared.sampling, prepared.folder, rows)
+        batch = await samplers.answer(prepared.prompts, prepared.draws, display, "sampled")
+        samplers.stop()
+    return await sampled.score(prepared.sampling, prepared.reference_folder, batch, display)

@@ -1,0 +1,81 @@
+"""Completions of a model that nobody trains: prompts through generators and scorers, for labels and evaluations."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from keel import cluster, schema
+from keel.protocols import Batch, Sampling, WorkerLost
+from keel.settings import Settings
+from keel.train import Display
+
+
+class Samplers:
+    """Generators on one model folder, as the configuration has them."""
+
+    def __init__(self, settings: Settings, folder: str, rows_per_batch: int) -> None:
+        self.settings, self.rows_per_batch = settings, rows_per_batch
+        self._generators = cluster.generators(settings, folder)
+
+    async def answer(self, prompts: pa.RecordBatch, sampling: Sampling, display: Display, what: str) -> pa.RecordBatch:
+        """The rows with the generate columns appended, in their order."""
+        retries = self.settings.failures.retries
+
+        async def one(rows: pa.RecordBatch) -> pa.RecordBatch:
+            handle, _ = await retrying(lambda: self._generators.generate(rows, sampling), retries)
+            return await cluster.fetch(handle)
+
+        display.doing(what)
+        return await _in_parts(prompts, one, self.rows_per_batch, self.settings.generators.count, display, what)
+
+    def stop(self) -> None:
+        self._generators.pool.stop()
+
+
+async def score(
+    settings: Settings, reference_folder: str | None, batch: pa.RecordBatch, display: Display
+) -> pa.RecordBatch:
+    """The rows with reference log-probs (where there is a reference) and rewards appended; the scorers end after it."""
+    pools = cluster.scorers(settings, reference_folder)
+    await asyncio.gather(*(pool.pool.ready() for pool in pools))
+
+    async def one(rows: Batch) -> pa.RecordBatch:
+        for pool in pools:
+            rows, _ = await retrying(lambda pool=pool, rows=rows: pool.score(rows), settings.failures.retries)
+        return await cluster.fetch(rows)
+
+    display.doing("scoring")
+    scored = await _in_parts(batch, one, 128, settings.scorers.count, display, "scored")
+    for pool in pools:
+        pool.pool.stop()
+    return scored
+
+
+async def retrying(call: Any, retries: int) -> tuple[Batch, Any]:
+    """Again when a worker was lost on the way, as often as `failures.retries` says; then WorkerLost."""
+    for _ in range(retries):
+        try:
+            return await call()
+        except WorkerLost:
+            continue
+    return await call()
+
+
+async def _in_parts(
+    batch: pa.RecordBatch, one: Any, size: int, workers: int, display: Display, what: str
+) -> pa.RecordBatch:
+    """`one` on slices of the batch, as many at once as there are workers; the results behind one another."""
+    parts: list[pa.RecordBatch] = []
+    slices = [schema.concat([batch.slice(start, size)]) for start in range(0, batch.num_rows, size)]
+    for start in range(0, len(slices), workers):
+        parts += await asyncio.gather(*(one(rows) for rows in slices[start : start + workers]))
+        done = sum(part.num_rows for part in parts)
+        if done < batch.num_rows:
+            display.note(f"{what}: {done} of {batch.num_rows} completions")
+    return schema.concat(_same_metadata(parts))
+
+
+def _same_metadata(parts: Sequence[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    return [part.replace_schema_metadata(parts[0].schema.metadata) for part in parts]
