@@ -18,8 +18,9 @@ def number(metric: str, form: str) -> Callable[[Mapping[str, Any]], str]:
     return lambda line: format(line[metric], form) if metric in line else "-"
 
 
-_STEP: Columns = {"step": lambda line: str(line["step"])}
-ONLINE: Columns = _STEP | {
+_STEP: dict[str, Callable[[Mapping[str, Any]], str]] = {"step": lambda line: str(line["step"])}
+ONLINE: Columns = {
+    **_STEP,
     "reward": lambda line: f"{line['reward']:+.3f} ±{line['reward_std']:.2f}",
     "KL nats": number("kl_nats", ".2f"),
     "entropy": number("entropy_nats", ".2f"),
@@ -32,13 +33,13 @@ ONLINE: Columns = _STEP | {
     "train s": number("step_seconds", ".1f"),
     "sync s": number("weight_sync_seconds", ".1f"),
 }
-_OFFLINE: Columns = {
+_OFFLINE: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "length": number("length_tokens", ".1f"),
     "grad": number("grad_norm", ".2f"),
     "rate": number("learning_rate", ".1e"),
     "train s": number("step_seconds", ".1f"),
 }
-SUPERVISED: Columns = _STEP | {"loss": number("loss", ".4f")} | _OFFLINE
+SUPERVISED: Columns = {**_STEP, "loss": number("loss", ".4f"), **_OFFLINE}
 PREFERENCE: Columns = {
     **_STEP,
     "loss": number("preference_loss", ".4f"),

@@ -149,9 +149,9 @@ async def save(course: Course, trainee: Trainee, recorder: Recorder, state: Stat
 async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> State:
     """The state of the newest checkpoint, learner and counters with it; a fresh one without."""
     saved = checkpoint.latest(course.directory)
+    stored: dict[str, Any] = checkpoint.read_state(saved) if saved else {"version": -1}
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        stored = checkpoint.read_state(saved) if saved else {"version": 0}
-        durable.keep_steps(course.directory / name, stored["version"] if saved else -1)
+        durable.keep_steps(course.directory / name, stored["version"])
     if saved is None:
         return State()
     await trainee.call("load", str(saved))

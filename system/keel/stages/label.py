@@ -73,7 +73,7 @@ def prepare(settings: LabelSettings) -> Prepared:
 
 def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
     """Every rollout of the runs, tickets made different from step to step. Raises ConfigError for a run without any."""
-    parts = []
+    parts: list[pa.RecordBatch] = []
     for run in runs:
         files = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
         if not files:
@@ -92,7 +92,7 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
-    """Sample (unless there are rollouts), judge, pair, write; what stage.json says. A finished stage is not run again."""
+    """Sample (unless there are rollouts), judge, pair, write; what stage.json says. Not again once it is finished."""
     started = time.monotonic()
     directory, settings = prepared.directory, prepared.settings
     if done := course.finished(directory):

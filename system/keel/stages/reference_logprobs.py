@@ -6,7 +6,6 @@ them once, and another model or another row never finds them.
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -64,8 +63,8 @@ def _key(settings: Settings, folder: str, batch: pa.RecordBatch) -> str:
         hasher.update(durable.digest(path).encode())
     for name in ("prompt_tokens", "completion_tokens"):
         values, lengths = schema.ragged(batch, name)
-        hasher.update(np.ascontiguousarray(values))
-        hasher.update(lengths)
+        hasher.update(values.tobytes())
+        hasher.update(lengths.tobytes())
     for name in ("prompt_id", "sample"):
-        hasher.update(batch.column(name).to_numpy())
+        hasher.update(batch.column(name).to_numpy().tobytes())
     return hasher.hexdigest()
