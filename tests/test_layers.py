@@ -34,7 +34,17 @@ LAYERS = [
     ]
     + ["diagnostics", "metrics", "references", "quiet", "reward_models"],
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
-    ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "preflight", "controller"],
+    [
+        "evaluate",
+        "win_rates",
+        "arms",
+        "frontier_picture",
+        "compare",
+        "labels",
+        "evaluation_report",
+        "preflight",
+        "controller",
+    ],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
     [
         "stages",

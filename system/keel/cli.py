@@ -139,6 +139,51 @@ def label(config_path: Config, overrides: Overrides = None, address: Address = N
     summary.show_labels(console, prepared.directory, done)
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model folder, hub name or wheel:NAME")],
+    overrides: Overrides = None,
+    config_path: Annotated[
+        str | None, typer.Option("--config", help="YAML file of a run: prompts, rewards, reference; default: the run's")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the result; default: MODEL/evaluation")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    address: Address = None,
+) -> None:
+    """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
+    stored = Path(model) / "config.yaml"
+    if config_path is None and not stored.is_file():
+        raise config.ConfigError(f"MODEL={model}: no config.yaml in it; expected --config with prompts and rewards")
+    settings = config.load(config_path or stored, _with(overrides, address))
+    from keel import quiet
+
+    quiet.libraries()
+    from keel import progress, summary
+    from keel.stages import evaluate as stage
+
+    default = Path(model) if Path(model).is_dir() else Path(settings.run_directory)
+    prepared = stage.prepare(settings, model, output or default / "evaluation")
+    with progress.display(errors if as_json else console, 0) as display:
+        display.note(f"keel {__version__}: evaluating {model}, {prepared.prompts.counts['held_out']} held-out prompts")
+        found = stage.run(prepared, display)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        summary.show_evaluation(console, prepared.directory, found)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; the first is the baseline")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    picture: Annotated[Path | None, typer.Option(help="also draw reward against sqrt(KL): .png or .svg")] = None,
+) -> None:
+    """Put runs side by side at equal steps, tokens and KL, paired on held-out prompts."""
+    from keel import compare as comparing
+
+    comparing.run(runs, console, as_json=as_json, picture=picture)
+
+
 def _with(overrides: list[str] | None, address: str | None) -> list[str]:
     return [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
 

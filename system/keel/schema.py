@@ -82,6 +82,22 @@ def build(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
+def given(tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> pa.RecordBatch:
+    """Completions that nobody sampled, in the columns of GENERATE. Their log-probs are 0: they stand for nothing."""
+    lengths_, reasons = np.array([len(ids) for ids in tokens]), pa.array(["stop"] * len(tokens)).dictionary_encode()
+    zeros = np.zeros(int(lengths_.sum()))
+    columns = {
+        "completion_tokens": list(tokens),
+        "completion_logprobs": from_ragged(zeros.astype(np.float32), lengths_, NATS),
+        "weight_versions": from_ragged(zeros.astype(np.int32), lengths_, TOKENS),
+        "completion": list(texts),
+        "finish_reason": reasons.cast(GENERATE.field("finish_reason").type),
+        "generator": ["given"] * len(tokens),
+        "generate_seconds": [0.0] * len(tokens),
+    }
+    return build(GENERATE, columns)
+
+
 def append(batch: pa.RecordBatch, added: pa.RecordBatch) -> pa.RecordBatch:
     """The batch grown to the right by the added columns; its schema metadata is kept."""
     assert batch.num_rows == added.num_rows, (batch.num_rows, added.num_rows)

@@ -45,7 +45,19 @@ class FailureSettings(Section):
 
 
 class EvaluationSettings(Section):
+    """When a run evaluates itself, and what `keel evaluate` does beyond that."""
+
     every_steps: int = Field(10, ge=0, description="0: only before the first and after the last step")
+    samples_per_prompt: int = Field(1, ge=1, description="keel evaluate: sampled answers to a prompt")
+    greedy: bool = Field(True, description="keel evaluate: also the most probable answer")
+    against: str | None = Field(
+        None, description="keel evaluate: whom to compare with: a model or run directory, or column:NAME of the prompts"
+    )
+    judge: str | None = Field(
+        None, description="keel evaluate: the reward that decides who wins and what passes; null: the training reward"
+    )
+    pass_threshold: float | None = Field(None, description="keel evaluate: an answer passes with this score; null: off")
+    pass_at: list[int] = Field([1, 2, 4, 8], description="keel evaluate: k of pass@k, as far as there are samples")
 
 
 class CheckpointSettings(Section):
@@ -141,6 +153,13 @@ class Settings(Section):
             raise ValueError(f"rewards: name {sorted(duplicate)[0]!r} is used twice; expected unique names")
         if not any(reward.role == "train" for reward in self.rewards):
             raise ValueError("rewards: none has role train; expected at least one that does")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_has_a_judge(self) -> Self:
+        names, judge = [reward.name for reward in self.rewards], self.evaluation.judge
+        if judge is not None and judge not in names:
+            raise ValueError(f"evaluation.judge={judge}: no such reward; expected one of {', '.join(names)}")
         return self
 
     @model_validator(mode="after")

@@ -71,6 +71,33 @@ def show_labels(console: Console, directory: Path, done: Mapping[str, Any]) -> N
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
+def show_evaluation(console: Console, directory: Path, found: Mapping[str, Any]) -> None:
+    """Print means of every model's answers, win rates and pass@k, all with 95 % intervals over prompts."""
+    table = Table(title=f"{found['prompts']} held-out prompts, mean with 95 % interval")
+    sides = found["means"]
+    table.add_column("")
+    for side in sides:
+        table.add_column(side, justify="right")
+    for name in dict.fromkeys(name for values in sides.values() for name in values):
+        cells = [_interval(_estimate(values[name])) if name in values else "-" for values in sides.values()]
+        table.add_row(_UNITS.get(name) or name.removeprefix("reward_"), *cells)
+    console.print(table)
+    for decoding, rate in found.get("win_rates", {}).items():
+        own, controlled = (_interval(_estimate(rate[name])) for name in ("win_rate", "length_controlled_win_rate"))
+        console.print(
+            f"Wins     {decoding}, by {found['judge']}, against {found['against']}: {own}; at equal lengths"
+            f" {controlled}; not judged: {rate['unjudged']}",
+            soft_wrap=True,
+        )
+    for k, value in found.get("pass_at_k", {}).items():
+        console.print(f"pass@{k}   {_interval(_estimate(value))} of {found['pass_prompts']} prompts")
+    console.print(f"Files    {_short(directory)}  (evaluation.arrow: every answer; evaluation.json)", soft_wrap=True)
+
+
+def _estimate(value: Mapping[str, float]) -> Estimate:
+    return Estimate(value["mean"], value["low"], value["high"])
+
+
 def show_reward_report(console: Console, report: Mapping[str, Any]) -> None:
     """Print held-out accuracy with its interval, the calibration curve, and what length has to do with it."""
     table = Table(title=f"calibration on {report['pairs']} held-out pairs")

@@ -1,0 +1,138 @@
+"""`keel evaluate`: a trained model on held-out prompts, sampled and greedy, beside another model or given answers.
+
+held-out prompts -> generators (policy), generators (other) | given answers
+                 -> reference log-probs, every reward -> evaluation_report.py
+                 -> DIR/evaluation.arrow (every row), evaluation.json (the table)
+"""
+
+import asyncio
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import cluster, durable, evaluation_report, models, preflight, schema
+from keel.config import ConfigError
+from keel.prompts import Prompts
+from keel.protocols import Sampling
+from keel.settings import Settings
+from keel.stages import sampled
+from keel.stored import StoredCompletions
+from keel.train import Display
+
+COLUMN = "column:"
+_PARTS = 2**40  # tickets of different answers to one prompt are kept apart while they are scored
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked evaluation."""
+
+    settings: Settings
+    directory: Path
+    folder: str
+    other_folder: str | None
+    given: pa.RecordBatch | None
+    """Answers that the prompt source has."""
+    reference_folder: str | None
+    prompts: Prompts
+    draws: Sampling
+    judge: str
+    """Column that decides who wins and what passes."""
+
+
+def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
+    """Check models, prompts, rewards and memory. Raises ConfigError, one line."""
+    preflight.check_memory(settings.cluster)
+    for reward in settings.rewards:
+        preflight.check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
+    folder = models.locate(model, "MODEL")
+    preflight.check_context(folder, settings)
+    tokenizer = models.load_tokenizer(folder, "MODEL")
+    prompts = Prompts(settings, tokenizer)
+    preflight.check_rewards(settings, prompts.batch([0, 1]))
+    stop = settings.sampling.stop_token_ids
+    by = settings.sampling
+    draws = Sampling(by.temperature, by.top_p, by.max_tokens, tuple(stop or models.end_tokens(folder, tokenizer)))
+    against = settings.evaluation.against
+    other = given = None
+    if against and against.startswith(COLUMN):
+        given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws)
+    elif against:
+        other = str(models.locate(against, "evaluation.against"))
+    reference = None
+    if settings.reference:
+        reference = str(models.locate(settings.reference.model or settings.policy.model, "reference.model"))
+    judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
+    return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, judge)
+
+
+def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling) -> pa.RecordBatch:
+    """Held-out rows with the answers of a column as completions, in the generators' columns. Raises ConfigError."""
+    rows = prompts.held_out()
+    further = [json.loads(columns) for columns in rows.column("prompt_columns").to_pylist()]
+    answers = [columns.get(column) for columns in further]
+    texts = [answer if isinstance(answer, str) else answer[-1]["content"] if answer else None for answer in answers]
+    if not all(texts):
+        missing = sum(not text for text in texts)
+        raise ConfigError(
+            f"evaluation.against={COLUMN}{column}: {missing} of {len(texts)} held-out prompts have no answer there;"
+            " expected a text in every row"
+        )
+    tokens = [StoredCompletions(1.0, tokenizer, draws).encode({"completion": text})[0] for text in texts]
+    return schema.append(rows, schema.given(tokens, [str(text) for text in texts]))
+
+
+def run(prepared: Prepared, display: Display) -> dict[str, Any]:
+    """Answer, score, report; what evaluation.json says."""
+    started = time.monotonic()
+    cluster.connect(prepared.settings)
+    try:
+        batch = asyncio.run(_rows(prepared, display))
+    finally:
+        cluster.disconnect()
+    by = prepared.settings.evaluation
+    found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
+    found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}
+    prepared.directory.mkdir(parents=True, exist_ok=True)
+    durable.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
+    durable.write_json(prepared.directory / "evaluation.json", found)
+    return found
+
+
+async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
+    """All answers, scored, with the columns `model` and `decoding`."""
+    settings = prepared.settings
+    parts: list[tuple[str, str, pa.RecordBatch]] = []
+    for model, folder in (("policy", prepared.folder), ("other", prepared.other_folder)):
+        if folder is not None:
+            samplers = sampled.Samplers(settings, folder, settings.generators.max_sequences)
+            rows = prepared.prompts.held_out(settings.evaluation.samples_per_prompt)
+            parts.append((model, "sampled", await samplers.answer(rows, prepared.draws, display, f"{model}, sampled")))
+            if settings.evaluation.greedy:
+                greedy, rows = dataclasses.replace(prepared.draws, temperature=0.0), prepared.prompts.held_out()
+                parts.append((model, "greedy", await samplers.answer(rows, greedy, display, f"{model}, greedy")))
+            samplers.stop()
+    if prepared.given is not None:
+        parts.append(("other", "given", prepared.given))
+    together = schema.concat([_apart(part, number) for number, (_, _, part) in enumerate(parts)])
+    scored = await sampled.score(settings, prepared.reference_folder, together, display)
+    sizes = [part.num_rows for _, _, part in parts]
+    labels = {
+        "model": pa.array(np.repeat([model for model, _, _ in parts], sizes)),
+        "decoding": pa.array(np.repeat([decoding for _, decoding, _ in parts], sizes)),
+    }
+    return schema.append(_apart(scored, 0), pa.RecordBatch.from_pydict(labels))
+
+
+def _apart(batch: pa.RecordBatch, part: int) -> pa.RecordBatch:
+    """The rows with tickets of their own; part 0: as they were."""
+    tickets = batch.column("ticket").to_numpy() % _PARTS + part * _PARTS
+    index = batch.schema.get_field_index("ticket")
+    moved = batch.set_column(index, batch.schema.field(index), pa.array(tickets, pa.int64()))
+    return moved.replace_schema_metadata(None)
