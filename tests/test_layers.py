@@ -46,13 +46,8 @@ LAYERS = [
         "controller",
     ],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
-    [
-        "stages",
-        *(
-            f"stages.{name}"
-            for name in ("course", "rows", "reference_logprobs", "likelihood", "reward", "sampled", "label")
-        ),
-    ],
+    ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood", "reward"))]
+    + [f"stages.{name}" for name in ("sampled", "label", "evaluate", "pipeline")],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -24,11 +24,8 @@ def report(batch: pa.RecordBatch, judge: str, pass_at: Sequence[int], pass_thres
     judge: column whose score decides who wins. pass_at: k of pass@k, of sampled answers with score >= pass_threshold.
     """
     parts = {key: schema.select(batch, own) for key, own in _parts(batch).items()}
-    found: dict[str, Any] = {
-        "prompts": len(np.unique(batch.column("prompt_id").to_numpy())),
-        "judge": judge,
-        "means": {},
-    }
+    prompts = len(np.unique(batch.column("prompt_id").to_numpy()))
+    found: dict[str, Any] = {"prompts": prompts, "judge": judge, "means": {}}
     for (model, decoding), part in parts.items():
         found["means"][f"{model}, {decoding}"] = means(part, sampled=decoding == "sampled")
     rates = {}
