@@ -19,7 +19,7 @@ LAYERS = [
     ]
     + [f"algorithms.{name}" for name in ("objective", "elicitation", "policy_gradient", "preferences", "weighting")]
     + ["algorithms.convexity", "algorithms.kinds"],
-    ["sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors", "examples", "tiny"]
+    ["sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors", "examples", "tasks", "tiny"]
     + ["diagnostics", "metrics", "checkpoint", "references", "quiet"],
     ["weights", "generate", "score", "export", "optimisation", "learn"],
     ["evaluate", "preflight", "controller"],
