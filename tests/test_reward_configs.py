@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import ThreadingHTTPServer
@@ -36,6 +37,14 @@ def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
             **{name: [row[name] for row in columns] for name in columns[0]},
         )
         assert len(values) == len(rows) and all(0 <= value <= 1 for value in values)
+
+
+def test_the_page_names_what_there_is() -> None:
+    page = (FOLDER.parent.parent / "docs" / "rewards.md").read_text(encoding="utf8")
+    named = re.findall(r"keel\.\w+:\w+", page)
+    assert len(named) >= 8 and all(extension.load(source, "source") for source in named)
+    configurations = set(re.findall(r"configs/rewards/([\w-]+)\.yaml", page))
+    assert configurations == {path.stem for path in FILES} and page.isascii()
 
 
 @pytest.fixture
