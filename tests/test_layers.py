@@ -19,32 +19,11 @@ LAYERS = [
     ]
     + [f"algorithms.{name}" for name in ("objective", "elicitation", "policy_gradient", "preferences", "weighting")]
     + ["algorithms.convexity", "algorithms.kinds"],
-    [
-        "checkpoint",
-        "sources",
-        "stored",
-        "prompts",
-        "buffer",
-        "batch",
-        "networks",
-        "models",
-        "anchors",
-        "examples",
-        "tiny",
-    ]
-    + ["diagnostics", "metrics", "references", "quiet", "reward_models"],
+    ["checkpoint", "sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors"]
+    + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_models"],
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
-    [
-        "evaluate",
-        "win_rates",
-        "arms",
-        "frontier_picture",
-        "compare",
-        "labels",
-        "evaluation_report",
-        "preflight",
-        "controller",
-    ],
+    ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
+    + ["preflight", "controller"],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood", "reward"))]
     + [f"stages.{name}" for name in ("sampled", "label", "evaluate", "pipeline")],

@@ -67,7 +67,7 @@ def vader_compound(completions: Sequence[Completion], **columns: Any) -> list[fl
     Hutto and Gilbert 2014. It sums a lexicon's word scores, so a salad of positive words scores near 1.
     """
     analyzer = _analyzer()
-    return [analyzer.polarity_scores(_content(completion))["compound"] for completion in completions]
+    return [analyzer.polarity_scores(content(completion))["compound"] for completion in completions]
 
 
 def distinct_token_ratio(
@@ -78,13 +78,13 @@ def distinct_token_ratio(
     Tokens are `completion_ids`, or words between white space when the caller has none. High for gibberish: it
     sees repetition, not sense.
     """
-    rows: Sequence[Sequence[Any]] = [_content(completion).split() for completion in completions]
+    rows: Sequence[Sequence[Any]] = [content(completion).split() for completion in completions]
     if completion_ids is not None:
         rows = completion_ids
     return [len(set(row)) / len(row) if len(row) else 1.0 for row in rows]
 
 
-def _content(completion: Completion) -> str:
+def content(completion: Completion) -> str:
     """Text of a completion; of the last message if it is a conversation."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 

@@ -43,6 +43,7 @@ class VllmGenerator:
             max_num_seqs=settings.max_sequences,
             kv_cache_memory_bytes=settings.kv_cache_bytes,
             enforce_eager=settings.enforce_eager,
+            enable_chunked_prefill=settings.gpus > 0,  # on CPU a seeded prompt read in two parts is an error of vLLM's
             logprobs_mode="processed_logprobs",  # after temperature and top-p: the distribution that was sampled
             generation_config="vllm",  # no sampling default of the model's may slip in
             disable_log_stats=True,

@@ -1,5 +1,7 @@
 """Run as a process of its own: load weights into vLLM engines and compare them with fresh ones, bit for bit.
 
+Then more prompt tokens at once than the engine reads in one go.
+
 Usage: engines.py FOLDER     FOLDER/CASE/{start,target} are model folders; prints one JSON object
 """
 
@@ -50,8 +52,28 @@ def compare(case: Path) -> dict[str, bool | int]:
     return {"moved": before != after, "identical": after == fresh, "version": loaded.version}
 
 
+def many_long_prompts(case: Path) -> dict[str, bool | int]:
+    """64 seeded prompts of 120 tokens, where the engine reads 4096 tokens at once: one would be read in two parts."""
+    settings = GeneratorSettings(kv_cache_bytes=2**27, threads=1)
+    rows = 64
+    columns = {
+        "ticket": list(range(rows)),
+        "sample": [0] * rows,
+        "prompt_id": list(range(rows)),
+        "prompt_tokens": [[3 + (row + place) % 40 for place in range(120)] for row in range(rows)],
+        "prompt": ["x"] * rows,
+        "prompt_columns": ["{}"] * rows,
+        "seed": list(range(rows)),
+    }
+    batch, _ = VllmGenerator(str(case / "start"), settings, 200, "long").generate(
+        schema.build(schema.PROMPT, columns), SAMPLING
+    )
+    return {"rows": batch.num_rows}
+
+
 def main(folder: Path) -> None:
     answers = {case.name: compare(case) for case in sorted(folder.iterdir())}
+    answers["long"] = many_long_prompts(folder / "llama-True")
     weights._repack_heads = lambda model: None
     answers["no-repack"] = compare(folder / "llama-True")
     print(json.dumps(answers))

@@ -43,6 +43,10 @@ def test_the_comparison_sees_a_stale_tied_head(answers: Answers) -> None:
     assert answers["no-repack"] == {"moved": True, "identical": False, "version": 7}
 
 
+def test_prompts_beyond_what_the_engine_reads_at_once_are_answered(answers: Answers) -> None:
+    assert answers["long"] == {"rows": 64}
+
+
 def packed() -> weights.Weights:
     generator = torch.Generator().manual_seed(0)
     named = [("a", torch.randn(3, 4, generator=generator)), ("b.weight", torch.randn(5, generator=generator))]
