@@ -9,7 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
-    + ["prompt_settings", "actor_settings", "settings", "stage_settings", "config", "extension", "durable"],
+    + [
+        "prompt_settings",
+        "actor_settings",
+        "settings",
+        "stage_settings",
+        "pipeline_settings",
+        "config",
+        "extension",
+        "durable",
+    ],
     [
         "algorithms",
         *(

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from keel import __version__, config
+from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
 from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
@@ -184,6 +185,24 @@ def compare(
     comparing.run(runs, console, as_json=as_json, picture=picture)
 
 
+@app.command()
+def pipeline(
+    config_path: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check every stage and say which are cached")] = False,
+) -> None:
+    """Run stages one after the other (label, reward, train, ...); what did not change is taken from before."""
+    settings = config.load_as(PipelineSettings, config_path, overrides or [])
+    from keel.stages import pipeline as stages
+
+    planned = stages.plan(settings, Path(config_path))
+    if dry_run:
+        for stage in planned:
+            typer.echo(f"{stage.entry.name}: {'cached' if stage.done else 'to do'} ({stage.directory})")
+        return
+    stages.run(planned, console)
+
+
 def _with(overrides: list[str] | None, address: str | None) -> list[str]:
     return [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
 
@@ -223,6 +242,8 @@ def _train(settings: Settings, config_path: str) -> None:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
         outcome = training.run(prepared, display)
     summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
+    if picture := summary.draw_frontier(outcome.directory, settings):
+        console.print(f"Picture  {picture}  (reward against sqrt(KL))", soft_wrap=True)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keel import checkpoint, evaluate
+from keel import checkpoint, evaluate, frontier_picture
 from keel.diagnostics import Estimate, per_completion
 from keel.settings import Settings
 
@@ -39,6 +39,16 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
     )
     console.print(f"Time     {seconds:.0f} s in this process")
     console.print("Next     " + _next(config_path), soft_wrap=True)
+
+
+def draw_frontier(directory: Path, settings: Settings) -> str | None:
+    """frontier.png of a run: training reward and gold against sqrt(KL); None where nobody measured the KL."""
+    rows = evaluate.frontier(directory)
+    if settings.reference is None or len(rows) < 2:
+        return None
+    gold = "gold" if any(reward.name == "gold" for reward in settings.rewards) else None
+    frontier_picture.draw({settings.run.name: rows}, directory / "frontier.png", "proxy", gold)
+    return _short(directory / "frontier.png")
 
 
 def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> None:

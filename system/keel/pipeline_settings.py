@@ -1,0 +1,68 @@
+"""Settings of `keel pipeline`: stages one after the other, each a command with its own configuration file."""
+
+import string
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from keel.section import Section
+from keel.settings import RunIdentity
+
+
+class StageEntry(Section):
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="later stages say {name} for this one's directory")
+    command: Literal["sft", "label", "reward", "prefer", "train", "evaluate"] = Field(description="keel COMMAND")
+    config: str = Field(description="YAML file of that command, relative to this file")
+    model: str | None = Field(None, description="evaluate: the model or run directory it evaluates")
+    settings: dict[str, Any] = Field(
+        {}, description="settings to change, as blocks or `a.b: value`; {name} is the directory of an earlier stage"
+    )
+
+    @model_validator(mode="after")
+    def _model_fits(self) -> Self:
+        if (self.command == "evaluate") != (self.model is not None):
+            raise ValueError(
+                f"model={self.model}: command={self.command}; expected a model with evaluate, and only there"
+            )
+        return self
+
+    def changes(self) -> dict[str, Any]:
+        """Changed settings as a.b -> value."""
+        return dict(_flat(self.settings))
+
+    def names(self) -> set[str]:
+        """Stages this one reads."""
+        texts = [value for value in [*self.changes().values(), self.model] if isinstance(value, str)]
+        return {field for text in texts for _, field, _, _ in string.Formatter().parse(text) if field}
+
+
+def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+class PipelineSettings(Section):
+    run: RunIdentity = RunIdentity(name="pipeline")
+    stages: list[StageEntry] = Field(min_length=1)
+
+    @property
+    def run_directory(self) -> str:
+        return self.run.directory.replace("{name}", self.run.name)
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Self:
+        known: set[str] = set()
+        for stage in self.stages:
+            if stage.name in known:
+                raise ValueError(f"stages: name {stage.name!r} is used twice; expected unique names")
+            if unknown := stage.names() - known:
+                earlier = ", ".join(sorted(known)) or "none: it is the first"
+                raise ValueError(
+                    f"stages.{stage.name}: {{{min(unknown)}}} is no earlier stage; expected one of {earlier}"
+                )
+            known.add(stage.name)
+        return self

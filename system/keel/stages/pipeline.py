@@ -1,0 +1,170 @@
+"""`keel pipeline`: stages one after the other, each in a process of its own, each cached by content.
+
+    stage -> key: hash of its settings, of the files and code they name, and of the keys of the stages it reads
+          -> RUN_DIR/STAGE-KEY/   holds done.json: nothing to do; else `keel COMMAND`, then done.json
+
+A changed setting gives another key and so another directory: nothing is overwritten, and going back costs nothing.
+All configurations are checked before the first stage starts.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from rich.console import Console
+
+from keel import __version__, config, durable
+from keel.config import ConfigError
+from keel.pipeline_settings import PipelineSettings, StageEntry
+from keel.section import Section
+from keel.settings import Settings
+from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+
+_SETTINGS: dict[str, type[Section]] = {
+    "sft": SupervisedSettings,
+    "label": LabelSettings,
+    "reward": RewardModelSettings,
+    "prefer": PreferSettings,
+    "train": Settings,
+    "evaluate": Settings,
+}
+_NOT_CONTENT = {"metrics", "cluster", "deadlines"}
+_FOLDER_FILES = ("*.json", "*.safetensors", "*.jinja")
+
+
+class StageFailed(RuntimeError):
+    """A stage's process ended with an error; its output says why."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with its place."""
+
+    entry: StageEntry
+    config_path: Path
+    overrides: list[str]
+    model: str | None
+    key: str
+    directory: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.directory / "done.json").is_file()
+
+    def command(self) -> list[str]:
+        base = [sys.executable, "-m", "keel", self.entry.command]
+        if self.entry.command == "evaluate":
+            assert self.model is not None
+            output = ["--config", str(self.config_path), "--output", str(self.directory)]
+            return [*base, self.model, *self.overrides, *output]
+        return [*base, str(self.config_path), *self.overrides]
+
+
+def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
+    """Every stage checked and placed; `path` is the pipeline's own file. Raises ConfigError, one line."""
+    root = Path(settings.run_directory).resolve()
+    planned: dict[str, Planned] = {}
+    for entry in settings.stages:
+        places = {name: str(stage.directory) for name, stage in planned.items()}
+        changes = {key: _filled(value, places) for key, value in entry.changes().items()}
+        file = path.parent / entry.config
+        overrides = [f"{key}={_written(value)}" for key, value in changes.items()]
+        try:
+            resolved = config.load_as(_SETTINGS[entry.command], file, overrides)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{entry.name} ({entry.config}): {error}") from None
+        model = _filled(entry.model, places)
+        upstream = {stage.directory: stage.key for stage in planned.values()}
+        key = _key(entry.command, resolved, model, upstream)
+        directory = root / f"{entry.name}-{key[:8]}"
+        own = [f"run.directory={_written(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
+        planned[entry.name] = Planned(entry, file, [*overrides, *own], model, key, directory)
+    return list(planned.values())
+
+
+def run(stages: list[Planned], console: Console) -> None:
+    """Run what is not done. Raises StageFailed at the first stage that fails."""
+    for number, stage in enumerate(stages, start=1):
+        title = f"[{number}/{len(stages)}] {stage.entry.name}: keel {stage.entry.command} {stage.entry.config}"
+        if stage.done:
+            seconds = json.loads((stage.directory / "done.json").read_text(encoding="utf8"))["seconds"]
+            console.print(f"{title}  cached, nothing it depends on changed ({stage.directory}, {seconds:.0f} s saved)")
+            continue
+        console.rule(title)
+        started = time.monotonic()
+        stage.directory.parent.mkdir(parents=True, exist_ok=True)
+        code = subprocess.run(stage.command(), check=False).returncode
+        if code != 0:
+            raise StageFailed(
+                f"stage {stage.entry.name} ended with exit code {code}; the same command goes on from there"
+            )
+        seconds = round(time.monotonic() - started, 1)
+        durable.write_json(stage.directory / "done.json", {"key": stage.key, "seconds": seconds})
+        console.print(f"{stage.entry.name} done in {seconds:.0f} s: {stage.directory}", soft_wrap=True)
+
+
+def _filled(value: Any, places: dict[str, str]) -> Any:
+    """Directories of earlier stages put into a text."""
+    return value.format(**places) if isinstance(value, str) else value
+
+
+def _written(value: Any) -> str:
+    """A value as an override reads it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _key(command: str, settings: Section, model: str | None, upstream: dict[Path, str]) -> str:
+    """Hash of all that the stage's result is a function of."""
+    tree = settings.model_dump(mode="json", exclude=_NOT_CONTENT)
+    tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
+    hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
+    for leaf in [*_leaves(tree), model]:
+        hasher.update(json.dumps(_content(leaf, upstream), ensure_ascii=False).encode())
+    return hasher.hexdigest()
+
+
+def _leaves(node: Any) -> Iterator[Any]:
+    """Keys and values of a settings tree, in order."""
+    if isinstance(node, dict | list):
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield str(key)
+            yield from _leaves(child)
+    else:
+        yield node
+
+
+def _content(leaf: Any, upstream: dict[Path, str]) -> Any:
+    """What a setting stands for: an earlier stage's key, a file's bytes, a wheel's version, code's text, or itself."""
+    if not isinstance(leaf, str) or not leaf:
+        return leaf
+    path = Path(leaf)
+    for directory, key in upstream.items():
+        if path == directory or directory in path.parents:
+            return [key, str(path.relative_to(directory))]
+    if leaf.startswith("wheel:"):
+        return [leaf, importlib.metadata.version(leaf.removeprefix("wheel:"))]
+    if path.is_file():
+        return durable.digest(path)
+    if path.is_dir():
+        return [durable.digest(file) for pattern in _FOLDER_FILES for file in sorted(path.glob(pattern))]
+    return [leaf, _code(leaf.removeprefix("python:"))]
+
+
+def _code(text: str) -> str | None:
+    """Digest of the module that module:name names; None where the text names none."""
+    module, _, name = text.partition(":")
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        return None
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a parent package; the stage itself will say what is wrong
+        return None
+    return durable.digest(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else None
