@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -12,7 +13,14 @@ from keel import __version__, config
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
-from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.stage_settings import (
+    COMMANDS,
+    LabelSettings,
+    PreferSettings,
+    RewardModelSettings,
+    SupervisedSettings,
+    command_of,
+)
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -68,13 +76,20 @@ def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help
     stored = run_directory / "config.yaml"
     if not stored.is_file():
         raise config.ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
-    _train(config.load(stored, [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]), str(stored))
+    own = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
+    command = command_of(config.read(stored))
+    _COMMANDS[command](str(stored), own)
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of the configuration, with defaults and descriptions."""
-    typer.echo(json.dumps(Settings.model_json_schema(), indent=2))
+def schema(
+    command: Annotated[str, typer.Argument(help="train, sft, prefer, reward, label, evaluate or pipeline")] = "train",
+) -> None:
+    """Print the JSON schema of a command's configuration, with defaults and descriptions."""
+    known: dict[str, type[Section]] = {**COMMANDS, "pipeline": PipelineSettings}
+    if command not in known:
+        raise config.ConfigError(f"COMMAND={command}: has no configuration; expected one of {', '.join(known)}")
+    typer.echo(json.dumps(known[command].model_json_schema(), indent=2))
 
 
 @app.command()
@@ -201,6 +216,15 @@ def pipeline(
             typer.echo(f"{stage.entry.name}: {'cached' if stage.done else 'to do'} ({stage.directory})")
         return
     stages.run(planned, console)
+
+
+_COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
+    "train": train,
+    "sft": sft,
+    "prefer": prefer,
+    "reward": reward,
+    "label": label,
+}
 
 
 def _with(overrides: list[str] | None, address: str | None) -> list[str]:

@@ -251,6 +251,23 @@ class LabelSettings(Section):
         return self
 
 
+COMMANDS: dict[str, type[Section]] = {
+    "train": Settings,
+    "evaluate": Settings,
+    "sft": SupervisedSettings,
+    "prefer": PreferSettings,
+    "reward": RewardModelSettings,
+    "label": LabelSettings,
+}
+"""What the configuration of each command is."""
+
+
+def command_of(tree: dict[str, Any]) -> str:
+    """Which command a run directory's configuration belongs to, by the blocks that only it has."""
+    marks = {"rewards": "train", "judge": "label", "members": "reward", "objective": "prefer"}
+    return next((command for block, command in marks.items() if block in tree), "sft")
+
+
 _LIKELIHOOD = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
 _NAMES = {
     "sampling.max_tokens": "completions.max_tokens",

@@ -25,17 +25,8 @@ from keel import __version__, config, durable
 from keel.config import ConfigError
 from keel.pipeline_settings import PipelineSettings, StageEntry
 from keel.section import Section
-from keel.settings import Settings
-from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.stage_settings import COMMANDS
 
-_SETTINGS: dict[str, type[Section]] = {
-    "sft": SupervisedSettings,
-    "label": LabelSettings,
-    "reward": RewardModelSettings,
-    "prefer": PreferSettings,
-    "train": Settings,
-    "evaluate": Settings,
-}
 _NOT_CONTENT = {"metrics", "cluster", "deadlines"}
 _FOLDER_FILES = ("*.json", "*.safetensors", "*.jinja")
 
@@ -78,7 +69,7 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         file = path.parent / entry.config
         overrides = [f"{key}={_written(value)}" for key, value in changes.items()]
         try:
-            resolved = config.load_as(_SETTINGS[entry.command], file, overrides)
+            resolved = config.load_as(COMMANDS[entry.command], file, overrides)
         except ConfigError as error:
             raise ConfigError(f"stages.{entry.name} ({entry.config}): {error}") from None
         model = _filled(entry.model, places)
