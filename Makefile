@@ -2,13 +2,13 @@
 #
 #   PYTHON=python3.12   the interpreter .venv is made with (default: python3 if it is 3.11 or 3.12)
 #   TARGET=gpu          install requirements/gpu.txt in place of cpu.txt
-#   CONFIG=file.yaml    what `make train` trains
+#   CONFIG=file.yaml    the pipeline that `make train` runs
 #   ARGS="..."          added to the command of train, test, lint or types
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all lint types pins clean
 
-CONFIG ?= configs/quickstart.yaml
+CONFIG ?= configs/pipeline.yaml
 ARGS ?=
 BIN := .venv/bin
 
@@ -18,8 +18,8 @@ help:  ## show this list
 setup:  ## make .venv with the pinned packages; does nothing when it is there
 	@PYTHON="$(PYTHON)" ./requirements/setup.sh $(TARGET)
 
-train: setup  ## run the quickstart: train a small language model from reward
-	$(BIN)/keel train $(CONFIG) $(ARGS)
+train: setup  ## run the quickstart: label, reward model, RL, evaluation; cached
+	$(BIN)/keel pipeline $(CONFIG) $(ARGS)
 
 test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" leaves out all on the real stack
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
