@@ -175,7 +175,10 @@ def test_pairs_that_share_a_completion_are_flipped_independently() -> None:
     batch = judged(texts, [[2, 1, 0]] * tickets)
     table = labels.label(batch, settings_for(noise={"flip_ratio": 0.5})).table
     flipped = table.column("flipped").to_numpy(zero_copy_only=False).reshape(tickets, 3)
-    best = [[max(row["score_chosen"], row["score_rejected"]) == 2 for row in table.slice(3 * t, 3).to_pylist()] for t in range(tickets)]
+    best = [
+        [max(row["score_chosen"], row["score_rejected"]) == 2 for row in table.slice(3 * t, 3).to_pylist()]
+        for t in range(tickets)
+    ]
     first, second = np.array([row[own] for row, own in zip(flipped, np.array(best), strict=True)]).T
     assert within(first == second, 0.5)
 
