@@ -109,7 +109,10 @@ def test_nobody_to_compare_with_is_no_win_rate() -> None:
 
 
 def test_lengths_are_those_of_the_answers_that_met() -> None:
-    own, given = side("policy", "sampled", 2, draw(2, 1), ["abc"] * 12), side("other", "given", 1, draw(1, 2), ["a"] * 6)
+    own, given = (
+        side("policy", "sampled", 2, draw(2, 1), ["abc"] * 12),
+        side("other", "given", 1, draw(1, 2), ["a"] * 6),
+    )
     assert report(own, given)["win_rates"]["sampled"]["length_characters"] == [3.0, 1.0]
 
 
@@ -145,7 +148,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer() -> None:
     assert found["pass_prompts"] == PROMPTS
     right = np.array(scores, float).reshape(PROMPTS, 4) >= 0.5
     for k in (1, 2, 3, 4):
-        chances = [np.mean([row[list(subset)].any() for subset in itertools.combinations(range(4), k)]) for row in right]
+        chances = [
+            np.mean([row[list(subset)].any() for subset in itertools.combinations(range(4), k)]) for row in right
+        ]
         assert found["pass_at_k"][str(k)]["mean"] == pytest.approx(np.mean(chances))
 
 
@@ -170,6 +175,8 @@ def test_given_answers_are_rollout_columns() -> None:
     assert rows.column("completion_logprobs").to_pylist() == [[0.0, 0.0], [0.0]]
     assert rows.column("weight_versions").to_pylist() == [[0, 0], [0]]
     assert rows.column("completion").to_pylist() == ["a b", "c"]
-    assert set(rows.column("finish_reason").to_pylist()) == {"stop"} and set(rows.column("generator").to_pylist()) == {"given"}
+    assert set(rows.column("finish_reason").to_pylist()) == {"stop"} and set(rows.column("generator").to_pylist()) == {
+        "given"
+    }
     both = schema.concat([rows, generated(prompts([2], samples=1))])  # beside sampled ones
     assert both.num_rows == 3
