@@ -174,7 +174,7 @@ CHAT_ROW = {
 @pytest.mark.parametrize(("one", "other"), [(PLAIN_ROW, CHAT_ROW), (CHAT_ROW, PLAIN_ROW), (CHAT_ROW, CHAT_PROMPT)])
 def test_mixed_forms_are_refused_with_both_places(tmp_path: Path, one: Any, other: Any) -> None:
     path = jsonl(tmp_path / "p.jsonl", [one, one, other])
-    with pytest.raises(ConfigError, match="line 1 is .*, line 3 is of another form .*; expected one form") as caught:
+    with pytest.raises(ConfigError, match=r"line 1 is .*, line 3 is of another form .*; expected one form") as caught:
         preferences(path, CHAT)
     assert "\n" not in str(caught.value)
 
