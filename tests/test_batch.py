@@ -1,13 +1,16 @@
 """Plans cover every row once and tensors say what a naive loop says."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel import batch as batching
-from keel import schema
+from keel import models, schema, tiny
 from keel.batch import Budget
 
 
@@ -100,3 +103,136 @@ def test_packing_stops_at_its_limit() -> None:
     batch = batch_of([(4, [3, 3, 3, 3])])
     sizes = [len(unit) for units in batching.plan(batch, 1, Budget(64, 10, 8)).micro_batches[0] for unit in units]
     assert sorted(sizes) == [2, 2]
+
+
+# ---- units of different prompts in one sequence
+
+
+@settings(deadline=None)
+@given(GROUPS, st.integers(1, 3), st.sampled_from([1, 12, 40]), st.sampled_from([0, 12, 40]))
+def test_packed_plans_cover_every_row_once(
+    groups: list[tuple[int, list[int]]], ranks: int, packed: int, shared: int
+) -> None:
+    batch = batch_of(groups)
+    if batch.num_rows < ranks:
+        return
+    plan = batching.plan(batch, ranks, Budget(64, shared, 8, packed))
+    assert len({len(micro) for micro in plan.micro_batches}) == 1
+    seen: list[int] = []
+    for units_of_rank, real_of_rank in zip(plan.micro_batches, plan.real, strict=True):
+        assert any(real_of_rank)
+        for units, real in zip(units_of_rank, real_of_rank, strict=True):
+            micro = batching.tensors(batch, units, real=real)
+            one_unit = [len(set(batch.column("ticket").to_numpy()[unit].tolist())) == 1 for unit in units]
+            assert micro.tokens.numel() <= 64 or len(units) == 1
+            assert micro.tokens.shape[1] <= packed or any(one_unit)  # only a unit alone is longer than the limit
+            seen += micro.rows.tolist() if real else []
+    assert sorted(seen) == list(range(batch.num_rows))
+
+
+def origins(batch: pa.RecordBatch, micro: batching.MicroBatch) -> list[list[tuple[int, int | None, int]]]:
+    """Of every token of every sequence: its ticket, its row (None: a prompt's), its place; read off the token ids."""
+    rows = {tokens[0] // 100: row for row, tokens in enumerate(batch.column("completion_tokens").to_pylist())}
+    found = []
+    for sequence in micro.tokens.tolist():
+        own: list[tuple[int, int | None, int]] = []
+        for token in sequence:
+            if token >= 100_000:
+                own.append((token % 100_000 // 1000, rows[token // 100], token % 100))
+            else:
+                own.append((token // 1000, None, token % 1000))
+        found.append(own)
+    return found
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 5), st.lists(st.integers(1, 4), min_size=1, max_size=3)), min_size=2, max_size=5),
+    st.sampled_from([0, 9, 40]),
+    st.sampled_from([12, 30]),
+)
+def test_a_packed_token_sees_its_own_prompt_and_completion_alone(
+    groups: list[tuple[int, list[int]]], shared: int, packed: int
+) -> None:
+    """Every pair of tokens of every sequence, by brute force; positions restart with every prompt."""
+    batch = batch_of([(1, [1]), *groups])  # ticket 0 is not among those looked at: its ids look like padding
+    units = batching.plan(batch.slice(1), 1, Budget(64, shared, 8, packed)).micro_batches[0]
+    for sequences in units:
+        micro = batching.tensors(batch.slice(1), sequences)
+        prompt_lengths = [1, *(length for length, _ in groups)]
+        for number, (sequence, unit) in enumerate(zip(origins(batch, micro), sequences, strict=True)):
+            real = sum(token != 0 for token in micro.tokens[number].tolist())
+            assert all(micro.tokens[number, real:] == 0)
+            copies, copy = [], -1  # a prompt may stand in a sequence twice
+            for place in range(real):
+                ticket, row, within = sequence[place]
+                copy += row is None and within == 0
+                copies.append(copy)
+                expected = within + (prompt_lengths[ticket] if row is not None else 0)
+                assert micro.places[number, place] == expected
+            if micro.mask is None:
+                assert len(unit) == 1
+                continue
+            for query in range(real):
+                for key in range(real):
+                    own_prompt = copies[query] == copies[key] and sequence[key][1] is None
+                    own_completion = sequence[query][1] is not None and sequence[query][1] == sequence[key][1]
+                    expected_mask = key <= query and (own_prompt or own_completion)
+                    assert bool(micro.mask[number, 0, query, key]) == expected_mask, (query, key)
+            assert not micro.mask[number, 0, :real, real:].any()  # nobody sees the padding
+            assert micro.mask[number, 0].any(-1).all()  # and a row of the mask without any place would be NaN
+
+
+def test_units_fill_sequences_first_fit() -> None:
+    batch = batch_of([(4, [4]), (3, [3]), (2, [2]), (1, [1])])  # 8, 6, 4, 2 tokens
+    packed = batching.plan(batch, 1, Budget(100, 0, 8, 10)).micro_batches[0]
+    assert [[unit.tolist() for unit in units] for units in packed] == [[[0, 3], [1, 2]]]
+    long = batching.plan(batch, 1, Budget(100, 0, 8, 5)).micro_batches[0]
+    assert [[unit.tolist() for unit in units] for units in long] == [[[0], [1], [2], [3]]]  # 4 + 2 is more than 5
+    many = batching.plan(batch, 3, Budget(100, 0, 8, 100)).micro_batches
+    assert [[unit.tolist() for units in rank for unit in units] for rank in many] == [[[0, 3]], [[1]], [[2]]]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("shared", "packed"), [(0, 24), (64, 40), (64, 0)])
+def test_packed_rows_have_the_log_probs_and_gradients_of_rows_alone(
+    tmp_path: Path, architecture: str, shared: int, packed: int
+) -> None:
+    """Against one row at a time through the same tiny model, each with a weight of its own."""
+    policy = models.load_policy(tiny.write(tmp_path / "m", architecture, architecture == "llama"), "float32")
+    random = np.random.default_rng(0)
+    tickets = [0, 0, 1, 2, 2, 2, 3]
+    said = [random.integers(3, 300, n).tolist() for n in (3, 6, 1, 4)]
+    columns = {
+        "ticket": pa.array(tickets, pa.int64()),
+        "prompt_tokens": pa.array([said[t] for t in tickets], schema.TOKENS),
+        "completion_tokens": pa.array(
+            [random.integers(3, 300, n).tolist() for n in (5, 1, 7, 2, 3, 4, 6)], schema.TOKENS
+        ),
+    }
+    batch = pa.record_batch(columns)
+    weights = torch.from_numpy(random.normal(size=28))
+    expected = torch.zeros(28, dtype=torch.float32)
+    start = 0
+    for row in batch.to_pylist():
+        count, prompt = len(row["completion_tokens"]), len(row["prompt_tokens"])
+        logits = policy.model(input_ids=torch.tensor([row["prompt_tokens"] + row["completion_tokens"]])).logits
+        own = logits[0, prompt - 1 : -1].log_softmax(-1)[torch.arange(count), torch.tensor(row["completion_tokens"])]
+        (own * weights[start : start + count]).sum().backward()
+        expected[start : start + count] = own.detach()
+        start += count
+    gradients = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+    policy.zero_grad()
+    found = torch.zeros(28, dtype=torch.float32)
+    units = batching.plan(batch, 1, Budget(64, shared, 8, packed)).micro_batches[0]
+    if packed:
+        assert any(len({tickets[row] for row in unit}) > 1 for micro in units for unit in micro)
+    for sequences in units:
+        micro = batching.tensors(batch, sequences)
+        values, _ = policy(micro, 1.0, 1, entropy=False)
+        (values * weights[torch.from_numpy(micro.items)]).sum().backward()
+        found[torch.from_numpy(micro.items)] = values.detach()
+    assert torch.allclose(found, expected, atol=1e-5)
+    for name, parameter in policy.named_parameters():
+        scale = float(gradients[name].abs().max())
+        assert torch.allclose(parameter.grad, gradients[name], atol=1e-5 * scale + 1e-6), name

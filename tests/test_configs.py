@@ -5,15 +5,28 @@ from pathlib import Path
 import pytest
 
 from keel import config
+from keel.pipeline_settings import PipelineSettings
+from keel.stages import pipeline
+from shipped import FILES, FOLDER, identity, settings_class
 
-FOLDER = Path(__file__).parent.parent / "configs"
-FILES = sorted(FOLDER.rglob("*.yaml"))
+OTHER_NAMES = {"pipeline": "quickstart", "stages/prefer": "dpo-offline"}
+"""Where the file is named after its command."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=identity)
 def test_a_shipped_configuration_loads_under_its_own_name(path: Path) -> None:
-    assert config.load(path).run.name == path.stem
+    settings = config.load_as(settings_class(path), path)
+    assert settings.run.name == OTHER_NAMES.get(identity(path), path.stem)  # type: ignore[attr-defined]
     assert path.read_text().startswith("# ")  # what it is, in its first line
+
+
+def test_the_shipped_pipeline_can_be_planned(tmp_path: Path) -> None:
+    """Every stage's file is there, and its overrides fit its settings."""
+    path = FOLDER / "pipeline.yaml"
+    settings = config.load_as(PipelineSettings, path, [f"run.directory={tmp_path}"])
+    planned = pipeline.plan(settings, path)
+    assert [stage.entry.name for stage in planned] == ["label", "reward", "train", "evaluate"]
+    assert not any(stage.done for stage in planned)
 
 
 def test_the_quickstarts_differ_in_their_regulariser_alone() -> None:

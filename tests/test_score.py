@@ -198,7 +198,7 @@ def test_http_gets_the_further_columns_of_the_prompts(server: str) -> None:
 
 
 def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
-    """Padding and batching do not change a score; logit 0, no activation."""
+    """Padding and batching do not change a score; logit 0, no activation; an end token behind what ended."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -218,13 +218,54 @@ def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
     rows = generated(prompts(range(10)))  # more than one batch, and not the last one full
     answer, _ = scored(reward(kind="model", source=str(tmp_path / "rm")), rows=rows)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
-    texts = [
-        p + c for p, c in zip(answer.column("prompt").to_pylist(), answer.column("completion").to_pylist(), strict=True)
-    ]
+    ends = {"stop": tokenizer.eos_token, "length": ""}
+    columns = (answer.column(name).to_pylist() for name in ("prompt", "completion", "finish_reason"))
+    texts = [said + completion + ends[reason] for said, completion, reason in zip(*columns, strict=True)]
+    assert set(answer.column("finish_reason").to_pylist()) == set(ends)
     with torch.inference_mode():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
     assert answer.column("reward").to_pylist() == pytest.approx(expected, abs=1e-5)
     assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1 and np.std(expected) > 0.01
+    for name in ("mean", "worst"):  # an ensemble of one
+        assert answer.column(f"reward_mine_{name}").equals(answer.column("reward_mine"))
+    assert answer.column("reward_mine_std").to_pylist() == [0.0] * 20
+
+
+MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
+
+
+@pytest.mark.parametrize(
+    ("ensemble", "expected"),
+    [
+        ({}, [51.5, 51.5, 55.0, 65.0]),
+        ({"form": "sum"}, [103.0, 103.0, 110.0, 130.0]),
+        ({"form": "worst"}, [1.0, 3.0, 10.0, 20.0]),
+        ({"form": "lower_bound", "coefficient": 0.5}, [26.25, 27.25, 32.5, 42.5]),
+        ({"form": "variance", "coefficient": 0.1}, [51.5 - 255.025, 51.5 - 235.225, 55 - 202.5, 65 - 202.5]),
+        # centred per prompt the members are [-1, 1, -5, 5] and [1, -1, -5, 5]
+        ({"form": "worst", "centre": True}, [50.5, 50.5, 55.0, 65.0]),
+        ({"form": "lower_bound", "centre": True}, [50.5, 50.5, 55.0, 65.0]),
+    ],
+)
+def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
+    own = reward(kind="model", source="m", ensemble={"form": "mean", "centre": False, **ensemble})
+    assert score.of_members(own, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
+    assert score.spread_names(own) == ["mine_mean", "mine_std", "mine_worst"]
+    assert score.spread_names(reward()) == []
+
+
+def test_a_text_no_member_can_read_has_no_reward() -> None:
+    found = score.of_members(reward(kind="model", source="m"), np.array([[1.0, np.nan], [3.0, np.nan]]), np.zeros(2))
+    assert found == pytest.approx([2.0, np.nan], nan_ok=True)
+
+
+@pytest.mark.xfail(strict=True, reason="of_members centres with 0 in place of the score that is missing")
+def test_a_text_that_is_too_long_leaves_its_siblings_what_they_are() -> None:
+    own = reward(kind="model", source="m", ensemble={"form": "lower_bound", "centre": True})
+    members = np.array([[10.0, 11.0, 12.0], [112.0, 110.0, 111.0]])
+    whole = score.of_members(own, members, np.zeros(3))
+    with_another = score.of_members(own, np.concatenate([members, np.full((2, 1), np.nan)], axis=1), np.zeros(4))
+    assert with_another[:3] == pytest.approx(whole)
 
 
 def test_reference_log_probs_equal_whole_logits_at_the_same_temperature(tmp_path: Path) -> None:

@@ -1,0 +1,251 @@
+"""The loop of a stage: evaluations, early stopping, checkpoints, resuming. The trainee is scripted."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from keel import checkpoint, config, durable
+from keel.metrics import RunMetrics
+from keel.protocols import StepReport
+from keel.stage_settings import SupervisedSettings
+from keel.stages import course
+from keel.stages.course import Course, Recorder, State
+
+ROWS = 20
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+class FakeTrainee:
+    """Its weights are the number of its steps. `losses`: held-out loss by version; `killed_at`: a step that never ends."""
+
+    def __init__(self, losses: Sequence[float], killed_at: int | None = None) -> None:
+        self.losses, self.killed_at = losses, killed_at
+        self.version = 0
+        self.log: list[tuple[str, int]] = []
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        found = getattr(self, f"_{method}")(*arguments)
+        self.log.append((method, self.version))
+        return found
+
+    def _step(self, batch: pa.RecordBatch) -> StepReport:
+        assert batch.column("version").to_pylist() == [self.version]  # the rows of this step and no other
+        if self.version + 1 == self.killed_at:
+            raise Killed
+        self.version += 1
+        metrics = {
+            "loss": 1 / self.version,
+            "step_seconds": 0.5,
+            "trained_tokens": 7.0,
+            "reward": 1.0,
+            "reward_std": 0.0,
+        }
+        return StepReport(self.version, metrics, {"pairs_dropped_total": {"tie": 2.0}})
+
+    def _assess(self, batch: pa.RecordBatch) -> dict[str, float]:
+        assert batch.column("version").to_pylist() == [-1], "not the held-out rows"
+        return {"loss": self.losses[self.version], "preference_accuracy_ratio": 0.25}
+
+    def _export(self, folder: str) -> None:
+        Path(folder).mkdir()  # which must not be there yet, while its parent is
+        (Path(folder) / "weights").write_text(str(self.version))
+
+    def _save(self, folder: str) -> None:
+        (Path(folder) / "weights").write_text(str(self.version))
+
+    def _load(self, folder: str) -> int:
+        self.version = int((Path(folder) / "weights").read_text())
+        return self.version
+
+    def _state(self) -> dict[str, Any]:
+        return {"moments": self.version}
+
+
+class Listener:
+    """A display that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[int] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def doing(self, what: str) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.steps.append(line["step"])
+
+
+def rows(version: int) -> pa.RecordBatch:
+    return pa.record_batch({"version": [version]})
+
+
+def course_of(directory: Path, steps: int = 6, every: int = 0, patience: int = 0, checkpoints: int = 0) -> Course:
+    tree = {
+        "run": {"name": "test"},
+        "policy": {"model": "m"},
+        "prompts": {"source": "p"},
+        "training": {"rows_per_step": 5, "evaluate_every_steps": every, "patience": patience},
+        "checkpoint": {"every_steps": checkpoints, "keep": 2},
+    }
+    settings = config.parse_as(SupervisedSettings, tree)
+    return Course(settings, directory, steps, ROWS, batch=rows, held_out=rows(-1), dropped={"empty": 3})
+
+
+class Run:
+    """A course from the newest checkpoint (or the start) to its end."""
+
+    def __init__(self, plan: Course, trainee: FakeTrainee) -> None:
+        self.plan, self.trainee, self.display = plan, trainee, Listener()
+        self.metrics = RunMetrics("test", plan.directory / "metrics.jsonl")
+
+    async def finish(self) -> State:
+        state = await course.restore(self.plan, self.trainee, self.metrics)
+        recorder = Recorder(self.plan, self.metrics, self.display)
+        return await course.run(self.plan, self.trainee, recorder, state, self.plan.model)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        return durable.read_json_lines(self.plan.directory / name)
+
+    @property
+    def exported(self) -> int:
+        return int((self.plan.model / "weights").read_text())
+
+    def done(self, method: str) -> list[int]:
+        return [version for name, version in self.trainee.log if name == method]
+
+
+async def test_a_course_evaluates_before_the_first_and_after_the_last_step(tmp_path: Path) -> None:
+    run = Run(course_of(tmp_path, steps=3), FakeTrainee([3, 2, 1, 5]))
+    state = await run.finish()
+    assert (state.version, run.exported) == (3, 3)  # the last, though it is not the best
+    assert run.done("assess") == [0, 3] and run.done("step") == [1, 2, 3] and run.done("export") == [3]
+    assert [line["step"] for line in run.lines("evaluations.jsonl")] == [0, 3]
+    assert [line["step"] for line in run.lines("metrics.jsonl")] == run.display.steps == [1, 2, 3]
+    assert state.evaluations == run.lines("evaluations.jsonl")
+
+
+async def test_evaluations_are_due_by_step_and_once_at_the_end(tmp_path: Path) -> None:
+    for steps, expected in ((4, [0, 2, 4]), (5, [0, 2, 4, 5])):
+        directory = tmp_path / str(steps)
+        directory.mkdir()
+        run = Run(course_of(directory, steps=steps, every=2), FakeTrainee([9] * 6))
+        await run.finish()
+        assert run.done("assess") == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "ends", "best"),
+    [
+        ([5, 4, 3, 4, 3.5, 2, 1], 2, 4, 2),  # two evaluations without a lower one
+        ([5, 4, 3, 4, 2, 3, 1], 2, 6, 6),  # one is not enough
+        ([5, 5, 5, 5, 5, 5, 5], 3, 3, 0),  # equal is not lower: what it started from is the best
+        ([5, 6, 4, 6, 6, 6, 1], 1, 1, 0),
+        ([7, 6, 5, 4, 3, 2, 1], 1, 6, 6),
+        ([1, 2, 3, 4, 5, 6, 7], 9, 6, 0),  # patience outlives the course: still the best
+    ],
+)
+async def test_patience_ends_a_course_and_keeps_the_best(
+    tmp_path: Path, losses: list[float], patience: int, ends: int, best: int
+) -> None:
+    run = Run(course_of(tmp_path, every=1, patience=patience), FakeTrainee(losses))
+    state = await run.finish()
+    assert (state.version, state.best_version, run.exported) == (ends, best, best)
+    assert state.best_loss == min(losses[: ends + 1])
+    assert run.done("assess") == list(range(ends + 1))
+    assert run.exported == losses.index(min(losses[: ends + 1]))
+
+
+async def test_numbers_of_a_course(tmp_path: Path) -> None:
+    run = Run(course_of(tmp_path, steps=6, every=2), FakeTrainee([6, 5, 4, 3, 2, 1, 0]))
+    await run.finish()
+    lines = run.lines("metrics.jsonl")
+    assert [line["epochs"] for line in lines] == [step * 5 / ROWS for step in range(1, 7)]
+    assert [line["loss"] for line in lines] == [1 / step for step in range(1, 7)]
+    assert not {"reward", "reward_std", "trained_tokens"} & set(lines[0])  # labels of stored rows are no news
+    totals = {"steps_total": 6.0, "trained_tokens_total": 42.0, "learner_seconds_total": 3.0}
+    assert {name: lines[-1][name] for name in totals} == totals
+    assert lines[-1]["pairs_dropped_total"] == {"tie": 12.0}
+    assert run.metrics.totals["evaluations_total"] == 4.0
+    # an evaluation is seen on the page at once, in the file with the step behind it
+    assert [line.get("held_out_loss") for line in lines] == [6, None, 4, None, 2, None]
+    assert lines[0]["held_out_accuracy_ratio"] == 0.25
+    page = {sample.name: sample.value for family in run.metrics.registry.collect() for sample in family.samples}
+    assert (page["keel_held_out_loss"], page["keel_epochs"]) == (0, 1.5)
+    assert run.display.notes[0] == "held out at step 0: loss 6.0000  preference_accuracy_ratio 0.2500"
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("killed_at", [1, 2, 3, 4, 5, 6])
+async def test_a_resumed_course_is_the_uninterrupted_one(tmp_path: Path, patience: int, killed_at: int) -> None:
+    """Same model, same evaluations, same steps in the same files, whenever it was killed."""
+    losses = [9, 8, 7, 7.5, 6, 6.5, 6.25]
+    plans = [course_of(tmp_path / name, every=1, patience=patience, checkpoints=2) for name in ("whole", "killed")]
+    for plan in plans:
+        plan.directory.mkdir()
+    whole = Run(plans[0], FakeTrainee(losses))
+    expected = await whole.finish()
+    with pytest.raises(Killed):
+        await Run(plans[1], FakeTrainee(losses, killed_at)).finish()
+    resumed = Run(plans[1], FakeTrainee(losses))
+    assert await resumed.finish() == expected
+    begins = (killed_at - 1) // 2 * 2  # the newest checkpoint before it
+    assert resumed.done("step") == list(range(begins + 1, 7)) and len(resumed.done("load")) == (begins > 0)
+    assert resumed.exported == whole.exported == (4 if patience else 6)
+    assert resumed.lines("evaluations.jsonl") == whole.lines("evaluations.jsonl")
+    assert resumed.metrics.totals == whole.metrics.totals
+    volatile = {"time", "free_memory_bytes", "held_out_loss", "held_out_accuracy_ratio"}
+    numbers = [
+        [{name: value for name, value in line.items() if name not in volatile} for line in run.lines("metrics.jsonl")]
+        for run in (resumed, whole)
+    ]
+    assert numbers[0] == numbers[1]
+
+
+async def test_a_course_that_ran_out_of_patience_before_a_checkpoint_trains_no_further(tmp_path: Path) -> None:
+    losses = [1, 2, 3, 4, 5, 6, 7]
+    plan = course_of(tmp_path, every=1, patience=2, checkpoints=2)
+    first = Run(plan, FakeTrainee(losses))
+    assert (await first.finish()).version == 2
+    again = Run(plan, FakeTrainee(losses))
+    assert (await again.finish()).version == 2 and again.done("step") == [] and again.exported == 0
+
+
+async def test_checkpoints_are_pruned_and_hold_the_objective(tmp_path: Path) -> None:
+    run = Run(course_of(tmp_path, checkpoints=1), FakeTrainee([9] * 7))
+    await run.finish()
+    assert checkpoint.steps(tmp_path) == [4, 5]  # none after the last step: the model is what is left of it
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    stored = checkpoint.read_state(newest)
+    assert stored["objective"] == {"moments": 5} and stored["version"] == 5 and stored["totals"]["steps_total"] == 5
+
+
+async def test_an_export_replaces_the_whole_folder(tmp_path: Path) -> None:
+    run = Run(course_of(tmp_path, steps=1), FakeTrainee([2, 1]))
+    for folder in (run.plan.model, tmp_path / ".model.tmp"):  # of an earlier run, and one that was killed in it
+        folder.mkdir()
+        (folder / "old").write_text("old")
+    await run.finish()
+    assert [path.name for path in run.plan.model.iterdir()] == ["weights"] and not (tmp_path / ".model.tmp").exists()
+
+
+async def test_a_finished_stage_says_what_it_did(tmp_path: Path) -> None:
+    assert course.finished(tmp_path) is None
+    run = Run(course_of(tmp_path, steps=4, checkpoints=1), FakeTrainee([2] * 5))
+    state = await run.finish()
+    assert course.finished(tmp_path) is None  # a model is no end yet
+    summary = course.finish(run.plan, "sft", 0.0, trained_steps=state.version)
+    assert course.finished(tmp_path) == summary == json.loads((tmp_path / "stage.json").read_text())
+    assert {**summary, "seconds": 0} == {
+        "stage": "sft", "steps": 4, "rows": ROWS, "dropped": {"empty": 3}, "trained_steps": 4, "seconds": 0,
+    }  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists() and run.exported == 4
