@@ -1,4 +1,4 @@
-"""The configurations in configs/ and the settings each of them is: the folder or the file's name says which command."""
+"""The configurations in configs/ and the settings each of them is: the file's name says which command."""
 
 from pathlib import Path
 
@@ -9,19 +9,18 @@ from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettin
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
-_OF_STAGES: dict[str, type[Section]] = {
+_OF_COMMANDS: dict[str, type[Section]] = {
     "sft": SupervisedSettings,
     "prefer": PreferSettings,
     "reward": RewardModelSettings,
     "label": LabelSettings,
+    "pipeline": PipelineSettings,
 }
 
 
 def settings_class(path: Path) -> type[Section]:
-    """stages/ and pipeline/ hold a command's configuration under its name; every other file is an online run's."""
-    if path == FOLDER / "pipeline.yaml":
-        return PipelineSettings
-    return _OF_STAGES.get(path.stem, Settings) if path.parent.name in ("stages", "pipeline") else Settings
+    """By the first word of the file's name, which is a command's; every other file is an online run's."""
+    return _OF_COMMANDS.get(path.stem.split("-")[0], Settings)
 
 
 def identity(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+import keel as package
 from keel import doctor, tiny
 
 RUN_SECONDS = 240
@@ -58,21 +59,26 @@ def keel() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # rewards of these tests
-        process = subprocess.Popen(
-            [sys.executable, "-m", "keel", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            env=environment,
-        )
-        started.append(process)
-        return process
+        started.append(start_keel(*arguments))
+        return started[-1]
 
     yield start
     for process in started:
         kill(process)
+
+
+def start_keel(*arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
+    """The command line in its own process group, in a folder; the Keel of this process, rewards of these tests."""
+    paths = [str(Path(__file__).parent), str(Path(package.__file__).parent.parent)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "keel", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        cwd=folder,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

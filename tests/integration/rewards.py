@@ -20,3 +20,9 @@ def share_of_low_ids(completions: list[str], completion_ids: list[list[int]], **
 def mostly_even(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
     """1 when the last token's id is even: two samples of a prompt often agree."""
     return [float(ids[-1] % 2 == 0) for ids in completion_ids]
+
+
+def low_ids_or_none(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float | None]:
+    """The share of low ids, and no answer for completions of which the last token id is odd: a judge that fails."""
+    shares = share_of_low_ids(completions, completion_ids)
+    return [None if ids[-1] % 2 else share for ids, share in zip(completion_ids, shares, strict=True)]

@@ -96,7 +96,7 @@ def test_rollouts_of_a_run_become_labels_and_a_centred_ensemble(
     tree = {
         "run": {"name": "label", "directory": str(tmp_path / "label")},
         "runs": [str(online)],
-        "judge": {"name": "gold", "source": "rewards:none_for_short"},
+        "judge": {"name": "gold", "source": "rewards:low_ids_or_none"},
         "pairs": {"selection": "all"},
         "failures": {"max_failed_ratio": 0.9},
         "cluster": {"object_store_bytes": 2**27, "min_memory_bytes": 2**31},

@@ -109,9 +109,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     found = labels.label(batch, settings)
     _check_share(batch, settings)
     if found.table.num_rows == 0:
-        raise ConfigError(
-            f"pairs: none of {batch.num_rows} completions made a pair ({found.dropped}); expected at least one"
-        )
+        raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(found.table, aside)
     aside.rename(directory / "pairs.parquet")
@@ -139,6 +137,10 @@ def _check_share(batch: pa.RecordBatch, settings: LabelSettings) -> None:
             f"judge {settings.judge.name}: failed on {len(failed)} of {batch.num_rows} completions ({reasons});"
             f" failures.max_failed_ratio={allowed}"
         )
+
+
+class NoPairs(RuntimeError):
+    """Every completion was left out, or tied with every other."""
 
 
 class JudgeFailed(RuntimeError):
