@@ -68,7 +68,8 @@ def test_numbers_are_those_of_the_papers() -> None:
         sft = config.load_as(SupervisedSettings, FOLDER / f"sft-{size}.yaml")
         reward = config.load_as(RewardModelSettings, FOLDER / f"reward-{size}.yaml")
         for stage, rows in ((sft, 128), (reward, 64)):
-            assert (stage.learners.learning_rate, stage.learners.adam_epsilon) == (3e-6, 1e-5)
+            optimiser = stage.learners
+            assert (optimiser.learning_rate, optimiser.adam_epsilon, optimiser.weight_decay) == (3e-6, 1e-5, 0.01)
             assert (stage.training.rows_per_step, stage.training.epochs) == (rows, 1)
         assert (sft.prompts.max_tokens, sft.completions.max_tokens) == (512, 53)
         assert reward.centre.source == sft.prompts.source  # demonstrations score 0
