@@ -96,7 +96,7 @@ def test_files_and_overrides_are_those_of_every_command(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(training()))
     settings = config.load_as(SFT, path, ["training.epochs=3", "run.name=x", "learners.packed_tokens=256"])
     assert (settings.training.epochs, settings.run_directory, settings.learners.packed_tokens) == (3.0, "runs/x", 256)
-    with pytest.raises(ConfigError, match="training.patience=1: counts evaluations"):
+    with pytest.raises(ConfigError, match=r"training\.patience=1: counts evaluations"):
         config.load_as(SFT, path, ["training.patience=1"])
     with pytest.raises(ConfigError, match="no such file"):
         config.load_as(SFT, tmp_path / "absent.yaml")
