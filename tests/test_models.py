@@ -153,3 +153,48 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="no tokenizer"):
         models.load_tokenizer(folder, "policy.model")
+
+
+def run_directory(root: Path, *folders: str, config: bool = True) -> Path:
+    """A run's directory with copies of a model at these places."""
+    root.mkdir(exist_ok=True)
+    if config:
+        (root / "config.yaml").write_text("")
+    for folder in folders:
+        tiny_folder = root / folder
+        tiny_folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (tiny_folder / name).write_bytes(b"{}")
+    return root
+
+
+def test_a_run_directory_is_the_model_it_trained(tmp_path: Path) -> None:
+    """A stage's model; of an online run the policy of the newest whole checkpoint; a model folder is itself."""
+    stage = run_directory(tmp_path / "stage", "model")
+    assert models.locate(str(stage), "s") == stage / "model"
+    online = run_directory(tmp_path / "online", *(f"checkpoints/step-{n:06d}/policy" for n in (5, 10, 15)))
+    for step in (5, 10):
+        (online / "checkpoints" / f"step-{step:06d}" / "COMMIT").write_bytes(b"")
+    assert models.locate(str(online), "s") == online / "checkpoints" / "step-000010" / "policy"
+    both = run_directory(tmp_path / "both", "model", "checkpoints/step-000005/policy")
+    (both / "checkpoints" / "step-000005" / "COMMIT").write_bytes(b"")
+    assert models.locate(str(both), "s") == both / "model"
+    itself = run_directory(tmp_path, "itself").joinpath("itself")
+    (itself / "config.yaml").write_text("")
+    assert models.locate(str(itself), "s") == itself
+
+
+def test_an_ensemble_of_reward_models_is_a_model(tmp_path: Path) -> None:
+    stage = run_directory(tmp_path / "stage")
+    (stage / "model").mkdir()
+    (stage / "model" / "ensemble.json").write_text('{"members": []}')
+    assert models.locate(str(stage), "s") == models.locate(str(stage / "model"), "s") == stage / "model"
+
+
+def test_a_run_that_trained_nothing_yet_is_one_line(tmp_path: Path) -> None:
+    empty = run_directory(tmp_path / "run")
+    with pytest.raises(ConfigError, match="no config.json in it; expected a Hugging Face model folder"):
+        models.locate(str(empty), "policy.model")
+    unfinished = run_directory(tmp_path / "run", "checkpoints/step-000005/policy")  # without COMMIT
+    with pytest.raises(ConfigError, match=r"no config.json in it"):
+        models.locate(str(unfinished), "policy.model")
