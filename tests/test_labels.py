@@ -168,7 +168,6 @@ def test_a_flip_does_not_depend_on_the_temperature_draw() -> None:
     assert within(by_temperature & by_ratio, 0.3 * special.expit(-1.0))
 
 
-@pytest.mark.xfail(strict=True, reason="the draw is that of the chosen completion, which several pairs share")
 def test_pairs_that_share_a_completion_are_flipped_independently() -> None:
     tickets = 300
     texts = [[f"{ticket} {sample}" for sample in range(3)] for ticket in range(tickets)]

@@ -126,7 +126,6 @@ def test_a_conversation_without_a_template_is_lines(tokenizer: Any) -> None:
     assert found[0] == [*tokenizer("be kind\nhow are you\nfine thanks")["input_ids"], tokenizer.eos_token_id]
 
 
-@pytest.mark.xfail(strict=True, reason="the completion is looked for from the right, and found in the end token's text")
 @pytest.mark.parametrize("completion", ["end", "im", "<"])
 def test_a_cut_completion_that_the_template_also_says(tokenizer: Any, completion: str) -> None:
     reads = RewardText(tokenizer, False, 200)
@@ -188,9 +187,6 @@ def test_the_spare_token_ends_no_text(tokenizer: Any) -> None:
     assert reward_models.spare_token(tokenizer) == tiny.SPECIAL.index("<|im_start|>")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="GPT-NeoX and GPT-2 have one special token: 0 is then their end token, or a word"
-)
 def test_a_tokenizer_whose_only_special_token_is_its_end_has_a_spare_one() -> None:
     """As Pythia's: <|endoftext|> is token 0, and there is no padding token."""
     words = word_tokenizer(chat_template=None)
@@ -304,9 +300,6 @@ def test_centred_scores_average_nothing(kind: str, trunks: dict[str, Path], tmp_
     assert abs(offset) < 1e-6
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a folder whose padding is its end token is kept as it is"
-)
 def test_a_model_from_elsewhere_that_pads_with_its_end_token(trunks: dict[str, Path], tmp_path: Path) -> None:
     """As many public reward models do: a finished text then ends with `padding`."""
     trained(trunks["decoder"], tmp_path / "m", max_tokens=64)

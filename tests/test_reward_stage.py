@@ -131,9 +131,6 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
         ]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="with patience a member's model is there from its first evaluation: taken for done"
-)
 async def test_a_killed_member_with_patience_is_trained_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,21 +142,18 @@ async def test_a_killed_member_with_patience_is_trained_to_its_end(
     assert stage.judged == [["4", "4"]]
 
 
-@pytest.mark.xfail(strict=True, reason="stage.json goes to members/0, and is looked for in the run directory")
 async def test_a_finished_stage_is_said_to_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     summary = await stage.train(FakeGang(LOSSES))
     assert course.finished(stage.directory) == summary
 
 
-@pytest.mark.xfail(strict=True, reason="only the first member's are removed")
 async def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     await stage.train(FakeGang(LOSSES))
     assert not list(stage.directory.rglob("step-*"))
 
 
-@pytest.mark.xfail(strict=True, reason="they are counted at every start, and restored from the checkpoint on top")
 async def test_dropped_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     with pytest.raises(Killed):
@@ -168,7 +162,6 @@ async def test_dropped_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest
     assert stage.metrics.totals["rows_dropped_total"] == {"empty": 1.0}
 
 
-@pytest.mark.xfail(strict=True, reason="model_step is the last step, patience or not")
 async def test_the_summary_names_the_step_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"rows_per_step": 5, "evaluate_every_steps": 1, "patience": 1}
     stage = Stage(tmp_path, monkeypatch, training=training, members={"count": 1})

@@ -259,7 +259,6 @@ def test_a_text_no_member_can_read_has_no_reward() -> None:
     assert found == pytest.approx([2.0, np.nan], nan_ok=True)
 
 
-@pytest.mark.xfail(strict=True, reason="of_members centres with 0 in place of the score that is missing")
 def test_a_text_that_is_too_long_leaves_its_siblings_what_they_are() -> None:
     own = reward(kind="model", source="m", ensemble={"form": "lower_bound", "centre": True})
     members = np.array([[10.0, 11.0, 12.0], [112.0, 110.0, 111.0]])

@@ -189,7 +189,6 @@ def test_a_demonstration_is_the_last_message(tmp_path: Path) -> None:
         assert len(json.loads(row["prompt_messages"])) == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the last message is the completion, whoever says it")
 def test_a_conversation_that_ends_with_the_user_is_no_demonstration() -> None:
     """Nobody should learn to say what the user said."""
     row = Row(

@@ -145,18 +145,15 @@ def test_scorers_of_a_reward_stage_run_where_its_learner_ran() -> None:
     assert settings.completions.max_tokens == 512
 
 
-@pytest.mark.xfail(strict=True, reason="only policy together with prompts is held against runs")
 @pytest.mark.parametrize("extra", [{"policy": {"model": "m"}}, {"prompts": {"source": "p"}}])
 def test_runs_and_half_of_what_samples_are_refused(extra: dict[str, Any]) -> None:
     assert "not both" in message(LABEL, {"runs": ["r"], "judge": JUDGE, **extra})
 
 
-@pytest.mark.xfail(strict=True, reason="found after everything was sampled and judged")
 def test_one_sample_a_prompt_makes_no_pair() -> None:
     message(LABEL, {**SAMPLED, "sampling": {"samples_per_prompt": 1}})
 
 
-@pytest.mark.xfail(strict=True, reason="sampling_run() is only built in prepare: pydantic's error of many lines")
 @pytest.mark.parametrize(
     "blocks",
     [

@@ -55,7 +55,9 @@ def label(batch: pa.RecordBatch, by: LabelSettings) -> Labelled:
     pairs = elicitation.select(by.pairs, candidates)
     for reason, count in pairs.dropped.items():
         dropped["too_few" if reason == "unfinished" else reason] += count
-    flipped = flips(judged[pairs.chosen] - judged[pairs.rejected], seeds[pairs.chosen], by.noise, by.run.seed)
+    both = zip(seeds[pairs.chosen].tolist(), seeds[pairs.rejected].tolist(), strict=True)
+    draws = np.array([xxhash.xxh3_64_intdigest(f"{one}:{other}".encode()) >> 1 for one, other in both], np.int64)
+    flipped = flips(judged[pairs.chosen] - judged[pairs.rejected], draws, by.noise, by.run.seed)
     chosen = np.where(flipped, pairs.rejected, pairs.chosen)
     rejected = np.where(flipped, pairs.chosen, pairs.rejected)
     return Labelled(_table(rows, chosen, rejected, flipped), dict(dropped))

@@ -33,8 +33,20 @@ class StageEntry(Section):
 
     def names(self) -> set[str]:
         """Stages this one reads."""
-        texts = [value for value in [*self.changes().values(), self.model] if isinstance(value, str)]
-        return {field for text in texts for _, field, _, _ in string.Formatter().parse(text) if field}
+        return set(_fields([*self.changes().values(), self.model]))
+
+
+def _fields(node: Any) -> Iterator[str]:
+    """Names in braces, in all texts of a value. Raises ValueError for braces without one."""
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _fields(child)
+    if isinstance(node, str):
+        for _, field, _, _ in string.Formatter().parse(node):
+            if field == "":
+                raise ValueError(f"settings: {node!r} has braces without a name; expected {{stage}}, or {{{{ and }}}}")
+            if field:
+                yield field
 
 
 def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

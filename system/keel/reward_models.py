@@ -122,7 +122,8 @@ class RewardText:
         before = self.tokenizer.apply_chat_template(list(text.messages), add_generation_prompt=True, tokenize=False)
         whole = self.tokenizer.apply_chat_template([*text.messages, answer], tokenize=False)
         if not text.finished:  # without what the template puts behind an answer
-            whole = whole[: whole.rindex(text.completion.strip()) + len(text.completion.strip())]
+            said = text.completion.strip()  # some templates strip, too
+            whole = whole[: whole.index(said, len(before) if whole.startswith(before) else 0) + len(said)]
         return before, whole
 
 
@@ -139,14 +140,17 @@ class RewardModel(nn.Module):
         inputs = {"input_ids": ids, "attention_mask": (places < lengths[:, None]).long()}
         if "token_type_ids" in self.text.tokenizer.model_input_names:
             inputs["token_type_ids"] = ((places >= seconds[:, None]) & (places < lengths[:, None])).long()
-        return self.model(**inputs).logits[:, 0].float() - self.offset
+        if self.text.encoder:
+            return self.model(**inputs).logits[:, 0].float() - self.offset
+        # transformers takes for the last token the last that is not padding, which an end token may be
+        states = self.model.base_model(**inputs).last_hidden_state
+        last = states[torch.arange(len(ids), device=ids.device), lengths - 1]
+        return self.model.score(last)[:, 0].float() - self.offset
 
     def padded(self, rows: Sequence[tuple[list[int], int]]) -> tuple[Tensor, Tensor, Tensor]:
         """ids [B, T], lengths [B], seconds [B] of token rows."""
         pad = self.model.config.get_text_config().pad_token_id
         width = max(len(ids) for ids, _ in rows)
-        for ids, _ in rows:  # transformers finds the last token as the last that is not padding
-            assert self.text.encoder or ids[-1] != pad, f"a text ends with the padding token {pad}"
         tokens = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in rows])
         return tokens, torch.tensor([len(ids) for ids, _ in rows]), torch.tensor([second for _, second in rows])
 
@@ -212,11 +216,11 @@ def limit(config: Any) -> int:
 
 
 def spare_token(tokenizer: Any) -> int:
-    """A token to pad with that ends no text: the tokenizer's own, or another special one if that is the end token."""
+    """A token to pad with that ends no text: the tokenizer's own, another special one, or the last one."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer.pad_token_id
     named = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
-    return min(named) if named else 0
+    return min(named) if named else max(set(tokenizer.get_vocab().values()) - {tokenizer.eos_token_id})
 
 
 def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:

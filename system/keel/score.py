@@ -138,9 +138,12 @@ def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
 def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
     """The reward [rows] of an artefact's members [M, rows], as `rewards.NAME.ensemble` says; NaN where one has none."""
     by = reward.ensemble
-    centred = elicitation.centre(np.nan_to_num(members), tickets) if by.centre else None
-    combined = elicitation.combine(np.nan_to_num(members), np.ones(len(members)), by.form, by.coefficient, centred)
-    return np.where(np.isnan(members).any(0), np.nan, combined)
+    known = ~np.isnan(members).any(0)
+    own = members[:, known]
+    centred = elicitation.centre(own, tickets[known]) if by.centre else None
+    found = np.full(members.shape[1], np.nan)
+    found[known] = elicitation.combine(own, np.ones(len(members)), by.form, by.coefficient, centred)
+    return found
 
 
 def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:

@@ -4,6 +4,7 @@ A stage trains on rows that come with their completions. `learning()` of each gi
 runs on: those of a run whose completions are all stored.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -97,13 +98,7 @@ class StageSettings(Section):
 
     @model_validator(mode="after")
     def _learner_can_run(self) -> Self:
-        try:
-            self.learning(1)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            for theirs, ours in _NAMES.items():
-                message = message.replace(theirs, ours)
-            raise ValueError(message) from None
+        _checked(lambda: self.learning(1))
         return self
 
     def _learning(self, samples: int, steps: int, **blocks: Any) -> Settings:
@@ -240,7 +235,7 @@ class LabelSettings(Section):
     @model_validator(mode="after")
     def _comes_from_somewhere(self) -> Self:
         sampled = self.policy is not None and self.prompts is not None
-        if bool(self.runs) == sampled:
+        if bool(self.runs) == sampled or (self.runs and (self.policy or self.prompts)):
             raise ValueError(f"runs={self.runs}: expected run directories, or policy and prompts, and not both")
         if self.judge.kind == "reference" and (self.reference is None or (self.runs and self.reference.model is None)):
             raise ValueError(
@@ -248,7 +243,23 @@ class LabelSettings(Section):
             )
         if self.judge.kind == "stored":
             raise ValueError("judge.kind=stored: sampled completions have no stored reward; expected another kind")
+        if not self.runs and self.sampling.samples_per_prompt < 2:
+            raise ValueError("sampling.samples_per_prompt=1: one completion makes no pair; expected at least 2")
+        if self.pairs.selection == "most_disagreeing":
+            raise ValueError("pairs.selection=most_disagreeing: one judge never disagrees; expected another selection")
+        _checked(self.sampling_run)
         return self
+
+
+def _checked(build: Callable[[], Settings]) -> None:
+    """Raise what is wrong with the run behind a stage as the stage's own mistake, by the stage's names."""
+    try:
+        build()
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        for theirs, ours in _NAMES.items():
+            message = message.replace(theirs, ours)
+        raise ValueError(message) from None
 
 
 COMMANDS: dict[str, type[Section]] = {

@@ -23,7 +23,14 @@ NAME = "stored"
 
 def completions(columns: Mapping[str, Any]) -> list[str]:
     """Texts of one row, chosen before rejected. Raises KeyError or TypeError when the columns are not there."""
-    return [text if isinstance(text, str) else text[-1]["content"] for text in _given(columns)]
+    return [text if isinstance(text, str) else _last(text) for text in _given(columns)]
+
+
+def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
+    """What the assistant says last. Raises ValueError where somebody else does."""
+    if conversation[-1]["role"] != "assistant":
+        raise ValueError(f"the last message is the {conversation[-1]['role']}'s")
+    return conversation[-1]["content"]
 
 
 def _given(columns: Mapping[str, Any]) -> list[Any]:

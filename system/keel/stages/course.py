@@ -155,8 +155,14 @@ async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> Stat
     if saved is None:
         return State()
     await trainee.call("load", str(saved))
-    metrics.restore(stored["totals"])
+    # rows left out are counted at every start
+    metrics.restore({name: value for name, value in stored["totals"].items() if name != "rows_dropped_total"})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})
+
+
+def kept(course: Course, state: State) -> int:
+    """The step whose model the course leaves."""
+    return state.best_version if course.settings.training.patience else state.version
 
 
 def finished(directory: Path) -> dict[str, Any] | None:

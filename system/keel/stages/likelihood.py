@@ -108,10 +108,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     async with asyncio.timeout(settings.deadlines.start_seconds):
         await learner.ready()
     state = await course.restore(plan, learner, metrics)
-    if state.version == 0:
-        metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
+    metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
     state = await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
-    best = state.best_version if settings.training.patience else state.version
-    return course.finish(
-        plan, prepared.name, started, trained_steps=state.version, model_step=best, evaluations=state.evaluations
-    )
+    done = {"trained_steps": state.version, "model_step": course.kept(plan, state), "evaluations": state.evaluations}
+    return course.finish(plan, prepared.name, started, **done)

@@ -28,7 +28,8 @@ from keel.section import Section
 from keel.stage_settings import COMMANDS
 
 _NOT_CONTENT = {"metrics", "cluster", "deadlines"}
-_FOLDER_FILES = ("*.json", "*.safetensors", "*.jinja")
+_LONGEST_NAME = 255
+"""Bytes of a file name; a longer text is none."""
 
 
 class StageFailed(RuntimeError):
@@ -103,7 +104,11 @@ def run(stages: list[Planned], console: Console) -> None:
 
 
 def _filled(value: Any, places: dict[str, str]) -> Any:
-    """Directories of earlier stages put into a text."""
+    """Directories of earlier stages put into a text, also into those of lists and blocks in lists."""
+    if isinstance(value, list):
+        return [_filled(each, places) for each in value]
+    if isinstance(value, dict):
+        return {key: _filled(each, places) for key, each in value.items()}
     return value.format(**places) if isinstance(value, str) else value
 
 
@@ -117,36 +122,45 @@ def _key(command: str, settings: Section, model: str | None, upstream: dict[Path
     tree = settings.model_dump(mode="json", exclude=_NOT_CONTENT)
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
     hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
-    for leaf in [*_leaves(tree), model]:
-        hasher.update(json.dumps(_content(leaf, upstream), ensure_ascii=False).encode())
+    for setting, leaf in [*_leaves(tree), ("MODEL", model)]:
+        hasher.update(json.dumps([setting, _content(leaf, upstream)], ensure_ascii=False).encode())
     return hasher.hexdigest()
 
 
-def _leaves(node: Any) -> Iterator[Any]:
-    """Keys and values of a settings tree, in order."""
-    if isinstance(node, dict | list):
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of a tree by their names, in order."""
+    if isinstance(node, dict | list) and node:
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield str(key)
-            yield from _leaves(child)
+            yield from _leaves(child, f"{path}.{key}")
     else:
-        yield node
+        yield path, node
 
 
 def _content(leaf: Any, upstream: dict[Path, str]) -> Any:
     """What a setting stands for: an earlier stage's key, a file's bytes, a wheel's version, code's text, or itself."""
     if not isinstance(leaf, str) or not leaf:
         return leaf
+    if leaf.startswith("wheel:"):
+        return [leaf, _version(leaf.removeprefix("wheel:"))]
+    if any(len(part.encode()) > _LONGEST_NAME for part in Path(leaf).parts):
+        return leaf
     path = Path(leaf)
     for directory, key in upstream.items():
         if path == directory or directory in path.parents:
             return [key, str(path.relative_to(directory))]
-    if leaf.startswith("wheel:"):
-        return [leaf, importlib.metadata.version(leaf.removeprefix("wheel:"))]
     if path.is_file():
         return durable.digest(path)
     if path.is_dir():
-        return [durable.digest(file) for pattern in _FOLDER_FILES for file in sorted(path.glob(pattern))]
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return [[str(file.relative_to(path)), durable.digest(file)] for file in files]
     return [leaf, _code(leaf.removeprefix("python:"))]
+
+
+def _version(wheel: str) -> str:
+    try:
+        return importlib.metadata.version(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"wheel:{wheel}: not installed; expected `pip install --no-deps {wheel}`") from None
 
 
 def _code(text: str) -> str | None:

@@ -7,6 +7,7 @@ all members        scored as they were written: reference set, held-out pairs
 """
 
 import asyncio
+import dataclasses
 import json
 import shutil
 import time
@@ -176,24 +177,25 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     async with asyncio.timeout(settings.deadlines.start_seconds):
         await learner.ready()
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
-    folders, evaluations = [], []
-    for member in range(settings.members.count):
-        plan = _course(prepared, member)
-        folders.append(plan.model)
-        if not plan.model.is_dir():
+    plans = [_course(prepared, member) for member in range(settings.members.count)]
+    for member, plan in enumerate(plans):
+        if course.finished(plan.directory) is None:
             display.doing(f"member {member}")
             metrics.path = plan.directory / "metrics.jsonl"
             await learner.call("begin", member)
             state = await course.restore(plan, learner, metrics)
             await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
-        evaluations.append(durable.read_json_lines(plan.directory / "evaluations.jsonl"))
+            course.finish(plan, "member", started, evaluations=state.evaluations, model_step=course.kept(plan, state))
+    members = [course.finished(plan.directory) or {} for plan in plans]
+    folders = [plan.model for plan in plans]
     learner.stop()
     display.doing("scoring held-out pairs")
     found = await _judge(prepared, folders)
     _assemble(prepared.directory / "model", folders)
     durable.write_json(prepared.directory / "report.json", found)
-    last = _course(prepared, 0)
-    return course.finish(last, "reward", started, evaluations=evaluations[0], model_step=prepared.steps, report=found)
+    first = {name: members[0][name] for name in ("evaluations", "model_step")}
+    whole = dataclasses.replace(plans[0], directory=prepared.directory)
+    return course.finish(whole, "reward", started, **first, report=found)
 
 
 def _course(prepared: Prepared, member: int) -> Course:
