@@ -288,7 +288,7 @@ def test_every_stage_gets_its_settings_and_directory(project: Project, monkeypat
     assert evaluate[4] == directories["train"] and f'rewards.proxy.source="{directories["reward"]}"' in evaluate
     assert Path(evaluate[evaluate.index("--config") + 1]) == project.root / "train.yaml"
     for name, command in zip(NAMES[:3], processes.commands, strict=False):  # which load as they were planned
-        settings = config.load_as(pipeline._SETTINGS[name], command[4], command[5:])
+        settings = config.load_as(pipeline.COMMANDS[name], command[4], command[5:])
         assert settings.run_directory == directories[name]  # type: ignore[attr-defined]
 
 

@@ -28,7 +28,7 @@ def completions(columns: Mapping[str, Any]) -> list[str]:
 
 def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
     """What the assistant says last. Raises ValueError where somebody else does."""
-    if conversation[-1]["role"] != "assistant":
+    if conversation[-1].get("role", "assistant") != "assistant":
         raise ValueError(f"the last message is the {conversation[-1]['role']}'s")
     return conversation[-1]["content"]
 
