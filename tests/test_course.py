@@ -164,6 +164,16 @@ async def test_patience_ends_a_course_and_keeps_the_best(
     assert run.exported == losses.index(min(losses[: ends + 1]))
 
 
+@pytest.mark.xfail(
+    strict=True, reason="nothing is lower than NaN, and nothing is as high: each evaluation from there on is the best"
+)
+async def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    nan = float("nan")
+    run = Run(course_of(tmp_path, every=1, patience=2), FakeTrainee([3, 2, nan, nan, nan, nan, nan]))
+    state = await run.finish()
+    assert (state.best_version, run.exported, state.version) == (1, 1, 3)
+
+
 async def test_numbers_of_a_course(tmp_path: Path) -> None:
     run = Run(course_of(tmp_path, steps=6, every=2), FakeTrainee([6, 5, 4, 3, 2, 1, 0]))
     await run.finish()

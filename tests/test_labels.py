@@ -12,8 +12,10 @@ import pytest
 from scipy import special, stats
 
 from keel import config, labels, schema
+from keel.config import ConfigError
 from keel.stage_settings import LabelSettings, NoiseSettings
-from rollouts import generated, prompts, scored
+from keel.stages import label as stage
+from rollouts import generated, prompts, referenced, rollouts, scored
 
 
 def settings_for(**blocks: Any) -> LabelSettings:
@@ -223,3 +225,43 @@ def test_the_file_is_a_preference_dataset(chat: bool, tmp_path: Path) -> None:
     columns = [json.loads(row.further) for row in rows]
     assert [stored.completions(one) for one in columns] == [["b", "a"], ["c", "d"], ["f", "e"]]
     assert [stored.finished(one) for one in columns] == [[True, True], [False, True], [True, True]]
+
+
+# ---- rollouts of runs
+
+
+def run_with(root: Path, *steps: pa.RecordBatch) -> str:
+    (root / "rollouts").mkdir(parents=True)
+    for number, batch in enumerate(steps, start=1):
+        (root / "rollouts" / f"step-{number:06d}.arrow").write_bytes(schema.to_bytes(batch))
+    return str(root)
+
+
+def test_rollouts_of_different_steps_and_runs_are_different_groups(tmp_path: Path) -> None:
+    runs = [run_with(tmp_path / "a", rollouts([0, 1]), rollouts([2, 0])), run_with(tmp_path / "b", rollouts([0]))]
+    batch = stage._rollouts(runs)
+    tickets = batch.column("ticket").to_pylist()
+    assert [tickets.count(ticket) for ticket in dict.fromkeys(tickets)] == [2] * 5
+    assert batch.column("prompt_id").to_pylist() == [0, 0, 1, 1, 2, 2, 0, 0, 0, 0]
+    assert not [name for name in batch.schema.names if name.startswith(("reward", "score", "failure"))]
+    judged_again = scored(batch, list(range(10)))
+    found = labels.label(judged_again, settings_for())
+    assert found.table.num_rows == 5 and sorted(found.table.column("score_chosen").to_pylist()) == [1, 3, 5, 7, 9]
+
+
+def test_a_run_without_usable_rollouts_is_one_line(tmp_path: Path) -> None:
+    empty, old = str(tmp_path), run_with(tmp_path / "old", rollouts([0]).drop_columns(["prompt_messages"]))
+    with pytest.raises(ConfigError, match=r"no rollouts/step-\*\.arrow in it; expected the directory of a run"):
+        stage._rollouts([empty])
+    with pytest.raises(
+        ConfigError, match=r"step-000001\.arrow has no column prompt_messages; expected rollouts of this version"
+    ):
+        stage._rollouts([old])
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="they keep the run's column, which the reference appends again"
+)
+def test_rollouts_can_be_read_by_a_reference_again(tmp_path: Path) -> None:
+    batch = stage._rollouts([run_with(tmp_path / "a", rollouts([0, 1]))])
+    referenced(batch)

@@ -196,5 +196,5 @@ def test_a_run_that_trained_nothing_yet_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json in it; expected a Hugging Face model folder"):
         models.locate(str(empty), "policy.model")
     unfinished = run_directory(tmp_path / "run", "checkpoints/step-000005/policy")  # without COMMIT
-    with pytest.raises(ConfigError, match=r"no config.json in it"):
+    with pytest.raises(ConfigError, match=r"no config\.json in it"):
         models.locate(str(unfinished), "policy.model")

@@ -167,3 +167,48 @@ async def test_the_summary_names_the_step_of_the_model(tmp_path: Path, monkeypat
     stage = Stage(tmp_path, monkeypatch, training=training, members={"count": 1})
     summary = await stage.train(FakeGang([5.0, 4.0, 6.0, 7.0, 8.0]))
     assert stage.judged == [["1"]] and summary["model_step"] == 1
+
+
+def demonstrations(path: Path, words: list[int]) -> str:
+    rows = [{"prompt": f"{number} ", "completion": " ".join(["0"] * count)} for number, count in enumerate(words)]
+    return str(jsonl(path, rows))
+
+
+@pytest.mark.parametrize(
+    ("centre", "completions"),
+    [
+        ({"rows": "all"}, {"n", "n n"}),
+        ({"rows": "chosen"}, {"n n"}),
+        ({"rows": "rejected"}, {"n"}),
+        ({"rows": "none"}, set()),
+        ({"rows": "all", "max_rows": 5}, {"n", "n n"}),
+    ],
+)
+def test_what_scores_zero_on_average(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, centre: dict[str, Any], completions: set[str]
+) -> None:
+    """Training pairs alone, every text once; the same ones every time."""
+    stage = Stage(tmp_path, monkeypatch, centre=centre)
+    found = reward._reference(stage.settings, stage.rows)
+    said = [(text.prompt.strip(), text.completion) for text in found]
+    assert len(found) == len(set(said)) == centre.get("max_rows", 20 * len(completions))
+    assert {" ".join("n" for _ in completion.split()) for _, completion in said} <= completions
+    train = set(stage.rows.train.tolist())
+    assert {int(prompt) for prompt, _ in said} <= train
+    assert found == reward._reference(stage.settings, stage.rows)
+
+
+def test_demonstrations_can_score_zero_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = demonstrations(tmp_path / "d.jsonl", [1, 2, 3])
+    stage = Stage(tmp_path, monkeypatch, centre={"source": source})
+    found = reward._reference(stage.settings, stage.rows)
+    assert sorted(text.completion for text in found) == ["0", "0 0", "0 0 0"]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="they are not measured: their missing scores fail an assertion when all is trained"
+)
+def test_demonstrations_that_are_too_long_score_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = demonstrations(tmp_path / "d.jsonl", [1, 70])
+    stage = Stage(tmp_path, monkeypatch, centre={"source": source})
+    assert all(stage.rows.text.tokens(text) for text in reward._reference(stage.settings, stage.rows))

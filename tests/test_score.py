@@ -254,6 +254,14 @@ def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expect
     assert score.spread_names(reward()) == []
 
 
+def test_columns_beside_the_reward_say_what_the_members_say() -> None:
+    found = score._spread(reward(kind="model", source="m"), np.array([[1.0, 5.0, np.nan], [3.0, -1.0, 2.0]]))
+    expected = {"mean": [2.0, 2.0, None], "std": [1.0, 3.0, None], "worst": [1.0, -1.0, None]}
+    assert {name: column.to_pylist() for name, column in found.items()} == {
+        f"reward_mine_{what}": values for what, values in expected.items()
+    }
+
+
 def test_a_text_no_member_can_read_has_no_reward() -> None:
     found = score.of_members(reward(kind="model", source="m"), np.array([[1.0, np.nan], [3.0, np.nan]]), np.zeros(2))
     assert found == pytest.approx([2.0, np.nan], nan_ok=True)
