@@ -259,9 +259,6 @@ def test_a_run_without_usable_rollouts_is_one_line(tmp_path: Path) -> None:
         stage._rollouts([old])
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="they keep the run's column, which the reference appends again"
-)
 def test_rollouts_can_be_read_by_a_reference_again(tmp_path: Path) -> None:
     batch = stage._rollouts([run_with(tmp_path / "a", rollouts([0, 1]))])
     referenced(batch)

@@ -275,7 +275,6 @@ def write_roberta(folder: Path, trunks: dict[str, Path]) -> Path:
     return folder
 
 
-@pytest.mark.xfail(strict=True, reason="of a head of two layers the first is drawn from torch's own generator")
 def test_all_of_a_head_is_a_function_of_the_seed(trunks: dict[str, Path], tmp_path: Path) -> None:
     folder, heads = write_roberta(tmp_path / "r", trunks), []
     for state in (1, 2):
@@ -285,7 +284,6 @@ def test_all_of_a_head_is_a_function_of_the_seed(trunks: dict[str, Path], tmp_pa
     assert torch.equal(*heads)
 
 
-@pytest.mark.xfail(strict=True, reason="RoBERTa reads two tokens fewer than it has positions")
 def test_a_text_as_long_as_the_limit_can_be_read(trunks: dict[str, Path], tmp_path: Path) -> None:
     model = reward_models.start(write_roberta(tmp_path / "r", trunks), "float32", 1000, seed=0)
     count = model.text.max_tokens

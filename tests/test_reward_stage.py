@@ -205,9 +205,6 @@ def test_demonstrations_can_score_zero_instead(tmp_path: Path, monkeypatch: pyte
     assert sorted(text.completion for text in found) == ["0", "0 0", "0 0 0"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="they are not measured: their missing scores fail an assertion when all is trained"
-)
 def test_demonstrations_that_are_too_long_score_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = demonstrations(tmp_path / "d.jsonl", [1, 70])
     stage = Stage(tmp_path, monkeypatch, centre={"source": source})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ def keep_steps(path: Path, last_step: int) -> None:
     lines = [line for line in read_json_lines(path) if line["step"] <= last_step]
     if path.exists():
         write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put a folder at a path; the one that was there is moved away first and removed last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    aside.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def digest(path: Path) -> str:

@@ -28,6 +28,8 @@ from keel.config import ConfigError
 ENSEMBLE = "ensemble.json"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _NO_LIMIT = 1 << 30
+_COUNT_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+"""Families that number positions from the padding token's id on."""
 
 
 def members(folder: Path, setting: str) -> list[Path]:
@@ -192,7 +194,9 @@ def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
     text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)))
     if not text.encoder:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=models.DTYPES[dtype])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # of heads with more than one layer
+        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=models.DTYPES[dtype])
     generator = torch.Generator().manual_seed(seed)
     named = dict(model.named_parameters())
     head = next(named[name] for name in _HEADS if name in named)
@@ -212,7 +216,9 @@ def is_encoder(config: Any) -> bool:
 
 def limit(config: Any) -> int:
     """Tokens a model can read."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or _NO_LIMIT
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or _NO_LIMIT
+    return positions - (text.pad_token_id + 1 if config.model_type in _COUNT_BEHIND_PADDING else 0)
 
 
 def spare_token(tokenizer: Any) -> int:

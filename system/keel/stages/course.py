@@ -8,6 +8,7 @@ until the last step, or until `patience` evaluations brought no lower held-out l
 """
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -119,6 +120,8 @@ async def _evaluate(course: Course, trainee: Trainee, recorder: Recorder, state:
     found = await trainee.call("assess", course.held_out)
     state.evaluations.append({"step": float(state.version), **found})
     recorder.evaluated(state.version, found)
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(f"step {state.version}: the held-out loss is {found['loss']}")
     if state.best_loss is not None and found["loss"] >= state.best_loss:
         state.waited += 1
         return
@@ -133,8 +136,7 @@ async def _export(trainee: Trainee, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
     await trainee.call("export", str(aside))
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    durable.replace_folder(aside, target)
 
 
 async def save(course: Course, trainee: Trainee, recorder: Recorder, state: State) -> None:

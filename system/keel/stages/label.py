@@ -25,7 +25,16 @@ from keel.stage_settings import LabelSettings
 from keel.stages import course, sampled
 from keel.train import Display
 
-_ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "prompt_columns", "completion", "completion_tokens")
+_ROLLOUT = (
+    "seed",
+    "prompt_id",
+    "prompt",
+    "prompt_messages",
+    "prompt_columns",
+    "completion",
+    "completion_tokens",
+    "finish_reason",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
                 raise ConfigError(
                     f"runs={run}: {file.name} has no column {missing[0]}; expected rollouts of this version"
                 )
-            kept = [name for name in batch.schema.names if not name.startswith(("reward", "score", "failure"))]
+            kept = [name for name in batch.schema.names if not name.startswith(_SCORED)]
             groups = pa.array(batch.column("ticket").to_numpy() + len(parts) * 2**40, pa.int64())
             parts.append(batch.select(kept).set_column(kept.index("ticket"), batch.schema.field("ticket"), groups))
     shared = [name for name in parts[0].schema.names if all(name in part.schema.names for part in parts)]

@@ -143,7 +143,9 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
     if by.source is not None:
         own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt))
         stored.check_shape(own, 1, by.source)
-        found = [texts(row)[0] for row in own]
+        found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
+        if not found:
+            raise ConfigError(f"centre.source={by.source}: every completion is too long; expected one that fits")
     else:
         sides = {"all": (0, 1), "chosen": (0,), "rejected": (1,), "none": ()}[by.rows]
         found = [rows.pairs[place][side] for place in rows.train for side in sides]
@@ -252,5 +254,4 @@ def _assemble(target: Path, folders: Sequence[Path]) -> None:
         for number, folder in enumerate(folders):
             shutil.copytree(folder, aside / f"member-{number}")
         reward_models.write_ensemble(aside, [f"member-{number}" for number in range(len(folders))])
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    durable.replace_folder(aside, target)
