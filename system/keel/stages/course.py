@@ -120,9 +120,9 @@ async def _evaluate(course: Course, trainee: Trainee, recorder: Recorder, state:
     found = await trainee.call("assess", course.held_out)
     state.evaluations.append({"step": float(state.version), **found})
     recorder.evaluated(state.version, found)
-    if not math.isfinite(found["loss"]):
+    if state.best_loss is None and not math.isfinite(found["loss"]):
         raise FloatingPointError(f"step {state.version}: the held-out loss is {found['loss']}")
-    if state.best_loss is not None and found["loss"] >= state.best_loss:
+    if state.best_loss is not None and not found["loss"] < state.best_loss:  # also where it is no number
         state.waited += 1
         return
     state.best_loss, state.best_version, state.waited = found["loss"], state.version, 0

@@ -25,16 +25,8 @@ from keel.stage_settings import LabelSettings
 from keel.stages import course, sampled
 from keel.train import Display
 
-_ROLLOUT = (
-    "seed",
-    "prompt_id",
-    "prompt",
-    "prompt_messages",
-    "prompt_columns",
-    "completion",
-    "completion_tokens",
-    "finish_reason",
-)
+_ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
+_SCORED = ("reward", "reference_", "score", "failure")
 
 
 @dataclass(frozen=True)
