@@ -7,6 +7,7 @@ until the last step, or until `patience` evaluations brought no lower held-out l
              -> RUN_DIR/model (Hugging Face folder), RUN_DIR/stage.json: what was done
 """
 
+import asyncio
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ import psutil
 import pyarrow as pa
 
 from keel import checkpoint, durable
+from keel.controller import Stalled
 from keel.metrics import RunMetrics
 from keel.stage_settings import StageSettings
 from keel.train import Display
@@ -99,7 +101,7 @@ async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State
     if not state.evaluations:
         await _evaluate(course, trainee, recorder, state, target)
     while state.version < course.steps and not _out_of_patience(course, state):
-        recorder.step(await trainee.call("step", course.batch(state.version)))
+        recorder.step(await call(course, trainee, "step", course.batch(state.version)))
         state.version += 1
         last = state.version == course.steps
         if last or (training.evaluate_every_steps and state.version % training.evaluate_every_steps == 0):
@@ -108,8 +110,18 @@ async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State
         if every and state.version % every == 0 and not last:
             await save(course, trainee, recorder, state)
     if not training.patience:
-        await _export(trainee, target)
+        await _export(course, trainee, target)
     return state
+
+
+async def call(course: Course, trainee: Trainee, method: str, *arguments: Any) -> Any:
+    """A method of the learner within its deadline. Raises Stalled."""
+    seconds = course.settings.deadlines.step_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            return await trainee.call(method, *arguments)
+    except TimeoutError:
+        raise Stalled(f"the learner did not answer {method} within {seconds:.0f} s (deadlines.step_seconds)") from None
 
 
 def _out_of_patience(course: Course, state: State) -> bool:
@@ -117,7 +129,7 @@ def _out_of_patience(course: Course, state: State) -> bool:
 
 
 async def _evaluate(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> None:
-    found = await trainee.call("assess", course.held_out)
+    found = await call(course, trainee, "assess", course.held_out)
     state.evaluations.append({"step": float(state.version), **found})
     recorder.evaluated(state.version, found)
     if state.best_loss is None and not math.isfinite(found["loss"]):
@@ -127,23 +139,23 @@ async def _evaluate(course: Course, trainee: Trainee, recorder: Recorder, state:
         return
     state.best_loss, state.best_version, state.waited = found["loss"], state.version, 0
     if course.settings.training.patience:
-        await _export(trainee, target)
+        await _export(course, trainee, target)
 
 
-async def _export(trainee: Trainee, target: Path) -> None:
+async def _export(course: Course, trainee: Trainee, target: Path) -> None:
     """The model of now at `target`, whole or as it was."""
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
-    await trainee.call("export", str(aside))
+    await call(course, trainee, "export", str(aside))
     durable.replace_folder(aside, target)
 
 
 async def save(course: Course, trainee: Trainee, recorder: Recorder, state: State) -> None:
     aside = checkpoint.begin(course.directory, state.version)
-    await trainee.call("save", str(aside))
+    await call(course, trainee, "save", str(aside))
     recorder.metrics.add({"checkpoints_total": 1.0})
-    objective = await trainee.call("state")
+    objective = await call(course, trainee, "state")
     checkpoint.commit(aside, {**asdict(state), "totals": recorder.metrics.totals, "objective": objective})
     checkpoint.prune(course.directory, course.settings.checkpoint.keep)
 
@@ -156,7 +168,7 @@ async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> Stat
         durable.keep_steps(course.directory / name, stored["version"])
     if saved is None:
         return State()
-    await trainee.call("load", str(saved))
+    await call(course, trainee, "load", str(saved))
     # rows left out are counted at every start
     metrics.restore({name: value for name, value in stored["totals"].items() if name != "rows_dropped_total"})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})

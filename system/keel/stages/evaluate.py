@@ -65,11 +65,21 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
         given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws)
     elif against:
         other = str(models.locate(against, "evaluation.against"))
+        _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
     reference = None
     if settings.reference:
         reference = str(models.locate(settings.reference.model or settings.policy.model, "reference.model"))
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
     return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, judge)
+
+
+def _check_tokenizer(theirs: Any, ours: Any, against: str) -> None:
+    """Both models read the same prompt tokens, and the reference the answers of both. Raises ConfigError."""
+    if theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template:
+        raise ConfigError(
+            f"evaluation.against={against}: its tokenizer or chat template is not MODEL's; expected a model of the same"
+            " family, or its answers in a column of the prompts (column:NAME)"
+        )
 
 
 def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling) -> pa.RecordBatch:

@@ -184,7 +184,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         if course.finished(plan.directory) is None:
             display.doing(f"member {member}")
             metrics.path = plan.directory / "metrics.jsonl"
-            await learner.call("begin", member)
+            await course.call(plan, learner, "begin", member)
             state = await course.restore(plan, learner, metrics)
             await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
             course.finish(plan, "member", started, evaluations=state.evaluations, model_step=course.kept(plan, state))
