@@ -150,7 +150,8 @@ def label(config_path: Config, overrides: Overrides = None, address: Address = N
 
     prepared = stage.prepare(settings)
     with progress.display(console, 0) as display:
-        display.note(f"keel {__version__}: {settings.run.name}, label by {settings.judge.name}")
+        what = f"{prepared.completions} completions, judged by {settings.judge.name}"
+        display.note(f"keel {__version__}: {settings.run.name}, label, {what}")
         done = stage.run(prepared, display)
     summary.show_labels(console, prepared.directory, done)
 

@@ -43,6 +43,12 @@ class Prepared:
     rollouts: pa.RecordBatch | None
     draws: Sampling
 
+    @property
+    def completions(self) -> int:
+        rows = self.prompts if self.prompts is not None else self.rollouts
+        assert rows is not None
+        return rows.num_rows
+
 
 def prepare(settings: LabelSettings) -> Prepared:
     """Check model, prompts or rollouts, judge, memory and run directory. Raises ConfigError, one line."""
