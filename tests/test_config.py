@@ -9,6 +9,7 @@ import yaml
 from keel import config
 from keel.config import ConfigError
 from keel.settings import Settings
+from test_configs import settings_of
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
@@ -29,11 +30,12 @@ def message(changed: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
-    settings = config.load(path)
+    model = settings_of(path)
+    settings = config.load_as(model, path)
     (tmp_path / "again.yaml").write_text(config.dump(settings))
-    assert config.load(tmp_path / "again.yaml") == settings
+    assert config.load_as(model, tmp_path / "again.yaml") == settings
     assert config.digest(settings) in config.dump(settings).splitlines()[0]
 
 
