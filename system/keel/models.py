@@ -1,5 +1,6 @@
 """Models: where they come from, and how they are loaded."""
 
+import json
 import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
@@ -39,6 +40,18 @@ def locate(model: str, setting: str) -> Path:
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")) and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no weights in it; expected *.safetensors")
+    return folder
+
+
+def locate_policy(model: str, setting: str) -> Path:
+    """Folder of a causal language model, as `locate`. Raises ConfigError for a reward model or an encoder, too."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = locate(model, setting)
+    path = folder / "config.json"  # an ensemble of reward models has none
+    known = json.loads(path.read_text(encoding="utf8")).get("architectures") if path.is_file() else ["an ensemble"]
+    if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
     return folder
 
 

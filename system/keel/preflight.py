@@ -51,7 +51,7 @@ def prepare(settings: Settings) -> Prepared:
     for reward in settings.rewards:
         check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
     kinds.build(settings)  # imports what the configuration names, and refuses what is not there
-    policy = models.locate(settings.policy.model, "policy.model")
+    policy = models.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")
     prompts = Prompts(settings, tokenizer)
@@ -59,7 +59,7 @@ def prepare(settings: Settings) -> Prepared:
     reference = None
     if settings.reference:
         name = settings.reference.model
-        reference = str(models.locate(name, "reference.model") if name else policy)
+        reference = str(models.locate_policy(name, "reference.model") if name else policy)
     stop = settings.sampling.stop_token_ids
     sampling = Sampling(
         temperature=settings.sampling.temperature,
@@ -78,7 +78,10 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
         "objective.critic.model": ("critic", getattr(getattr(objective, "critic", None), "model", None)),
         "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
     }
-    found = {name: str(models.locate(model, setting)) for setting, (name, model) in named.items() if model}
+    locate = {"critic": models.locate, "teacher": models.locate_policy}  # a critic may start from a reward model
+    found = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
+    if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
+        raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
     found |= {"reference": reference} if reference else {}
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))

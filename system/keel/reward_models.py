@@ -225,7 +225,8 @@ def spare_token(tokenizer: Any) -> int:
     """A token to pad with that ends no text: the tokenizer's own, another special one, or the last one."""
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer.pad_token_id
-    named = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}  # Pythia names no pad
+    named = (added | set(tokenizer.all_special_ids)) - {tokenizer.eos_token_id}
     return min(named) if named else max(set(tokenizer.get_vocab().values()) - {tokenizer.eos_token_id})
 
 

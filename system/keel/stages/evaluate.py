@@ -51,7 +51,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     preflight.check_memory(settings.cluster)
     for reward in settings.rewards:
         preflight.check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
-    folder = models.locate(model, "MODEL")
+    folder = models.locate_policy(model, "MODEL")
     preflight.check_context(folder, settings)
     tokenizer = models.load_tokenizer(folder, "MODEL")
     prompts = Prompts(settings, tokenizer)
@@ -64,11 +64,11 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     if against and against.startswith(COLUMN):
         given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws)
     elif against:
-        other = str(models.locate(against, "evaluation.against"))
+        other = str(models.locate_policy(against, "evaluation.against"))
         _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
     reference = None
     if settings.reference:
-        reference = str(models.locate(settings.reference.model or settings.policy.model, "reference.model"))
+        reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
     return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, judge)
 

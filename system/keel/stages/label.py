@@ -60,7 +60,7 @@ def prepare(settings: LabelSettings) -> Prepared:
     folder = prompts = rollouts = None
     stop: tuple[int, ...] = tuple(settings.sampling.stop_token_ids or ())
     if settings.policy:
-        located = models.locate(settings.policy.model, "policy.model")
+        located = models.locate_policy(settings.policy.model, "policy.model")
         preflight.check_context(located, online)
         tokenizer = models.load_tokenizer(located, "policy.model")
         source = Prompts(online, tokenizer)
@@ -72,7 +72,7 @@ def prepare(settings: LabelSettings) -> Prepared:
         rollouts = _rollouts(settings.runs)
     reference = None
     if settings.reference:
-        reference = str(models.locate(settings.reference.model or settings.policy_model, "reference.model"))
+        reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
     by = settings.sampling
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
     return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws)

@@ -56,14 +56,14 @@ def prepare(settings: PolicyStage) -> Prepared:
     preflight.check_memory(settings.cluster)
     draft = settings.learning(steps=1)
     kinds.build(draft)
-    folder = models.locate(settings.policy.model, "policy.model")
+    folder = models.locate_policy(settings.policy.model, "policy.model")
     preflight.check_context(folder, draft)
     tokenizer = models.load_tokenizer(folder, "policy.model")
     rows = OfflineRows(draft, settings.completions, tokenizer, models.end_tokens(folder, tokenizer))
     reference = None
     if draft.reference:
         name = draft.reference.model
-        reference = str(models.locate(name, "reference.model") if name else folder)
+        reference = str(models.locate_policy(name, "reference.model") if name else folder)
         preflight.learner_folders(draft, folder, reference)
     learning = settings.learning(settings.training.steps(rows.num_training))
     return Prepared(settings, learning, directory, str(folder), reference, rows)
