@@ -184,9 +184,9 @@ def test_texts_survive_the_way_through_rollout_columns() -> None:
 def test_the_spare_token_ends_no_text(tokenizer: Any) -> None:
     assert reward_models.spare_token(tokenizer) == tokenizer.pad_token_id == 0
     tokenizer.pad_token = tokenizer.eos_token
-    assert reward_models.spare_token(tokenizer) == tiny.SPECIAL.index("<|im_start|>")
+    assert reward_models.spare_token(tokenizer) == tiny.SPECIAL.index("<pad>")  # still a special token, and of no use
     tokenizer.pad_token = None
-    assert reward_models.spare_token(tokenizer) == tiny.SPECIAL.index("<|im_start|>")
+    assert reward_models.spare_token(tokenizer) == tiny.SPECIAL.index("<pad>")
 
 
 def test_a_tokenizer_whose_only_special_token_is_its_end_has_a_spare_one() -> None:
