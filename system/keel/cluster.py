@@ -91,6 +91,10 @@ class Pool:
         """All constructors are done. Raises their error, or WorkerLost."""
         await asyncio.gather(*(self._started(worker) for worker in self._workers))
 
+    @property
+    def count(self) -> int:
+        return len(self._workers)
+
     def stop(self) -> None:
         """End all workers: what comes next needs their memory."""
         for worker in self._workers:
@@ -233,10 +237,17 @@ def reference(settings: Settings, folder: str) -> ScorerPool:
 def scorers(settings: Settings, reference_folder: str | None) -> list[ScorerPool]:
     """The reference policy first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder)] if settings.reference and reference_folder else []
+    by = settings.scorers
     spawn = _spawner(
         RewardScorer,
-        settings.scorers,
-        lambda index: (settings.rewards, settings.ensemble, settings.scorers.threads, f"scorer-{index}"),
+        by,
+        lambda index: (
+            settings.rewards,
+            settings.ensemble,
+            settings.scorers.threads,
+            f"scorer-{index}",
+            settings.scorers.gpus,
+        ),
     )
     scorer = _pool("scorer", spawn, settings.scorers.count, settings)
     return [*pools, ScorerPool(scorer, settings.deadlines.score_seconds)]

@@ -47,7 +47,7 @@ def report(batch: pa.RecordBatch, judge: str, pass_at: Sequence[int], pass_thres
     return found
 
 
-def means(part: pa.RecordBatch, *, sampled: bool) -> dict[str, dict[str, float]]:
+def means(part: pa.RecordBatch, *, sampled: bool) -> dict[str, dict[str, float | None]]:
     """Mean and 95 % interval of every number of one model's answers, and how many of them have none."""
     values, prompts = per_completion(part), part.column("prompt_id").to_numpy()
     found = {}
@@ -103,5 +103,6 @@ def _over_prompts(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     return estimate(np.bincount(group, values, len(size)) / size)
 
 
-def _as_json(value: Estimate) -> dict[str, float]:
-    return {"mean": value.mean, "low": value.low, "high": value.high}
+def _as_json(value: Estimate) -> dict[str, float | None]:
+    found = {"mean": value.mean, "low": value.low, "high": value.high}
+    return {name: number if np.isfinite(number) else None for name, number in found.items()}

@@ -109,12 +109,17 @@ def _table(rows: pa.RecordBatch, chosen: np.ndarray, rejected: np.ndarray, flipp
     texts, scores = rows.column("completion").to_pylist(), rows.column("reward").to_pylist()
     prompts, ended = rows.column("prompt").to_pylist(), _finished(rows)
 
+    conversational = any(messages)  # one form in all rows: plain prompts among others become a user's message
+
+    def prompt(row: int) -> Any:
+        return (messages[row] or [{"role": "user", "content": prompts[row]}]) if conversational else prompts[row]
+
     def answer(row: int) -> Any:
-        return [{"role": "assistant", "content": texts[row]}] if messages[row] else texts[row]
+        return [{"role": "assistant", "content": texts[row]}] if conversational else texts[row]
 
     return pa.table(
         {
-            "prompt": [messages[row] or prompts[row] for row in chosen],
+            "prompt": [prompt(row) for row in chosen],
             "chosen": [answer(row) for row in chosen],
             "rejected": [answer(row) for row in rejected],
             "score_chosen": pa.array([scores[row] for row in chosen], pa.float32()),

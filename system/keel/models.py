@@ -59,7 +59,7 @@ def _trained(folder: Path) -> Path:
     """The model of a run directory: a stage's, or the policy of the newest checkpoint; any other folder is itself."""
     if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         return folder
-    if (folder / "model").is_dir():
+    if (folder / "model").is_dir() and (folder / "stage.json").is_file():  # of a finished stage
         return folder / "model"
     newest = checkpoint.latest(folder)
     return newest / "policy" if newest else folder

@@ -7,7 +7,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from keel.section import Section
-from keel.settings import RunIdentity
 
 
 class StageEntry(Section):
@@ -57,8 +56,13 @@ def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{path}{key}", value
 
 
+class PipelineRun(Section):
+    name: str = Field("pipeline", pattern=r"^[A-Za-z0-9._-]+$", description="prefix of its runs' names")
+    directory: str = Field("runs/{name}", description="folder of its stages; {name} is replaced")
+
+
 class PipelineSettings(Section):
-    run: RunIdentity = RunIdentity(name="pipeline")
+    run: PipelineRun = PipelineRun()
     stages: list[StageEntry] = Field(min_length=1)
 
     @property

@@ -93,6 +93,13 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     return found
 
 
+def check_vocabulary(own: Path, other: Path, setting: str) -> None:
+    """Two models read the same tokens. Raises ConfigError."""
+    ours, theirs = _vocabulary(own), _vocabulary(other)
+    if ours != theirs:
+        raise ConfigError(f"{setting}={other}: {theirs} tokens in its vocabulary; expected {ours}, as {own} has")
+
+
 def _vocabulary(folder: Path) -> int:
     return int(json.loads((folder / "config.json").read_text(encoding="utf8"))["vocab_size"])
 

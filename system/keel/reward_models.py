@@ -11,7 +11,6 @@ cut has no end token behind it. `keel_reward` in config.json holds what transfor
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from keel import durable, models
 from keel.config import ConfigError
+from keel.reward_text import RewardText, ScoredText
 
 ENSEMBLE = "ensemble.json"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
@@ -69,66 +69,6 @@ def check_head(folder: Path, setting: str) -> None:
         raise ConfigError(f"{setting}={folder}: its score head has {found[0][1]} outputs; expected one")
 
 
-@dataclass(frozen=True)
-class ScoredText:
-    """A prompt with one completion, as a reward model reads it."""
-
-    prompt: str
-    messages: Sequence[dict[str, Any]]
-    """Of a conversational prompt; empty: plain text."""
-    completion: str
-    finished: bool
-    """It ended by itself."""
-
-
-class RewardText:
-    """Text -> tokens of a reward model."""
-
-    def __init__(self, tokenizer: Any, encoder: bool, max_tokens: int) -> None:
-        self.tokenizer, self.encoder, self.max_tokens = tokenizer, encoder, max_tokens
-
-    def tokens(self, text: ScoredText, *, cut: bool = True) -> tuple[list[int], int] | None:
-        """Token ids, and where the second segment of a pair begins (their number where there is none).
-
-        Too long: the prompt loses its beginning, or None where it may not (`cut`) or that is not enough.
-        """
-        ids, prompt, second = self._pair(text) if self.encoder else self._one(text)
-        excess = len(ids) - self.max_tokens
-        if excess > 0 and (not cut or excess >= prompt):
-            return None
-        first = 1 if self.encoder or ids[:1] == [self.tokenizer.bos_token_id] else 0  # it stays in front
-        return (ids, second) if excess <= 0 else (ids[:first] + ids[first + excess :], second - excess)
-
-    def _pair(self, text: ScoredText) -> tuple[list[int], int, int]:
-        said = "\n".join(message["content"] for message in text.messages) if text.messages else text.prompt
-        ids = self.tokenizer(said, text.completion, verbose=False)["input_ids"]
-        second = len(self.tokenizer(said, verbose=False)["input_ids"])
-        return ids, second - 2, second
-
-    def _one(self, text: ScoredText) -> tuple[list[int], int, int]:
-        chat = bool(text.messages and self.tokenizer.chat_template)
-        before, whole = self._chat(text) if chat else self._plain(text)
-        # a template writes its own special tokens
-        encoded = self.tokenizer([whole, before], add_special_tokens=not chat, verbose=False)["input_ids"]
-        ids, end = encoded[0], self.tokenizer.eos_token_id
-        if not chat and text.finished and end is not None and ids[-1:] != [end]:
-            ids = [*ids, end]
-        return ids, len(encoded[1]), len(ids)
-
-    def _plain(self, text: ScoredText) -> tuple[str, str]:
-        said = "\n".join(message["content"] for message in text.messages) + "\n" if text.messages else text.prompt
-        return said, said + text.completion
-
-    def _chat(self, text: ScoredText) -> tuple[str, str]:
-        answer = {"role": "assistant", "content": text.completion}
-        before = self.tokenizer.apply_chat_template(list(text.messages), add_generation_prompt=True, tokenize=False)
-        whole = self.tokenizer.apply_chat_template([*text.messages, answer], tokenize=False)
-        if not text.finished:  # without what the template puts behind an answer
-            said = text.completion.strip()  # some templates strip, too
-            whole = whole[: whole.index(said, len(before) if whole.startswith(before) else 0) + len(said)]
-        return before, whole
-
-
 class RewardModel(nn.Module):
     """A sequence classifier with one output and how texts reach it. Scores are in fp32, offset subtracted."""
 
@@ -140,7 +80,7 @@ class RewardModel(nn.Module):
         """Scores [B] of right-padded ids [B, T]; `seconds` [B]: where the second segment begins."""
         places = torch.arange(ids.shape[1], device=ids.device)
         inputs = {"input_ids": ids, "attention_mask": (places < lengths[:, None]).long()}
-        if "token_type_ids" in self.text.tokenizer.model_input_names:
+        if self.text.encoder and "token_type_ids" in self.text.tokenizer.model_input_names:
             inputs["token_type_ids"] = ((places >= seconds[:, None]) & (places < lengths[:, None])).long()
         if self.text.encoder:
             return self.model(**inputs).logits[:, 0].float() - self.offset
@@ -205,6 +145,16 @@ def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
         if "classifier.bias" in named:
             named["classifier.bias"].zero_()
     return RewardModel(model, text, 0.0)
+
+
+def check_trunk(config: Any, model: str) -> None:
+    """transformers has a sequence classifier of this family. Raises ConfigError."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if config.is_encoder_decoder or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ConfigError(
+            f"policy.model={model}: {config.model_type} has no sequence classifier; expected another trunk"
+        )
 
 
 def is_encoder(config: Any) -> bool:
@@ -277,8 +227,8 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
 class Ensemble:
     """All members of an artefact."""
 
-    def __init__(self, folder: Path, setting: str) -> None:
-        self.models = [load(member) for member in members(folder, setting)]
+    def __init__(self, folder: Path, setting: str, device: str = "cpu") -> None:
+        self.models = [load(member).to(device) for member in members(folder, setting)]
 
     def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:
         """float64 [members, texts], NaN where a text is too long."""

@@ -20,6 +20,15 @@ class EnsembleSettings(Section):
     )
 
 
+class MembersSettings(EnsembleSettings):
+    """How the members of one reward-model folder become one reward; each was centred when it was trained."""
+
+    form: Literal["sum", "mean", "lower_bound", "worst", "variance"] = Field(
+        "mean", description="as ensemble.form, over the members of the folder"
+    )
+    centre: bool = Field(False, description="as ensemble.centre; members of keel reward have their zero already")
+
+
 class RewardSettings(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="column reward_<name> and metric label")
     kind: Literal["rule", "model", "reference", "http", "stored"] = Field("rule", description="who computes it")
@@ -30,8 +39,8 @@ class RewardSettings(Section):
         "train", description="judge: orders pairs, no part of the reward; monitors are never visible to the objective"
     )
     weight: float = Field(1.0, description="factor in the weighted sum `reward`; judges and monitors ignore it")
-    ensemble: EnsembleSettings = Field(
-        EnsembleSettings(form="mean", centre=False),
+    ensemble: MembersSettings = Field(
+        MembersSettings(),
         description="model: how the members of an ensemble folder become one reward",
     )
     timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt")

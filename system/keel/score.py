@@ -76,13 +76,17 @@ class ReferenceScorer:
 class RewardScorer:
     """Appends every configured reward, the one the objective sees, and why a sample has none."""
 
-    def __init__(self, rewards: Sequence[RewardSettings], ensemble: EnsembleSettings, threads: int, name: str) -> None:
+    def __init__(
+        self, rewards: Sequence[RewardSettings], ensemble: EnsembleSettings, threads: int, name: str, gpus: float = 0
+    ) -> None:
         self.name = name
         self.ensemble = ensemble
         self.rewards = rewards
         own = [name for reward in rewards for name in (reward.name, *spread_names(reward))]
         self.adds = pa.schema([schema.reward_field(name) for name in own] + list(schema.SCORE))
-        self._compute = {reward.name: _SCORERS[reward.kind](reward, threads) for reward in rewards}
+        self._compute = {
+            reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu") for reward in rewards
+        }
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
         """A failed training reward fails the sample; a failed judge or monitor is a null and is counted too."""
@@ -175,7 +179,7 @@ def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
     }
 
 
-def _rule(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _rule(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
     function = extension.load(reward.source, f"rewards.{reward.name}.source")
 
     def compute(batch: pa.RecordBatch) -> Values | Failure:
@@ -187,7 +191,7 @@ def _rule(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Va
     return compute
 
 
-def _reference(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
     """Mean log-prob of a completion's tokens under the reference, nats: sees word salad that rewards miss."""
 
     def compute(batch: pa.RecordBatch) -> Values:
@@ -197,7 +201,7 @@ def _reference(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch
     return compute
 
 
-def _http(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _http(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
     """POST {"prompts": [...], "completions": [...], further columns} -> {"rewards": [...]}, with retries."""
     import httpx
 
@@ -222,7 +226,7 @@ def _http(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Va
     return compute
 
 
-def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], np.ndarray]:
+def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], np.ndarray]:
     """Scores [members, rows] of a reward-model folder; its own text form, offset and ensemble (reward_models.py)."""
     import torch
 
@@ -230,11 +234,11 @@ def _model(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], n
 
     torch.set_num_threads(threads)
     setting = f"rewards.{reward.name}.source"
-    ensemble = reward_models.Ensemble(models.locate(reward.source, setting), setting)
+    ensemble = reward_models.Ensemble(models.locate(reward.source, setting), setting, device)
     return lambda batch: ensemble.scores(reward_models.from_batch(batch))
 
 
-def _stored(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
     """What the prompt source says of its own completions; nothing of generated ones."""
 
     def compute(batch: pa.RecordBatch) -> Values:
@@ -248,7 +252,7 @@ def _stored(reward: RewardSettings, threads: int) -> Callable[[pa.RecordBatch], 
     return compute
 
 
-_SCORERS: dict[str, Callable[[RewardSettings, int], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]] = {
+_SCORERS: dict[str, Callable[[RewardSettings, int, str], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]] = {
     "rule": _rule,
     "reference": _reference,
     "http": _http,

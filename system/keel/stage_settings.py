@@ -18,50 +18,22 @@ from keel.actor_settings import (
     ReferenceSettings,
     WorkerSettings,
 )
+from keel.course_settings import (
+    CentreSettings,
+    CompletionSettings,
+    LabelRun,
+    MemberSettings,
+    NoiseSettings,
+    StageCheckpointSettings,
+    TextSettings,
+    TrainingSettings,
+)
 from keel.objective_settings import PairSettings, PreferenceSettings
 from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
 from keel.regulariser_settings import RegulariserSettings
 from keel.reward_settings import RewardSettings
-from keel.section import Fraction, Section
-from keel.settings import CheckpointSettings, FailureSettings, MetricsSettings, RunIdentity, Settings
-
-
-class CompletionSettings(Section):
-    """What a row must hold to be trained on."""
-
-    max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
-    unusable: Literal["drop", "refuse"] = Field(
-        "drop",
-        description="rows with an empty or too long completion, or whose completions are equal: dropped and counted by"
-        " reason, or refused with the first one's place",
-    )
-
-
-class TrainingSettings(Section):
-    """How long, and on how much at a time."""
-
-    rows_per_step: int = Field(32, ge=1, description="pairs or demonstrations a step trains on")
-    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
-    max_steps: int | None = Field(None, ge=1, description="end after so many steps at the latest")
-    evaluate_every_steps: int = Field(0, ge=0, description="held-out loss; 0: before the first and after the last")
-    patience: int = Field(
-        0,
-        ge=0,
-        description="end after so many evaluations without a lower held-out loss; keep the best; 0: never",
-    )
-
-    @model_validator(mode="after")
-    def _patience_has_evaluations(self) -> Self:
-        if self.patience and not self.evaluate_every_steps:
-            raise ValueError(
-                f"patience={self.patience}: counts evaluations, but evaluate_every_steps=0; expected a number of steps"
-            )
-        return self
-
-    def steps(self, rows: int) -> int:
-        """Optimizer steps for so many training rows, at least one."""
-        steps = max(1, round(rows * self.epochs / self.rows_per_step))
-        return min(steps, self.max_steps) if self.max_steps else steps
+from keel.section import Section
+from keel.settings import FailureSettings, MetricsSettings, RunIdentity, Settings
 
 
 class StageSettings(Section):
@@ -73,7 +45,7 @@ class StageSettings(Section):
     completions: CompletionSettings = CompletionSettings()
     training: TrainingSettings = TrainingSettings()
     learners: LearnerSettings = LearnerSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings(every_steps=0)
+    checkpoint: StageCheckpointSettings = StageCheckpointSettings()
     metrics: MetricsSettings = MetricsSettings()
     cluster: ClusterSettings = ClusterSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
@@ -104,7 +76,9 @@ class StageSettings(Section):
     def _learning(self, samples: int, steps: int, **blocks: Any) -> Settings:
         """Settings of a run on stored completions, `samples` a row."""
         own = {name: getattr(self, name) for name in _SHARED}
+        exact = self.learners.precision == "fp32"
         return Settings(
+            generators=GeneratorSettings(dtype="float32" if exact else "bfloat16"),  # what the model is written in
             run={**self.run.model_dump(), "steps": steps},
             sampling=SamplingSettings(
                 samples_per_prompt=samples, max_tokens=self.completions.max_tokens, stored_ratio=1.0
@@ -131,33 +105,26 @@ class PreferSettings(StageSettings):
     )
     samples: int = Field(2, ge=2, description="completions of a row: 2 for chosen and rejected, more for rankings")
 
+    @model_validator(mode="after")
+    def _regulariser_is_offline(self) -> Self:
+        kl = self.regulariser.kl
+        if kl.importance_weighted or kl.controller.kind != "fixed":
+            raise ValueError(
+                "regulariser.kl: nobody samples, so there is no ratio to weigh by and no KL to follow; expected"
+                " importance_weighted=false and controller.kind=fixed"
+            )
+        return self
+
     def learning(self, steps: int) -> Settings:
         blocks = {"objective": self.objective, "regulariser": self.regulariser, "reference": self.reference}
         return self._learning(self.samples, steps, **blocks)
-
-
-class CentreSettings(Section):
-    """Bradley-Terry scores have no zero: which completions score 0 on average afterwards."""
-
-    rows: Literal["all", "chosen", "rejected", "none"] = Field("all", description="of the training pairs")
-    max_rows: int = Field(512, ge=1, description="texts that are averaged at most")
-    source: str | None = Field(
-        None, description="prompt-completion rows that score 0 instead (demonstrations); forms as prompts.source"
-    )
-
-
-class MemberSettings(Section):
-    """An ensemble of reward models."""
-
-    count: int = Field(1, ge=1, description="members: other seeds of head and order")
-    bootstrap: bool = Field(True, description="each of several members draws its pairs with replacement")
 
 
 class RewardModelSettings(StageSettings):
     """`keel reward`: -log sigma(r_chosen - r_rejected - margin), averaged over the pairs of a step."""
 
     policy: PolicySettings = Field(description="trunk: a language model (score read at the last token) or an encoder")
-    completions: CompletionSettings = CompletionSettings(max_tokens=512)
+    completions: TextSettings = TextSettings()
     members: MemberSettings = MemberSettings()
     margin: float = Field(0.0, ge=0, description="subtracted from every pair's difference")
     margin_column: str | None = Field(None, description="column of the source with a margin of each pair (Llama 2)")
@@ -176,19 +143,10 @@ class RewardModelSettings(StageSettings):
         return self.learning(1).model_copy(update={"rewards": rewards, "scorers": scorers})
 
 
-class NoiseSettings(Section):
-    """Wrong labels on purpose: what a judge of people would bring."""
-
-    flip_ratio: Fraction = Field(0.0, description="share of pairs whose labels are exchanged, drawn from run.seed")
-    temperature: float = Field(
-        0.0, ge=0, description="> 0: the better wins with probability sigma(difference / temperature); 0: always"
-    )
-
-
 class LabelSettings(Section):
     """`keel label`: preference pairs from sampled completions and a judge."""
 
-    run: RunIdentity = RunIdentity(name="label")
+    run: LabelRun = LabelRun()
     runs: list[str] = Field([], description="run directories whose rollouts are labelled; empty: sample from prompts")
     policy: PolicySettings | None = Field(None, description="samples the completions; null with `runs`")
     prompts: PromptSettings | None = Field(None, description="null with `runs`")

@@ -16,7 +16,11 @@ from keel.config import ConfigError
 from keel.protocols import Sampling
 from keel.sources import Row
 
-_PROBLEMS = {"empty": "an empty completion", "equal": "equal completions"}
+_PROBLEMS = {
+    "empty": "an empty completion",
+    "equal": "equal completions",
+    "different_prompts": "completions of different conversations",
+}
 NAME = "stored"
 """What the column `generator` says of these rows."""
 
@@ -107,12 +111,12 @@ def check(rows: Sequence[Row], samples: int, source: str) -> None:
 
 def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
     """Completions are there, as many as wanted, and all of one form. Raises ConfigError."""
-    forms: dict[tuple[bool, bool], str] = {}
+    forms: dict[tuple[bool, ...], str] = {}
     for row in rows:
         columns = json.loads(row.further)
         try:
             texts, values = completions(columns), rewards(columns)
-            conversation = not isinstance(_given(columns)[0], str)
+            conversations = {not isinstance(text, str) for text in _given(columns)}
         except (KeyError, TypeError, IndexError, ValueError):
             raise ConfigError(
                 f"prompts.source={source}: {row.place} has no completions; expected columns chosen and rejected,"
@@ -125,7 +129,12 @@ def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
             )
         if not all(isinstance(text, str) for text in texts):
             raise ConfigError(f"prompts.source={source}: {row.place} has a completion that is no text; expected text")
-        forms.setdefault((row.conversational, conversation), row.place)
+        if len(conversations) > 1 or (True in conversations and not row.conversational):
+            raise ConfigError(
+                f"prompts.source={source}: {row.place} mixes text and messages; expected messages in prompt and"
+                " completions, text in both, or conversations alone (without the column prompt)"
+            )
+        forms.setdefault((row.conversational, *conversations), row.place)
     if len(forms) > 1:
         (one, first), (_, second) = list(forms.items())[:2]
         kinds = ["messages" if any(one) else "plain text", "plain text" if any(one) else "messages"]
@@ -136,7 +145,13 @@ def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
 
 
 def unusable(columns: Mapping[str, Any]) -> str | None:
-    """Why nobody should train on this row, in a word: empty or equal completions. None: it is fine."""
+    """Why nobody should train on this row, in a word: empty or equal completions, answers to different conversations.
+
+    None: it is fine.
+    """
+    given = [text for text in _given(columns) if not isinstance(text, str)]
+    if any(text[:-1] != given[0][:-1] for text in given):
+        return "different_prompts"
     texts = [text.strip() for text in completions(columns)]
     if not all(texts):
         return "empty"

@@ -105,7 +105,7 @@ def show_evaluation(console: Console, directory: Path, found: Mapping[str, Any])
 
 
 def _estimate(value: Mapping[str, float]) -> Estimate:
-    return Estimate(value["mean"], value["low"], value["high"])
+    return Estimate(*(float("nan") if value[name] is None else value[name] for name in ("mean", "low", "high")))
 
 
 def show_reward_report(console: Console, report: Mapping[str, Any]) -> None:

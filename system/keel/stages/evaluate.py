@@ -69,8 +69,20 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
+        preflight.check_vocabulary(folder, Path(reference), "reference.model")
+    _check_ensembles(settings)
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
     return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, judge)
+
+
+def _check_ensembles(settings: Settings) -> None:
+    """A greedy or given answer is alone: there are no samples to compare it with. Raises ConfigError."""
+    for name, by in {"": settings.ensemble, **{f"rewards.{r.name}.": r.ensemble for r in settings.rewards}}.items():
+        if by.centre and by.form in ("lower_bound", "worst", "variance"):
+            raise ConfigError(
+                f"{name}ensemble.centre=true: form={by.form} compares samples of one prompt, an evaluation has single"
+                " answers; expected false"
+            )
 
 
 def _check_tokenizer(theirs: Any, ours: Any, against: str) -> None:
@@ -87,14 +99,16 @@ def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling) -> pa
     rows = prompts.held_out()
     further = [json.loads(columns) for columns in rows.column("prompt_columns").to_pylist()]
     answers = [columns.get(column) for columns in further]
-    texts = [answer if isinstance(answer, str) else answer[-1]["content"] if answer else None for answer in answers]
+    answers = [answer[-1]["content"] if isinstance(answer, list) and answer else answer for answer in answers]
+    texts = [answer if isinstance(answer, str) else None for answer in answers]
     if not all(texts):
         missing = sum(not text for text in texts)
         raise ConfigError(
             f"evaluation.against={COLUMN}{column}: {missing} of {len(texts)} held-out prompts have no answer there;"
             " expected a text in every row"
         )
-    tokens = [StoredCompletions(1.0, tokenizer, draws).encode({"completion": text})[0] for text in texts]
+    whole = dataclasses.replace(draws, max_tokens=_PARTS)  # nobody cuts what was given
+    tokens = [StoredCompletions(1.0, tokenizer, whole).encode({"completion": text})[0] for text in texts]
     return schema.append(rows, schema.given(tokens, [str(text) for text in texts]))
 
 

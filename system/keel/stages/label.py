@@ -73,6 +73,8 @@ def prepare(settings: LabelSettings) -> Prepared:
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
+        if folder is not None:
+            preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
     by = settings.sampling
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
     return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws)

@@ -37,6 +37,8 @@ class Prepared:
     directory: Path
     folder: str
     reference_folder: str | None
+    others: dict[str, str]
+    """Models beside the policy inside the learner."""
     rows: OfflineRows
 
     @property
@@ -60,13 +62,14 @@ def prepare(settings: PolicyStage) -> Prepared:
     preflight.check_context(folder, draft)
     tokenizer = models.load_tokenizer(folder, "policy.model")
     rows = OfflineRows(draft, settings.completions, tokenizer, models.end_tokens(folder, tokenizer))
-    reference = None
+    reference: str | None = None
+    others: dict[str, str] = {}
     if draft.reference:
         name = draft.reference.model
         reference = str(models.locate_policy(name, "reference.model") if name else folder)
-        preflight.learner_folders(draft, folder, reference)
+        others = preflight.learner_folders(draft, folder, reference)
     learning = settings.learning(settings.training.steps(rows.num_training))
-    return Prepared(settings, learning, directory, str(folder), reference, rows)
+    return Prepared(settings, learning, directory, str(folder), reference, others, rows)
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
@@ -104,7 +107,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         held_out=completed(rows.held_out()),
         dropped=rows.dropped,
     )
-    learner = gang.LearnerGang(learning, prepared.folder)
+    learner = gang.LearnerGang(learning, prepared.folder, prepared.others)
     async with asyncio.timeout(settings.deadlines.start_seconds):
         await learner.ready()
     state = await course.restore(plan, learner, metrics)

@@ -28,6 +28,8 @@ from keel.section import Section
 from keel.stage_settings import COMMANDS
 
 _NOT_CONTENT = {"metrics", "cluster", "deadlines"}
+_PATHS = ("source", "model", "against", "MODEL")
+"""Settings that name files, folders, wheels or code; every other text is itself."""
 _LONGEST_NAME = 255
 """Bytes of a file name; a longer text is none."""
 
@@ -123,7 +125,9 @@ def _key(command: str, settings: Section, model: str | None, upstream: dict[Path
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
     hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
     for setting, leaf in [*_leaves(tree), ("MODEL", model)]:
-        hasher.update(json.dumps([setting, _content(leaf, upstream)], ensure_ascii=False).encode())
+        named = setting.rpartition(".")[2] in _PATHS or ".runs." in setting
+        content = _content(leaf, upstream) if named else leaf
+        hasher.update(json.dumps([setting, content], ensure_ascii=False).encode())
     return hasher.hexdigest()
 
 
@@ -144,7 +148,7 @@ def _content(leaf: Any, upstream: dict[Path, str]) -> Any:
         return [leaf, _version(leaf.removeprefix("wheel:"))]
     if any(len(part.encode()) > _LONGEST_NAME for part in Path(leaf).parts):
         return leaf
-    path = Path(leaf)
+    path = Path(leaf).expanduser()
     for directory, key in upstream.items():
         if path == directory or directory in path.parents:
             return [key, str(path.relative_to(directory))]

@@ -4,6 +4,7 @@ The file's name is a hash of everything the numbers depend on (model files, toke
 them once, and another model or another row never finds them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import xxhash
 
 from keel import cluster, durable, models, schema
 from keel.settings import Settings
+from keel.stages import sampled
 from keel.stages.rows import OfflineRows
 from keel.train import Display
 
@@ -29,23 +31,25 @@ class ReferenceLogprobs:
     @classmethod
     async def read(cls, settings: Settings, folder: str, rows: OfflineRows, display: Display) -> "ReferenceLogprobs":
         """From the cache, or through the reference scorers and into it."""
-        batch = rows.everything()
-        path = models.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, batch)}.arrow"
+        parts = rows.everything()
+        path = models.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, parts)}.arrow"
         if path.is_file():
             display.note(f"reference log-probs: cached ({path})")
             return cls(schema.from_bytes(path.read_bytes()))
-        display.doing("reference log-probs")
         pool = cluster.reference(settings, folder)
         await pool.pool.ready()
-        parts = []
-        for start in range(0, batch.num_rows, _ROWS_PER_BATCH):
-            handle, _ = await pool.score(schema.concat([batch.slice(start, _ROWS_PER_BATCH)]))
-            scored = await cluster.fetch(handle)
-            parts.append(scored.select(["prompt_id", "sample", "reference_logprobs"]))
+
+        async def one(batch: pa.RecordBatch) -> pa.RecordBatch:
+            handle, _ = await sampled.retrying(lambda: pool.score(batch), settings.failures.retries)
+            return (await cluster.fetch(handle)).select(["prompt_id", "sample", "reference_logprobs"])
+
+        workers, what = pool.pool.count, "reference log-probs"
+        display.doing(what)
+        found = [await sampled.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
         pool.pool.stop()
-        table = schema.concat(parts)
+        table = schema.concat(found)
         durable.write(path, schema.to_bytes(table))
-        display.note(f"reference log-probs: {batch.num_rows} completions read once, kept in {path}")
+        display.note(f"reference log-probs: {table.num_rows} completions read once, kept in {path}")
         return cls(table)
 
     def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -55,16 +59,17 @@ class ReferenceLogprobs:
         return schema.append(batch, schema.build(schema.REFERENCE, {"reference_logprobs": taken}))
 
 
-def _key(settings: Settings, folder: str, batch: pa.RecordBatch) -> str:
+def _key(settings: Settings, folder: str, parts: Sequence[pa.RecordBatch]) -> str:
     """Hash of the model's files, the rows' tokens and the arithmetic."""
     assert settings.reference is not None
     hasher = xxhash.xxh3_128(settings.reference.dtype.encode())
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
         hasher.update(durable.digest(path).encode())
-    for name in ("prompt_tokens", "completion_tokens"):
-        values, lengths = schema.ragged(batch, name)
-        hasher.update(values.tobytes())
-        hasher.update(lengths.tobytes())
-    for name in ("prompt_id", "sample"):
-        hasher.update(batch.column(name).to_numpy().tobytes())
+    for batch in parts:
+        for name in ("prompt_tokens", "completion_tokens"):
+            values, lengths = schema.ragged(batch, name)
+            hasher.update(values.tobytes())
+            hasher.update(lengths.tobytes())
+        for name in ("prompt_id", "sample"):
+            hasher.update(batch.column(name).to_numpy().tobytes())
     return hasher.hexdigest()

@@ -41,7 +41,7 @@ from keel.reward_models import RewardText, ScoredText
 from keel.reward_settings import RewardSettings
 from keel.sources import Row
 from keel.stage_settings import RewardModelSettings
-from keel.stages import course
+from keel.stages import course, sampled
 from keel.stages.course import Course, Recorder
 from keel.stages.rows import usable_rows
 from keel.train import Display
@@ -63,6 +63,8 @@ class PairRows:
         self.margins = [self._margin(row) for row in usable]
         identities = [json.dumps(row.prompt) for row in usable]
         self.held_out, self.train = prompts.split(identities, settings.prompts, settings.run.seed)
+        if further := len(usable) - len(self.held_out) - len(self.train):
+            self.dropped["of_held_out_prompt"] = further
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
 
     def _problem(self, row: Row) -> str | None:
@@ -131,6 +133,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     folder = models.locate(settings.policy.model, "policy.model")
     tokenizer = models.load_tokenizer(folder, "policy.model")
     trunk = AutoConfig.from_pretrained(folder)
+    reward_models.check_trunk(trunk, settings.policy.model)
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
     rows = PairRows(settings, RewardText(tokenizer, reward_models.is_encoder(trunk), limit))
     steps = settings.training.steps(len(rows.train))
@@ -192,7 +195,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     folders = [plan.model for plan in plans]
     learner.stop()
     display.doing("scoring held-out pairs")
-    found = await _judge(prepared, folders)
+    found = await _judge(prepared, folders, display)
     _assemble(prepared.directory / "model", folders)
     durable.write_json(prepared.directory / "report.json", found)
     first = {name: members[0][name] for name in ("evaluations", "model_step")}
@@ -215,11 +218,11 @@ def _course(prepared: Prepared, member: int) -> Course:
     )
 
 
-async def _judge(prepared: Prepared, folders: Sequence[Path]) -> dict[str, Any]:
+async def _judge(prepared: Prepared, folders: Sequence[Path], display: Display) -> dict[str, Any]:
     """Centre the members on the reference set and report on the held-out pairs, both as the scorer sees them."""
     rows = prepared.rows
     held_out = [text for place in rows.held_out for text in rows.pairs[place]]
-    scores = await _scores(prepared.settings, folders, [*prepared.reference, *held_out])
+    scores = await _scores(prepared.settings, folders, [*prepared.reference, *held_out], display)
     assert np.isfinite(scores).all()  # all of them fit: they were trained on, or cut
     count = len(prepared.reference)
     offsets = scores[:, :count].mean(1) if count else np.zeros(len(folders))
@@ -231,14 +234,12 @@ async def _judge(prepared: Prepared, folders: Sequence[Path]) -> dict[str, Any]:
     return {**found, "offsets": offsets.tolist(), "reference_rows": count}
 
 
-async def _scores(settings: RewardModelSettings, folders: Sequence[Path], scored: Sequence[ScoredText]) -> np.ndarray:
+async def _scores(
+    settings: RewardModelSettings, folders: Sequence[Path], scored: Sequence[ScoredText], display: Display
+) -> np.ndarray:
     """float64 [members, texts] through the scorer that online training uses."""
     rewards = [RewardSettings(name=f"m{n}", kind="model", source=str(folder)) for n, folder in enumerate(folders)]
-    pool = cluster.scorers(settings.scoring(rewards), None)[0]
-    await pool.pool.ready()
-    handle, _ = await pool.score(reward_models.as_batch(scored))
-    batch = await cluster.fetch(handle)
-    pool.pool.stop()
+    batch = await sampled.score(settings.scoring(rewards), None, reward_models.as_batch(scored), display)
     return np.stack(
         [batch.column(f"reward_{reward.name}").to_numpy(zero_copy_only=False) for reward in rewards]
     ).astype(float)

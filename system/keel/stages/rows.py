@@ -41,7 +41,14 @@ class OfflineRows:
         stored.check_shape(rows, self.samples, settings.prompts.source)
         usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)
-        self.counts = {**self.prompts.counts, "read": len(rows), **self.dropped}
+        counts = self.prompts.counts
+        more = {"prompt_too_long": counts["skipped"], "of_held_out_prompt": counts["duplicates"]}
+        self.dropped |= {reason: count for reason, count in more.items() if count}
+        self.counts = {
+            "read": len(rows),
+            **{name: counts[name] for name in ("cut", "held_out", "train")},
+            **self.dropped,
+        }
 
     def _problem(self, max_tokens: int) -> Callable[[Row], str | None]:
         def of(row: Row) -> str | None:
@@ -62,9 +69,9 @@ class OfflineRows:
     def held_out(self) -> pa.RecordBatch:
         return self._completed(self.prompts.held_out(self.samples))
 
-    def everything(self) -> pa.RecordBatch:
-        """Every row once: training rows, then held-out ones."""
-        return schema.concat([self._completed(self.prompts.batch(range(self.num_training))), self.held_out()])
+    def everything(self) -> list[pa.RecordBatch]:
+        """Every row once: training rows, held-out rows. Apart, because both count their tickets from 0."""
+        return [self._completed(self.prompts.batch(range(self.num_training))), self.held_out()]
 
     def _completed(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
         tokens = self._completions.tokens(prompts)

@@ -1,9 +1,11 @@
 """Completions of a model that nobody trains: prompts through generators and scorers, for labels and evaluations."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from keel import cluster, schema
@@ -28,7 +30,8 @@ class Samplers:
             return await cluster.fetch(handle)
 
         display.doing(what)
-        return await _in_parts(prompts, one, self.rows_per_batch, self.settings.generators.count, display, what)
+        await self._generators.pool.ready()
+        return await in_parts(prompts, one, self.rows_per_batch, self.settings.generators.count, display, what)
 
     def stop(self) -> None:
         self._generators.pool.stop()
@@ -47,7 +50,7 @@ async def score(
         return await cluster.fetch(rows)
 
     display.doing("scoring")
-    scored = await _in_parts(batch, one, 128, settings.scorers.count, display, "scored")
+    scored = await in_parts(batch, one, 128, settings.scorers.count, display, "scored")
     for pool in pools:
         pool.pool.stop()
     return scored
@@ -63,12 +66,21 @@ async def retrying(call: Any, retries: int) -> tuple[Batch, Any]:
     return await call()
 
 
-async def _in_parts(
+async def in_parts(
     batch: pa.RecordBatch, one: Any, size: int, workers: int, display: Display, what: str
 ) -> pa.RecordBatch:
-    """`one` on slices of the batch, as many at once as there are workers; the results behind one another."""
+    """`one` on slices of the batch, as many at once as there are workers; the results behind one another.
+
+    A slice has about `size` rows and ends where a ticket does: a scorer may compare the samples of one prompt.
+    """
     parts: list[pa.RecordBatch] = []
-    slices = [schema.concat([batch.slice(start, size)]) for start in range(0, batch.num_rows, size)]
+    tickets = batch.column("ticket").to_numpy()
+    ends = [*(np.flatnonzero(np.diff(tickets)) + 1).tolist(), batch.num_rows]
+    borders = [0]
+    for here, following in zip(ends, [*ends[1:], None], strict=True):
+        if following is None or following - borders[-1] > size:
+            borders.append(here)
+    slices = [schema.concat([batch.slice(start, stop - start)]) for start, stop in itertools.pairwise(borders)]
     for start in range(0, len(slices), workers):
         parts += await asyncio.gather(*(one(rows) for rows in slices[start : start + workers]))
         done = sum(part.num_rows for part in parts)
