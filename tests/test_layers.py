@@ -9,16 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
-    + [
-        "prompt_settings",
-        "actor_settings",
-        "settings",
-        "stage_settings",
-        "pipeline_settings",
-        "config",
-        "extension",
-        "durable",
-    ],
+    + ["prompt_settings", "actor_settings", "settings", "course_settings", "stage_settings", "pipeline_settings"]
+    + ["config", "extension", "durable"],
     [
         "algorithms",
         *(
@@ -34,8 +26,8 @@ LAYERS = [
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "controller"],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
-    ["stages", *(f"stages.{name}" for name in ("course", "rows", "reference_logprobs", "likelihood", "reward"))]
-    + [f"stages.{name}" for name in ("sampled", "label", "evaluate", "pipeline")],
+    ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
+    + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]

@@ -160,6 +160,7 @@ def run_directory(root: Path, *folders: str, config: bool = True) -> Path:
     root.mkdir(exist_ok=True)
     if config:
         (root / "config.yaml").write_text("")
+        (root / "stage.json").write_text("{}")
     for folder in folders:
         tiny_folder = root / folder
         tiny_folder.mkdir(parents=True)

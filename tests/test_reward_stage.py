@@ -71,7 +71,7 @@ class Stage:
         self.judged: list[list[str]] = []
         monkeypatch.setattr(reward, "_judge", self._judge)
 
-    async def _judge(self, prepared: Prepared, folders: list[Path]) -> dict[str, Any]:
+    async def _judge(self, prepared: Prepared, folders: list[Path], display: Any) -> dict[str, Any]:
         self.judged.append([(folder / "weights").read_text() for folder in folders])
         return {"pairs": 3}
 

@@ -158,9 +158,11 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     from keel.stages.reference_logprobs import ReferenceLogprobs
 
     with torch.no_grad():
-        everything = prepared.rows.everything()
-        texts = zip(*(everything.column(name).to_pylist() for name in ("prompt", "completion")), strict=True)
-        known = {pair: logprob(reference, tokenizer, *pair)[0] for pair in texts}
+        known = {
+            pair: logprob(reference, tokenizer, *pair)[0]
+            for part in prepared.rows.everything()
+            for pair in zip(*(part.column(name).to_pylist() for name in ("prompt", "completion")), strict=True)
+        }
 
     class Quiet:
         def note(self, text: str) -> None: ...
