@@ -250,8 +250,8 @@ MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
 def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
     own = reward(kind="model", source="m", ensemble={"form": "mean", "centre": False, **ensemble})
     assert score.of_members(own, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
-    assert score.spread_names(own) == ["mine_mean", "mine_std", "mine_worst"]
-    assert score.spread_names(reward()) == []
+    assert score.spread_names(own, 2) == ["mine_mean", "mine_std", "mine_worst"]
+    assert score.spread_names(own, 1) == []
 
 
 def test_columns_beside_the_reward_say_what_the_members_say() -> None:

@@ -82,7 +82,8 @@ class RewardScorer:
         self.name = name
         self.ensemble = ensemble
         self.rewards = rewards
-        own = [name for reward in rewards for name in (reward.name, *spread_names(reward))]
+        spread = [spread_names(reward, num_members(reward)) for reward in rewards]
+        own = [name for reward, names in zip(rewards, spread, strict=True) for name in (reward.name, *names)]
         self.adds = pa.schema([schema.reward_field(name) for name in own] + list(schema.SCORE))
         self._compute = {
             reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu") for reward in rewards
@@ -128,14 +129,25 @@ class RewardScorer:
         return np.nan_to_num(elicitation.combine(members, weights, by.form, by.coefficient, centred))
 
 
-def spread_names(reward: RewardSettings) -> list[str]:
-    """Names of the further columns of an ensemble's reward."""
-    return [f"{reward.name}_{what}" for what in ("mean", "std", "worst")] if reward.kind == "model" else []
+def num_members(reward: RewardSettings) -> int:
+    """Models behind a reward: 1, or the members of an ensemble folder."""
+    if reward.kind != "model":
+        return 1
+    from keel import models, reward_models
+
+    setting = f"rewards.{reward.name}.source"
+    return len(reward_models.members(models.locate(reward.source, setting), setting))
+
+
+def spread_names(reward: RewardSettings, members: int) -> list[str]:
+    """Names of the further columns of an ensemble's reward; one model has no spread."""
+    return [f"{reward.name}_{what}" for what in ("mean", "std", "worst")] if members > 1 else []
 
 
 def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
-    """What the members [M, rows] of an ensemble say beside the reward; of one model, mean = worst and std 0."""
-    found = zip(spread_names(reward), (members.mean(0), members.std(0), members.min(0)), strict=True)
+    """What the members [M, rows] of an ensemble say beside the reward."""
+    said = (members.mean(0), members.std(0), members.min(0)) if len(members) > 1 else ()
+    found = zip(spread_names(reward, len(members)), said, strict=True)
     return {f"reward_{name}": pa.array(values, pa.float32(), mask=np.isnan(values)) for name, values in found}
 
 
