@@ -226,9 +226,7 @@ def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
     assert answer.column("reward").to_pylist() == pytest.approx(expected, abs=1e-5)
     assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1 and np.std(expected) > 0.01
-    for name in ("mean", "worst"):  # an ensemble of one
-        assert answer.column(f"reward_mine_{name}").equals(answer.column("reward_mine"))
-    assert answer.column("reward_mine_std").to_pylist() == [0.0] * 20
+    assert "reward_mine_std" not in answer.schema.names  # one model has no spread
 
 
 MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
