@@ -1,5 +1,6 @@
 """The loop of a stage: evaluations, early stopping, checkpoints, resuming. The trainee is scripted."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from keel import checkpoint, config, durable
+from keel.config import ConfigError
 from keel.metrics import RunMetrics
 from keel.protocols import StepReport
 from keel.stage_settings import SupervisedSettings
@@ -253,6 +255,14 @@ async def test_a_finished_stage_says_what_it_did(tmp_path: Path) -> None:
     summary = course.finish(run.plan, "sft", 0.0, trained_steps=state.version)
     assert course.finished(tmp_path) == summary == json.loads((tmp_path / "stage.json").read_text())
     assert {**summary, "seconds": 0} == {
-        "stage": "sft", "steps": 4, "rows": ROWS, "dropped": {"empty": 3}, "trained_steps": 4, "seconds": 0,
+        "stage": "sft", "steps": 4, "rows": ROWS, "dropped": {"empty": 3}, "digest": "", "trained_steps": 4, "seconds": 0,
     }  # fmt: skip
     assert not (tmp_path / "checkpoints").exists() and run.exported == 4
+
+
+async def test_a_course_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
+    run = Run(course_of(tmp_path, steps=4, checkpoints=1), FakeTrainee([2] * 5))
+    await run.finish()
+    other = dataclasses.replace(run.plan, digest="of other rows")
+    with pytest.raises(ConfigError, match="holds this stage on other rows"):
+        await course.restore(other, FakeTrainee([2] * 5), run.metrics)

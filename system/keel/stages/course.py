@@ -21,6 +21,7 @@ import psutil
 import pyarrow as pa
 
 from keel import checkpoint, durable
+from keel.config import ConfigError
 from keel.controller import Stalled
 from keel.metrics import RunMetrics
 from keel.stage_settings import StageSettings
@@ -45,6 +46,8 @@ class State:
     waited: int = 0
     """Evaluations since the best."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
+    digest: str = ""
+    """Of the rows it began with."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Course:
     batch: Callable[[int], pa.RecordBatch]
     held_out: pa.RecordBatch
     dropped: Mapping[str, int]
+    digest: str = ""
+    """Of the rows."""
 
     @property
     def model(self) -> Path:
@@ -167,7 +172,8 @@ async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> Stat
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         durable.keep_steps(course.directory / name, stored["version"])
     if saved is None:
-        return State()
+        return State(digest=course.digest)
+    check_rows(course.directory, stored["digest"], course.digest)
     await call(course, trainee, "load", str(saved))
     # rows left out are counted at every start
     metrics.restore({name: value for name, value in stored["totals"].items() if name != "rows_dropped_total"})
@@ -179,6 +185,14 @@ def kept(course: Course, state: State) -> int:
     return state.best_version if course.settings.training.patience else state.version
 
 
+def check_rows(directory: Path, stored: str, digest: str) -> None:
+    """What lies there was made from these rows. Raises ConfigError."""
+    if stored != digest:
+        raise ConfigError(
+            f"run.directory={directory}: holds this stage on other rows of its source; expected another run.name"
+        )
+
+
 def finished(directory: Path) -> dict[str, Any] | None:
     """What a stage that reached its end says of itself; None: it has not."""
     path = directory / "stage.json"
@@ -187,7 +201,8 @@ def finished(directory: Path) -> dict[str, Any] | None:
 
 def finish(course: Course, stage: str, started: float, **said: Any) -> dict[str, Any]:
     """Write stage.json, the mark of a finished stage; checkpoints are needed no more."""
-    summary = {"stage": stage, "steps": course.steps, "rows": course.rows, "dropped": dict(course.dropped), **said}
+    summary = {"stage": stage, "steps": course.steps, "rows": course.rows, "dropped": dict(course.dropped)}
+    summary |= {"digest": course.digest, **said}
     summary["seconds"] = round(time.monotonic() - started, 1)
     durable.write_json(course.directory / "stage.json", summary)
     shutil.rmtree(course.directory / "checkpoints", ignore_errors=True)

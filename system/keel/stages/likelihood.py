@@ -77,6 +77,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     started = time.monotonic()
     directory, settings = prepared.directory, prepared.settings
     if done := course.finished(directory):
+        course.check_rows(directory, done["digest"], prepared.rows.digest)
         display.note(f"{directory} holds this stage, finished")
         return done
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         batch=lambda version: completed(rows.step(version)),
         held_out=completed(rows.held_out()),
         dropped=rows.dropped,
+        digest=rows.digest,
     )
     learner = gang.LearnerGang(learning, prepared.folder, prepared.others)
     async with asyncio.timeout(settings.deadlines.start_seconds):

@@ -43,7 +43,7 @@ from keel.sources import Row
 from keel.stage_settings import RewardModelSettings
 from keel.stages import course, sampled
 from keel.stages.course import Course, Recorder
-from keel.stages.rows import usable_rows
+from keel.stages.rows import digest_of, usable_rows
 from keel.train import Display
 
 _MEMBER_SEEDS = 1000
@@ -59,6 +59,7 @@ class PairRows:
         stored.check_shape(rows, 2, settings.prompts.source)
         by = settings.completions
         usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
+        self.digest = digest_of(usable)
         self.pairs = [texts(row) for row in usable]
         self.margins = [self._margin(row) for row in usable]
         identities = [json.dumps(row.prompt) for row in usable]
@@ -161,6 +162,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     started = time.monotonic()
     directory, settings = prepared.directory, prepared.settings
     if done := course.finished(directory):
+        course.check_rows(directory, done["digest"], prepared.rows.digest)
         display.note(f"{directory} holds this stage, finished")
         return done
     directory.mkdir(parents=True, exist_ok=True)
@@ -215,6 +217,7 @@ def _course(prepared: Prepared, member: int) -> Course:
         batch=lambda version: rows.step(version, member),
         held_out=rows.batch(rows.held_out),
         dropped=rows.dropped,
+        digest=rows.digest,
     )
 
 

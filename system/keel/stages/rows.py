@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from keel import schema, sources, stored
 from keel.config import ConfigError
@@ -41,6 +42,7 @@ class OfflineRows:
         stored.check_shape(rows, self.samples, settings.prompts.source)
         usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)
+        self.digest = digest_of(usable)
         counts = self.prompts.counts
         more = {"prompt_too_long": counts["skipped"], "of_held_out_prompt": counts["duplicates"]}
         self.dropped |= {reason: count for reason, count in more.items() if count}
@@ -85,6 +87,14 @@ class OfflineRows:
             "reward": np.array([stored.rewards(columns)[sample] for columns, sample in own], np.float32),
         }
         return schema.append(prompts, schema.build(COMPLETION, columns))
+
+
+def digest_of(rows: Sequence[Row]) -> str:
+    """xxh3-128 of what rows say: a course of training goes on with the rows it began with, or not at all."""
+    hasher = xxhash.xxh3_128()
+    for row in rows:
+        hasher.update(json.dumps([row.prompt, row.further], ensure_ascii=False).encode())
+    return hasher.hexdigest()
 
 
 def usable_rows(
