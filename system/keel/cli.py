@@ -169,8 +169,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
     stored = Path(model) / "config.yaml"
-    if config_path is None and not stored.is_file():
-        raise config.ConfigError(f"MODEL={model}: no config.yaml in it; expected --config with prompts and rewards")
+    if config_path is None and not (stored.is_file() and command_of(config.read(stored)) == "train"):
+        raise config.ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
     settings = config.load(config_path or stored, _with(overrides, address))
     from keel import quiet
 

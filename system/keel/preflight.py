@@ -19,6 +19,7 @@ from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.section import Section
 from keel.settings import MetricsSettings, Settings
+from keel.stage_settings import COMMANDS, command_of
 from keel.stored import StoredCompletions
 
 
@@ -111,6 +112,8 @@ def check_directory(directory: Path, settings: Section) -> None:
         raise ConfigError(f"run.directory={directory}: not a directory")
     if not stored.exists():
         return
+    if not isinstance(settings, COMMANDS[command := command_of(config.read(stored))]):
+        raise ConfigError(f"run.directory={directory}: holds a run of keel {command}; expected another run.name")
     other = config.digest(config.load_as(type(settings), stored))
     if other != config.digest(settings):
         changed = config.difference(yaml.safe_load(stored.read_text()), settings)

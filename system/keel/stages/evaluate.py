@@ -42,6 +42,8 @@ class Prepared:
     reference_folder: str | None
     prompts: Prompts
     draws: Sampling
+    other_draws: Sampling
+    """The same with the other model's end tokens."""
     judge: str
     """Column that decides who wins and what passes."""
 
@@ -65,14 +67,17 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
         given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws)
     elif against:
         other = str(models.locate_policy(against, "evaluation.against"))
+        preflight.check_context(Path(other), settings)
         _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
         preflight.check_vocabulary(folder, Path(reference), "reference.model")
     _check_ensembles(settings)
+    ends = tuple(stop or models.end_tokens(Path(other or folder), tokenizer))
+    others = dataclasses.replace(draws, stop_token_ids=ends)
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
-    return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, judge)
+    return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, others, judge)
 
 
 def _check_ensembles(settings: Settings) -> None:
@@ -133,13 +138,14 @@ async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
     """All answers, scored, with the columns `model` and `decoding`."""
     settings = prepared.settings
     parts: list[tuple[str, str, pa.RecordBatch]] = []
-    for model, folder in (("policy", prepared.folder), ("other", prepared.other_folder)):
+    sides = (("policy", prepared.folder, prepared.draws), ("other", prepared.other_folder, prepared.other_draws))
+    for model, folder, draws in sides:
         if folder is not None:
             samplers = sampled.Samplers(settings, folder, settings.generators.max_sequences)
             rows = prepared.prompts.held_out(settings.evaluation.samples_per_prompt)
-            parts.append((model, "sampled", await samplers.answer(rows, prepared.draws, display, f"{model}, sampled")))
+            parts.append((model, "sampled", await samplers.answer(rows, draws, display, f"{model}, sampled")))
             if settings.evaluation.greedy:
-                greedy, rows = dataclasses.replace(prepared.draws, temperature=0.0), prepared.prompts.held_out()
+                greedy, rows = dataclasses.replace(draws, temperature=0.0), prepared.prompts.held_out()
                 parts.append((model, "greedy", await samplers.answer(rows, greedy, display, f"{model}, greedy")))
             samplers.stop()
     if prepared.given is not None:

@@ -134,6 +134,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
     }
     durable.write_json(directory / "stage.json", summary)
+    (directory / "sampled.arrow").unlink(missing_ok=True)
     return summary
 
 
@@ -156,12 +157,22 @@ class JudgeFailed(RuntimeError):
     """The judge failed on more completions than the configuration allows."""
 
 
+async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, display: Display) -> pa.RecordBatch:
+    """Completions of the prompts; kept until they are judged, so a judge that fails costs no second sampling."""
+    path = prepared.directory / "sampled.arrow"
+    if path.is_file():
+        display.note(f"sampled before: {path}")
+        return schema.from_bytes(path.read_bytes())
+    samplers = sampled.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
+    batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
+    samplers.stop()
+    durable.write(path, schema.to_bytes(batch))
+    return batch
+
+
 async def _scored(prepared: Prepared, display: Display) -> pa.RecordBatch:
     batch = prepared.rollouts
     if batch is None:
         assert prepared.folder is not None and prepared.prompts is not None
-        rows = prepared.settings.generators.max_sequences
-        samplers = sampled.Samplers(prepared.sampling, prepared.folder, rows)
-        batch = await samplers.answer(prepared.prompts, prepared.draws, display, "sampled")
-        samplers.stop()
+        batch = await _sampled(prepared, prepared.folder, prepared.prompts, display)
     return await sampled.score(prepared.sampling, prepared.reference_folder, batch, display)

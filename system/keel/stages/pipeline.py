@@ -30,6 +30,8 @@ from keel.stage_settings import COMMANDS
 _NOT_CONTENT = {"metrics", "cluster", "deadlines"}
 _PATHS = ("source", "model", "against", "MODEL")
 """Settings that name files, folders, wheels or code; every other text is itself."""
+_SAID = (2, 130)
+"""Bad input and interruption: the stage has said all there is to say."""
 _LONGEST_NAME = 255
 """Bytes of a file name; a longer text is none."""
 
@@ -96,6 +98,8 @@ def run(stages: list[Planned], console: Console) -> None:
         started = time.monotonic()
         stage.directory.parent.mkdir(parents=True, exist_ok=True)
         code = subprocess.run(stage.command(), check=False).returncode
+        if code in _SAID:
+            raise SystemExit(code)
         if code != 0:
             raise StageFailed(
                 f"stage {stage.entry.name} ended with exit code {code}; the same command goes on from there"
