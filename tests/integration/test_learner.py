@@ -182,9 +182,9 @@ def test_a_second_epoch_moves_the_ratio_and_the_clip_sees_it(small_ray: None, ti
     chosen = settings().model_copy(
         update={"objective": settings().objective.model_copy(update={"epochs": 2, "clip_low": 0.01, "clip_high": 0.01})}
     )
-    from keel.cluster import _meeting_point
+    from keel.gang import _meeting_point
 
-    rank = learner.remote(chosen, str(tiny_model), 0, 1, *_meeting_point())
+    rank = learner.remote(chosen, str(tiny_model), {}, 0, 1, *_meeting_point())
     report = ray.get(rank.step.remote(rollouts(0)))
     ray.kill(rank)
     assert report.metrics["clip_ratio"] > 0.05
