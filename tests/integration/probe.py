@@ -16,12 +16,13 @@ class Probe(DeepSpeedLearner):
 
     def begin(self, directory: str) -> None:
         self.directory = directory
-        self._engine.save_checkpoint(directory, tag="start")
+        self._engine.save(directory, 0)
 
     def step_with_a_broken_weight(self, chosen: Settings, batch: pa.RecordBatch) -> str:
         """What a step says when the policy gives NaN; the version it is at then must still be the start."""
-        self._engine.load_checkpoint(self.directory, tag="start")
+        self._engine.load(self.directory)
         self.version, self.settings, self.objective = 0, chosen, kinds.build(chosen)
+        self._engine.learners = chosen.learners
         next(self._engine.module.parameters()).data[0] = float("nan")
         before = [parameter.detach().clone() for parameter in self._engine.module.parameters()]
         try:
@@ -35,8 +36,9 @@ class Probe(DeepSpeedLearner):
 
     def probe(self, chosen: Settings, batch: pa.RecordBatch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Parameters of policy and critic after one step, and what the step reported."""
-        self._engine.load_checkpoint(self.directory, tag="start")
+        self._engine.load(self.directory)
         self.version, self.settings, self.objective = 0, chosen, kinds.build(chosen)
+        self._engine.learners = chosen.learners
         self._anchors = Anchors(self.objective.vocabulary, self._folder_of, "float32", self.device)
         report = self.step(batch)
         named = {name: value.detach().clone() for name, value in self._engine.module.named_parameters()}

@@ -41,7 +41,7 @@ def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             chosen = configured(CRITIC_ARMS.get(flavour, ARMS["kl"]), count=ranks, zero_stage=1)
             address, port = _meeting_point()
             actors = [
-                ray.remote(num_cpus=1)(Probe).remote(chosen, str(tiny_model), rank, ranks, address, port)
+                ray.remote(num_cpus=1)(Probe).remote(chosen, str(tiny_model), {}, rank, ranks, address, port)
                 for rank in range(ranks)
             ]
             directory = tmp_path_factory.mktemp("start")
