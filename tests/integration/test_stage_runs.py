@@ -12,7 +12,7 @@ from conftest import finish, kill, wait_for
 
 from keel import checkpoint, durable, reward_models, schema
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 Start = Callable[..., Any]
 TIMES = ("time", "step_seconds", "free_memory_bytes", "learner_seconds_total", "checkpoints_total")
 
