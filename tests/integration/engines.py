@@ -62,6 +62,7 @@ def many_long_prompts(case: Path) -> dict[str, bool | int]:
         "prompt_id": list(range(rows)),
         "prompt_tokens": [[3 + (row + place) % 40 for place in range(120)] for row in range(rows)],
         "prompt": ["x"] * rows,
+        "prompt_messages": ["[]"] * rows,
         "prompt_columns": ["{}"] * rows,
         "seed": list(range(rows)),
     }
