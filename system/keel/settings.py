@@ -177,14 +177,6 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _uniform_groups_can_differ(self) -> Self:
-        if self.buffer.dynamic_sampling_refills and self.sampling.samples_per_prompt < 2:
-            raise ValueError(
-                "sampling.samples_per_prompt=1: buffer.dynamic_sampling_refills replaces every group of one"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _regularisers_fit_the_objective(self) -> Self:
         objective, terms = self.objective, self.regulariser.reward_terms()
         linear = isinstance(objective, PolicyGradientSettings) or objective.kind == "custom"

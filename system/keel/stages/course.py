@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,10 +20,11 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, durable
+from keel import checkpoint, cluster, config, durable
 from keel.config import ConfigError
 from keel.controller import Stalled
 from keel.metrics import RunMetrics
+from keel.settings import Settings
 from keel.stage_settings import StageSettings
 from keel.train import Display
 
@@ -98,6 +99,32 @@ class Recorder:
 
 
 _SHOWN = ("loss", "preference_accuracy_ratio", "implicit_margin", "chosen_log_ratio_nats", "rejected_log_ratio_nats")
+
+
+Train = Callable[[RunMetrics, Display, float], Coroutine[Any, Any, dict[str, Any]]]
+"""Metrics, display, when the stage started -> what stage.json says."""
+
+
+def conduct(
+    settings: StageSettings, directory: Path, digest: str, online: Settings, train: Train, display: Display
+) -> dict[str, Any]:
+    """Run a stage on a cluster sized for `online`, unless it is finished; what stage.json says."""
+    started = time.monotonic()
+    if done := finished(directory):
+        check_rows(directory, done["digest"], digest)
+        display.note(f"{directory} holds this stage, finished")
+        return done
+    directory.mkdir(parents=True, exist_ok=True)
+    durable.write(directory / "config.yaml", config.dump(settings).encode())
+    metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
+    port = metrics.serve(settings.metrics)
+    display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
+    display.doing("starting Ray, learner")
+    cluster.connect(online)
+    try:
+        return asyncio.run(train(metrics, display, started))
+    finally:
+        cluster.disconnect()
 
 
 async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:

@@ -5,7 +5,7 @@ first reads every row's log-probs under the reference once and keeps them as Arr
 """
 
 import asyncio
-import time
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import cluster, config, durable, gang, models, preflight, progress
+from keel import gang, models, preflight, progress
 from keel.algorithms import kinds
 from keel.metrics import RunMetrics
 from keel.settings import Settings
@@ -74,23 +74,8 @@ def prepare(settings: PolicyStage) -> Prepared:
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Train to the end; what stage.json says. A finished stage is not run again."""
-    started = time.monotonic()
-    directory, settings = prepared.directory, prepared.settings
-    if done := course.finished(directory):
-        course.check_rows(directory, done["digest"], prepared.rows.digest)
-        display.note(f"{directory} holds this stage, finished")
-        return done
-    directory.mkdir(parents=True, exist_ok=True)
-    durable.write(directory / "config.yaml", config.dump(settings).encode())
-    metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
-    port = metrics.serve(settings.metrics)
-    display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
-    display.doing("starting Ray, learner")
-    cluster.connect(prepared.learning)
-    try:
-        return asyncio.run(_train(prepared, metrics, display, started))
-    finally:
-        cluster.disconnect()
+    place = (prepared.settings, prepared.directory, prepared.rows.digest)
+    return course.conduct(*place, prepared.learning, functools.partial(_train, prepared), display)
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:

@@ -8,9 +8,9 @@ all members        scored as they were written: reference set, held-out pairs
 
 import asyncio
 import dataclasses
+import functools
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from keel import (
-    cluster,
-    config,
     durable,
     gang,
     models,
@@ -159,23 +157,10 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Train all members to the end; what stage.json says. A finished stage is not run again."""
-    started = time.monotonic()
-    directory, settings = prepared.directory, prepared.settings
-    if done := course.finished(directory):
-        course.check_rows(directory, done["digest"], prepared.rows.digest)
-        display.note(f"{directory} holds this stage, finished")
-        return done
-    directory.mkdir(parents=True, exist_ok=True)
-    durable.write(directory / "config.yaml", config.dump(settings).encode())
-    metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
-    port = metrics.serve(settings.metrics)
-    display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
-    display.doing("starting Ray, learner")
-    cluster.connect(settings.learning(prepared.steps))
-    try:
-        return asyncio.run(_train(prepared, metrics, display, started))
-    finally:
-        cluster.disconnect()
+    place = (prepared.settings, prepared.directory, prepared.rows.digest)
+    return course.conduct(
+        *place, prepared.settings.learning(prepared.steps), functools.partial(_train, prepared), display
+    )
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
