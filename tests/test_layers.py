@@ -24,15 +24,15 @@ LAYERS = [
     + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["preflight", "controller"],
-    ["cluster", "gang", "train", "progress", "summary", "doctor"],
+    + ["preflight", "failures", "parts", "controller"],
+    ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "progress", "summary", "doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"cluster", "gang"},
+    "ray": {"pool", "cluster", "gang", "control"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

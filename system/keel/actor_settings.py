@@ -78,6 +78,9 @@ class LearnerSettings(WorkerSettings):
 
 class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null: an embedded Ray on this machine")
+    cpus: int | None = Field(
+        None, ge=1, description="CPUs the embedded Ray promises; null: twice what the actors ask for, room to scale"
+    )
     object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
     min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")
 

@@ -53,13 +53,43 @@ def steps(run_directory: Path) -> list[int]:
     return sorted(int(name.removeprefix("step-")) for name in found)
 
 
+def newest_intact(run_directory: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """The newest checkpoint whose files are all as they were written, its state, and the names of damaged newer ones.
+
+    Those are put aside as `damaged-step-N`. Raises CheckpointError when there are checkpoints and none is intact.
+    """
+    damaged: list[str] = []
+    for path in reversed(committed(run_directory)):
+        try:
+            state = read_state(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        _put_aside(run_directory, newer_than=path)
+        return path, state, damaged
+    if damaged:
+        raise CheckpointError(f"no intact checkpoint: {'; '.join(damaged)}; without checkpoints/ the run starts anew")
+    return None, None, []
+
+
+def _put_aside(run_directory: Path, newer_than: Path) -> None:
+    for path in committed(run_directory):
+        if path.name > newer_than.name:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
-    manifest = json.loads((path / "MANIFEST.json").read_text())["files"]
-    found = _digests(path)
-    if wrong := sorted(name for name in manifest if found.get(name) != manifest[name]):
-        raise CheckpointError(f"{path}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
-    return json.loads((path / "state.json").read_text())
+    try:
+        manifest = json.loads((path / "MANIFEST.json").read_text())["files"]
+        found = _digests(path)
+        if wrong := sorted(name for name in manifest if found.get(name) != manifest[name]):
+            raise CheckpointError(f"{path.name}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
+        return json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, KeyError) as error:  # a torn or missing manifest
+        raise CheckpointError(f"{path.name}: its manifest cannot be read ({error})") from error
 
 
 def prune(run_directory: Path, keep: int) -> None:

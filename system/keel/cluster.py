@@ -1,4 +1,4 @@
-"""Ray, with gang.py the only file that knows it: actors behind the protocols of `protocols.py`.
+"""A run's actors on Ray behind the protocols of `protocols.py`; pool.py, gang.py and control.py know Ray, too.
 
     driver --prompts--> Pool(generators) --ref--> Pool(reference) --ref--> Pool(scorers) --ref--> buffer actor
       ^ receipts, reports (small)                                                                    | ref
@@ -8,26 +8,25 @@ Every stage method returns (batch, receipt): the driver awaits the small receipt
 go actor -> object store -> actor.
 """
 
-import asyncio
-import dataclasses
-import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.autoscaler.sdk import request_resources
+from ray.exceptions import ObjectLostError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
-from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt, WorkerLost
+from keel.parts import Observer
+from keel.pool import GONE, Pool, Spawn
+from keel.protocols import AddReceipt, Batch, BufferLost, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
 
-Spawn = Callable[[int], ActorHandle]
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 
 
@@ -35,15 +34,17 @@ def connect(settings: Settings) -> None:
     """Join the Ray cluster at cluster.address, or start an embedded one sized for the configured actors."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve the run
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": settings.run.name}
     cluster: ClusterSettings = settings.cluster
     if cluster.address:
         ray.init(address=cluster.address, **common)
         return
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.
+    asked = sum(workers.count * workers.threads for workers in _workers(settings))
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, sum(w.count * w.threads for w in _workers(settings)) + 1),
+        num_cpus=cluster.cpus or max(os.cpu_count() or 1, 2 * asked),
         include_dashboard=False,
         object_store_memory=cluster.object_store_bytes,
         **common,
@@ -54,9 +55,28 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+def request(settings: Settings, counts: Mapping[str, int]) -> None:
+    """Ask Ray's autoscaler, if there is one, for nodes that hold so many workers of each role."""
+    roles: dict[str, WorkerSettings | None] = {
+        "generator": settings.generators,
+        "reference": settings.reference,
+        "scorer": settings.scorers,
+        "learner": settings.learners,
+    }
+    bundles = []
+    for role, count in counts.items():
+        by = roles[role]
+        assert by is not None, role
+        bundles += [{"CPU": by.threads} | ({"GPU": by.gpus} if by.gpus else {})] * count
+    request_resources(bundles=bundles)
+
+
 async def fetch(batch: Batch) -> pa.RecordBatch:
-    """Bring it here."""
-    return await batch
+    """Bring it here. Raises WorkerLost when it died with the node it lay on."""
+    try:
+        return await batch
+    except ObjectLostError as error:
+        raise WorkerLost("a batch was lost with its node") from error
 
 
 def _workers(settings: Settings) -> list[WorkerSettings]:
@@ -68,89 +88,6 @@ def _spawner(actor_class: type, workers: WorkerSettings, arguments: Callable[[in
     """Ray sets OMP_NUM_THREADS to an actor's CPU request, so threads and CPUs are one number."""
     remote = ray.remote(num_cpus=workers.threads, num_gpus=workers.gpus)(actor_class)
     return lambda index: remote.remote(*arguments(index))
-
-
-class Pool:
-    """Interchangeable actors behind one: routes, deadlines, replacement of lost workers.
-
-    One that dies, misses a deadline or fails a load is killed and replaced, the newest load is repeated on its
-    replacement, and the caller sees WorkerLost. An exception raised by the actor's own code surfaces as it is.
-    """
-
-    def __init__(self, role: str, spawn: Spawn, count: int, start_seconds: float, by_ticket: bool) -> None:
-        self.role = role
-        self._spawn = spawn
-        self._start_seconds = start_seconds
-        self._by_ticket = by_ticket
-        self._workers = [spawn(index) for index in range(count)]
-        self._busy = [0] * count
-        self._turn = itertools.count()
-        self._loaded: Any = None
-
-    async def ready(self) -> None:
-        """All constructors are done. Raises their error, or WorkerLost."""
-        await asyncio.gather(*(self._started(worker) for worker in self._workers))
-
-    @property
-    def count(self) -> int:
-        return len(self._workers)
-
-    def stop(self) -> None:
-        """End all workers: what comes next needs their memory."""
-        for worker in self._workers:
-            ray.kill(worker, no_restart=True)
-
-    async def _started(self, worker: ActorHandle) -> None:
-        try:
-            async with asyncio.timeout(self._start_seconds):
-                await worker.__ray_ready__.remote()
-        except TimeoutError:
-            raise WorkerLost(self.role, f"{self.role} did not start within {self._start_seconds:.0f} s") from None
-
-    async def call(self, method: str, *arguments: Any, deadline: float) -> tuple[Any, Any]:
-        """(handle to the batch, receipt) of one worker's method."""
-        index = self._pick()
-        worker = self._workers[index]
-        self._busy[index] += 1
-        try:
-            handle, receipt = getattr(worker, method).options(num_returns=2).remote(*arguments)
-            async with asyncio.timeout(deadline):
-                return handle, await receipt
-        except (RayActorError, TimeoutError) as error:
-            reason = "died" if isinstance(error, RayActorError) else f"did not answer within {deadline:.0f} s"
-            await self._replace(index, worker)
-            raise WorkerLost(self.role, f"{self.role}-{index} {reason} during {method}") from error
-        finally:
-            self._busy[index] -= 1
-
-    def _pick(self) -> int:
-        """Round robin in the order of tickets when that must not depend on timing, else the least loaded."""
-        if self._by_ticket:
-            return next(self._turn) % len(self._workers)
-        return min(range(len(self._workers)), key=self._busy.__getitem__)
-
-    async def load(self, weights: Any) -> list[LoadReceipt]:
-        """All workers take over the weights; one that fails is replaced and must succeed then."""
-        self._loaded = weights
-        return list(await asyncio.gather(*(self._load(index) for index in range(len(self._workers)))))
-
-    async def _load(self, index: int) -> LoadReceipt:
-        worker = self._workers[index]
-        try:
-            return await worker.load.remote(self._loaded)
-        except (RayActorError, RayTaskError):
-            await self._replace(index, worker)
-            return dataclasses.replace(await self._workers[index].load.remote(self._loaded), replaced=True)
-
-    async def _replace(self, index: int, lost: ActorHandle) -> None:
-        """Kill a worker and put a new one in its place, holding the newest weights; once for every loss."""
-        if self._workers[index] is not lost:
-            return
-        ray.kill(lost, no_restart=True)
-        self._workers[index] = self._spawn(index)
-        await self._started(self._workers[index])
-        if self._loaded is not None:
-            await self._workers[index].load.remote(self._loaded)
 
 
 class GeneratorPool:
@@ -178,13 +115,17 @@ class ScorerPool:
 
 
 class RemoteBuffer:
-    """The Buffer of a run as one actor, which owns every accepted row."""
+    """The Buffer of a run as one actor, which owns every accepted row. Every method raises BufferLost.
 
-    def __init__(self, settings: Settings, directory: str, state: Mapping[str, int]) -> None:
-        self.actor = ray.remote(num_cpus=0)(RolloutBuffer).remote(
+    On the driver's machine: both write into the run directory.
+    """
+
+    def __init__(self, settings: Settings, directory: str, groups_per_batch: int, state: Mapping[str, int]) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(RolloutBuffer).remote(
             directory,
             groups_per_step=settings.buffer.groups_per_step,
-            groups_per_batch=settings.groups_per_batch,
+            groups_per_batch=groups_per_batch,
             max_staleness=settings.buffer.max_staleness,
             min_samples=settings.objective.min_samples,
             refills=settings.buffer.dynamic_sampling_refills,
@@ -192,66 +133,88 @@ class RemoteBuffer:
         )
 
     async def admit(self) -> list[int]:
-        return await self.actor.admit.remote()
+        return await _of_buffer(self.actor.admit.remote())
 
     async def add(self, tickets: list[int], batch: Batch) -> AddReceipt:
-        return await self.actor.add.remote(tickets, batch)
+        try:
+            return await _of_buffer(self.actor.add.remote(tickets, batch))
+        except ObjectLostError as error:
+            raise WorkerLost(f"the rows of tickets {tickets} were lost with their node") from error
 
     async def drop(self, tickets: list[int], reason: str) -> None:
-        await self.actor.drop.remote(tickets, reason)
+        await _of_buffer(self.actor.drop.remote(tickets, reason))
 
     async def take(self, groups: int) -> tuple[Batch, Mapping[str, Any]]:
         handle, numbers = self.actor.take.options(num_returns=2).remote(groups)
-        return handle, await numbers
+        return handle, await _of_buffer(numbers)
 
     async def advance(self, version: int) -> None:
-        await self.actor.advance.remote(version)
+        await _of_buffer(self.actor.advance.remote(version))
+
+    async def resize(self, groups_per_batch: int) -> None:
+        await _of_buffer(self.actor.resize.remote(groups_per_batch))
+
+    async def waiting(self) -> str:
+        return await _of_buffer(self.actor.waiting.remote())
+
+    async def found(self) -> dict[str, Any]:
+        return await _of_buffer(self.actor.found.remote())
 
     async def state(self) -> dict[str, int]:
-        return await self.actor.state.remote()
+        return await _of_buffer(self.actor.state.remote())
 
     async def forget(self, before_ticket: int) -> None:
-        await self.actor.forget.remote(before_ticket)
+        await _of_buffer(self.actor.forget.remote(before_ticket))
+
+    def stop(self) -> None:
+        ray.kill(self.actor, no_restart=True)
 
 
-def generators(settings: Settings, folder: str, given: Given | None = None) -> GeneratorPool:
+async def _of_buffer(answer: Awaitable[Any]) -> Any:
+    try:
+        return await answer
+    except GONE as error:
+        raise BufferLost("the buffer actor died") from error
+
+
+def generators(
+    settings: Settings, folder: str, given: Given | None = None, observer: Observer | None = None
+) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
-    spawn = _spawner(
-        VllmGenerator,
-        settings.generators,
-        lambda index: (folder, settings.generators, tokens, f"generator-{index}"),
-    )
+    by = settings.generators
+    spawn = _spawner(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}"))
     return GeneratorPool(
-        _pool("generator", spawn, settings.generators.count, settings), settings.deadlines.generate_seconds, given
+        _pool("generator", spawn, by.count, settings, observer), settings.deadlines.generate_seconds, given
     )
 
 
-def reference(settings: Settings, folder: str) -> ScorerPool:
+def reference(settings: Settings, folder: str, observer: Observer | None = None) -> ScorerPool:
     """The frozen reference policy."""
     by, temperature = settings.reference, settings.sampling.temperature
     assert by is not None
     spawn = _spawner(ReferenceScorer, by, lambda index: (folder, by, temperature, f"reference-{index}"))
-    return ScorerPool(_pool("reference", spawn, by.count, settings), settings.deadlines.score_seconds)
+    return ScorerPool(_pool("reference", spawn, by.count, settings, observer), settings.deadlines.score_seconds)
 
 
-def scorers(settings: Settings, reference_folder: str | None) -> list[ScorerPool]:
+def scorers(settings: Settings, reference_folder: str | None, observer: Observer | None = None) -> list[ScorerPool]:
     """The reference policy first: rewards may read its log-probs."""
-    pools = [reference(settings, reference_folder)] if settings.reference and reference_folder else []
+    pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     by = settings.scorers
-    spawn = _spawner(
-        RewardScorer,
-        by,
-        lambda index: (
-            settings.rewards,
-            settings.ensemble,
-            settings.scorers.threads,
-            f"scorer-{index}",
-            settings.scorers.gpus,
-        ),
-    )
-    scorer = _pool("scorer", spawn, settings.scorers.count, settings)
+    rewards = (settings.rewards, settings.ensemble, by.threads)
+    spawn = _spawner(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus))
+    scorer = _pool("scorer", spawn, by.count, settings, observer)
     return [*pools, ScorerPool(scorer, settings.deadlines.score_seconds)]
 
 
-def _pool(role: str, spawn: Spawn, count: int, settings: Settings) -> Pool:
-    return Pool(role, spawn, count, settings.deadlines.start_seconds, by_ticket=settings.buffer.max_staleness == 0)
+def _pool(role: str, spawn: Spawn, count: int, settings: Settings, observer: Observer | None) -> Pool:
+    failures = settings.failures
+    return Pool(
+        role,
+        spawn,
+        count,
+        settings.deadlines,
+        restarts=failures.retries,
+        patience_seconds=failures.degrade_after_seconds,
+        by_ticket=settings.buffer.max_staleness == 0,
+        observer=observer,
+    )

@@ -11,14 +11,23 @@ Only protocols are known here, not Ray, torch or vLLM, so all of it runs in a un
 
 import asyncio
 import time
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from keel.protocols import Batch, Buffer, Generator, Learner, Sampling, Scorer, StageReceipt, WorkerLost
+from keel.failures import FailureWatch
+from keel.parts import Observer, Parts
+from keel.protocols import (
+    AddReceipt,
+    Batch,
+    BufferLost,
+    LearnerLost,
+    NotFinite,
+    Sampling,
+    StageReceipt,
+    WorkerLost,
+)
 from keel.settings import Settings
 
 Result = TypeVar("Result")
@@ -26,46 +35,6 @@ Result = TypeVar("Result")
 
 class Stalled(RuntimeError):
     """An await passed its deadline: who waited for whom, and how long."""
-
-
-class TooManyFailures(RuntimeError):
-    """More samples failed than `failures.max_failed_ratio` allows."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of. One or many of a kind: the controller cannot tell."""
-
-    generators: Generator
-    scorers: Sequence[Scorer]
-    buffer: Buffer
-    learner: Learner
-    prompts: Callable[[list[int]], pa.RecordBatch]
-    """Prompt rows of tickets."""
-    held_out: pa.RecordBatch
-    fetch: Callable[[Batch], Awaitable[pa.RecordBatch]]
-    """Bring a batch here: only for evaluations and the start-up test, which are small."""
-
-
-class Observer:
-    """What the controller tells the outside. The default hears nothing."""
-
-    def set(self, values: dict[str, Any]) -> None: ...
-
-    def add(self, values: dict[str, Any]) -> None: ...
-
-    def event(self, name: str, **fields: Any) -> None: ...
-
-    def doing(self, what: str) -> None: ...
-
-    def step(self, step: int) -> None: ...
-
-    async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
-
-    async def checkpoint(self, step: int) -> None: ...
-
-    async def iteration(self, step: int) -> None:
-        """The policy of now becomes the reference."""
 
 
 class Controller:
@@ -76,10 +45,14 @@ class Controller:
     ) -> None:
         self.settings, self.parts, self.sampling, self.observer = settings, parts, sampling, observer
         self.version = version
-        rows_per_step = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
-        self._outcomes: deque[bool] = deque(maxlen=rows_per_step)  # of the last samples: failed?
-        self._reasons: Counter[str] = Counter()
+        self._failures = FailureWatch(settings)
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
+        self._leaving = False
+        self.finished = False
+
+    def leave(self) -> None:
+        """End `run` after the step under way, with a checkpoint."""
+        self._leaving = True
 
     async def run(self) -> None:
         """All steps. Raises the first error of either loop with its own cause, the other one cancelled."""
@@ -90,7 +63,7 @@ class Controller:
                 await self._learn()
                 rollouts.cancel()
         except* Exception as group:
-            error = _first(group)
+            error = first_cause(group)
         if error is not None:
             raise error
 
@@ -99,45 +72,64 @@ class Controller:
         started = time.monotonic()
         self.observer.doing("weight sync")
         deadline = self.settings.deadlines.load_seconds
-        handle, published = await self._within(deadline, self.parts.learner.publish(), "the learner to publish")
-        receipts = await self._within(deadline, self.parts.generators.load(handle), "generators to load weights")
+        publishing = self.parts.learner.publish()
+        handle, published = await self._within(deadline, publishing, "the learner to publish", LearnerLost)
+        self._progress("publish")
+        loading = self.parts.generators.load(handle)
+        patience = deadline + self._grace + self.settings.deadlines.generate_seconds
+        receipts = await self._within(patience, loading, "generators to load weights")
+        self._progress("load")
         wrong = [r for r in receipts if (r.version, r.digest) != (published.version, published.digest)]
-        assert not wrong, (published, wrong)
-        for _ in filter(lambda receipt: receipt.replaced, receipts):
-            self._lost("generator", "died or failed to load weights")
+        assert receipts and not wrong, (published, wrong)
         self.observer.set({"weight_sync_seconds": time.monotonic() - started, "version": float(published.version)})
         return sum(receipt.num_bytes for receipt in receipts)
 
     async def evaluate(self, step: int) -> None:
         """Held-out prompts through generators and scorers; the observer stores what comes back."""
         self.observer.doing("evaluation")
-        scored, _ = await self._retrying(self.parts.held_out)
-        await self.observer.evaluated(step, await self.parts.fetch(scored))
+
+        async def once() -> pa.RecordBatch:
+            scored, _ = await self._generate_and_score(self.parts.held_out)
+            return await self._within(self._grace, self.parts.fetch(scored), "evaluated rows to arrive")
+
+        await self.observer.evaluated(step, await self._retrying(once))
         self.observer.add({"evaluations_total": 1.0})
 
     async def generate(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
         """Completions of some prompt rows, unscored: for the start-up parity test."""
-        deadline = self.settings.deadlines.generate_seconds
-        batch, _ = await self._within(deadline, self.parts.generators.generate(prompts, self.sampling), "a generator")
-        return await self.parts.fetch(batch)
+
+        async def once() -> pa.RecordBatch:
+            generating = self.parts.generators.generate(prompts, self.sampling)
+            batch, _ = await self._within(self._patience, generating, "a generator")
+            return await self._within(self._grace, self.parts.fetch(batch), "generated rows to arrive")
+
+        return await self._retrying(once)
 
     async def _rollouts(self) -> None:
         async with asyncio.TaskGroup() as tasks:  # its own: what is under way at the end is cancelled with it
             while True:
+                # no deadline: it waits for the learn loop, whose every wait has one
                 tickets = await self.parts.buffer.admit()
                 tasks.create_task(self._one(tickets))
 
     async def _one(self, tickets: list[int]) -> None:
         """Carry the tickets of one generator batch to the buffer, or drop them when every retry lost its worker."""
+        deadline = self.settings.deadlines.score_seconds
+
+        async def once() -> tuple[list[StageReceipt], AddReceipt]:
+            batch, receipts = await self._generate_and_score(self.parts.prompts(tickets))
+            adding = self.parts.buffer.add(tickets, batch)
+            return receipts, await self._within(deadline, adding, "the buffer to accept rows", BufferLost)
+
         try:
-            batch, receipts = await self._retrying(self.parts.prompts(tickets))
+            receipts, added = await self._retrying(once)
         except WorkerLost:
-            await self.parts.buffer.drop(tickets, "worker_lost")
+            dropping = self.parts.buffer.drop(tickets, "worker_lost")
+            await self._within(deadline, dropping, "the buffer to drop tickets", BufferLost)
             self.observer.add({"groups_dropped_total": {"worker_lost": float(len(tickets))}})
-            failed = len(tickets) * self.settings.sampling.samples_per_prompt
-            self._reasons["worker_lost"] += failed
-            self._watch_failures(failed, accepted=0)
+            self._failures.saw({"worker_lost": len(tickets) * self.settings.sampling.samples_per_prompt}, accepted=0)
             return
+        self._progress("accept")
         self._generated[0] += receipts[0].tokens
         self._generated[1] += receipts[0].seconds
         self.observer.add(
@@ -146,33 +138,38 @@ class Controller:
                 "score_seconds_total": sum(receipt.seconds for receipt in receipts[1:]),
             }
         )
-        deadline = self.settings.deadlines.score_seconds
-        added = await self._within(deadline, self.parts.buffer.add(tickets, batch), "the buffer to accept rows")
-        self._reasons.update(added.failed)
-        self._watch_failures(failed=sum(added.failed.values()), accepted=added.accepted_samples)
+        self._failures.saw(added.failed, added.accepted_samples)
 
-    async def _retrying(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
-        """Generate and score; again with the same rows and seeds when a worker was lost on the way."""
-        for attempt in range(self.settings.failures.retries + 1):
+    async def _retrying(self, once: Callable[[], Awaitable[Result]]) -> Result:
+        """Again, with the same rows and seeds, when a worker was lost on the way."""
+        for _ in range(self.settings.failures.retries):
             try:
-                return await self._generate_and_score(prompts)
+                return await once()
             except WorkerLost as lost:
-                self._lost(lost.role, str(lost))
-                if attempt == self.settings.failures.retries:
-                    raise
+                self.observer.event("retry", reason=str(lost))
                 self.observer.add({"retries_total": 1.0})
-        raise AssertionError("unreachable")
+        return await once()
+
+    @property
+    def _grace(self) -> float:
+        """Seconds in which a lost worker is replaced and loaded; those who wait for it wait so much longer."""
+        deadlines, retries = self.settings.deadlines, self.settings.failures.retries
+        return (deadlines.start_seconds + deadlines.load_seconds) * (retries + 1)
+
+    @property
+    def _patience(self) -> float:
+        return self.settings.deadlines.generate_seconds + self._grace
 
     async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
-        deadlines = self.settings.deadlines
-        grace = deadlines.start_seconds + deadlines.load_seconds  # a lost worker is replaced within the same await
-        patience = deadlines.generate_seconds + grace
-        generated = self.parts.generators.generate(prompts, self.sampling)
-        batch, receipt = await self._within(patience, generated, "a generator")
+        generating = self.parts.generators.generate(prompts, self.sampling)
+        batch, receipt = await self._within(self._patience, generating, "a generator")
+        self._progress("generate")
         receipts = [receipt]
+        patience = self.settings.deadlines.score_seconds + self._grace
         for scorer in self.parts.scorers:
-            batch, receipt = await self._within(deadlines.score_seconds + grace, scorer.score(batch), "a scorer")
+            batch, receipt = await self._within(patience, scorer.score(batch), "a scorer")
             receipts.append(receipt)
+        self._progress("score")
         return batch, receipts
 
     async def _learn(self) -> None:
@@ -187,13 +184,17 @@ class Controller:
                 await self.evaluate(self.version)
             if not last:
                 await self._iterate()
-                await self.parts.buffer.advance(self.version)
+                advancing = self.parts.buffer.advance(self.version)
+                await self._within(settings.deadlines.score_seconds, advancing, "the buffer to advance", BufferLost)
             self.observer.step(self.version)
-            if last or (checkpoint_every and self.version % checkpoint_every == 0):
+            if last or self._leaving or (checkpoint_every and self.version % checkpoint_every == 0):
                 self.observer.doing("checkpoint")
-                deadline = settings.deadlines.step_seconds
-                await self._within(deadline, self.observer.checkpoint(self.version), "the learner to save")
+                saving = self.observer.checkpoint(self.version)
+                await self._within(settings.deadlines.step_seconds, saving, "the learner to save", LearnerLost)
+                self._progress("checkpoint")
             if last:
+                self.finished = True
+            if last or self._leaving:
                 return
 
     async def _iterate(self) -> None:
@@ -201,25 +202,29 @@ class Controller:
         every = self.settings.reference.iteration_steps if self.settings.reference else None
         if every and self.version % every == 0:
             self.observer.doing("new reference")
-            deadline = self.settings.deadlines.load_seconds
-            await self._within(deadline, self.observer.iteration(self.version), "the reference to be renewed")
+            patience = self.settings.deadlines.load_seconds + self._grace
+            await self._within(patience, self.observer.iteration(self.version), "the reference to be renewed")
 
     async def _step(self) -> bool:
         """One version; whether the objective wants no further one."""
-        deadlines = self.settings.deadlines
         self.observer.doing("rollouts")
         waited = time.monotonic()
-        attempt = deadlines.generate_seconds + deadlines.score_seconds + deadlines.start_seconds
-        patience = attempt * (self.settings.failures.retries + 1)
-        groups = self.settings.buffer.groups_per_step
-        batch, buffered = await self._within(patience, self.parts.buffer.take(groups), "rollouts of a step")
+        batch, buffered = await self._take()
         tokens, busy = self._generated
         self._generated = [0.0, 0.0]
         self.observer.doing("learner step")
         wait_seconds = time.monotonic() - waited
-        report = await self._within(deadlines.step_seconds, self.parts.learner.step(batch), "the learner to step")
+        stepping = self.parts.learner.step(batch)
+        try:
+            report = await self._within(
+                self.settings.deadlines.step_seconds, stepping, "the learner to step", LearnerLost
+            )
+        except NotFinite as error:
+            await self._within(self._grace, self.observer.quarantine(self.version + 1, batch, str(error)), "quarantine")
+            raise
         assert report.version == self.version + 1, (report.version, self.version)
         self.version = report.version
+        self._progress("step")
         num_bytes = await self.sync()
         self.observer.add({name: _unlabelled(values) for name, values in buffered["counts"].items()})
         self.observer.add(
@@ -239,20 +244,26 @@ class Controller:
             self.observer.event("objective_finished", step=self.version)
         return report.finished
 
-    def _lost(self, role: str, reason: str) -> None:
-        self.observer.add({"workers_lost_total": {role: 1.0}})
-        self.observer.event("worker_lost", role=role, reason=reason)
+    async def _take(self) -> tuple[Batch, Mapping[str, Any]]:
+        """The rows of the next step; who holds them up, when they do not come."""
+        deadlines, buffer = self.settings.deadlines, self.parts.buffer
+        attempt = deadlines.generate_seconds + deadlines.score_seconds * (len(self.parts.scorers) + 1)
+        patience = attempt * (self.settings.failures.retries + 1) + self._grace
+        taking = buffer.take(self.settings.buffer.groups_per_step)
+        try:
+            batch, buffered = await self._within(patience, taking, "rollouts of a step")
+        except Stalled as stalled:
+            missing = await self._within(deadlines.score_seconds, buffer.waiting(), "the buffer to answer", BufferLost)
+            raise Stalled(f"{stalled}; {missing}") from None
+        self._progress("take")
+        return batch, buffered
 
-    def _watch_failures(self, failed: int, accepted: int) -> None:
-        self._outcomes.extend([True] * failed + [False] * accepted)
-        ratio = sum(self._outcomes) / max(1, len(self._outcomes))
-        if len(self._outcomes) == self._outcomes.maxlen and ratio > self.settings.failures.max_failed_ratio:
-            raise TooManyFailures(
-                f"{ratio:.0%} of the last {len(self._outcomes)} samples failed, more than"
-                f" failures.max_failed_ratio={self.settings.failures.max_failed_ratio}; reasons: {dict(self._reasons)}"
-            )
+    def _progress(self, stage: str) -> None:
+        self.observer.set({"progress_timestamp_seconds": {stage: time.time()}})
 
-    async def _within(self, seconds: float, awaitable: Awaitable[Result], whom: str) -> Result:
+    async def _within(
+        self, seconds: float, awaitable: Awaitable[Result], whom: str, error: type[Exception] = Stalled
+    ) -> Result:
         """Await with a deadline whose passing says who waited for whom."""
         try:
             async with asyncio.timeout(seconds) as limit:
@@ -260,7 +271,7 @@ class Controller:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise Stalled(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}") from None
+            raise error(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}") from None
 
 
 def _gauges(report: Any, buffered: Any) -> dict[str, Any]:
@@ -278,6 +289,7 @@ def _unlabelled(values: Mapping[str, float]) -> float | Mapping[str, float]:
     return values.get("", values)
 
 
-def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+def first_cause(group: BaseExceptionGroup[Any]) -> BaseException:
     """The first plain exception of a group: the cause, without the wrapping."""
-    return _first(group.exceptions[0]) if isinstance(group.exceptions[0], BaseExceptionGroup) else group.exceptions[0]
+    first = group.exceptions[0]
+    return first_cause(first) if isinstance(first, BaseExceptionGroup) else first

@@ -1,25 +1,52 @@
 """Files that are whole or absent: write aside, fsync, rename."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
+from keel.config import ConfigError
+
+
+class DiskFull(OSError):
+    """There is no space left for a file of the run."""
+
 
 def write(path: Path, content: Any) -> None:
-    """Put bytes at a path so that a reader sees the old file, no file, or all of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Put bytes at a path so that a reader sees the old file, no file, or all of it. Raises DiskFull."""
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    sync_directory(path.parent)
+    with naming_a_full_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with aside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            aside.unlink(missing_ok=True)  # it would take the space that is missing
+            raise
+        aside.rename(path)
+        sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Raise DiskFull with the path, and what is free there, in place of the library's own error."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch have their own classes for it: the text is what they share
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+        raise DiskFull(f"{path}: no space left ({free} bytes free there); make room, then keel resume") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -30,7 +57,7 @@ def append_json(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line, in place of a last line that a crash cut off."""
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    with path.open("a", encoding="utf8") as file:
+    with naming_a_full_disk(path), path.open("a", encoding="utf8") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -61,6 +88,22 @@ def replace_folder(aside: Path, target: Path) -> None:
     aside.rename(target)
     sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def lock(directory: Path) -> IO[str]:
+    """Hold a directory for this process until the file is closed or the process ends, however it does.
+
+    Raises ConfigError when another process holds it.
+    """
+    file = (directory / "lock").open("a", encoding="utf8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"run.directory={directory}: another process works on it; expected that to end first"
+        ) from None
+    return file
 
 
 def digest(path: Path) -> str:

@@ -1,58 +1,134 @@
-"""Learner ranks as Ray actors that move together: every call goes to all, rank 0 answers."""
+"""Learner ranks as Ray actors that move together: every call goes to all, rank 0 answers; one lost, all lost.
+
+Room (a placement group) -> ranks -> call ... call -> LearnerLost: stop, and a new gang at a new port
+"""
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
 from keel.learn import DeepSpeedLearner
-from keel.protocols import Batch, LoadReceipt, StepReport
+from keel.pool import GONE
+from keel.protocols import Batch, LearnerLost, LoadReceipt, StepReport
 from keel.settings import Settings
+
+_GRACE_SECONDS = 15
+"""Between the first error of a rank and the others': a dead rank makes the rest fail, and is noticed last."""
+
+
+class Room:
+    """CPUs and GPUs for so many ranks, all or none of them."""
+
+    def __init__(self, learners: LearnerSettings, ranks: int) -> None:
+        self.ranks = ranks
+        bundle = {"CPU": float(learners.threads)} | ({"GPU": learners.gpus} if learners.gpus else {})
+        self.group = placement_group([bundle] * ranks, strategy="PACK")
+
+    async def granted(self, seconds: float) -> bool:
+        """Whether Ray finds it within so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.group.ready()
+        except TimeoutError:
+            return False
+        return True
+
+    def release(self) -> None:
+        remove_placement_group(self.group)
+
+
+async def largest_room(learners: LearnerSettings, ranks: int, seconds: float) -> Room:
+    """Room for `ranks`; after so many seconds without it, for as many as there is room. Raises LearnerLost for none."""
+    for count in range(ranks, 0, -1):
+        room = Room(learners, count)
+        if await room.granted(seconds if count == ranks else 2.0):
+            return room
+        room.release()
+    asked = f"{learners.threads} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")
+    raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {seconds:.0f} s")
 
 
 class Gang:
     """Ranks of one class. `arguments` come before rank, ranks, address and port in its constructor."""
 
-    def __init__(self, actor_class: type, learners: LearnerSettings, *arguments: Any) -> None:
-        remote = ray.remote(num_cpus=learners.threads, num_gpus=learners.gpus)(actor_class)
-        address, port = _meeting_point()
-        count = learners.count
-        self.ranks = [remote.remote(*arguments, rank, count, address, port) for rank in range(count)]
+    def __init__(self, actor_class: type, learners: LearnerSettings, *arguments: Any, room: Room | None = None) -> None:
+        self.room = room or Room(learners, learners.count)
+        self._remote = ray.remote(num_cpus=learners.threads, num_gpus=learners.gpus)(actor_class)
+        self._arguments = arguments
+        self.ranks: list[Any] = []
 
     async def ready(self) -> None:
-        await self._all([rank.__ray_ready__.remote() for rank in self.ranks])
+        """The room is granted and all ranks have met there."""
+        await self.room.group.ready()
+        address, port = _meeting_point(self.room)
+        for rank in range(self.room.ranks):
+            place = PlacementGroupSchedulingStrategy(self.room.group, placement_group_bundle_index=rank)
+            actor = self._remote.options(scheduling_strategy=place)
+            self.ranks.append(actor.remote(*self._arguments, rank, self.room.ranks, address, port))
+        await self._all("start", [rank.__ray_ready__.remote() for rank in self.ranks])
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The method on every rank; rank 0's answer."""
-        return (await self._all([getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
+        """The method on every rank; rank 0's answer. Raises LearnerLost, or what the ranks raised."""
+        return (await self._all(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
     def stop(self) -> None:
         """End all ranks: what comes next needs their memory."""
-        for rank in self.ranks:
-            ray.kill(rank, no_restart=True)
+        with contextlib.suppress(ValueError):  # Ray was shut down
+            for rank in self.ranks:
+                ray.kill(rank, no_restart=True)
+            self.room.release()
 
-    async def _all(self, references: list[Any]) -> list[Any]:
-        """Answers of all ranks; the first error ends the wait, the others would wait for the lost rank."""
-        return list(await asyncio.gather(*references))
+    async def _all(self, method: str, references: list[Any]) -> list[Any]:
+        """Answers of all ranks; the first error ends the wait."""
+        answers = [asyncio.ensure_future(_answer(reference)) for reference in references]
+        try:
+            done, pending = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
+            if pending:
+                done |= (await asyncio.wait(pending, timeout=_GRACE_SECONDS))[0]
+        finally:
+            for answer in answers:
+                answer.cancel()
+        errors = {
+            rank: error for rank, answer in enumerate(answers) if answer in done and (error := answer.exception())
+        }
+        for rank, error in errors.items():
+            if isinstance(error, (*GONE, ObjectLostError)):
+                what = "died" if isinstance(error, GONE) else "lost its input"
+                raise LearnerLost(f"learner rank {rank} of {len(answers)} {what} during {method}") from error
+        for error in errors.values():
+            if error is not None:
+                raise error
+        return [answer.result() for answer in answers]
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
 
 
 class LearnerGang(Gang):
     """A Learner made of ranks."""
 
-    def __init__(self, settings: Settings, folder: str, others: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, settings: Settings, folder: str, others: Mapping[str, str] | None = None, room: Room | None = None
+    ) -> None:
         """`others`: folders of models beside the policy in the learner: reference, teacher, critic."""
-        super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}))
+        super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}), room=room)
 
     async def step(self, batch: Batch) -> StepReport:
         return await self.call("step", batch)
 
     async def publish(self) -> tuple[Any, LoadReceipt]:
         answers = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
-        receipts = await self._all([receipt for _, receipt in answers])
+        receipts = await self._all("publish", [receipt for _, receipt in answers])
         return answers[0][0], receipts[0]
 
     async def compare(self, batch: Batch) -> Mapping[str, float]:
@@ -68,18 +144,19 @@ class LearnerGang(Gang):
         await self.call("export", folder)
 
     async def state(self) -> Mapping[str, Any]:
-        return await self.ranks[0].state.remote()
+        return await self.call("state")
 
     async def renew_reference(self, folder: str) -> None:
         await self.call("renew_reference", folder)
 
 
-def _meeting_point() -> tuple[str, int]:
-    """Address and a free port where the ranks find each other.
+def _meeting_point(room: Room) -> tuple[str, int]:
+    """Address of rank 0's machine and a free port there, where the ranks find each other.
 
     Below the range the kernel hands out by itself and above Ray's: nobody takes it before rank 0 has it.
     """
-    address = ray.util.get_node_ip_address()
+    node = placement_group_table(room.group)["bundles_to_node_id"][0]
+    address = next(each["NodeManagerAddress"] for each in ray.nodes() if each["NodeID"] == node)
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe:
             if probe.connect_ex((address, port)):  # nobody answers there

@@ -24,6 +24,8 @@ class Metric:
     meaning: str
     label: str | None = None
     """Second label besides `run`; its values come from a fixed set of the configuration or the code."""
+    operational: bool = False
+    """Says how the run went, not what it computed: two equal runs may differ in it, and a rebuild does not undo it."""
 
 
 def _gauges(*rows: tuple[str, str]) -> list[Metric]:
@@ -32,6 +34,10 @@ def _gauges(*rows: tuple[str, str]) -> list[Metric]:
 
 def _counters(*rows: tuple[str, str]) -> list[Metric]:
     return [Metric(name, "counter", meaning) for name, meaning in rows]
+
+
+def _operational(*rows: tuple[str, Literal["gauge", "counter"], str, str | None]) -> list[Metric]:
+    return [Metric(*row, operational=True) for row in rows]
 
 
 TABLE: list[Metric] = [
@@ -123,10 +129,8 @@ TABLE: list[Metric] = [
         ("generate_seconds_total", "Seconds generators were busy sampling."),
         ("score_seconds_total", "Seconds scorers were busy."),
         ("learner_seconds_total", "Seconds the learner was busy with steps."),
-        ("weight_sync_bytes_total", "Bytes of weights loaded, all generators together."),
         ("weight_syncs_total", "Weight loads proved by all generators."),
         ("rollout_bytes_total", "Bytes of rollout files written."),
-        ("retries_total", "Generator batches started again after a worker was lost."),
         ("evaluations_total", "Evaluations on the held-out prompts."),
         ("checkpoints_total", "Checkpoints committed."),
     ),
@@ -134,7 +138,20 @@ TABLE: list[Metric] = [
     Metric("pairs_dropped_total", "counter", "Pairs or prompts not compared, by reason.", "reason"),
     Metric("samples_failed_total", "counter", "Completions without a reward, by reason.", "reason"),
     Metric("groups_dropped_total", "counter", "Prompt groups given up, by reason.", "reason"),
-    Metric("workers_lost_total", "counter", "Generators or scorers that were replaced, by role.", "role"),
+    *_operational(
+        ("weight_sync_bytes_total", "counter", "Bytes of weights loaded, all generators together.", None),
+        ("retries_total", "counter", "Batches started again after a worker was lost.", None),
+        ("workers_lost_total", "counter", "Generators or scorers that were replaced, by role.", "role"),
+        (
+            "rebuilds_total",
+            "counter",
+            "Times the learner and buffer were built again from the last commit.",
+            "cause",
+        ),
+        ("workers", "gauge", "Workers that serve, by role; learner: ranks.", "role"),
+        ("workers_desired", "gauge", "Workers that are wanted, by role.", "role"),
+        ("progress_timestamp_seconds", "gauge", "Unix time at which a stage last finished something.", "stage"),
+    ),
 ]
 _BY_NAME = {metric.name: metric for metric in TABLE}
 
@@ -148,6 +165,7 @@ class RunMetrics:
         self.run = run
         self.path = path
         self._gauge_values: dict[str, Any] = {}
+        self._operational: dict[str, Any] = {}
         self.totals: dict[str, Any] = {
             metric.name: {} if metric.label else 0.0 for metric in TABLE if metric.kind == "counter"
         }
@@ -170,7 +188,10 @@ class RunMetrics:
         """New values of gauges."""
         for name, value in values.items():
             assert _metric(name).kind == "gauge", name
-            self._gauge_values[name] = value
+            if _metric(name).operational:
+                self._operational[name] = {**self._operational.get(name, {}), **dict(_by_label(value))}
+            else:
+                self._gauge_values[name] = value
             for label, number in _labelled(value):
                 self._collectors[name].labels(self.run, *label).set(number)
 
@@ -186,12 +207,24 @@ class RunMetrics:
                     self.totals[name] += number
 
     def restore(self, totals: Values) -> None:
-        """Counters of the checkpoint a run continues from."""
-        self.add(totals)
+        """Go on from the counters of a checkpoint, or from none of them: what was counted since is done again.
+
+        Operational counters keep the larger value: what happened has happened.
+        """
+        self._gauge_values = {}
+        for metric in [metric for metric in TABLE if metric.kind == "counter"]:
+            own, stored = (dict(_by_label(each.get(metric.name, {}))) for each in (self.totals, totals))
+            if metric.operational:
+                stored = {label: max(own.get(label, 0.0), stored.get(label, 0.0)) for label in {**own, **stored}}
+            self._collectors[metric.name].clear()
+            self.totals[metric.name] = {} if metric.label else 0.0
+            if not metric.label:
+                self._collectors[metric.name].labels(self.run)
+            self.add({metric.name: stored if metric.label else stored.get("", 0.0)})
 
     def record(self, step: int, time_seconds: float) -> dict[str, Any]:
         """Append the step: every metric under its name without the prefix, labelled ones as objects."""
-        line = {"step": step, "time": time_seconds, **self._gauge_values, **self.totals}
+        line = {"step": step, "time": time_seconds, **self._gauge_values, **self._operational, **self.totals}
         self._gauge_values = {}  # what the next step does not say is absent from its line, not repeated
         durable.append_json(self.path, line)
         return line
@@ -211,6 +244,11 @@ def _labelled(value: float | Mapping[str, float]) -> Iterable[tuple[tuple[str, .
     if isinstance(value, Mapping):
         return [((label,), number) for label, number in value.items()]
     return [((), value)]
+
+
+def _by_label(value: float | Mapping[str, float]) -> Mapping[str, float]:
+    """A value without label under the empty one."""
+    return value if isinstance(value, Mapping) else {"": value}
 
 
 def reference_table() -> str:

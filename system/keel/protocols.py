@@ -59,8 +59,6 @@ class LoadReceipt:
     digest: str
     num_bytes: int
     seconds: float
-    replaced: bool = False
-    """The generator had died or failed the load; this is the one in its place."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,19 @@ class StepReport:
 
 
 class WorkerLost(RuntimeError):
-    """A generator or scorer died or missed its deadline and was replaced; its tickets may be tried again."""
+    """A generator or scorer was lost and is being replaced, or its input was lost; the same rows may be tried again."""
 
-    def __init__(self, role: str, message: str) -> None:
-        super().__init__(message)
-        self.role = role
+
+class NotFinite(FloatingPointError):
+    """A loss, gradient or log-prob of the learner is NaN or infinite; the optimizer has not moved."""
+
+
+class LearnerLost(RuntimeError):
+    """A rank died or missed its deadline, and with it the gang: it goes on from the last commit with a new one."""
+
+
+class BufferLost(RuntimeError):
+    """The buffer died or missed its deadline; a new one finds on disk what was accepted."""
 
 
 class Generator(Protocol):
@@ -140,6 +146,9 @@ class Buffer(Protocol):
 
     async def advance(self, version: int) -> None:
         """All generators now hold this version."""
+
+    async def waiting(self) -> str:
+        """Which tickets the next step waits for, and for how long they have been in flight: one line."""
 
 
 class Learner(Protocol):

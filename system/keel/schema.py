@@ -63,6 +63,10 @@ _PER_COMPLETION_TOKEN = ("completion_logprobs", "weight_versions", "reference_lo
 _NULLABLE = {"failure"}
 
 
+class ContractError(ValueError):
+    """A batch breaks the contract of its columns: which one, and how."""
+
+
 def reward_field(name: str) -> pa.Field:
     """Column of one reward component; null where that scorer failed."""
     return pa.field(
@@ -170,7 +174,7 @@ def row_sums(values: np.ndarray, row_lengths: np.ndarray) -> np.ndarray:
 
 
 def check(batch: pa.RecordBatch, vocabulary: int | None = None) -> None:
-    """Raise ValueError when a batch at a border breaks the contract of its columns.
+    """Raise ContractError when a batch at a border breaks the contract of its columns.
 
     Nulls only where a scorer may fail; every per-token list as long as the completion; log-probs finite and not
     positive; token ids inside the vocabulary; completions not empty.
@@ -179,26 +183,26 @@ def check(batch: pa.RecordBatch, vocabulary: int | None = None) -> None:
     for field, column in zip(batch.schema, batch.columns, strict=True):
         may_be_null = field.name in _NULLABLE or field.name.startswith("reward")
         if column.null_count and not may_be_null:
-            raise ValueError(f"column {field.name}: {column.null_count} nulls")
+            raise ContractError(f"column {field.name}: {column.null_count} nulls")
         if (
             field.name == "reward"
             and failed is not None
             and pc.any(pc.equal(column.is_null(), pc.invert(failed))).as_py()
         ):
-            raise ValueError("column reward: null without a failure, or a failure with a reward")
+            raise ContractError("column reward: null without a failure, or a failure with a reward")
         if pa.types.is_floating(field.type) and not all(math.isfinite(x) for x in column.drop_null().to_pylist()):
-            raise ValueError(f"column {field.name}: not finite")
+            raise ContractError(f"column {field.name}: not finite")
     if "completion_tokens" not in batch.schema.names:
         return
     completion = lengths(batch, "completion_tokens")
     if (completion == 0).any():
-        raise ValueError("column completion_tokens: empty completion")
+        raise ContractError("column completion_tokens: empty completion")
     for name in [name for name in _PER_COMPLETION_TOKEN if name in batch.schema.names]:
         values, row_lengths = ragged(batch, name)
         if (row_lengths != completion).any():
-            raise ValueError(f"column {name}: not as long as completion_tokens")
+            raise ContractError(f"column {name}: not as long as completion_tokens")
         if name.endswith("logprobs") and not (np.isfinite(values).all() and (values <= 1e-4).all()):
-            raise ValueError(f"column {name}: log-probs must be finite and at most 0")
+            raise ContractError(f"column {name}: log-probs must be finite and at most 0")
     ids, _ = ragged(batch, "completion_tokens")
     if ids.min() < 0 or (vocabulary is not None and ids.max() >= vocabulary):
-        raise ValueError(f"column completion_tokens: id outside 0..{vocabulary}")
+        raise ContractError(f"column completion_tokens: id outside 0..{vocabulary}")

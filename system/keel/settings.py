@@ -26,7 +26,7 @@ from keel.objective_settings import (
 from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
 from keel.regulariser_settings import RegulariserSettings
 from keel.reward_settings import EnsembleSettings, RewardSettings, ShapingSettings
-from keel.section import Fraction, Section
+from keel.section import Fraction, Seconds, Section
 
 
 class RunIdentity(Section):
@@ -42,6 +42,14 @@ class RunSettings(RunIdentity):
 class FailureSettings(Section):
     max_failed_ratio: Fraction = Field(0.5, description="the run stops when a larger share of a step's samples fail")
     retries: int = Field(2, ge=0, description="further attempts for tickets whose generator or scorer died")
+    max_rebuilds: int = Field(
+        3,
+        ge=0,
+        description="times in a row, without a step, that learner and buffer are built again after a loss",
+    )
+    degrade_after_seconds: Seconds = Field(
+        60, description="wait for all workers that are wanted; then a run goes on with those there are"
+    )
 
 
 class EvaluationSettings(Section):
@@ -110,7 +118,11 @@ class Settings(Section):
     @property
     def groups_per_batch(self) -> int:
         """Tickets that share a generator batch: a number of the configuration, never of timing."""
-        return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // self.generators.count)
+        return self.groups_per_batch_of(self.generators.count)
+
+    def groups_per_batch_of(self, generators: int) -> int:
+        """The same for another number of generators: a step's groups divided among them, unless set."""
+        return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // generators)
 
     @property
     def train_rewards(self) -> list[RewardSettings]:

@@ -1,33 +1,42 @@
-"""An online run from settings to its last step; resuming is the same path with a checkpoint.
+"""An online run from settings to its last step. Resuming, rebuilding and re-sizing are the same path with a checkpoint.
 
 preflight ----------------> one line and exit 2, nothing written
     |
 run directory, config.yaml
     |
-Ray: generators | reference | scorers | buffer | learner ranks        (cluster.py, gang.py)
-    |   learner.load(checkpoint), buffer state, counters              only when resuming
-    |   publish -> load: every generator proves its weights
-    |   parity test: learner and sampler agree on the same tokens, or stop
+Ray: generators | reference | scorers                 live as long as the run, each worker replaced alone  (pool.py)
     |
-Controller: rollouts loop || learn loop                               (controller.py)
-    |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
-    |
+    +--> newest intact checkpoint                                                                   (checkpoint.py)
+    |    learner ranks | buffer actor                 a gang: one lost, all built again    (gang.py, cluster.py)
+    |        learner.load(checkpoint), buffer state, counters
+    |    publish -> load: every generator proves its weights
+    |    parity test: learner and sampler agree on the same tokens, or stop
+    |        |
+    |    Controller: rollouts loop || learn loop                                                    (controller.py)
+    |        |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
+    +--------+-- LearnerLost | BufferLost | other number of ranks wanted (scaling.py)
+             |
 Outcome: first and last evaluation on the same held-out prompts
 """
 
 import asyncio
+import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import psutil
-import pyarrow as pa
-
-from keel import checkpoint, cluster, config, durable, evaluate, gang, references
-from keel.controller import Controller, Observer, Parts
+from keel import checkpoint, cluster, config, durable, gang, references, scaling
+from keel.control import ControlLink
+from keel.controller import Controller, first_cause
 from keel.metrics import RunMetrics
+from keel.parts import Parts
+from keel.pool import Pool
 from keel.preflight import Prepared
+from keel.protocols import BufferLost, LearnerLost
+from keel.recorder import Display, Recorder
+from keel.scaling import Scaling
 from keel.settings import Settings
 
 PARITY_PROMPTS = 8
@@ -35,16 +44,6 @@ PARITY_PROMPTS = 8
 
 class ParityError(RuntimeError):
     """Learner and sampler disagree on the log-probs of the same tokens."""
-
-
-class Display(Protocol):
-    """Where progress goes: a live table, plain lines, or nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    def doing(self, what: str) -> None: ...
-
-    def step(self, line: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,143 +56,153 @@ class Outcome:
     """Of this process: start-up, steps and evaluations."""
 
 
-class Recorder(Observer):
-    """Puts what the controller tells into metrics, files and the display."""
-
-    def __init__(self, prepared: Prepared, metrics: RunMetrics, display: Display) -> None:
-        self.prepared, self.metrics, self.display = prepared, metrics, display
-        self.directory = prepared.directory
-        self.buffer: cluster.RemoteBuffer | None = None
-        self.learner: gang.LearnerGang | None = None
-        self.reference: cluster.ScorerPool | None = None
-        self.finished = False
-
-    def set(self, values: dict[str, Any]) -> None:
-        self.metrics.set(values)
-
-    def add(self, values: dict[str, Any]) -> None:
-        self.metrics.add(values)
-
-    def event(self, name: str, **fields: Any) -> None:
-        self.finished |= name == "objective_finished"
-        durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
-
-    def doing(self, what: str) -> None:
-        self.display.doing(what)
-
-    def step(self, step: int) -> None:
-        self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
-        self.display.step(self.metrics.record(step, time.time()))
-
-    async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
-        row = evaluate.store(self.directory, step, batch)
-        self.display.note(
-            f"evaluation at step {step}: reward {row['proxy']:+.3f} +- {row['stderr']:.3f} (standard error),"
-            f" KL {row['kl_nats']:.2f} nats, {row['n']:.0f} held-out prompts"
-        )
-
-    async def checkpoint(self, step: int) -> None:
-        """Learner and policy from the ranks, state from buffer and counters; then what it makes obsolete goes."""
-        assert self.learner and self.buffer
-        aside = checkpoint.begin(self.directory, step)
-        await self.learner.save(str(aside))
-        buffer = await self.buffer.state() | {"version": step}
-        self.metrics.add({"checkpoints_total": 1.0})
-        settings = self.prepared.settings
-        state = {
-            "version": step,
-            "finished": self.finished,
-            "buffer": buffer,
-            "objective": await self.learner.state(),
-            "totals": self.metrics.totals,
-            "digest": config.digest(settings),
-        }
-        checkpoint.commit(aside, state)
-        checkpoint.prune(self.directory, settings.checkpoint.keep)
-        references.prune(self.directory, settings, checkpoint.steps(self.directory)[0])
-        await self.buffer.forget(buffer["next_ticket"])
-
-    async def iteration(self, step: int) -> None:
-        """Write the policy of now into references/ and let everyone who reads the reference read that."""
-        assert self.learner
-        folder = references.folder_of(self.directory, step)
-        await self.learner.export(str(references.begin(folder)))
-        references.commit(folder)
-        await self.renew(str(folder))
-
-    async def renew(self, folder: str) -> None:
-        assert self.learner and self.reference
-        await self.reference.pool.load(folder)
-        await self.learner.renew_reference(folder)
-
-
 def run(prepared: Prepared, display: Display) -> Outcome:
-    """Train to `run.steps`, from the last committed checkpoint of the run directory if there is one.
+    """Train to `run.steps`, from the newest intact checkpoint of the run directory if there is one.
 
-    Raises ParityError, or whatever a part of the run raised, with its cause.
+    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or whatever a part of the run raised, with its cause.
     """
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
     directory.mkdir(parents=True, exist_ok=True)
+    alone = durable.lock(directory)
     durable.write(directory / "config.yaml", config.dump(settings).encode())
-    saved = checkpoint.latest(directory)
-    state = checkpoint.read_state(saved) if saved else None
-    version = state["version"] if state else 0
-    if version < settings.run.steps and not (state and state["finished"]):
-        _cut_back(directory, version)
-        metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
-        port = metrics.serve(settings.metrics)
+    recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
+    saved = _newest(recorder)
+    if not saved.over(settings):
+        port = recorder.metrics.serve(settings.metrics)
         display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
-        recorder = Recorder(prepared, metrics, display)
-        if saved and state:
-            display.note(f"resuming from {saved.name}")
-            recorder.event("resume", step=version)
-            metrics.restore(state["totals"])
+        if saved.path:
+            display.note(f"resuming from {saved.path.name}")
+            recorder.event("resume", step=saved.version)
         display.doing("starting Ray, generators, scorers, learner")
         cluster.connect(settings)
         try:
-            asyncio.run(_train(prepared, recorder, str(saved) if saved else None, state))
+            asyncio.run(_Run(prepared, recorder).to_the_end(saved))
         finally:
             cluster.disconnect()
+    alone.close()
     return Outcome(directory, settings.run.steps, time.monotonic() - started)
 
 
-def _cut_back(directory: Path, version: int) -> None:
-    """Forget what a killed run did after its last checkpoint; it is done again."""
-    durable.keep_steps(directory / "metrics.jsonl", version)
-    for path in (directory / "rollouts").glob("step-*.arrow"):
-        if int(path.stem.removeprefix("step-")) > version:
-            path.unlink()
+@dataclass(frozen=True)
+class Saved:
+    """Where a run goes on."""
+
+    path: Path | None
+    state: Mapping[str, Any]
+
+    @property
+    def version(self) -> int:
+        return self.state.get("version", 0)
+
+    def over(self, settings: Settings) -> bool:
+        return self.version >= settings.run.steps or self.state.get("finished", False)
 
 
-async def _train(prepared: Prepared, recorder: Recorder, saved: str | None, state: dict[str, Any] | None) -> None:
-    settings = prepared.settings
-    # The learner first, alone: two models loading at once take longer on few cores than one after the other.
-    given = prepared.given()
-    generators = cluster.generators(settings, prepared.policy_folder, given)
-    scorers = cluster.scorers(settings, prepared.reference_folder)
-    learner = gang.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
-    buffer = cluster.RemoteBuffer(settings, str(prepared.directory), state["buffer"] if state else {})
-    async with asyncio.timeout(settings.deadlines.start_seconds):
-        await asyncio.gather(generators.pool.ready(), learner.ready(), *(scorer.pool.ready() for scorer in scorers))
-    recorder.buffer, recorder.learner = buffer, learner
-    recorder.reference = scorers[0] if prepared.reference_folder else None
-    version = await learner.load(saved) if saved else 0
-    if renewed := references.of_version(prepared.directory, settings, version):
-        await recorder.renew(str(renewed))
-    parts = Parts(
-        generators=generators,
-        scorers=scorers,
-        buffer=buffer,
-        learner=learner,
-        prompts=prepared.prompts.batch,
-        held_out=prepared.prompts.held_out(),
-        fetch=cluster.fetch,
-    )
-    controller = Controller(settings, parts, prepared.sampling, recorder, version)
-    await controller.sync()
-    await _test_parity(controller, settings, recorder)
-    await controller.run()
+def _newest(recorder: Recorder) -> Saved:
+    """The newest intact checkpoint; what a lost process or gang did after it is forgotten, and done again."""
+    path, state, damaged = checkpoint.newest_intact(recorder.directory)
+    for what in damaged:
+        recorder.event("checkpoint_damaged", what=what)
+        recorder.display.note(f"damaged checkpoint put aside ({what}); going on from {path and path.name}")
+    saved = Saved(path, state or {})
+    durable.keep_steps(recorder.directory / "metrics.jsonl", saved.version)
+    for rollouts in (recorder.directory / "rollouts").glob("step-*.arrow"):
+        if int(rollouts.stem.removeprefix("step-")) > saved.version:
+            rollouts.unlink()
+    recorder.metrics.restore(saved.state.get("totals", {}))
+    return saved
+
+
+class _Run:
+    """The pools of a run, and one learner gang and buffer after the other."""
+
+    def __init__(self, prepared: Prepared, recorder: Recorder) -> None:
+        self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
+        self.generators = cluster.generators(self.settings, prepared.policy_folder, prepared.given(), recorder)
+        self.scorers = cluster.scorers(self.settings, prepared.reference_folder, recorder)
+        pools = {pool.role: pool for pool in self._pools()}
+        desired = scaling.configured(self.settings, prepared.directory)
+        for role, pool in pools.items():
+            pool.count = desired[role]
+        link = ControlLink(self.settings, prepared.directory, desired)
+        self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder)
+        recorder.reference = self.scorers[0] if prepared.reference_folder else None
+
+    def _pools(self) -> list[Pool]:
+        return [self.generators.pool, *(scorer.pool for scorer in self.scorers)]
+
+    async def to_the_end(self, saved: Saved) -> None:
+        """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized."""
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both end the loop, and leave what is committed
+        losses = 0
+        while not saved.over(self.settings):
+            furthest = self.recorder.furthest
+            try:
+                await self._go_on(saved)
+            except (LearnerLost, BufferLost) as lost:
+                losses = losses + 1 if self.recorder.furthest == furthest else 1
+                if losses > self.settings.failures.max_rebuilds:
+                    raise
+                self.recorder.event("rebuild", reason=str(lost))
+                self.recorder.add({"rebuilds_total": 1.0})
+                self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
+            saved = _newest(self.recorder)
+
+    async def _go_on(self, saved: Saved) -> None:
+        """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""
+        settings, recorder = self.settings, self.recorder
+        began = time.monotonic()
+        self.scaling.release()
+        patience = settings.failures.degrade_after_seconds
+        room = await gang.largest_room(settings.learners, self.scaling.desired["learner"], patience)
+        learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
+        directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
+        buffer = cluster.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
+        recorder.begin(learner, buffer)
+        error: BaseException | None = None
+        try:
+            controller = await self._build(saved, learner, buffer)
+            recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
+            async with asyncio.TaskGroup() as tasks:
+                following = tasks.create_task(self.scaling.follow(learner, buffer, controller))
+                await controller.run()
+                following.cancel()
+        except* Exception as group:
+            error = first_cause(group)
+        finally:
+            learner.stop()
+            buffer.stop()
+        if error is not None:
+            raise error
+
+    async def _build(self, saved: Saved, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> Controller:
+        """Everyone is up, holds what the checkpoint says, and agrees on log-probs."""
+        settings, recorder = self.settings, self.recorder
+        try:
+            async with asyncio.timeout(settings.deadlines.start_seconds):
+                await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
+                version = await learner.load(str(saved.path)) if saved.path else 0
+                found = await buffer.found()
+        except TimeoutError:
+            raise LearnerLost(f"not everyone was up after {settings.deadlines.start_seconds:.0f} s") from None
+        if found["groups"] or found["damaged"]:
+            recorder.event("restored", step=version, **found)
+        if renewed := references.of_version(self.prepared.directory, settings, version):
+            await recorder.renew(str(renewed))
+        parts = Parts(
+            generators=self.generators,
+            scorers=self.scorers,
+            buffer=buffer,
+            learner=learner,
+            prompts=self.prepared.prompts.batch,
+            held_out=self.prepared.prompts.held_out(),
+            fetch=cluster.fetch,
+        )
+        controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
+        await controller.sync()
+        await _test_parity(controller, settings, recorder)
+        return controller
 
 
 async def _test_parity(controller: Controller, settings: Settings, recorder: Recorder) -> None:

@@ -24,9 +24,9 @@ from keel import checkpoint, cluster, config, durable
 from keel.config import ConfigError
 from keel.controller import Stalled
 from keel.metrics import RunMetrics
+from keel.recorder import Display
 from keel.settings import Settings
 from keel.stage_settings import StageSettings
-from keel.train import Display
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
 
@@ -192,10 +192,12 @@ async def save(course: Course, trainee: Trainee, recorder: Recorder, state: Stat
     checkpoint.prune(course.directory, course.settings.checkpoint.keep)
 
 
-async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> State:
+async def restore(course: Course, trainee: Trainee, recorder: Recorder) -> State:
     """The state of the newest checkpoint, learner and counters with it; a fresh one without."""
-    saved = checkpoint.latest(course.directory)
-    stored: dict[str, Any] = checkpoint.read_state(saved) if saved else {"version": -1}
+    saved, state, damaged = checkpoint.newest_intact(course.directory)
+    stored = state or {"version": -1}
+    for name in damaged:
+        recorder.display.note(f"{name} is damaged and was put aside; {saved} is used")
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         durable.keep_steps(course.directory / name, stored["version"])
     if saved is None:
@@ -203,7 +205,8 @@ async def restore(course: Course, trainee: Trainee, metrics: RunMetrics) -> Stat
     check_rows(course.directory, stored["digest"], course.digest)
     await call(course, trainee, "load", str(saved))
     # rows left out are counted at every start
-    metrics.restore({name: value for name, value in stored["totals"].items() if name != "rows_dropped_total"})
+    metrics = recorder.metrics
+    metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})
 
 

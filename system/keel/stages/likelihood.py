@@ -97,8 +97,9 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     learner = gang.LearnerGang(learning, prepared.folder, prepared.others)
     async with asyncio.timeout(settings.deadlines.start_seconds):
         await learner.ready()
-    state = await course.restore(plan, learner, metrics)
+    recorder = Recorder(plan, metrics, display)
+    state = await course.restore(plan, learner, recorder)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
-    state = await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
+    state = await course.run(plan, learner, recorder, state, plan.model)
     done = {"trained_steps": state.version, "model_step": course.kept(plan, state), "evaluations": state.evaluations}
     return course.finish(plan, prepared.name, started, **done)

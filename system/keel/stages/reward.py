@@ -175,8 +175,9 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
             display.doing(f"member {member}")
             metrics.path = plan.directory / "metrics.jsonl"
             await course.call(plan, learner, "begin", member)
-            state = await course.restore(plan, learner, metrics)
-            await course.run(plan, learner, Recorder(plan, metrics, display), state, plan.model)
+            recorder = Recorder(plan, metrics, display)
+            state = await course.restore(plan, learner, recorder)
+            await course.run(plan, learner, recorder, state, plan.model)
             course.finish(plan, "member", started, evaluations=state.evaluations, model_step=course.kept(plan, state))
     members = [course.finished(plan.directory) or {} for plan in plans]
     folders = [plan.model for plan in plans]

@@ -1,0 +1,99 @@
+"""The named actor through which others reach a live run, and where it is found.
+
+keel scale RUN_DIR --> control.json (address, namespace) --> Control <-- the run asks every second what is wanted
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from keel import durable
+from keel.config import ConfigError
+from keel.settings import Settings
+
+NAME = "keel-control"
+ROLES = ("generator", "reference", "scorer", "learner")
+_ANSWER_SECONDS = 30.0
+
+
+class ScaleError(ValueError):
+    """Counts that a run cannot have."""
+
+
+class Control:
+    """Wanted and present workers by role. Stateless beyond that: the run makes a new one when it is lost."""
+
+    def __init__(self, desired: Mapping[str, int], largest: Mapping[str, int]) -> None:
+        """`largest`: counts beyond which more workers of a role could do nothing."""
+        self._desired, self._largest = dict(desired), dict(largest)
+        self._actual: dict[str, int] = {}
+
+    def scale(self, wanted: Mapping[str, int]) -> dict[str, Any]:
+        """Want these counts from now on. Raises ScaleError, changing nothing."""
+        for role, count in wanted.items():
+            if role not in self._desired:
+                raise ScaleError(f"{role}={count}: the run has none; expected one of {', '.join(self._desired)}")
+            largest = self._largest.get(role)
+            if count < 1 or (largest is not None and count > largest):
+                most = f" to {largest}, the rows of a step" if largest is not None else " or more"
+                raise ScaleError(f"{role}={count}: expected 1{most}")
+        self._desired |= wanted
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        return {"desired": dict(self._desired), "actual": dict(self._actual)}
+
+    def exchange(self, actual: Mapping[str, int]) -> dict[str, int]:
+        """The run tells what it has and hears what is wanted."""
+        self._actual = dict(actual)
+        return dict(self._desired)
+
+
+class ControlLink:
+    """The run's own end. An actor that died is made again with the last counts it told."""
+
+    def __init__(self, settings: Settings, directory: Path, desired: Mapping[str, int]) -> None:
+        self.desired = dict(desired)
+        self._largest = {"learner": settings.buffer.groups_per_step * settings.sampling.samples_per_prompt}
+        self._actor = self._start()
+        context = ray.get_runtime_context()
+        where = {"address": context.gcs_address, "namespace": context.namespace}
+        durable.write_json(directory / "control.json", where)
+
+    def _start(self) -> Any:
+        remote = ray.remote(num_cpus=0)(Control).options(name=NAME, get_if_exists=True)
+        return remote.remote(self.desired, self._largest)
+
+    async def exchange(self, actual: Mapping[str, int]) -> dict[str, int]:
+        """Counts that are wanted now; those of before when nobody answers."""
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                self.desired = await self._actor.exchange.remote(dict(actual))
+        except (RayActorError, TimeoutError):
+            self._actor = self._start()
+        return self.desired
+
+
+def ask(run_directory: Path, wanted: Mapping[str, int]) -> dict[str, Any]:
+    """Scale a live run, or only ask where `wanted` is empty; desired and actual counts. Raises ConfigError."""
+    path = run_directory / "control.json"
+    if not path.is_file():
+        raise ConfigError(f"RUN_DIR={run_directory}: no control.json in it; expected the directory of a live run")
+    where = json.loads(path.read_text(encoding="utf8"))
+    try:
+        ray.init(where["address"], namespace=where["namespace"], log_to_driver=False, logging_level="CRITICAL")
+        actor = ray.get_actor(NAME)
+        return ray.get(actor.scale.remote(dict(wanted)), timeout=_ANSWER_SECONDS)
+    except ScaleError as error:
+        raise ConfigError(str(error)) from None
+    except (ConnectionError, ValueError, RayActorError, GetTimeoutError):
+        raise ConfigError(
+            f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
+        ) from None
+    finally:
+        ray.shutdown()

@@ -1,0 +1,51 @@
+"""What a run is made of, as its controller sees it, and whom the controller tells.
+
+Nothing of Ray, torch or vLLM: in a unit test the parts are in-process fakes.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from keel.protocols import Batch, Buffer, Generator, Learner, Scorer
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of. One or many of a kind: the controller cannot tell."""
+
+    generators: Generator
+    scorers: Sequence[Scorer]
+    buffer: Buffer
+    learner: Learner
+    prompts: Callable[[list[int]], pa.RecordBatch]
+    """Prompt rows of tickets."""
+    held_out: pa.RecordBatch
+    fetch: Callable[[Batch], Awaitable[pa.RecordBatch]]
+    """Bring a batch here: only for evaluations and the start-up test, which are small."""
+
+
+class Observer:
+    """What the controller tells the outside. The default hears nothing."""
+
+    def set(self, values: dict[str, Any]) -> None: ...
+
+    def add(self, values: dict[str, Any]) -> None: ...
+
+    def event(self, name: str, **fields: Any) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def step(self, step: int) -> None: ...
+
+    async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
+
+    async def checkpoint(self, step: int) -> None: ...
+
+    async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
+        """Keep the rows of a step that the learner refused."""
+
+    async def iteration(self, step: int) -> None:
+        """The policy of now becomes the reference."""

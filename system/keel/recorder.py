@@ -1,0 +1,121 @@
+"""What a run writes while it goes: metrics, events, evaluations, checkpoints, references, quarantined rows."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+import pyarrow as pa
+
+from keel import checkpoint, cluster, config, durable, evaluate, gang, references, schema
+from keel.metrics import RunMetrics
+from keel.parts import Observer
+from keel.preflight import Prepared
+from keel.protocols import Batch
+
+
+class Display(Protocol):
+    """Where progress goes: a live table, plain lines, or nothing."""
+
+    def note(self, text: str) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None: ...
+
+
+class Recorder(Observer):
+    """Puts what the controller tells into metrics, files and the display."""
+
+    def __init__(self, prepared: Prepared, metrics: RunMetrics, display: Display) -> None:
+        self.prepared, self.metrics, self.display = prepared, metrics, display
+        self.directory = prepared.directory
+        self.buffer: cluster.RemoteBuffer | None = None
+        self.learner: gang.LearnerGang | None = None
+        self.reference: cluster.ScorerPool | None = None
+        self.finished = False
+        self.furthest = 0
+        """The last step that was ever recorded."""
+
+    def begin(self, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> None:
+        """These are the learner and the buffer from now on."""
+        self.learner, self.buffer, self.finished = learner, buffer, False
+
+    def set(self, values: dict[str, Any]) -> None:
+        self.metrics.set(values)
+
+    def add(self, values: dict[str, Any]) -> None:
+        self.metrics.add(values)
+
+    def event(self, name: str, **fields: Any) -> None:
+        self.finished |= name == "objective_finished"
+        durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
+
+    def doing(self, what: str) -> None:
+        self.display.doing(what)
+
+    def step(self, step: int) -> None:
+        self.furthest = max(self.furthest, step)
+        self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
+        self.display.step(self.metrics.record(step, time.time()))
+
+    async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
+        row = evaluate.store(self.directory, step, batch)
+        self.display.note(
+            f"evaluation at step {step}: reward {row['proxy']:+.3f} +- {row['stderr']:.3f} (standard error),"
+            f" KL {row['kl_nats']:.2f} nats, {row['n']:.0f} held-out prompts"
+        )
+
+    async def checkpoint(self, step: int) -> None:
+        """Learner and policy from the ranks, state from buffer and counters; then what it makes obsolete goes."""
+        assert self.learner and self.buffer
+        aside = checkpoint.begin(self.directory, step)
+        try:
+            with durable.naming_a_full_disk(aside / "learner"):
+                await self._commit(aside, step)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # gone by now, unless something went wrong
+        self.event("checkpoint", step=step)
+
+    async def _commit(self, aside: Path, step: int) -> None:
+        assert self.learner and self.buffer
+        await self.learner.save(str(aside))
+        buffer = await self.buffer.state() | {"version": step}
+        self.metrics.add({"checkpoints_total": 1.0})
+        settings = self.prepared.settings
+        state = {
+            "version": step,
+            "finished": self.finished,
+            "buffer": buffer,
+            "objective": await self.learner.state(),
+            "totals": self.metrics.totals,
+            "digest": config.digest(settings),
+        }
+        checkpoint.commit(aside, state)
+        checkpoint.prune(self.directory, settings.checkpoint.keep)
+        references.prune(self.directory, settings, checkpoint.steps(self.directory)[0])
+        await self.buffer.forget(buffer["next_ticket"])
+
+    async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
+        """quarantine/step-N.arrow: the rows; step-N.json: why, and how to see it again."""
+        rows = await cluster.fetch(batch)
+        path = self.directory / "quarantine" / f"step-{step:06d}.arrow"
+        durable.write(path, schema.to_bytes(rows))
+        again = f"keel replay {self.directory} --step {step}"
+        durable.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": again})
+        self.event("quarantine", step=step, reason=reason, rows=rows.num_rows)
+        self.display.note(f"the rows of step {step} are kept in {path}; to see it again: {again}")
+
+    async def iteration(self, step: int) -> None:
+        """Write the policy of now into references/ and let everyone who reads the reference read that."""
+        assert self.learner
+        folder = references.folder_of(self.directory, step)
+        await self.learner.export(str(references.begin(folder)))
+        references.commit(folder)
+        await self.renew(str(folder))
+
+    async def renew(self, folder: str) -> None:
+        assert self.learner and self.reference
+        await self.reference.pool.load(folder)
+        await self.learner.renew_reference(folder)

@@ -1,0 +1,104 @@
+"""Keeps a run at the counts that are wanted: workers at once, learner ranks through a commit.
+
+wanted counts (control actor) --> generator, reference, scorer pools: resize, nobody waits
+                              --> learner: once there is room, the controller leaves with a commit; a new gang loads it
+RUN_DIR/scale.json            desired and actual; a resumed run starts with the desired ones
+"""
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keel import cluster, durable
+from keel.control import ControlLink
+from keel.controller import Controller
+from keel.gang import Gang, Room
+from keel.parts import Observer
+from keel.pool import Pool
+from keel.settings import Settings
+
+_POLL_SECONDS = 1.0
+
+
+def configured(settings: Settings, directory: Path) -> dict[str, int]:
+    """Wanted counts by role: the last ones of an earlier process of this run, else the configuration's."""
+    path = directory / "scale.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf8"))["desired"]
+    counts = {"generator": settings.generators.count, "scorer": settings.scorers.count}
+    reference = {"reference": settings.reference.count} if settings.reference else {}
+    return counts | reference | {"learner": settings.learners.count}
+
+
+class Scaling:
+    """The counts of one run, over all gangs it has."""
+
+    def __init__(
+        self, settings: Settings, directory: Path, pools: Mapping[str, Pool], link: ControlLink, observer: Observer
+    ) -> None:
+        self.settings, self.pools, self.observer = settings, pools, observer
+        self._path, self._link = directory / "scale.json", link
+        self._written: Any = None
+        self._spare: Room | None = None
+
+    @property
+    def desired(self) -> dict[str, int]:
+        return self._link.desired
+
+    @property
+    def groups_per_batch(self) -> int:
+        """By the wanted generators, not by those that serve: deaths must not change who shares a batch."""
+        return self.settings.groups_per_batch_of(self.desired["generator"])
+
+    def release(self) -> None:
+        """Give back room that was found for more ranks, so that the next gang gets it."""
+        if self._spare is not None:
+            self._spare.release()
+            self._spare = None
+
+    async def follow(self, gang: Gang, buffer: cluster.RemoteBuffer, controller: Controller) -> None:
+        """Do what is wanted, once a second, until the controller is asked to leave; then only report."""
+        sized = self.groups_per_batch
+        self._record(gang)
+        while True:
+            await asyncio.sleep(_POLL_SECONDS)
+            await self._link.exchange(self._actual(gang))
+            for role, pool in self.pools.items():
+                if pool.count != self.desired[role]:
+                    pool.resize(self.desired[role])
+            if sized != self.groups_per_batch:
+                sized = self.groups_per_batch
+                await buffer.resize(sized)
+            if await self._ranks_can_change(gang.room.ranks):
+                controller.leave()
+            self._record(gang)
+
+    async def _ranks_can_change(self, present: int) -> bool:
+        """Fewer ranks always; more once Ray has found room for them beside the present ones."""
+        more = self.desired["learner"] - present
+        if self._spare is not None and self._spare.ranks != more:
+            self.release()
+        if more <= 0:
+            return more < 0
+        self._spare = self._spare or Room(self.settings.learners, more)
+        return await self._spare.granted(0.1)
+
+    def _actual(self, gang: Gang) -> dict[str, int]:
+        return {role: pool.serving for role, pool in self.pools.items()} | {"learner": gang.room.ranks}
+
+    def _record(self, gang: Gang) -> None:
+        """Write what is wanted and what there is, when it changed; ask the autoscaler for what is missing."""
+        counts = {"desired": self.desired, "actual": self._actual(gang)}
+        if counts == self._written:
+            return
+        if self._written is not None and self._written["desired"] != counts["desired"]:
+            self.observer.event("scale", **counts)
+            cluster.request(self.settings, self.desired)
+        self._written = json.loads(json.dumps(counts))
+        durable.write_json(self._path, counts)
+        ranks = float(gang.room.ranks)
+        self.observer.set(
+            {"workers": {"learner": ranks}, "workers_desired": {"learner": float(self.desired["learner"])}}
+        )
