@@ -100,9 +100,7 @@ def lock(directory: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ConfigError(
-            f"run.directory={directory}: another process works on it; expected that to end first"
-        ) from None
+        raise ConfigError(f"run.directory={directory}: another process works on it; let that end first") from None
     return file
 
 

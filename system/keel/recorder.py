@@ -34,7 +34,7 @@ class Recorder(Observer):
         self.buffer: cluster.RemoteBuffer | None = None
         self.learner: gang.LearnerGang | None = None
         self.reference: cluster.ScorerPool | None = None
-        self.finished = False
+        self.finished = self._renewed = False
         self.furthest = 0
         """The last step that was ever recorded."""
 
@@ -115,7 +115,16 @@ class Recorder(Observer):
         references.commit(folder)
         await self.renew(str(folder))
 
+    async def refer_to(self, folder: Path | None) -> None:
+        """Go back to the reference a checkpoint was made under; None: the initial one."""
+        if folder is None and self._renewed:
+            assert self.prepared.reference_folder
+            folder = Path(self.prepared.reference_folder)
+        if folder is not None:
+            await self.renew(str(folder))
+
     async def renew(self, folder: str) -> None:
         assert self.learner and self.reference
+        self._renewed = True
         await self.reference.pool.load(folder)
         await self.learner.renew_reference(folder)

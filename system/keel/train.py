@@ -59,7 +59,8 @@ class Outcome:
 def run(prepared: Prepared, display: Display) -> Outcome:
     """Train to `run.steps`, from the newest intact checkpoint of the run directory if there is one.
 
-    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or whatever a part of the run raised, with its cause.
+    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or whatever a part of
+    the run raised, with its cause.
     """
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
@@ -188,8 +189,7 @@ class _Run:
             raise LearnerLost(f"not everyone was up after {settings.deadlines.start_seconds:.0f} s") from None
         if found["groups"] or found["damaged"]:
             recorder.event("restored", step=version, **found)
-        if renewed := references.of_version(self.prepared.directory, settings, version):
-            await recorder.renew(str(renewed))
+        await recorder.refer_to(references.of_version(self.prepared.directory, settings, version))
         parts = Parts(
             generators=self.generators,
             scorers=self.scorers,
