@@ -187,8 +187,14 @@ async def test_the_rollout_file_of_a_step_is_what_take_returned(tmp_path: Path) 
         assert schema.from_bytes(content).equals(batch, check_metadata=True)
         assert numbers["rollout_bytes"] == len(content)
         line = json.loads((tmp_path / "rollouts" / "MANIFEST.jsonl").read_text().splitlines()[-1])
-        expected = {"step": step, "file": f"step-{step:06d}.arrow", "rows": 8, "xxh3_128": schema.digest(content)}
-        assert line == expected
+        assert line == {
+            "step": step,
+            "file": f"step-{step:06d}.arrow",
+            "rows": 8,
+            "xxh3_128": schema.digest(content),
+            "tickets": list(range(4 * step - 4, 4 * step)),
+            "dropped": {},
+        }
         await buffer.advance(step)
     assert len((tmp_path / "rollouts" / "MANIFEST.jsonl").read_text().splitlines()) == 2
 

@@ -20,7 +20,19 @@ LAYERS = [
     ]
     + [f"algorithms.{name}" for name in ("objective", "elicitation", "policy_gradient", "preferences", "weighting")]
     + ["algorithms.convexity", "algorithms.kinds"],
-    ["checkpoint", "sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors"]
+    [
+        "checkpoint",
+        "sources",
+        "stored",
+        "prompts",
+        "segments",
+        "ledger",
+        "buffer",
+        "batch",
+        "networks",
+        "models",
+        "anchors",
+    ]
     + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]

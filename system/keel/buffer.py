@@ -22,7 +22,6 @@ are kept, so a step always fills up.
 """
 
 import asyncio
-import json
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
@@ -32,10 +31,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, schema
+from keel import ledger, schema, segments
 from keel.protocols import AddReceipt
-
-_TICKETS, _COUNTS = b"keel.tickets", b"keel.counts"
 
 
 class RolloutBuffer:
@@ -71,16 +68,17 @@ class RolloutBuffer:
         self.next_ticket = next_ticket
         self._after_taken = next_ticket  # the first ticket behind the last one taken
         self._live: deque[int] = deque()  # admitted, in order, neither taken nor dropped
-        self._in_flight: set[int] = set()
+        self._in_flight: dict[int, float] = {}  # ticket -> monotonic seconds of its admission
         self._ready: dict[int, pa.RecordBatch] = {}
         self._added_at: dict[int, float] = {}
         self._openings: deque[int] = deque()  # sizes of generator batches that may be admitted
         self._freed = 0  # slots of dropped groups, not yet opened again
-        self._counts: dict[str, Counter[str]] = defaultdict(Counter)  # of the batches behind the next step
+        self._gave_up: dict[int, str] = {}  # dropped ticket -> reason, until a step has passed it
+        self._counts: dict[int, segments.Counts] = {}  # by ticket, until a step has passed it
         self._changed = asyncio.Condition()
-        self._stored: dict[int, pa.RecordBatch | None] = {}  # by ticket, from disk; None: its samples failed
-        self._stored_counts: dict[int, dict[str, dict[str, int]]] = {}  # by first ticket of a stored batch
-        self._restore()
+        self._stored: dict[int, list[segments.Group]] = defaultdict(list)  # by ticket, from disk
+        self._damaged = self._restore()
+        self._deliverable = sum(any(group.rows is not None for group in groups) for groups in self._stored.values())
         self._open(self._bound() - taken)
 
     def _bound(self) -> int:
@@ -99,7 +97,7 @@ class RolloutBuffer:
                 tickets = list(range(self.next_ticket, self.next_ticket + size))
                 self.next_ticket += size
                 self._live.extend(tickets)
-                self._in_flight.update(tickets)
+                self._in_flight |= dict.fromkeys(tickets, time.monotonic())
                 assert self.taken + len(self._live) <= self._bound()
                 if missing := self._absorb(tickets):
                     return missing
@@ -108,56 +106,50 @@ class RolloutBuffer:
         """Accept the rows of admitted tickets that were scored; what is kept is on disk when this returns."""
         schema.check(batch)
         rows_of = batch.column("ticket").to_numpy()
-        if not set(tickets) <= self._in_flight or not set(rows_of.tolist()) <= set(tickets):
+        if not set(tickets) <= set(self._in_flight) or not set(rows_of.tolist()) <= set(tickets):
             raise ValueError(f"tickets {tickets}: not in flight, or rows of other tickets in the batch")
-        failures = Counter(reason for reason in batch.column("failure").to_pylist() if reason)
         scored = batch.column("reward").is_valid().to_numpy(zero_copy_only=False)
-        samples = Counter(rows_of[scored].tolist())
-        kept = {ticket for ticket in tickets if samples[ticket] >= self.min_samples}
-        uniform = self._uniform(batch, rows_of, scored, kept)
-        kept -= uniform
-        rows = schema.select(batch, scored & np.isin(rows_of, list(kept)))
-        owned = schema.concat([rows])
-        too_few = len(tickets) - len(kept) - len(uniform)
-        dropped = {"too_few_samples": too_few} if too_few else {}
-        dropped |= {"uniform_rewards": len(uniform)} if uniform else {}
-        counts = {
-            "samples_accepted_total": {"": owned.num_rows},
-            "completion_tokens_total": {"": int(schema.lengths(batch, "completion_tokens").sum())},
-            "samples_failed_total": {**failures, **_failed_monitors(batch)},
-            "groups_dropped_total": dropped,
-        }
-        num_bytes = self._write_segment(tickets, owned, counts) if kept else 0
+        dropped = {ticket: why for ticket in tickets if (why := self._refusal(batch, scored & (rows_of == ticket)))}
+        counts = {t: _counts(schema.select(batch, rows_of == t), dropped.get(t)) for t in tickets}
+        rows = schema.concat([schema.select(batch, scored & ~np.isin(rows_of, list(dropped)))])
+        kept = [ticket for ticket in tickets if ticket not in dropped]
+        segment = segments.Segment(tickets, rows, counts, dropped)
+        num_bytes = segments.write(self.directory, segment) if kept else 0
+        groups = {ticket: schema.select(rows, rows.column("ticket").to_numpy() == ticket) for ticket in kept}
         async with self._changed:
-            self._count(counts)
-            self._accept(tickets, owned)
+            self._counts |= counts
+            self._settle(groups, dropped)
             self._changed.notify_all()
-        return AddReceipt(len(kept), owned.num_rows, failures, dropped, num_bytes)
+        failures = Counter(reason for reason in batch.column("failure").to_pylist() if reason)
+        return AddReceipt(len(kept), rows.num_rows, failures, Counter(dropped.values()), num_bytes)
 
     async def drop(self, tickets: list[int], reason: str) -> None:
-        """Give up admitted tickets; their slots open again. The reason is the caller's to count."""
-        assert set(tickets) <= self._in_flight, (tickets, reason)
+        """Give up admitted tickets; their slots open again. The ledger gets the reason, counting it is the caller's."""
+        assert set(tickets) <= set(self._in_flight), (tickets, reason)
         async with self._changed:
-            self._settle(tickets, kept=set())
+            self._settle({}, dict.fromkeys(tickets, reason))
             self._changed.notify_all()
 
     async def take(self, groups: int) -> tuple[pa.RecordBatch, Mapping[str, Any]]:
         """The next groups in admission order as one contiguous batch, stored as the step's rollout file.
 
-        With it gauges of the buffer, and under `counts` what the batches accepted since the last step consisted of,
-        also those found on disk: counters of a resumed run go on as if nothing had happened.
+        With it gauges of the buffer, and under `counts` what became of the tickets since the last step's up to this
+        step's last one: counters are a function of the ledger, so those of a resumed run go on as if nothing had
+        happened.
         """
         async with self._changed:
             await self._changed.wait_for(lambda: self._head_is_ready(groups))
             tickets = [self._live.popleft() for _ in range(groups)]
             self.taken += groups
-            self._after_taken = tickets[-1] + 1
+            passed = range(self._after_taken, tickets[-1] + 1)
+            self._after_taken = passed.stop
             batch = schema.concat([self._ready.pop(ticket) for ticket in tickets])
-            counts, self._counts = self._counts, defaultdict(Counter)
+            dropped = {ticket: self._gave_up.pop(ticket) for ticket in passed if ticket not in set(tickets)}
+            counts = _sum([self._counts.pop(ticket, {}) for ticket in passed])
         versions, _ = schema.ragged(batch, "weight_versions")
         staleness = self.version - versions
         assert staleness.max() <= self.max_staleness, (staleness.max(), self.max_staleness)
-        num_bytes = self._write_step(self.version + 1, batch)
+        num_bytes = ledger.write_step(self.directory, self.version + 1, batch, dropped)
         now = time.monotonic()
         return batch, {
             "buffer_age_seconds": now - min(self._added_at.pop(ticket) for ticket in tickets),
@@ -166,7 +158,7 @@ class RolloutBuffer:
             "rollout_bytes": float(num_bytes),
             "staleness_mean_versions": float(staleness.mean()),
             "staleness_max_versions": float(staleness.max()),
-            "counts": {name: dict(values) for name, values in counts.items()},
+            "counts": counts,
         }
 
     async def advance(self, version: int) -> None:
@@ -178,6 +170,11 @@ class RolloutBuffer:
             self._open(self.groups_per_step)
             self._changed.notify_all()
 
+    async def resize(self, groups_per_batch: int) -> None:
+        """The number of generators changed: tickets that open from now on share batches of this size."""
+        assert 1 <= groups_per_batch <= (1 + self.max_staleness) * self.groups_per_step, groups_per_batch
+        self.groups_per_batch = groups_per_batch
+
     async def state(self) -> dict[str, int]:
         """What a checkpoint must hold to start again here: everything behind the last ticket taken is asked for again.
 
@@ -185,107 +182,110 @@ class RolloutBuffer:
         """
         return {"version": self.version, "taken": self.taken, "next_ticket": self._after_taken}
 
+    async def found(self) -> dict[str, Any]:
+        """What the start found on disk: `groups` it can deliver again, and what was `damaged` and deleted, by name."""
+        return {"groups": self._deliverable, "damaged": self._damaged}
+
+    async def waiting(self) -> str:
+        """What a step waits for, in one line: tickets in flight and for how long, what is ready, live, open."""
+        head = list(self._live)[: self.groups_per_step]
+        late = [ticket for ticket in head if ticket not in self._ready]
+        seconds = time.monotonic() - min((self._in_flight[ticket] for ticket in late), default=time.monotonic())
+        awaited = f"tickets {_spans(late)} in flight for {seconds:.0f} s" if late else "no ticket in flight"
+        behind = sum(ticket not in head for ticket in self._ready)
+        return (
+            f"{awaited}; {len(head) - len(late)} of {self.groups_per_step} groups ready and {behind} behind them;"
+            f" {len(self._live)} live, {sum(self._openings)} open"
+        )
+
     async def forget(self, before_ticket: int) -> None:
         """Delete stored batches that no committed checkpoint can ask for."""
-        for path in self._segments():
-            if int(path.name.split(".")[1].split("-")[1]) < before_ticket:
-                path.unlink()
+        segments.forget(self.directory, before_ticket)
 
     def _head_is_ready(self, groups: int) -> bool:
         return len(self._live) >= groups and all(self._live[i] in self._ready for i in range(groups))
 
-    def _accept(self, tickets: list[int], rows: pa.RecordBatch) -> None:
-        rows_of = rows.column("ticket").to_numpy()
-        kept = set(rows_of.tolist())
-        for ticket in kept:
-            self._ready[ticket] = schema.select(rows, rows_of == ticket)
-            self._added_at[ticket] = time.monotonic()
-        self._settle(tickets, kept)
-
-    def _settle(self, tickets: list[int], kept: set[int]) -> None:
-        gone = set(tickets) - kept
-        self._in_flight.difference_update(tickets)
-        self._live = deque(ticket for ticket in self._live if ticket not in gone)
-        self._freed += len(gone)
+    def _settle(self, groups: Mapping[int, pa.RecordBatch], dropped: Mapping[int, str]) -> None:
+        """These tickets are in flight no longer: ready with their rows, or given up."""
+        self._ready |= groups
+        self._added_at |= dict.fromkeys(groups, time.monotonic())
+        self._gave_up |= dropped
+        for ticket in (*groups, *dropped):
+            del self._in_flight[ticket]
+        self._live = deque(ticket for ticket in self._live if ticket not in dropped)
+        self._freed += len(dropped)
         if not self._in_flight and not self._openings and self._freed:
             self._open(self._freed)
             self._freed = 0
             self._refilled += 1
 
-    def _uniform(self, batch: pa.RecordBatch, rows_of: np.ndarray, scored: np.ndarray, kept: set[int]) -> set[int]:
-        """Tickets of kept groups whose rewards are all equal, while the step may still ask for others."""
-        if self._refilled >= self.refills:
-            return set()
+    def _refusal(self, batch: pa.RecordBatch, scored: np.ndarray) -> str | None:
+        """Why the group of these rows is not kept. One of equal rewards is, once the step may ask for no others."""
+        if scored.sum() < self.min_samples:
+            return "too_few_samples"
         rewards = batch.column("reward").to_numpy(zero_copy_only=False)
-        return {ticket for ticket in kept if np.ptp(rewards[(rows_of == ticket) & scored]) == 0}
+        return "uniform_rewards" if self._refilled < self.refills and np.ptp(rewards[scored]) == 0 else None
 
     def _absorb(self, tickets: list[int]) -> list[int]:
         """Take what is already on disk for these tickets; the tickets still to be generated."""
-        found = [ticket for ticket in tickets if ticket in self._stored and self._in_time(ticket)]
-        for ticket in found:
-            self._count(self._stored_counts.pop(ticket, {}))
-        groups = [rows for rows in (self._stored.pop(ticket) for ticket in found) if rows is not None]
-        if groups:
-            self._accept(found, schema.concat(groups))
-        elif found:
-            self._settle(found, kept=set())
+        found = {ticket: group for ticket in tickets if (group := self._in_time(ticket))}
         if found:
+            self._counts |= {ticket: group.counts for ticket, group in found.items()}
+            groups = {ticket: group.rows for ticket, group in found.items() if group.rows is not None}
+            self._settle(groups, {ticket: group.reason for ticket, group in found.items() if group.reason})
             self._changed.notify_all()
         return [ticket for ticket in tickets if ticket not in found]
 
-    def _in_time(self, ticket: int) -> bool:
-        """A stored group may be trained at its ticket's place of now: drops are not on disk, so it may have moved."""
-        group = self._stored[ticket]
-        if group is None:
-            return True
+    def _in_time(self, ticket: int) -> segments.Group | None:
+        """The newest stored group that may be trained at its ticket's place of now.
+
+        What `drop` gave up is not on disk: asked for again it may succeed, and those behind it come later than before.
+        """
         trained_from = (self.taken + self._live.index(ticket)) // self.groups_per_step
-        versions, _ = schema.ragged(group, "weight_versions")
-        return bool(trained_from - self.max_staleness <= versions.min() and versions.max() <= trained_from)
+        groups = sorted(self._stored.pop(ticket, []), key=lambda group: group.versions, reverse=True)
+        oldest = trained_from - self.max_staleness
+        return next((g for g in groups if oldest <= g.versions[0] and g.versions[1] <= trained_from), None)
 
-    def _count(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        for name, values in counts.items():
-            self._counts[name].update(values)
-
-    def _write_segment(self, tickets: list[int], rows: pa.RecordBatch, counts: Mapping[str, Any]) -> int:
-        """One file per accepted batch, named after its tickets and its digest (Arrow files have no checksum)."""
-        own = {_TICKETS: json.dumps(tickets), _COUNTS: json.dumps(counts)}
-        content = schema.to_bytes(rows.replace_schema_metadata({**(rows.schema.metadata or {}), **own}))
-        name = f"segment.{tickets[0]:012d}-{tickets[-1]:012d}.{schema.digest(content)}.arrow"
-        durable.write(self.directory / "buffer" / name, content)
-        return content.size
-
-    def _write_step(self, step: int, batch: pa.RecordBatch) -> int:
-        content = schema.to_bytes(batch)
-        path = self.directory / "rollouts" / f"step-{step:06d}.arrow"
-        durable.write(path, content)
-        line = {"step": step, "file": path.name, "rows": batch.num_rows, "xxh3_128": schema.digest(content)}
-        durable.append_json(path.parent / "MANIFEST.jsonl", line)
-        return content.size
-
-    def _segments(self) -> list[Path]:
-        return sorted((self.directory / "buffer").glob("segment.*.arrow"))
-
-    def _restore(self) -> None:
-        """Read accepted batches back; a file that does not match its digest is deleted."""
-        durable.keep_steps(self.directory / "rollouts" / "MANIFEST.jsonl", self.version)
-        for path in self._segments():
-            content = path.read_bytes()
-            if schema.digest(content) != path.name.split(".")[2]:
-                path.unlink()  # its tickets are generated again
+    def _restore(self) -> list[str]:
+        """Read accepted batches back; what is damaged is deleted, and its tickets are generated again."""
+        damaged = ledger.cut_back(self.directory, self.version)
+        for path in segments.paths(self.directory):
+            try:
+                segment = segments.read(path)
+            except segments.SegmentError:
+                path.unlink()
+                damaged.append(path.name)
                 continue
-            rows = schema.from_bytes(content)
-            metadata = dict(rows.schema.metadata)
-            tickets = json.loads(metadata.pop(_TICKETS))
-            self._stored_counts[tickets[0]] = json.loads(metadata.pop(_COUNTS))
-            rows = rows.replace_schema_metadata(metadata)
-            rows_of = rows.column("ticket").to_numpy()
-            for ticket in (ticket for ticket in tickets if ticket >= self.next_ticket):
-                group = schema.select(rows, rows_of == ticket)
-                self._stored[ticket] = group if group.num_rows else None
+            for ticket, group in segment.groups():
+                if ticket >= self.next_ticket:
+                    self._stored[ticket].append(group)
+        return damaged
 
 
-def _failed_monitors(batch: pa.RecordBatch) -> dict[str, int]:
-    """Nulls of each reward in rows that have their training reward."""
-    scored = batch.filter(batch.column("failure").is_null())
-    nulls = {name: scored.column(name).null_count for name in batch.schema.names if name.startswith("reward_")}
-    return {f"{name.removeprefix('reward_')}_monitor": count for name, count in nulls.items() if count}
+def _counts(rows: pa.RecordBatch, dropped: str | None) -> segments.Counts:
+    """What the rows of one ticket add to the counters; `dropped`: why it was."""
+    scored = rows.filter(rows.column("failure").is_null())
+    nulls = {name: scored.column(name).null_count for name in rows.schema.names if name.startswith("reward_")}
+    monitors = {f"{name.removeprefix('reward_')}_monitor": count for name, count in nulls.items() if count}
+    failures = Counter(reason for reason in rows.column("failure").to_pylist() if reason)
+    return {
+        "samples_accepted_total": {"": 0 if dropped else scored.num_rows},
+        "completion_tokens_total": {"": int(schema.lengths(rows, "completion_tokens").sum())},
+        "samples_failed_total": {**failures, **monitors},
+        "groups_dropped_total": {dropped: 1} if dropped else {},
+    }
+
+
+def _sum(counts: list[segments.Counts]) -> dict[str, dict[str, int]]:
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for each in counts:
+        for name, values in each.items():
+            totals[name].update(values)
+    return {name: dict(values) for name, values in totals.items()}
+
+
+def _spans(tickets: list[int]) -> str:
+    """Ascending numbers as 3, 5-7."""
+    starts = [ticket for ticket in tickets if ticket - 1 not in tickets]
+    ends = [ticket for ticket in tickets if ticket + 1 not in tickets]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

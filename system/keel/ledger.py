@@ -1,0 +1,73 @@
+"""The ledger of a run: which tickets every step trained, which were given up on the way to them, and why.
+
+rollouts/MANIFEST.jsonl has one line a step:
+
+    {"step": 2, "file": "step-000002.arrow", "rows": 8, "xxh3_128": "...",
+     "tickets": [4, 5, 7, 8], "dropped": {"too_few_samples": [6]}}
+
+A dropped ticket belongs to the first step whose last ticket is greater. So a line follows from tickets and what became
+of them, never from when that was known, and trained and dropped together are 0, 1, 2, ... without a gap.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from keel import durable, schema
+
+Line = dict[str, Any]
+_FIELDS = {"step": int, "file": str, "rows": int, "xxh3_128": str, "tickets": list, "dropped": dict}
+
+
+def path_of(run_directory: Path) -> Path:
+    return run_directory / "rollouts" / "MANIFEST.jsonl"
+
+
+def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: Mapping[int, str]) -> int:
+    """The rollout file of a step, then its line; bytes of the file. `dropped`: ticket -> reason."""
+    content = schema.to_bytes(batch)
+    file = run_directory / "rollouts" / f"step-{step:06d}.arrow"
+    durable.write(file, content)
+    reasons = sorted(set(dropped.values()))
+    line = {
+        "step": step,
+        "file": file.name,
+        "rows": batch.num_rows,
+        "xxh3_128": schema.digest(content),
+        "tickets": list(dict.fromkeys(batch.column("ticket").to_pylist())),
+        "dropped": {why: sorted(ticket for ticket, reason in dropped.items() if reason == why) for why in reasons},
+    }
+    durable.append_json(path_of(run_directory), line)
+    return content.size
+
+
+def read(run_directory: Path) -> tuple[list[Line], list[int]]:
+    """Lines of the manifest, and the numbers (from 1) of those that are none.
+
+    The end of the file without a newline was cut off by a crash: it is neither.
+    """
+    path = path_of(run_directory)
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    parsed = [_parse(text) for text in whole]
+    return [line for line in parsed if line], [number for number, line in enumerate(parsed, 1) if not line]
+
+
+def cut_back(run_directory: Path, last_step: int) -> list[str]:
+    """Keep the lines of steps up to `last_step`: what a resumed run has really done. Damaged lines, named, are lost."""
+    lines, damaged = read(run_directory)
+    if path_of(run_directory).exists():
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last_step]
+        durable.write(path_of(run_directory), "".join(kept).encode())
+    return [f"MANIFEST.jsonl line {number}" for number in damaged]
+
+
+def _parse(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text.decode())
+    except ValueError:  # also of the decoding
+        return None
+    typed = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in _FIELDS.items())
+    return line if typed else None

@@ -1,0 +1,106 @@
+"""Accepted batches on disk: one Arrow file each, named after its tickets and its digest (Arrow has no checksum).
+
+RUN_DIR/buffer/segment.000000000004-000000000007.<xxh3-128>.arrow
+
+Beside the rows it holds what became of the tickets that have none, and what each ticket adds to the counters.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from keel import durable, schema
+
+Counts = Mapping[str, Mapping[str, int]]
+"""Increments of counters by metric name and label ("": none)."""
+_TICKETS, _COUNTS, _DROPPED = b"keel.tickets", b"keel.counts", b"keel.dropped"
+_NAME = re.compile(r"segment\.(\d+)-(\d+)\.([0-9a-f]{32})\.arrow")
+
+
+class SegmentError(ValueError):
+    """A segment file that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a segment says of one ticket."""
+
+    rows: pa.RecordBatch | None
+    """Its scored rows; None: it was dropped."""
+    reason: str
+    """Why it was dropped; empty when it was not."""
+    versions: tuple[int, int]
+    """Oldest and newest weight version of the batch it came with."""
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One accepted generator batch."""
+
+    tickets: list[int]
+    rows: pa.RecordBatch
+    """Of all tickets but the dropped ones."""
+    counts: Mapping[int, Counts]
+    dropped: Mapping[int, str]
+    """Ticket -> reason."""
+
+    def groups(self) -> Iterator[tuple[int, Group]]:
+        """Every ticket with what became of it."""
+        rows_of = self.rows.column("ticket").to_numpy()
+        versions, _ = schema.ragged(self.rows, "weight_versions")
+        span = int(versions.min()), int(versions.max())
+        for ticket in self.tickets:
+            rows = None if ticket in self.dropped else schema.select(self.rows, rows_of == ticket)
+            yield ticket, Group(rows, self.dropped.get(ticket, ""), span, self.counts[ticket])
+
+
+def write(run_directory: Path, segment: Segment) -> int:
+    """Put a segment on disk; its bytes."""
+    own = {_TICKETS: segment.tickets, _COUNTS: segment.counts, _DROPPED: segment.dropped}
+    metadata = {**(segment.rows.schema.metadata or {}), **{key: json.dumps(value) for key, value in own.items()}}
+    content = schema.to_bytes(segment.rows.replace_schema_metadata(metadata))
+    first, last = segment.tickets[0], segment.tickets[-1]
+    name = f"segment.{first:012d}-{last:012d}.{schema.digest(content)}.arrow"
+    durable.write(run_directory / "buffer" / name, content)
+    return content.size
+
+
+def read(path: Path) -> Segment:
+    """A segment with the metadata of its rows as they were. Raises SegmentError saying what is wrong with the file."""
+    content = path.read_bytes()
+    name = _NAME.fullmatch(path.name)
+    if not name:
+        raise SegmentError(f"named {path.name}; expected segment.FIRST-LAST.DIGEST.arrow")
+    if schema.digest(content) != name[3]:
+        raise SegmentError(f"digest {schema.digest(content)}; expected the one in its name")
+    try:
+        rows = schema.from_bytes(content)
+        metadata = dict(rows.schema.metadata)
+        tickets = [int(ticket) for ticket in json.loads(metadata.pop(_TICKETS))]
+        counts, dropped = ({int(k): v for k, v in json.loads(metadata.pop(key)).items()} for key in (_COUNTS, _DROPPED))
+        schema.check(rows)
+        segment = Segment(tickets, rows.replace_schema_metadata(metadata), counts, dropped)
+        held = set(np.unique(rows.column("ticket").to_numpy()).tolist())
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SegmentError(f"not a segment: {type(error).__name__}: {error}") from None
+    if not held or held != set(tickets) - set(dropped) or set(counts) != set(tickets):
+        raise SegmentError(f"rows of tickets {sorted(held)}; expected those of {tickets} without {sorted(dropped)}")
+    return segment
+
+
+def paths(run_directory: Path) -> list[Path]:
+    return sorted((run_directory / "buffer").glob("segment.*.arrow"))
+
+
+def forget(run_directory: Path, before_ticket: int) -> None:
+    """Delete segments of which every ticket lies before this one."""
+    for path in paths(run_directory):
+        name = _NAME.fullmatch(path.name)
+        if name and int(name[2]) < before_ticket:
+            path.unlink()
