@@ -10,7 +10,8 @@ import pyarrow as pa
 import rollouts
 from keel import config, schema
 from keel.buffer import RolloutBuffer
-from keel.controller import Controller, Observer, Parts
+from keel.controller import Controller
+from keel.parts import Observer, Parts
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, StepReport
 from keel.settings import Settings
 
@@ -157,6 +158,9 @@ class Listener(Observer):
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
         assert batch.num_rows == HELD_OUT
         self.log.append(("evaluation", step))
+
+    async def quarantine(self, step: int, batch: pa.RecordBatch, reason: str) -> None:
+        self.log.append(("quarantined", step, *dict.fromkeys(batch.column("ticket").to_pylist())))
 
     async def iteration(self, step: int) -> None:
         self.log.append(("iteration", step))

@@ -125,7 +125,7 @@ def test_train_and_resume_hand_over_the_same_settings(
     ("error", "code", "line"),
     [
         (config.ConfigError("a.b=[red]x[/red]: expected y"), 2, "keel: a.b=[red]x[/red]: expected y\n"),
-        (WorkerLost("generator", "gone: " + "x" * 300), 1, f"keel: WorkerLost: gone: {'x' * 300}\n"),
+        (WorkerLost("gone: " + "x" * 300), 1, f"keel: WorkerLost: gone: {'x' * 300}\n"),
         (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` goes on from the last checkpoint\n"),
     ],
     ids=["bad input", "failed run", "interrupt"],

@@ -10,8 +10,9 @@ import pytest
 
 from fakes import FakeScorer, Run, settings_for
 from keel import metrics, schema
-from keel.controller import Stalled, TooManyFailures
-from keel.protocols import LoadReceipt, WorkerLost
+from keel.controller import Stalled
+from keel.failures import TooManyFailures
+from keel.protocols import LearnerLost, LoadReceipt, NotFinite, WorkerLost
 
 forever = asyncio.Event  # .wait() of a fresh one never returns
 
@@ -94,21 +95,20 @@ async def test_numbers_come_under_names_the_metrics_table_has(tmp_path: Path) ->
 async def test_a_lost_worker_is_tried_again_with_the_same_rows(tmp_path: Path) -> None:
     def once(tickets: list[int], attempt: int) -> None:
         if tickets == [1] and attempt < 3:
-            raise WorkerLost("generator", "killed")
+            raise WorkerLost("killed")
 
     run = Run(tmp_path, settings_for(steps=2, retries=2), generator=once)
     await run.finish()
     assert run.generator.attempts[(1,)] == 3  # the fake also compares the seeds
     assert run.entries("stepped") == [("stepped", 1, 0, 1), ("stepped", 2, 2, 3)]
     assert run.observer.totals["retries_total"] == 2
-    assert run.observer.totals["workers_lost_total", "generator"] == 2
-    assert run.observer.events == [{"event": "worker_lost", "role": "generator", "reason": "killed"}] * 2
+    assert run.observer.events == [{"event": "retry", "reason": "killed"}] * 2
 
 
 async def test_tickets_that_lose_every_worker_are_dropped_and_replaced(tmp_path: Path) -> None:
     def always(tickets: list[int], attempt: int) -> None:
         if tickets == [1]:
-            raise WorkerLost("scorer", "killed")
+            raise WorkerLost("killed")
 
     scorer = FakeScorer(hook=lambda tickets, _: always(sorted(set(tickets)), 1))
     run = Run(tmp_path, settings_for(steps=2, retries=1), scorer=scorer)
@@ -116,7 +116,6 @@ async def test_tickets_that_lose_every_worker_are_dropped_and_replaced(tmp_path:
     assert run.generator.attempts[(1,)] == 2
     assert run.entries("stepped") == [("stepped", 1, 0, 2), ("stepped", 2, 3, 4)]
     assert run.observer.totals["groups_dropped_total", "worker_lost"] == 1
-    assert run.observer.totals["workers_lost_total", "scorer"] == 2
 
 
 async def test_failed_groups_are_counted_and_replaced(tmp_path: Path) -> None:
@@ -136,7 +135,7 @@ async def test_too_many_failed_samples_end_the_run(tmp_path: Path) -> None:
 
 async def test_lost_workers_count_as_failures(tmp_path: Path) -> None:
     def always(tickets: list[int], attempt: int) -> None:
-        raise WorkerLost("generator", "killed")
+        raise WorkerLost("killed")
 
     run = Run(tmp_path, settings_for(retries=0), generator=always)
     with pytest.raises(TooManyFailures, match="100% of the last 4 samples"):
@@ -176,22 +175,53 @@ async def test_a_crash_of_the_learner_cancels_open_generator_calls(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("who", "limit", "message"),
+    ("who", "limit", "message", "error"),
     [
-        ("generator", {"generate_seconds": 0.05, "start_seconds": 0.05, "load_seconds": 0.05}, "a generator"),
-        ("scorer", {"score_seconds": 0.05, "start_seconds": 0.05, "load_seconds": 0.05}, "a scorer"),
-        ("learner", {"step_seconds": 0.05}, "the learner to step"),
+        ("generator", {"generate_seconds": 0.05, "start_seconds": 0.05, "load_seconds": 0.05}, "a generator", Stalled),
+        ("scorer", {"score_seconds": 0.05, "start_seconds": 0.05, "load_seconds": 0.05}, "a scorer", Stalled),
+        ("learner", {"step_seconds": 0.05}, "the learner to step", LearnerLost),
     ],
 )
-async def test_a_stall_names_who_is_waited_for(tmp_path: Path, who: str, limit: Any, message: str) -> None:
+async def test_a_stall_names_who_is_waited_for(
+    tmp_path: Path, who: str, limit: Any, message: str, error: type[Exception]
+) -> None:
     def hang(tickets: list[int], attempt: int) -> Any:
         return forever().wait()
 
     hangs: Any = {who: FakeScorer(hook=hang) if who == "scorer" else hang}
     run = Run(tmp_path, settings_for(deadlines=limit), **hangs)
-    with pytest.raises(Stalled, match=f"step 1: waited 0 s for {message}$"):
+    with pytest.raises(error, match=f"step 1: waited 0 s for {message}$"):
         await run.finish()
     await nothing_left(run)
+
+
+async def test_a_buffer_that_does_not_deliver_says_what_it_has(tmp_path: Path) -> None:
+    limit = {f"{what}_seconds": 0.02 for what in ("generate", "start", "load")}
+    run = Run(tmp_path, settings_for(deadlines={**limit, "score_seconds": 0.2}, retries=0))
+    run.buffer.take = lambda groups: forever().wait()  # type: ignore[method-assign, assignment, return-value]
+    with pytest.raises(Stalled, match=r"step 1: waited \d s for rollouts of a step; .*2 of 2 groups ready"):
+        await run.finish()
+    await nothing_left(run)
+
+
+async def test_a_controller_that_is_asked_to_leave_ends_with_a_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings_for(steps=6), learner=lambda tickets, version: version == 3 and run.controller.leave())
+    await run.finish()
+    await nothing_left(run)
+    assert run.entries("stepped")[-1][1] == 3 and not run.controller.finished
+    assert run.log[-2:] == [("recorded", 3), ("checkpoint", 3)]
+
+
+async def test_rows_the_learner_refuses_are_handed_on_before_the_run_ends(tmp_path: Path) -> None:
+    def refuse(tickets: list[int], version: int) -> None:
+        if version == 2:
+            raise NotFinite("step 2: the loss is nan")
+
+    run = Run(tmp_path, settings_for(steps=4), learner=refuse)
+    with pytest.raises(NotFinite, match="step 2: the loss is nan"):
+        await run.finish()
+    await nothing_left(run)
+    assert run.entries("quarantined") == [("quarantined", 2, 2, 3)]
 
 
 async def test_generators_with_other_weights_than_published_end_the_run(tmp_path: Path) -> None:

@@ -110,8 +110,8 @@ class Run:
         self.metrics = RunMetrics("test", plan.directory / "metrics.jsonl")
 
     async def finish(self) -> State:
-        state = await course.restore(self.plan, self.trainee, self.metrics)
         recorder = Recorder(self.plan, self.metrics, self.display)
+        state = await course.restore(self.plan, self.trainee, recorder)
         return await course.run(self.plan, self.trainee, recorder, state, self.plan.model)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
@@ -265,4 +265,4 @@ async def test_a_course_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
     await run.finish()
     other = dataclasses.replace(run.plan, digest="of other rows")
     with pytest.raises(ConfigError, match="holds this stage on other rows"):
-        await course.restore(other, FakeTrainee([2] * 5), run.metrics)
+        await course.restore(other, FakeTrainee([2] * 5), Recorder(other, run.metrics, run.display))

@@ -200,9 +200,8 @@ class Pool:
                 raise
             break
         self._serving = sorted([*self._serving, worker], key=lambda each: each.index)
-        if self._has_served:
-            seconds = time.monotonic() - began
-            self._observer.event("worker_started", role=self.role, worker=worker.name, seconds=round(seconds, 3))
+        seconds = round(time.monotonic() - began, 3)
+        self._observer.event("worker_started", role=self.role, worker=worker.name, seconds=seconds)
         self._has_served = True
         self._show()
 

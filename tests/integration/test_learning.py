@@ -16,7 +16,8 @@ import yaml
 from arms import ARMS, CRITIC_ARMS
 
 from keel import cluster, config, doctor, gang, models
-from keel.controller import Controller, Observer, Parts
+from keel.controller import Controller
+from keel.parts import Observer, Parts
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.settings import Settings

@@ -1,0 +1,226 @@
+"""The faults: each does its harm to an arena, waits until the run has got over it, and tells how long that took.
+
+A fault returns (what was hit, seconds until it was made good). "Made good" is read from the run's own files: a worker
+serves again, a gang runs again, a step is recorded. `assert` is what a fault demands of the run beyond that.
+"""
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from arena import DEADLINE_SECONDS, RECOVERY_SECONDS, Arena
+from reward_server import WAYS
+
+from keel import checkpoint
+
+Outcome = tuple[str, float]
+Fault = Callable[[Arena, random.Random], Outcome]
+
+
+def killed_worker(role: str) -> Fault:
+    """kill -9 of a generator, reference or scorer: another one serves."""
+
+    def fault(arena: Arena, choices: random.Random) -> Outcome:
+        victim = choices.choice(arena.victims(role))
+        hit = time.time()
+        victim.kill()
+        return _served_again(arena, role, hit, f"pid {victim.pid}")
+
+    return fault
+
+
+def stopped_worker(role: str) -> Fault:
+    """SIGSTOP for ever: the deadline finds it out."""
+
+    def fault(arena: Arena, choices: random.Random) -> Outcome:
+        victim = choices.choice(arena.victims(role))
+        hit = time.time()
+        victim.suspend()
+        return _served_again(arena, role, hit, f"pid {victim.pid}")
+
+    return fault
+
+
+def _served_again(arena: Arena, role: str, hit: float, victim: str) -> Outcome:
+    started = arena.wait(lambda: arena.events(hit, "worker_started", role=role), f"another {role}")
+    assert arena.events(hit, "worker_lost", role=role)
+    arena.wait_for_step(started[0]["time"])
+    return victim, started[0]["time"] - hit
+
+
+def killed_gang(role: str) -> Fault:
+    """kill -9 of a learner rank or the buffer: both are built again from the newest commit."""
+
+    def fault(arena: Arena, choices: random.Random) -> Outcome:
+        victim = choices.choice(arena.victims(role))
+        hit = time.time()
+        victim.kill()
+        return _runs_again(arena, hit, f"pid {victim.pid}")
+
+    return fault
+
+
+def stopped_learner(arena: Arena, choices: random.Random) -> Outcome:
+    """SIGSTOP of a learner rank for ever: the step misses its deadline."""
+    victim = choices.choice(arena.victims("learner"))
+    hit = time.time()
+    victim.suspend()
+    return _runs_again(arena, hit, f"pid {victim.pid}")
+
+
+def _runs_again(arena: Arena, hit: float, victim: str) -> Outcome:
+    running = arena.wait(lambda: arena.events(hit, "running"), "a new gang")
+    assert arena.events(hit, "rebuild")
+    arena.wait_for_step(running[0]["time"])
+    return victim, running[0]["time"] - hit
+
+
+def killed_control(arena: Arena, choices: random.Random) -> Outcome:
+    """kill -9 of the control actor: nobody waits for it, and there is another."""
+    victim = choices.choice(arena.victims("control"))
+    hit = time.time()
+    victim.kill()
+    arena.wait(lambda: [each for each in arena.victims("control") if each.pid != victim.pid], "another control actor")
+    again = time.time()
+    arena.wait_for_step(again)
+    return f"pid {victim.pid}", again - hit
+
+
+def paused(arena: Arena, choices: random.Random) -> Outcome:
+    """SIGSTOP, and SIGCONT well before the deadline: only slower, nothing is replaced."""
+    role = choices.choice(["generator", "reference", "scorer", "learner", "buffer"])
+    victim = choices.choice(arena.victims(role))
+    hit = time.time()
+    victim.suspend()
+    time.sleep(DEADLINE_SECONDS / 4)
+    victim.resume()
+    resumed = time.time()
+    arena.wait_for_step(resumed)
+    assert not arena.events(hit, "worker_lost", "rebuild"), "a short pause was taken for a death"
+    return f"{role} pid {victim.pid}", arena.last_step()["time"] - resumed
+
+
+def ended_driver(*signals: signal.Signals) -> Fault:
+    """The driver gets signals; `keel resume` goes on."""
+
+    def fault(arena: Arena, choices: random.Random) -> Outcome:
+        arena.end(*signals)
+        return _resumed(arena, "driver")
+
+    return fault
+
+
+def _resumed(arena: Arena, victim: str) -> Outcome:
+    hit = time.time()
+    arena.start()
+    running = arena.wait(lambda: arena.events(hit, "running"), "the resumed run")
+    arena.wait_for_step(running[0]["time"])
+    return victim, running[0]["time"] - hit
+
+
+def damaged_checkpoint(arena: Arena, choices: random.Random) -> Outcome:
+    """A flipped bit, or a file cut short, in the newest checkpoint: the one before it is used, and that is said."""
+    arena.wait(lambda: len(checkpoint.committed(arena.run)) >= 2, "two checkpoints")
+    arena.end(signal.SIGKILL)
+    newest = checkpoint.committed(arena.run)[-1]
+    path = choices.choice([each for each in sorted(newest.rglob("*")) if each.is_file() and each.stat().st_size])
+    what = damage(path, choices)
+    hit = time.time()
+    outcome = _resumed(arena, f"{path.relative_to(arena.run)} {what}")
+    assert arena.events(hit, "checkpoint_damaged"), "a damaged checkpoint was not noticed"
+    return outcome
+
+
+def damaged_segment(arena: Arena, choices: random.Random) -> Outcome:
+    """A flipped bit, or a file cut short, in an accepted batch: its tickets are generated again."""
+    for _ in range(20):  # there is none between a commit and the next accepted batch
+        arena.end(signal.SIGKILL)
+        if segments := sorted((arena.run / "buffer").glob("segment.*.arrow")):
+            break
+        _resumed(arena, "")
+    path = choices.choice(segments)
+    what = damage(path, choices)
+    hit = time.time()
+    outcome = _resumed(arena, f"{path.relative_to(arena.run)} {what}")
+    assert any(path.name in event["damaged"] for event in arena.events(hit, "restored")), "damage was not noticed"
+    return outcome
+
+
+def torn_lines(arena: Arena, choices: random.Random) -> Outcome:
+    """The last line of a JSON-lines file is cut in the middle, as by a power failure."""
+    arena.end(signal.SIGKILL)
+    path = choices.choice(
+        [arena.run / "metrics.jsonl", arena.run / "events.jsonl", arena.run / "rollouts/MANIFEST.jsonl"]
+    )
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - choices.randrange(2, 20)])
+    return _resumed(arena, f"{path.relative_to(arena.run)} cut short")
+
+
+def damage(path: Path, choices: random.Random) -> str:
+    """Flip one bit, or cut the file."""
+    content = bytearray(path.read_bytes())
+    where = choices.randrange(len(content))
+    if choices.random() < 0.3:
+        path.write_bytes(content[:where])
+        return f"cut to {where} bytes"
+    content[where] ^= 1 << choices.randrange(8)
+    path.write_bytes(content)
+    return f"bit flipped at {where}"
+
+
+def failing_server(way: str) -> Fault:
+    """The reward server fails the next two requests: the retries of the reward cover it."""
+
+    def fault(arena: Arena, choices: random.Random) -> Outcome:
+        hit = time.time()
+        arena.server.fail(way, requests=2)
+        arena.wait(lambda: not arena.server.failing, "the server's failures")
+        over = time.time()
+        arena.wait_for_step(over)
+        return "reward server", arena.last_step()["time"] - hit
+
+    return fault
+
+
+def full_disk(arena: Arena, choices: random.Random) -> Outcome:
+    """No space left: the run ends with an error that says so, and goes on when there is room."""
+    filler = arena.folder / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass  # full, as it should be
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while arena.running():
+        assert time.monotonic() < deadline, "a run on a full disk went on"
+        time.sleep(0.1)
+    filler.unlink()
+    assert "no space left" in arena.tail(), arena.tail()
+    return _resumed(arena, str(arena.folder))
+
+
+FAULTS: dict[str, Fault] = {
+    "generator killed": killed_worker("generator"),
+    "reference killed": killed_worker("reference"),
+    "scorer killed": killed_worker("scorer"),
+    "learner rank killed": killed_gang("learner"),
+    "buffer killed": killed_gang("buffer"),
+    "control actor killed": killed_control,
+    "generator stopped": stopped_worker("generator"),
+    "scorer stopped": stopped_worker("scorer"),
+    "learner rank stopped": stopped_learner,
+    "worker paused": paused,
+    "driver killed": ended_driver(signal.SIGKILL),
+    "driver terminated": ended_driver(signal.SIGTERM),
+    "driver interrupted twice": ended_driver(signal.SIGINT, signal.SIGINT),
+    "checkpoint damaged": damaged_checkpoint,
+    "accepted batch damaged": damaged_segment,
+    "line cut short": torn_lines,
+    "disk full": full_disk,
+    **{way.replace("_", " "): failing_server(way) for way in WAYS},
+}
