@@ -37,7 +37,7 @@ LAYERS = [
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "failures", "parts", "controller"],
-    ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "progress", "summary", "doctor"],
+    ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "replay", "progress", "summary", "doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["cli", "__main__"],

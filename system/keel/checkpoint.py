@@ -44,7 +44,11 @@ def latest(run_directory: Path) -> Path | None:
 
 def committed(run_directory: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return [run_directory / "checkpoints" / f"step-{step:06d}" for step in steps(run_directory)]
+    return [folder_of(run_directory, step) for step in steps(run_directory)]
+
+
+def folder_of(run_directory: Path, step: int) -> Path:
+    return run_directory / "checkpoints" / f"step-{step:06d}"
 
 
 def steps(run_directory: Path) -> list[int]:

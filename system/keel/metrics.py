@@ -146,7 +146,7 @@ TABLE: list[Metric] = [
             "rebuilds_total",
             "counter",
             "Times the learner and buffer were built again from the last commit.",
-            "cause",
+            None,
         ),
         ("workers", "gauge", "Workers that serve, by role; learner: ranks.", "role"),
         ("workers_desired", "gauge", "Workers that are wanted, by role.", "role"),

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chaos_rewards
 import psutil
 import yaml
+from reward_server import RewardServer
 
 import keel
-import chaos_rewards
 from keel import doctor, durable
-from reward_server import RewardServer
 
 PROCESSES = {
     "generator": "VllmGenerator",
@@ -66,16 +66,20 @@ class Arena:
     def start(self) -> None:
         """Start the run, or go on with it."""
         going_on = (self.run / "config.yaml").is_file()
-        paths = [str(Path(__file__).parent), str(Path(keel.__file__).parent.parent)]
-        environment = {"PYTHONPATH": os.pathsep.join(paths), chaos_rewards.PACE: str(self._pace), "HF_HUB_OFFLINE": "1"}
         log = (self.folder / "log.txt").open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "keel", *(["resume", str(self.run)] if going_on else ["train", str(self.config)])],
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | environment | self.environment,
+            env=self.variables(),
         )
+
+    def variables(self) -> dict[str, str]:
+        """Environment of a run in this arena."""
+        paths = [str(Path(__file__).parent), str(Path(keel.__file__).parent.parent)]
+        own = {"PYTHONPATH": os.pathsep.join(paths), chaos_rewards.PACE: str(self._pace), "HF_HUB_OFFLINE": "1"}
+        return os.environ | own | self.environment
 
     def hurry(self) -> None:
         """No more pauses: the run goes to its end as fast as it can."""
@@ -108,7 +112,7 @@ class Arena:
     def end(self, *signals: signal.Signals) -> None:
         """Send signals to the driver alone and wait until it and all it started are gone."""
         assert self.process is not None
-        started = self.processes()
+        started = [each for each in self.processes() if not _agent_of_ray(each)]
         for each in signals:
             self.process.send_signal(each)
             time.sleep(0.3)
@@ -159,3 +163,11 @@ class Arena:
     def tail(self) -> str:
         log = (self.folder / "log.txt").read_text(errors="replace")[-1500:]
         return f"{log}\nlast events: {json.dumps(self.events()[-5:])}"
+
+
+def _agent_of_ray(process: psutil.Process) -> bool:
+    """Ray's own agents end a minute after their raylet, having tried to tell a GCS that is gone; they hold nothing."""
+    try:
+        return process.cmdline()[:1] in (["ray::DashboardAgent"], ["ray::RuntimeEnvAgent"])
+    except psutil.Error:
+        return False

@@ -17,14 +17,13 @@ import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from arena import GROUPS_PER_STEP, Arena
 from faults import FAULTS
 from rich.console import Console
 from rich.table import Table
 
-from keel import tiny, verify
+from keel import durable, schema, tiny, verify
 
 
 @dataclass
@@ -84,13 +83,93 @@ def regenerated(arena: Arena, before: int, hit: float) -> int:
     return max(0, rolled_back - kept) + len(arena.events(hit, "retry"))
 
 
-def calm(folder: Path, arena: Arena) -> Path:
-    """The same run without faults."""
-    arena_run = folder / "calm"
-    command = [sys.executable, "-m", "keel", "train", str(arena.config), f"run.directory={arena_run}"]
-    arena.environment = {}
-    subprocess.run(command, check=True, env=arena.variables(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return arena_run
+def run(folder: Path, arguments: argparse.Namespace, console: Console) -> Account:
+    """One run through all faults to its end, then the files' own evidence."""
+    choices = random.Random(arguments.seed)
+    kinds = [kind for kind in arguments.kinds if kind != "disk full" or small_disk(folder)]
+    steps = arguments.steps or 40 + 30 * arguments.faults
+    account = Account(arguments.seed, arguments.staleness, steps)
+    started = time.monotonic()
+    arena = Arena(folder, tiny.write(folder / "tiny"), steps, arguments.staleness, pace_seconds=0.4)
+    try:
+        mistreat(arena, order(kinds, arguments.faults, choices), choices, console, account)
+        arena.hurry()
+        while arena.running():
+            time.sleep(0.5)
+        assert arena.process is not None and arena.process.returncode == 0, arena.tail()
+        account.seconds = round(time.monotonic() - started, 1)
+        judge(arena, account)
+    finally:
+        arena.kill_all()
+        if folder.joinpath("mounted").exists():
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+    return account
+
+
+def small_disk(folder: Path) -> bool:
+    """Mount a small file system there, where that is allowed."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode == 0:
+        folder.joinpath("mounted").touch()
+    return mounted.returncode == 0
+
+
+def judge(arena: Arena, account: Account) -> None:
+    """Fill in what the files say: the ledger, `keel verify`, the run without faults."""
+    lines = durable.read_json_lines(arena.run / "rollouts" / "MANIFEST.jsonl")
+    trained = [ticket for line in lines for ticket in line["tickets"]]
+    dropped = {ticket for line in lines for tickets in line["dropped"].values() for ticket in tickets}
+    account.trained_twice = len(trained) - len(set(trained))
+    account.lost = len(set(range(trained[-1] + 1)) - set(trained) - dropped)
+    account.findings = [str(finding) for finding in verify.check(arena.run).findings]
+    for role in ("generator", "reference", "scorer"):
+        first = arena.events(0.0, "worker_started", role=role)[0]
+        account.cold_start_seconds[role] = first["seconds"]
+    account.cold_start_seconds["learner"] = arena.events(0.0, "running")[0]["seconds"]
+    other = arena.folder / "calm"
+    command = [sys.executable, "-m", "keel", "train", str(arena.config), f"run.directory={other}"]
+    subprocess.run(command, check=True, env=arena.variables(), capture_output=True)
+    if account.staleness == 0:
+        account.differences = [str(difference) for difference in verify.compare(arena.run, other)]
+    else:
+        account.differences = same_tickets(arena.run, other)
+
+
+def same_tickets(one: Path, other: Path) -> list[str]:
+    """With late samples the rows differ; steps, tickets, prompts and counts must not."""
+    differences = []
+    for name in sorted(path.name for path in (other / "rollouts").glob("step-*.arrow")):
+        mine, theirs = (
+            schema.from_bytes((run / "rollouts" / name).read_bytes()).select(["ticket", "sample", "prompt_id", "seed"])
+            for run in (one, other)
+        )
+        if not mine.equals(theirs):
+            differences.append(name)
+    return differences
+
+
+def show(account: Account, console: Console) -> None:
+    by_kind: dict[str, list[Record]] = defaultdict(list)
+    for record in account.records:
+        by_kind[record.kind].append(record)
+    table = Table("fault", "times", "median s", "worst s", "groups made again")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, records in sorted(by_kind.items()):
+        seconds = [record.seconds for record in records]
+        again = sum(record.regenerated_groups for record in records)
+        numbers = f"{statistics.median(seconds):.1f}", f"{max(seconds):.1f}", str(again)
+        table.add_row(kind, str(len(records)), *numbers)
+    console.print(table)
+    console.print(
+        f"{len(account.records)} faults, all recovered from; {account.steps} steps in {account.seconds:.0f} s;"
+        f" tickets lost: {account.lost}, trained twice: {account.trained_twice};"
+        f" keel verify: {len(account.findings)} findings; differences from the run without faults:"
+        f" {len(account.differences)}",
+        soft_wrap=True,
+    )
+    for line in [*account.findings, *account.differences][:20]:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -110,3 +189,7 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(asdict(account), indent=1) + "\n")
     sys.exit(bool(account.findings or account.differences or account.lost or account.trained_twice))
+
+
+if __name__ == "__main__":
+    main()

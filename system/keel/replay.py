@@ -1,0 +1,91 @@
+"""One learner step again, from the files of a run: the same rows on the same weights give the same numbers.
+
+newest checkpoint before the step (or the start model) -> the steps between, from rollouts/ -> the step
+    rows: quarantine/step-N.arrow if the learner refused them, else rollouts/step-N.arrow
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from keel import checkpoint, cluster, config, durable, gang, preflight, references, schema
+from keel.config import ConfigError
+from keel.preflight import Prepared
+from keel.protocols import NotFinite
+from keel.recorder import Display
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a step gave when it was made again."""
+
+    step: int
+    start: int
+    """Version of the weights the replay began with."""
+    refused: str | None
+    """Why the learner refuses the rows; None: it steps."""
+    numbers: Mapping[str, tuple[float | None, float]]
+    """By metric: as metrics.jsonl has it (None: it has no such step), and now."""
+
+
+def run(run_directory: Path, step: int, display: Display) -> Replayed:
+    """Make a step again on the run's own learner settings; nothing in the run directory changes.
+
+    Raises ConfigError for a step whose rows, or the rows between it and a checkpoint, are not there.
+    """
+    stored = run_directory / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of an online run")
+    settings = config.load(stored, [f"run.directory={run_directory}", "metrics.port=0"])
+    start = max((version for version in checkpoint.steps(run_directory) if version < step), default=0)
+    rows = [_rows(run_directory, number) for number in range(start + 1, step + 1)]
+    prepared = preflight.prepare(settings)
+    display.doing("starting Ray, learner")
+    cluster.connect(settings)
+    try:
+        report, refused = asyncio.run(_replay(prepared, start, rows, display))
+    finally:
+        cluster.disconnect()
+    return Replayed(step, start, refused, _beside(run_directory, step, report))
+
+
+def _rows(run_directory: Path, step: int) -> pa.RecordBatch:
+    for folder in ("quarantine", "rollouts"):
+        path = run_directory / folder / f"step-{step:06d}.arrow"
+        if path.is_file():
+            return schema.from_bytes(path.read_bytes())
+    raise ConfigError(f"--step {step}: {run_directory} has no rows of step {step}; expected a step of its rollouts/")
+
+
+async def _replay(
+    prepared: Prepared, start: int, rows: list[pa.RecordBatch], display: Display
+) -> tuple[Mapping[str, Any], str | None]:
+    settings, directory = prepared.settings, prepared.directory
+    learner = gang.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
+    async with asyncio.timeout(settings.deadlines.start_seconds):
+        await learner.ready()
+    if start:
+        await learner.load(str(checkpoint.folder_of(directory, start)))
+    metrics: Mapping[str, Any] = {}
+    for version, batch in enumerate(rows, start):
+        display.note(f"step {version + 1} from version {version}")
+        if reference := references.of_version(directory, settings, version):
+            await learner.renew_reference(str(reference))
+        try:
+            async with asyncio.timeout(settings.deadlines.step_seconds):
+                metrics = (await learner.step(batch)).metrics
+        except NotFinite as error:
+            return {}, str(error)
+    return metrics, None
+
+
+def _beside(run_directory: Path, step: int, report: Mapping[str, Any]) -> dict[str, tuple[float | None, float]]:
+    """Numbers of the report beside those the run wrote; times are left out."""
+    lines = durable.read_json_lines(run_directory / "metrics.jsonl")
+    then: Mapping[str, Any] = next((line for line in lines if line["step"] == step), {})
+    numbers = {name: value for name, value in report.items() if isinstance(value, float) and "seconds" not in name}
+    return {name: (then.get(name), value) for name, value in sorted(numbers.items())}
