@@ -122,8 +122,12 @@ class Writer:
             if not last:
                 await buffer.advance(version)
             self.metrics.record(version, time.time())
-            if last or version % self.settings.checkpoint.every_steps == 0:
+            if last or self._due(version):
                 await self._checkpoint(buffer, version)
+
+    def _due(self, version: int) -> bool:
+        every = self.settings.checkpoint.every_steps
+        return every > 0 and version % every == 0
 
     async def _generate(self, buffer: RolloutBuffer, version: int) -> None:
         """Everything that may be admitted, the last batch first; again until nothing opens."""
