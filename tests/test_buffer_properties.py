@@ -5,10 +5,14 @@ import random
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import runs
+from keel import ledger, segments
+from keel.audit import Audit, Progress, audit
 from keel.buffer import RolloutBuffer
 from rollouts import rollouts
 
@@ -133,3 +137,155 @@ def test_rows_are_really_trained_late_when_that_is_allowed(staleness: int, seed:
     """The simulation is not vacuous: the first steps' tickets are all made by version 0."""
     story = simulate(2, 2, staleness, seed, frozenset())
     assert max(story.staleness) >= 1
+
+
+# ---- crashes
+
+
+@dataclass
+class Lives(World):
+    """A world that dies now and then and starts again on its files, from the state of its last checkpoint."""
+
+    directory: Path = Path()
+    options: dict[str, int] = field(default_factory=dict)
+    """Sizes of the buffer."""
+    drops: float = 0.0
+    """Chance that a generator batch is given up, whatever is in it."""
+    crashes: int = 0
+    """Deaths still to come."""
+    state: dict[str, int] = field(default_factory=dict)
+    """What the last checkpoint holds."""
+    contents: list[Any] = field(default_factory=list)
+    """Rows of each step as taken."""
+
+    async def learn(self) -> None:
+        for version in range(self.generator_version + 1, STEPS + 1):
+            batch, _ = await self.buffer.take(self.buffer.groups_per_step)
+            self.contents.append(batch.to_pylist())
+            self.generator_version = version
+            for _ in range(self.choices.randrange(3)):
+                await asyncio.sleep(0)
+            if version < STEPS:
+                await self.buffer.advance(version)
+                if self.choices.random() < 0.4:
+                    self.state = await self.buffer.state()
+                    await self.buffer.forget(self.state["next_ticket"])
+
+    async def finish(self, tickets: list[int], version: int) -> None:
+        if set(tickets) <= self.lost or self.choices.random() < self.drops:
+            await self.buffer.drop(tickets, "worker_lost")
+        else:
+            await self.buffer.add(tickets, runs.scored(tickets, version, self.lost))
+
+    async def run(self) -> Story:
+        while True:
+            loops = [asyncio.create_task(self.rollouts()), asyncio.create_task(self.learn())]
+            idle = 0
+            while not loops[1].done() and not (self.crashes and self.choices.random() < 0.05):
+                self.story.events += 1
+                if self.in_flight and self.choices.random() < 0.6:
+                    await self.finish(*self.in_flight.pop(self.choices.randrange(len(self.in_flight))))
+                if self.choices.random() < 0.1:
+                    await self.buffer.resize(self.choices.randint(1, self.buffer.groups_per_step))
+                idle = 0 if self.in_flight else idle + 1
+                assert idle < 50, f"deadlock: {await self.buffer.waiting()}"
+                assert self.story.events < 2000
+                await asyncio.sleep(0)
+            for loop in loops:
+                loop.cancel()
+            if loops[1].done() and not loops[1].cancelled():
+                await loops[1]
+                return self.story
+            await self.start_again()
+
+    async def start_again(self) -> None:
+        self.crashes -= 1
+        damaged = [path for path in segments.paths(self.directory) if self.choices.random() < 0.3]
+        for path in damaged:
+            content = bytearray(path.read_bytes())
+            if self.choices.random() < 0.5:
+                content[self.choices.randrange(len(content))] ^= 1 << self.choices.randrange(8)
+            else:
+                del content[self.choices.randrange(len(content)) :]
+            path.write_bytes(content)
+        if ledger.path_of(self.directory).exists() and self.choices.random() < 0.3:
+            with ledger.path_of(self.directory).open("a") as file:
+                file.write('{"step": 9')
+        self.generator_version = self.state.get("version", 0)
+        del self.contents[self.generator_version :]
+        for path in (self.directory / "rollouts").glob("step-*.arrow"):
+            if int(path.stem.removeprefix("step-")) > self.generator_version:
+                path.unlink()
+        self.in_flight.clear()
+        self.buffer = RolloutBuffer(self.directory, **self.options, **self.state)
+        assert (await self.buffer.found())["damaged"] == [path.name for path in damaged]
+
+
+def live(
+    step: int, batch: int, staleness: int, seed: int, lost: frozenset[int], crashes: int, drops: float
+) -> tuple[list[Any], list[ledger.Line]]:
+    """Rows of every step and lines of the manifest of a run whose files pass the audit."""
+    options = {"groups_per_step": step, "groups_per_batch": batch, "max_staleness": staleness}
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
+        directory = Path(name)
+
+        async def run() -> list[Any]:
+            world = Lives(
+                RolloutBuffer(directory, **options),
+                random.Random(seed),
+                lost,
+                directory=directory,
+                options=options,
+                drops=drops,
+                crashes=crashes,
+            )
+            await world.run()
+            return world.contents
+
+        contents = asyncio.run(run())
+        own = Audit(directory)
+        lines = audit(own, runs.settings(buffer=options), Progress(committed=STEPS, recorded=STEPS))
+        assert own.findings == []
+        return contents, lines
+
+
+@MANY
+@given(
+    sizes=sizes,
+    staleness=st.integers(0, 2),
+    seed=st.integers(0, 10**9),
+    lost=lost_tickets,
+    drops=st.sampled_from([0.0, 0.1]),
+)
+def test_through_crashes_every_ticket_is_trained_once_or_dropped_for_a_reason(
+    sizes: tuple[int, int], staleness: int, seed: int, lost: frozenset[int], drops: float
+) -> None:
+    step, batch = sizes
+    contents, lines = live(step, batch, staleness, seed, lost, crashes=4, drops=drops)
+    trained = [list(dict.fromkeys(row["ticket"] for row in rows)) for rows in contents]
+    assert [line["tickets"] for line in lines] == trained
+    assert [len(tickets) for tickets in trained] == [step] * STEPS
+    dropped = [ticket for line in lines for tickets in line["dropped"].values() for ticket in tickets]
+    together = sorted(dropped + [ticket for tickets in trained for ticket in tickets])
+    assert together == list(range(trained[-1][-1] + 1))
+    assert lost & set(together) <= set(dropped)
+    if drops == 0:
+        assert set(dropped) <= lost
+    late = [
+        line["step"] - 1 - version
+        for line, rows in zip(lines, contents, strict=True)
+        for row in rows
+        for version in row["weight_versions"]
+    ]
+    assert min(late) >= 0 and max(late) <= staleness
+
+
+@MANY
+@given(sizes=sizes, seeds=st.tuples(*[st.integers(0, 10**9)] * 2), lost=lost_tickets)
+def test_without_staleness_a_run_with_crashes_trains_on_the_rows_of_one_without(
+    sizes: tuple[int, int], seeds: tuple[int, int], lost: frozenset[int]
+) -> None:
+    step, batch = sizes
+    calm, _ = live(step, batch, 0, seeds[0], lost, crashes=0, drops=0.0)
+    rough, _ = live(step, batch, 0, seeds[1], lost, crashes=4, drops=0.0)
+    assert rough == calm

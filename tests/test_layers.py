@@ -36,11 +36,11 @@ LAYERS = [
     + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
     ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["preflight", "failures", "parts", "controller"],
+    + ["preflight", "failures", "parts", "controller", "audit", "evaluation_audit", "verify"],
     ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "replay", "progress", "summary", "doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
-    ["cli", "__main__"],
+    ["operations", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {

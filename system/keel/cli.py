@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from keel import __version__, config
+from keel import __version__, config, operations
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -190,18 +190,6 @@ def evaluate(
 
 
 @app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; the first is the baseline")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
-    picture: Annotated[Path | None, typer.Option(help="also draw reward against sqrt(KL): .png or .svg")] = None,
-) -> None:
-    """Put runs side by side at equal steps, tokens and KL, paired on held-out prompts."""
-    from keel import compare as comparing
-
-    comparing.run(runs, console, as_json=as_json, picture=picture)
-
-
-@app.command()
 def pipeline(
     config_path: Config,
     overrides: Overrides = None,
@@ -219,6 +207,8 @@ def pipeline(
     stages.run(planned, console)
 
 
+app.command()(operations.compare)
+app.command()(operations.verify)
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,

@@ -19,7 +19,7 @@ import pyarrow as pa
 from keel import durable, schema
 
 Line = dict[str, Any]
-_FIELDS = {"step": int, "file": str, "rows": int, "xxh3_128": str, "tickets": list, "dropped": dict}
+FIELDS: Mapping[str, type] = {"step": int, "file": str, "rows": int, "xxh3_128": str, "tickets": list, "dropped": dict}
 
 
 def path_of(run_directory: Path) -> Path:
@@ -44,30 +44,30 @@ def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: M
     return content.size
 
 
-def read(run_directory: Path) -> tuple[list[Line], list[int]]:
-    """Lines of the manifest, and the numbers (from 1) of those that are none.
+def read(path: Path, fields: Mapping[str, type] = FIELDS) -> tuple[list[Line], list[int]]:
+    """Lines of a JSON-lines file with fields of these types, and the numbers (from 1) of lines that are none.
 
     The end of the file without a newline was cut off by a crash: it is neither.
     """
-    path = path_of(run_directory)
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    parsed = [_parse(text) for text in whole]
+    parsed = [_parse(text, fields) for text in whole]
     return [line for line in parsed if line], [number for number, line in enumerate(parsed, 1) if not line]
 
 
 def cut_back(run_directory: Path, last_step: int) -> list[str]:
     """Keep the lines of steps up to `last_step`: what a resumed run has really done. Damaged lines, named, are lost."""
-    lines, damaged = read(run_directory)
-    if path_of(run_directory).exists():
+    path = path_of(run_directory)
+    lines, damaged = read(path)
+    if path.exists():
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last_step]
-        durable.write(path_of(run_directory), "".join(kept).encode())
-    return [f"MANIFEST.jsonl line {number}" for number in damaged]
+        durable.write(path, "".join(kept).encode())
+    return [f"{path.name} line {number}" for number in damaged]
 
 
-def _parse(text: bytes) -> Line | None:
+def _parse(text: bytes, fields: Mapping[str, type]) -> Line | None:
     try:
         line = json.loads(text.decode())
     except ValueError:  # also of the decoding
         return None
-    typed = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in _FIELDS.items())
+    typed = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in fields.items())
     return line if typed else None

@@ -101,7 +101,7 @@ class Prompts:
     def _build(self, rows: np.ndarray, tickets: np.ndarray, samples: np.ndarray, domain: str) -> pa.RecordBatch:
         taken = self._rows.take(pa.array(rows))
         seed = self._settings.run.seed
-        seeds = [_seed(domain, seed, *pair) for pair in zip(tickets.tolist(), samples.tolist(), strict=True)]
+        seeds = [seed_of(domain, seed, *pair) for pair in zip(tickets.tolist(), samples.tolist(), strict=True)]
         columns: dict[str, Any] = {"ticket": tickets, "sample": samples.astype(np.int16), "seed": seeds}
         columns |= {name: taken.column(name) for name in taken.schema.names}
         return schema.build(schema.PROMPT, columns).replace_schema_metadata(self._metadata)
@@ -112,8 +112,8 @@ def _messages(row: Row) -> str:
     return json.dumps([] if isinstance(row.prompt, str) else row.prompt, ensure_ascii=False)
 
 
-def _seed(domain: str, run_seed: int, ticket: int, sample: int) -> int:
-    """63-bit hash: fits int64, the same on every machine and Python."""
+def seed_of(domain: str, run_seed: int, ticket: int, sample: int) -> int:
+    """Seed of a row; domain: train or held_out. A 63-bit hash: fits int64, the same on every machine and Python."""
     return xxhash.xxh3_64_intdigest(f"{domain}:{run_seed}:{ticket}:{sample}".encode()) >> 1
 
 

@@ -1,0 +1,225 @@
+"""The ledger against the rollout files and segments: nothing accepted is lost, nothing is trained twice.
+
+Each finding names a file, what its place in the run demands and what is there. A state that `kill -9` may leave at any
+moment is none: those are notes. How far the run was sure of itself is its newest committed checkpoint; what lies
+behind that is done again by a resumed run, which first cuts metrics.jsonl back, then deletes rollout files, then cuts
+the manifest back.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import ledger, schema, segments
+from keel.prompts import seed_of
+from keel.settings import Settings
+
+_COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
+UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)
+"""What reading an Arrow file that is none raises."""
+
+
+_NUMBERS = ("steps", "rows", "largest_staleness_versions", "tickets_trained")
+_NOTHING: dict[str, Any] = {
+    **dict.fromkeys(_NUMBERS, 0),
+    "tickets_dropped": {},
+    **dict.fromkeys(("groups_waiting", "segments", "checkpoints", "evaluations"), 0),
+    "events": {},
+    "quarantined_files": 0,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it must be."""
+
+    file: str
+    """Path in the run directory."""
+    expected: str
+    found: str
+
+
+@dataclass
+class Audit:
+    """What was looked at in one run directory."""
+
+    directory: Path
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=lambda: dict(_NOTHING))
+    """Of what was looked at: numbers, or mappings of numbers."""
+
+    def fault(self, file: str, expected: object, found: object) -> None:
+        self.findings.append(Finding(file, str(expected), str(found)))
+
+    def test(self, file: str, what: str, expected: object, found: object) -> None:
+        """A fault unless the two are equal."""
+        if expected != found:
+            self.fault(file, f"{what} {expected}", found)
+
+    def lines(self, file: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+        """Whole lines of a JSON-lines file; damaged ones are faults, a last one cut off by a crash is a note."""
+        path = self.directory / file
+        lines, damaged = ledger.read(path, fields)
+        for number in damaged:
+            self.fault(file, f"line {number}: a JSON object with {', '.join(fields)}", "something else")
+        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+            self.notes.append(f"{file}: its last line was cut off, which the next start removes")
+        return lines
+
+    def arrow(self, file: str, content: bytes) -> pa.RecordBatch | None:
+        """Rows of a rollout or evaluation that keep the contract of their columns."""
+        try:
+            batch = schema.from_bytes(content)
+            batch.validate(full=True)
+            if missing := _COLUMNS - set(batch.schema.names):
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
+            schema.check(batch)
+        except UNREADABLE as error:
+            self.fault(file, "an Arrow file of rollout columns", f"{type(error).__name__}: {error}")
+            return None
+        return batch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run got, by what its files say."""
+
+    committed: int
+    """Step of the newest committed checkpoint, 0 without one."""
+    recorded: int
+    """Last step of metrics.jsonl, 0 without one."""
+
+    @property
+    def cut_back(self) -> bool:
+        """A resumed run may have begun to delete what it did after its checkpoint."""
+        return self.recorded == self.committed
+
+
+def audit(own: Audit, settings: Settings, progress: Progress) -> list[dict[str, Any]]:
+    """Manifest, rollout files and segments; the manifest's lines."""
+    name = "rollouts/MANIFEST.jsonl"
+    lines = own.lines(name, ledger.FIELDS)
+    steps = [line["step"] for line in lines]
+    own.test(name, "steps in order", list(range(1, len(steps) + 1)), steps)
+    last = max(steps, default=0)
+    if last < max(progress.recorded, progress.committed):
+        own.fault(name, f"steps up to {max(progress.recorded, progress.committed)}, which were trained", last)
+    if last > progress.recorded + 1 and not progress.cut_back:
+        own.fault("metrics.jsonl", f"steps up to {last - 1}, whose rollouts are there", progress.recorded)
+    _tickets(own, lines, settings)
+    for line in lines:
+        _rollout(own, line, settings, progress)
+    _strangers(own, lines, progress)
+    _segments(own, (lines[-1]["tickets"] or [-1])[-1] if lines else -1)
+    own.counts["steps"] = len(lines)
+    return lines
+
+
+def _tickets(own: Audit, lines: Sequence[ledger.Line], settings: Settings) -> None:
+    """Trained and dropped tickets are 0, 1, 2, ..., each once, in the first step that may name it."""
+    following = 0  # the first ticket behind the last trained one
+    dropped: Counter[str] = Counter()
+    for line in lines:
+        file = f"rollouts/MANIFEST.jsonl step {line['step']}"
+        trained = line["tickets"]
+        gone = [ticket for tickets in line["dropped"].values() for ticket in tickets]
+        if not trained or not all(type(ticket) is int for ticket in [*trained, *gone]):
+            own.fault(file, "numbers of tickets", f"{trained}, {line['dropped']}")
+            continue
+        own.test(file, "groups of a step:", settings.buffer.groups_per_step, len(trained))
+        own.test(file, "tickets in ascending order", sorted(trained), trained)
+        if "" in line["dropped"]:
+            own.fault(file, "a reason for every dropped ticket", f"none for {line['dropped']['']}")
+        times = Counter([*trained, *gone])
+        if twice := sorted(ticket for ticket, count in times.items() if count > 1 or ticket < following):
+            own.fault(file, "every ticket once", f"again {twice}")
+        if lost := sorted(set(range(following, trained[-1])) - set(times)):
+            own.fault(file, f"tickets {following} to {trained[-1]} trained or dropped", f"nothing of {lost}")
+        if early := sorted(ticket for ticket in gone if ticket > trained[-1]):
+            own.fault(file, f"dropped tickets below {trained[-1]}", early)
+        following = max(following, trained[-1] + 1)
+        dropped.update({reason: len(tickets) for reason, tickets in line["dropped"].items()})
+        own.counts["tickets_trained"] += len(trained)
+    own.counts["tickets_dropped"] = dict(dropped)
+
+
+def _rollout(own: Audit, line: ledger.Line, settings: Settings, progress: Progress) -> None:
+    """The file of one step is the one its line describes, made by the right seeds and not too late."""
+    step = line["step"]
+    file = f"rollouts/step-{step:06d}.arrow"
+    own.test("rollouts/MANIFEST.jsonl", f"file of step {step}:", f"step-{step:06d}.arrow", line["file"])
+    path = own.directory / file
+    if not path.is_file():
+        if step > progress.committed and progress.cut_back:
+            own.notes.append(f"{file}: deleted by a resumed run, which trains this step again")
+        else:
+            own.fault(file, "the rows this step trained on", "no file")
+        return
+    content = path.read_bytes()
+    if schema.digest(content) != line["xxh3_128"]:
+        own.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
+        return
+    batch = own.arrow(file, content)
+    if batch is None:
+        return
+    own.counts["rows"] += batch.num_rows
+    own.test(file, "rows", line["rows"], batch.num_rows)
+    tickets, samples = batch.column("ticket").to_pylist(), batch.column("sample").to_pylist()
+    own.test(file, "tickets in the manifest's order:", line["tickets"], list(dict.fromkeys(tickets)))
+    rows = list(zip(tickets, samples, strict=True))
+    if again := [row for row, count in Counter(rows).items() if count > 1]:
+        own.fault(file, "every (ticket, sample) once", f"{again[0]} more than once")
+    if wrong := [s for s in samples if not 0 <= s < settings.sampling.samples_per_prompt]:
+        own.fault(file, f"samples 0 to {settings.sampling.samples_per_prompt - 1}", wrong[0])
+    if few := [t for t, count in Counter(tickets).items() if count < settings.objective.min_samples]:
+        own.fault(file, f"at least {settings.objective.min_samples} rows a ticket", f"fewer of {few}")
+    own.test(file, "rows without a reward:", 0, batch.column("reward").null_count)
+    seeds = [seed_of("train", settings.run.seed, *row) for row in rows]
+    if wrong := [r for r, a, b in zip(rows, seeds, batch.column("seed").to_pylist(), strict=True) if a != b]:
+        own.fault(file, f"the seed of run.seed={settings.run.seed}, ticket and sample", f"another at {wrong[0]}")
+    _staleness(own, file, batch, step, settings.buffer.max_staleness)
+
+
+def _staleness(own: Audit, file: str, batch: pa.RecordBatch, step: int, most: int) -> None:
+    """Also of stored completions: the generator that read them says which version it read them with."""
+    versions, _ = schema.ragged(batch, "weight_versions")
+    late = step - 1 - versions
+    if late.min() < 0 or late.max() > most:
+        own.fault(file, f"tokens 0 to {most} versions late", f"{late.min()} to {late.max()}")
+    own.counts["largest_staleness_versions"] = max(own.counts["largest_staleness_versions"], int(np.max(late)))
+
+
+def _strangers(own: Audit, lines: Sequence[ledger.Line], progress: Progress) -> None:
+    """Files of steps that have no line: the last step's, when the kill came between file and line."""
+    known = {line["step"] for line in lines}
+    following = max(known, default=0) + 1
+    for path in sorted((own.directory / "rollouts").glob("step-*.arrow")):
+        file = f"rollouts/{path.name}"
+        number = path.stem.removeprefix("step-")
+        step = int(number) if number.isdecimal() else -1
+        if step == following and step > progress.committed:
+            own.notes.append(f"{file}: was written, its line was not; the step is trained again")
+        elif step not in known:
+            own.fault("rollouts/MANIFEST.jsonl", f"a line for {file}", "none")
+
+
+def _segments(own: Audit, last_trained: int) -> None:
+    """Accepted batches in buffer/: each is what was written; how many groups of them are still to be trained."""
+    waiting = set()
+    for path in sorted((own.directory / "buffer").glob("*.arrow")):
+        try:
+            segment = segments.read(path)
+        except FileNotFoundError:
+            continue  # a live run deletes those no checkpoint needs
+        except segments.SegmentError as error:
+            own.fault(f"buffer/{path.name}", "an accepted batch with the digest of its name", error)
+            continue
+        own.counts["segments"] += 1
+        waiting |= {t for t in segment.tickets if t > last_trained and t not in segment.dropped}
+    own.counts["groups_waiting"] = len(waiting)

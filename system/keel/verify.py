@@ -1,0 +1,261 @@
+"""Whether a run directory is what a run leaves behind, from its files alone. Nothing is loaded that computes.
+
+    config.yaml      loads; the hash in its first line is that of its settings
+    rollouts/        manifest, files, tickets, seeds, staleness                            (audit.py)
+    buffer/          segments with the digest of their name                                (audit.py)
+    checkpoints/     committed, digests, state in step with the ledger
+    metrics.jsonl    steps once each in order; counters never fall and agree with the ledger
+    evaluations/     readable; frontier.arrow says of each what its rows say
+    events.jsonl, quarantine/    counted
+
+What a kill may leave at any moment is in order; what of it is worth knowing is a note.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel import checkpoint, config, durable, ledger, metrics, schema
+from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
+from keel.config import ConfigError
+from keel.evaluation_audit import audit_evaluations
+from keel.settings import Settings
+from keel.stage_settings import command_of
+
+_COUNTERS = [metric.name for metric in metrics.TABLE if metric.kind == "counter"]
+_LABELLED = {metric.name for metric in metrics.TABLE if metric.label}
+OPERATIONAL = ("workers_lost_total", "retries_total")
+"""Counters of what happened to the machines. They change no other number and differ after a death and its recovery."""
+_CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
+_PROVENANCE = ("generate_seconds", "score_seconds", "generator", "scorer")
+_BUFFERS_OWN = ("too_few_samples", "uniform_rewards")  # reasons the buffer counts with the step that passes the ticket
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was checked in a run directory, and what was found."""
+
+    directory: str
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+    """States that are in order and need a word: what a kill left, what a resumed run will do again."""
+    counts: Mapping[str, int | Mapping[str, int]]
+
+
+def check(run_directory: Path) -> Report:
+    """Check every file of an online run against the others. Raises ConfigError for a folder that is none."""
+    own = Audit(run_directory)
+    settings = _settings(own)
+    if settings:
+        committed = checkpoint.steps(run_directory)  # the oldest claim first: the run may be alive
+        lines = own.lines("metrics.jsonl", {"step": int})
+        progress = Progress(max(committed, default=0), lines[-1]["step"] if lines else 0)
+        manifest = audit(own, settings, progress)
+        _metrics(own, lines, manifest, progress)
+        _checkpoints(own, committed, lines, manifest, settings)
+        audit_evaluations(own, settings, committed)
+        events = own.lines("events.jsonl", {"event": str})
+        own.counts["events"] = dict(Counter(event["event"] for event in events))
+        quarantine = run_directory / "quarantine"
+        own.counts["quarantined_files"] = sum(path.is_file() for path in quarantine.rglob("*"))
+    for path in sorted(run_directory.rglob(".*.tmp")):
+        own.notes.append(f"{path.relative_to(run_directory)}: a write that was interrupted; nobody reads it")
+    return Report(str(run_directory), tuple(own.findings), tuple(own.notes), dict(own.counts))
+
+
+def _settings(own: Audit) -> Settings | None:
+    """Settings of the run; None, and a finding, where its file is damaged."""
+    path = own.directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"RUN_DIR={own.directory}: no config.yaml in it; expected the directory of an online run")
+    try:
+        tree = config.read(path)
+        command = command_of(tree)
+        online = command == "train" or (own.directory / "rollouts").is_dir()
+        settings = config.parse(tree) if online else None
+    except ConfigError as error:
+        own.fault("config.yaml", "the resolved settings of the run, without which nothing else is checked", error)
+        return None
+    if settings is None:
+        raise ConfigError(f"RUN_DIR={own.directory}: is of keel {command}; expected the directory of an online run")
+    first = path.read_text(encoding="utf8").splitlines()[0]
+    own.test("config.yaml", "first line", config.dump(settings).splitlines()[0], first)
+    return settings
+
+
+def _metrics(
+    own: Audit, lines: Sequence[Mapping[str, Any]], manifest: Sequence[Mapping[str, Any]], progress: Progress
+) -> None:
+    file = "metrics.jsonl"
+    steps = [line["step"] for line in lines]
+    own.test(file, "steps in order", list(range(1, len(steps) + 1)), steps)
+    if progress.recorded < progress.committed:
+        own.fault(file, f"steps up to {progress.committed}, which has a checkpoint", progress.recorded)
+    expected = _ledger_counters(own, manifest)
+    before: dict[str, float] = {}
+    for line in lines:
+        where, now = f"{file} step {line['step']}", _counters(line)
+        if missing := [name for name in _COUNTERS if name not in line]:
+            own.fault(where, "every counter", f"no {', '.join(missing)}")
+        if fallen := [name for name, value in before.items() if not now.get(name, -math.inf) >= value]:
+            name = fallen[0]
+            own.fault(where, f"{name} at least {before[name]}, as the step before", now.get(name))
+        own.test(where, "steps_total", float(line["step"]), now.get("steps_total"))
+        own.test(where, "version", float(line["step"]), line.get("version"))
+        for name, value in expected.get(line["step"], {}).items():
+            exact = name.partition("/")[2] in ("", *_BUFFERS_OWN)
+            if (exact and now.get(name, 0.0) != value) or now.get(name, 0.0) < value:
+                own.fault(where, f"{name} {'' if exact else 'at least '}{value}, by the manifest", now.get(name))
+        before = now
+
+
+def _counters(line: Mapping[str, Any]) -> dict[str, float]:
+    """Counters of a line of metrics.jsonl, or of the totals of a checkpoint; labelled ones as name/label."""
+    found: dict[str, Any] = {}
+    for name in _COUNTERS:
+        value = line.get(name)
+        if name in _LABELLED and isinstance(value, dict):
+            found |= {f"{name}/{label}": number for label, number in value.items()}
+        elif value is not None:
+            found[name] = value
+    return {name: value if isinstance(value, int | float) else math.nan for name, value in found.items()}
+
+
+def _ledger_counters(own: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """What counters must be at each step by manifest and files.
+
+    Exact: a group is counted with the step that trains or passes it. What `drop` gave up is counted at once, and again
+    by a resumed run that gives it up again: the manifest's number is a lower bound.
+    """
+    faulty = {finding.file for finding in own.findings}
+    totals: Counter[str] = Counter({f"groups_dropped_total/{reason}": 0 for reason in _BUFFERS_OWN})
+    found: dict[int, dict[str, float]] = {}
+    for line in manifest:
+        path = own.directory / "rollouts" / line["file"]
+        totals["samples_accepted_total"] += line["rows"]
+        if path.is_file() and f"rollouts/{line['file']}" not in faulty:
+            totals["rollout_bytes_total"] += path.stat().st_size
+        else:
+            faulty |= {f"rollouts/{later['file']}" for later in manifest}  # no later sum is known either
+        for reason, tickets in line["dropped"].items():
+            totals[f"groups_dropped_total/{reason}"] += len(tickets)
+        known = [name for name in totals if name != "rollout_bytes_total" or f"rollouts/{line['file']}" not in faulty]
+        found[line["step"]] = {name: float(totals[name]) for name in known}
+    return found
+
+
+def _checkpoints(
+    own: Audit,
+    steps: Sequence[int],
+    lines: Sequence[Mapping[str, Any]],
+    manifest: Sequence[Mapping[str, Any]],
+    settings: Settings,
+) -> None:
+    """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
+    last_of = {line["step"]: line["tickets"][-1] for line in manifest if line["tickets"]}
+    recorded = {line["step"]: _counters(line) for line in lines}
+    for step in steps:
+        file = f"checkpoints/step-{step:06d}"
+        path = own.directory / file
+        try:
+            state = checkpoint.read_state(path)
+            buffer, totals = state["buffer"], _counters(state["totals"])
+            own.test(f"{file}/state.json", "version", step, state["version"])
+            own.test(f"{file}/state.json", "digest of the settings", config.digest(settings), state["digest"])
+            place = {"version": step, "taken": step * settings.buffer.groups_per_step}
+            place |= {"next_ticket": last_of[step] + 1} if step in last_of else {}
+            own.test(f"{file}/state.json", "buffer", place, {name: buffer[name] for name in place})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, checkpoint.CheckpointError) as error:
+            if (path / "COMMIT").exists():  # a live run may have deleted it meanwhile
+                own.fault(file, "the files of its MANIFEST.json", f"{type(error).__name__}: {error}")
+            continue
+        for name, value in recorded.get(step, {}).items():
+            if not totals.get(name, -math.inf) >= value:
+                own.fault(f"{file}/state.json", f"{name} at least {value}, as metrics.jsonl", totals.get(name))
+        own.counts["checkpoints"] += 1
+    for path in sorted((own.directory / "checkpoints").glob("step-*")):
+        if not (path / "COMMIT").exists():
+            own.notes.append(
+                f"checkpoints/{path.name}: has no COMMIT, so it does not count; its deletion was interrupted"
+            )
+
+
+def compare(run_directory: Path, other: Path) -> list[Finding]:
+    """In what a run differs from another of the same settings: "a killed run is the same run".
+
+    Policy weights of the newest checkpoint both have, bit for bit; every rollout column but who made it and how long it
+    took; every metric but clocks, memory and the OPERATIONAL ones; frontier.arrow. Raises ConfigError where one of the
+    two is no online run.
+    """
+    own, there = Audit(run_directory), Audit(other)
+    settings, expected = _settings(own), _settings(there)
+    if expected is None:
+        raise ConfigError(f"RUN_DIR={other}: its config.yaml is damaged; expected the directory of an online run")
+    own.findings.clear()  # of its own configuration, which `check` names
+    if settings:
+        blocks, others = (_numeric(each) for each in (settings, expected))
+        own.test("config.yaml", "blocks that differ:", [], [name for name in blocks if blocks[name] != others[name]])
+    _same_metrics(own, other)
+    _same_rows(own, other)
+    frontier, its = (_content(directory / "frontier.arrow") for directory in (run_directory, other))
+    own.test("frontier.arrow", "digest", schema.digest(its), schema.digest(frontier))
+    _same_policy(own, other)
+    return own.findings
+
+
+def _numeric(settings: Settings) -> dict[str, Any]:
+    """Blocks of settings that can change a number."""
+    return settings.model_dump(
+        exclude={"metrics": True, "cluster": True, "deadlines": True, "run": {"name", "directory"}}
+    )
+
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _same_metrics(own: Audit, other: Path) -> None:
+    file = "metrics.jsonl"
+    lines, expected = (ledger.read(directory / file, {"step": int})[0] for directory in (own.directory, other))
+    own.test(file, "steps", len(expected), len(lines))
+    for line, right in zip(lines, expected, strict=False):
+        left_out = {*_CLOCKS, *OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}
+        for name in sorted({*line, *right} - left_out):
+            own.test(f"{file} step {right['step']}", name, right.get(name), line.get(name))
+
+
+def _same_rows(own: Audit, other: Path) -> None:
+    files, expected = (
+        [f"rollouts/{path.name}" for path in sorted((directory / "rollouts").glob("step-*.arrow"))]
+        for directory in (own.directory, other)
+    )
+    own.test("rollouts", "steps", len(expected), len(files))
+    for file in (file for file in expected if file in files):
+        try:
+            batch, right = (schema.from_bytes((directory / file).read_bytes()) for directory in (own.directory, other))
+        except UNREADABLE as error:
+            own.fault(file, "an Arrow file in both runs", f"{type(error).__name__}: {error}")
+            continue
+        own.test(file, "columns", right.schema.names, batch.schema.names)
+        for name in (name for name in right.schema.names if name in batch.schema.names and name not in _PROVENANCE):
+            values, wanted = batch.column(name).to_pylist(), right.column(name).to_pylist()
+            places = [row for row, pair in enumerate(zip(values, wanted, strict=False)) if pair[0] != pair[1]]
+            if places or len(values) != len(wanted):
+                own.fault(file, f"{name} of the other run", f"another in {len(places)} of {len(wanted)} rows")
+
+
+def _same_policy(own: Audit, other: Path) -> None:
+    common = set(checkpoint.steps(own.directory)) & set(checkpoint.steps(other))
+    if not common:
+        own.fault("checkpoints", "one that both runs have", "none")
+        return
+    folder = f"checkpoints/step-{max(common):06d}/policy"
+    digests, expected = (
+        {path.name: durable.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
+        for directory in (own.directory, other)
+    )
+    for name in sorted({*digests, *expected}):
+        own.test(f"{folder}/{name}", "digest", expected.get(name), digests.get(name))
