@@ -22,7 +22,19 @@ LAYERS = [
     + ["algorithms.convexity", "algorithms.kinds"],
     ["checkpoint", "sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors"]
     + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
-    ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
+    [
+        "weights",
+        "generate",
+        "score",
+        "export",
+        "optimisation",
+        "shards",
+        "learner_state",
+        "engine",
+        "learn",
+        "learn_reward",
+        "reward_report",
+    ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "controller"],
     ["cluster", "gang", "train", "progress", "summary", "doctor"],
