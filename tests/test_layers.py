@@ -34,7 +34,19 @@ LAYERS = [
         "anchors",
     ]
     + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
-    ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
+    [
+        "weights",
+        "generate",
+        "score",
+        "export",
+        "optimisation",
+        "shards",
+        "learner_state",
+        "engine",
+        "learn",
+        "learn_reward",
+        "reward_report",
+    ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "failures", "parts", "controller", "audit", "evaluation_audit", "verify"],
     ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "replay", "progress", "summary", "doctor"],

@@ -3,16 +3,21 @@
 All methods are collective: every rank must call them alike.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from keel import learner_state
 from keel.actor_settings import LearnerSettings
 from keel.optimisation import engine_config, learning_rate
+from keel.protocols import NotFinite
+from keel.shards import Shards
 
 
 class Engine:
@@ -31,6 +36,7 @@ class Engine:
         self._factors = [group["lr"] / self.learners.learning_rate for group in optimizer.param_groups]
         self._engine = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(self.learners))[0]
         self._engine.train()
+        self._shards = Shards(self._engine, optimizer, self.learners.zero_stage)
 
     @property
     def module(self) -> Any:
@@ -49,12 +55,29 @@ class Engine:
     def backward(self, share: Tensor, *, real: bool) -> None:
         """Add the gradient of a share of the loss; a filler's weighs nothing."""
         # DeepSpeed averages gradients over ranks, while shares of the loss add up
-        self._engine.backward(share * (self.ranks if real else 0.0), scale_wrt_gas=False)
+        weight = torch.full_like(share, self.ranks if real else 0.0)
+        # the gradient of an infinite share can be finite; as NaN it keeps every rank from the update
+        weight = weight.masked_fill(~share.detach().isfinite(), math.nan)
+        self._engine.backward(share * weight, scale_wrt_gas=False)
 
-    def update(self) -> float:
-        """Clip, move the weights; the global gradient norm before clipping."""
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+    def update(self, step: int, sums: Mapping[str, float]) -> float:
+        """Clip, move the weights; the global gradient norm before clipping.
+
+        Raises NotFinite, and moves nothing, where the norm or `sums["loss"]` (over all ranks) is not finite. What the
+        backward passes added up is gone either way. `step` and `sums` are for the message.
+        """
+        self._engine.step()  # DeepSpeed itself skips an update whose gradient is not finite, at every stage
+        norm = float(self._engine.get_global_grad_norm())
+        finite = math.isfinite(norm) and math.isfinite(sums["loss"])
+        assert self._engine.was_step_applied() == finite, (norm, sums)
+        if not finite:
+            raise NotFinite(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; terms: {dict(sums)}")
+        return norm
+
+    @property
+    def updates(self) -> int:
+        """How many were made since the weights were new."""
+        return self._shards.adam_steps
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Add the ranks' tensors up, in place."""
@@ -80,14 +103,18 @@ class Engine:
         return named
 
     def save(self, directory: str, version: int) -> None:
-        """Write `learner/`: optimizer and weights, every rank its shard."""
-        self._engine.save_checkpoint(f"{directory}/learner", tag="state", client_state={"version": version})
+        """Write `learner/`: master weights and Adam's moments, for any number of ranks and ZeRO stage."""
+        folder, rank = Path(directory) / "learner", torch.distributed.get_rank()
+        learner_state.write_blocks(folder, self._shards, rank, self.ranks)
+        torch.distributed.barrier()
+        if rank == 0:
+            learner_state.write_index(folder, version, self._shards)
 
     def load(self, directory: str) -> int:
-        """Continue from `save`'s output at the same number of ranks; its version."""
-        path, client_state = self._engine.load_checkpoint(f"{directory}/learner", tag="state")
-        assert path is not None, directory
-        return client_state["version"]
+        """Continue from `save`'s output; its version. Raises CheckpointError if it is damaged or another model's."""
+        version = learner_state.read(Path(directory) / "learner", self._shards)
+        self._shards.refresh()
+        return version
 
 
 def join_gang(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:

@@ -8,7 +8,6 @@ step:  measure   log-probs and values of the whole step under the current weight
 """
 
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,7 @@ from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
 from keel.engine import Engine, join_gang
 from keel.networks import Critic, Learnable, Piece, Policy
-from keel.protocols import LoadReceipt, StepReport, Weights
+from keel.protocols import LoadReceipt, NotFinite, StepReport, Weights
 from keel.settings import Settings
 
 
@@ -77,8 +76,17 @@ class DeepSpeedLearner:
     def step(self, batch: pa.RecordBatch) -> StepReport:
         """One version: `objective.epochs` optimizer updates on the batch.
 
-        Raises FloatingPointError for a loss that is not finite, before the optimizer makes that update.
+        Raises NotFinite for log-probs, values, a loss or a gradient that are not, before the optimizer's update.
         """
+        state, updates = self.objective.state(), self._engine.updates
+        try:
+            return self._step(batch)
+        except NotFinite as error:
+            self.objective.restore(state)
+            error.weights_moved = self._engine.updates > updates
+            raise
+
+    def _step(self, batch: pa.RecordBatch) -> StepReport:
         started = time.monotonic()
         plan = self._plan(batch)
         rate = self._engine.set_rate(self.version)
@@ -126,10 +134,7 @@ class DeepSpeedLearner:
                     difference = (outputs.logprobs.detach() - rows.sampler).abs()
                     sums["gap_nats"] += difference.sum().item() / credit.num_tokens
         sums = self._engine.sum_named(sums)
-        if not math.isfinite(sums["loss"]):
-            raise FloatingPointError(f"step {self.version + 1}: the loss is {sums['loss']}; terms: {sums}")
-        sums["grad_norm"] = self._engine.update()
-        return sums
+        return sums | {"grad_norm": self._engine.update(self.version + 1, sums)}
 
     def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
         """|learner - sampler| log-prob of the stored completion tokens: mean and largest, nats."""
@@ -153,7 +158,7 @@ class DeepSpeedLearner:
         return packed, LoadReceipt(packed.version, packed.digest, packed.buffer.nbytes, time.monotonic() - started)
 
     def save(self, directory: str) -> None:
-        """Write `learner/` (DeepSpeed, every rank its shard) and `policy/` (rank 0)."""
+        """Write `learner/` (every rank its share) and `policy/` (rank 0)."""
         self._engine.save(directory, self.version)
         self.export(f"{directory}/policy")
 
@@ -170,7 +175,7 @@ class DeepSpeedLearner:
             export.policy(Path(folder), Path(self.folder), named, self.settings, self.version)
 
     def load(self, directory: str) -> int:
-        """Continue from `save`'s output at the same number of ranks; returns its version."""
+        """Continue from what any number of ranks saved; returns its version."""
         self.version = self._engine.load(directory)
         self.objective.restore(json.loads((Path(directory) / "state.json").read_text())["objective"])
         return self.version
@@ -232,7 +237,7 @@ class DeepSpeedLearner:
                 flat[torch.from_numpy(micro.items).to(self.device)] = torch.cat(columns, dim=1)  # type: ignore[arg-type]
         found = self._engine.sum_over_ranks(flat).cpu().numpy()
         if not np.isfinite(found).all():
-            raise FloatingPointError(f"step {self.version + 1}: log-probs or values of the learner are not finite")
+            raise NotFinite(f"step {self.version + 1}: log-probs or values of the learner are not finite")
         return Measured(found[:, 0], found[:, 1:] if num_heads else None, self.version)
 
     def _full_parameters(self) -> dict[str, Tensor]:

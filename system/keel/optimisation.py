@@ -36,7 +36,8 @@ def engine_config(learners: LearnerSettings) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "zero_optimization": {"stage": learners.zero_stage, "overlap_comm": False},
-        "bf16": {"enabled": learners.precision == "bf16"},
+        # an update whose gradient is not finite is skipped: Engine.update relies on it
+        "bf16": {"enabled": learners.precision == "bf16", "check_grad_overflow": True},
         "gradient_clipping": learners.max_grad_norm,
         "steps_per_print": 10**9,
     }

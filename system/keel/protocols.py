@@ -115,6 +115,21 @@ class BufferLost(RuntimeError):
     """The buffer died or missed its deadline; a new one finds on disk what was accepted."""
 
 
+class NotFinite(FloatingPointError):
+    """The learner refused a step: a log-prob, value, loss or gradient of it is infinite or NaN. Its version stays.
+
+    Raised before the optimizer's update, which leaves no trace: weights, moments, gradients and the objective's
+    state are those of before. Alike on every rank.
+    """
+
+    weights_moved: bool
+    """Earlier updates of the same step (`objective.epochs`) were made: the weights are not those of the version."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.weights_moved = False
+
+
 class Generator(Protocol):
     async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
         """Prompt rows in, the same rows with the generate columns appended out, in the same order."""

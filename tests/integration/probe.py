@@ -1,14 +1,27 @@
 """A learner rank for tests: one step of any objective from the weights it started with."""
 
+import random
+import socket
 from typing import Any
 
 import pyarrow as pa
+import ray
 import torch
 
 from keel.algorithms import kinds
 from keel.anchors import Anchors
 from keel.learn import DeepSpeedLearner
 from keel.settings import Settings
+
+
+def meeting_point() -> tuple[str, int]:
+    """Address and a port, free now, for the ranks of a gang without its placement."""
+    address = ray.util.get_node_ip_address()
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as trial:
+            if trial.connect_ex((address, port)):
+                return address, port
+    raise OSError("no free port")
 
 
 class Probe(DeepSpeedLearner):

@@ -1,5 +1,6 @@
 """One real step of every objective: 1 rank = 2 ranks, and how rows are cut into passes changes nothing."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,10 @@ import pytest
 import ray
 import torch
 from arms import ARMS, CRITIC_ARMS
-from probe import Probe
+from probe import Probe, meeting_point
 from test_learner import rollouts, settings
 
 from keel import config
-from keel.gang import _meeting_point
 from keel.settings import Settings
 
 pytestmark = pytest.mark.timeout(120)
@@ -29,7 +29,8 @@ def configured(arm: dict[str, Any], **learners: Any) -> Settings:
 @pytest.fixture(scope="module")
 def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """(flavour, ranks) -> Probe actors; made once each."""
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # where the actors find probe.py
+    folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find probe.py and this keel
+    here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
     made: dict[tuple[str, int], list[Any]] = {}
 
@@ -39,7 +40,7 @@ def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 ray.kill(actor)
         if (flavour, ranks) not in made:
             chosen = configured(CRITIC_ARMS.get(flavour, ARMS["kl"]), count=ranks, zero_stage=1)
-            address, port = _meeting_point()
+            address, port = meeting_point()
             actors = [
                 ray.remote(num_cpus=1)(Probe).remote(chosen, str(tiny_model), {}, rank, ranks, address, port)
                 for rank in range(ranks)

@@ -1,0 +1,132 @@
+"""A learner's state on disk, the same whatever the number of ranks and the ZeRO stage that wrote it.
+
+learner/   block-00000.safetensors ...   master weights and moments: whole fp32 tensors, named as shards.py says
+           index.json                    format, version, Adam's steps, the tensors of every block; written last
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from keel import durable
+from keel.checkpoint import CheckpointError
+
+FORMAT = 1
+INDEX = "index.json"
+BLOCK_BYTES = 2**28
+"""A block holds as many tensors as fit; a larger one is alone in its block."""
+
+
+class Parts(Protocol):
+    """Whole tensors of a learner that lies in parts on its ranks."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of all tensors, by name."""
+    adam_steps: int
+
+    def gather(self, name: str, rank: int) -> Tensor: ...
+
+    def scatter(self, name: str, whole: Tensor) -> None: ...
+
+
+def blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """The tensors of every block, by its file's name."""
+    found: list[list[str]] = []
+    used_bytes = BLOCK_BYTES
+    for name, shape in shapes.items():
+        num_bytes = 4 * math.prod(shape)
+        if used_bytes + num_bytes > BLOCK_BYTES:
+            found.append([])
+            used_bytes = 0
+        found[-1].append(name)
+        used_bytes += num_bytes
+    return {f"block-{number:05}.safetensors": names for number, names in enumerate(found)}
+
+
+def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
+    """Write this rank's share of the blocks, one at a time; in memory is one block a rank. Collective."""
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = list(blocks(parts.shapes).items())
+    for first in range(0, len(planned), ranks):
+        # all blocks of a round are gathered before any is written: so the ranks write at the same time
+        own: dict[str, Tensor] = {}
+        for writer, (_, names) in enumerate(planned[first : first + ranks]):
+            for name in names:
+                whole = parts.gather(name, writer)
+                if writer == rank:
+                    own[name] = whole
+        if own:
+            path = folder / planned[first + rank][0]
+            save_file(own, path)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def write_index(folder: Path, version: int, parts: Parts) -> None:
+    """Say what the blocks hold, once all are written: one rank's work."""
+    found = {"format": FORMAT, "version": version, "adam_steps": parts.adam_steps, "blocks": blocks(parts.shapes)}
+    durable.write_json(folder / INDEX, found)
+
+
+def read(folder: Path, parts: Parts) -> int:
+    """Scatter every tensor; the version.
+
+    Raises CheckpointError for a file that is missing or damaged and for other parameters than the learner's, before
+    anything is changed.
+    """
+    index = _index(folder)
+    _check_names(folder / INDEX, index, parts.shapes)
+    for block, names in index["blocks"].items():
+        with _opened(folder / block) as file:
+            _check_shapes(folder / block, file, names, parts.shapes)
+    for block, names in index["blocks"].items():
+        with _opened(folder / block) as file:
+            for name in names:
+                parts.scatter(name, file.get_tensor(name))
+    parts.adam_steps = index["adam_steps"]
+    return index["version"]
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if index["format"] != FORMAT:
+        raise CheckpointError(f"{path}: format {index['format']}; expected {FORMAT}")
+    return index
+
+
+def _check_names(path: Path, index: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    found = {name for names in index["blocks"].values() for name in names}
+    if odd := sorted(found ^ shapes.keys()):
+        what = "is missing" if odd[0] in shapes else "is none of the learner's"
+        raise CheckpointError(f"{path}: {len(odd)} tensors do not fit the learner, for instance {odd[0]} {what}")
+
+
+def _check_shapes(path: Path, file: Any, names: list[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if lost := sorted(set(names) - set(file.keys())):
+        raise CheckpointError(f"{path}: {lost[0]} is missing")
+    for name in names:
+        tensor = file.get_slice(name)
+        found, expected = (tensor.get_dtype(), tensor.get_shape()), ("F32", list(shapes[name]))
+        if found != expected:
+            raise CheckpointError(f"{path}: {name} is {found[0]} {found[1]}; expected {expected[0]} {expected[1]}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
