@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
-    ["protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
+    ["printable", "protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
     + ["prompt_settings", "actor_settings", "settings", "course_settings", "stage_settings", "pipeline_settings"]
     + ["config", "extension", "durable"],
     [
@@ -22,10 +22,21 @@ LAYERS = [
     + ["algorithms.convexity", "algorithms.kinds"],
     ["checkpoint", "sources", "stored", "prompts", "buffer", "batch", "networks", "models", "anchors"]
     + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
-    ["weights", "generate", "score", "export", "optimisation", "engine", "learn", "learn_reward", "reward_report"],
+    [
+        "weights",
+        "generate",
+        "http_rewards",
+        "score",
+        "export",
+        "optimisation",
+        "engine",
+        "learn",
+        "learn_reward",
+        "reward_report",
+    ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "controller"],
-    ["cluster", "gang", "train", "progress", "summary", "doctor"],
+    ["cluster", "gang", "train", "terminal", "progress", "summary", "doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["cli", "__main__"],

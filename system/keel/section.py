@@ -13,7 +13,7 @@ Seconds = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """A block of settings: unknown keys are refused, values are frozen once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def is_source(value: str) -> bool:
