@@ -6,6 +6,7 @@ are not followed, certificates are checked, and no more than `max_response_bytes
 
 import asyncio
 import json
+import logging
 import math
 import os
 import re
@@ -41,6 +42,8 @@ def caller(reward: RewardSettings, setting: str) -> Callable[[Mapping[str, Any],
     attempts after growing waits. Raises ConfigError for a URL, certificate file or variable that is not there.
     """
     tls = check(reward, setting)
+    for client in ("httpx", "httpcore"):  # they log what a server says of the request, which may be its headers
+        logging.getLogger(client).setLevel(logging.WARNING)
 
     def call(body: Mapping[str, Any], rows: int) -> list[float | None] | str:
         content = json.dumps(body).encode()
@@ -151,4 +154,4 @@ def _as_float(value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
