@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel import http_rewards
@@ -257,6 +257,7 @@ def test_a_ca_file_that_is_none_is_one_line(tmp_path: Path, content: bytes | Non
         asked("https://127.0.0.1:1", ca_file=str(tmp_path / "ca.pem"))
 
 
+@settings(deadline=None)
 @given(content=st.binary(max_size=60) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rewards", "x"]), inner, max_size=2),

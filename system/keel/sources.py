@@ -183,14 +183,21 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
     """Rows of one split of a saved dataset, a folder of data files, or (no folder) a hub name."""
     import datasets  # a second to import, and not needed for files
     from datasets.exceptions import DatasetsError
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     saved = folder and any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         if not saved:
-            return datasets.load_dataset(str(folder or prompts.source), split=prompts.split).to_list()
+            builder = datasets.load_dataset_builder(str(folder or prompts.source))
+            if isinstance(builder, WebDataset):  # torch.load reads what is called .pth in an archive
+                raise wrong(prompts, f"an archive (.tar), which may hold pickles; expected {_FORMS}")
+            builder.download_and_prepare()
+            return builder.as_dataset(split=prompts.split).to_list()
         found = datasets.load_from_disk(str(folder))
-    # offline, unknown name or split, broken data files; the last three: of a damaged folder
-    except (DatasetsError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except ConfigError:
+        raise
+    # offline, unknown name or split, broken data files; RuntimeError: a loading script; the rest: a damaged folder
+    except (DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         where = f"cannot be loaded as a dataset with prompts.split={prompts.split}"
         raise wrong(prompts, f"{where}: {_one_line(error)}; expected {_FORMS}") from None
     if isinstance(found, datasets.Dataset):
