@@ -149,13 +149,17 @@ def test_doctor_ends_with_1_when_a_check_failed(monkeypatch: pytest.MonkeyPatch,
     assert run(monkeypatch, "doctor") == (0 if healthy else 1)
 
 
-def test_an_error_of_nobody_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_nobody_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def fail(settings: Settings, path: str) -> None:
-        raise LookupError("a defect")
+        raise LookupError("a defect\x1b]0;title\x07 [bold]\u202e\ud800")
 
     monkeypatch.setattr(cli, "_train", fail)
-    with pytest.raises(LookupError, match="a defect"):
-        run(monkeypatch, "train", QUICKSTART)
+    assert run(monkeypatch, "train", QUICKSTART) == 1
+    shown = capfd.readouterr().err
+    assert "Traceback (most recent call last):\n" in shown and f'"{__file__}", line' in shown.replace("\n", "")
+    assert shown.endswith("LookupError: a defect\\x1b]0;title\\x07 [bold]\\u202e\\ud800\n")
 
 
 # ---- bad input, in an empty working directory

@@ -115,7 +115,7 @@ def test_the_reward() -> None:
     """`answer` is the ticket; "answer 1" does not hold "0" and "answer 1000" holds "1"; weight 2, .001 a token."""
     by = settings(BLOCKS["my_rewards"])
     batch = generated(prompts([0, 1]))
-    preflight.check_reward_source("rule", by.rewards[0].source, "rewards.answered.source")
+    preflight.check_reward_source(by.rewards[0], "rewards.answered.source")
     preflight.check_rewards(by, prompts([0, 1]))
     scored, receipt = score.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
     held = np.array([1.0, 0.0, 1.0, 1.0])
@@ -307,7 +307,7 @@ def test_a_wrong_name_is_refused_and_names_the_setting(setting: str, source: str
     by = with_source(setting, source)
     with pytest.raises(ConfigError) as caught:
         if setting.startswith("rewards"):
-            preflight.check_reward_source("rule", source, setting)
+            preflight.check_reward_source(by.rewards[0], setting)
         else:
             kinds.build(by)
     assert str(caught.value) == f"{setting}={source}: {reason}"

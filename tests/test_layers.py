@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
-    ["protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
+    ["printable", "protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
     + ["prompt_settings", "actor_settings", "settings", "course_settings", "stage_settings", "pipeline_settings"]
     + ["config", "extension", "durable"],
     [
@@ -37,6 +37,7 @@ LAYERS = [
     [
         "weights",
         "generate",
+        "http_rewards",
         "score",
         "export",
         "optimisation",
@@ -49,7 +50,8 @@ LAYERS = [
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "failures", "parts", "controller", "audit", "evaluation_audit", "verify"],
-    ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "replay", "progress", "summary", "doctor"],
+    ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "replay", "terminal", "progress", "summary"]
+    + ["doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["operations", "cli", "__main__"],

@@ -27,7 +27,7 @@ def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
     assert len({row.text for row in rows}) >= settings.prompts.held_out + 2 * settings.buffer.groups_per_step
     columns = [json.loads(row.further) for row in rows]
     for reward in settings.rewards:
-        preflight.check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
+        preflight.check_reward_source(reward, f"rewards.{reward.name}.source")
         if reward.kind != "rule":
             continue
         values = extension.load(reward.source, "source")(

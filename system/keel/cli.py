@@ -2,12 +2,12 @@
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from keel import __version__, config, operations
 from keel.pipeline_settings import PipelineSettings
@@ -21,6 +21,7 @@ from keel.stage_settings import (
     SupervisedSettings,
     command_of,
 )
+from keel.terminal import Terminal
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -28,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(width=None if sys.stdout.isatty() else 120)
-errors = Console(stderr=True)
+console = Terminal(width=None if sys.stdout.isatty() else 120)
+errors = Terminal(stderr=True)
 INTERRUPTED = 130
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")]
@@ -110,7 +111,6 @@ def doctor(
     from keel import quiet
 
     quiet.libraries()
-
     if not checks.run(console, as_json=as_json, self_test=self_test):
         raise typer.Exit(1)
 
@@ -281,9 +281,9 @@ def _fail_run(error: Any) -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     if type(error).__module__.startswith("keel."):
         _fail(f"{type(error).__name__}: {error}", 1)
-    raise error
+    _fail("".join(traceback.format_exception(error)).rstrip(), 1)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    errors.print(f"keel: {message}", style="red", highlight=False, soft_wrap=True, markup=False)
+    errors.print(f"keel: {message}", style="red", highlight=False, soft_wrap=True)
     sys.exit(code)

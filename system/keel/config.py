@@ -8,6 +8,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -16,14 +17,25 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from keel.printable import printable
 from keel.section import Section
 from keel.settings import Settings
 
 Model = TypeVar("Model", bound=Section)
 
 
+SECRET = "headers"
+"""The setting whose values are shown nowhere, also not where they are wrong: the user may have typed a secret."""
+
+
 class ConfigError(ValueError):
-    """Bad input of the user's: one line with the setting, its value and what was expected."""
+    """Bad input of the user's: one line with the setting, its value and what was expected.
+
+    Whatever the message quotes, the line is safe to print, of bounded length and without the password of a URL.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(re.sub(r"://\S*@", "://...@", message)))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -51,8 +63,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {path}: not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the 30th of February, 10**5 digits
+        raise ConfigError(f"config {path}: not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: {type(tree).__name__} at the top; expected blocks such as policy:, prompts:")
     for override in overrides:
@@ -104,11 +116,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     """Set one `a.b=c` (list entries by index or by their `name`: rewards.vader.weight=2)."""
     path, separator, text = override.partition("=")
     if not separator or not path:
-        raise ConfigError(f"override {override!r}: expected key.key=value")
+        raise ConfigError(f"override {_quoted(override)}: expected key.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"override {_quoted(override)}: the value is not YAML") from None
     if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, people mean the number
         with contextlib.suppress(ValueError):
             value = float(value)
@@ -119,8 +131,22 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             node[key] = {}
         node = _child(node, key, ".".join(parents[: depth + 1]), override)
     if not isinstance(node, dict):
-        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a block; expected key.key=value")
+        raise ConfigError(f"override {_quoted(override)}: {'.'.join(parents)} is not a block; expected key.key=value")
     node[last] = value
+
+
+def _quoted(override: str) -> str:
+    """The override, without what follows the name of a secret setting."""
+    path, secret, _ = override.partition(SECRET)
+    return repr(f"{path}{secret}..." if secret else override)
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a YAML text and where; the text itself may hold a secret."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        return f"{error.problem or error.context}, {place}"
+    return str(error) if isinstance(error, yaml.YAMLError) else f"a value that cannot be read ({type(error).__name__})"
 
 
 def _child(node: Any, key: str, where: str, override: str) -> Any:
@@ -132,8 +158,8 @@ def _child(node: Any, key: str, where: str, override: str) -> Any:
         if named:
             return named[0]
         names = ", ".join(str(item.get("name")) for item in blocks) or "nothing: its entries are no blocks"
-        raise ConfigError(f"override {override!r}: no entry {where}; expected one of {names}")
-    raise ConfigError(f"override {override!r}: {where} is not a block; expected key.key=value")
+        raise ConfigError(f"override {_quoted(override)}: no entry {where}; expected one of {names}")
+    raise ConfigError(f"override {_quoted(override)}: {where} is not a block; expected key.key=value")
 
 
 def _one_line(error: ValidationError, model: type[Section]) -> str:
@@ -141,6 +167,8 @@ def _one_line(error: ValidationError, model: type[Section]) -> str:
     errors = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     first = errors[0]
     where = ".".join(str(part) for part in first["loc"] if part not in _tags())
+    if SECRET in first["loc"]:
+        return f"{where[: where.index(SECRET)]}{SECRET}: {first['msg']} (not shown here); expected NAME: ${{VARIABLE}}"
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
         names = list(_fields_at(model, parents))

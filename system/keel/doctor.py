@@ -16,8 +16,10 @@ from pathlib import Path
 import psutil
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from keel.actor_settings import ClusterSettings
+from keel.printable import printable
 from keel.settings import MetricsSettings
 
 TESTED = {
@@ -45,8 +47,9 @@ def run(console: Console, *, as_json: bool, self_test: bool) -> bool:
     for check in _checks(self_test):
         done.append(check)
         if not as_json:
-            mark = "[green]ok[/]  " if check.passed else "[red]FAIL[/]" if check.required else "[yellow]warn[/]"
-            console.print(f"{mark} {check.name}: {check.finding}", highlight=False, soft_wrap=True)
+            mark = ("ok  ", "green") if check.passed else ("FAIL", "red") if check.required else ("warn", "yellow")
+            finding = f" {check.name}: {printable(check.finding)}"
+            console.print(Text.assemble(mark, finding), soft_wrap=True)
     healthy = all(check.passed for check in done if check.required)
     if as_json:
         sys.stdout.write(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in done]}, indent=2) + "\n")

@@ -1,5 +1,6 @@
 """A trained policy as a Hugging Face folder: weights, tokenizer, chat template, model card."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from keel import config
 from keel.models import DTYPES
+from keel.printable import printable
 from keel.settings import Settings
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -30,15 +32,16 @@ def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Se
 def _card(settings: Settings, version: int) -> str:
     kl, entropy = settings.regulariser.kl, settings.regulariser.entropy
     rewards = "\n".join(f"| {r.name} | {r.role} | {r.kind} | {r.weight} |" for r in settings.rewards)
+    model = printable(settings.policy.model)
     return f"""---
-base_model: {settings.policy.model}
+base_model: {json.dumps(model, ensure_ascii=False)}
 library_name: transformers
 pipeline_tag: text-generation
 tags: [rlhf, keel, {_objective(settings)}]
 ---
 # {settings.run.name}, step {version}
 
-{settings.policy.model} after {version} steps of online reinforcement learning with Keel.
+`{model}` after {version} steps of online reinforcement learning with Keel.
 
 | setting | value |
 |---|---|

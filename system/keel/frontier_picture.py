@@ -14,6 +14,7 @@ import numpy as np
 
 from keel import durable
 from keel.config import ConfigError
+from keel.printable import printable
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def draw(
     figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
     axis = figure.add_subplot()
     for number, (name, each) in enumerate(drawn.items()):
-        _plot(axis, each, name.replace("$", r"\$"), f"C{number % 10}", proxy, gold)
+        _plot(axis, each, printable(name, limit=60).replace("$", r"\$"), f"C{number % 10}", proxy, gold)
     axis.set_title("Reward against distance from the reference, held-out prompts")
     axis.set_xlabel("square root of the KL to the reference (nats$^{1/2}$)")
     axis.set_ylabel("reward (mean, bars: standard error)")

@@ -35,9 +35,10 @@ class VllmGenerator:
         self.dtype = settings.dtype
         self.version = 0
         self._expected = weights.checkpoint_shapes(Path(folder))
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._engine: Any = LLM(
             model=folder,
+            load_format="safetensors",  # a pickle is never opened
             dtype=settings.dtype,
             max_model_len=max_model_tokens,
             max_num_seqs=settings.max_sequences,

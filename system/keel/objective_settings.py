@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from keel.section import Fraction, Section, Source, one_of
+from keel.section import Fraction, Options, Section, Source, one_of
 
 GROUP_ADVANTAGES = ("rloo", "group_mean", "grpo", "dr_grpo")
 RETURN_ADVANTAGES = ("none", "reinforce_pp", "reinforce_pp_baseline", "gae", "value_baseline")
@@ -259,7 +259,7 @@ class LogitsConvexitySettings(ObjectiveSection):
 class CustomObjectiveSettings(ObjectiveSection):
     kind: Literal["custom"]
     source: Source = Field(description="module:class, derived from keel.algorithms.objective.Objective")
-    options: dict[str, Any] = Field({}, description="what the class reads from settings.objective.options")
+    options: Options = Field({}, description="what the class reads from settings.objective.options")
 
 
 def _with_kind(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Section
+from keel.section import Options, Section
 
 
 class StageEntry(Section):
@@ -14,7 +14,7 @@ class StageEntry(Section):
     command: Literal["sft", "label", "reward", "prefer", "train", "evaluate"] = Field(description="keel COMMAND")
     config: str = Field(description="YAML file of that command, relative to this file")
     model: str | None = Field(None, description="evaluate: the model or run directory it evaluates")
-    settings: dict[str, Any] = Field(
+    settings: Options = Field(
         {}, description="settings to change, as blocks or `a.b: value`; {name} is the directory of an earlier stage"
     )
 

@@ -11,12 +11,13 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import config, extension, models, reward_models, schema, score
+from keel import config, extension, http_rewards, models, reward_models, schema, score
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.reward_settings import RewardSettings
 from keel.section import Section
 from keel.settings import MetricsSettings, Settings
 from keel.stage_settings import COMMANDS, command_of
@@ -50,7 +51,7 @@ def prepare(settings: Settings) -> Prepared:
     check_port(settings.metrics)
     check_memory(settings.cluster)
     for reward in settings.rewards:
-        check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
+        check_reward_source(reward, f"rewards.{reward.name}.source")
     kinds.build(settings)  # imports what the configuration names, and refuses what is not there
     policy = models.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
@@ -156,10 +157,11 @@ def check_context(policy: Path, settings: Settings) -> None:
     from transformers import AutoConfig
 
     try:
-        positions = getattr(AutoConfig.from_pretrained(policy), "max_position_embeddings", None)
+        known = AutoConfig.from_pretrained(policy, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"policy.model={policy}: config.json cannot be read ({reason})") from None
+    positions = getattr(known, "max_position_embeddings", None)
     needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
     if positions is not None and needed > positions:
         raise ConfigError(
@@ -168,13 +170,18 @@ def check_context(policy: Path, settings: Settings) -> None:
         )
 
 
-def check_reward_source(kind: str, source: str, setting: str) -> None:
-    if kind == "rule":
-        extension.load(source, setting)
-    if kind == "model":
-        reward_models.members(models.locate(source, setting), setting)
-    if kind == "http" and not source.startswith(("http://", "https://")):
-        raise ConfigError(f"{setting}={source}: expected a URL that starts with http:// or https://")
+def check_reward_source(reward: RewardSettings, setting: str) -> None:
+    """Code, model, or what is needed to ask a server, are there. Raises ConfigError.
+
+    Variables of headers must be set here, where keel is started, and in the environment of every scorer: an embedded
+    Ray hands its own on.
+    """
+    if reward.kind == "rule":
+        extension.load(reward.source, setting)
+    if reward.kind == "model":
+        reward_models.members(models.locate(reward.source, setting), setting)
+    if reward.kind == "http":
+        http_rewards.check(reward, setting)
 
 
 def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
@@ -201,5 +208,5 @@ def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
             raise ConfigError(f"{setting}: returned {given} values for 2 completions; expected one for each")
         try:
             score.checked(reward.name, values, 2)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise ConfigError(f"{setting}: returned {values!r}; expected numbers or None") from None

@@ -9,6 +9,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from keel.printable import printable
+
 Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
 """What a step shows: name of the column -> text from the step's metrics."""
 
@@ -72,7 +74,7 @@ class PlainProgress:
     def __exit__(self, *exception: object) -> None: ...
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def doing(self, what: str) -> None:
         if what.startswith("starting"):
@@ -103,7 +105,7 @@ class LiveProgress:
         self._live.__exit__(*exception)
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(printable(text), markup=False, emoji=False, highlight=False)
 
     def doing(self, what: str) -> None:
         self._doing, self._since = what, time.monotonic()
@@ -122,7 +124,7 @@ class LiveProgress:
         status = (
             f"step {done}/{self.steps}, {now - self._started:.0f} s in; now: {self._doing} ({now - self._since:.0f} s)"
         )
-        return Group(table, Text(status))
+        return Group(table, Text(printable(status)))
 
 
 def display(console: Console, steps: int, columns: Columns = ONLINE) -> PlainProgress | LiveProgress:

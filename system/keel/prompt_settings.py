@@ -1,10 +1,10 @@
 """Settings of what goes in and what is drawn: the policy, its prompts, its completions."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from keel.section import Fraction, Section
+from keel.section import Fraction, Options, Section
 
 
 class PolicySettings(Section):
@@ -19,7 +19,7 @@ class PromptSettings(Section):
         description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function"
     )
     split: str = Field("train", description="split of a Hugging Face dataset")
-    options: dict[str, Any] = Field({}, description="python: keyword arguments of the function")
+    options: Options = Field({}, description="python: keyword arguments of the function")
     column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
     system_prompt: str | None = Field(
         None, description="system message put before every prompt; makes it conversational"

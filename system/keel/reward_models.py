@@ -40,7 +40,7 @@ def members(folder: Path, setting: str) -> list[Path]:
     if not (folder / ENSEMBLE).is_file():
         check_head(folder, setting)
         return [folder]
-    names = json.loads((folder / ENSEMBLE).read_text(encoding="utf8"))["members"]
+    names = _names(folder, setting)
     for name in names:
         if not (folder / name / "config.json").is_file():
             raise ConfigError(
@@ -50,9 +50,20 @@ def members(folder: Path, setting: str) -> list[Path]:
     return [folder / name for name in names]
 
 
+def _names(folder: Path, setting: str) -> list[str]:
+    try:
+        names = json.loads((folder / ENSEMBLE).read_bytes())["members"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'{setting}={folder}: {ENSEMBLE} names no members; expected {{"members": [folder, ...]}}')
+    return names
+
+
 def check_head(folder: Path, setting: str) -> None:
     """The folder holds a sequence classifier with one output. Raises ConfigError that says what it holds instead."""
-    known = json.loads((folder / "config.json").read_text(encoding="utf8")).get("architectures") or ["no architecture"]
+    models.check_harmless(folder, f"{setting}={folder}")
+    known = models.read_config(folder, f"{setting}={folder}").get("architectures") or ["no architecture"]
     found = [
         (name, file.get_slice(name).get_shape()[0])
         for path in sorted(folder.glob("*.safetensors"))
@@ -115,8 +126,10 @@ def load(folder: Path) -> RewardModel:
     """A trained reward model, frozen, in fp32."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+    ).eval()
     own = getattr(model.config, "keel_reward", None) or {}
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = spare_token(tokenizer)
@@ -128,7 +141,7 @@ def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
     """A reward model to train: the folder's trunk, a new head N(0, 1/sqrt(H + 1)) as in 2403.17031, no dropout."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = models.without_dropout(folder)
     config.num_labels, config.problem_type = 1, "regression"  # vLLM would put a sigmoid on a single label otherwise
     text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)))
@@ -136,7 +149,9 @@ def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of heads with more than one layer
-        model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=models.DTYPES[dtype])
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=models.DTYPES[dtype], trust_remote_code=False, use_safetensors=True
+        )
     generator = torch.Generator().manual_seed(seed)
     named = dict(model.named_parameters())
     head = next(named[name] for name in _HEADS if name in named)

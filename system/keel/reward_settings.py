@@ -1,10 +1,14 @@
 """Settings of rewards: who computes them, how several become one, what length and end of a completion do to it."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from keel.section import Seconds, Section
+
+ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET = re.compile(rf"([A-Za-z]{{1,10}} )?{ENVIRONMENT.pattern}")
 
 
 class EnsembleSettings(Section):
@@ -43,8 +47,34 @@ class RewardSettings(Section):
         MembersSettings(),
         description="model: how the members of an ensemble folder become one reward",
     )
-    timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt")
-    retries: int = Field(2, ge=0, description="http: further attempts after a failed one")
+    timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt, from name look-up to last byte")
+    retries: int = Field(2, ge=0, description="http: further attempts after a failed one, after growing pauses")
+    headers: dict[str, str] = Field(
+        {},
+        description="http: further headers; a value is ${NAME}, or a word and ${NAME} (Bearer ${TOKEN}): the variable"
+        " is read from the environment of the scorer at every call and is never written anywhere",
+    )
+    ca_file: str | None = Field(
+        None, description="http: certificates (PEM) that alone are trusted, for a private authority; null: public ones"
+    )
+    max_response_bytes: int = Field(2**22, ge=2, description="http: a longer reply is a failed attempt")
+
+    @model_validator(mode="after")
+    def _no_secret_is_written(self) -> Self:
+        """First of all rules: the others name the value of `source`."""
+        if re.search(r"://[^/?#]*@", self.source):
+            raise ValueError("source: the URL holds user:password@; expected a URL without, and headers with ${NAME}")
+        for value in self.headers.values():
+            if not _SECRET.fullmatch(value):
+                raise ValueError(
+                    "headers: a value is written out (not shown here); expected ${NAME}, or a word and ${NAME}, with"
+                    " the secret in the environment variable NAME"
+                )
+        if not all(re.fullmatch(r"[A-Za-z0-9-]+", name) for name in self.headers):
+            raise ValueError("headers: a name holds other characters than letters, digits and -; expected a header")
+        if self.headers and self.kind != "http":
+            raise ValueError(f"headers: kind={self.kind} sends none; expected kind=http")
+        return self
 
     @model_validator(mode="after")
     def _name_is_free(self) -> Self:

@@ -6,6 +6,7 @@ the borders (generator out, buffer in) and `digest` covers bytes on disk.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ SCORE = pa.schema(
 )
 _PER_COMPLETION_TOKEN = ("completion_logprobs", "weight_versions", "reference_logprobs")
 _NULLABLE = {"failure"}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class ContractError(ValueError):
@@ -75,15 +77,23 @@ def reward_field(name: str) -> pa.Field:
 
 
 def build(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
-    """Record batch from columns (sequences or Arrow arrays), one for every field of the schema."""
+    """Record batch from columns (sequences or Arrow arrays), one for every field of the schema.
+
+    Half a surrogate pair, which Python's text can hold and UTF-8 cannot, becomes U+FFFD.
+    """
     assert set(columns) == set(schema.names), set(columns) ^ set(schema.names)
     arrays = [
-        columns[field.name]
-        if isinstance(columns[field.name], pa.Array)
-        else pa.array(columns[field.name], type=field.type, from_pandas=False)
+        columns[field.name] if isinstance(columns[field.name], pa.Array) else _array(columns[field.name], field.type)
         for field in schema
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _array(values: Sequence[Any], of: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, type=of, from_pandas=False)
+    except UnicodeEncodeError:
+        return pa.array([_SURROGATE.sub("\ufffd", v) if isinstance(v, str) else v for v in values], type=of)
 
 
 def given(tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> pa.RecordBatch:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import batch as batching
-from keel import extension, schema, stored
+from keel import extension, http_rewards, schema, stored
 from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
 from keel.protocols import LoadReceipt, StageReceipt
@@ -25,6 +25,7 @@ from keel.reward_settings import EnsembleSettings, RewardSettings
 Values = Sequence[float | None]
 Failure = str
 """Why a reward could not be computed: a short fixed word, it becomes a metric label."""
+_LABEL_CHARACTERS = 64
 
 
 class ReferenceScorer:
@@ -198,7 +199,8 @@ def _rule(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.Rec
         try:
             return [None if value is None else float(value) for value in function(**arguments(batch))]
         except Exception as error:  # the user's code may raise anything; the samples fail and are counted
-            return type(error).__name__
+            name = type(error).__name__  # whatever the code, and what it called, made of it
+            return name if len(name) <= _LABEL_CHARACTERS and name.isascii() and name.isidentifier() else "Exception"
 
     return compute
 
@@ -214,28 +216,8 @@ def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[p
 
 
 def _http(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
-    """POST {"prompts": [...], "completions": [...], further columns} -> {"rewards": [...]}, with retries."""
-    import httpx
-
-    def compute(batch: pa.RecordBatch) -> Values | Failure:
-        body = arguments(batch)
-        reason = "http"
-        for _ in range(reward.retries + 1):
-            try:
-                answer = httpx.post(reward.source, json=body, timeout=reward.timeout_seconds)
-                answer.raise_for_status()
-                return [None if value is None else float(value) for value in answer.json()["rewards"]]
-            except httpx.TimeoutException:
-                reason = "http_timeout"
-            except httpx.HTTPStatusError as error:
-                reason = f"http_{error.response.status_code // 100}xx"
-            except httpx.TransportError:
-                reason = "http_unreachable"
-            except (ValueError, KeyError, TypeError):
-                reason = "http_malformed"
-        return reason
-
-    return compute
+    call = http_rewards.caller(reward, f"rewards.{reward.name}.source")
+    return lambda batch: call(arguments(batch), batch.num_rows)
 
 
 def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], np.ndarray]:

@@ -1,7 +1,8 @@
 """What every block of settings is made of: the base model and the types that several blocks use."""
 
 import functools
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -13,7 +14,7 @@ Seconds = Annotated[float, Field(gt=0)]
 class Section(BaseModel):
     """A block of settings: unknown keys are refused, values are frozen once loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 def is_source(value: str) -> bool:
@@ -33,3 +34,20 @@ def one_of(names: tuple[str, ...], value: str) -> str:
 
 Source = Annotated[str, AfterValidator(functools.partial(one_of, ()))]
 """module:name of the user's own code."""
+
+
+def _as_written(value: dict[str, Any]) -> dict[str, Any]:
+    """The value if config.yaml gives back the same: YAML also has dates, sets, bytes, and blocks inside themselves."""
+    try:
+        same = json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False).encode()) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise PydanticCustomError(
+            "no_json", "expected texts, finite numbers, true, false, null, lists and blocks of them"
+        )
+    return value
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_as_written)]
+"""Settings that only the user's own code reads."""

@@ -62,20 +62,31 @@ def read(prompts: PromptSettings) -> list[Row]:
     if not raw:
         raise wrong(prompts, "no rows; expected one prompt a row")
     for place, columns in raw:
-        if not isinstance(columns, dict):
+        if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns):
             raise wrong(prompts, f"{place} is {_describe(columns)}; expected an object with {prompts.column}")
     names = list(dict.fromkeys(name for _, columns in raw for name in columns))
     column = _prompt_column(names, prompts)
     further = [name for name in names if name != prompts.column]
-    return [
+    rows = [
         Row(
             place,
             _prompt(columns.get(column), f"{place}: column {column}", column == prompts.column, prompts),
-            _as_json({name: columns.get(name) for name in further}, place, prompts),
+            _as_json({name: columns.get(name) for name in further}, place, "further columns", prompts),
             isinstance(columns.get(column), list),
         )
         for place, columns in raw
     ]
+    for row in rows:
+        _check_text(row, prompts)
+    return rows
+
+
+def _check_text(row: Row, prompts: PromptSettings) -> None:
+    """All of a row can be written as UTF-8; JSON and Python also have half surrogate pairs, which cannot."""
+    try:
+        (_as_json(row.prompt, row.place, "messages", prompts) + row.further).encode()
+    except UnicodeEncodeError as error:
+        raise wrong(prompts, f"{row.place}: {error}; expected text in UTF-8") from None
 
 
 def wrong(prompts: PromptSettings, message: str) -> ConfigError:
@@ -117,7 +128,7 @@ def _read_file(path: Path, prompts: PromptSettings) -> list[tuple[str, Any]]:
         if path.suffix == ".parquet":
             return _number(pq.read_table(path).to_pylist())
         content = path.read_bytes()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, OverflowError) as error:  # not UTF-8; a date that Python has not
         raise wrong(prompts, f"cannot be read: {_one_line(error)}; expected {_FORMS}") from None
     if path.suffix == ".json" and content.lstrip()[:1] == b"[":
         return _number(_parse(content, None, prompts))
@@ -131,13 +142,13 @@ def _parse(content: bytes, line: int | None, prompts: PromptSettings) -> Any:
     """The JSON value of one line of the file, or (no line number) of the whole file."""
     try:
         value = json.loads(content.decode("utf-8-sig"))
-        if b"\\ud" in content.lower():  # half a surrogate pair: JSON, but no text
-            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         problem = f"line {line or error.lineno} is not JSON: {error.msg} at character {error.colno}"
         raise wrong(prompts, f"{problem}; expected one object a line, or a list of objects in .json") from None
     except UnicodeError as error:
         raise wrong(prompts, f"line {line or 1}: {error}; expected text in UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+        raise wrong(prompts, f"line {line or 1} cannot be read: {error}; expected an object of texts") from None
     return value
 
 
@@ -172,13 +183,21 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
     """Rows of one split of a saved dataset, a folder of data files, or (no folder) a hub name."""
     import datasets  # a second to import, and not needed for files
     from datasets.exceptions import DatasetsError
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     saved = folder and any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         if not saved:
-            return datasets.load_dataset(str(folder or prompts.source), split=prompts.split).to_list()
+            builder = datasets.load_dataset_builder(str(folder or prompts.source))
+            if isinstance(builder, WebDataset):  # torch.load reads what is called .pth in an archive
+                raise wrong(prompts, f"an archive (.tar), which may hold pickles; expected {_FORMS}")
+            builder.download_and_prepare()
+            return builder.as_dataset(split=prompts.split).to_list()
         found = datasets.load_from_disk(str(folder))
-    except (DatasetsError, OSError, ValueError) as error:  # offline, unknown name or split, broken data files
+    except ConfigError:
+        raise
+    # offline, unknown name or split, broken data files; RuntimeError: a loading script; the rest: a damaged folder
+    except (DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         where = f"cannot be loaded as a dataset with prompts.split={prompts.split}"
         raise wrong(prompts, f"{where}: {_one_line(error)}; expected {_FORMS}") from None
     if isinstance(found, datasets.Dataset):
@@ -242,11 +261,11 @@ def _messages(turns: list[Any], where: str, explicit: bool, prompts: PromptSetti
     return messages
 
 
-def _as_json(further: dict[str, Any], place: str, prompts: PromptSettings) -> str:
+def _as_json(tree: Any, place: str, what: str, prompts: PromptSettings) -> str:
     try:
-        return json.dumps(further, ensure_ascii=False, allow_nan=False, default=_as_text)
-    except (TypeError, ValueError) as error:  # a type, or a NaN, that JSON has not
-        raise wrong(prompts, f"{place}: further columns: {error}; expected what JSON can hold") from None
+        return json.dumps(tree, ensure_ascii=False, allow_nan=False, default=_as_text)
+    except (TypeError, ValueError, RecursionError) as error:  # a type, or a NaN, that JSON has not
+        raise wrong(prompts, f"{place}: {what}: {error}; expected what JSON can hold") from None
 
 
 def _as_text(value: Any) -> str:

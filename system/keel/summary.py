@@ -11,6 +11,7 @@ from rich.text import Text
 
 from keel import checkpoint, evaluate, frontier_picture
 from keel.diagnostics import Estimate, per_completion
+from keel.printable import printable
 from keel.settings import Settings
 
 _UNITS = {
@@ -154,10 +155,10 @@ def _telling_rows(first: pa.RecordBatch, last: pa.RecordBatch) -> list[int]:
 
 def _answer(first: pa.RecordBatch, last: pa.RecordBatch, row: int, before: int, after: int) -> Text:
     text = Text()
-    text.append(f"\nprompt:  {first.column('prompt')[row].as_py()}\n", style="bold")
+    text.append(f"\nprompt:  {printable(first.column('prompt')[row].as_py())}\n", style="bold")
     for step, batch in ((before, first), (after, last)):
         reward = batch.column("reward")[row].as_py()
-        completion = " ".join(batch.column("completion")[row].as_py().split())
+        completion = printable(" ".join(batch.column("completion")[row].as_py().split()))
         text.append(f"step {step:>3} (reward {reward if reward is not None else float('nan'):+.2f}): {completion}\n")
     return text
 

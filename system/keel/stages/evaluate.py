@@ -52,7 +52,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     """Check models, prompts, rewards and memory. Raises ConfigError, one line."""
     preflight.check_memory(settings.cluster)
     for reward in settings.rewards:
-        preflight.check_reward_source(reward.kind, reward.source, f"rewards.{reward.name}.source")
+        preflight.check_reward_source(reward, f"rewards.{reward.name}.source")
     folder = models.locate_policy(model, "MODEL")
     preflight.check_context(folder, settings)
     tokenizer = models.load_tokenizer(folder, "MODEL")

@@ -56,7 +56,7 @@ def prepare(settings: LabelSettings) -> Prepared:
     preflight.check_directory(directory, settings)
     preflight.check_memory(settings.cluster)
     online = settings.sampling_run()
-    preflight.check_reward_source(settings.judge.kind, settings.judge.source, "judge.source")
+    preflight.check_reward_source(settings.judge, "judge.source")
     folder = prompts = rollouts = None
     stop: tuple[int, ...] = tuple(settings.sampling.stop_token_ids or ())
     if settings.policy:

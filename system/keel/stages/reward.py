@@ -131,7 +131,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     preflight.check_memory(settings.cluster)
     folder = models.locate(settings.policy.model, "policy.model")
     tokenizer = models.load_tokenizer(folder, "policy.model")
-    trunk = AutoConfig.from_pretrained(folder)
+    trunk = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     reward_models.check_trunk(trunk, settings.policy.model)
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
     rows = PairRows(settings, RewardText(tokenizer, reward_models.is_encoder(trunk), limit))

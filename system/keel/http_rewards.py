@@ -1,0 +1,157 @@
+"""Rewards of a server: one bounded POST, then a list of numbers or one word that says why there is none.
+
+The server may be slow, hostile or somebody else's: an attempt ends at its deadline whatever the server does, redirects
+are not followed, certificates are checked, and no more than `max_response_bytes` of a reply are kept.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+import re
+import ssl
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import httpx
+
+from keel.config import ConfigError
+from keel.reward_settings import ENVIRONMENT, RewardSettings
+
+_FIRST_WAIT_SECONDS = 0.25
+_LONGEST_WAIT_SECONDS = 15.0
+REASONS = (
+    "http_timeout",
+    "http_unreachable",
+    "http_malformed",
+    "http_too_large",
+    *(f"http_{n}xx" for n in (1, 3, 4, 5)),
+)
+"""All reasons there are: they become metric labels."""
+
+
+class _Unusable(Exception):
+    """A reply that came and says nothing; its argument is one of REASONS."""
+
+
+def caller(reward: RewardSettings, setting: str) -> Callable[[Mapping[str, Any], int], list[float | None] | str]:
+    """A function from the body of a request and the number of its rows to their rewards, or to one of REASONS.
+
+    POST {"prompts": [...], "completions": [...], further columns} -> {"rewards": [number or null, ...]}, with further
+    attempts after growing waits. Raises ConfigError for a URL, certificate file or variable that is not there.
+    """
+    tls = check(reward, setting)
+    for client in ("httpx", "httpcore"):  # they log what a server says of the request, which may be its headers
+        logging.getLogger(client).setLevel(logging.WARNING)
+
+    def call(body: Mapping[str, Any], rows: int) -> list[float | None] | str:
+        content = json.dumps(body).encode()
+        loop = asyncio.new_event_loop()  # asyncio.run would wait at the end for a name look-up that never returns
+        try:
+            return loop.run_until_complete(_attempts(reward, setting, tls, content, rows))
+        finally:
+            loop.close()
+
+    return call
+
+
+def check(reward: RewardSettings, setting: str) -> ssl.SSLContext:
+    """What is known about a server before it is asked: how its certificate is checked. Raises ConfigError."""
+    if not reward.source.startswith(("http://", "https://")):
+        raise ConfigError(f"{setting}={reward.source}: expected a URL that starts with http:// or https://")
+    try:
+        if not httpx.URL(reward.source).host:
+            raise httpx.InvalidURL("it names no host")
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"{setting}={reward.source}: {error}; expected a URL") from None
+    headers(reward, setting)
+    if reward.ca_file is None:
+        return httpx.create_ssl_context()
+    try:
+        return ssl.create_default_context(cafile=reward.ca_file)
+    except OSError as error:  # a file that holds no certificate is an SSLError, which is one
+        own = setting.rpartition(".")[0] + ".ca_file"
+        raise ConfigError(f"{own}={reward.ca_file}: {error.strerror or error}; expected certificates in PEM") from None
+
+
+def headers(reward: RewardSettings, setting: str) -> dict[str, str]:
+    """The request's headers with every ${NAME} replaced from this process's environment.
+
+    Raises ConfigError, which names the variable and never its value, where it is not set or cannot be in a header.
+    """
+    own = setting.rpartition(".")[0] + ".headers"
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in os.environ:
+            raise ConfigError(f"{own}: ${{{found[1]}}} is not set; expected this variable in the environment")
+        text = os.environ[found[1]].strip()
+        if not (text and text.isascii() and text.isprintable()):
+            raise ConfigError(f"{own}: ${{{found[1]}}} is empty or holds characters that no header may; expected ASCII")
+        return text
+
+    return {name: ENVIRONMENT.sub(value, template) for name, template in reward.headers.items()}
+
+
+def wait_seconds(attempt: int) -> float:
+    """The pause before an attempt, counted from 1 for the first further one: doubled every time, up to a cap."""
+    return min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2.0 ** min(attempt - 1, 30))
+
+
+async def _attempts(
+    reward: RewardSettings, setting: str, tls: ssl.SSLContext, content: bytes, rows: int
+) -> list[float | None] | str:
+    reason = ""
+    own = {**headers(reward, setting), "Content-Type": "application/json", "Accept-Encoding": "identity"}
+    for attempt in range(reward.retries + 1):
+        await asyncio.sleep(wait_seconds(attempt) if attempt else 0)
+        try:
+            async with asyncio.timeout(reward.timeout_seconds):
+                return rewards_of(await _post(reward, own, tls, content), rows)
+        except _Unusable as error:
+            reason = str(error)
+        except (TimeoutError, httpx.TimeoutException):
+            reason = "http_timeout"
+        except httpx.HTTPError:
+            reason = "http_unreachable"
+    return reason
+
+
+async def _post(reward: RewardSettings, own: Mapping[str, str], tls: ssl.SSLContext, content: bytes) -> bytes:
+    """The body of a good reply, at most `max_response_bytes`. The caller's deadline is the only one."""
+    async with (
+        httpx.AsyncClient(verify=tls, timeout=None, follow_redirects=False) as client,
+        client.stream("POST", reward.source, content=content, headers=own) as answer,
+    ):
+        if not answer.is_success:
+            word = f"http_{answer.status_code // 100}xx"
+            raise _Unusable(word if word in REASONS else "http_malformed")
+        if answer.headers.get("Content-Encoding", "identity") != "identity":  # not asked for, and it may be a bomb
+            raise _Unusable("http_malformed")
+        body = bytearray()
+        async for chunk in answer.aiter_raw():
+            body += chunk
+            if len(body) > reward.max_response_bytes:
+                raise _Unusable("http_too_large")
+        return bytes(body)
+
+
+def rewards_of(content: bytes, rows: int) -> list[float | None]:
+    """One number or None a row; a number beyond float64 is infinite, so that its row fails alone."""
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits; brackets without end
+        raise _Unusable("http_malformed") from None
+    values = tree.get("rewards") if isinstance(tree, dict) else None
+    if not isinstance(values, list) or len(values) != rows:  # nothing can be said about which is whose
+        raise _Unusable("http_malformed")
+    if any(type(value) not in (int, float, type(None)) for value in values):
+        raise _Unusable("http_malformed")
+    return [None if value is None else _as_float(value) for value in values]
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
