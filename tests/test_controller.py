@@ -205,7 +205,11 @@ async def test_a_buffer_that_does_not_deliver_says_what_it_has(tmp_path: Path) -
 
 
 async def test_a_controller_that_is_asked_to_leave_ends_with_a_checkpoint(tmp_path: Path) -> None:
-    run = Run(tmp_path, settings_for(steps=6), learner=lambda tickets, version: run.controller.leave() if version == 3 else None)
+    run = Run(
+        tmp_path,
+        settings_for(steps=6),
+        learner=lambda tickets, version: run.controller.leave() if version == 3 else None,
+    )
     await run.finish()
     await nothing_left(run)
     assert run.entries("stepped")[-1][1] == 3 and not run.controller.finished

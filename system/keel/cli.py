@@ -21,7 +21,7 @@ from keel.stage_settings import (
     SupervisedSettings,
     command_of,
 )
-from keel.terminal import Terminal
+from keel.terminal import console, errors
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -29,8 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Terminal(width=None if sys.stdout.isatty() else 120)
-errors = Terminal(stderr=True)
 INTERRUPTED = 130
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")]
@@ -209,6 +207,8 @@ def pipeline(
 
 app.command()(operations.compare)
 app.command()(operations.verify)
+app.command()(operations.scale)
+app.command()(operations.replay)
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,

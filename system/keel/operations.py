@@ -2,22 +2,23 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from keel.terminal import console, errors
 
 if TYPE_CHECKING:
     from keel.audit import Finding
     from keel.verify import Report
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]
+_WANTED = "workers wanted from now on"
+Count = Annotated[int | None, typer.Option(help=_WANTED)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
-console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def compare(
@@ -49,6 +50,59 @@ def verify(
         _show(report, against, differences)
     if report.findings or differences:
         raise typer.Exit(1)
+
+
+def scale(
+    run_directory: RunDirectory,
+    generators: Count = None,
+    references: Annotated[int | None, typer.Option("--reference", help=_WANTED)] = None,
+    scorers: Count = None,
+    learners: Annotated[int | None, typer.Option(help=_WANTED + "; the ranks change at the next commit")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change how many workers a live run has; without counts, show them. What has no room is pending until it has."""
+    from keel import control
+
+    roles = {"generator": generators, "reference": references, "scorer": scorers, "learner": learners}
+    counts = control.ask(run_directory, {role: count for role, count in roles.items() if count is not None})
+    if as_json:
+        typer.echo(json.dumps(counts, indent=2))
+        return
+    table = Table("role", "wanted", "present", "")
+    for role, wanted in counts["desired"].items():
+        present = counts["actual"].get(role, 0)
+        left = f"{wanted - present} pending" if wanted > present else f"{present - wanted} to end"
+        table.add_row(role, str(wanted), str(present), left if wanted != present else "")
+    console.print(table)
+
+
+def replay(
+    run_directory: RunDirectory,
+    step: Annotated[int, typer.Option(min=1, help="the learner step to make again")],
+    as_json: AsJson = False,
+) -> None:
+    """Make one learner step again from checkpoint and stored rollouts, and compare it with what the run wrote."""
+    from keel import progress, quiet
+
+    quiet.libraries()
+    from keel import replay as replaying
+
+    with progress.display(errors if as_json else console, step) as display:
+        found = replaying.run(run_directory, step, display)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    if found.refused:
+        console.print(f"The learner refuses step {step} again: {found.refused}", soft_wrap=True)
+        return
+    table = Table("metric", "then", "now", "difference", title=f"step {step}, replayed from version {found.start}")
+    for name, (then, now) in found.numbers.items():
+        table.add_row(name, "-" if then is None else f"{then:.6g}", f"{now:.6g}", *_difference(then, now))
+    console.print(table)
+
+
+def _difference(then: float | None, now: float) -> list[str]:
+    return [] if then is None else [f"{now - then:+.2g}"]
 
 
 def _show(report: "Report", against: Path | None, differences: "list[Finding]") -> None:

@@ -103,10 +103,6 @@ class WorkerLost(RuntimeError):
     """A generator or scorer was lost and is being replaced, or its input was lost; the same rows may be tried again."""
 
 
-class NotFinite(FloatingPointError):
-    """A loss, gradient or log-prob of the learner is NaN or infinite; the optimizer has not moved."""
-
-
 class LearnerLost(RuntimeError):
     """A rank died or missed its deadline, and with it the gang: it goes on from the last commit with a new one."""
 

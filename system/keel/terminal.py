@@ -1,5 +1,6 @@
 """The terminal as Keel writes to it: whatever is printed is shown, nothing in it is obeyed."""
 
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -17,3 +18,7 @@ class Terminal(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         lines = [printable(line, limit=len(line)) for line in text.split("\n")]
         return super().render_str("\n".join(lines), **{**options, "markup": False, "emoji": False})
+
+
+console = Terminal(width=None if sys.stdout.isatty() else 120)
+errors = Terminal(stderr=True)

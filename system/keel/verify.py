@@ -27,8 +27,7 @@ from keel.stage_settings import command_of
 
 _COUNTERS = [metric.name for metric in metrics.TABLE if metric.kind == "counter"]
 _LABELLED = {metric.name for metric in metrics.TABLE if metric.label}
-OPERATIONAL = ("workers_lost_total", "retries_total")
-"""Counters of what happened to the machines. They change no other number and differ after a death and its recovery."""
+_OPERATIONAL = {metric.name for metric in metrics.TABLE if metric.operational}
 _CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
 _PROVENANCE = ("generate_seconds", "score_seconds", "generator", "scorer")
 _BUFFERS_OWN = ("too_few_samples", "uniform_rewards")  # reasons the buffer counts with the step that passes the ticket
@@ -187,7 +186,7 @@ def compare(run_directory: Path, other: Path) -> list[Finding]:
     """In what a run differs from another of the same settings: "a killed run is the same run".
 
     Policy weights of the newest checkpoint both have, bit for bit; every rollout column but who made it and how long it
-    took; every metric but clocks, memory and the OPERATIONAL ones; frontier.arrow. Raises ConfigError where one of the
+    took; every metric but clocks, memory and the operational ones; frontier.arrow. Raises ConfigError where one of the
     two is no online run.
     """
     own, there = Audit(run_directory), Audit(other)
@@ -222,7 +221,7 @@ def _same_metrics(own: Audit, other: Path) -> None:
     lines, expected = (ledger.read(directory / file, {"step": int})[0] for directory in (own.directory, other))
     own.test(file, "steps", len(expected), len(lines))
     for line, right in zip(lines, expected, strict=False):
-        left_out = {*_CLOCKS, *OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}
+        left_out = {*_CLOCKS, *_OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}
         for name in sorted({*line, *right} - left_out):
             own.test(f"{file} step {right['step']}", name, right.get(name), line.get(name))
 
