@@ -189,6 +189,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "tickets no numbers": (manifest(lambda lines: lines[2].update(tickets=["4", None])), f"{LEDGER} step 3"),
     "no tickets": (manifest(lambda lines: lines[2].update(tickets=[])), f"{LEDGER} step 3"),
+    "last tickets no numbers": (manifest(lambda lines: lines[4].update(tickets=[8, None])), f"{LEDGER} step 5"),
+    "dropped no list": (manifest(lambda lines: lines[2].update(dropped={"lost": 5})), f"{LEDGER} step 3"),
     "short step": (manifest(lambda lines: lines[4].update(tickets=lines[4]["tickets"][:1])), f"{LEDGER} step 5"),
     "fewer rows than said": (manifest(lambda lines: lines[2].update(rows=5)), STEP_3),
     "row twice": (rows(lambda batch: schema.concat([batch, batch.slice(3)])), STEP_3),

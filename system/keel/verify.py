@@ -155,7 +155,7 @@ def _checkpoints(
     settings: Settings,
 ) -> None:
     """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
-    last_of = {line["step"]: line["tickets"][-1] for line in manifest if line["tickets"]}
+    last_of = {line["step"]: line["tickets"][-1] for line in manifest}
     recorded = {line["step"]: _counters(line) for line in lines}
     for step in steps:
         file = f"checkpoints/step-{step:06d}"
