@@ -155,7 +155,8 @@ async def test_a_sound_start_finds_what_was_accepted(tmp_path: Path) -> None:
     [
         (b'{"step": 2, "fi', []),
         (b"\0\0\0\0", []),
-        (b'{"step": 2}\n', ["MANIFEST.jsonl line 2"]),
+        (b'{"stop": 2}\n', ["MANIFEST.jsonl line 2"]),
+        (b'{"step": 2}\n', []),
         (b"\xff\0garbage\n", ["MANIFEST.jsonl line 2"]),
         (b"[1]\n\n", ["MANIFEST.jsonl line 2", "MANIFEST.jsonl line 3"]),
     ],
@@ -171,6 +172,14 @@ async def test_a_damaged_manifest_line_breaks_no_restart(tmp_path: Path, end: by
     again = buffer_in(tmp_path, version=1, taken=4, next_ticket=4)
     assert (await again.found())["damaged"] == named
     assert path.read_bytes() == whole
+
+
+async def test_lines_of_an_earlier_version_outlive_a_restart(tmp_path: Path) -> None:
+    old = '{"step": 1, "file": "step-000001.arrow", "rows": 8, "xxh3_128": "0"}\n'
+    (tmp_path / "rollouts").mkdir()
+    ledger.path_of(tmp_path).write_text(old)
+    buffer_in(tmp_path, version=1, taken=4, next_ticket=4)
+    assert ledger.path_of(tmp_path).read_text() == old
 
 
 async def test_of_two_stored_batches_of_a_ticket_the_one_in_time_is_taken(tmp_path: Path) -> None:

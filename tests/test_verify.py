@@ -189,6 +189,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "tickets no numbers": (manifest(lambda lines: lines[2].update(tickets=["4", None])), f"{LEDGER} step 3"),
     "no tickets": (manifest(lambda lines: lines[2].update(tickets=[])), f"{LEDGER} step 3"),
+    "last tickets no numbers": (manifest(lambda lines: lines[4].update(tickets=[8, None])), f"{LEDGER} step 5"),
+    "dropped no list": (manifest(lambda lines: lines[2].update(dropped={"lost": 5})), f"{LEDGER} step 3"),
     "short step": (manifest(lambda lines: lines[4].update(tickets=lines[4]["tickets"][:1])), f"{LEDGER} step 5"),
     "fewer rows than said": (manifest(lambda lines: lines[2].update(rows=5)), STEP_3),
     "row twice": (rows(lambda batch: schema.concat([batch, batch.slice(3)])), STEP_3),
@@ -347,7 +349,6 @@ DIFFERENCES: dict[str, tuple[Damage, str]] = {
     "weights missing": (delete(f"{LAST}/policy/model.safetensors"), f"{LAST}/policy/model.safetensors"),
     "frontier": (frontier(lambda old: [{**row, "proxy": 1.0} for row in old]), "frontier.arrow"),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "checkpoints"),
-    "settings": (lambda run: change_setting(run, "learning_rate: 1.0e-06", "learning_rate: 2.0e-06"), "config.yaml"),
 }
 
 
@@ -391,6 +392,17 @@ def test_the_command_shows_and_exits(
     assert found["findings"][0]["file"] == "rollouts/step-000002.arrow"
     assert keel(monkeypatch, "verify", original, "--against", run, "--json") == 1
     assert json.loads(capsys.readouterr().out)["intact"] is True
+
+
+def test_a_long_list_is_cut_short_and_json_has_all(
+    original: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(lambda lines: [{**line, **{f"own_{number}": 1.0 for number in range(6)}} for line in lines])(run)
+    assert keel(monkeypatch, "verify", run, "--against", original) == 1
+    page = capsys.readouterr().out
+    assert page.count("Differs  ") == 21 and "Differs  ... and 10 more" in page
+    assert keel(monkeypatch, "verify", run, "--against", original, "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["differences"]) == 30
 
 
 def test_untrusted_text_is_shown_as_it_is(

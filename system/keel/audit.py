@@ -102,7 +102,7 @@ class Progress:
 
 
 def audit(own: Audit, settings: Settings, progress: Progress) -> list[dict[str, Any]]:
-    """Manifest, rollout files and segments; the manifest's lines."""
+    """Manifest, rollout files and segments; the manifest's lines that say something."""
     name = "rollouts/MANIFEST.jsonl"
     lines = own.lines(name, ledger.FIELDS)
     steps = [line["step"] for line in lines]
@@ -112,13 +112,23 @@ def audit(own: Audit, settings: Settings, progress: Progress) -> list[dict[str, 
         own.fault(name, f"steps up to {max(progress.recorded, progress.committed)}, which were trained", last)
     if last > progress.recorded + 1 and not progress.cut_back:
         own.fault("metrics.jsonl", f"steps up to {last - 1}, whose rollouts are there", progress.recorded)
-    _tickets(own, lines, settings)
-    for line in lines:
+    sound = [line for line in lines if _numbered(own, line)]
+    _tickets(own, sound, settings)
+    for line in sound:
         _rollout(own, line, settings, progress)
-    _strangers(own, lines, progress)
-    _segments(own, (lines[-1]["tickets"] or [-1])[-1] if lines else -1)
+    _strangers(own, set(steps), progress)
+    _segments(own, sound[-1]["tickets"][-1] if sound else -1)
     own.counts["steps"] = len(lines)
-    return lines
+    return sound
+
+
+def _numbered(own: Audit, line: ledger.Line) -> bool:
+    """Whether a line's tickets are numbers, of which some were trained."""
+    lists = [line["tickets"], *line["dropped"].values()]
+    numbered = all(isinstance(each, list) and all(type(ticket) is int for ticket in each) for each in lists)
+    if not numbered or not line["tickets"]:
+        own.fault(f"rollouts/MANIFEST.jsonl step {line['step']}", "lists of tickets, some trained", lists)
+    return numbered and bool(line["tickets"])
 
 
 def _tickets(own: Audit, lines: Sequence[ledger.Line], settings: Settings) -> None:
@@ -129,9 +139,6 @@ def _tickets(own: Audit, lines: Sequence[ledger.Line], settings: Settings) -> No
         file = f"rollouts/MANIFEST.jsonl step {line['step']}"
         trained = line["tickets"]
         gone = [ticket for tickets in line["dropped"].values() for ticket in tickets]
-        if not trained or not all(type(ticket) is int for ticket in [*trained, *gone]):
-            own.fault(file, "numbers of tickets", f"{trained}, {line['dropped']}")
-            continue
         own.test(file, "groups of a step:", settings.buffer.groups_per_step, len(trained))
         own.test(file, "tickets in ascending order", sorted(trained), trained)
         if "" in line["dropped"]:
@@ -195,9 +202,8 @@ def _staleness(own: Audit, file: str, batch: pa.RecordBatch, step: int, most: in
     own.counts["largest_staleness_versions"] = max(own.counts["largest_staleness_versions"], int(np.max(late)))
 
 
-def _strangers(own: Audit, lines: Sequence[ledger.Line], progress: Progress) -> None:
+def _strangers(own: Audit, known: set[int], progress: Progress) -> None:
     """Files of steps that have no line: the last step's, when the kill came between file and line."""
-    known = {line["step"] for line in lines}
     following = max(known, default=0) + 1
     for path in sorted((own.directory / "rollouts").glob("step-*.arrow")):
         file = f"rollouts/{path.name}"

@@ -57,7 +57,7 @@ def read(path: Path, fields: Mapping[str, type] = FIELDS) -> tuple[list[Line], l
 def cut_back(run_directory: Path, last_step: int) -> list[str]:
     """Keep the lines of steps up to `last_step`: what a resumed run has really done. Damaged lines, named, are lost."""
     path = path_of(run_directory)
-    lines, damaged = read(path)
+    lines, damaged = read(path, {"step": int})  # also the shorter lines of earlier versions
     if path.exists():
         kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last_step]
         durable.write(path, "".join(kept).encode())

@@ -124,7 +124,7 @@ TABLE: list[Metric] = [
     *_counters(
         ("steps_total", "Optimizer steps taken."),
         ("completion_tokens_total", "Completion tokens sampled, or read where completions were stored."),
-        ("samples_accepted_total", "Completions that entered the buffer."),
+        ("samples_accepted_total", "Completions that entered the buffer, of the tickets up to the step's last."),
         ("trained_tokens_total", "Completion tokens the learner trained on."),
         ("generate_seconds_total", "Seconds generators were busy sampling."),
         ("score_seconds_total", "Seconds scorers were busy."),

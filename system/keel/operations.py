@@ -19,6 +19,7 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory
 _WANTED = "workers wanted from now on"
 Count = Annotated[int | None, typer.Option(help=_WANTED)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
+_SHOWN = 20  # findings, and differences
 
 
 def compare(
@@ -113,8 +114,9 @@ def _show(report: "Report", against: Path | None, differences: "list[Finding]") 
         table.add_row(name.replace("_", " "), Text(shown))
     console.print(table)
     lines = [f"Note     {note}" for note in report.notes]
-    lines += [f"Finding  {each.file}: expected {each.expected}; found {each.found}" for each in report.findings]
-    lines += [f"Differs  {each.file}: expected {each.expected}; found {each.found}" for each in differences]
+    for title, found in (("Finding", report.findings), ("Differs", differences)):
+        lines += [f"{title}  {each.file}: expected {each.expected}; found {each.found}" for each in found[:_SHOWN]]
+        lines += [f"{title}  ... and {len(found) - _SHOWN} more; --json has all"] if len(found) > _SHOWN else []
     lines += [] if report.findings else ["Intact   every file is what its place in the run demands"]
     lines += [f"Same     as {against}"] if against and not differences else []
     for line in lines:

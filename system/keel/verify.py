@@ -154,7 +154,7 @@ def _checkpoints(
     settings: Settings,
 ) -> None:
     """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
-    last_of = {line["step"]: line["tickets"][-1] for line in manifest if line["tickets"]}
+    last_of = {line["step"]: line["tickets"][-1] for line in manifest}
     recorded = {line["step"]: _counters(line) for line in lines}
     for step in steps:
         file = f"checkpoints/step-{step:06d}"
@@ -183,33 +183,22 @@ def _checkpoints(
 
 
 def compare(run_directory: Path, other: Path) -> list[Finding]:
-    """In what a run differs from another of the same settings: "a killed run is the same run".
+    """In what a run differs from another: "a killed run is the same run".
 
-    Policy weights of the newest checkpoint both have, bit for bit; every rollout column but who made it and how long it
-    took; every metric but clocks, memory and the operational ones; frontier.arrow. Raises ConfigError where one of the
-    two is no online run.
+    Compared are the policy weights of the newest checkpoint both have, bit for bit; every rollout column but who made
+    it and how long it took; every metric but clocks, memory and the operational ones; frontier.arrow. Settings are not:
+    paths may differ, and what else they change shows in the rest. Raises ConfigError where one of the two is no online
+    run.
     """
-    own, there = Audit(run_directory), Audit(other)
-    settings, expected = _settings(own), _settings(there)
-    if expected is None:
-        raise ConfigError(f"RUN_DIR={other}: its config.yaml is damaged; expected the directory of an online run")
-    own.findings.clear()  # of its own configuration, which `check` names
-    if settings:
-        blocks, others = (_numeric(each) for each in (settings, expected))
-        own.test("config.yaml", "blocks that differ:", [], [name for name in blocks if blocks[name] != others[name]])
+    for directory in (run_directory, other):
+        _settings(Audit(directory))
+    own = Audit(run_directory)
     _same_metrics(own, other)
     _same_rows(own, other)
     frontier, its = (_content(directory / "frontier.arrow") for directory in (run_directory, other))
     own.test("frontier.arrow", "digest", schema.digest(its), schema.digest(frontier))
     _same_policy(own, other)
     return own.findings
-
-
-def _numeric(settings: Settings) -> dict[str, Any]:
-    """Blocks of settings that can change a number."""
-    return settings.model_dump(
-        exclude={"metrics": True, "cluster": True, "deadlines": True, "run": {"name", "directory"}}
-    )
 
 
 def _content(path: Path) -> bytes:
