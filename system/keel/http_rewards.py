@@ -126,10 +126,8 @@ async def _post(reward: RewardSettings, own: Mapping[str, str], tls: ssl.SSLCont
         if not answer.is_success:
             word = f"http_{answer.status_code // 100}xx"
             raise _Unusable(word if word in REASONS else "http_malformed")
-        if answer.headers.get("Content-Encoding", "identity") != "identity":  # not asked for, and it may be a bomb
-            raise _Unusable("http_malformed")
         body = bytearray()
-        async for chunk in answer.aiter_raw():
+        async for chunk in answer.aiter_raw():  # as it came: a compressed reply, not asked for, may be a bomb
             body += chunk
             if len(body) > reward.max_response_bytes:
                 raise _Unusable("http_too_large")
