@@ -3,10 +3,10 @@
 #   PYTHON=python3.12   the interpreter .venv is made with (default: python3 if it is 3.11 or 3.12)
 #   TARGET=gpu          install requirements/gpu.txt in place of cpu.txt
 #   CONFIG=file.yaml    the pipeline that `make train` runs
-#   ARGS="..."          added to the command of train, test, lint or types
+#   ARGS="..."          added to the command of train, test, chaos, lint or types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all lint types pins clean
+.PHONY: help setup train test test-all chaos lint types pins clean
 
 CONFIG ?= configs/pipeline.yaml
 ARGS ?=
@@ -26,6 +26,9 @@ test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" lea
 
 test-all: setup  ## run every test, also twenty steps of every objective on the real stack
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup  ## a real run through a hundred faults; ARGS="--faults 20 --seed 1 --staleness 1"
+	$(BIN)/python tests/chaos/chaos.py $(ARGS)
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check $(ARGS) .

@@ -7,6 +7,7 @@ nothing happened to, bit for bit.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -57,10 +59,11 @@ class Account:
     cold_start_seconds: dict[str, float] = field(default_factory=dict)
 
 
-def order(kinds: list[str], faults: int, choices: random.Random) -> list[str]:
+def order(kinds: list[str], arguments: argparse.Namespace) -> list[str]:
     """Every kind as often as the next, in random order."""
-    rounds = [choices.sample(kinds, len(kinds)) for _ in range(-(-faults // len(kinds)))]
-    return [kind for each in rounds for kind in each][:faults]
+    choices = random.Random(arguments.seed)
+    rounds = [choices.sample(kinds, len(kinds)) for _ in range(-(-arguments.faults // len(kinds)))]
+    return [kind for each in rounds for kind in each][: arguments.faults]
 
 
 def mistreat(arena: Arena, kinds: list[str], choices: random.Random, console: Console, account: Account) -> None:
@@ -83,16 +86,13 @@ def regenerated(arena: Arena, before: int, hit: float) -> int:
     return max(0, rolled_back - kept) + len(arena.events(hit, "retry"))
 
 
-def run(folder: Path, arguments: argparse.Namespace, console: Console) -> Account:
-    """One run through all faults to its end, then the files' own evidence."""
-    choices = random.Random(arguments.seed)
-    kinds = [kind for kind in arguments.kinds if kind != "disk full" or small_disk(folder)]
-    steps = arguments.steps or 40 + 30 * arguments.faults
-    account = Account(arguments.seed, arguments.staleness, steps)
+def run(folder: Path, seed: int, kinds: list[str], staleness: int, steps: int, console: Console) -> Account:
+    """One run through the faults to its end, then its files' own evidence."""
+    account = Account(seed, staleness, steps)
     started = time.monotonic()
-    arena = Arena(folder, tiny.write(folder / "tiny"), steps, arguments.staleness, pace_seconds=0.4)
+    arena = Arena(folder, tiny.write(folder / "tiny"), steps, staleness, pace_seconds=0.4)
     try:
-        mistreat(arena, order(kinds, arguments.faults, choices), choices, console, account)
+        mistreat(arena, kinds, random.Random(seed), console, account)
         arena.hurry()
         while arena.running():
             time.sleep(0.5)
@@ -101,17 +101,19 @@ def run(folder: Path, arguments: argparse.Namespace, console: Console) -> Accoun
         judge(arena, account)
     finally:
         arena.kill_all()
-        if folder.joinpath("mounted").exists():
-            subprocess.run(["umount", "-l", str(folder)], check=True)
     return account
 
 
-def small_disk(folder: Path) -> bool:
-    """Mount a small file system there, where that is allowed."""
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode == 0:
-        folder.joinpath("mounted").touch()
-    return mounted.returncode == 0
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mount a small file system there; False where that is not allowed."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def judge(arena: Arena, account: Account) -> None:
@@ -175,15 +177,18 @@ def show(account: Account, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", type=int, default=len(FAULTS))
+    parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--staleness", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=0, help="default: enough for the faults")
     parser.add_argument("--kinds", nargs="*", choices=list(FAULTS), default=list(FAULTS), metavar="KIND")
     parser.add_argument("--output", type=Path, help="write the account as JSON")
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 120)
-    with tempfile.TemporaryDirectory(prefix="keel-chaos-") as name:
-        account = run(Path(name), arguments, console)
+    with tempfile.TemporaryDirectory(prefix="keel-chaos-") as name, small_disk(Path(name)) as small:
+        if not small:
+            console.print("no file system can be mounted here: the kind 'disk full' is left out")
+        kinds = order([kind for kind in arguments.kinds if small or kind != "disk full"], arguments)
+        steps = 40 + 30 * len(kinds)
+        account = run(Path(name), arguments.seed, kinds, arguments.staleness, steps, console)
     show(account, console)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
