@@ -63,8 +63,8 @@ class Engine:
     def update(self, step: int, loss: float, terms: Mapping[str, float]) -> float:
         """Clip, move the weights; the global gradient norm before clipping.
 
-        Raises NotFinite, and moves nothing, where the norm or the loss (over all ranks) is not finite. What the backward
-        passes added up is gone either way. `step` and `terms` are for the message.
+        Raises NotFinite, and moves nothing, where the norm or the loss (over all ranks) is not finite. What the
+        backward passes added up is gone either way. `step` and `terms` are for the message.
         """
         self._engine.step()  # DeepSpeed itself skips an update whose gradient is not finite, at every stage
         norm = float(self._engine.get_global_grad_norm())
