@@ -60,18 +60,18 @@ class Engine:
         weight = weight.masked_fill(~share.detach().isfinite(), math.nan)
         self._engine.backward(share * weight, scale_wrt_gas=False)
 
-    def update(self, step: int, sums: Mapping[str, float]) -> float:
+    def update(self, step: int, loss: float, terms: Mapping[str, float]) -> float:
         """Clip, move the weights; the global gradient norm before clipping.
 
-        Raises NotFinite, and moves nothing, where the norm or `sums["loss"]` (over all ranks) is not finite. What the
-        backward passes added up is gone either way. `step` and `sums` are for the message.
+        Raises NotFinite, and moves nothing, where the norm or the loss (over all ranks) is not finite. What the
+        backward passes added up is gone either way. `step` and `terms` are for the message.
         """
         self._engine.step()  # DeepSpeed itself skips an update whose gradient is not finite, at every stage
         norm = float(self._engine.get_global_grad_norm())
-        finite = math.isfinite(norm) and math.isfinite(sums["loss"])
-        assert self._engine.was_step_applied() == finite, (norm, sums)
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        assert self._engine.was_step_applied() == finite, (norm, loss)
         if not finite:
-            raise NotFinite(f"step {step}: the loss is {sums['loss']}, the gradient norm {norm}; terms: {dict(sums)}")
+            raise NotFinite(f"step {step}: the loss is {loss}, the gradient norm {norm}; terms: {dict(terms)}")
         return norm
 
     @property

@@ -134,7 +134,7 @@ class DeepSpeedLearner:
                     difference = (outputs.logprobs.detach() - rows.sampler).abs()
                     sums["gap_nats"] += difference.sum().item() / credit.num_tokens
         sums = self._engine.sum_named(sums)
-        return sums | {"grad_norm": self._engine.update(self.version + 1, sums)}
+        return sums | {"grad_norm": self._engine.update(self.version + 1, sums["loss"], sums)}
 
     def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
         """|learner - sampler| log-prob of the stored completion tokens: mean and largest, nats."""

@@ -91,7 +91,7 @@ class RewardModelLearner:
                 sums["implicit_margin"] += found.margins.sum().item() / pairs
                 sums["preference_accuracy_ratio"] += (found.margins > 0).sum().item() / pairs
         metrics = self._engine.sum_named(sums)
-        metrics["grad_norm"] = self._engine.update(self.version + 1, metrics)
+        metrics["grad_norm"] = self._engine.update(self.version + 1, metrics["loss"], metrics)
         self.version += 1
         tokens = float(schema.lengths(batch, "tokens").sum())
         metrics |= {"learning_rate": rate, "pairs": float(pairs), "trained_tokens": tokens}

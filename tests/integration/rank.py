@@ -106,7 +106,7 @@ class Rank:
             generator = torch.Generator().manual_seed(version + step)
             loss = engine(torch.randn(4, 3, generator=generator)).square().mean()
             engine.backward(loss / self.place[1], real=True)
-            engine.update(version + step + 1, {"loss": float(loss)})
+            engine.update(version + step + 1, float(loss), {})
         if not loaded:
             engine.save(directory, version + steps)
         return read(engine, self.place[0])
