@@ -24,8 +24,10 @@ train: setup  ## run the quickstart: label, reward model, RL, evaluation; cached
 test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" leaves out all on the real stack
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: setup  ## run every test, also twenty steps of every objective on the real stack
-	$(BIN)/python -m pytest $(ARGS)
+test-all: setup  ## run every test: also twenty steps of every objective on the real stack, and a short chaos run
+	$(BIN)/python -m pytest -m "not integration" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration $(ARGS)
+	$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 chaos: setup  ## a real run through a hundred faults; ARGS="--faults 20 --seed 1 --staleness 1"
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)

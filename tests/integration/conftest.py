@@ -15,7 +15,7 @@ import yaml
 import keel as package
 from keel import doctor, tiny
 
-RUN_SECONDS = 240
+RUN_SECONDS = 400
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
