@@ -29,7 +29,6 @@ OPENERS = {"load_checkpoint", "read_pickle", "unsafe_load", "full_load"}
 BUILT_IN = {"eval", "exec", "compile", "__import__"}
 LOADERS = {("torch", "load"), ("numpy", "load"), ("np", "load"), ("yaml", "load"), ("yaml", "load_all")}
 KEYWORDS = {"trust_remote_code": False, "use_safetensors": True, "allow_pickle": False}
-"""DeepSpeed's own format is a pickle. To go with the last reader of it."""
 
 
 def opened(tree: ast.Module) -> set[str]:

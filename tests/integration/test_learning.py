@@ -50,7 +50,8 @@ class Stack:
         self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, models.end_tokens(model, tokenizer))
         self.generators = cluster.generators(settings, str(model))
         self.scorers = cluster.scorers(settings, str(model))
-        asyncio.run(self._ready())
+        self.runner = asyncio.Runner()  # one loop for all objectives: the pools live in it
+        self.runner.run(self._ready())
 
     async def _ready(self) -> None:
         await asyncio.gather(self.generators.pool.ready(), *(scorer.pool.ready() for scorer in self.scorers))
@@ -67,7 +68,7 @@ class Stack:
         parts = Parts(
             generators=self.generators,
             scorers=self.scorers,
-            buffer=cluster.RemoteBuffer(settings, str(directory), {}),
+            buffer=cluster.RemoteBuffer(settings, str(directory), settings.groups_per_batch, {}),
             learner=learner,
             prompts=self.prompts.batch,
             held_out=self.prompts.held_out(),
@@ -76,8 +77,7 @@ class Stack:
         controller = Controller(settings, parts, self.sampling, curve)
         await controller.sync()
         await controller.run()
-        for rank in learner.ranks:
-            ray.kill(rank)
+        learner.stop()
         return curve.rewards
 
 
@@ -92,15 +92,18 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     tree["rewards"] = [{"name": "low", "source": "rewards:share_of_low_ids"}]
     tree["learners"] |= {"learning_rate": 3e-3, "tokens_per_batch": 2048}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find rewards and this keel
+    here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
-    yield Stack(folder, tree, tiny_model)
+    made = Stack(folder, tree, tiny_model)
+    yield made
+    made.runner.close()
     ray.shutdown()
 
 
 @pytest.mark.parametrize("name", list(EVERY))
 def test_the_reward_rises(stack: Stack, name: str) -> None:
-    rewards = asyncio.run(stack.train(name))
+    rewards = stack.runner.run(stack.train(name))
     assert len(rewards) == STEPS
     first, last = np.mean(rewards[:4]), np.mean(rewards[-4:])
     print(f"{name}: {first:.3f} -> {last:.3f}")
