@@ -124,9 +124,10 @@ class RolloutBuffer:
         return AddReceipt(len(kept), rows.num_rows, failures, Counter(dropped.values()), num_bytes)
 
     async def drop(self, tickets: list[int], reason: str) -> None:
-        """Give up admitted tickets; their slots open again. The ledger gets the reason, counting it is the caller's."""
+        """Give up admitted tickets; their slots open again."""
         assert set(tickets) <= set(self._in_flight), (tickets, reason)
         async with self._changed:
+            self._counts |= {ticket: {"groups_dropped_total": {reason: 1}} for ticket in tickets}
             self._settle({}, dict.fromkeys(tickets, reason))
             self._changed.notify_all()
 

@@ -96,7 +96,16 @@ def read_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.name}: its manifest cannot be read ({error})") from error
 
 
+def state_of(run_directory: Path, step: int) -> dict[str, Any]:
+    """state.json of a committed checkpoint, the other files unseen."""
+    return json.loads((folder_of(run_directory, step) / "state.json").read_text())
+
+
 def prune(run_directory: Path, keep: int) -> None:
+    """Delete all but the newest checkpoints, and what an earlier deletion left."""
+    for path in (run_directory / "checkpoints").glob("step-*"):
+        if not (path / "COMMIT").exists():
+            shutil.rmtree(path)
     for path in committed(run_directory)[:-keep]:
         (path / "COMMIT").unlink()  # from here on it does not exist for a reader
         shutil.rmtree(path)

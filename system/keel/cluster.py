@@ -15,14 +15,14 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
 from keel.parts import Observer
-from keel.pool import GONE, Pool, Spawn
+from keel.pool import GONE, Pool, Spawn, cause_of
 from keel.protocols import AddReceipt, Batch, BufferLost, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
@@ -173,8 +173,12 @@ class RemoteBuffer:
 async def _of_buffer(answer: Awaitable[Any]) -> Any:
     try:
         return await answer
+    except RayTaskError as error:
+        raise cause_of(error) from error
     except GONE as error:
-        raise BufferLost("the buffer actor died") from error
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise  # it would again
+        raise BufferLost(f"the buffer actor died ({error})") from error
 
 
 def generators(

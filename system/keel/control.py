@@ -4,20 +4,19 @@ keel scale RUN_DIR --> control.json (address, namespace) --> Control <-- the run
 """
 
 import asyncio
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from keel import durable
 from keel.config import ConfigError
 from keel.settings import Settings
 
-NAME = "keel-control"
-ROLES = ("generator", "reference", "scorer", "learner")
 _ANSWER_SECONDS = 30.0
 
 
@@ -26,7 +25,7 @@ class ScaleError(ValueError):
 
 
 class Control:
-    """Wanted and present workers by role. Stateless beyond that: the run makes a new one when it is lost."""
+    """Wanted and present workers by role. The run makes a new one when it is lost."""
 
     def __init__(self, desired: Mapping[str, int], largest: Mapping[str, int]) -> None:
         """`largest`: counts beyond which more workers of a role could do nothing."""
@@ -38,10 +37,9 @@ class Control:
         for role, count in wanted.items():
             if role not in self._desired:
                 raise ScaleError(f"{role}={count}: the run has none; expected one of {', '.join(self._desired)}")
-            largest = self._largest.get(role)
-            if count < 1 or (largest is not None and count > largest):
-                most = f" to {largest}, the rows of a step" if largest is not None else " or more"
-                raise ScaleError(f"{role}={count}: expected 1{most}")
+            largest = self._largest[role]
+            if not 1 <= count <= largest:
+                raise ScaleError(f"{role}={count}: expected 1 to {largest}; more would have nothing to do")
         self._desired |= wanted
         return self.status()
 
@@ -59,14 +57,18 @@ class ControlLink:
 
     def __init__(self, settings: Settings, directory: Path, desired: Mapping[str, int]) -> None:
         self.desired = dict(desired)
-        self._largest = {"learner": settings.buffer.groups_per_step * settings.sampling.samples_per_prompt}
+        batches = settings.buffer.groups_per_step * (1 + settings.buffer.max_staleness)  # under way at most
+        rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
+        self._largest = {role: rows if role == "learner" else batches for role in desired}
+        # two runs of one name on one cluster have two
+        self._name = f"keel-control-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}"
         self._actor = self._start()
         context = ray.get_runtime_context()
-        where = {"address": context.gcs_address, "namespace": context.namespace}
+        where = {"address": context.gcs_address, "namespace": context.namespace, "actor": self._name}
         durable.write_json(directory / "control.json", where)
 
     def _start(self) -> Any:
-        remote = ray.remote(num_cpus=0)(Control).options(name=NAME, get_if_exists=True)
+        remote = ray.remote(num_cpus=0)(Control).options(name=self._name, get_if_exists=True)
         return remote.remote(self.desired, self._largest)
 
     async def exchange(self, actual: Mapping[str, int]) -> dict[str, int]:
@@ -84,16 +86,14 @@ def ask(run_directory: Path, wanted: Mapping[str, int]) -> dict[str, Any]:
     path = run_directory / "control.json"
     if not path.is_file():
         raise ConfigError(f"RUN_DIR={run_directory}: no control.json in it; expected the directory of a live run")
-    where = json.loads(path.read_text(encoding="utf8"))
     try:
+        where = json.loads(path.read_text(encoding="utf8"))
         ray.init(where["address"], namespace=where["namespace"], log_to_driver=False, logging_level="CRITICAL")
-        actor = ray.get_actor(NAME)
+        actor = ray.get_actor(where["actor"])
         return ray.get(actor.scale.remote(dict(wanted)), timeout=_ANSWER_SECONDS)
     except ScaleError as error:
-        raise ConfigError(str(error)) from None
-    except (ConnectionError, ValueError, RayActorError, GetTimeoutError):
-        raise ConfigError(
-            f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
-        ) from None
+        raise ConfigError(str(error.cause if isinstance(error, RayTaskError) else error)) from None
+    except (ConnectionError, ValueError, KeyError, RayActorError, GetTimeoutError):  # ValueError: no such actor
+        raise ConfigError(f"RUN_DIR={run_directory}: its run does not answer; expected a live run") from None
     finally:
         ray.shutdown()

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from keel import metrics
 from keel.failures import FailureWatch
 from keel.parts import Observer, Parts
 from keel.protocols import (
@@ -105,6 +106,13 @@ class Controller:
 
         return await self._retrying(once)
 
+    async def compare(self, batch: pa.RecordBatch) -> Mapping[str, float]:
+        """Gap between the learner's and the sampler's log-probs of these rows."""
+        comparing = self.parts.learner.compare(batch)
+        return await self._within(
+            self.settings.deadlines.step_seconds, comparing, "the learner to compare", LearnerLost
+        )
+
     async def _rollouts(self) -> None:
         async with asyncio.TaskGroup() as tasks:  # its own: what is under way at the end is cancelled with it
             while True:
@@ -126,7 +134,6 @@ class Controller:
         except WorkerLost:
             dropping = self.parts.buffer.drop(tickets, "worker_lost")
             await self._within(deadline, dropping, "the buffer to drop tickets", BufferLost)
-            self.observer.add({"groups_dropped_total": {"worker_lost": float(len(tickets))}})
             self._failures.saw({"worker_lost": len(tickets) * self.settings.sampling.samples_per_prompt}, accepted=0)
             return
         self._progress("accept")
@@ -158,7 +165,9 @@ class Controller:
 
     @property
     def _patience(self) -> float:
-        return self.settings.deadlines.generate_seconds + self._grace
+        """Seconds until a generator batch is there, also as the last one in line behind a single generator."""
+        in_line = self.settings.buffer.groups_per_step * (1 + self.settings.buffer.max_staleness)
+        return self.settings.deadlines.generate_seconds * in_line + self._grace
 
     async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
         generating = self.parts.generators.generate(prompts, self.sampling)
@@ -203,7 +212,8 @@ class Controller:
         if every and self.version % every == 0:
             self.observer.doing("new reference")
             patience = self.settings.deadlines.load_seconds + self._grace
-            await self._within(patience, self.observer.iteration(self.version), "the reference to be renewed")
+            renewing = self.observer.iteration(self.version)
+            await self._within(patience, renewing, "the reference to be renewed", LearnerLost)
 
     async def _step(self) -> bool:
         """One version; whether the objective wants no further one."""
@@ -226,7 +236,7 @@ class Controller:
         self.version = report.version
         self._progress("step")
         num_bytes = await self.sync()
-        self.observer.add({name: _unlabelled(values) for name, values in buffered["counts"].items()})
+        self.observer.add({name: metrics.unlabelled(values) for name, values in buffered["counts"].items()})
         self.observer.add(
             {
                 "steps_total": 1.0,
@@ -237,7 +247,7 @@ class Controller:
                 "rollout_bytes_total": buffered["rollout_bytes"],
             }
         )
-        self.observer.set(_gauges(report.metrics, buffered))
+        self.observer.set(metrics.gauges_of_step(report.metrics, buffered))
         self.observer.set({"wait_seconds": wait_seconds, "generate_tokens_per_second": tokens / busy if busy else 0.0})
         self.observer.add(dict(report.counts))
         if report.finished:
@@ -272,21 +282,6 @@ class Controller:
             if not limit.expired():
                 raise
             raise error(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}") from None
-
-
-def _gauges(report: Any, buffered: Any) -> dict[str, Any]:
-    """Numbers of the learner and the buffer under their metric names; reward_<name> become one labelled metric."""
-    numbers = {**report, **buffered}
-    for name in ("trained_tokens", "rollout_bytes", "counts"):
-        del numbers[name]
-    own = {"reward_std", "reward_kl_term", "reward_entropy_term"}
-    components = {name: numbers.pop(name) for name in list(numbers) if name.startswith("reward_") and name not in own}
-    return numbers | {"reward_component": {name.removeprefix("reward_"): value for name, value in components.items()}}
-
-
-def _unlabelled(values: Mapping[str, float]) -> float | Mapping[str, float]:
-    """A counter without label travels under the empty one."""
-    return values.get("", values)
 
 
 def first_cause(group: BaseExceptionGroup[Any]) -> BaseException:

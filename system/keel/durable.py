@@ -43,7 +43,7 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # safetensors and torch have their own classes for it: the text is what they share
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
+        if not full and not any(text in str(error) for text in ("No space left on device", "Disk quota exceeded")):
             raise
         free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
         raise DiskFull(f"{path}: no space left ({free} bytes free there); make room, then keel resume") from error
@@ -55,7 +55,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def append_json(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line, in place of a last line that a crash cut off."""
-    if path.exists() and not path.read_bytes().endswith(b"\n"):
+    if path.exists() and not _ends_whole(path):
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with naming_a_full_disk(path), path.open("a", encoding="utf8") as file:
         file.write(json.dumps(value) + "\n")
@@ -72,11 +72,29 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def keep_steps(path: Path, last_step: int) -> None:
-    """Cut a JSON-lines file back to the lines of steps up to `last_step`: what a resumed run has really done."""
-    lines = [line for line in read_json_lines(path) if line["step"] <= last_step]
+def _ends_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return file.read() in (b"", b"\n")
+
+
+def keep_steps(path: Path, last_step: int) -> list[str]:
+    """Cut a JSON-lines file back to the lines of steps up to `last_step`: what a resumed run has really done.
+
+    Lines that are damaged are left out; their names.
+    """
+    kept, damaged = [], []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            line = json.loads(text.decode())
+            if line["step"] <= last_step:
+                kept.append(json.dumps(line) + "\n")
+        except (ValueError, KeyError, TypeError):
+            damaged.append(f"{path.name} line {number}")
     if path.exists():
-        write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write(path, "".join(kept).encode())
+    return damaged
 
 
 def replace_folder(aside: Path, target: Path) -> None:

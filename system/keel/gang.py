@@ -4,20 +4,19 @@ Room (a placement group) -> ranks -> call ... call -> LearnerLost: stop, and a n
 """
 
 import asyncio
-import contextlib
 import random
 import socket
 from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
 from keel.learn import DeepSpeedLearner
-from keel.pool import GONE
+from keel.pool import GONE, cause_of
 from keel.protocols import Batch, LearnerLost, LoadReceipt, StepReport
 from keel.settings import Settings
 
@@ -32,29 +31,29 @@ class Room:
         self.ranks = ranks
         bundle = {"CPU": float(learners.threads)} | ({"GPU": learners.gpus} if learners.gpus else {})
         self.group = placement_group([bundle] * ranks, strategy="PACK")
+        self._ready: asyncio.Future[Any] | None = None
 
-    async def granted(self, seconds: float) -> bool:
-        """Whether Ray finds it within so many seconds."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self.group.ready()
-        except TimeoutError:
-            return False
-        return True
+    async def granted(self, seconds: float | None = None) -> bool:
+        """Whether Ray finds it within so many seconds; None: however long it takes."""
+        self._ready = self._ready or asyncio.ensure_future(_answer(self.group.ready()))
+        return bool((await asyncio.wait([self._ready], timeout=seconds))[0])
 
     def release(self) -> None:
         remove_placement_group(self.group)
 
 
-async def largest_room(learners: LearnerSettings, ranks: int, seconds: float) -> Room:
-    """Room for `ranks`; after so many seconds without it, for as many as there is room. Raises LearnerLost for none."""
+async def largest_room(learners: LearnerSettings, ranks: int, seconds: float, last_seconds: float) -> Room:
+    """Room for `ranks`; after so many seconds without it, for as many as there is room.
+
+    For one rank it waits `last_seconds`: a cluster may be growing. Raises LearnerLost then.
+    """
     for count in range(ranks, 0, -1):
         room = Room(learners, count)
-        if await room.granted(seconds if count == ranks else 2.0):
+        if await room.granted(last_seconds if count == 1 else seconds if count == ranks else 2.0):
             return room
         room.release()
     asked = f"{learners.threads} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")
-    raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {seconds:.0f} s")
+    raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {last_seconds:.0f} s")
 
 
 class Gang:
@@ -62,13 +61,14 @@ class Gang:
 
     def __init__(self, actor_class: type, learners: LearnerSettings, *arguments: Any, room: Room | None = None) -> None:
         self.room = room or Room(learners, learners.count)
+        self._own_room = room is None
         self._remote = ray.remote(num_cpus=learners.threads, num_gpus=learners.gpus)(actor_class)
         self._arguments = arguments
         self.ranks: list[Any] = []
 
     async def ready(self) -> None:
         """The room is granted and all ranks have met there."""
-        await self.room.group.ready()
+        await self.room.granted()
         address, port = _meeting_point(self.room)
         for rank in range(self.room.ranks):
             place = PlacementGroupSchedulingStrategy(self.room.group, placement_group_bundle_index=rank)
@@ -81,10 +81,10 @@ class Gang:
         return (await self._all(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
     def stop(self) -> None:
-        """End all ranks: what comes next needs their memory."""
-        with contextlib.suppress(ValueError):  # Ray was shut down
-            for rank in self.ranks:
-                ray.kill(rank, no_restart=True)
+        """End all ranks: what comes next needs their memory. Room that was given to the gang is the giver's."""
+        for rank in self.ranks:
+            ray.kill(rank, no_restart=True)
+        if self._own_room:
             self.room.release()
 
     async def _all(self, method: str, references: list[Any]) -> list[Any]:
@@ -101,10 +101,14 @@ class Gang:
             rank: error for rank, answer in enumerate(answers) if answer in done and (error := answer.exception())
         }
         for rank, error in errors.items():
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                raise error  # it would again
             if isinstance(error, (*GONE, ObjectLostError)):
                 what = "died" if isinstance(error, GONE) else "lost its input"
                 raise LearnerLost(f"learner rank {rank} of {len(answers)} {what} during {method}") from error
         for error in errors.values():
+            if isinstance(error, RayTaskError):
+                raise cause_of(error) from error
             if error is not None:
                 raise error
         return [answer.result() for answer in answers]
@@ -155,10 +159,14 @@ def _meeting_point(room: Room) -> tuple[str, int]:
 
     Below the range the kernel hands out by itself and above Ray's: nobody takes it before rank 0 has it.
     """
-    node = placement_group_table(room.group)["bundles_to_node_id"][0]
-    address = next(each["NodeManagerAddress"] for each in ray.nodes() if each["NodeID"] == node)
+    nodes = placement_group_table(room.group)["bundles_to_node_id"]
+    addresses = [each["NodeManagerAddress"] for each in ray.nodes() if each["Alive"] and each["NodeID"] == nodes.get(0)]
+    if not addresses:
+        raise LearnerLost("the node of the first learner rank is gone")
+    address = addresses[0]
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe:
+            probe.settimeout(1)
             if probe.connect_ex((address, port)):  # nobody answers there
                 return address, port
     raise OSError(f"no free port between 20000 and 32000 on {address}")

@@ -207,20 +207,17 @@ class RunMetrics:
                     self.totals[name] += number
 
     def restore(self, totals: Values) -> None:
-        """Go on from the counters of a checkpoint, or from none of them: what was counted since is done again.
+        """Go on from the totals of a checkpoint, or from none: what was counted since is done again.
 
-        Operational counters keep the larger value: what happened has happened.
+        Operational totals keep the larger value: what happened has happened. The endpoint counts what this process
+        did, as Prometheus expects it of a process.
         """
         self._gauge_values = {}
         for metric in [metric for metric in TABLE if metric.kind == "counter"]:
             own, stored = (dict(_by_label(each.get(metric.name, {}))) for each in (self.totals, totals))
             if metric.operational:
                 stored = {label: max(own.get(label, 0.0), stored.get(label, 0.0)) for label in {**own, **stored}}
-            self._collectors[metric.name].clear()
-            self.totals[metric.name] = {} if metric.label else 0.0
-            if not metric.label:
-                self._collectors[metric.name].labels(self.run)
-            self.add({metric.name: stored if metric.label else stored.get("", 0.0)})
+            self.totals[metric.name] = stored if metric.label else stored.get("", 0.0)
 
     def record(self, step: int, time_seconds: float) -> dict[str, Any]:
         """Append the step: every metric under its name without the prefix, labelled ones as objects."""
@@ -249,6 +246,21 @@ def _labelled(value: float | Mapping[str, float]) -> Iterable[tuple[tuple[str, .
 def _by_label(value: float | Mapping[str, float]) -> Mapping[str, float]:
     """A value without label under the empty one."""
     return value if isinstance(value, Mapping) else {"": value}
+
+
+def gauges_of_step(report: Any, buffered: Any) -> dict[str, Any]:
+    """Numbers of the learner and the buffer under their metric names; reward_<name> become one labelled metric."""
+    numbers = {**report, **buffered}
+    for name in ("trained_tokens", "rollout_bytes", "counts"):
+        del numbers[name]
+    own = {"reward_std", "reward_kl_term", "reward_entropy_term"}
+    components = {name: numbers.pop(name) for name in list(numbers) if name.startswith("reward_") and name not in own}
+    return numbers | {"reward_component": {name.removeprefix("reward_"): value for name, value in components.items()}}
+
+
+def unlabelled(values: Mapping[str, float]) -> float | Mapping[str, float]:
+    """A counter without label travels under the empty one."""
+    return values.get("", values)
 
 
 def reference_table() -> str:

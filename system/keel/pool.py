@@ -8,6 +8,7 @@ started and holds the newest load serves. Calls go on as long as one does; they 
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -20,16 +21,22 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Ray
 
 from keel.actor_settings import DeadlineSettings
 from keel.parts import Observer
-from keel.protocols import LoadReceipt, WorkerLost
+from keel.protocols import LearnerLost, LoadReceipt, WorkerLost
 from keel.schema import ContractError
 
 Spawn = Callable[[int], ActorHandle]
+_BACK_OFF_SECONDS = 30.0
 GONE = (RayActorError, OutOfMemoryError)
 """What Ray raises for an actor that died or cannot be reached."""
 
 
 class NoWorkers(RuntimeError):
     """Nobody of a role serves, and those that were started in their place did not come up either."""
+
+
+def cause_of(error: RayTaskError) -> BaseException:
+    """What an actor's own code raised: Keel's exceptions as they are, others in Ray's wrapping with its traceback."""
+    return error.cause if type(error.cause).__module__.startswith("keel.") else error
 
 
 @dataclass(eq=False)
@@ -79,9 +86,10 @@ class Pool:
 
     async def ready(self) -> None:
         """All workers serve; or one does, and the others had `patience_seconds` more. Raises NoWorkers."""
+        again = self._has_served
         self.resize(self.count)
         await self._someone()
-        if self._coming:
+        if self._coming and not again:
             await asyncio.wait(self._coming.values(), timeout=self._patience_seconds)
         if self.serving < self.count:
             self._observer.event("degraded", role=self.role, desired=self.count, actual=self.serving)
@@ -90,6 +98,7 @@ class Pool:
         """Want so many workers from now on: new ones come up in the background, spare ones end after their call."""
         assert count >= 1, count
         self.count = count
+        self._coming = {index: task for index, task in self._coming.items() if not task.done()}
         present = {worker.index for worker in self._serving} | set(self._coming)
         for index in sorted(set(range(count)) - present):
             self._bring_up(index)
@@ -116,14 +125,26 @@ class Pool:
             worker = self._pick()
             worker.waiting += 1
             try:
-                async with worker.turn:
-                    if worker in self._serving:  # not lost or retired while this call waited for its turn
-                        return await self._ask(worker, method, arguments, deadline)
-            finally:
+                await worker.turn.acquire()
+            except asyncio.CancelledError:
                 worker.waiting -= 1
+                raise
+            if worker in self._serving:
+                asking = asyncio.create_task(self._ask(worker, method, arguments, deadline))
+                asking.add_done_callback(functools.partial(_end_turn, worker))
+                # whoever asked may be cancelled, the actor works on: it keeps its turn until it has answered
+                return await asyncio.shield(asking)
+            _end_turn(worker)  # lost or retired while this call waited for its turn
+
+    def forget_load(self) -> None:
+        """What was loaded may be gone with a node; nobody calls before the next load."""
+        self._loaded = None
 
     async def load(self, weights: Any) -> Sequence[LoadReceipt]:
-        """Everyone who serves takes over the weights; those who fail are replaced. Receipts of all that serve then."""
+        """Everyone who serves takes over the weights; those who fail are replaced. Receipts of all that serve then.
+
+        Raises LearnerLost when the weights themselves are lost.
+        """
         self._loaded = weights
         await asyncio.gather(*(self._load_or_lose(worker) for worker in list(self._serving)))
         await self._someone()
@@ -134,14 +155,14 @@ class Pool:
             async with asyncio.timeout(deadline):
                 handle, receipt = getattr(worker.handle, method).options(num_returns=2).remote(*arguments)
                 return handle, await receipt
-        except (*GONE, TimeoutError) as error:
-            raise self._lose(worker, f"{_why(error, deadline)} during {method}") from error
         except ObjectLostError as error:  # with the node of whoever made it; no fault of this worker
             raise WorkerLost(f"the input of {worker.name} for {method} was lost") from error
         except RayTaskError as error:
             if not isinstance(error.cause, ContractError):
-                raise
+                raise cause_of(error) from error
             raise self._lose(worker, f"gave garbage during {method}: {error.cause}") from error
+        except (*GONE, TimeoutError) as error:
+            raise self._lose(worker, f"{_why(error, deadline)} during {method}") from error
 
     def _pick(self) -> _Worker:
         """Round robin in the order of tickets when that must not depend on timing, else the least waited for."""
@@ -153,9 +174,11 @@ class Pool:
         """Wait until a worker serves. Raises what kept the last ones from coming up."""
         while not self._serving:
             assert self._coming, f"pool of {self.role} was not started"
-            done, _ = await asyncio.wait(self._coming.values(), return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            coming = [task for task in self._coming.values() if not task.done()]
+            if not coming:
+                for task in self._coming.values():
+                    task.result()
+            await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
 
     def _lose(self, worker: _Worker, reason: str) -> WorkerLost:
         """Kill a worker and let another take its place; once for every loss."""
@@ -174,15 +197,16 @@ class Pool:
         self._coming[index] = task
 
         def came(done: asyncio.Task[None]) -> None:
-            if self._coming.get(index) is done and not done.cancelled() and done.exception() is None:
-                del self._coming[index]  # one that failed stays: whoever waits reads why
+            if not done.cancelled() and done.exception() is None:  # one that failed stays: whoever waits reads why
+                self.resize(self.count)  # drops this task; others that gave up when nobody served try again
 
         task.add_done_callback(came)
 
     async def _start(self, index: int) -> None:
         """Spawn, load, serve; again and again while others serve, `restarts` times when nobody does."""
         began = time.monotonic()
-        for attempt in itertools.count():
+        back_off, alone = 1.0, 0
+        while True:
             worker = _Worker(index, f"{self.role}-{index}", self._spawn(index))
             try:
                 await self._come_up(worker)
@@ -190,10 +214,13 @@ class Pool:
                 _kill(worker)
                 reason = f"{_why(error, self._deadlines.start_seconds)} while starting"
                 self._tell_lost(worker.name, reason)
-                tried_enough = attempt >= self._restarts or not self._has_served
-                if tried_enough and not self._serving:
+                if not isinstance(error, ObjectLostError):  # of weights: there will be others
+                    alone = 0 if self._serving else alone + 1
+                hopeless = not self._has_served and _own_fault(error)
+                if not self._serving and (hopeless or alone > self._restarts):
                     raise NoWorkers(f"no {self.role} serves: {worker.name} {reason}: {error}") from error
-                await asyncio.sleep(min(2.0**attempt, 30.0))
+                await asyncio.sleep(back_off)
+                back_off = min(2 * back_off, _BACK_OFF_SECONDS)
                 continue
             except asyncio.CancelledError:
                 _kill(worker)
@@ -222,7 +249,9 @@ class Pool:
     async def _load_or_lose(self, worker: _Worker) -> None:
         try:
             await self._load(worker, self._loaded)
-        except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
+        except ObjectLostError as error:
+            raise LearnerLost("the weights were lost with their node") from error
+        except (*GONE, TimeoutError, RayTaskError) as error:
             self._lose(worker, f"{_why(error, self._deadlines.load_seconds)} during load")
 
     async def _retire(self, worker: _Worker) -> None:
@@ -243,9 +272,21 @@ def _kill(worker: _Worker) -> None:
         ray.kill(worker.handle, no_restart=True)
 
 
+def _end_turn(worker: _Worker, asked: asyncio.Task[Any] | None = None) -> None:
+    worker.waiting -= 1
+    worker.turn.release()
+    if asked is not None and not asked.cancelled():
+        asked.exception()  # read, also when whoever asked is gone
+
+
+def _own_fault(error: BaseException) -> bool:
+    """The actor's own code raised, in its constructor or in a load: it would again."""
+    return isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+
+
 def _why(error: BaseException, deadline: float) -> str:
-    if isinstance(error, TimeoutError):
-        return f"did not answer within {deadline:.0f} s"
     if isinstance(error, RayTaskError):
         return f"failed ({type(error.cause).__name__}: {error.cause})"
-    return "died"
+    if isinstance(error, TimeoutError):
+        return f"did not answer within {deadline:.0f} s"
+    return "lost its weights" if isinstance(error, ObjectLostError) else "died"

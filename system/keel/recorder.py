@@ -1,5 +1,6 @@
 """What a run writes while it goes: metrics, events, evaluations, checkpoints, references, quarantined rows."""
 
+import asyncio
 import shutil
 import time
 from pathlib import Path
@@ -92,10 +93,11 @@ class Recorder(Observer):
             "totals": self.metrics.totals,
             "digest": config.digest(settings),
         }
-        checkpoint.commit(aside, state)
+        await asyncio.to_thread(checkpoint.commit, aside, state)  # it reads every file again
         checkpoint.prune(self.directory, settings.checkpoint.keep)
-        references.prune(self.directory, settings, checkpoint.steps(self.directory)[0])
-        await self.buffer.forget(buffer["next_ticket"])
+        oldest = checkpoint.steps(self.directory)[0]
+        references.prune(self.directory, settings, oldest)
+        await self.buffer.forget(checkpoint.state_of(self.directory, oldest)["buffer"]["next_ticket"])
 
     async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
         """quarantine/step-N.arrow: the rows; step-N.json: why, and how to see it again."""

@@ -42,7 +42,8 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
         raise ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of an online run")
     settings = config.load(stored, [f"run.directory={run_directory}", "metrics.port=0"])
     start = max((version for version in checkpoint.steps(run_directory) if version < step), default=0)
-    rows = [_rows(run_directory, number) for number in range(start + 1, step + 1)]
+    rows = [_rows(run_directory, number, ("rollouts",)) for number in range(start + 1, step)]
+    rows.append(_rows(run_directory, step, ("quarantine", "rollouts")))
     prepared = preflight.prepare(settings)
     display.doing("starting Ray, learner")
     cluster.connect(settings)
@@ -53,8 +54,8 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
     return Replayed(step, start, refused, _beside(run_directory, step, report))
 
 
-def _rows(run_directory: Path, step: int) -> pa.RecordBatch:
-    for folder in ("quarantine", "rollouts"):
+def _rows(run_directory: Path, step: int, folders: tuple[str, ...]) -> pa.RecordBatch:
+    for folder in folders:
         path = run_directory / folder / f"step-{step:06d}.arrow"
         if path.is_file():
             return schema.from_bytes(path.read_bytes())
@@ -66,17 +67,18 @@ async def _replay(
 ) -> tuple[Mapping[str, Any], str | None]:
     settings, directory = prepared.settings, prepared.directory
     learner = gang.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
-    async with asyncio.timeout(settings.deadlines.start_seconds):
+    async with asyncio.timeout(settings.deadlines.start_seconds + settings.deadlines.step_seconds):
         await learner.ready()
-    if start:
-        await learner.load(str(checkpoint.folder_of(directory, start)))
+        if start:
+            await learner.load(str(checkpoint.folder_of(directory, start)))
     metrics: Mapping[str, Any] = {}
     for version, batch in enumerate(rows, start):
         display.note(f"step {version + 1} from version {version}")
-        if reference := references.of_version(directory, settings, version):
-            await learner.renew_reference(str(reference))
+        reference = references.of_version(directory, settings, version)
         try:
             async with asyncio.timeout(settings.deadlines.step_seconds):
+                if reference:
+                    await learner.renew_reference(str(reference))
                 metrics = (await learner.step(batch)).metrics
         except NotFinite as error:
             return {}, str(error)

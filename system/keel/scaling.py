@@ -42,6 +42,7 @@ class Scaling:
         self._path, self._link = directory / "scale.json", link
         self._written: Any = None
         self._spare: Room | None = None
+        self._requested = False
 
     @property
     def desired(self) -> dict[str, int]:
@@ -59,7 +60,7 @@ class Scaling:
             self._spare = None
 
     async def follow(self, gang: Gang, buffer: cluster.RemoteBuffer, controller: Controller) -> None:
-        """Do what is wanted, once a second, until the controller is asked to leave; then only report."""
+        """Do what is wanted, once a second, until it is cancelled."""
         sized = self.groups_per_batch
         self._record(gang)
         while True:
@@ -70,7 +71,8 @@ class Scaling:
                     pool.resize(self.desired[role])
             if sized != self.groups_per_batch:
                 sized = self.groups_per_batch
-                await buffer.resize(sized)
+                async with asyncio.timeout(self.settings.deadlines.score_seconds):
+                    await buffer.resize(sized)
             if await self._ranks_can_change(gang.room.ranks):
                 controller.leave()
             self._record(gang)
@@ -85,18 +87,26 @@ class Scaling:
         self._spare = self._spare or Room(self.settings.learners, more)
         return await self._spare.granted(0.1)
 
+    def end(self) -> None:
+        """Take back what the autoscaler was asked for: it would keep the nodes."""
+        if self._requested:
+            cluster.request(self.settings, {})
+
     def _actual(self, gang: Gang) -> dict[str, int]:
         return {role: pool.serving for role, pool in self.pools.items()} | {"learner": gang.room.ranks}
 
     def _record(self, gang: Gang) -> None:
         """Write what is wanted and what there is, when it changed; ask the autoscaler for what is missing."""
-        counts = {"desired": self.desired, "actual": self._actual(gang)}
+        counts = {"desired": dict(self.desired), "actual": self._actual(gang)}
         if counts == self._written:
             return
         if self._written is not None and self._written["desired"] != counts["desired"]:
             self.observer.event("scale", **counts)
+            self._requested = False  # other ones are to be asked for
+        if counts["desired"] != counts["actual"] and not self._requested:
+            self._requested = True
             cluster.request(self.settings, self.desired)
-        self._written = json.loads(json.dumps(counts))
+        self._written = counts
         durable.write_json(self._path, counts)
         ranks = float(gang.room.ranks)
         self.observer.set(

@@ -65,7 +65,13 @@ def run(prepared: Prepared, display: Display) -> Outcome:
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
     directory.mkdir(parents=True, exist_ok=True)
-    alone = durable.lock(directory)
+    with durable.lock(directory):
+        _run_alone(prepared, display)
+    return Outcome(directory, settings.run.steps, time.monotonic() - started)
+
+
+def _run_alone(prepared: Prepared, display: Display) -> None:
+    settings, directory = prepared.settings, prepared.directory
     durable.write(directory / "config.yaml", config.dump(settings).encode())
     recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
     saved = _newest(recorder)
@@ -81,8 +87,6 @@ def run(prepared: Prepared, display: Display) -> Outcome:
             asyncio.run(_Run(prepared, recorder).to_the_end(saved))
         finally:
             cluster.disconnect()
-    alone.close()
-    return Outcome(directory, settings.run.steps, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,9 @@ def _newest(recorder: Recorder) -> Saved:
         recorder.event("checkpoint_damaged", what=what)
         recorder.display.note(f"damaged checkpoint put aside ({what}); going on from {path and path.name}")
     saved = Saved(path, state or {})
-    durable.keep_steps(recorder.directory / "metrics.jsonl", saved.version)
+    for what in durable.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
+        recorder.event("line_damaged", what=what)
+        recorder.display.note(f"{what} is damaged and was left out")
     for rollouts in (recorder.directory / "rollouts").glob("step-*.arrow"):
         if int(rollouts.stem.removeprefix("step-")) > saved.version:
             rollouts.unlink()
@@ -127,15 +133,17 @@ class _Run:
         for role, pool in pools.items():
             pool.count = desired[role]
         link = ControlLink(self.settings, prepared.directory, desired)
+        self.room: gang.Room | None = None
         self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder)
-        recorder.reference = self.scorers[0] if prepared.reference_folder else None
+        recorder.reference = next((pool for pool in self.scorers if pool.pool.role == "reference"), None)
 
     def _pools(self) -> list[Pool]:
         return [self.generators.pool, *(scorer.pool for scorer in self.scorers)]
 
     async def to_the_end(self, saved: Saved) -> None:
         """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized."""
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both end the loop, and leave what is committed
+        interrupted = signal.getsignal(signal.SIGINT)  # asyncio's, unless whoever started this had it ignored
+        signal.signal(signal.SIGTERM, interrupted if callable(interrupted) else signal.default_int_handler)
         losses = 0
         while not saved.over(self.settings):
             furthest = self.recorder.furthest
@@ -149,14 +157,14 @@ class _Run:
                 self.recorder.add({"rebuilds_total": 1.0})
                 self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
             saved = _newest(self.recorder)
+        self.scaling.end()
 
     async def _go_on(self, saved: Saved) -> None:
         """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""
         settings, recorder = self.settings, self.recorder
         began = time.monotonic()
-        self.scaling.release()
-        patience = settings.failures.degrade_after_seconds
-        room = await gang.largest_room(settings.learners, self.scaling.desired["learner"], patience)
+        self.generators.pool.forget_load()
+        room = await self._room_for(self.scaling.desired["learner"])
         learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
         buffer = cluster.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
@@ -177,19 +185,39 @@ class _Run:
         if error is not None:
             raise error
 
+    async def _room_for(self, ranks: int) -> gang.Room:
+        """The room there was, where it has the size: nobody else can take it between two gangs. Else another."""
+        self.scaling.release()
+        patience = self.settings.failures.degrade_after_seconds
+        if self.room is not None:
+            if self.room.ranks == ranks and await self.room.granted(patience):
+                return self.room
+            self.room.release()
+        last = self.settings.deadlines.start_seconds
+        self.room = await gang.largest_room(self.settings.learners, ranks, patience, max(patience, last))
+        if self.room.ranks < ranks:
+            self.recorder.event("degraded", role="learner", desired=ranks, actual=self.room.ranks)
+            self.recorder.display.note(f"no room for {ranks} learner ranks: going on with {self.room.ranks}")
+        return self.room
+
     async def _build(self, saved: Saved, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> Controller:
         """Everyone is up, holds what the checkpoint says, and agrees on log-probs."""
         settings, recorder = self.settings, self.recorder
+        limits = settings.deadlines
+        patience = (limits.start_seconds + limits.load_seconds) * (settings.failures.retries + 2)
         try:
-            async with asyncio.timeout(settings.deadlines.start_seconds):
+            async with asyncio.timeout(patience) as limit:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
                 version = await learner.load(str(saved.path)) if saved.path else 0
                 found = await buffer.found()
+                await recorder.refer_to(references.of_version(self.prepared.directory, settings, version))
         except TimeoutError:
-            raise LearnerLost(f"not everyone was up after {settings.deadlines.start_seconds:.0f} s") from None
+            if not limit.expired():
+                raise
+            serving = {pool.role: f"{pool.serving} of {pool.count}" for pool in self._pools()}
+            raise LearnerLost(f"not everyone was up after {patience:.0f} s; serving: {serving}") from None
         if found["groups"] or found["damaged"]:
             recorder.event("restored", step=version, **found)
-        await recorder.refer_to(references.of_version(self.prepared.directory, settings, version))
         parts = Parts(
             generators=self.generators,
             scorers=self.scorers,
@@ -209,7 +237,7 @@ async def _test_parity(controller: Controller, settings: Settings, recorder: Rec
     """Learner and generator give the same tokens the same log-probs, or there is nothing to train on."""
     recorder.doing("parity test")
     probe = controller.parts.held_out.slice(0, PARITY_PROMPTS)
-    gap = await controller.parts.learner.compare(await controller.generate(probe))
+    gap = await controller.compare(await controller.generate(probe))
     mean, bound = gap["gap_mean_nats"], settings.parity.max_gap_nats
     recorder.event("parity", **gap)
     recorder.display.note(f"parity: learner and sampler differ by {mean:.4f} nats a token (bound {bound})")

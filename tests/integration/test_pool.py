@@ -234,14 +234,15 @@ async def test_a_gang_tells_a_lost_rank_from_an_error_of_its_own(
 
 async def test_a_gang_takes_the_room_there_is() -> None:
     learners = LearnerSettings(count=3, threads=2)
-    room = await gang.largest_room(learners, 3, seconds=1.0)
+    room = await gang.largest_room(learners, 3, seconds=1.0, last_seconds=1.0)
     assert room.ranks == 2  # of four CPUs
     ranks = gang.Gang(Rank, learners, room=room)
     await ranks.ready()
     assert (await ranks.call("step", ["", ""]))[1][0] == 2
     with pytest.raises(LearnerLost, match=r"no node has room for one learner rank \(2 CPUs\)"):
-        await gang.largest_room(learners, 1, seconds=0.5)
+        await gang.largest_room(learners, 1, seconds=0.5, last_seconds=0.5)
     ranks.stop()
-    again = await gang.largest_room(learners, 2, seconds=10.0)
+    room.release()
+    again = await gang.largest_room(learners, 2, seconds=10.0, last_seconds=10.0)
     assert again.ranks == 2
     again.release()
