@@ -141,7 +141,6 @@ class Writer:
             for tickets in batches:
                 if set(tickets) <= self.lost:
                     await buffer.drop(tickets, "worker_lost")
-                    self.metrics.add({"groups_dropped_total": {"worker_lost": float(len(tickets))}})
                 else:
                     await buffer.add(tickets, scored(tickets, version, self.failing))
 

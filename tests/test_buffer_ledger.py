@@ -43,7 +43,11 @@ async def test_a_line_names_every_ticket_up_to_the_steps_last_one_with_its_reaso
     # counters go with the lines: what is accepted and waits is counted with the step that trains it
     assert first["counts"]["samples_accepted_total"] == {"": 6} == second["counts"]["samples_accepted_total"]
     assert first["counts"]["samples_failed_total"] == {"broken": 1}
-    assert first["counts"]["groups_dropped_total"] == {"too_few_samples": 1, "uniform_rewards": 1}
+    assert first["counts"]["groups_dropped_total"] == {
+        "too_few_samples": 1,
+        "uniform_rewards": 1,
+        "worker_lost": 2,
+    }
 
 
 async def test_a_resumed_buffer_writes_the_lines_and_counts_of_an_uninterrupted_one(tmp_path: Path) -> None:
