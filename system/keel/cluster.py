@@ -15,14 +15,14 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
 from keel.parts import Observer
-from keel.pool import GONE, Pool, Spawn
+from keel.pool import GONE, Pool, Spawn, unwrapped
 from keel.protocols import AddReceipt, Batch, BufferLost, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
@@ -175,6 +175,8 @@ async def _of_buffer(answer: Awaitable[Any]) -> Any:
         return await answer
     except GONE as error:
         raise BufferLost("the buffer actor died") from error
+    except RayTaskError as error:
+        raise unwrapped(error) from error
 
 
 def generators(

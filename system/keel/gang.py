@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
 from keel.learn import DeepSpeedLearner
-from keel.pool import GONE
+from keel.pool import GONE, unwrapped
 from keel.protocols import Batch, LearnerLost, LoadReceipt, StepReport
 from keel.settings import Settings
 
@@ -111,7 +111,10 @@ class Gang:
 
 
 async def _answer(reference: Any) -> Any:
-    return await reference
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise unwrapped(error) from error
 
 
 class LearnerGang(Gang):

@@ -140,7 +140,7 @@ class Pool:
             raise WorkerLost(f"the input of {worker.name} for {method} was lost") from error
         except RayTaskError as error:
             if not isinstance(error.cause, ContractError):
-                raise
+                raise unwrapped(error) from error
             raise self._lose(worker, f"gave garbage during {method}: {error.cause}") from error
 
     def _pick(self) -> _Worker:
@@ -236,6 +236,12 @@ class Pool:
     def _show(self) -> None:
         numbers = {"workers": {self.role: float(self.serving)}, "workers_desired": {self.role: float(self.count)}}
         self._observer.set(numbers)
+
+
+def unwrapped(error: RayTaskError) -> BaseException:
+    """What an actor raised: errors of Keel as they are, so that their one line is shown, others with Ray's traceback."""
+    cause: BaseException = error.cause
+    return cause if type(cause).__module__.startswith("keel.") else error
 
 
 def _kill(worker: _Worker) -> None:
