@@ -77,11 +77,23 @@ class Pool:
     def serving(self) -> int:
         return len(self._serving)
 
+    async def first(self) -> None:
+        """One worker serves; no other is asked for meanwhile. Raises NoWorkers."""
+        if not self._serving and not self._coming:
+            self._bring_up(0)
+        await self._someone()
+
+    def give_way(self) -> None:
+        """End those who are not up yet, so that room which comes free is not theirs; `ready` brings them up again."""
+        for index in list(self._coming):
+            self._coming.pop(index).cancel()
+
     async def ready(self) -> None:
-        """All workers serve; or one does, and the others had `patience_seconds` more. Raises NoWorkers."""
+        """All workers serve; or one does, and the others had `patience_seconds` more, once. Raises NoWorkers."""
+        first_time = not self._has_served
         self.resize(self.count)
         await self._someone()
-        if self._coming:
+        if self._coming and first_time:
             await asyncio.wait(self._coming.values(), timeout=self._patience_seconds)
         if self.serving < self.count:
             self._observer.event("degraded", role=self.role, desired=self.count, actual=self.serving)

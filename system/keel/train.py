@@ -156,6 +156,8 @@ class _Run:
         began = time.monotonic()
         self.scaling.release()
         patience = settings.failures.degrade_after_seconds
+        if not cluster.holds(settings, self.scaling.desired):
+            await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
         room = await gang.largest_room(settings.learners, self.scaling.desired["learner"], patience)
         learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
@@ -172,6 +174,8 @@ class _Run:
         except* Exception as group:
             error = first_cause(group)
         finally:
+            for pool in self._pools():
+                pool.give_way()  # a worker that waits for room would take the learner's
             learner.stop()
             buffer.stop()
         if error is not None:
