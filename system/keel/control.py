@@ -1,7 +1,7 @@
 """The named actor through which others reach a live run, and where it is found.
 
 keel scale RUN_DIR --> control.json (address, namespace, authentication) --> Control
-                                                                              ^-- the run asks every second what is wanted
+                            the run asks it every second what is wanted
 """
 
 import asyncio

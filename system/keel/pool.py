@@ -251,7 +251,7 @@ class Pool:
 
 
 def unwrapped(error: RayTaskError) -> BaseException:
-    """What an actor raised: errors of Keel as they are, so that their one line is shown, others with Ray's traceback."""
+    """What an actor raised: errors of Keel as they are, which have one line to show; others with Ray's traceback."""
     cause: BaseException = error.cause
     return cause if type(cause).__module__.startswith("keel.") else error
 

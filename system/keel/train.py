@@ -20,12 +20,15 @@ Outcome: first and last evaluation on the same held-out prompts
 """
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, gang, references, scaling
 from keel.control import ControlLink
@@ -205,14 +208,15 @@ class _Run:
         )
         controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
         await controller.sync()
-        await _test_parity(controller, settings, recorder)
+        samples = math.ceil(learner.room.ranks / parts.held_out.num_rows)  # every rank needs a row
+        probe = self.prepared.prompts.held_out(samples).slice(0, max(PARITY_PROMPTS, learner.room.ranks))
+        await _test_parity(controller, probe, settings, recorder)
         return controller
 
 
-async def _test_parity(controller: Controller, settings: Settings, recorder: Recorder) -> None:
+async def _test_parity(controller: Controller, probe: pa.RecordBatch, settings: Settings, recorder: Recorder) -> None:
     """Learner and generator give the same tokens the same log-probs, or there is nothing to train on."""
     recorder.doing("parity test")
-    probe = controller.parts.held_out.slice(0, PARITY_PROMPTS)
     gap = await controller.parts.learner.compare(await controller.generate(probe))
     mean, bound = gap["gap_mean_nats"], settings.parity.max_gap_nats
     recorder.event("parity", **gap)
