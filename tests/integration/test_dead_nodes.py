@@ -15,7 +15,8 @@ from ray.cluster_utils import Cluster
 import keel as package
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
-CPUS_OF_A_NODE = 2
+NODES = {"learner": {"num_cpus": 3}, "generator": {"num_cpus": 1, "num_gpus": 1}}
+"""What the node of a role promises. The GPU is a mere number, which draws the generator there and keeps others away."""
 STORE_BYTES = 2**27
 CLASSES = {
     "generator": "VllmGenerator",
@@ -28,18 +29,18 @@ Start = Callable[..., Any]
 
 @pytest.fixture
 def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head without CPUs for actors, which has the driver and the buffer, and two nodes that hold the four actors."""
+    """A head without CPUs, which has the driver and the buffer, a node for the generator and one for the others."""
     paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
-    for _ in range(2):
-        add_node(cluster)
+    for role in NODES:
+        add_node(cluster, role)
     yield cluster
     cluster.shutdown()
 
 
-def add_node(cluster: Cluster) -> None:
-    cluster.add_node(num_cpus=CPUS_OF_A_NODE, object_store_memory=STORE_BYTES)
+def add_node(cluster: Cluster, role: str) -> None:
+    cluster.add_node(**NODES[role], object_store_memory=STORE_BYTES)
 
 
 def kill_node_of(role: str) -> set[str]:
@@ -63,6 +64,7 @@ def test_a_run_outlives_the_nodes_of_its_generator_and_of_its_learner(
         "nodes",
         run={"name": "nodes", "steps": 150, "directory": str(run)},
         rewards=[{"name": "low", "source": "rewards:paced"}],
+        generators={"gpus": 1},
         scorers={"threads": 1},
         checkpoint={"every_steps": 5},
         evaluation={"every_steps": 0},
@@ -72,7 +74,8 @@ def test_a_run_outlives_the_nodes_of_its_generator_and_of_its_learner(
     for role in ("generator", "learner"):
         hit = time.time()
         held = kill_node_of(role)
-        add_node(cluster)
+        assert held == ({"generator"} if role == "generator" else {"learner", "reference", "scorer"}), held
+        add_node(cluster, role)
         check_lost_and_back(process, run, held, hit)
     pace.unlink()
     code, _, err = finish(process)
