@@ -50,7 +50,20 @@ LAYERS = [
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
     + ["preflight", "failures", "parts", "controller", "audit", "evaluation_audit", "verify"],
-    ["pool", "cluster", "gang", "control", "scaling", "recorder", "train", "replay", "terminal", "progress", "summary"]
+    [
+        "losses",
+        "pool",
+        "cluster",
+        "gang",
+        "control",
+        "scaling",
+        "recorder",
+        "train",
+        "replay",
+        "terminal",
+        "progress",
+        "summary",
+    ]
     + ["doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
@@ -58,7 +71,7 @@ LAYERS = [
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"pool", "cluster", "gang", "control"},
+    "ray": {"losses", "pool", "cluster", "gang", "control"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

@@ -9,6 +9,7 @@ go actor -> object store -> actor.
 """
 
 import os
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
+from keel.losses import GONE, cause_of
 from keel.parts import Observer
-from keel.pool import GONE, Pool, Spawn, cause_of
+from keel.pool import Pool, Spawn
 from keel.protocols import AddReceipt, Batch, BufferLost, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
@@ -57,18 +59,30 @@ def disconnect() -> None:
 
 def request(settings: Settings, counts: Mapping[str, int]) -> None:
     """Ask Ray's autoscaler, if there is one, for nodes that hold so many workers of each role."""
+    request_resources(bundles=_bundles(settings, counts))
+
+
+def holds(settings: Settings, counts: Mapping[str, int]) -> bool:
+    """Whether all nodes together have the CPUs and GPUs of so many workers of each role."""
+    there, asked = ray.cluster_resources(), Counter[str]()
+    for bundle in _bundles(settings, counts):
+        asked.update(bundle)
+    return all(amount <= there.get(name, 0.0) for name, amount in asked.items())
+
+
+def _bundles(settings: Settings, counts: Mapping[str, int]) -> list[dict[str, float]]:
     roles: dict[str, WorkerSettings | None] = {
         "generator": settings.generators,
         "reference": settings.reference,
         "scorer": settings.scorers,
         "learner": settings.learners,
     }
-    bundles = []
+    bundles: list[dict[str, float]] = []
     for role, count in counts.items():
         by = roles[role]
         assert by is not None, role
-        bundles += [{"CPU": by.threads} | ({"GPU": by.gpus} if by.gpus else {})] * count
-    request_resources(bundles=bundles)
+        bundles += [{"CPU": float(by.threads)} | ({"GPU": by.gpus} if by.gpus else {})] * count
+    return bundles
 
 
 async def fetch(batch: Batch) -> pa.RecordBatch:

@@ -1,22 +1,25 @@
 """The named actor through which others reach a live run, and where it is found.
 
-keel scale RUN_DIR --> control.json (address, namespace) --> Control <-- the run asks every second what is wanted
+keel scale RUN_DIR --> control.json (address, namespace, authentication) --> Control
+                            the run asks it every second what is wanted
 """
 
 import asyncio
 import hashlib
-import json
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
 from keel import durable
 from keel.config import ConfigError
 from keel.settings import Settings
 
+AUTHENTICATION = "RAY_AUTH_MODE"
 _ANSWER_SECONDS = 30.0
 
 
@@ -64,7 +67,10 @@ class ControlLink:
         self._name = f"keel-control-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}"
         self._actor = self._start()
         context = ray.get_runtime_context()
+        # an embedded Ray asks for a token, and a driver that joins by address does not offer one unless it is told to
+        mode = os.environ.get(AUTHENTICATION, "disabled")
         where = {"address": context.gcs_address, "namespace": context.namespace, "actor": self._name}
+        where["authentication"] = mode
         durable.write_json(directory / "control.json", where)
 
     def _start(self) -> Any:
@@ -81,19 +87,23 @@ class ControlLink:
         return self.desired
 
 
-def ask(run_directory: Path, wanted: Mapping[str, int]) -> dict[str, Any]:
-    """Scale a live run, or only ask where `wanted` is empty; desired and actual counts. Raises ConfigError."""
-    path = run_directory / "control.json"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={run_directory}: no control.json in it; expected the directory of a live run")
+def ask(run_directory: Path, where: Mapping[str, str], wanted: Mapping[str, int]) -> dict[str, Any]:
+    """Scale a live run, or only ask where `wanted` is empty; desired and actual counts. Raises ConfigError.
+
+    `where`: its control.json. Ray must have been imported with the authentication that it names.
+    """
+    nobody = f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
     try:
-        where = json.loads(path.read_text(encoding="utf8"))
+        host, _, port = where["address"].rpartition(":")
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()  # Ray itself would try for long
         ray.init(where["address"], namespace=where["namespace"], log_to_driver=False, logging_level="CRITICAL")
         actor = ray.get_actor(where["actor"])
         return ray.get(actor.scale.remote(dict(wanted)), timeout=_ANSWER_SECONDS)
     except ScaleError as error:
         raise ConfigError(str(error.cause if isinstance(error, RayTaskError) else error)) from None
-    except (ConnectionError, ValueError, KeyError, RayActorError, GetTimeoutError):  # ValueError: no such actor
-        raise ConfigError(f"RUN_DIR={run_directory}: its run does not answer; expected a live run") from None
+    except AuthenticationError as error:
+        raise ConfigError(f"{nobody}, and Ray's token for it: {error.message.splitlines()[0]}") from None
+    except (OSError, ValueError, RayActorError, GetTimeoutError):  # ValueError: no such actor
+        raise ConfigError(nobody) from None
     finally:
         ray.shutdown()

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
 from keel.learn import DeepSpeedLearner
-from keel.pool import GONE, cause_of
+from keel.losses import GONE, cause_of
 from keel.protocols import Batch, LearnerLost, LoadReceipt, StepReport
 from keel.settings import Settings
 
@@ -107,15 +107,16 @@ class Gang:
                 what = "died" if isinstance(error, GONE) else "lost its input"
                 raise LearnerLost(f"learner rank {rank} of {len(answers)} {what} during {method}") from error
         for error in errors.values():
-            if isinstance(error, RayTaskError):
-                raise cause_of(error) from error
             if error is not None:
                 raise error
         return [answer.result() for answer in answers]
 
 
 async def _answer(reference: Any) -> Any:
-    return await reference
+    try:
+        return await reference
+    except RayTaskError as error:
+        raise cause_of(error) from error
 
 
 class LearnerGang(Gang):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from keel.config import ConfigError
 from keel.terminal import console, errors
 
 if TYPE_CHECKING:
@@ -62,10 +64,12 @@ def scale(
     as_json: AsJson = False,
 ) -> None:
     """Change how many workers a live run has; without counts, show them. What has no room is pending until it has."""
+    where = _where(run_directory)
+    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
     from keel import control
 
     roles = {"generator": generators, "reference": references, "scorer": scorers, "learner": learners}
-    counts = control.ask(run_directory, {role: count for role, count in roles.items() if count is not None})
+    counts = control.ask(run_directory, where, {role: count for role, count in roles.items() if count is not None})
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -75,6 +79,13 @@ def scale(
         left = f"{wanted - present} pending" if wanted > present else f"{present - wanted} to end"
         table.add_row(role, str(wanted), str(present), left if wanted != present else "")
     console.print(table)
+
+
+def _where(run_directory: Path) -> dict[str, str]:
+    path = run_directory / "control.json"
+    if not path.is_file():
+        raise ConfigError(f"RUN_DIR={run_directory}: no control.json in it; expected the directory of a live run")
+    return json.loads(path.read_text(encoding="utf8"))
 
 
 def replay(

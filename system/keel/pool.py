@@ -17,26 +17,20 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.actor_settings import DeadlineSettings
+from keel.losses import GONE, cause_of, own_fault, why
 from keel.parts import Observer
 from keel.protocols import LearnerLost, LoadReceipt, WorkerLost
 from keel.schema import ContractError
 
 Spawn = Callable[[int], ActorHandle]
 _BACK_OFF_SECONDS = 30.0
-GONE = (RayActorError, OutOfMemoryError)
-"""What Ray raises for an actor that died or cannot be reached."""
 
 
 class NoWorkers(RuntimeError):
     """Nobody of a role serves, and those that were started in their place did not come up either."""
-
-
-def cause_of(error: RayTaskError) -> BaseException:
-    """What an actor's own code raised: Keel's exceptions as they are, others in Ray's wrapping with its traceback."""
-    return error.cause if type(error.cause).__module__.startswith("keel.") else error
 
 
 @dataclass(eq=False)
@@ -84,12 +78,23 @@ class Pool:
     def serving(self) -> int:
         return len(self._serving)
 
+    async def first(self) -> None:
+        """One worker serves; no other is asked for meanwhile. Raises NoWorkers."""
+        if not self._serving and not self._coming:
+            self._bring_up(0)
+        await self._someone()
+
+    def give_way(self) -> None:
+        """End those who are not up yet, so that room which comes free is not theirs; `ready` brings them up again."""
+        for index in list(self._coming):
+            self._coming.pop(index).cancel()
+
     async def ready(self) -> None:
-        """All workers serve; or one does, and the others had `patience_seconds` more. Raises NoWorkers."""
-        again = self._has_served
+        """All workers serve; or one does, and the others had `patience_seconds` more, once. Raises NoWorkers."""
+        first_time = not self._has_served
         self.resize(self.count)
         await self._someone()
-        if self._coming and not again:
+        if self._coming and first_time:
             await asyncio.wait(self._coming.values(), timeout=self._patience_seconds)
         if self.serving < self.count:
             self._observer.event("degraded", role=self.role, desired=self.count, actual=self.serving)
@@ -162,7 +167,7 @@ class Pool:
                 raise cause_of(error) from error
             raise self._lose(worker, f"gave garbage during {method}: {error.cause}") from error
         except (*GONE, TimeoutError) as error:
-            raise self._lose(worker, f"{_why(error, deadline)} during {method}") from error
+            raise self._lose(worker, f"{why(error, deadline)} during {method}") from error
 
     def _pick(self) -> _Worker:
         """Round robin in the order of tickets when that must not depend on timing, else the least waited for."""
@@ -212,11 +217,11 @@ class Pool:
                 await self._come_up(worker)
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
                 _kill(worker)
-                reason = f"{_why(error, self._deadlines.start_seconds)} while starting"
+                reason = f"{why(error, self._deadlines.start_seconds)} while starting"
                 self._tell_lost(worker.name, reason)
                 if not isinstance(error, ObjectLostError):  # of weights: there will be others
                     alone = 0 if self._serving else alone + 1
-                hopeless = not self._has_served and _own_fault(error)
+                hopeless = not self._has_served and own_fault(error)
                 if not self._serving and (hopeless or alone > self._restarts):
                     raise NoWorkers(f"no {self.role} serves: {worker.name} {reason}: {error}") from error
                 await asyncio.sleep(back_off)
@@ -252,7 +257,7 @@ class Pool:
         except ObjectLostError as error:
             raise LearnerLost("the weights were lost with their node") from error
         except (*GONE, TimeoutError, RayTaskError) as error:
-            self._lose(worker, f"{_why(error, self._deadlines.load_seconds)} during load")
+            self._lose(worker, f"{why(error, self._deadlines.load_seconds)} during load")
 
     async def _retire(self, worker: _Worker) -> None:
         async with worker.turn:
@@ -277,16 +282,3 @@ def _end_turn(worker: _Worker, asked: asyncio.Task[Any] | None = None) -> None:
     worker.turn.release()
     if asked is not None and not asked.cancelled():
         asked.exception()  # read, also when whoever asked is gone
-
-
-def _own_fault(error: BaseException) -> bool:
-    """The actor's own code raised, in its constructor or in a load: it would again."""
-    return isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
-
-
-def _why(error: BaseException, deadline: float) -> str:
-    if isinstance(error, RayTaskError):
-        return f"failed ({type(error.cause).__name__}: {error.cause})"
-    if isinstance(error, TimeoutError):
-        return f"did not answer within {deadline:.0f} s"
-    return "lost its weights" if isinstance(error, ObjectLostError) else "died"

@@ -20,12 +20,15 @@ Outcome: first and last evaluation on the same held-out prompts
 """
 
 import asyncio
+import math
 import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, gang, references, scaling
 from keel.control import ControlLink
@@ -164,6 +167,10 @@ class _Run:
         settings, recorder = self.settings, self.recorder
         began = time.monotonic()
         self.generators.pool.forget_load()
+        if not cluster.holds(settings, self.scaling.desired):
+            for pool in self._pools():
+                pool.give_way()  # a worker that waits for room would take the learner's
+            await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
         room = await self._room_for(self.scaling.desired["learner"])
         learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
@@ -229,14 +236,15 @@ class _Run:
         )
         controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
         await controller.sync()
-        await _test_parity(controller, settings, recorder)
+        samples = math.ceil(learner.room.ranks / parts.held_out.num_rows)  # every rank needs a row
+        probe = self.prepared.prompts.held_out(samples).slice(0, max(PARITY_PROMPTS, learner.room.ranks))
+        await _test_parity(controller, probe, settings, recorder)
         return controller
 
 
-async def _test_parity(controller: Controller, settings: Settings, recorder: Recorder) -> None:
+async def _test_parity(controller: Controller, probe: pa.RecordBatch, settings: Settings, recorder: Recorder) -> None:
     """Learner and generator give the same tokens the same log-probs, or there is nothing to train on."""
     recorder.doing("parity test")
-    probe = controller.parts.held_out.slice(0, PARITY_PROMPTS)
     gap = await controller.compare(await controller.generate(probe))
     mean, bound = gap["gap_mean_nats"], settings.parity.max_gap_nats
     recorder.event("parity", **gap)

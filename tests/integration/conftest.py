@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rewards
 import yaml
 
 import keel as package
@@ -51,6 +52,19 @@ def write_config(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file whose seconds a batch of `rewards:paced` takes; without it, none."""
+    monkeypatch.setenv(rewards.PACE, str(tmp_path / "pace"))
+    return tmp_path / "pace"
+
+
+@pytest.fixture(autouse=True)
+def a_terminal_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ray that was started in this process leaves this variable behind; a user's next command does not have it."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
 
 
 @pytest.fixture

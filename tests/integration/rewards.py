@@ -1,6 +1,11 @@
 """Reward functions of these tests, importable by the actors through PYTHONPATH."""
 
 import math
+import os
+import time
+from pathlib import Path
+
+PACE = "KEEL_TEST_PACE"
 
 
 def not_a_number(completions: list[str], **columns: object) -> list[float]:
@@ -26,3 +31,11 @@ def low_ids_or_none(completions: list[str], completion_ids: list[list[int]], **c
     """The share of low ids, and no answer for completions of which the last token id is odd: a judge that fails."""
     shares = share_of_low_ids(completions, completion_ids)
     return [None if ids[-1] % 2 else share for ids, share in zip(completion_ids, shares, strict=True)]
+
+
+def paced(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """The share of low ids, after the seconds that the file named by PACE holds: a run that lasts while it is scaled."""
+    file = Path(os.environ.get(PACE, ""))
+    if file.is_file():
+        time.sleep(float(file.read_text()))
+    return share_of_low_ids(completions, completion_ids)
