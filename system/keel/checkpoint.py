@@ -27,7 +27,7 @@ def begin(run_directory: Path, step: int) -> Path:
 def commit(aside: Path, state: Mapping[str, Any]) -> Path:
     """Make the folder a checkpoint: state, manifest with digests, COMMIT, rename."""
     durable.write_json(aside / "state.json", state)
-    durable.write_json(aside / "MANIFEST.json", {"files": _digests(aside)})
+    durable.write_json(aside / "MANIFEST.json", {"files": digests(aside)})
     durable.write(aside / "COMMIT", b"")
     target = aside.with_name(aside.name.removeprefix(".").removesuffix(".tmp"))
     shutil.rmtree(target, ignore_errors=True)
@@ -86,14 +86,20 @@ def _put_aside(run_directory: Path, newer_than: Path) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
+    check(path)
+    return json.loads((path / "state.json").read_text())
+
+
+def check(path: Path) -> None:
+    """Every file of a folder is the one that its manifest names. Raises CheckpointError."""
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text())["files"]
-        found = _digests(path)
-        if wrong := sorted(name for name in manifest if found.get(name) != manifest[name]):
-            raise CheckpointError(f"{path.name}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
-        return json.loads((path / "state.json").read_text())
+        found = digests(path)
+        wrong = sorted(name for name in manifest if found.get(name) != manifest[name])
     except (OSError, ValueError, KeyError) as error:  # a torn or missing manifest
         raise CheckpointError(f"{path.name}: its manifest cannot be read ({error})") from error
+    if wrong:
+        raise CheckpointError(f"{path.name}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
 
 
 def state_of(run_directory: Path, step: int) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def prune(run_directory: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     """xxh3-128 of every file but the manifest and the marker."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {

@@ -119,7 +119,9 @@ class Recorder(Observer):
 
     async def refer_to(self, folder: Path | None) -> None:
         """Go back to the reference a checkpoint was made under; None: the initial one."""
-        if folder is None and self._renewed:
+        if folder is not None:
+            references.check(folder)
+        elif self._renewed:
             assert self.prepared.reference_folder
             folder = Path(self.prepared.reference_folder)
         if folder is not None:

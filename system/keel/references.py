@@ -6,7 +6,7 @@ RUN_DIR/references/step-000010/    the policy after step 10, Hugging Face layout
 import shutil
 from pathlib import Path
 
-from keel import durable
+from keel import checkpoint, durable
 from keel.settings import Settings
 
 
@@ -24,9 +24,16 @@ def begin(folder: Path) -> Path:
 
 def commit(folder: Path) -> None:
     """What was written aside becomes the reference of its step, in place of what an interrupted run left there."""
+    aside = folder.with_name(f".{folder.name}.tmp")
+    durable.write_json(aside / "MANIFEST.json", {"files": checkpoint.digests(aside)})
     shutil.rmtree(folder, ignore_errors=True)
-    folder.with_name(f".{folder.name}.tmp").rename(folder)
+    aside.rename(folder)
     durable.sync_directory(folder.parent)
+
+
+def check(folder: Path) -> None:
+    """The files are those that were written. Raises CheckpointError."""
+    checkpoint.check(folder)
 
 
 def of_version(run_directory: Path, settings: Settings, version: int) -> Path | None:

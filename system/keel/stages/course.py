@@ -23,6 +23,7 @@ import pyarrow as pa
 from keel import checkpoint, cluster, config, durable
 from keel.config import ConfigError
 from keel.controller import Stalled
+from keel.gang import Gang
 from keel.metrics import RunMetrics
 from keel.recorder import Display
 from keel.settings import Settings
@@ -115,6 +116,13 @@ def conduct(
         display.note(f"{directory} holds this stage, finished")
         return done
     directory.mkdir(parents=True, exist_ok=True)
+    with durable.lock(directory):
+        return _conduct(settings, directory, online, train, display, started)
+
+
+def _conduct(
+    settings: StageSettings, directory: Path, online: Settings, train: Train, display: Display, started: float
+) -> dict[str, Any]:
     durable.write(directory / "config.yaml", config.dump(settings).encode())
     metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
     port = metrics.serve(settings.metrics)
@@ -125,6 +133,16 @@ def conduct(
         return asyncio.run(train(metrics, display, started))
     finally:
         cluster.disconnect()
+
+
+async def ready(settings: StageSettings, learner: Gang) -> None:
+    """All ranks are up within their deadline. Raises Stalled."""
+    seconds = settings.deadlines.start_seconds
+    try:
+        async with asyncio.timeout(seconds):
+            await learner.ready()
+    except TimeoutError:
+        raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds)") from None
 
 
 async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:

@@ -4,7 +4,6 @@ Both run the objectives of online training on the same learner; the rows are sto
 first reads every row's log-probs under the reference once and keeps them as Arrow, so training holds one model.
 """
 
-import asyncio
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,8 +94,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         digest=rows.digest,
     )
     learner = gang.LearnerGang(learning, prepared.folder, prepared.others)
-    async with asyncio.timeout(settings.deadlines.start_seconds):
-        await learner.ready()
+    await course.ready(settings, learner)
     recorder = Recorder(plan, metrics, display)
     state = await course.restore(plan, learner, recorder)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})

@@ -6,7 +6,6 @@ all members        scored as they were written: reference set, held-out pairs
                    -> offsets (the reference set scores 0 on average), report.json, model/
 """
 
-import asyncio
 import dataclasses
 import functools
 import json
@@ -166,8 +165,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, rows = prepared.settings, prepared.rows
     learner = gang.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
-    async with asyncio.timeout(settings.deadlines.start_seconds):
-        await learner.ready()
+    await course.ready(settings, learner)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
     plans = [_course(prepared, member) for member in range(settings.members.count)]
     for member, plan in enumerate(plans):
