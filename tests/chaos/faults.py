@@ -224,3 +224,10 @@ FAULTS: dict[str, Fault] = {
     "disk full": full_disk,
     **{way.replace("_", " "): failing_server(way) for way in WAYS},
 }
+ENDING = {kind for kind in FAULTS if kind.startswith("driver")} | {
+    "checkpoint damaged",
+    "accepted batch damaged",
+    "line cut short",
+    "disk full",
+}
+"""Kinds that end the driver, or are found only by one that starts."""
