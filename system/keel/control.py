@@ -21,6 +21,7 @@ from keel.settings import Settings
 
 AUTHENTICATION = "RAY_AUTH_MODE"
 _ANSWER_SECONDS = 30.0
+_MOST_WORKERS = 1024
 
 
 class ScaleError(ValueError):
@@ -31,7 +32,7 @@ class Control:
     """Wanted and present workers by role. The run makes a new one when it is lost."""
 
     def __init__(self, desired: Mapping[str, int], largest: Mapping[str, int]) -> None:
-        """`largest`: counts beyond which more workers of a role could do nothing."""
+        """`largest`: the most workers of a role."""
         self._desired, self._largest = dict(desired), dict(largest)
         self._actual: dict[str, int] = {}
 
@@ -42,7 +43,8 @@ class Control:
                 raise ScaleError(f"{role}={count}: the run has none; expected one of {', '.join(self._desired)}")
             largest = self._largest[role]
             if not 1 <= count <= largest:
-                raise ScaleError(f"{role}={count}: expected 1 to {largest}; more would have nothing to do")
+                rows = ", the rows of a step" if role == "learner" else ""
+                raise ScaleError(f"{role}={count}: expected 1 to {largest}{rows}")
         self._desired |= wanted
         return self.status()
 
@@ -60,9 +62,8 @@ class ControlLink:
 
     def __init__(self, settings: Settings, directory: Path, desired: Mapping[str, int]) -> None:
         self.desired = dict(desired)
-        batches = settings.buffer.groups_per_step * (1 + settings.buffer.max_staleness)  # under way at most
         rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
-        self._largest = {role: rows if role == "learner" else batches for role in desired}
+        self._largest = {role: rows if role == "learner" else _MOST_WORKERS for role in desired}
         # two runs of one name on one cluster have two
         self._name = f"keel-control-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}"
         self._actor = self._start()

@@ -78,7 +78,7 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
     )
     process = keel("train", str(config))
     wait(process, lambda: last_step(run) >= 2, "two steps")
-    assert "generator=0: expected 1 or more" in refusal(keel, "scale", run, "--generators", 0)
+    assert "generator=0: expected 1 to 1024" in refusal(keel, "scale", run, "--generators", 0)
     assert "learner=5: expected 1 to 4, the rows of a step" in refusal(keel, "scale", run, "--learners", 5)
     check_pools_follow_and_ranks_change(keel, process, run)
 
