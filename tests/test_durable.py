@@ -1,5 +1,6 @@
 """Files that are whole or absent, also while somebody reads them or the process that writes them dies."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from keel import durable
+from keel.config import ConfigError
+from keel.durable import DiskFull
 
 
 def test_a_file_and_its_folder_appear_and_nothing_else(tmp_path: Path) -> None:
@@ -118,3 +121,51 @@ def test_keep_steps_cuts_back_and_lets_appends_go_on(tmp_path: Path, last: int) 
 def test_keep_steps_makes_no_file(tmp_path: Path) -> None:
     durable.keep_steps(tmp_path / "absent.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_named_with_the_file_and_what_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "buffer" / "rows.arrow"
+    named = pytest.raises(
+        DiskFull, match=rf"{path}: no space left \(\d+ bytes free there\); make room, then keel resume"
+    )
+    with named, durable.naming_a_full_disk(path), open("/dev/full", "w", buffering=1) as full:
+        full.write("a line that does not fit\n")
+
+
+def test_a_full_disk_is_known_by_its_text_where_a_library_has_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskFull), durable.naming_a_full_disk(tmp_path / "weights"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(RuntimeError, match="another"), durable.naming_a_full_disk(tmp_path / "weights"):
+        raise RuntimeError("another error")
+
+
+def test_what_did_not_fit_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    durable.write(tmp_path / "state", b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull):
+        durable.write(tmp_path / "state", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert (tmp_path / "state").read_bytes() == b"old"
+
+
+def test_a_directory_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    code = f"import sys, time; from pathlib import Path; from keel import durable; held = durable.lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline() == b"held\n"
+    with pytest.raises(ConfigError, match="another process works on it"):
+        durable.lock(tmp_path)
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    durable.lock(tmp_path).close()
+
+
+def test_damaged_lines_are_left_out_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2\xff}\n{"stop": 3}\n{"step": 4}\n{"step": 5}\n{"st')
+    assert durable.keep_steps(path, 4) == ["metrics.jsonl line 2", "metrics.jsonl line 3"]
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n'

@@ -188,11 +188,10 @@ def failing_server(way: str) -> Fault:
 def full_disk(arena: Arena, choices: random.Random) -> Outcome:
     """No space left: the run ends with an error that says so, and goes on when there is room."""
     filler = arena.folder / "filler"
-    with filler.open("wb") as file:
+    with filler.open("wb", buffering=0) as file:
         try:
             while True:
-                file.write(bytes(1 << 16))
-                file.flush()
+                file.write(bytes(1 << 12))
         except OSError:
             pass  # full, as it should be
     deadline = time.monotonic() + RECOVERY_SECONDS
