@@ -176,6 +176,14 @@ def show(account: Account, console: Console) -> None:
         f" {len(account.differences)}",
         soft_wrap=True,
     )
+    for role, kind in (("generator", "generator killed"), ("learner", "learner rank killed")):
+        seconds = [record.seconds for record in by_kind[kind]]
+        cold = account.cold_start_seconds[role]
+        if seconds:
+            console.print(
+                f"{kind}: served again after {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s (worst);"
+                f" its cold start took {cold:.1f} s: {statistics.median(seconds) / cold:.2f} of it"
+            )
     for line in [*account.findings, *account.differences][:20]:
         console.print(line, markup=False, soft_wrap=True)
 

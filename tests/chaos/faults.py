@@ -4,6 +4,7 @@ A fault returns (what was hit, seconds until it was made good). "Made good" is r
 serves again, a gang runs again, a step is recorded. `assert` is what a fault demands of the run beyond that.
 """
 
+import json
 import random
 import signal
 import time
@@ -203,6 +204,24 @@ def full_disk(arena: Arena, choices: random.Random) -> Outcome:
     return _resumed(arena, str(arena.folder))
 
 
+def failing_calls(arena: Arena, choices: random.Random) -> Outcome:
+    """Ray's own fault injection: for a while requests and replies between its processes fail or come late."""
+    arena.end(signal.SIGKILL)
+    arena.environment = {
+        "RAY_testing_rpc_failure": json.dumps(
+            {"*": {"num_failures": 60, "req_failure_prob": 4, "resp_failure_prob": 4}}
+        ),
+        "RAY_testing_rpc_failure_avoid_intra_node_failures": "0",
+        "RAY_testing_asio_delay_us": "CoreWorkerService.grpc_server.PushTask=0:20000",
+    }
+    outcome = _resumed(arena, "calls between Ray's processes")
+    arena.wait(lambda: arena.last_step()["step"] % 10 == 9, "ten steps")
+    arena.end(signal.SIGKILL)
+    arena.environment = {}
+    _resumed(arena, "")
+    return outcome
+
+
 FAULTS: dict[str, Fault] = {
     "generator killed": killed_worker("generator"),
     "reference killed": killed_worker("reference"),
@@ -214,6 +233,7 @@ FAULTS: dict[str, Fault] = {
     "scorer stopped": stopped_worker("scorer"),
     "learner rank stopped": stopped_learner,
     "worker paused": paused,
+    "calls fail": failing_calls,
     "driver killed": ended_driver(signal.SIGKILL),
     "driver terminated": ended_driver(signal.SIGTERM),
     "driver interrupted twice": ended_driver(signal.SIGINT, signal.SIGINT),
@@ -228,5 +248,6 @@ ENDING = {kind for kind in FAULTS if kind.startswith("driver")} | {
     "accepted batch damaged",
     "line cut short",
     "disk full",
+    "calls fail",
 }
 """Kinds that end the driver, or are found only by one that starts."""
