@@ -103,7 +103,8 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
     answer(keel, "scale", run, "--generators", 1, "--learners", 1)
     wait(process, lambda: ranks_of(run)[-1] == 1, "one rank")
     pace.unlink()
-    assert finish(process)[0] == 0
+    code, _, err = finish(process)
+    assert code == 0, err
     check_intact(keel, run)
     lines = metrics_of(run)
     assert len(lines) == STEPS and max(line["staleness_max_versions"] for line in lines) == 1

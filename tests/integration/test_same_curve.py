@@ -44,7 +44,8 @@ def test_an_ended_and_a_scaled_run_are_the_run_that_nothing_happened_to(
         wait(process, lambda ranks=ranks: ranks_of(run) == ranks, f"ranks {ranks}")
         more_steps(process, run)
     pace.unlink()
-    assert finish(process)[0] == 0
+    code, _, err = finish(process)
+    assert code == 0, err
     check_intact(keel, run)
     check_same_curve(runs["scaled"], runs["ended"])
 
@@ -63,7 +64,8 @@ def check_ends_leave_a_run_that_goes_on(keel: Start, config: str, run: Path, pac
         if signals:
             end(process, *signals)
     pace.unlink()
-    assert finish(process)[0] == 0
+    code, _, err = finish(process)
+    assert code == 0, err
     check_intact(keel, run)
 
 
