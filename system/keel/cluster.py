@@ -22,10 +22,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
-from keel.losses import GONE, cause_of
+from keel.losses import GONE, cause_of, last_line
 from keel.parts import Observer
 from keel.pool import Pool, Spawn
-from keel.protocols import AddReceipt, Batch, BufferLost, LoadReceipt, Sampling, StageReceipt, WorkerLost
+from keel.protocols import AddReceipt, Batch, BufferLost, BuildFailed, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
 
@@ -191,8 +191,8 @@ async def _of_buffer(answer: Awaitable[Any]) -> Any:
         raise cause_of(error) from error
     except GONE as error:
         if isinstance(error, RayActorError) and error.actor_init_failed:
-            raise  # it would again
-        raise BufferLost(f"the buffer actor died ({error})") from error
+            raise BuildFailed(f"the buffer did not start: {last_line(error)}") from error
+        raise BufferLost(f"the buffer actor died ({last_line(error)})") from error
 
 
 def generators(

@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
 from keel.learn import DeepSpeedLearner
-from keel.losses import GONE, cause_of
-from keel.protocols import Batch, LearnerLost, LoadReceipt, StepReport
+from keel.losses import GONE, cause_of, last_line
+from keel.protocols import Batch, BuildFailed, LearnerLost, LoadReceipt, StepReport
 from keel.settings import Settings
 
 _GRACE_SECONDS = 15
@@ -34,8 +34,9 @@ class Room:
         self._ready: asyncio.Future[Any] | None = None
 
     async def granted(self, seconds: float | None = None) -> bool:
-        """Whether Ray finds it within so many seconds; None: however long it takes."""
-        self._ready = self._ready or asyncio.ensure_future(_answer(self.group.ready()))
+        """Whether Ray finds it within so many seconds; None: however long it takes. Again, when a node was lost."""
+        if self._ready is None or self._ready.done():
+            self._ready = asyncio.ensure_future(_answer(self.group.ready()))
         return bool((await asyncio.wait([self._ready], timeout=seconds))[0])
 
     def release(self) -> None:
@@ -102,7 +103,7 @@ class Gang:
         }
         for rank, error in errors.items():
             if isinstance(error, RayActorError) and error.actor_init_failed:
-                raise error  # it would again
+                raise BuildFailed(f"learner rank {rank} of {len(answers)} did not start: {last_line(error)}") from error
             if isinstance(error, (*GONE, ObjectLostError)):
                 what = "died" if isinstance(error, GONE) else "lost its input"
                 raise LearnerLost(f"learner rank {rank} of {len(answers)} {what} during {method}") from error

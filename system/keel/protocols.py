@@ -107,6 +107,10 @@ class LearnerLost(RuntimeError):
     """A rank died or missed its deadline, and with it the gang: it goes on from the last commit with a new one."""
 
 
+class BuildFailed(RuntimeError):
+    """The constructor of a learner rank or of the buffer raised. In a run that never ran, it would again."""
+
+
 class BufferLost(RuntimeError):
     """The buffer died or missed its deadline; a new one finds on disk what was accepted."""
 

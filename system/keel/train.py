@@ -37,7 +37,7 @@ from keel.metrics import RunMetrics
 from keel.parts import Parts
 from keel.pool import Pool
 from keel.preflight import Prepared
-from keel.protocols import BufferLost, LearnerLost
+from keel.protocols import BufferLost, BuildFailed, LearnerLost
 from keel.recorder import Display, Recorder
 from keel.scaling import Scaling
 from keel.settings import Settings
@@ -137,6 +137,7 @@ class _Run:
             pool.count = desired[role]
         link = ControlLink(self.settings, prepared.directory, desired)
         self.room: gang.Room | None = None
+        self.has_run = False
         self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder)
         recorder.reference = next((pool for pool in self.scorers if pool.pool.role == "reference"), None)
 
@@ -152,7 +153,9 @@ class _Run:
             furthest = self.recorder.furthest
             try:
                 await self._go_on(saved)
-            except (LearnerLost, BufferLost) as lost:
+            except (LearnerLost, BufferLost, BuildFailed) as lost:
+                if isinstance(lost, BuildFailed) and not self.has_run:
+                    raise
                 losses = losses + 1 if self.recorder.furthest == furthest else 1
                 if losses > self.settings.failures.max_rebuilds:
                     raise
@@ -179,6 +182,7 @@ class _Run:
         error: BaseException | None = None
         try:
             controller = await self._build(saved, learner, buffer)
+            self.has_run = True
             recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
             async with asyncio.TaskGroup() as tasks:
                 following = tasks.create_task(self.scaling.follow(learner, buffer, controller))
