@@ -1,5 +1,6 @@
 """The DeepSpeed learner against a plain PyTorch loop, and 1 rank against 2 at every ZeRO stage."""
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
+from probe import meeting_point
 
 from keel import config, schema, weights
 from keel.learn import DeepSpeedLearner
@@ -108,12 +110,12 @@ def train(folder: Path, ranks: int, **learners: Any) -> tuple[dict[str, torch.Te
 
     chosen = settings(count=ranks, **learners)
     learner = gang.LearnerGang(chosen, str(folder))
+    asyncio.run(learner.ready())
     reports = [ray.get([rank.step.remote(rollouts(step)) for rank in learner.ranks])[0] for step in range(STEPS)]
     answers = [rank.publish.options(num_returns=2).remote() for rank in learner.ranks]
     ray.get([receipt for _, receipt in answers])
     named = {name: tensor.clone() for name, tensor in weights.unpack(ray.get(answers[0][0]))}
-    for rank in learner.ranks:
-        ray.kill(rank)
+    learner.stop()
     return named, [dict(report.metrics) for report in reports]
 
 
@@ -182,9 +184,7 @@ def test_a_second_epoch_moves_the_ratio_and_the_clip_sees_it(small_ray: None, ti
     chosen = settings().model_copy(
         update={"objective": settings().objective.model_copy(update={"epochs": 2, "clip_low": 0.01, "clip_high": 0.01})}
     )
-    from keel.gang import _meeting_point
-
-    rank = learner.remote(chosen, str(tiny_model), {}, 0, 1, *_meeting_point())
+    rank = learner.remote(chosen, str(tiny_model), {}, 0, 1, *meeting_point())
     report = ray.get(rank.step.remote(rollouts(0)))
     ray.kill(rank)
     assert report.metrics["clip_ratio"] > 0.05

@@ -124,7 +124,10 @@ def test_a_stopping_rule_ends_the_run_for_good(write_config: Start, keel: Start,
     lines = metrics_of(run)
     assert len(lines) == 1 and lines[0]["settled_ratio"] == 1.0
     assert lines[0]["pairs_dropped_total"] == {"settled": 2.0}
-    assert [e["event"] for e in durable.read_json_lines(run / "events.jsonl")][-1] == "objective_finished"
+    assert [e["event"] for e in durable.read_json_lines(run / "events.jsonl")][-2:] == [
+        "objective_finished",
+        "checkpoint",
+    ]
     code, _, err = finish(keel("resume", str(run)))
     assert code == 0, err
     assert len(metrics_of(run)) == 1

@@ -1,5 +1,6 @@
 """Ten steps of `keel sft`, `keel prefer` and `keel reward` against plain transformers and PyTorch loops, in fp32."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,8 +114,14 @@ def logprob(model: Any, tokenizer: Any, prompt: str, completion: str) -> tuple[t
     return logits.log_softmax(-1)[torch.arange(len(after)), torch.tensor(after)].sum(), len(after)
 
 
-def gang_losses(learner: Gang, batches: list[Any], name: str) -> list[float]:
-    reports = [ray.get([rank.step.remote(batch) for rank in learner.ranks])[0] for batch in batches]
+def gang_losses(learner: Gang, batches: list[Any], name: str, member: int | None = None) -> list[float]:
+    async def steps() -> list[Any]:
+        await learner.ready()
+        if member is not None:
+            await learner.call("begin", member)
+        return [await learner.call("step", batch) for batch in batches]
+
+    reports = asyncio.run(steps())
     learner.stop()
     return [report.metrics[name] for report in reports]
 
@@ -203,8 +210,7 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
     prepared = reward.prepare(config.parse_as(RewardModelSettings, tree))
     batches = [prepared.rows.step(version, member=0) for version in range(STEPS)]
     learner = Gang(RewardModelLearner, prepared.settings.learners, prepared.settings, prepared.folder, STEPS)
-    ray.get([rank.begin.remote(0) for rank in learner.ranks])
-    own = gang_losses(learner, batches, "loss")
+    own = gang_losses(learner, batches, "loss", member=0)
 
     start = reward_models.start(Path(prepared.folder), "float32", 64, seed=0)
     start.model.save_pretrained(tmp_path / "start")
