@@ -2,6 +2,7 @@
 #
 #   PYTHON=python3.12   the interpreter .venv is made with (default: python3 if it is 3.11 or 3.12)
 #   TARGET=gpu          install requirements/gpu.txt in place of cpu.txt
+#   MARKS="..."         which tests of tests/integration make test-all runs; CI: "not exhaustive"
 #   CONFIG=file.yaml    the pipeline that `make train` runs
 #   ARGS="..."          added to the command of train, test, chaos, lint or types
 
@@ -10,6 +11,7 @@
 
 CONFIG ?= configs/pipeline.yaml
 ARGS ?=
+MARKS ?= integration
 BIN := .venv/bin
 
 help:  ## show this list
@@ -26,7 +28,7 @@ test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" lea
 
 test-all: setup  ## run every test: also twenty steps of every objective on the real stack, and a short chaos run
 	$(BIN)/python -m pytest -m "not integration" $(ARGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(MARKS)" tests/integration $(ARGS)
 	$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 chaos: setup  ## a real run through a hundred faults; ARGS="--faults 20 --seed 1 --staleness 1"
