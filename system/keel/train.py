@@ -21,11 +21,14 @@ Outcome: first and last evaluation on the same held-out prompts
 
 import asyncio
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pyarrow as pa
@@ -43,6 +46,8 @@ from keel.scaling import Scaling
 from keel.settings import Settings
 
 PARITY_PROMPTS = 8
+INTERRUPTED = 130
+_END_SECONDS = 20.0
 
 
 class ParityError(RuntimeError):
@@ -146,8 +151,7 @@ class _Run:
 
     async def to_the_end(self, saved: Saved) -> None:
         """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized."""
-        interrupted = signal.getsignal(signal.SIGINT)  # asyncio's, unless whoever started this had it ignored
-        signal.signal(signal.SIGTERM, interrupted if callable(interrupted) else signal.default_int_handler)
+        _end_on_signals()
         losses = 0
         while not saved.over(self.settings):
             furthest = self.recorder.furthest
@@ -244,6 +248,21 @@ class _Run:
         probe = self.prepared.prompts.held_out(samples).slice(0, max(PARITY_PROMPTS, learner.room.ranks))
         await _test_parity(controller, probe, settings, recorder)
         return controller
+
+
+def _end_on_signals() -> None:
+    """SIGTERM ends the loop as Ctrl-C does. What has not ended by itself after a while is ended: all is on disk."""
+    own = signal.getsignal(signal.SIGINT)  # asyncio's, unless whoever started this had it ignored
+    interrupt = own if callable(own) else signal.default_int_handler
+
+    def end(number: int, frame: FrameType | None) -> None:
+        last_call = threading.Timer(_END_SECONDS, os._exit, [INTERRUPTED])
+        last_call.daemon = True
+        last_call.start()
+        interrupt(number, frame)
+
+    for each in (signal.SIGTERM, *([signal.SIGINT] if callable(own) else [])):
+        signal.signal(each, end)
 
 
 async def _test_parity(controller: Controller, probe: pa.RecordBatch, settings: Settings, recorder: Recorder) -> None:

@@ -61,11 +61,14 @@ class Account:
 
 
 def order(kinds: list[str], arguments: argparse.Namespace) -> list[str]:
-    """Random order; kinds that end the driver, whose recovery takes longest, come in every third round only."""
+    """Random order. What takes longest comes less often: a new driver in every eighth round, a hang in every third."""
     choices = random.Random(arguments.seed)
     chosen: list[str] = []
     for turn in itertools.count():
-        some = [kind for kind in kinds if turn % 3 == 0 or kind not in ENDING] or kinds
+        rare = (ENDING if turn % 8 else set()) | (
+            {kind for kind in kinds if kind.endswith("stopped")} if turn % 3 else set()
+        )
+        some = [kind for kind in kinds if kind not in rare] or kinds
         chosen += choices.sample(some, len(some))
         if len(chosen) >= arguments.faults:
             return chosen[: arguments.faults]
