@@ -29,8 +29,8 @@ EVERY = {name: arm for name, arm in {**ARMS, **CRITIC_ARMS}.items() if name != "
 
 
 OF_EACH_FAMILY = {
-    *("kl", "entropy_sequence_sum", "kl_exact", "reinforce_pp", "grpo", "gspo", "dapo", "lco_kl", "dpo", "ipo_average"),
-    *("simpo", "kto", "optidice_kl", "best_of_n", "rejection", "ppo", "safe", "eapo"),
+    *("kl", "entropy_sequence_sum", "reinforce_pp", "grpo", "gspo", "lco_kl", "dpo", "simpo", "kto", "optidice_kl"),
+    *("best_of_n", "ppo", "eapo"),
 }
 
 

@@ -95,6 +95,7 @@ def check_files(run: Path, out: str) -> None:
     checkpoint.read_state(checkpoint.latest(run))
 
 
+@pytest.mark.exhaustive  # tests/chaos does it, too
 def test_a_killed_generator_is_replaced_and_changes_nothing(write_config: Start, keel: Start, tmp_path: Path) -> None:
     changes = {"run": {"steps": 12}}
     calm = write_config("calm", **with_directory(tmp_path / "calm" / "run", changes))
