@@ -66,6 +66,9 @@ class Arena:
     def start(self) -> None:
         """Start the run, or go on with it."""
         going_on = (self.run / "config.yaml").is_file()
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell's background job passes on that it is ignored
         log = (self.folder / "log.txt").open("ab")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "keel", *(["resume", str(self.run)] if going_on else ["train", str(self.config)])],

@@ -204,7 +204,7 @@ def main() -> None:
         if not small:
             console.print("no file system can be mounted here: the kind 'disk full' is left out")
         kinds = order([kind for kind in arguments.kinds if small or kind != "disk full"], arguments)
-        steps = 40 + 30 * len(kinds)
+        steps = 40 + 20 * len(kinds)
         account = run(Path(name), arguments.seed, kinds, arguments.staleness, steps, console)
     show(account, console)
     if arguments.output:
