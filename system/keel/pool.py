@@ -202,8 +202,12 @@ class Pool:
         self._coming[index] = task
 
         def came(done: asyncio.Task[None]) -> None:
-            if not done.cancelled() and done.exception() is None:  # one that failed stays: whoever waits reads why
-                self.resize(self.count)  # drops this task; others that gave up when nobody served try again
+            if done.cancelled() or done.exception() is not None:
+                return  # one that failed stays: whoever waits reads why
+            if self._coming.get(index) is done:
+                del self._coming[index]
+            for other in [other for other, each in self._coming.items() if each.done()]:
+                self._bring_up(other)  # it gave up when nobody served
 
         task.add_done_callback(came)
 
