@@ -49,7 +49,7 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["preflight", "failures", "parts", "controller", "audit", "evaluation_audit", "verify"],
+    + ["preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
     [
         "losses",
         "pool",

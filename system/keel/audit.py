@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import ledger, schema, segments
+from keel import durable, ledger, schema, segments
 from keel.prompts import seed_of
 from keel.settings import Settings
 
@@ -65,7 +65,7 @@ class Audit:
     def lines(self, file: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         """Whole lines of a JSON-lines file; damaged ones are faults, a last one cut off by a crash is a note."""
         path = self.directory / file
-        lines, damaged = ledger.read(path, fields)
+        lines, damaged = durable.sound_lines(path, fields)
         for number in damaged:
             self.fault(file, f"line {number}: a JSON object with {', '.join(fields)}", "something else")
         if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):

@@ -16,13 +16,13 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
 from keel.generate import VllmGenerator
-from keel.losses import GONE, cause_of, last_line
+from keel.losses import GONE, cause_of, init_failed, last_line
 from keel.parts import Observer
 from keel.pool import Pool, Spawn
 from keel.protocols import AddReceipt, Batch, BufferLost, BuildFailed, LoadReceipt, Sampling, StageReceipt, WorkerLost
@@ -190,7 +190,7 @@ async def _of_buffer(answer: Awaitable[Any]) -> Any:
     except RayTaskError as error:
         raise cause_of(error) from error
     except GONE as error:
-        if isinstance(error, RayActorError) and error.actor_init_failed:
+        if init_failed(error):
             raise BuildFailed(f"the buffer did not start: {last_line(error)}") from error
         raise BufferLost(f"the buffer actor died ({last_line(error)})") from error
 

@@ -10,14 +10,15 @@ Only protocols are known here, not Ray, torch or vLLM, so all of it runs in a un
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from keel import metrics
-from keel.failures import FailureWatch
+from keel.failures import FailureWatch, retrying
 from keel.parts import Observer, Parts
 from keel.protocols import (
     AddReceipt,
@@ -57,16 +58,10 @@ class Controller:
 
     async def run(self) -> None:
         """All steps. Raises the first error of either loop with its own cause, the other one cancelled."""
-        error: BaseException | None = None
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                rollouts = tasks.create_task(self._rollouts())
-                await self._learn()
-                rollouts.cancel()
-        except* Exception as group:
-            error = first_cause(group)
-        if error is not None:
-            raise error
+        async with one_cause() as tasks:
+            rollouts = tasks.create_task(self._rollouts())
+            await self._learn()
+            rollouts.cancel()
 
     async def sync(self) -> int:
         """Publish the learner's weights and have every generator prove that it holds them; bytes loaded in all."""
@@ -93,7 +88,7 @@ class Controller:
             scored, _ = await self._generate_and_score(self.parts.held_out)
             return await self._within(self._grace, self.parts.fetch(scored), "evaluated rows to arrive")
 
-        await self.observer.evaluated(step, await self._retrying(once))
+        await self.observer.evaluated(step, await retrying(once, self.settings.failures.retries, self.observer))
         self.observer.add({"evaluations_total": 1.0})
 
     async def generate(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
@@ -104,7 +99,7 @@ class Controller:
             batch, _ = await self._within(self._patience, generating, "a generator")
             return await self._within(self._grace, self.parts.fetch(batch), "generated rows to arrive")
 
-        return await self._retrying(once)
+        return await retrying(once, self.settings.failures.retries, self.observer)
 
     async def compare(self, batch: pa.RecordBatch) -> Mapping[str, float]:
         """Gap between the learner's and the sampler's log-probs of these rows."""
@@ -130,7 +125,7 @@ class Controller:
             return receipts, await self._within(deadline, adding, "the buffer to accept rows", BufferLost)
 
         try:
-            receipts, added = await self._retrying(once)
+            receipts, added = await retrying(once, self.settings.failures.retries, self.observer)
         except WorkerLost:
             dropping = self.parts.buffer.drop(tickets, "worker_lost")
             await self._within(deadline, dropping, "the buffer to drop tickets", BufferLost)
@@ -146,16 +141,6 @@ class Controller:
             }
         )
         self._failures.saw(added.failed, added.accepted_samples)
-
-    async def _retrying(self, once: Callable[[], Awaitable[Result]]) -> Result:
-        """Again, with the same rows and seeds, when a worker was lost on the way."""
-        for _ in range(self.settings.failures.retries):
-            try:
-                return await once()
-            except WorkerLost as lost:
-                self.observer.event("retry", reason=str(lost))
-                self.observer.add({"retries_total": 1.0})
-        return await once()
 
     @property
     def _grace(self) -> float:
@@ -284,7 +269,20 @@ class Controller:
             raise error(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}") from None
 
 
-def first_cause(group: BaseExceptionGroup[Any]) -> BaseException:
+@contextlib.asynccontextmanager
+async def one_cause() -> AsyncIterator[asyncio.TaskGroup]:
+    """A task group of which the first error surfaces as it is, the others cancelled."""
+    error: BaseException | None = None
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
+    except* Exception as group:
+        error = _first_cause(group)
+    if error is not None:
+        raise error
+
+
+def _first_cause(group: BaseExceptionGroup[Any]) -> BaseException:
     """The first plain exception of a group: the cause, without the wrapping."""
     first = group.exceptions[0]
-    return first_cause(first) if isinstance(first, BaseExceptionGroup) else first
+    return _first_cause(first) if isinstance(first, BaseExceptionGroup) else first

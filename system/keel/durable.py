@@ -79,22 +79,34 @@ def _ends_whole(path: Path) -> bool:
         return file.read() in (b"", b"\n")
 
 
+def sound_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], list[int]]:
+    """Lines of a JSON-lines file with fields of these types, and the numbers (from 1) of lines that are none.
+
+    The end of the file without a newline was cut off by a crash: it is neither.
+    """
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    parsed = [_parse(text, fields) for text in whole]
+    return [line for line in parsed if line], [number for number, line in enumerate(parsed, 1) if not line]
+
+
+def _parse(text: bytes, fields: Mapping[str, type]) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text.decode())
+    except ValueError:  # also of the decoding
+        return None
+    typed = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in fields.items())
+    return line if typed else None
+
+
 def keep_steps(path: Path, last_step: int) -> list[str]:
     """Cut a JSON-lines file back to the lines of steps up to `last_step`: what a resumed run has really done.
 
     Lines that are damaged are left out; their names.
     """
-    kept, damaged = [], []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
-        try:
-            line = json.loads(text.decode())
-            if line["step"] <= last_step:
-                kept.append(json.dumps(line) + "\n")
-        except (ValueError, KeyError, TypeError):
-            damaged.append(f"{path.name} line {number}")
+    lines, damaged = sound_lines(path, {"step": int})
     if path.exists():
-        write(path, "".join(kept).encode())
-    return damaged
+        write(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step).encode())
+    return [f"{path.name} line {number}" for number in damaged]
 
 
 def replace_folder(aside: Path, target: Path) -> None:

@@ -1,9 +1,26 @@
-"""How many samples may fail before a run is not worth going on with."""
+"""What is tried again, and how many samples may fail before a run is not worth going on with."""
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
+from keel.parts import Observer
+from keel.protocols import WorkerLost
 from keel.settings import Settings
+
+Result = TypeVar("Result")
+
+
+async def retrying(once: Callable[[], Awaitable[Result]], retries: int, observer: Observer | None = None) -> Result:
+    """Again, with the same rows and seeds, when a worker was lost; WorkerLost after `retries` more attempts."""
+    observer = observer or Observer()
+    for _ in range(retries):
+        try:
+            return await once()
+        except WorkerLost as lost:
+            observer.event("retry", reason=str(lost))
+            observer.add({"retries_total": 1.0})
+    return await once()
 
 
 class TooManyFailures(RuntimeError):

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
 from keel.learn import DeepSpeedLearner
-from keel.losses import GONE, cause_of, last_line
+from keel.losses import GONE, cause_of, init_failed, last_line
 from keel.protocols import Batch, BuildFailed, LearnerLost, LoadReceipt, StepReport
 from keel.settings import Settings
 
@@ -102,7 +102,7 @@ class Gang:
             rank: error for rank, answer in enumerate(answers) if answer in done and (error := answer.exception())
         }
         for rank, error in errors.items():
-            if isinstance(error, RayActorError) and error.actor_init_failed:
+            if init_failed(error):
                 raise BuildFailed(f"learner rank {rank} of {len(answers)} did not start: {last_line(error)}") from error
             if isinstance(error, (*GONE, ObjectLostError)):
                 what = "died" if isinstance(error, GONE) else "lost its input"

@@ -9,7 +9,6 @@ A dropped ticket belongs to the first step whose last ticket is greater. So a li
 of them, never from when that was known, and trained and dropped together are 0, 1, 2, ... without a gap.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,30 +43,6 @@ def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: M
     return content.size
 
 
-def read(path: Path, fields: Mapping[str, type] = FIELDS) -> tuple[list[Line], list[int]]:
-    """Lines of a JSON-lines file with fields of these types, and the numbers (from 1) of lines that are none.
-
-    The end of the file without a newline was cut off by a crash: it is neither.
-    """
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    parsed = [_parse(text, fields) for text in whole]
-    return [line for line in parsed if line], [number for number, line in enumerate(parsed, 1) if not line]
-
-
 def cut_back(run_directory: Path, last_step: int) -> list[str]:
-    """Keep the lines of steps up to `last_step`: what a resumed run has really done. Damaged lines, named, are lost."""
-    path = path_of(run_directory)
-    lines, damaged = read(path, {"step": int})  # also the shorter lines of earlier versions
-    if path.exists():
-        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last_step]
-        durable.write(path, "".join(kept).encode())
-    return [f"{path.name} line {number}" for number in damaged]
-
-
-def _parse(text: bytes, fields: Mapping[str, type]) -> Line | None:
-    try:
-        line = json.loads(text.decode())
-    except ValueError:  # also of the decoding
-        return None
-    typed = isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in fields.items())
-    return line if typed else None
+    """Keep the lines of steps up to `last_step`, also the shorter ones of earlier versions; names of damaged lines."""
+    return durable.keep_steps(path_of(run_directory), last_step)

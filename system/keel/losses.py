@@ -13,7 +13,12 @@ def cause_of(error: RayTaskError) -> BaseException:
 
 def own_fault(error: BaseException) -> bool:
     """The actor's own code raised, in its constructor or in a load: it would again."""
-    return isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    return isinstance(error, RayTaskError) or init_failed(error)
+
+
+def init_failed(error: BaseException | None) -> bool:
+    """The actor's constructor raised."""
+    return isinstance(error, RayActorError) and error.actor_init_failed
 
 
 def why(error: BaseException, deadline: float) -> str:

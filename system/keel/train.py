@@ -35,7 +35,7 @@ import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, gang, references, scaling
 from keel.control import ControlLink
-from keel.controller import Controller, first_cause
+from keel.controller import Controller, one_cause
 from keel.metrics import RunMetrics
 from keel.parts import Parts
 from keel.pool import Pool
@@ -183,22 +183,17 @@ class _Run:
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
         buffer = cluster.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
         recorder.begin(learner, buffer)
-        error: BaseException | None = None
         try:
             controller = await self._build(saved, learner, buffer)
             self.has_run = True
             recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
-            async with asyncio.TaskGroup() as tasks:
+            async with one_cause() as tasks:
                 following = tasks.create_task(self.scaling.follow(learner, buffer, controller))
                 await controller.run()
                 following.cancel()
-        except* Exception as group:
-            error = first_cause(group)
         finally:
             learner.stop()
             buffer.stop()
-        if error is not None:
-            raise error
 
     async def _room_for(self, ranks: int) -> gang.Room:
         """The room there was, where it has the size: nobody else can take it between two gangs. Else another."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, durable, ledger, metrics, schema
+from keel import checkpoint, config, durable, metrics, schema
 from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
 from keel.config import ConfigError
 from keel.evaluation_audit import audit_evaluations
@@ -202,7 +202,7 @@ def _content(path: Path) -> bytes:
 
 def _same_metrics(own: Audit, other: Path) -> None:
     file = "metrics.jsonl"
-    lines, expected = (ledger.read(directory / file, {"step": int})[0] for directory in (own.directory, other))
+    lines, expected = (durable.sound_lines(directory / file, {"step": int})[0] for directory in (own.directory, other))
     own.test(file, "steps", len(expected), len(lines))
     for line, right in zip(lines, expected, strict=False):
         left_out = {*_CLOCKS, *_OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 from arena import DEADLINE_SECONDS, RECOVERY_SECONDS, Arena
 from reward_server import WAYS
 
@@ -18,64 +19,35 @@ from keel import checkpoint
 
 Outcome = tuple[str, float]
 Fault = Callable[[Arena, random.Random], Outcome]
+KILL, STOP = psutil.Process.kill, psutil.Process.suspend
 
 
-def killed_worker(role: str) -> Fault:
-    """kill -9 of a generator, reference or scorer: another one serves."""
-
-    def fault(arena: Arena, choices: random.Random) -> Outcome:
-        victim = choices.choice(arena.victims(role))
-        hit = time.time()
-        victim.kill()
-        return _served_again(arena, role, hit, f"pid {victim.pid}")
-
-    return fault
-
-
-def stopped_worker(role: str) -> Fault:
-    """SIGSTOP for ever: the deadline finds it out."""
+def struck(role: str, blow: Callable[[psutil.Process], None], over: Callable[[Arena, str, float], float]) -> Fault:
+    """A process of a role is killed (SIGKILL) or stopped for ever (SIGSTOP: its deadline finds it out)."""
 
     def fault(arena: Arena, choices: random.Random) -> Outcome:
         victim = choices.choice(arena.victims(role))
         hit = time.time()
-        victim.suspend()
-        return _served_again(arena, role, hit, f"pid {victim.pid}")
+        blow(victim)
+        return f"pid {victim.pid}", over(arena, role, hit)
 
     return fault
 
 
-def _served_again(arena: Arena, role: str, hit: float, victim: str) -> Outcome:
+def serves_again(arena: Arena, role: str, hit: float) -> float:
+    """Seconds until another generator, reference or scorer serves."""
     started = arena.wait(lambda: arena.events(hit, "worker_started", role=role), f"another {role}")
     assert arena.events(hit, "worker_lost", role=role)
     arena.wait_for_step(started[0]["time"])
-    return victim, started[0]["time"] - hit
+    return started[0]["time"] - hit
 
 
-def killed_gang(role: str) -> Fault:
-    """kill -9 of a learner rank or the buffer: both are built again from the newest commit."""
-
-    def fault(arena: Arena, choices: random.Random) -> Outcome:
-        victim = choices.choice(arena.victims(role))
-        hit = time.time()
-        victim.kill()
-        return _runs_again(arena, hit, f"pid {victim.pid}")
-
-    return fault
-
-
-def stopped_learner(arena: Arena, choices: random.Random) -> Outcome:
-    """SIGSTOP of a learner rank for ever: the step misses its deadline."""
-    victim = choices.choice(arena.victims("learner"))
-    hit = time.time()
-    victim.suspend()
-    return _runs_again(arena, hit, f"pid {victim.pid}")
-
-
-def _runs_again(arena: Arena, hit: float, victim: str) -> Outcome:
+def runs_again(arena: Arena, role: str, hit: float) -> float:
+    """Seconds until gang and buffer, both built again from the newest commit, run."""
     running = arena.wait(lambda: arena.events(hit, "running"), "a new gang")
     assert arena.events(hit, "rebuild")
     arena.wait_for_step(running[0]["time"])
-    return victim, running[0]["time"] - hit
+    return running[0]["time"] - hit
 
 
 def killed_control(arena: Arena, choices: random.Random) -> Outcome:
@@ -223,15 +195,15 @@ def failing_calls(arena: Arena, choices: random.Random) -> Outcome:
 
 
 FAULTS: dict[str, Fault] = {
-    "generator killed": killed_worker("generator"),
-    "reference killed": killed_worker("reference"),
-    "scorer killed": killed_worker("scorer"),
-    "learner rank killed": killed_gang("learner"),
-    "buffer killed": killed_gang("buffer"),
+    "generator killed": struck("generator", KILL, serves_again),
+    "reference killed": struck("reference", KILL, serves_again),
+    "scorer killed": struck("scorer", KILL, serves_again),
+    "learner rank killed": struck("learner", KILL, runs_again),
+    "buffer killed": struck("buffer", KILL, runs_again),
     "control actor killed": killed_control,
-    "generator stopped": stopped_worker("generator"),
-    "scorer stopped": stopped_worker("scorer"),
-    "learner rank stopped": stopped_learner,
+    "generator stopped": struck("generator", STOP, serves_again),
+    "scorer stopped": struck("scorer", STOP, serves_again),
+    "learner rank stopped": struck("learner", STOP, runs_again),
     "worker paused": paused,
     "calls fail": failing_calls,
     "driver killed": ended_driver(signal.SIGKILL),

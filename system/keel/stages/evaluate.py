@@ -20,10 +20,10 @@ from keel import cluster, durable, evaluation_report, models, preflight, schema
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.recorder import Display
 from keel.settings import Settings
 from keel.stages import sampled
 from keel.stored import StoredCompletions
-from keel.train import Display
 
 COLUMN = "column:"
 _PARTS = 2**40  # tickets of different answers to one prompt are kept apart while they are scored

@@ -20,10 +20,10 @@ from keel import cluster, config, durable, labels, models, preflight, schema
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.recorder import Display
 from keel.settings import Settings
 from keel.stage_settings import LabelSettings
 from keel.stages import course, sampled
-from keel.train import Display
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
 _SCORED = ("reward", "reference_", "score", "failure")

@@ -15,13 +15,13 @@ import pyarrow as pa
 from keel import gang, models, preflight, progress
 from keel.algorithms import kinds
 from keel.metrics import RunMetrics
+from keel.recorder import Display
 from keel.settings import Settings
 from keel.stage_settings import PreferSettings, SupervisedSettings
 from keel.stages import course
 from keel.stages.course import Course, Recorder
 from keel.stages.reference_logprobs import ReferenceLogprobs
 from keel.stages.rows import OfflineRows
-from keel.train import Display
 
 PolicyStage = SupervisedSettings | PreferSettings
 

@@ -12,10 +12,11 @@ import pyarrow.compute as pc
 import xxhash
 
 from keel import cluster, durable, models, schema
+from keel.failures import retrying
+from keel.recorder import Display
 from keel.settings import Settings
 from keel.stages import sampled
 from keel.stages.rows import OfflineRows
-from keel.train import Display
 
 _ROWS_PER_BATCH = 256
 
@@ -40,7 +41,7 @@ class ReferenceLogprobs:
         await pool.pool.ready()
 
         async def one(batch: pa.RecordBatch) -> pa.RecordBatch:
-            handle, _ = await sampled.retrying(lambda: pool.score(batch), settings.failures.retries)
+            handle, _ = await retrying(lambda: pool.score(batch), settings.failures.retries)
             return (await cluster.fetch(handle)).select(["prompt_id", "sample", "reference_logprobs"])
 
         workers, what = pool.pool.count, "reference log-probs"

@@ -34,6 +34,7 @@ from keel.config import ConfigError
 from keel.learn_reward import PAIR, RewardModelLearner
 from keel.metrics import RunMetrics
 from keel.prompt_settings import PromptSettings
+from keel.recorder import Display
 from keel.reward_models import RewardText, ScoredText
 from keel.reward_settings import RewardSettings
 from keel.sources import Row
@@ -41,7 +42,6 @@ from keel.stage_settings import RewardModelSettings
 from keel.stages import course, sampled
 from keel.stages.course import Course, Recorder
 from keel.stages.rows import digest_of, usable_rows
-from keel.train import Display
 
 _MEMBER_SEEDS = 1000
 

@@ -1,6 +1,7 @@
 """Completions of a model that nobody trains: prompts through generators and scorers, for labels and evaluations."""
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from keel import cluster, schema
-from keel.protocols import Batch, Sampling, WorkerLost
+from keel.failures import retrying
+from keel.protocols import Batch, Sampling
+from keel.recorder import Display
 from keel.settings import Settings
-from keel.train import Display
 
 
 class Samplers:
@@ -46,7 +48,7 @@ async def score(
 
     async def one(rows: Batch) -> pa.RecordBatch:
         for pool in pools:
-            rows, _ = await retrying(lambda pool=pool, rows=rows: pool.score(rows), settings.failures.retries)
+            rows, _ = await retrying(functools.partial(pool.score, rows), settings.failures.retries)
         return await cluster.fetch(rows)
 
     display.doing("scoring")
@@ -54,16 +56,6 @@ async def score(
     for pool in pools:
         pool.pool.stop()
     return scored
-
-
-async def retrying(call: Any, retries: int) -> tuple[Batch, Any]:
-    """Again when a worker was lost on the way, as often as `failures.retries` says; then WorkerLost."""
-    for _ in range(retries):
-        try:
-            return await call()
-        except WorkerLost:
-            continue
-    return await call()
 
 
 async def in_parts(
