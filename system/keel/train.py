@@ -254,9 +254,12 @@ def _end_on_signals() -> None:
         last_call = threading.Timer(_END_SECONDS, os._exit, [INTERRUPTED])
         last_call.daemon = True
         last_call.start()
+        for each in ending:
+            signal.signal(each, signal.SIG_IGN)  # a second one would be raised wherever the end is, also inside Ray
         interrupt(number, frame)
 
-    for each in (signal.SIGTERM, *([signal.SIGINT] if callable(own) else [])):
+    ending = [signal.SIGTERM, *([signal.SIGINT] if callable(own) else [])]
+    for each in ending:
         signal.signal(each, end)
 
 
