@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from keel import cli, config, doctor
-from keel.metrics import reference_table
+from keel.metric_table import reference_table
 from keel.protocols import WorkerLost
 from keel.settings import Settings
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fakes import FakeScorer, Run, settings_for
-from keel import metrics, schema
+from keel import metric_table, schema
 from keel.controller import Stalled
 from keel.failures import TooManyFailures
 from keel.protocols import LearnerLost, LoadReceipt, NotFinite, WorkerLost
@@ -76,7 +76,7 @@ async def test_no_row_is_trained_later_than_the_bound(tmp_path: Path, staleness:
 async def test_numbers_come_under_names_the_metrics_table_has(tmp_path: Path) -> None:
     run = Run(tmp_path, settings_for(steps=3))
     await run.finish()
-    kinds = {metric.name: metric.kind for metric in metrics.TABLE}
+    kinds = {metric.name: metric.kind for metric in metric_table.TABLE}
     assert {kinds[name] for name in run.observer.gauges} == {"gauge"}
     assert {kinds[name if isinstance(name, str) else name[0]] for name in run.observer.totals} == {"counter"}
     expected = {"steps_total": 3, "samples_accepted_total": 12, "trained_tokens_total": 21, "evaluations_total": 2}

@@ -17,7 +17,7 @@ from keel.algorithms import advantages, kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.algorithms.objective import Objective
 from keel.config import ConfigError
-from keel.metrics import TABLE
+from keel.metric_table import TABLE
 from keel.settings import Settings
 from rollouts import generated, prompts, rollouts
 
@@ -108,7 +108,7 @@ def test_the_page_names_every_column_and_only_metrics_there_are() -> None:
     rows = [line for line in part.splitlines() if line.startswith("| ")]
     in_table = [name for line in rows for name in re.findall(r"`(\w+)`", line) if name in STEP.schema.names]
     assert in_table == STEP.schema.names and set(named) == set(in_table)
-    assert "objective_term" in {metric.name for metric in TABLE if metric.label and metric.kind == "gauge"}
+    assert "objective_term" in {metric.name for metric in TABLE if metric.labels and metric.kind == "gauge"}
 
 
 def test_the_reward() -> None:

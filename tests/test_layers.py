@@ -33,7 +33,19 @@ LAYERS = [
         "models",
         "anchors",
     ]
-    + ["examples", "tasks", "tiny", "diagnostics", "metrics", "references", "quiet", "reward_text", "reward_models"],
+    + [
+        "examples",
+        "tasks",
+        "tiny",
+        "diagnostics",
+        "metric_table",
+        "metrics",
+        "occupancy",
+        "references",
+        "quiet",
+        "reward_text",
+        "reward_models",
+    ],
     [
         "weights",
         "generate",
@@ -52,6 +64,7 @@ LAYERS = [
     + ["preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
     [
         "losses",
+        "worker",
         "pool",
         "cluster",
         "gang",
@@ -71,7 +84,7 @@ LAYERS = [
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "pool", "cluster", "gang", "control"},
+    "ray": {"losses", "worker", "pool", "cluster", "gang", "control"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

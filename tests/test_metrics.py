@@ -15,10 +15,11 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import Run, settings_for
-from keel import diagnostics, extension, learn, metrics, schema
+from keel import diagnostics, extension, learn, metric_table, schema
 from keel.algorithms import kinds
 from keel.algorithms.credit import Measured, Outputs, Rows, labelled
-from keel.metrics import TABLE, RunMetrics
+from keel.metric_table import PREFIX, TABLE
+from keel.metrics import RunMetrics
 from keel.settings import MetricsSettings
 from rollouts import generated, prompts, referenced, scored
 
@@ -27,7 +28,8 @@ def filled(tmp_path: Path) -> RunMetrics:
     """Every metric of the table with a number of its own."""
     own = RunMetrics("test", tmp_path / "metrics.jsonl")
     for number, metric in enumerate(TABLE, start=1):
-        value = {"one": number + 0.5, "two": number + 0.25} if metric.label else number + 0.5
+        one, two = ("/".join([name] * len(metric.labels)) for name in ("one", "two"))
+        value = {one: number + 0.5, two: number + 0.25} if metric.labels else number + 0.5
         (own.set if metric.kind == "gauge" else own.add)({metric.name: value})
     return own
 
@@ -35,7 +37,7 @@ def filled(tmp_path: Path) -> RunMetrics:
 def samples(page: str) -> dict[tuple[str, str], float]:
     families = text_string_to_metric_families(page)
     return {
-        (sample.name, next((v for k, v in sample.labels.items() if k != "run"), "")): sample.value
+        (sample.name, "/".join(v for k, v in sample.labels.items() if k != "run")): sample.value
         for family in families
         for sample in family.samples
     }
@@ -48,7 +50,7 @@ def test_page_and_file_have_the_same_numbers(tmp_path: Path) -> None:
     assert (line.pop("step"), line.pop("time")) == (3, 12.5)
     page = samples(generate_latest(own.registry).decode())
     flat = {
-        (metrics.PREFIX + name, label): number
+        (PREFIX + name, label): number
         for name, value in line.items()
         for label, number in (value.items() if isinstance(value, dict) else {"": value}.items())
     }
@@ -56,9 +58,20 @@ def test_page_and_file_have_the_same_numbers(tmp_path: Path) -> None:
     assert {metric.name for metric in TABLE} == set(line)
 
 
-def test_series_exist_before_anything_happened(tmp_path: Path) -> None:
+def test_counters_exist_before_anything_happened_and_gauges_do_not(tmp_path: Path) -> None:
+    """A rate needs its 0; a KL or an entropy that nobody measured is absent, not 0."""
     page = samples(generate_latest(RunMetrics("test", tmp_path / "m").registry).decode())
-    assert {name for name, _ in page} == {metrics.PREFIX + metric.name for metric in TABLE if not metric.label}
+    counters = {PREFIX + metric.name for metric in TABLE if not metric.labels and metric.kind == "counter"}
+    assert page == {(name, ""): 0.0 for name in counters}
+
+
+def test_a_slash_in_the_last_label_is_part_of_it(tmp_path: Path) -> None:
+    own = RunMetrics("test", tmp_path / "m")
+    own.set({"objective_term": {"a/b": 1.0}})
+    own.add({"idle_seconds_total": {"learner/generator": 2.0}})
+    page = generate_latest(own.registry).decode()
+    assert 'keel_objective_term{run="test",term="a/b"} 1.0' in page
+    assert 'keel_idle_seconds_total{on="generator",role="learner",run="test"} 2.0' in page
 
 
 def test_totals_are_restored(tmp_path: Path) -> None:
@@ -158,6 +171,7 @@ async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
     assert of_stages == {"held_out_loss", "held_out_accuracy_ratio", "epochs"}  # test_course.py sees them written
     assert not written & of_stages
     written |= {"workers", "workers_desired"}  # by the pools and scaling.py: tests/integration/test_recovery.py
+    written |= {"batches_waiting", "max_staleness_versions", "steps_wanted"}  # by the recorder: test_recorder.py
     assert written | of_stages == {metric.name for metric in TABLE if metric.kind == "gauge"}
 
 
@@ -178,7 +192,7 @@ def test_promtool_finds_nothing_to_say(tmp_path: Path) -> None:
 
 def test_the_reference_in_the_documentation_is_the_table() -> None:
     page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
-    assert metrics.reference_table() in page
+    assert metric_table.reference_table() in page
 
 
 def test_names_carry_their_unit() -> None:

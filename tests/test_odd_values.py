@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keel import config, metrics, schema, score
+from keel import config, metric_table, schema, score
 from keel.config import ConfigError
 from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts
@@ -99,7 +99,7 @@ def test_an_override_into_a_list_of_numbers_is_one_line(tmp_path: Path, override
 @pytest.mark.parametrize("name", ["std", "kl_term", "entropy_term"])
 def test_a_reward_named_like_a_metric_is_refused(name: str) -> None:
     """The mean of its column reward_<name> would be lost under a number about something else."""
-    assert f"reward_{name}" in {metric.name for metric in metrics.TABLE}
+    assert f"reward_{name}" in {metric.name for metric in metric_table.TABLE}
     with pytest.raises(ConfigError, match=name):
         config.parse(
             {

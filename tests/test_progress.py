@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from keel import progress
-from keel.metrics import TABLE
+from keel.metric_table import TABLE
 
 NAMES = {metric.name for metric in TABLE}
 

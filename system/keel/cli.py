@@ -94,7 +94,7 @@ def schema(
 @app.command()
 def metrics() -> None:
     """Print the reference table of all Prometheus metrics."""
-    from keel.metrics import reference_table
+    from keel.metric_table import reference_table
 
     typer.echo(reference_table())
 

@@ -219,6 +219,7 @@ class Controller:
             raise
         assert report.version == self.version + 1, (report.version, self.version)
         self.version = report.version
+        self.observer.set({"learner_version": float(report.version)})
         self._progress("step")
         num_bytes = await self.sync()
         self.observer.add({name: metrics.unlabelled(values) for name, values in buffered["counts"].items()})

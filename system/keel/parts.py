@@ -40,6 +40,12 @@ class Observer:
 
     def step(self, step: int) -> None: ...
 
+    def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
+        """So many workers of a role work, so many batches wait for one, so many workers serve."""
+
+    def tick(self) -> None:
+        """A second went by: what is counted while it passes may be written down."""
+
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
 
     async def checkpoint(self, step: int) -> None: ...

@@ -7,15 +7,12 @@ started and holds the newest load serves. Calls go on as long as one does; they 
 """
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
 
@@ -24,6 +21,7 @@ from keel.losses import GONE, cause_of, own_fault, why
 from keel.parts import Observer
 from keel.protocols import LearnerLost, LoadReceipt, WorkerLost
 from keel.schema import ContractError
+from keel.worker import Worker
 
 Spawn = Callable[[int], ActorHandle]
 _BACK_OFF_SECONDS = 30.0
@@ -31,17 +29,6 @@ _BACK_OFF_SECONDS = 30.0
 
 class NoWorkers(RuntimeError):
     """Nobody of a role serves, and those that were started in their place did not come up either."""
-
-
-@dataclass(eq=False)
-class _Worker:
-    index: int
-    name: str
-    handle: ActorHandle
-    receipt: LoadReceipt | None = None
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One call at a time, so that a deadline begins when the worker does."""
-    waiting: int = 0
 
 
 class Pool:
@@ -67,10 +54,11 @@ class Pool:
         self._spawn, self._deadlines, self._restarts = spawn, deadlines, restarts
         self._patience_seconds, self._by_ticket = patience_seconds, by_ticket
         self._observer = observer or Observer()
-        self._serving: list[_Worker] = []  # in the order of their indices
+        self._serving: list[Worker] = []  # in the order of their indices
         self._coming: dict[int, asyncio.Task[None]] = {}
         self._retiring: set[asyncio.Task[None]] = set()
         self._turn = itertools.count()
+        self._running = self._in_line = 0
         self._loaded: Any = None
         self._has_served = False
 
@@ -121,10 +109,23 @@ class Pool:
         for task in [*self._coming.values(), *self._retiring]:
             task.cancel()
         for worker in self._serving:
-            _kill(worker)
+            worker.kill()
 
     async def call(self, method: str, *arguments: Any, deadline: float) -> tuple[Any, Any]:
         """(handle to the batch, receipt) of one worker's method. Raises WorkerLost."""
+        self._count(in_line=1)
+        try:
+            worker = await self._turn_of_one()
+        finally:
+            self._count(in_line=-1)
+        asking = asyncio.create_task(self._ask(worker, method, arguments, deadline))
+        self._count(running=1)
+        asking.add_done_callback(functools.partial(self._asked, worker))
+        # whoever asked may be cancelled, the actor works on: it keeps its turn until it has answered
+        return await asyncio.shield(asking)
+
+    async def _turn_of_one(self) -> Worker:
+        """A worker that serves, whose turn is the caller's."""
         while True:
             await self._someone()
             worker = self._pick()
@@ -135,11 +136,19 @@ class Pool:
                 worker.waiting -= 1
                 raise
             if worker in self._serving:
-                asking = asyncio.create_task(self._ask(worker, method, arguments, deadline))
-                asking.add_done_callback(functools.partial(_end_turn, worker))
-                # whoever asked may be cancelled, the actor works on: it keeps its turn until it has answered
-                return await asyncio.shield(asking)
-            _end_turn(worker)  # lost or retired while this call waited for its turn
+                return worker
+            worker.end_turn()  # lost or retired while this call waited for its turn
+
+    def _asked(self, worker: Worker, asking: asyncio.Task[Any]) -> None:
+        worker.end_turn()
+        self._count(running=-1)
+        if not asking.cancelled():
+            asking.exception()  # read, also when whoever asked is gone
+
+    def _count(self, running: int = 0, in_line: int = 0) -> None:
+        self._running += running
+        self._in_line += in_line
+        self._observer.occupied(self.role, self._running, self._in_line, self.serving)
 
     def forget_load(self) -> None:
         """What was loaded may be gone with a node; nobody calls before the next load."""
@@ -155,7 +164,7 @@ class Pool:
         await self._someone()
         return [worker.receipt for worker in self._serving if worker.receipt is not None]
 
-    async def _ask(self, worker: _Worker, method: str, arguments: Any, deadline: float) -> tuple[Any, Any]:
+    async def _ask(self, worker: Worker, method: str, arguments: Any, deadline: float) -> tuple[Any, Any]:
         try:
             async with asyncio.timeout(deadline):
                 handle, receipt = getattr(worker.handle, method).options(num_returns=2).remote(*arguments)
@@ -169,7 +178,7 @@ class Pool:
         except (*GONE, TimeoutError) as error:
             raise self._lose(worker, f"{why(error, deadline)} during {method}") from error
 
-    def _pick(self) -> _Worker:
+    def _pick(self) -> Worker:
         """Round robin in the order of tickets when that must not depend on timing, else the least waited for."""
         if self._by_ticket:
             return self._serving[next(self._turn) % len(self._serving)]
@@ -185,12 +194,12 @@ class Pool:
                     task.result()
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
 
-    def _lose(self, worker: _Worker, reason: str) -> WorkerLost:
+    def _lose(self, worker: Worker, reason: str) -> WorkerLost:
         """Kill a worker and let another take its place; once for every loss."""
         lost = WorkerLost(f"{worker.name} {reason}")
         if worker in self._serving:
             self._serving.remove(worker)
-            _kill(worker)
+            worker.kill()
             self._tell_lost(worker.name, reason)
             if worker.index < self.count:
                 self._bring_up(worker.index)
@@ -216,11 +225,11 @@ class Pool:
         began = time.monotonic()
         back_off, alone = 1.0, 0
         while True:
-            worker = _Worker(index, f"{self.role}-{index}", self._spawn(index))
+            worker = Worker(index, f"{self.role}-{index}", self._spawn(index))
             try:
                 await self._come_up(worker)
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
-                _kill(worker)
+                worker.kill()
                 reason = f"{why(error, self._deadlines.start_seconds)} while starting"
                 self._tell_lost(worker.name, reason)
                 if not isinstance(error, ObjectLostError):  # of weights: there will be others
@@ -232,7 +241,7 @@ class Pool:
                 back_off = min(2 * back_off, _BACK_OFF_SECONDS)
                 continue
             except asyncio.CancelledError:
-                _kill(worker)
+                worker.kill()
                 raise
             break
         self._serving = sorted([*self._serving, worker], key=lambda each: each.index)
@@ -241,31 +250,26 @@ class Pool:
         self._has_served = True
         self._show()
 
-    async def _come_up(self, worker: _Worker) -> None:
+    async def _come_up(self, worker: Worker) -> None:
         async with asyncio.timeout(self._deadlines.start_seconds):
             await worker.handle.__ray_ready__.remote()
         held = None
         while held is not self._loaded:  # there may be newer weights when these are loaded
             held = self._loaded
-            await self._load(worker, held)
+            await worker.load(held, self._deadlines)
 
-    async def _load(self, worker: _Worker, weights: Any) -> None:
-        # a worker that is busy loads after its call
-        seconds = self._deadlines.load_seconds + self._deadlines.generate_seconds * worker.turn.locked()
-        async with asyncio.timeout(seconds):
-            worker.receipt = await worker.handle.load.remote(weights)
-
-    async def _load_or_lose(self, worker: _Worker) -> None:
+    async def _load_or_lose(self, worker: Worker) -> None:
         try:
-            await self._load(worker, self._loaded)
+            await worker.load(self._loaded, self._deadlines)
         except ObjectLostError as error:
             raise LearnerLost("the weights were lost with their node") from error
         except (*GONE, TimeoutError, RayTaskError) as error:
+            self._observer.add({"load_failures_total": {self.role: 1.0}})
             self._lose(worker, f"{why(error, self._deadlines.load_seconds)} during load")
 
-    async def _retire(self, worker: _Worker) -> None:
+    async def _retire(self, worker: Worker) -> None:
         async with worker.turn:
-            _kill(worker)
+            worker.kill()
 
     def _tell_lost(self, worker: str, reason: str) -> None:
         self._observer.add({"workers_lost_total": {self.role: 1.0}})
@@ -274,15 +278,4 @@ class Pool:
     def _show(self) -> None:
         numbers = {"workers": {self.role: float(self.serving)}, "workers_desired": {self.role: float(self.count)}}
         self._observer.set(numbers)
-
-
-def _kill(worker: _Worker) -> None:
-    with contextlib.suppress(ValueError):  # Ray was shut down
-        ray.kill(worker.handle, no_restart=True)
-
-
-def _end_turn(worker: _Worker, asked: asyncio.Task[Any] | None = None) -> None:
-    worker.waiting -= 1
-    worker.turn.release()
-    if asked is not None and not asked.cancelled():
-        asked.exception()  # read, also when whoever asked is gone
+        self._count()

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, evaluate, gang, references, schema
 from keel.metrics import RunMetrics
+from keel.occupancy import Occupancy
 from keel.parts import Observer
 from keel.preflight import Prepared
 from keel.protocols import Batch
@@ -35,6 +36,10 @@ class Recorder(Observer):
         self.buffer: cluster.RemoteBuffer | None = None
         self.learner: gang.LearnerGang | None = None
         self.reference: cluster.ScorerPool | None = None
+        self.occupancy = Occupancy()
+        settings = prepared.settings
+        bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
+        metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
         self.finished = self._renewed = False
         self.furthest = 0
         """The last step that was ever recorded."""
@@ -42,6 +47,8 @@ class Recorder(Observer):
     def begin(self, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> None:
         """These are the learner and the buffer from now on."""
         self.learner, self.buffer, self.finished = learner, buffer, False
+        self.occupancy.doing("start")
+        self.occupancy.ranks(learner.room.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -54,10 +61,19 @@ class Recorder(Observer):
         durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
 
     def doing(self, what: str) -> None:
+        self.occupancy.doing(what.replace(" ", "_"))
         self.display.doing(what)
+
+    def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
+        self.occupancy.occupied(role, running, waiting, serving)
+        self.metrics.set({"batches_waiting": {role: float(waiting)}})
+
+    def tick(self) -> None:
+        self.metrics.add(self.occupancy.drain())
 
     def step(self, step: int) -> None:
         self.furthest = max(self.furthest, step)
+        self.tick()
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
         self.display.step(self.metrics.record(step, time.time()))
 

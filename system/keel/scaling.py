@@ -65,6 +65,7 @@ class Scaling:
         self._record(gang)
         while True:
             await asyncio.sleep(_POLL_SECONDS)
+            self.observer.tick()
             await self._link.exchange(self._actual(gang))
             for role, pool in self.pools.items():
                 if pool.count != self.desired[role]:

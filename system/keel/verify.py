@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, durable, metrics, schema
+from keel import checkpoint, config, durable, metric_table, schema
 from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
 from keel.config import ConfigError
 from keel.evaluation_audit import audit_evaluations
 from keel.settings import Settings
 from keel.stage_settings import command_of
 
-_COUNTERS = [metric.name for metric in metrics.TABLE if metric.kind == "counter"]
-_LABELLED = {metric.name for metric in metrics.TABLE if metric.label}
-_OPERATIONAL = {metric.name for metric in metrics.TABLE if metric.operational}
+_COUNTERS = [metric.name for metric in metric_table.TABLE if metric.kind == "counter"]
+_LABELLED = {metric.name for metric in metric_table.TABLE if metric.labels}
+_OPERATIONAL = {metric.name for metric in metric_table.TABLE if metric.operational}
 _CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
 _PROVENANCE = ("generate_seconds", "score_seconds", "generator", "scorer")
 

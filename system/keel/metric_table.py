@@ -1,0 +1,176 @@
+"""The one table of metrics: the Prometheus page, metrics.jsonl, rules, dashboards and `keel metrics` come from it.
+
+No heavy import: whoever renders rules or dashboards reads it without a run.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "keel_"
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    kind: Literal["gauge", "counter"]
+    meaning: str
+    labels: tuple[str, ...] = ()
+    """Labels besides `run`; their values come from a fixed set of the configuration or the code. Numbers travel under
+    their values joined by `/`."""
+    operational: bool = False
+    """Says how the run went, not what it computed: two equal runs may differ in it, and a rebuild does not undo it."""
+
+
+def _gauges(*rows: tuple[str, str]) -> list[Metric]:
+    return [Metric(name, "gauge", meaning) for name, meaning in rows]
+
+
+def _counters(*rows: tuple[str, str]) -> list[Metric]:
+    return [Metric(name, "counter", meaning) for name, meaning in rows]
+
+
+def _operational(*rows: tuple[str, Literal["gauge", "counter"], str, tuple[str, ...]]) -> list[Metric]:
+    return [Metric(*row, operational=True) for row in rows]
+
+
+TABLE: list[Metric] = [
+    *_gauges(
+        ("version", "Weight version the generators hold."),
+        (
+            "reward",
+            "Mean over the step's completions of the training reward (sum or ensemble), regularisers excluded.",
+        ),
+        ("reward_std", "Standard deviation of the reward over the step's completions."),
+        ("regularised_reward", "Mean reward plus the regularisers that live in it: what the advantage is made of."),
+        ("reward_kl_term", "Mean KL term inside the reward: minus coefficient times nats."),
+        ("reward_entropy_term", "Mean entropy term inside the reward: coefficient times nats."),
+        ("kl_nats", "Mean over completions of sum_t log pi_sampler - log pi_ref (k1, on every run)."),
+        ("kl_k3_nats", "Mean over completions of sum_t k3, never negative."),
+        ("entropy_nats", "Mean over completions of -log pi(y)/|y| under the sampler (sampled estimate)."),
+        ("sequence_entropy_nats", "Mean over completions of -log pi(y) under the sampler (sampled estimate)."),
+        ("policy_entropy_nats", "Mean over tokens of the learner's full-vocabulary entropy; absent when not computed."),
+        ("length_tokens", "Mean completion length, end token included."),
+        ("finished_ratio", "Share of completions that sampled an end token."),
+        ("uniform_groups", "Groups of the step whose samples all have the same reward: no gradient."),
+        ("shaping_term", "Mean change of the reward by length and missing end."),
+        ("advantage_std", "Standard deviation of the advantages over the step's tokens, before whitening."),
+        ("loss", "Loss of the step: all terms."),
+        ("policy_loss", "Surrogate term of the loss."),
+        ("kl_loss", "KL term of the loss, coefficient included; absent when none lives there."),
+        ("kl_loss_nats", "The same without its coefficient, by its estimator and reduction."),
+        ("entropy_loss", "Entropy bonus term of the loss; absent when none lives there."),
+        ("kl_coefficient", "Coefficient of the KL term in force at the step."),
+        ("entropy_coefficient", "Coefficient of the entropy term in force at the step."),
+        ("safe_threshold_nats", "SAFE: KL per token that cost nothing, by PID and phase."),
+        ("safe_gate", "SAFE: how much low entropy raised the cost."),
+        ("safe_penalty", "SAFE: the penalty whose slope is the coefficient, reward units."),
+        ("normaliser_mean", "Running mean of the reward (objective.normalise_reward)."),
+        ("normaliser_std", "Running standard deviation of the reward (objective.normalise_reward)."),
+        ("preference_loss", "Mean loss of the step's pairs or rankings, likelihood term included."),
+        ("pairs", "Pairs the step trained on."),
+        ("chosen_implicit_reward", "Mean beta * score of the chosen completions."),
+        ("rejected_implicit_reward", "Mean beta * score of the rejected completions."),
+        ("implicit_margin", "Mean difference of these, chosen minus rejected."),
+        ("preference_accuracy_ratio", "Share of pairs in which the chosen completion has the larger implicit reward."),
+        ("chosen_logprob_nats", "Mean log pi(chosen), summed over tokens."),
+        ("rejected_logprob_nats", "Mean log pi(rejected), summed over tokens."),
+        ("chosen_log_ratio_nats", "Mean log pi - log ref of the chosen completions, also where no loss reads ref."),
+        ("rejected_log_ratio_nats", "The same of the rejected completions."),
+        ("plausible_completions", "Completions of a prompt that some member of the reward ensemble holds best."),
+        ("settled_ratio", "Share of prompts whose ensemble agrees on the best completion."),
+        ("pair_disagreement", "Mean spread of the members' margins on the queried pairs, reward units."),
+        ("effective_samples", "Mean over prompts of (sum w)^2 / sum w^2 of the likelihood weights."),
+        ("accepted_ratio", "Share of completions with a weight above 0."),
+        ("best_reward", "Mean over prompts of the best completion's reward."),
+        ("best_of_n_kl_nats", "KL of best-of-n from the policy, n samples a prompt: log n - (n-1)/n."),
+        ("held_out_loss", "Stages: loss on the held-out rows at the last evaluation."),
+        ("held_out_accuracy_ratio", "Stages: share of held-out pairs in the right order at the last evaluation."),
+        ("epochs", "Stages: passes over the training rows so far."),
+        ("grad_norm", "Global gradient norm before clipping."),
+        ("learning_rate", "Learning rate of the step."),
+        ("clip_ratio", "Share of surrogate terms where the PPO clip was active."),
+        ("clamped_log_ratios", "Exponents of log-ratios cut at +-20 nats in the step."),
+        ("importance_weight", "Mean truncated importance weight learner/sampler."),
+        ("truncated_weight_ratio", "Share of importance weights at their cap."),
+        ("gap_nats", "Mean over tokens of |learner - sampler| log-prob at the start of the step."),
+        ("staleness_mean_versions", "Mean over the step's tokens of versions behind the learner."),
+        ("staleness_max_versions", "Largest number of versions a token of the step was behind."),
+        ("buffer_groups", "Groups waiting in the buffer after the step's were taken."),
+        ("buffer_bytes", "Bytes of rows waiting in the buffer."),
+        ("buffer_age_seconds", "Age of the oldest group of the step when it was taken."),
+        ("micro_batches", "Passes through the model of one rank in one update."),
+        ("weight_sync_seconds", "Publish and load of the newest weights, until the last generator proved them."),
+        ("step_seconds", "Learner step, without waiting."),
+        ("wait_seconds", "Learner waiting for the step's rollouts."),
+        ("generate_tokens_per_second", "Completion tokens of the step over the generators' busy seconds."),
+        ("free_memory_bytes", "Available memory of the driver's machine."),
+    ),
+    Metric(
+        "reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", ("reward",)
+    ),
+    Metric("objective_term", "gauge", "Regulariser terms and metrics of the user's own objective, by name.", ("term",)),
+    Metric("critic_loss", "gauge", "Loss of each value head, coefficient included.", ("head",)),
+    Metric("explained_variance", "gauge", "1 - var(target - value) / var(target) before the step.", ("head",)),
+    Metric("value_mean", "gauge", "Mean predicted value of the step's states before the step.", ("head",)),
+    Metric("popart_mean", "gauge", "PopArt: running mean of the head's targets.", ("head",)),
+    Metric("popart_std", "gauge", "PopArt: running standard deviation of the head's targets.", ("head",)),
+    *_counters(
+        ("steps_total", "Optimizer steps taken."),
+        ("completion_tokens_total", "Completion tokens sampled, or read where completions were stored."),
+        ("samples_accepted_total", "Completions that entered the buffer, of the tickets up to the step's last."),
+        ("trained_tokens_total", "Completion tokens the learner trained on."),
+        ("generate_seconds_total", "Seconds generators were busy sampling."),
+        ("score_seconds_total", "Seconds scorers were busy."),
+        ("learner_seconds_total", "Seconds the learner was busy with steps."),
+        ("weight_syncs_total", "Weight loads proved by all generators."),
+        ("rollout_bytes_total", "Bytes of rollout files written."),
+        ("evaluations_total", "Evaluations on the held-out prompts."),
+        ("checkpoints_total", "Checkpoints committed."),
+    ),
+    Metric("rows_dropped_total", "counter", "Stages: rows of the source left out, by reason.", ("reason",)),
+    Metric("pairs_dropped_total", "counter", "Pairs or prompts not compared, by reason.", ("reason",)),
+    Metric("samples_failed_total", "counter", "Completions without a reward, by reason.", ("reason",)),
+    Metric("groups_dropped_total", "counter", "Prompt groups given up, by reason.", ("reason",)),
+    *_operational(
+        ("weight_sync_bytes_total", "counter", "Bytes of weights loaded, all generators together.", ()),
+        ("retries_total", "counter", "Batches started again after a worker was lost.", ()),
+        ("workers_lost_total", "counter", "Generators or scorers that were replaced, by role.", ("role",)),
+        (
+            "rebuilds_total",
+            "counter",
+            "Times the learner and buffer were built again from the last commit.",
+            (),
+        ),
+        (
+            "learner_version",
+            "gauge",
+            "Weight version of the learner; ahead of keel_version until it is loaded.",
+            (),
+        ),
+        ("max_staleness_versions", "gauge", "Bound on staleness: buffer.max_staleness.", ()),
+        ("steps_wanted", "gauge", "Optimizer steps the run is to take: run.steps.", ()),
+        ("busy_seconds_total", "counter", "Seconds that workers of a role worked, all of them together.", ("role",)),
+        (
+            "idle_seconds_total",
+            "counter",
+            "Seconds that serving workers of a role had nothing to do, all of them together, by whom they waited for.",
+            ("role", "on"),
+        ),
+        ("queue_seconds_total", "counter", "Seconds that batches waited for a worker of a role.", ("role",)),
+        ("batches_waiting", "gauge", "Batches that wait for a worker of a role.", ("role",)),
+        ("phase_seconds_total", "counter", "Seconds of the learn loop, by what it was doing.", ("phase",)),
+        ("load_failures_total", "counter", "Weight loads that a worker did not prove; it was replaced.", ("role",)),
+        ("workers", "gauge", "Workers that serve, by role; learner: ranks.", ("role",)),
+        ("workers_desired", "gauge", "Workers that are wanted, by role.", ("role",)),
+        ("progress_timestamp_seconds", "gauge", "Unix time at which a stage last finished something.", ("stage",)),
+    ),
+]
+
+
+def reference_table() -> str:
+    """The metrics as a Markdown table, for `keel metrics` and the documentation."""
+    rows = [
+        f"| `{PREFIX}{metric.name}` | {metric.kind} | {', '.join(('run', *metric.labels))} | {metric.meaning} |"
+        for metric in TABLE
+    ]
+    return "\n".join(["| metric | type | labels | meaning |", "|---|---|---|---|", *rows])
