@@ -41,6 +41,7 @@ LAYERS = [
         "metric_table",
         "metrics",
         "occupancy",
+        "explain",
         "references",
         "quiet",
         "reward_text",

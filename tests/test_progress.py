@@ -31,7 +31,7 @@ def test_columns_read_metrics_of_the_table(columns: progress.Columns) -> None:
     line = Asked()
     for cell in columns.values():
         assert cell(line)
-    assert line.names <= NAMES | {"step"}
+    assert line.names <= NAMES | {"step"}  # largest_share is asked for with get
 
 
 def lines_of(columns: progress.Columns, *steps: dict[str, float]) -> list[str]:

@@ -72,9 +72,7 @@ def prefer(config_path: Config, overrides: Overrides = None, address: Address = 
 @app.command()
 def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
     """Go on from the last committed checkpoint of a run."""
-    stored = run_directory / "config.yaml"
-    if not stored.is_file():
-        raise config.ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
+    stored = operations.stored(run_directory)
     own = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
     command = command_of(config.read(stored))
     _COMMANDS[command](str(stored), own)
@@ -209,6 +207,7 @@ app.command()(operations.compare)
 app.command()(operations.verify)
 app.command()(operations.scale)
 app.command()(operations.replay)
+app.command()(operations.explain)
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,

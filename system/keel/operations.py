@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from keel import config
 from keel.config import ConfigError
 from keel.terminal import console, errors
 
@@ -79,6 +80,43 @@ def scale(
         left = f"{wanted - present} pending" if wanted > present else f"{present - wanted} to end"
         table.add_row(role, str(wanted), str(present), left if wanted != present else "")
     console.print(table)
+
+
+def explain(
+    run_directory: RunDirectory,
+    last: Annotated[int, typer.Option(min=1, help="steps to look at, from the newest back")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Say where the time of a run goes, who waits for whom, and which count to raise."""
+    from keel import durable
+    from keel import explain as explaining
+
+    settings = config.load(stored(run_directory))
+    try:
+        lines = durable.read_json_lines(run_directory / "metrics.jsonl")
+        found = explaining.explain(lines, settings.buffer.max_staleness, last)
+    except ValueError as error:
+        raise ConfigError(f"RUN_DIR={run_directory}: {error}; expected an online run of two steps or more") from None
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    title = f"steps {found.first_step} to {found.last_step}, {found.seconds_per_step:.2f} s each"
+    table = Table("role", "workers", "busy", "in line", "without work, waiting for", title=title, title_justify="left")
+    for role in found.roles:
+        idle = ", ".join(f"{on} {share:.0%}" for on, share in role.idle_ratios.items() if share >= 0.005)
+        table.add_row(role.name, f"{role.workers:.1f}", f"{role.busy_ratio:.0%}", f"{role.waiting_batches:.1f}", idle)
+    console.print(table)
+    timeline = ", ".join(f"{name} {share:.0%}" for name, share in found.timeline.items() if share >= 0.005)
+    console.print(f"Time     {timeline}", soft_wrap=True)
+    for line in found.advice:
+        console.print(f"Advice   {line}", soft_wrap=True)
+
+
+def stored(run_directory: Path) -> Path:
+    path = run_directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
+    return path
 
 
 def _where(run_directory: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ ONLINE: Columns = {
     "grad": number("grad_norm", ".1f"),
     "tok/s": number("generate_tokens_per_second", ".0f"),
     "late": number("staleness_max_versions", ".0f"),
+    "mostly": lambda line: line.get("largest_share", "-"),
     "wait s": number("wait_seconds", ".1f"),
     "train s": number("step_seconds", ".1f"),
     "sync s": number("weight_sync_seconds", ".1f"),

@@ -10,6 +10,7 @@ import psutil
 import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, evaluate, gang, references, schema
+from keel.explain import largest_share
 from keel.metrics import RunMetrics
 from keel.occupancy import Occupancy
 from keel.parts import Observer
@@ -41,12 +42,14 @@ class Recorder(Observer):
         bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
         metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
         self.finished = self._renewed = False
+        self._before: dict[str, Any] | None = None
         self.furthest = 0
         """The last step that was ever recorded."""
 
     def begin(self, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> None:
         """These are the learner and the buffer from now on."""
         self.learner, self.buffer, self.finished = learner, buffer, False
+        self._before = None
         self.occupancy.doing("start")
         self.occupancy.ranks(learner.room.ranks)
 
@@ -75,7 +78,10 @@ class Recorder(Observer):
         self.furthest = max(self.furthest, step)
         self.tick()
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
-        self.display.step(self.metrics.record(step, time.time()))
+        line = self.metrics.record(step, time.time())
+        share = {"largest_share": largest_share(self._before, line)} if self._before else {}
+        self._before = line
+        self.display.step(line | share)
 
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
         row = evaluate.store(self.directory, step, batch)
