@@ -1,0 +1,87 @@
+"""A live run in which one role after the other is starved: its processes get little time, and keel explain says whose."""
+
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import finish
+from live import answer, last_step, more_steps, wait
+
+from keel import durable
+from keel.explain import largest_share
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+ROLES = {
+    "generator": ("VllmGenerator", "--generators"),
+    "reference": ("ReferenceScorer", "--reference"),
+    "scorer": ("RewardScorer", "--scorers"),
+    "learner": ("DeepSpeedLearner", "--learners"),
+}
+STOPPED_SECONDS, RUNNING_SECONDS = 1.2, 0.06
+STEPS = 4
+Start = Callable[..., Any]
+
+
+@contextmanager
+def starved(process: Any, class_name: str) -> Iterator[None]:
+    """The actors of a class run for a moment now and then."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    actors = [each for each in children if " ".join(each.cmdline()).startswith(f"ray::{class_name}")]
+    assert actors, class_name
+    over = threading.Event()
+
+    def throttle() -> None:
+        while not over.is_set():
+            for number, seconds in ((signal.SIGSTOP, STOPPED_SECONDS), (signal.SIGCONT, RUNNING_SECONDS)):
+                for actor in actors:
+                    actor.send_signal(number)
+                over.wait(seconds)
+        for actor in actors:
+            actor.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=throttle)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_explain_names_the_role_that_is_starved(write_config: Start, keel: Start, tmp_path: Path, pace: Path) -> None:
+    run = tmp_path / "starved" / "run"
+    pace.write_text("0.05")
+    config = write_config(
+        "starved",
+        run={"name": "starved", "steps": 1000, "directory": str(run)},
+        sampling={"samples_per_prompt": 2, "max_tokens": 80},
+        prompts={"max_tokens": 32},
+        rewards=[{"name": "low", "source": "rewards:paced"}],
+        checkpoint={"every_steps": 0},
+        evaluation={"every_steps": 0},
+    )
+    process = keel("train", str(config))
+    wait(process, lambda: last_step(run) >= 2, "two steps")
+    for role, (class_name, option) in ROLES.items():
+        with starved(process, class_name):
+            more_steps(process, run, 1)
+            more_steps(process, run, STEPS)
+            found = answer(keel, "explain", run, "--last", STEPS)
+        print(role, found["timeline"], found["advice"], f"{found['seconds_per_step']:.2f} s")
+        assert next(iter(found["timeline"])) == role, found
+        assert option in found["advice"][0], found["advice"]
+        shares = {each["name"]: each["busy_ratio"] for each in found["roles"]}
+        assert max(shares, key=lambda name: shares[name]) == role, shares
+    process.send_signal(signal.SIGINT)
+    code, out, _ = finish(process)
+    assert code == 130
+    lines = durable.read_json_lines(run / "metrics.jsonl")
+    for before, now in itertools.pairwise(lines):
+        (shown,) = [line for line in out.splitlines() if line.startswith(f"step {now['step']}/")]
+        assert f"mostly {largest_share(before, now)}" in shown, shown
