@@ -1,0 +1,92 @@
+"""Two runs of one name, seed and configuration at once on one cluster of three nodes: each is as if it were alone."""
+
+import os
+import re
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from conftest import finish, wait_for
+from live import check_intact, last_step, wait
+from ray.cluster_utils import Cluster
+
+import keel as package
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+STEPS = 4
+Start = Callable[..., Any]
+
+
+@pytest.fixture
+def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27})
+    for _ in range(2):
+        cluster.add_node(num_cpus=4, object_store_memory=2**27)
+    yield cluster
+    cluster.shutdown()
+
+
+def endpoint_of(process: Any) -> str:
+    """The address that the run says it serves its metrics at."""
+    for line in process.stdout:
+        if found := re.search(r"metrics: (http://\S+)", line):
+            return found[1]
+    raise AssertionError(f"no endpoint: {process.stderr.read()}")
+
+
+def test_two_runs_at_once_do_not_touch_each_other(
+    cluster: Cluster, write_config: Start, keel: Start, tmp_path: Path, pace: Path
+) -> None:
+    pace.write_text("0.5")
+    runs = [tmp_path / name / "run" for name in ("one", "two")]
+    configs = [
+        write_config(
+            run.parent.name,
+            run={"name": "twin", "steps": STEPS, "directory": str(run)},
+            rewards=[{"name": "low", "source": "rewards:paced"}],
+            scorers={"threads": 1},
+            checkpoint={"every_steps": 2},
+            evaluation={"every_steps": 0},
+            prompts={"source": str(tmp_path / "one" / "prompts.jsonl")},
+        )
+        for run in runs
+    ]
+    processes = [keel("train", str(config), "--address", cluster.address) for config in configs]
+    endpoints = [endpoint_of(process) for process in processes]
+    assert len(set(endpoints)) == 2
+    for process, run in zip(processes, runs, strict=True):
+        wait(process, lambda run=run: last_step(run) >= 1, "a step")
+    pages = [urllib.request.urlopen(endpoint, timeout=30).read().decode() for endpoint in endpoints]
+    assert all('keel_workers{role="generator",run="twin"} 1.0' in page for page in pages)
+    pace.unlink()
+    for process in processes:
+        code, _, err = finish(process)
+        assert code == 0, err
+    reports = [check_intact(keel, run) for run in runs]
+    assert reports[0]["counts"] == reports[1]["counts"]
+    code, out, err = finish(keel("verify", str(runs[0]), "--against", str(runs[1])))
+    assert code == 0 and f"Same     as {runs[1]}" in out, (out, err)
+    check_nothing_is_left(cluster)
+
+
+def check_nothing_is_left(cluster: Cluster) -> None:
+    """No actor, no reserved CPU, no object of either run."""
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
+    try:
+        wait_for(lambda: ray.available_resources().get("CPU") == 8.0, 30, "all CPUs free again")
+        there, free = ray.cluster_resources(), ray.available_resources()
+        assert there["object_store_memory"] == free["object_store_memory"], (there, free)
+    finally:
+        ray.shutdown()
+    left = [
+        " ".join(each.cmdline())
+        for each in psutil.Process().children(recursive=True)
+        if re.match(r"ray::(Vllm|Reference|Reward|DeepSpeed|Rollout|Control)", " ".join(each.cmdline()))
+    ]
+    assert not left, left
