@@ -166,6 +166,7 @@ def test_a_run_whose_rewards_fail_stops_and_says_why(write_config: Start, keel: 
     assert not (tmp_path / "failing" / "run" / "checkpoints").exists()
 
 
+@pytest.mark.exhaustive  # test_two_runs.py compares two in float32
 def test_bfloat16_runs_repeat_bit_for_bit(write_config: Start, keel: Start, tmp_path: Path) -> None:
     """Two equal runs in the quickstart's precision; also a reward that fails some samples, which are counted."""
     for name in ("one", "two"):

@@ -49,7 +49,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-@pytest.mark.parametrize("command", ["sft", "reward"])
+@pytest.mark.parametrize("command", ["sft", pytest.param("reward", marks=pytest.mark.exhaustive)])
 def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_model: Path, command: str) -> None:
     source = rows(tmp_path)
     if command == "sft":
