@@ -5,6 +5,7 @@ step, evaluation, rewind --> a bounded queue for each tracker --> its thread: ma
 """
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import json
@@ -28,6 +29,7 @@ from keel.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 from keel.tracking_settings import TrackingSettings
 
 QUEUE_JOBS = 256
+_FULL = f"{QUEUE_JOBS} steps wait for it already"
 _INTERRUPTED_SECONDS = 5.0
 _LONGEST_NAME = 250  # MLflow's limit
 _FOREIGN = re.compile(r"[^A-Za-z0-9_.-]")
@@ -139,7 +141,7 @@ class Tracking:
         seconds = self.settings.tracking.finish_seconds
         deadline = time.monotonic() + (min(seconds, _INTERRUPTED_SECONDS) if outcome == "interrupted" else seconds)
         for feed in self._feeds:
-            feed.close(lambda tracker: tracker.finish(outcome), deadline)
+            feed.close(lambda tracker: tracker.finish(outcome))
         for feed in self._feeds:
             feed.wait(deadline)
         self.report()
@@ -187,6 +189,7 @@ class _Feed:
         self.name, self._make = name, make
         self._jobs: queue.Queue[Job | None] = queue.Queue(QUEUE_JOBS)
         self._failures: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._last: Job
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
@@ -195,37 +198,45 @@ class _Feed:
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
-            self._failures.put(f"{QUEUE_JOBS} steps wait for it already")
+            self._failures.put(_FULL)
 
-    def close(self, last: Job, deadline: float) -> None:
-        """The last job, behind all others; where there is no room for it in time it is left out."""
-        for job in (last, None):
-            try:
-                self._jobs.put(job, timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Full:
-                return  # counted by `wait`
+    def close(self, last: Job) -> None:
+        """The last job, behind all others; the oldest that waits gives way where there is no room. Never waits."""
+        self._last = last
+        while True:
+            with contextlib.suppress(queue.Full):
+                self._jobs.put_nowait(None)
+                return
+            with contextlib.suppress(queue.Empty):  # the thread was quicker
+                self._jobs.get_nowait()
+                self._failures.put(_FULL)
 
     def wait(self, deadline: float) -> None:
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            self._failures.put(f"did not finish in time; {self._jobs.qsize()} of its jobs are lost")
+            self._failures.put("did not finish in time")
 
     def failures(self) -> list[str]:
         """Reasons since the last call."""
         return [self._failures.get() for _ in range(self._failures.qsize())]
 
     def _work(self) -> None:
-        tracker: Tracker | None = None
         try:
             tracker = self._make()
         except Exception as error:  # the library's, the network's: anything; counted
             self._fail("did not start", error)
+            while self._jobs.get() is not None:
+                self._failures.put("did not start")
+            return
         while (job := self._jobs.get()) is not None:
-            try:
-                if tracker is not None:
-                    job(tracker)
-            except Exception as error:  # as above
-                self._fail("refused a step", error)
+            self._do(job, tracker)
+        self._do(self._last, tracker)
+
+    def _do(self, job: Job, tracker: Tracker) -> None:
+        try:
+            job(tracker)
+        except Exception as error:  # as above
+            self._fail("raised", error)
 
     def _fail(self, what: str, error: Exception) -> None:
         self._failures.put(config.shown(f"{what}: {type(error).__name__}: {error}", limit=300))
