@@ -1,5 +1,6 @@
 """What trackers are told, and that nothing they do reaches the run. The libraries: test_tracking_libraries.py."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from keel.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 from keel.tracking import Tracking
 from keel.tracking_settings import TrackingSettings
 from rollouts import generated, prompts, referenced, scored
-from test_course import Listener
+from test_course import FakeTrainee, Killed, Listener, course_of
+from test_course import Run as Course
+from test_reward_stage import LOSSES, FakeGang, Stage
 
 SECRET = "sk-live-4f9a"
 
@@ -401,3 +404,34 @@ async def test_the_recorder_tells_what_it_writes(tmp_path: Path, made: Made) -> 
     numbers = [value for value in written.values() if not isinstance(value, dict)]
     numbers += [number for value in written.values() if isinstance(value, dict) for number in value.values()]
     assert len(second[1]) == len(numbers) - 2
+
+
+# ---- stages
+
+
+async def test_a_stage_tells_its_trackers_also_when_it_is_resumed(tmp_path: Path, made: Made) -> None:
+    plan = course_of(tmp_path, steps=4, checkpoints=2)
+    tracked = plan.settings.model_copy(update={"tracking": TrackingSettings(trackers=["wandb"])})
+    plan = dataclasses.replace(plan, settings=tracked)
+    with pytest.raises(Killed):
+        await Course(plan, FakeTrainee([5.0, 4.0, 3.0, 2.0, 1.0], killed_at=4)).finish()
+    await Course(plan, FakeTrainee([5.0, 4.0, 3.0, 2.0, 1.0])).finish()
+    broken, whole = made.trackers
+    held_out = {"evaluation.loss": 5.0, "evaluation.preference_accuracy_ratio": 0.25}
+    assert broken.told[0] == (0, held_out) and [told[0] for told in broken.told[1:-1]] == [1, 2, 3]
+    assert broken.told[-1] == "failed"
+    assert whole.run.version == 2 and whole.run.identity == broken.run.identity
+    assert [told[0] for told in whole.told[:-1]] == [3, 4, 4] and whole.told[-1] == "finished"
+    assert whole.told[0][1]["loss"] == 1 / 3 and whole.told[-2] == (4, held_out | {"evaluation.loss": 1.0})
+
+
+async def test_every_member_of_an_ensemble_is_a_run(
+    tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, tracking={"trackers": ["wandb"]})
+    await stage.train(FakeGang(LOSSES))
+    first, second = made.trackers
+    name = stage.settings.run.name
+    assert (first.run.name, second.run.name) == (f"{name}-0", f"{name}-1")
+    assert first.run.identity != second.run.identity and first.run.directory == stage.member(0)
+    assert first.told[-1] == second.told[-1] == "finished"
