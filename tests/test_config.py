@@ -166,6 +166,15 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str, expected:
 UNSEEN = [
     {"run": {"directory": "elsewhere"}},
     {"metrics": {"host": "0.0.0.0", "port": 1}},
+    {
+        "tracking": {
+            "trackers": ["wandb"],
+            "project": "p",
+            "tags": ["t"],
+            "tensorboard_directory": "d",
+            "finish_seconds": 1,
+        }
+    },
     {"cluster": {"address": "auto", "min_memory_bytes": 0}},
     {"deadlines": {"step_seconds": 5}},
 ]

@@ -9,7 +9,15 @@ import pytest
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["printable", "protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
-    + ["prompt_settings", "actor_settings", "settings", "course_settings", "stage_settings", "pipeline_settings"]
+    + [
+        "prompt_settings",
+        "actor_settings",
+        "tracking_settings",
+        "settings",
+        "course_settings",
+        "stage_settings",
+        "pipeline_settings",
+    ]
     + ["config", "extension", "durable"],
     [
         "algorithms",
@@ -40,6 +48,8 @@ LAYERS = [
         "diagnostics",
         "metric_table",
         "metrics",
+        "trackers",
+        "tracking",
         "occupancy",
         "explain",
         "references",
@@ -89,6 +99,9 @@ HEAVY = {
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},
+    "wandb": {"trackers"},
+    "mlflow": {"trackers"},
+    "trackio": {"trackers"},
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from keel.printable import printable
+from keel.printable import LIMIT_CHARACTERS, printable
 from keel.section import Section
 from keel.settings import Settings
 
@@ -35,7 +35,16 @@ class ConfigError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(re.sub(r"://\S*@", "://...@", message)))
+        super().__init__(shown(message))
+
+
+def shown(message: str, limit: int = LIMIT_CHARACTERS) -> str:
+    """A message of somebody else's as one line of at most so many characters, without the passwords of its URLs."""
+    return printable(without_passwords(message), limit)
+
+
+def without_passwords(text: str) -> str:
+    return re.sub(r"://\S*@", "://...@", text)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
@@ -92,23 +101,24 @@ def dump(settings: Section) -> str:
 
 def digest(settings: Section) -> str:
     """Hash of every setting that can change a number; where the run lives and how it is watched is left out."""
-    tree = settings.model_dump(mode="json", exclude={"metrics", "cluster", "deadlines"})
+    tree = settings.model_dump(mode="json", exclude={"metrics", "tracking", "cluster", "deadlines"})
     del tree["run"]["directory"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def difference(stored: dict[str, Any], settings: Section) -> str:
     """The settings in which a stored tree differs, for one line."""
-    pairs = _leaves(stored), _leaves(settings.model_dump(mode="json"))
+    pairs = leaves(stored), leaves(settings.model_dump(mode="json"))
     changed = [key for key in {**pairs[0], **pairs[1]} if pairs[0].get(key) != pairs[1].get(key)]
     shown = [f"{key}: {pairs[0].get(key)} there, {pairs[1].get(key)} here" for key in changed[:2]]
     return "; ".join(shown) + (f"; {len(changed) - 2} more" if len(changed) > 2 else "")
 
 
-def _leaves(node: Any, path: str = "") -> dict[str, Any]:
+def leaves(node: Any, path: str = "") -> dict[str, Any]:
+    """Values of a tree of settings by their name, as overrides write it."""
     if isinstance(node, dict | list) and node:
         items = node.items() if isinstance(node, dict) else enumerate(node)
-        return {k: v for key, child in items for k, v in _leaves(child, f"{path}.{key}" if path else str(key)).items()}
+        return {k: v for key, child in items for k, v in leaves(child, f"{path}.{key}" if path else str(key)).items()}
     return {path: node}
 
 

@@ -162,6 +162,12 @@ TABLE: list[Metric] = [
         ("load_failures_total", "counter", "Weight loads that a worker did not prove; it was replaced.", ("role",)),
         ("workers", "gauge", "Workers that serve, by role; learner: ranks.", ("role",)),
         ("workers_desired", "gauge", "Workers that are wanted, by role.", ("role",)),
+        (
+            "tracker_failures_total",
+            "counter",
+            "Steps and evaluations that an experiment tracker did not take; the run went on.",
+            ("tracker",),
+        ),
         ("progress_timestamp_seconds", "gauge", "Unix time at which a stage last finished something.", ("stage",)),
     ),
 ]

@@ -11,7 +11,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import config, extension, http_rewards, models, reward_models, schema, score
+from keel import config, extension, http_rewards, models, reward_models, schema, score, tracking
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
@@ -49,6 +49,7 @@ def prepare(settings: Settings) -> Prepared:
     directory = Path(settings.run_directory).resolve()
     check_directory(directory, settings)
     check_port(settings.metrics)
+    tracking.check(settings.tracking)
     check_memory(settings.cluster)
     for reward in settings.rewards:
         check_reward_source(reward, f"rewards.{reward.name}.source")

@@ -16,6 +16,7 @@ from keel.occupancy import Occupancy
 from keel.parts import Observer
 from keel.preflight import Prepared
 from keel.protocols import Batch
+from keel.tracking import Tracking
 
 
 class Display(Protocol):
@@ -39,6 +40,7 @@ class Recorder(Observer):
         self.reference: cluster.ScorerPool | None = None
         self.occupancy = Occupancy()
         settings = prepared.settings
+        self.tracking = Tracking(settings, self.directory, metrics, display.note)
         bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
         metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
         self.finished = self._renewed = False
@@ -46,8 +48,9 @@ class Recorder(Observer):
         self.furthest = 0
         """The last step that was ever recorded."""
 
-    def begin(self, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> None:
-        """These are the learner and the buffer from now on."""
+    def begin(self, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer, version: int) -> None:
+        """These are the learner and the buffer from now on; steps after `version` are made, perhaps again."""
+        self.tracking.begin(version)
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.occupancy.doing("start")
@@ -78,13 +81,16 @@ class Recorder(Observer):
         self.furthest = max(self.furthest, step)
         self.tick()
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
+        self.tracking.report()
         line = self.metrics.record(step, time.time())
         share = {"largest_share": largest_share(self._before, line)} if self._before else {}
         self._before = line
         self.display.step(line | share)
+        self.tracking.step(line)
 
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
         row = evaluate.store(self.directory, step, batch)
+        self.tracking.evaluated(step, row)
         self.display.note(
             f"evaluation at step {step}: reward {row['proxy']:+.3f} +- {row['stderr']:.3f} (standard error),"
             f" KL {row['kl_nats']:.2f} nats, {row['n']:.0f} held-out prompts"

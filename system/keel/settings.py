@@ -27,6 +27,7 @@ from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSetting
 from keel.regulariser_settings import RegulariserSettings
 from keel.reward_settings import EnsembleSettings, RewardSettings, ShapingSettings
 from keel.section import Fraction, Seconds, Section
+from keel.tracking_settings import TrackingSettings
 
 
 class RunIdentity(Section):
@@ -104,6 +105,7 @@ class Settings(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     parity: ParitySettings = ParitySettings()
     metrics: MetricsSettings = MetricsSettings()
+    tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
 

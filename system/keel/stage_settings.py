@@ -34,6 +34,7 @@ from keel.regulariser_settings import RegulariserSettings
 from keel.reward_settings import RewardSettings
 from keel.section import Section
 from keel.settings import FailureSettings, MetricsSettings, RunIdentity, Settings
+from keel.tracking_settings import TrackingSettings
 
 
 class StageSettings(Section):
@@ -47,6 +48,7 @@ class StageSettings(Section):
     learners: LearnerSettings = LearnerSettings()
     checkpoint: StageCheckpointSettings = StageCheckpointSettings()
     metrics: MetricsSettings = MetricsSettings()
+    tracking: TrackingSettings = TrackingSettings()
     cluster: ClusterSettings = ClusterSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
 

@@ -90,11 +90,12 @@ def _run_alone(prepared: Prepared, display: Display) -> None:
             display.note(f"resuming from {saved.path.name}")
             recorder.event("resume", step=saved.version)
         display.doing("starting Ray, generators, scorers, learner")
-        cluster.connect(settings)
-        try:
-            asyncio.run(_Run(prepared, recorder).to_the_end(saved))
-        finally:
-            cluster.disconnect()
+        with recorder.tracking:  # finished last: an interrupted run has not long, and Ray goes first
+            cluster.connect(settings)
+            try:
+                asyncio.run(_Run(prepared, recorder).to_the_end(saved))
+            finally:
+                cluster.disconnect()
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class _Run:
         learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
         buffer = cluster.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
-        recorder.begin(learner, buffer)
+        recorder.begin(learner, buffer, saved.version)
         try:
             controller = await self._build(saved, learner, buffer)
             self.has_run = True

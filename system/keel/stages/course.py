@@ -28,6 +28,7 @@ from keel.metrics import RunMetrics
 from keel.recorder import Display
 from keel.settings import Settings
 from keel.stage_settings import StageSettings
+from keel.tracking import Tracking
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
 
@@ -66,6 +67,8 @@ class Course:
     dropped: Mapping[str, int]
     digest: str = ""
     """Of the rows."""
+    member: int | None = None
+    """Which one of an ensemble it trains."""
 
     @property
     def model(self) -> Path:
@@ -77,6 +80,7 @@ class Recorder:
 
     def __init__(self, course: Course, metrics: RunMetrics, display: Display) -> None:
         self.course, self.metrics, self.display = course, metrics, display
+        self.tracking = Tracking(course.settings, course.directory, metrics, display.note, course.member)
 
     def step(self, report: Any) -> None:
         numbers = {name: value for name, value in report.metrics.items() if name not in _LABELS}
@@ -86,10 +90,14 @@ class Recorder:
         self.metrics.set({**numbers, "epochs": epochs, "version": float(report.version), "free_memory_bytes": memory})
         counts = {"steps_total": 1.0, "trained_tokens_total": tokens, "learner_seconds_total": numbers["step_seconds"]}
         self.metrics.add({**counts, **report.counts})
-        self.display.step(self.metrics.record(report.version, time.time()))
+        self.tracking.report()
+        line = self.metrics.record(report.version, time.time())
+        self.display.step(line)
+        self.tracking.step(line)
 
     def evaluated(self, version: int, found: Mapping[str, float]) -> None:
         durable.append_json(self.course.directory / "evaluations.jsonl", {"step": version, **found})
+        self.tracking.evaluated(version, found)
         gauges = {"held_out_loss": found["loss"]}
         if "preference_accuracy_ratio" in found:
             gauges["held_out_accuracy_ratio"] = found["preference_accuracy_ratio"]
@@ -147,6 +155,12 @@ async def ready(settings: StageSettings, learner: Gang) -> None:
 
 async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:
     """Train to the last step or the end of patience; the model lies at `target` then."""
+    recorder.tracking.begin(state.version)
+    with recorder.tracking:
+        return await _to_the_end(course, trainee, recorder, state, target)
+
+
+async def _to_the_end(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:
     training = course.settings.training
     if not state.evaluations:
         await _evaluate(course, trainee, recorder, state, target)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import gang, models, preflight, progress
+from keel import gang, models, preflight, progress, tracking
 from keel.algorithms import kinds
 from keel.metrics import RunMetrics
 from keel.recorder import Display
@@ -54,6 +54,7 @@ def prepare(settings: PolicyStage) -> Prepared:
     directory = Path(settings.run_directory).resolve()
     preflight.check_directory(directory, settings)
     preflight.check_port(settings.metrics)
+    tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
     draft = settings.learning(steps=1)
     kinds.build(draft)

@@ -27,7 +27,7 @@ from keel.pipeline_settings import PipelineSettings, StageEntry
 from keel.section import Section
 from keel.stage_settings import COMMANDS
 
-_NOT_CONTENT = {"metrics", "cluster", "deadlines"}
+_NOT_CONTENT = {"metrics", "tracking", "cluster", "deadlines"}
 _PATHS = ("source", "model", "against", "MODEL")
 """Settings that name files, folders, wheels or code; every other text is itself."""
 _SAID = (2, 130)

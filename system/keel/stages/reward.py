@@ -29,6 +29,7 @@ from keel import (
     schema,
     sources,
     stored,
+    tracking,
 )
 from keel.config import ConfigError
 from keel.learn_reward import PAIR, RewardModelLearner
@@ -127,6 +128,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     directory = Path(settings.run_directory).resolve()
     preflight.check_directory(directory, settings)
     preflight.check_port(settings.metrics)
+    tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
     folder = models.locate(settings.policy.model, "policy.model")
     tokenizer = models.load_tokenizer(folder, "policy.model")
@@ -202,6 +204,7 @@ def _course(prepared: Prepared, member: int) -> Course:
         held_out=rows.batch(rows.held_out),
         dropped=rows.dropped,
         digest=rows.digest,
+        member=member if prepared.settings.members.count > 1 else None,
     )
 
 
