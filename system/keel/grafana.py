@@ -128,7 +128,7 @@ def _target(panel: Panel, number: int, many_runs: bool) -> Json:
         "datasource": SOURCE,
         "editorMode": "code",
         "expr": query.expression.text,
-        "legendFormat": " ".join([*labels, query.name]).strip() or panel.title,
+        "legendFormat": query.legend or " ".join([*labels, query.name]).strip() or panel.title,
         "instant": now,
         "range": not now,
         "format": "table" if panel.kind in ("table", "xychart") else "time_series",

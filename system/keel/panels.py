@@ -15,6 +15,8 @@ class Query:
 
     expression: Expression
     name: str = ""
+    legend: str = ""
+    """Instead of these: text with labels as {{role}}."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,8 @@ class Expression:
 
     def each(self, other: "Expression") -> "Expression":
         """This, a number a run, once for every series of the run that the other has."""
+        if other.labels == self.labels:
+            return self
         repeated = f"(0 * {other.text} + on (run) group_left () {self.text})"
         return Expression(repeated, (*self.metrics, *other.metrics), other.labels, self.unit)
 
@@ -129,7 +131,7 @@ def slope(name: str) -> Expression:
 
 def age(name: str, **equal: str) -> Expression:
     """Seconds since a time stamp."""
-    own = gauge(name, **equal)
+    own = gauge(name, None, **equal)
     return replace(own, text=f"(time() - {own.text})", unit=SECONDS)
 
 
