@@ -109,12 +109,15 @@ def test_queries_of_an_xy_chart_and_of_a_table_have_the_labels_they_are_joined_b
     joined = [panel for panel in own.panels if panel.kind in ("xychart", "table")]
     for panel in joined:
         assert len({query.expression.labels for query in panel.queries}) == 1, panel.title
-        assert all(query.name for query in panel.queries) and len({query.name for query in panel.queries}) > 0
+        assert len({query.name for query in panel.queries} - {""}) == len(panel.queries), panel.title
     for panel in drawn(uid):
-        if panel["type"] == "xychart":  # 11.1: older forms are migrated, and this one with them where it says nothing
+        names = [step for step in panel["transformations"] if step["id"] == "organize"]
+        values = ["Value"] if len(panel["targets"]) == 1 else [f"Value #{each['refId']}" for each in panel["targets"]]
+        assert bool(names) == (panel["type"] in ("xychart", "table"))
+        assert all(list(step["options"]["renameByName"]) == values for step in names)
+        if panel["type"] == "xychart":  # Grafana rewrites what does not say that it has the form of 11.1
             assert tuple(map(int, panel["pluginVersion"].split("."))) >= (11, 1, 0)
-            x = panel["options"]["series"][0]["x"]["matcher"]["options"]
-            assert x == panel["transformations"][1]["options"]["renameByName"]["Value #A"]
+            assert panel["options"]["series"][0]["x"]["matcher"] == {"id": "byName", "options": "Value #A"}
 
 
 # ---- the expressions

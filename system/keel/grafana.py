@@ -171,12 +171,17 @@ def _fields(panel: Panel) -> list[Json]:
         return []
     return [
         {
-            "matcher": {"id": "byName", "options": query.name},
+            "matcher": {"id": "byName", "options": _column(panel, number)},
             "properties": [{"id": "unit", "value": query.expression.unit.grafana}]
             + ([{"id": "custom.axisLabel", "value": _axis(query)}] if panel.kind == "xychart" else []),
         }
-        for query in panel.queries
+        for number, query in enumerate(panel.queries)
     ]
+
+
+def _column(panel: Panel, number: int) -> str:
+    """What Grafana calls the values of a query in a table. Matchers go by it: parting the table changes other names."""
+    return f"Value #{_reference(number)}" if len(panel.queries) > 1 else "Value"
 
 
 def _axis(query: Query) -> str:
@@ -187,7 +192,7 @@ def _axis(query: Query) -> str:
 def _chart(panel: Panel) -> Json:
     return {
         "mapping": "auto",
-        "series": [{"x": {"matcher": {"id": "byName", "options": panel.queries[0].name}}}],
+        "series": [{"x": {"matcher": {"id": "byName", "options": _column(panel, 0)}}}],
         "legend": _LEGEND,
         "tooltip": {"mode": "single", "sort": "none"},
     }
@@ -195,7 +200,7 @@ def _chart(panel: Panel) -> Json:
 
 def _joined(panel: Panel) -> list[Json]:
     """The queries' tables side by side, by time and labels, a column each; for an XY chart one table a curve."""
-    names = {f"Value #{_reference(number)}": query.name for number, query in enumerate(panel.queries)}
+    names = {_column(panel, number): query.name for number, query in enumerate(panel.queries)}
     hidden = {"Time": True} if panel.kind == "table" else {}
     joined: list[Json] = [
         {"id": "merge", "options": {}},
