@@ -251,6 +251,63 @@ def test_promtool_can_parse_every_expression(tmp_path: Path) -> None:
     assert answer.returncode == 0 and f"{len(texts)} rules found" in answer.stdout, answer.stderr
 
 
+SERIES = {
+    'keel_version{run="a"}': "0+1x240",  # a step every 15 seconds
+    'keel_steps_wanted{run="a"}': "300x240",
+    'keel_workers_lost_total{run="a", role="scorer"}': "_x231 1x8",  # the first loss makes the series
+    'keel_busy_seconds_total{run="a", role="learner"}': "0+15x240",  # never idle: it has no other series
+    'keel_busy_seconds_total{run="a", role="generator"}': "0+15x240",
+    'keel_idle_seconds_total{run="a", role="generator", on="learner"}': "0+30x240",
+    'keel_idle_seconds_total{run="a", role="generator", on="scorer"}': "0+15x240",
+    'keel_reward_component{run="a", reward="gold"}': "0+1x200 200-2x39",
+    'keel_kl_nats{run="a"}': "16x240",
+    'keel_completion_tokens_total{run="a"}': "0+1500x240",
+    'keel_workers{run="a", role="generator"}': "4x240",
+}
+VALUES = {  # dashboard, panel, query -> labels and value at 58 minutes, by hand
+    ("keel-run", "Time left", 0): [('{run="a"}', (300 - 232) * 15)],
+    ("keel-cluster", "Utilisation by role", 0): [('{role="generator"}', 0.25), ('{role="learner"}', 1)],
+    ("keel-cluster", "Share of time the learner works", 0): [('{run="a"}', 1)],
+    ("keel-cluster", "Tokens a second per generator", 0): [("{}", 25)],
+    ("keel-cluster", "Who waits for whom", 0): [
+        ('{on="learner", role="generator"}', 58 * 60 * 2),
+        ('{on="scorer", role="generator"}', 58 * 60),
+    ],
+    ("keel-run", "Fall from the peak", 0): [('{run="a", reward="gold"}', 62)],
+    ("keel-run", "Rewards over sqrt(KL)", 0): [('{run="a", reward="gold"}', 4)],
+}
+
+
+def test_expressions_are_worth_what_their_panels_say(tmp_path: Path) -> None:
+    """Prometheus' own arithmetic on series whose answer is known."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool on PATH")
+    checks = [("58m", event(), [('{run="a", role="scorer"}', 1)]), ("57m", event(), []), ("59m30s", event(), [])]
+    for (uid, title, number), samples in VALUES.items():
+        panel = next(panel for panel in drawn(uid) if panel["title"] == title)
+        checks.append(("58m", filled(panel["targets"][number]["expr"]), samples))
+    tests = [
+        {"expr": text, "eval_time": when, "exp_samples": [{"labels": own, "value": value} for own, value in samples]}
+        for when, text, samples in checks
+    ]
+    series = [{"series": name, "values": values} for name, values in SERIES.items()]
+    (tmp_path / "tests.yml").write_text(
+        yaml.safe_dump({"tests": [{"interval": "15s", "input_series": series, "promql_expr_test": tests}]})
+    )
+    command = [promtool, "test", "rules", str(tmp_path / "tests.yml")]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def event() -> str:
+    return filled(events("workers_lost_total").text)
+
+
+def filled(text: str) -> str:
+    return text.replace("$__rate_interval", "1m").replace("$__range", "1h").replace("$run", ".+")
+
+
 def test_ray_has_the_metrics_that_are_asked_of_it() -> None:
     """Ray's own dashboards, read as text, ask for the same names."""
     found = importlib.util.find_spec("ray")

@@ -75,9 +75,19 @@ def test_the_wheel_has_the_files(tmp_path: Path) -> None:
 
 def test_provisioning_names_the_folder_and_the_source_by_type() -> None:
     sources = yaml.safe_load((COMMITTED / "provisioning/datasources/keel.yaml").read_text())
-    assert [source["type"] for source in sources["datasources"]] == ["prometheus"]
+    (source,) = sources["datasources"]
+    assert source["type"] == "prometheus"
     providers = yaml.safe_load((COMMITTED / "provisioning/dashboards/keel.yaml").read_text())
     assert [provider["type"] for provider in providers["providers"]] == ["file"]
+
+
+def test_grafana_knows_how_often_prometheus_scrapes() -> None:
+    """Its windows of rates are four scrapes: with too small a number, curves have holes."""
+    scraping = REPOSITORY / "deploy" / "prometheus" / "prometheus.yml"
+    if not scraping.exists():
+        pytest.skip("no deploy/prometheus/prometheus.yml")
+    (source,) = yaml.safe_load((COMMITTED / "provisioning/datasources/keel.yaml").read_text())["datasources"]
+    assert source["jsonData"]["timeInterval"] == yaml.safe_load(scraping.read_text())["global"]["scrape_interval"]
 
 
 def test_without_output_it_says_what_there_is(
