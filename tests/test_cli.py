@@ -19,7 +19,7 @@ from keel.settings import Settings
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 HEAVY = {"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}
-QUICK = [["--help"], ["schema"], ["metrics"], ["train", QUICKSTART, "--dry-run"]]
+QUICK = [["--help"], ["schema"], ["metrics"], ["deploy", "grafana"], ["train", QUICKSTART, "--dry-run"]]
 
 
 def keel(*arguments: str, folder: Path) -> tuple[int, str, str, float]:

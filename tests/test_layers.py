@@ -47,6 +47,11 @@ LAYERS = [
         "tiny",
         "diagnostics",
         "metric_table",
+        "queries",
+        "panels",
+        "grafana",
+        "run_dashboard",
+        "dashboards",
         "metrics",
         "trackers",
         "tracking",
@@ -91,7 +96,7 @@ LAYERS = [
     + ["doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
-    ["operations", "cli", "__main__"],
+    ["operations", "deploy_commands", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
