@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, config, operations
+from keel import __version__, config, deploy_commands, operations
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -208,6 +208,7 @@ app.command()(operations.verify)
 app.command()(operations.scale)
 app.command()(operations.replay)
 app.command()(operations.explain)
+app.add_typer(deploy_commands.app, name="deploy")
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,
