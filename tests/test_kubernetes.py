@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import Field
@@ -213,6 +213,8 @@ def test_every_worker_finds_a_pod_of_its_group(run: tuple[list[str], dict[str, A
         assert (group["maxReplicas"] - 1) * in_one < most <= group["maxReplicas"] * in_one
 
 
+@example("a" * 47)
+@example("a" * 48)
 @given(st.text(st.sampled_from("abzABZ019-._"), min_size=1, max_size=60))
 def test_a_run_name_is_taken_as_it_is_or_refused(name: str) -> None:
     """KubeRay takes an RFC 1035 label of up to 47 characters."""
