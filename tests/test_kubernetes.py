@@ -137,6 +137,7 @@ def test_memory_is_the_workers_and_what_lies_in_dev_shm() -> None:
 
 class Placed(GeneratorSettings):
     resources: dict[str, float] = Field({"generator": 0.5, "node/fast": 2})
+    tensor_parallel: int = Field(1)
 
 
 def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> None:
@@ -148,6 +149,13 @@ def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> No
     assert not any("resources" in group["rayStartParams"] for group in others)
     reader = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
     assert reader._get_custom_resources({}, generators["rayStartParams"], "") == {"generator": 2, "node/fast": 6}
+
+
+def test_ranks_of_one_generator_share_a_pod() -> None:
+    by = Placed(count=3, gpus=1, tensor_parallel=4)
+    settings = config.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": by})
+    generators = Plan.of(settings, Options()).groups[0]
+    assert (generators.pods, generators.pod_gpus) == (3, 4)
 
 
 # ---- every worker finds a pod

@@ -198,8 +198,10 @@ def _group(role: str, by: WorkerSettings, settings: Settings, options: Options) 
     memory = size_bytes(f"--memory {role}", options.memory.get(role, MEMORY[role]))
     if role == "generators" and not by.gpus and role not in options.memory:
         memory += settings.generators.kv_cache_bytes
-    own = by.model_dump().get("resources") or {}
-    for name in own:
-        if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):
+    block = by.model_dump()
+    resources = block.get("resources") or {}
+    for name in resources:
+        if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):  # it goes through a shell
             raise ConfigError(f"{role}.resources.{name}: expected letters, digits and ._:/-")
-    return Group(role, by.count, largest, per_pod, by.threads, by.gpus, memory, own)
+    gpus = by.gpus * block.get("tensor_parallel", 1)
+    return Group(role, by.count, largest, per_pod, by.threads, gpus, memory, resources)
