@@ -96,7 +96,8 @@ LAYERS = [
     + ["doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
-    ["operations", "deploy_commands", "cli", "__main__"],
+    ["kubernetes_plan", "kubernetes_pods", "kubernetes", "kubernetes_commands", "deploy_commands"]
+    + ["operations", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from keel import kubernetes_commands
 from keel.config import ConfigError
 
 app = typer.Typer(help="Print or write dashboards, rules and manifests.", no_args_is_help=True)
@@ -66,3 +67,6 @@ def prometheus(output: Output = None, force: Force = False) -> None:
         return
     for name, text in texts.items():
         typer.echo(f"# {name}\n{text}")
+
+
+app.command("kubernetes")(kubernetes_commands.kubernetes_manifests)

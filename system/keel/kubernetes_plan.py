@@ -1,0 +1,207 @@
+"""How a run divides into pods: arithmetic on counts, threads, GPUs and memory, and what Kubernetes would refuse.
+
+workers of a role --per_pod--> pods of a group, from as many as are configured to as many as the run may grow to
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Literal, Self
+
+from keel import __version__
+from keel.actor_settings import WorkerSettings
+from keel.config import ConfigError
+from keel.settings import Settings
+
+MOUNT = "/mnt/keel"
+FOR_A_CLUSTER = ("cluster.address=auto", "metrics.host=0.0.0.0")
+"""Settings that every run on Kubernetes has: the Ray of its own pod, and a page that Prometheus reaches."""
+MEMORY = {"head": "8Gi", "generators": "8Gi", "reference": "4Gi", "scorers": "4Gi", "learners": "16Gi"}
+"""Memory of the head pod and of one worker of a role, shared memory not included: for models of about 0.5 B."""
+RAY_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
+"""What Ray (every pod), its autoscaler and its dashboard (head) export; KubeRay takes `metrics` to be Ray's own."""
+_TAKEN_PORTS = {*RAY_PORTS.values(), 6379, 8265, 10001}
+_LONGEST_NAME = 47  # KubeRay's own limit: it appends to the name of a RayJob
+_UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_BESIDE_STORE_BYTES = 2**30  # of /dev/shm: NCCL and torch put theirs beside the object store
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a cluster needs to know beyond the run's settings. Mappings are by role, as the configuration names it."""
+
+    kind: Literal["job", "cluster"] = "job"
+    image: str | None = None
+    namespace: str | None = None
+    storage: str = "keel"
+    storage_size: str | None = None
+    memory: Mapping[str, str] = field(default_factory=dict)
+    per_pod: Mapping[str, int] = field(default_factory=dict)
+    largest: Mapping[str, int] = field(default_factory=dict)
+    retries: int = 3
+    deadline_seconds: int | None = None
+    secret: str | None = None
+    monitor: bool = True
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pods of one role: `per_pod` of its workers each, between `workers` and `largest` in all."""
+
+    role: str
+    workers: int
+    largest: int
+    per_pod: int
+    threads: int
+    gpus: float
+    worker_bytes: int
+    worker_resources: Mapping[str, float]
+
+    @property
+    def pods(self) -> int:
+        return -(-self.workers // self.per_pod)
+
+    @property
+    def largest_pods(self) -> int:
+        return -(-self.largest // self.per_pod)
+
+    @property
+    def pod_cpus(self) -> int:
+        return self.threads * self.per_pod
+
+    @property
+    def pod_gpus(self) -> int:
+        """Whole GPUs: a worker's share is always of one."""
+        if 0 < self.gpus < 1:
+            return -(-self.per_pod // _sharers(self.gpus))
+        return int(self.gpus) * self.per_pod
+
+    @property
+    def pod_resources(self) -> dict[str, int]:
+        """Custom Ray resources, rounded up: Ray's autoscaler reads whole numbers only."""
+        return {name: -int(-amount * self.per_pod // 1) for name, amount in self.worker_resources.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that fits Kubernetes: settings, options, and the groups they make."""
+
+    settings: Settings
+    options: Options
+    groups: tuple[Group, ...]
+    head_bytes: int
+    """Memory of the head pod, shared memory not included."""
+
+    @classmethod
+    def of(cls, settings: Settings, options: Options) -> Self:
+        """Raises ConfigError for what Kubernetes, KubeRay or Ray would refuse."""
+        _check(settings, options)
+        groups = tuple(_group(role, by, settings, options) for role, by in _roles(settings, options).items())
+        head = size_bytes("--memory head", options.memory.get("head", MEMORY["head"]))
+        return cls(settings, options, groups, head)
+
+    @property
+    def name(self) -> str:
+        return self.settings.run.name
+
+    @property
+    def image(self) -> str:
+        """One for all pods: Ray wants the same Python and Ray on every node."""
+        built_for = "gpu" if any(group.gpus for group in self.groups) else "cpu"
+        return self.options.image or f"keel:{__version__}-{built_for}"
+
+    @property
+    def shared_bytes(self) -> int:
+        """Size of /dev/shm, which counts as memory of its pod."""
+        return self.settings.cluster.object_store_bytes + _BESIDE_STORE_BYTES
+
+
+def size_bytes(setting: str, text: str) -> int:
+    """Bytes of a Kubernetes quantity such as 16Gi. Raises ConfigError."""
+    if not (found := re.fullmatch(r"([1-9][0-9]{0,5})(Mi|Gi|Ti)", text)):
+        raise ConfigError(f"{setting}={text}: expected a size such as 512Mi, 16Gi or 1Ti")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def quantity(size: int) -> str:
+    """Bytes as a Kubernetes quantity, rounded up to whole Mi."""
+    return f"{-(-size // 2**20)}Mi"
+
+
+def _sharers(gpus: float) -> int:
+    """Workers that share one GPU."""
+    return int(1 / gpus + 1e-9)
+
+
+def _check(settings: Settings, options: Options) -> None:
+    run = settings.run.name
+    if not (re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", run) and len(run) <= _LONGEST_NAME):
+        raise ConfigError(
+            f"run.name={run}: no name for Kubernetes; expected a lowercase letter, then lowercase letters, digits and"
+            f" '-', at most {_LONGEST_NAME} in all"
+        )
+    named = {"--namespace": options.namespace, "--storage": options.storage, "--secret": options.secret}
+    for setting, name in named.items():
+        if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+            raise ConfigError(f"{setting}={name}: no name for Kubernetes; expected lowercase letters, digits and '-'")
+    if options.image is not None and not re.fullmatch(r"[\w./:@-]+", options.image, re.ASCII):
+        raise ConfigError(f"--image={options.image}: expected the name of a container image")
+    if options.storage_size is not None:
+        size_bytes("--storage-size", options.storage_size)
+    _check_directory(settings)
+    port = settings.metrics.port
+    if not 1024 <= port <= 65535 or port in _TAKEN_PORTS:
+        taken = ", ".join(map(str, sorted(_TAKEN_PORTS)))
+        raise ConfigError(f"metrics.port={port}: expected 1024 to 65535, and none of Ray's own ({taken})")
+
+
+def _check_directory(settings: Settings) -> None:
+    directory = PurePosixPath(settings.run_directory)
+    if not directory.is_relative_to(MOUNT) or directory == PurePosixPath(MOUNT) or ".." in directory.parts:
+        raise ConfigError(
+            f"run.directory={settings.run.directory}: every pod must see it, and a retried job find it again;"
+            f" expected a path below {MOUNT}, for instance run.directory={MOUNT}/runs/{{name}}"
+        )
+
+
+def _roles(settings: Settings, options: Options) -> dict[str, WorkerSettings]:
+    """Blocks of the roles that the run has. Raises ConfigError for options of others."""
+    blocks = {
+        "generators": settings.generators,
+        "reference": settings.reference,
+        "scorers": settings.scorers,
+        "learners": settings.learners,
+    }
+    roles: dict[str, WorkerSettings] = {role: by for role, by in blocks.items() if by is not None}
+    for flag, given, known in (
+        ("--memory ", options.memory, ["head", *roles]),
+        ("--per-pod ", options.per_pod, list(roles)),
+        ("--max-", options.largest, list(roles)),
+    ):
+        if unknown := sorted(set(given) - set(known)):
+            raise ConfigError(f"{flag}{unknown[0]}: the run has none; expected one of {', '.join(known)}")
+    if any(by.gpus for by in roles.values()) and not settings.generators.gpus:
+        raise ConfigError("generators.gpus=0: other roles have GPUs, and an image holds one build of vLLM; expected 1")
+    return roles
+
+
+def _group(role: str, by: WorkerSettings, settings: Settings, options: Options) -> Group:
+    if by.gpus > 1 and by.gpus != int(by.gpus):
+        raise ConfigError(f"{role}.gpus={by.gpus}: Ray grants a share of one GPU, or whole ones; expected such")
+    per_pod = options.per_pod.get(role, min(by.count, _sharers(by.gpus)) if 0 < by.gpus < 1 else 1)
+    if per_pod < 1:
+        raise ConfigError(f"--per-pod {role}={per_pod}: expected at least 1")
+    largest = options.largest.get(role, 2 * by.count)
+    if largest < by.count:
+        raise ConfigError(f"--max-{role}={largest}: {role}.count={by.count}; expected at least that")
+    memory = size_bytes(f"--memory {role}", options.memory.get(role, MEMORY[role]))
+    if role == "generators" and not by.gpus and role not in options.memory:
+        memory += settings.generators.kv_cache_bytes
+    block = by.model_dump()
+    resources = block.get("resources") or {}
+    for name in resources:
+        if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):  # it goes through a shell
+            raise ConfigError(f"{role}.resources.{name}: expected letters, digits and ._:/-")
+    gpus = by.gpus * block.get("tensor_parallel", 1)
+    return Group(role, by.count, largest, per_pod, by.threads, gpus, memory, resources)

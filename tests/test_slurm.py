@@ -1,0 +1,110 @@
+"""deploy/slurm/keel.sbatch with stubs in place of SLURM, Ray and Keel: what is started, and how it ends."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import tools
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "deploy" / "slurm" / "keel.sbatch"
+SCRIPTS = [SCRIPT, ROOT / "deploy" / "kubernetes" / "render.sh"]
+STUBS = {
+    "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) trap exit TERM; sleep 60 & wait;; esac',
+    "scontrol": 'case "$1" in show) echo node1; echo node2; echo node3;; esac',
+    "ray": "",
+    "python": 'echo "${NODES:-3}"',
+    "sleep": 'exec /bin/sleep "${SLEEP_SECONDS:-$1}"',
+    "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
+}
+
+
+def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The script on three nodes; every stub appends a line to `calls`."""
+    (folder / "bin").mkdir()
+    for name, body in STUBS.items():
+        log = "" if name == "sleep" else f'echo "{name} $*" >>"$CALLS"\n'
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{log}{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
+    own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_CPUS_ON_NODE": "8"}
+    return subprocess.Popen(
+        ["bash", str(SCRIPT), *arguments], env=slurm | own | environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def calls(folder: Path) -> list[str]:
+    path = folder / "calls"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(folder: Path, start: str) -> None:
+    deadline = time.monotonic() + 30
+    while not any(call.startswith(start) for call in calls(folder)):
+        assert time.monotonic() < deadline, calls(folder)
+        time.sleep(0.05)
+
+
+def steps(folder: Path) -> list[str]:
+    return [call for call in calls(folder) if call.startswith("srun --overlap")]
+
+
+def test_head_workers_and_run(tmp_path: Path) -> None:
+    job = started(tmp_path, "run.yaml", "run.steps=5")
+    assert job.wait(timeout=60) == 0
+    common = "srun --overlap --mem=0 --cpus-per-task=8 --ntasks-per-node=1"
+    head = "--head --include-dashboard=false --node-ip-address=10.0.0.1 --port=23456 --temp-dir=/tmp/ray-123456"
+    assert sorted(steps(tmp_path)) == [
+        f"{common} --nodes=1 --nodelist=node1 ray start --block {head} --num-cpus=8",
+        f"{common} --nodes=2 --exclude=node1 ray start --block --address=10.0.0.1:23456 --num-cpus=8",
+    ]
+    assert calls(tmp_path)[-1] == "keel train run.yaml run.steps=5 --address 10.0.0.1:23456"
+    assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))
+
+
+def test_a_failed_run_fails_the_job_and_is_not_queued_again(tmp_path: Path) -> None:
+    assert started(tmp_path, "run.yaml", CODE="1").wait(timeout=60) == 1
+    assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))
+
+
+@pytest.mark.parametrize(("sent", "queued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_the_time_limit_queues_again_and_scancel_does_not(tmp_path: Path, sent: signal.Signals, queued: bool) -> None:
+    job = started(tmp_path, "run.yaml", LONG="yes")
+    wait_for(tmp_path, "keel train")
+    time.sleep(0.3)  # the stub's trap
+    job.send_signal(sent)
+    assert job.wait(timeout=60) == 130
+    assert "ended" in calls(tmp_path)
+    assert ("scontrol requeue 123456" in calls(tmp_path)) == queued
+
+
+def test_nodes_that_do_not_join_end_the_job(tmp_path: Path) -> None:
+    job = started(tmp_path, "run.yaml", NODES="2", SLEEP_SECONDS="0.01")
+    assert job.wait(timeout=60) == 1
+    assert job.stderr is not None and "2 of 3 nodes joined" in job.stderr.read()
+    assert not any(call.startswith("keel") for call in calls(tmp_path))
+
+
+def test_without_a_configuration_nothing_starts(tmp_path: Path) -> None:
+    assert started(tmp_path).wait(timeout=60) == 2
+    assert calls(tmp_path) == []
+
+
+def test_the_directives_are_those_the_script_relies_on() -> None:
+    lines = SCRIPT.read_text(encoding="utf8").splitlines()
+    directives = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
+    assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= directives
+    first_command = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(index < first_command for index, line in enumerate(lines) if line.startswith("#SBATCH "))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    command = [tools.path_of("shellcheck"), "--severity=warning", str(script)]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (answer.returncode, answer.stdout) == (0, "")
