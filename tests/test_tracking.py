@@ -230,6 +230,8 @@ def test_a_failure_is_counted_told_once_and_the_run_goes_on(tmp_path: Path, made
     own.tracking.begin(0)
     for step in (1, 2, 3, 4):
         own.tracking.step(line(step, reward=0.5))
+        if step == 2:
+            until(lambda: own.failures == {"wandb": 1.0})
     own.tracking.finish("finished")
     broken, sound = sorted(made.trackers, key=lambda tracker: len(tracker.told))
     assert [told[0] for told in broken.told[:-1]] == [1, 4] and broken.told[-1] == "finished"

@@ -79,7 +79,7 @@ class TensorBoardTracker(Tracker):
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases. Steps made again are left out: its history only grows, the first numbers stay."""
+    """Weights & Biases. It leaves out steps made again: its history only grows, the first numbers stay."""
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -98,8 +98,7 @@ class WandbTracker(Tracker):
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        if step >= self._run.step:
-            self._run.log(dict(values), step=step)
+        self._run.log(dict(values), step=step)
 
     def finish(self, outcome: Outcome) -> None:
         self._run.finish(exit_code={"finished": 0, "failed": 1, "interrupted": 130}[outcome])
