@@ -103,3 +103,11 @@ def test_without_output_it_says_what_there_is(
     files = [path for path in (REPOSITORY / "deploy" / "prometheus").rglob("*") if path.is_file()]
     assert all(path.read_text() in printed for path in files)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_group_alone_shows_its_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy(monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "" and all(f" {name} " in captured.out for name in ("grafana", "prometheus"))

@@ -285,5 +285,6 @@ def _fail_run(error: Any) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    errors.print(f"keel: {message}", style="red", highlight=False, soft_wrap=True)
+    if message:  # none where a command was missing and the help was shown
+        errors.print(f"keel: {message}", style="red", highlight=False, soft_wrap=True)
     sys.exit(code)
