@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from keel.metric_table import PREFIX, TABLE
-from keel.reward_settings import RewardSettings
+from keel.occupancy import LEARNER, STAGES
 from keel.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -119,6 +119,27 @@ def test_an_expression_names_what_is_there(expression: str) -> None:
     assert grouped <= known
 
 
+def test_matched_values_are_those_of_the_code() -> None:
+    """A role, phase or stage that nobody writes would leave an alert silent for ever."""
+    code = {name: (ROOT / f"system/keel/{name}.py").read_text(encoding="utf8") for name in ("controller", "buffer")}
+    phases = {name.replace(" ", "_") for name in re.findall(r'\.doing\("([a-z ]+)"\)', code["controller"])}
+    roles = {*STAGES, LEARNER}
+    known = {
+        "role": roles,
+        "on": roles | phases | {"driver"},
+        "phase": phases,
+        "stage": set(re.findall(r'_progress\("(\w+)"\)', code["controller"])),
+        "reason": {*re.findall(r'"(uniform_rewards)"', code["buffer"]), *re.findall(r"}(_monitor)\"", code["buffer"])},
+        "reward": {"gold"},
+        "job": {"keel"},
+    }
+    texts = [expression.replace("'", '"') for expression in expressions()]
+    found = [pair for text in texts for pair in re.findall(r'(\w+)(?:=~|!~|!=|=)"([^"]*)"', text) if pair[0] != "run"]
+    assert {label for label, _ in found} == set(known)
+    for label, values in found:
+        assert {value.strip(".*") for value in values.split("|")} <= known[label], (label, values)
+
+
 @pytest.mark.parametrize("expression", expressions())
 def test_counters_are_counted_and_gauges_are_read(expression: str) -> None:
     """rate() of counters alone, before any sum; a mean or median over time of gauges alone."""
@@ -185,17 +206,11 @@ def test_every_runbook_belongs_to_an_alert_and_is_in_the_table() -> None:
 def setting(path: str) -> bool:
     """Whether a dotted name is a setting of an online run, in any of the kinds a block may have."""
     level: list[Any] = [Settings]
-    for part in path.split("."):
-        found = []
-        for model in level:
-            if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-                found += _models(model.model_fields[part].annotation)
-            elif model == "named":  # rewards.NAME
-                found += _models(RewardSettings)
-        level = ["named"] if path.startswith("rewards") and part == "rewards" else found
-        if not level:
-            return False
-    return True
+    for part in [part for part in path.split(".") if part != "NAME"]:  # of one in a list
+        blocks = [each for each in level if isinstance(each, type) and issubclass(each, BaseModel)]
+        fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
+        level = [each for field in fields for each in _models(field.annotation)]
+    return bool(level)
 
 
 def _models(annotation: Any) -> list[Any]:
