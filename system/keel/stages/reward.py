@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from keel import (
     durable,
+    endpoint,
     gang,
     models,
     preflight,
@@ -126,7 +127,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
 
     directory = Path(settings.run_directory).resolve()
     preflight.check_directory(directory, settings)
-    preflight.check_port(settings.metrics)
+    endpoint.check(settings.metrics)
     preflight.check_memory(settings.cluster)
     folder = models.locate(settings.policy.model, "policy.model")
     tokenizer = models.load_tokenizer(folder, "policy.model")
