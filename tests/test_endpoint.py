@@ -132,15 +132,17 @@ def test_what_is_counted_together_is_seen_together(metrics: RunMetrics, port: in
         while not stop.is_set():
             metrics.add({"completion_tokens_total": 7.0, "trained_tokens_total": 7.0, "evaluations_total": 1.0})
 
-    thread = threading.Thread(target=count)
+    thread = threading.Thread(target=count, daemon=True)
     thread.start()
-    for _ in range(60):
-        page = ask(port, "/metrics")[2].decode()
-        found = {sample.name: sample.value for family in parse_text(page) for sample in family.samples}
-        tokens, trained = found["keel_completion_tokens_total"], found["keel_trained_tokens_total"]
-        assert tokens == trained == 7 * found["keel_evaluations_total"]
-    stop.set()
-    thread.join()
+    try:
+        for _ in range(60):
+            page = ask(port, "/metrics")[2].decode()
+            found = {sample.name: sample.value for family in parse_text(page) for sample in family.samples}
+            tokens, trained = found["keel_completion_tokens_total"], found["keel_trained_tokens_total"]
+            assert tokens == trained == 7 * found["keel_evaluations_total"]
+    finally:
+        stop.set()
+        thread.join()
 
 
 # ---- the file for Prometheus' file discovery
