@@ -9,16 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["printable", "protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
-    + [
-        "prompt_settings",
-        "actor_settings",
-        "tracking_settings",
-        "settings",
-        "course_settings",
-        "stage_settings",
-        "pipeline_settings",
-    ]
-    + ["config", "extension", "durable"],
+    + ["prompt_settings", "actor_settings", "metrics_settings", "tracking_settings", "settings", "course_settings"]
+    + ["stage_settings", "pipeline_settings", "config", "extension", "durable"],
     [
         "algorithms",
         *(
@@ -55,6 +47,7 @@ LAYERS = [
         "metrics",
         "trackers",
         "tracking",
+        "endpoint",
         "occupancy",
         "explain",
         "references",

@@ -4,7 +4,6 @@ import ast
 import json
 import shutil
 import subprocess
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from keel.algorithms import kinds
 from keel.algorithms.credit import Measured, Outputs, Rows, labelled
 from keel.metric_table import PREFIX, TABLE
 from keel.metrics import RunMetrics
-from keel.settings import MetricsSettings
 from rollouts import generated, prompts, referenced, scored
 
 
@@ -173,13 +171,6 @@ async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
     written |= {"workers", "workers_desired"}  # by the pools and scaling.py: tests/integration/test_recovery.py
     written |= {"batches_waiting", "max_staleness_versions", "steps_wanted"}  # by the recorder: test_recorder.py
     assert written | of_stages == {metric.name for metric in TABLE if metric.kind == "gauge"}
-
-
-def test_the_endpoint_answers(tmp_path: Path) -> None:
-    own = filled(tmp_path)
-    port = own.serve(MetricsSettings(port=0))
-    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    assert samples(page) == samples(generate_latest(own.registry).decode())
 
 
 def test_promtool_finds_nothing_to_say(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from keel import config, metrics, models, preflight, reward_models, schema, sources, tiny
+from keel import config, endpoint, metrics, models, preflight, reward_models, schema, sources, tiny
 from keel.config import ConfigError
+from keel.metrics_settings import MetricsSettings
 from keel.prompt_settings import PromptSettings
-from keel.settings import MetricsSettings
 from test_layers import imports, modules
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
@@ -297,11 +297,14 @@ def test_the_metrics_are_for_this_machine_alone(tmp_path: Path) -> None:
         for address in addresses
         if address.family == socket.AF_INET and not address.address.startswith("127.")
     ]
-    port = metrics.RunMetrics("run", tmp_path / "metrics.jsonl").serve(MetricsSettings(port=0))
-    assert b"keel_" in urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read()
-    for address in others:
-        with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port), timeout=5):
-            pass
+    page = metrics.RunMetrics("run", tmp_path / "metrics.jsonl").page
+    with endpoint.serving(MetricsSettings(port=0), "run", tmp_path, page) as url:
+        assert url.startswith("http://127.0.0.1:")
+        assert b"keel_" in urllib.request.urlopen(url, timeout=5).read()
+        for address in others:
+            port = int(url.removesuffix("/metrics").rpartition(":")[2])
+            with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port), timeout=5):
+                pass
     if not others:
         pytest.skip("this machine has no address but loopback")
 

@@ -222,9 +222,9 @@ class Controller:
         self.observer.set({"learner_version": float(report.version)})
         self._progress("step")
         num_bytes = await self.sync()
-        self.observer.add({name: metrics.unlabelled(values) for name, values in buffered["counts"].items()})
         self.observer.add(
-            {
+            {name: metrics.unlabelled(values) for name, values in buffered["counts"].items()}
+            | {
                 "steps_total": 1.0,
                 "weight_syncs_total": 1.0,
                 "weight_sync_bytes_total": float(num_bytes),

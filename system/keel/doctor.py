@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from keel.actor_settings import ClusterSettings
+from keel.metrics_settings import MetricsSettings
 from keel.printable import printable
-from keel.settings import MetricsSettings
 
 TESTED = {
     "torch": "2.13.0",

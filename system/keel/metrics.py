@@ -1,20 +1,32 @@
 """The metrics of a run: its Prometheus page and metrics.jsonl.
 
-Actors return numbers; the driver records them here and serves one endpoint for the run.
+Actors return numbers; the driver records them here, and serves the page of the run (endpoint.py).
 """
 
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, make_wsgi_app
 
 from keel import durable
 from keel.metric_table import PREFIX, TABLE, Metric
-from keel.settings import MetricsSettings
 
 Values = Mapping[str, float | Mapping[str, float]]
 _BY_NAME = {metric.name: metric for metric in TABLE}
+
+
+class _Registry(CollectorRegistry):
+    """Collects the numbers of one moment: what is added together is seen together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changing = threading.Lock()
+
+    def collect(self) -> Iterator[Any]:
+        with self.changing:
+            return iter(list(super().collect()))
 
 
 class RunMetrics:
@@ -22,7 +34,9 @@ class RunMetrics:
 
     def __init__(self, run: str, path: Path) -> None:
         disable_created_metrics()
-        self.registry = CollectorRegistry()
+        self.registry = _Registry()
+        self.page = make_wsgi_app(self.registry)
+        """Answers GET with the page: text or OpenMetrics, compressed or not, as it is asked for."""
         self.run = run
         self.path = path
         self._gauge_values: dict[str, Any] = {}
@@ -39,11 +53,6 @@ class RunMetrics:
             collector.labels(self.run)  # the series exists from the start; a gauge that nobody set yet is absent, not 0
         return collector
 
-    def serve(self, settings: MetricsSettings) -> int:
-        """Answer GET /metrics until the process ends; the port."""
-        server, _ = start_http_server(settings.port, settings.host, registry=self.registry)
-        return server.server_port
-
     def set(self, values: Values) -> None:
         """New values of gauges."""
         for name, value in values.items():
@@ -52,26 +61,29 @@ class RunMetrics:
                 self._operational[name] = {**self._operational.get(name, {}), **value}
             else:
                 (self._operational if _metric(name).operational else self._gauge_values)[name] = value
-            for series, number in self._series(name, value):
+        with self.registry.changing:
+            for series, number in self._series(values):
                 series.set(number)
 
     def add(self, values: Values) -> None:
-        """Increments of counters."""
+        """Increments of counters; one page shows all of a call or none."""
         for name, value in values.items():
             assert _metric(name).kind == "counter", name
-            for series, number in self._series(name, value):
-                series.inc(number)
             if isinstance(value, Mapping):
                 before = self.totals[name]
                 self.totals[name] = before | {label: before.get(label, 0.0) + number for label, number in value.items()}
             else:
                 self.totals[name] += value
+        with self.registry.changing:
+            for series, number in self._series(values):
+                series.inc(number)
 
-    def _series(self, name: str, value: float | Mapping[str, float]) -> Iterable[tuple[Any, float]]:
-        last = len(_metric(name).labels) - 1
-        for label, number in _by_label(value).items():
-            labels = label.split("/", last) if last >= 0 else ()
-            yield self._collectors[name].labels(self.run, *labels), number
+    def _series(self, values: Values) -> Iterable[tuple[Any, float]]:
+        for name, value in values.items():
+            last = len(_metric(name).labels) - 1
+            for label, number in _by_label(value).items():
+                labels = label.split("/", last) if last >= 0 else ()
+                yield self._collectors[name].labels(self.run, *labels), number
 
     def restore(self, totals: Values) -> None:
         """Go on from the totals of a checkpoint, or from none: what was counted since is done again.

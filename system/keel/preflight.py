@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import config, extension, http_rewards, models, reward_models, schema, score, tracking
+from keel import config, endpoint, extension, http_rewards, models, reward_models, schema, score, tracking
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
@@ -19,7 +18,7 @@ from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.reward_settings import RewardSettings
 from keel.section import Section
-from keel.settings import MetricsSettings, Settings
+from keel.settings import Settings
 from keel.stage_settings import COMMANDS, command_of
 from keel.stored import StoredCompletions
 
@@ -48,7 +47,7 @@ def prepare(settings: Settings) -> Prepared:
     """Check models, prompts, rewards, port, memory and run directory. Raises ConfigError, one line."""
     directory = Path(settings.run_directory).resolve()
     check_directory(directory, settings)
-    check_port(settings.metrics)
+    endpoint.check(settings.metrics)
     tracking.check(settings.tracking)
     check_memory(settings.cluster)
     for reward in settings.rewards:
@@ -122,18 +121,6 @@ def check_directory(directory: Path, settings: Section) -> None:
         raise ConfigError(
             f"run.directory={directory}: holds a run with other settings ({changed}); expected another run.name"
         )
-
-
-def check_port(metrics: MetricsSettings) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((metrics.host, metrics.port))
-        except OSError as error:
-            raise ConfigError(
-                f"metrics.port={metrics.port}: cannot listen on {metrics.host}"
-                f" ({error.strerror}); expected a free port, or 0 for any"
-            ) from None
 
 
 def check_memory(cluster: ClusterSettings) -> None:

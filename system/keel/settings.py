@@ -17,6 +17,7 @@ from keel.actor_settings import (
     ReferenceSettings,
     WorkerSettings,
 )
+from keel.metrics_settings import MetricsSettings
 from keel.objective_settings import (
     LogitsConvexitySettings,
     ObjectiveSettings,
@@ -76,11 +77,6 @@ class CheckpointSettings(Section):
 
 class ParitySettings(Section):
     max_gap_nats: float = Field(0.1, gt=0, description="mean |learner - sampler| log-prob the start-up test allows")
-
-
-class MetricsSettings(Section):
-    host: str = Field("127.0.0.1", description="address the Prometheus endpoint listens on")
-    port: int = Field(9464, ge=0, le=65535, description="0: any free port")
 
 
 class Settings(Section):

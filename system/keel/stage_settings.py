@@ -28,12 +28,13 @@ from keel.course_settings import (
     TextSettings,
     TrainingSettings,
 )
+from keel.metrics_settings import MetricsSettings
 from keel.objective_settings import PairSettings, PreferenceSettings
 from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
 from keel.regulariser_settings import RegulariserSettings
 from keel.reward_settings import RewardSettings
 from keel.section import Section
-from keel.settings import FailureSettings, MetricsSettings, RunIdentity, Settings
+from keel.settings import FailureSettings, RunIdentity, Settings
 from keel.tracking_settings import TrackingSettings
 
 

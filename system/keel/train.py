@@ -33,7 +33,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, gang, references, scaling
+from keel import checkpoint, cluster, config, durable, endpoint, gang, references, scaling
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.metrics import RunMetrics
@@ -83,9 +83,10 @@ def _run_alone(prepared: Prepared, display: Display) -> None:
     durable.write(directory / "config.yaml", config.dump(settings).encode())
     recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
     saved = _newest(recorder)
-    if not saved.over(settings):
-        port = recorder.metrics.serve(settings.metrics)
-        display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
+    if saved.over(settings):
+        return
+    with endpoint.serving(settings.metrics, settings.run.name, directory, recorder.metrics.page) as url:
+        display.note(f"metrics: {url}")
         if saved.path:
             display.note(f"resuming from {saved.path.name}")
             recorder.event("resume", step=saved.version)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable
+from keel import checkpoint, cluster, config, durable, endpoint
 from keel.config import ConfigError
 from keel.controller import Stalled
 from keel.gang import Gang
@@ -133,14 +133,14 @@ def _conduct(
 ) -> dict[str, Any]:
     durable.write(directory / "config.yaml", config.dump(settings).encode())
     metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
-    port = metrics.serve(settings.metrics)
-    display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
-    display.doing("starting Ray, learner")
-    cluster.connect(online)
-    try:
-        return asyncio.run(train(metrics, display, started))
-    finally:
-        cluster.disconnect()
+    with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
+        display.note(f"metrics: {url}")
+        display.doing("starting Ray, learner")
+        cluster.connect(online)
+        try:
+            return asyncio.run(train(metrics, display, started))
+        finally:
+            cluster.disconnect()
 
 
 async def ready(settings: StageSettings, learner: Gang) -> None:

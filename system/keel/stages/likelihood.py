@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import gang, models, preflight, progress, tracking
+from keel import endpoint, gang, models, preflight, progress, tracking
 from keel.algorithms import kinds
 from keel.metrics import RunMetrics
 from keel.recorder import Display
@@ -53,7 +53,7 @@ def prepare(settings: PolicyStage) -> Prepared:
     """Check models, rows, port, memory and run directory. Raises ConfigError, one line."""
     directory = Path(settings.run_directory).resolve()
     preflight.check_directory(directory, settings)
-    preflight.check_port(settings.metrics)
+    endpoint.check(settings.metrics)
     tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
     draft = settings.learning(steps=1)

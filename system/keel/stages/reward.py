@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from keel import (
     durable,
+    endpoint,
     gang,
     models,
     preflight,
@@ -127,7 +128,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
 
     directory = Path(settings.run_directory).resolve()
     preflight.check_directory(directory, settings)
-    preflight.check_port(settings.metrics)
+    endpoint.check(settings.metrics)
     tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
     folder = models.locate(settings.policy.model, "policy.model")

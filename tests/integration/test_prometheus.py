@@ -1,0 +1,256 @@
+"""A real Prometheus, by the shipped configuration, watches a real run: what it knows is what the run did.
+
+One run for all tests of this file, in their order: the last ones kill a generator and let the run end.
+"""
+
+import itertools
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import rewards
+import yaml
+from conftest import finish, kill, start_keel, wait_for
+from live import PATIENCE_SECONDS, last_step, wait
+from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
+from test_runs import is_generator
+
+from keel import doctor, durable, schema
+from keel.metric_table import PREFIX, TABLE
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+RUN = "observed"
+STEPS = 50
+GENERATORS = 2
+GAP_SECONDS = 4.0
+"""Scrapes come every second; a loaded machine may be late with one or two."""
+ROLES = {"generator", "reference", "scorer", "learner"}
+STAGES = {"generate", "score", "accept", "take", "step", "publish", "load", "checkpoint"}
+
+
+@dataclass
+class Observed:
+    """A live run that a Prometheus watches."""
+
+    process: subprocess.Popen[str]
+    directory: Path
+    discovery: Path
+    """The folder of metrics.discovery_directory."""
+    pace: Path
+    prometheus: Prometheus
+    config: Path
+    """Of Prometheus."""
+
+
+@pytest.fixture(scope="module")
+def observed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Observed]:
+    """A paced run with two generators, a gold reward and a Prometheus, some steps after its start."""
+    program("prometheus")
+    folder = tmp_path_factory.mktemp("observed")
+    directory, discovery, pace = folder / "run", folder / "discovery", folder / "pace"
+    discovery.mkdir()
+    pace.write_text("0.8")
+    config = doctor.self_test_config(folder, str(tiny_model))
+    tree = yaml.safe_load(config.read_text())
+    tree["run"] = {"name": RUN, "steps": STEPS, "directory": str(directory)}
+    tree["rewards"] = [
+        {"name": "low", "source": "rewards:paced"},
+        {"name": "gold", "source": "keel.examples:distinct_token_ratio", "role": "monitor"},
+    ]
+    tree["generators"] |= {"count": GENERATORS}
+    tree["buffer"] |= {"max_staleness": 1}
+    tree["scorers"] = {"threads": 1}
+    tree["evaluation"], tree["checkpoint"] = {"every_steps": 20}, {"every_steps": 5}
+    tree["metrics"] = {"port": 0, "discovery_directory": str(discovery)}
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(rewards.PACE, str(pace))
+        patch.delenv("RAY_AUTH_MODE", raising=False)
+        process = start_keel("train", str(config))
+    try:
+        wait(process, lambda: list(discovery.glob("*.json")), "the discovery file")
+        (group,) = json.loads(next(discovery.glob("*.json")).read_text())
+        with Prometheus(folder / "prometheus", shipped(folder, discovery, group["targets"][0])) as prometheus:
+            wait(process, lambda: last_step(directory) >= 6, "six steps")
+            prometheus.wait_until("keel_steps_total >= 6")
+            yield Observed(process, directory, discovery, pace, prometheus, folder / "prometheus" / "prometheus.yml")
+    finally:
+        kill(process)
+
+
+def test_promtool_accepts_the_shipped_configuration() -> None:
+    answer = subprocess.run([program("promtool"), "check", "config", str(CONFIG)], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_both_discoveries_list_the_run_and_it_is_scraped_once(observed_run: Observed) -> None:
+    prometheus = observed_run.prometheus
+    own = prometheus.page("/metrics")
+    assert 'prometheus_sd_discovered_targets{config="keel",name="scrape"} 2' in own
+    (up,) = prometheus.query('up{job="keel"}')
+    (file,) = observed_run.discovery.iterdir()
+    assert (up.value, up.labels["run"], f"keel-{up.labels['instance']}.json") == (1, RUN, file.name)
+    (steps,) = prometheus.query("keel_steps_total")
+    assert steps.labels == up.labels | {"__name__": "keel_steps_total"}
+    command = [program("promtool"), "check", "service-discovery", "--timeout=3s", str(observed_run.config), "keel"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    ways = [key for each in found for key in each["discoveredLabels"] if key in ("__meta_url", "__meta_filepath")]
+    assert sorted(ways) == ["__meta_filepath", "__meta_url"], found
+    assert {each["labels"]["instance"] for each in found} == {up.labels["instance"]}
+
+
+def test_prometheus_knows_every_metric_of_the_table(observed_run: Observed) -> None:
+    """Names (OpenMetrics names a counter without _total), types and meanings."""
+    known = observed_run.prometheus.api("metadata")
+    for metric in TABLE:
+        (said,) = known[(PREFIX + metric.name).removesuffix("_total")]
+        assert (said["type"], said["help"]) == (metric.kind, metric.meaning), metric.name
+
+
+ABSENT = {
+    "no such term in the configuration": {
+        *("kl_loss", "kl_loss_nats", "entropy_loss", "policy_entropy_nats"),
+        *("safe_threshold_nats", "safe_gate", "safe_penalty", "normaliser_mean", "normaliser_std", "objective_term"),
+    },
+    "no pairs, no rankings, no weights": {
+        *("preference_loss", "pairs", "chosen_implicit_reward", "rejected_implicit_reward", "implicit_margin"),
+        *("preference_accuracy_ratio", "chosen_logprob_nats", "rejected_logprob_nats", "chosen_log_ratio_nats"),
+        *("rejected_log_ratio_nats", "plausible_completions", "settled_ratio", "pair_disagreement"),
+        *("effective_samples", "accepted_ratio", "best_reward", "best_of_n_kl_nats", "pairs_dropped_total"),
+    },
+    "no critic": {"critic_loss", "explained_variance", "value_mean", "popart_mean", "popart_std"},
+    "no stage": {"held_out_loss", "held_out_accuracy_ratio", "epochs", "rows_dropped_total"},
+    "nothing failed so far": {
+        *("samples_failed_total", "groups_dropped_total", "workers_lost_total", "load_failures_total"),
+    },
+}
+LABELS = {
+    "reward_component": {"low", "gold"},
+    "busy_seconds_total": ROLES,
+    "workers": ROLES,
+    "workers_desired": ROLES,
+    "batches_waiting": ROLES - {"learner"},
+    "progress_timestamp_seconds": STAGES,
+}
+"""Values of the one label of a metric; of some metrics they depend on who waited for whom."""
+
+
+def test_every_series_of_such_a_run_is_there(observed_run: Observed) -> None:
+    found: dict[str, list[dict[str, str]]] = {}
+    for series in observed_run.prometheus.query(f'{{__name__=~"{PREFIX}.+"}}'):
+        found.setdefault(series.name.removeprefix(PREFIX), []).append(series.labels)
+    absent = set().union(*ABSENT.values())
+    assert set(found) == {metric.name for metric in TABLE} - absent
+    for metric in (metric for metric in TABLE if metric.name in found):
+        assert all(set(metric.labels) <= set(labels) for labels in found[metric.name]), metric.name
+        assert all(labels["run"] == RUN for labels in found[metric.name]), metric.name
+        values = {labels[metric.labels[0]] for labels in found[metric.name]} if metric.labels else set()
+        assert values >= LABELS.get(metric.name, set()), metric.name
+
+
+def tokens_of(directory: Path, steps: range) -> int:
+    batches = [schema.from_bytes((directory / "rollouts" / f"step-{step:06d}.arrow").read_bytes()) for step in steps]
+    return sum(len(tokens) for batch in batches for tokens in batch.column("completion_tokens").to_pylist())
+
+
+def test_tokens_are_those_of_the_rollout_files_at_every_scrape(observed_run: Observed) -> None:
+    prometheus = observed_run.prometheus
+    prometheus.wait_until("keel_steps_total >= 8")
+    (steps,) = prometheus.query("keel_steps_total[120s]")
+    (tokens,) = prometheus.query("keel_completion_tokens_total[120s]")
+    then = {moment: int(value) for moment, value in steps.samples}
+    assert len({*then.values()}) >= 3, then
+    for moment, value in tokens.samples:
+        assert value == tokens_of(observed_run.directory, range(1, then[moment] + 1)), (moment, then[moment])
+
+    first, last = moments_of(steps.samples)
+    window = f"{round((last - first) * 1000) + 1}ms"  # both samples are inside, whichever end of a range is open
+    expected = tokens_of(observed_run.directory, range(then[first] + 1, then[last] + 1))
+    assert expected > 0
+    found = prometheus.value(f"increase(keel_completion_tokens_total[{window}])", time=last)
+    assert found == pytest.approx(expected, rel=1e-3)
+    trained = prometheus.value(f"increase(keel_trained_tokens_total[{window}])", time=last)
+    assert trained == pytest.approx(expected, rel=1e-3)
+
+
+def moments_of(steps: Samples) -> tuple[float, float]:
+    """The first scrape that saw a step, and the last that saw a new one."""
+    changed = [late[0] for early, late in itertools.pairwise(steps) if late[1] > early[1]]
+    return changed[0], changed[-1]
+
+
+def test_busy_and_idle_seconds_are_those_of_all_that_serve(observed_run: Observed) -> None:
+    """Over the wall time by Prometheus' clock within some per cent, and exactly over the time the run itself counted."""
+    prometheus = observed_run.prometheus
+    (wanted,) = prometheus.query('keel_workers{role="generator"}[12s]')
+    (first, _), (last, _) = wanted.samples[0], wanted.samples[-1]
+    counted = f"{{__name__=~'keel_(busy|idle|phase)_seconds_total'}}[{round((last - first) * 1000) + 1}ms]"
+    seconds = {"run": 0.0} | dict.fromkeys(ROLES, 0.0)
+    for series in prometheus.query(counted, time=last):
+        by_time = dict(series.samples)
+        seconds[series.labels.get("role", "run")] += by_time[last] - by_time.get(first, 0.0)
+    assert seconds["run"] == pytest.approx(last - first, abs=1.5)  # written down once a second
+    workers = {series.labels["role"]: series.value for series in prometheus.query("keel_workers", time=last)}
+    assert workers == dict.fromkeys(ROLES, 1.0) | {"generator": GENERATORS}
+    for role, serving in workers.items():
+        assert seconds[role] / seconds["run"] == pytest.approx(serving, rel=0.02), (role, seconds)
+        assert seconds[role] / (last - first) == pytest.approx(serving, rel=0.15), (role, seconds)
+
+
+# ---- tests that only ask this live run come here, before it loses a generator
+
+
+def test_a_lost_generator_is_seen_and_every_series_goes_on(observed_run: Observed) -> None:
+    prometheus = observed_run.prometheus
+    before = prometheus.query(f'{{__name__=~"{PREFIX}.+"}}')
+    began = before[0].samples[-1][0]
+    next(filter(is_generator, psutil.Process(observed_run.process.pid).children(recursive=True))).kill()
+    prometheus.wait_until('keel_workers_lost_total{role="generator"} == 1')
+    prometheus.wait_until('keel_workers{role="generator"} == 1')
+    steps = prometheus.value("keel_steps_total")
+    prometheus.wait_until('keel_workers{role="generator"} == 2', PATIENCE_SECONDS)
+    prometheus.wait_until(f"keel_steps_total >= {steps + 2}", PATIENCE_SECONDS)
+
+    ended = prometheus.query("keel_steps_total[10s]")[0].samples[-1][0]
+    window = f"{round(ended - began)}s"
+    after = {key_of(each): each for each in prometheus.query(f'{{__name__=~"{PREFIX}.+"}}[{window}]', time=ended)}
+    for series in before:
+        check_goes_on(after[key_of(series)], began, ended)
+    lost = prometheus.query("keel_workers_lost_total")
+    assert [(each.labels["role"], each.value) for each in lost] == [("generator", 1)]
+    assert prometheus.query('up{job="keel"}')[0].value == 1
+
+
+def key_of(series: Series) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(series.labels.items()))
+
+
+def check_goes_on(series: Series, began: float, ended: float) -> None:
+    times = [moment for moment, _ in series.samples]
+    gaps = [late - early for early, late in itertools.pairwise([began, *times, ended])]
+    assert max(gaps) <= GAP_SECONDS, (series.labels, max(gaps))
+    if series.name.endswith("_total"):
+        values = [value for _, value in series.samples]
+        assert values == sorted(values), series.labels
+
+
+def test_the_discovery_file_goes_with_the_run(observed_run: Observed) -> None:
+    assert len(list(observed_run.discovery.iterdir())) == 1
+    observed_run.pace.unlink()
+    code, _, err = finish(observed_run.process)
+    assert code == 0, err
+    assert len(durable.read_json_lines(observed_run.directory / "metrics.jsonl")) == STEPS
+    assert list(observed_run.discovery.iterdir()) == []
+    found: Any = None
+
+    def gone() -> bool:
+        nonlocal found
+        found = observed_run.prometheus.page("/metrics")
+        return 'prometheus_sd_discovered_targets{config="keel",name="scrape"} 1' in found  # /sd was the last one's
+
+    wait_for(gone, 30, "Prometheus to forget the file")
