@@ -61,9 +61,10 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
+    + ["capacity", "preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
     [
         "losses",
+        "room",
         "worker",
         "pool",
         "cluster",
@@ -84,7 +85,7 @@ LAYERS = [
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "worker", "pool", "cluster", "gang", "control"},
+    "ray": {"losses", "room", "worker", "pool", "cluster", "gang", "control"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},
