@@ -65,6 +65,7 @@ LAYERS = [
     [
         "losses",
         "room",
+        "meeting",
         "worker",
         "pool",
         "cluster",
@@ -85,7 +86,7 @@ LAYERS = [
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "room", "worker", "pool", "cluster", "gang", "control"},
+    "ray": {"losses", "room", "meeting", "worker", "pool", "cluster", "gang", "control"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},
