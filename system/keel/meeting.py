@@ -5,7 +5,7 @@ import socket
 
 import ray
 
-_PORTS = range(20_000, 32_000)
+PORTS = range(20_000, 32_000)
 """Below the range the kernel hands out by itself and above Ray's."""
 
 
@@ -16,9 +16,9 @@ class MeetingPoint:
     torch's store, which asks for that, can listen at it while it is held: there is no moment in which it is free.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ports: range = PORTS) -> None:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-        for port in random.sample(_PORTS, 100):
+        for port in random.sample(ports, min(len(ports), 100)):
             held = socket.socket(family)
             if family == socket.AF_INET6:
                 held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -28,10 +28,10 @@ class MeetingPoint:
                 held.close()
                 continue
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._held, self._port = held, port
+            self._held, self.port = held, port
             return
-        raise OSError(f"none of 100 ports between {_PORTS.start} and {_PORTS.stop} is free")
+        raise OSError(f"no port from {ports.start} to {ports.stop - 1} is free")
 
     def where(self) -> tuple[str, int]:
         """Address of the node, and the port."""
-        return ray.util.get_node_ip_address(), self._port
+        return ray.util.get_node_ip_address(), self.port
