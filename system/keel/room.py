@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import ray
 from ray._private import state
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.capacity import Amounts, free_words, words
@@ -62,6 +62,10 @@ class Room:
             return (f"{self.ranks} x " if self.ranks > 1 else "") + words(self.bundles[0])
         return words({name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in self._names()})
 
+    def placed(self) -> bool:
+        """Ray has found it, though nobody may have been there yet."""
+        return placement_group_table(self.group)["state"] == "CREATED"
+
     def free(self) -> str:
         """What is free of the resources it asks for, by node."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
@@ -105,8 +109,10 @@ class Wait:
         while not self._found and (now := time.monotonic()) < until:
             self._found = await self.room.granted(min(until, self._tells) - now)
             if not self._found and time.monotonic() >= self._tells:
-                self._told = True
                 self._tells = time.monotonic() + TOLD_EVERY_SECONDS
+                if self.room.placed():  # the first process there is slow to start
+                    continue
+                self._told = True
                 self._observer.waiting_for_room(self.who, self.room.asked(), self.room.free())
         return self._found
 

@@ -128,11 +128,8 @@ def _conduct(
     port = metrics.serve(settings.metrics)
     display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
     display.doing("starting Ray, learner")
-    cluster.connect(online)
-    try:
+    with cluster.joined(online, {"learner": online.learners.count}):
         return asyncio.run(train(metrics, display, started))
-    finally:
-        cluster.disconnect()
 
 
 async def ready(settings: StageSettings, learner: Gang) -> None:
