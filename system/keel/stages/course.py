@@ -139,7 +139,9 @@ async def ready(settings: StageSettings, learner: Gang) -> None:
         async with asyncio.timeout(seconds):
             await learner.ready()
     except TimeoutError:
-        raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds)") from None
+        room = learner.room
+        why = "" if room.placed() else f": no room for {room.asked()}; {room.free()}"
+        raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds){why}") from None
 
 
 async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:
