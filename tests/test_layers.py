@@ -70,9 +70,11 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
+    + ["capacity", "preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
     [
         "losses",
+        "room",
+        "meeting",
         "worker",
         "pool",
         "cluster",
@@ -94,7 +96,7 @@ LAYERS = [
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "worker", "pool", "cluster", "gang", "control"},
+    "ray": {"losses", "room", "meeting", "worker", "pool", "cluster", "gang", "control"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

@@ -5,20 +5,25 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from fakes import settings_for
+from keel import durable
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder
 
 
 class Quiet:
-    """A display that shows nothing, and keeps the lines of steps."""
+    """A display that shows nothing, and keeps all."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.now = ""
 
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
-    def doing(self, what: str) -> None: ...
+    def doing(self, what: str) -> None:
+        self.now = what
 
     def step(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
@@ -38,3 +43,30 @@ def test_a_step_says_how_far_the_run_goes_and_where_its_seconds_went(tmp_path: P
     busy, queue = line["busy_seconds_total"]["scorer"], line["queue_seconds_total"]["scorer"]
     assert busy > 0 and abs(queue - 3 * busy) < 1e-9
     assert line["idle_seconds_total"] == {"scorer/weight_sync": busy}
+
+
+def test_of_many_that_wait_for_room_one_speaks_for_all(tmp_path: Path) -> None:
+    prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
+    display = Quiet()
+    recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), display)
+    free = "free are 1, 0 CPUs on 2 nodes"
+    for _ in range(2):  # as after 5 and after 65 seconds
+        recorder.waiting_for_room("generator-1", "2 CPUs", free)
+        recorder.waiting_for_room("generator-2", "2 CPUs", free)
+    first = f"waiting for room for generator-1 (2 CPUs): {free}"
+    many = f"waiting for room for generator-1 (2 CPUs) and 1 more: {free}"
+    assert display.notes == [first, many.replace("generator-1", "generator-2"), many]
+    assert display.now == "waiting for room for generator-1"
+    recorder.doing("learner step")
+    assert display.now == "learner step"
+    recorder.waited_for_room("generator-1", 66.3, found=True)
+    recorder.waiting_for_room("generator-2", "2 CPUs", free)
+    recorder.waited_for_room("generator-2", 70.0, found=False)
+    assert display.notes[3:] == ["room for generator-1 after 66 s", first.replace("generator-1", "generator-2")]
+    assert display.now == "learner step"  # others work
+    events = [(each["event"], each["who"]) for each in durable.read_json_lines(tmp_path / "events.jsonl")]
+    assert events == [
+        ("waiting_for_room", "generator-1"),
+        ("waiting_for_room", "generator-2"),
+        ("room_found", "generator-1"),
+    ]

@@ -18,10 +18,34 @@ class BufferSettings(Section):
     )
 
 
+_OF_RAY = {"CPU": "the setting threads", "GPU": "the setting gpus"}
+"""Resources that Ray itself names -> what to use instead."""
+
+
 class WorkerSettings(Section):
     count: int = Field(1, ge=1, description="actors")
     threads: int = Field(2, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")
-    gpus: float = Field(0, ge=0, description="GPUs an actor asks Ray for")
+    gpus: float = Field(0, ge=0, description="GPUs an actor asks Ray for: a share of one, or a whole number")
+    resources: dict[str, float] = Field(
+        {}, description="custom Ray resources an actor asks for, as nodes of the cluster offer them: {highmem: 1}"
+    )
+
+    @model_validator(mode="after")
+    def _resources_are_custom(self) -> Self:
+        for name, amount in self.resources.items():
+            setting = f"resources.{name}={amount:g}"
+            if name in (*_OF_RAY, "memory", "object_store_memory", "") or name.startswith(("node:", "bundle")):
+                instead = _OF_RAY.get(name, "a resource that nodes were started with")
+                raise ValueError(f"{setting}: Ray's own; expected {instead}")
+            if amount <= 0 or (amount > 1 and amount != int(amount)):
+                raise ValueError(f"{setting}: expected a share above 0 and below 1, or a whole number")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_whole(self) -> Self:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus={self.gpus}: Ray shares no more than one; expected at most 1, or a whole number")
+        return self
 
 
 class GeneratorSettings(WorkerSettings):
@@ -29,6 +53,16 @@ class GeneratorSettings(WorkerSettings):
     kv_cache_bytes: int = Field(2**30, ge=2**26, description="key-value cache of one generator")
     max_sequences: int = Field(64, ge=1, description="sequences decoded together")
     enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
+    tensor_parallel: int = Field(
+        1, ge=1, description="GPUs that share one generator's model, on one node; each asks for `gpus`, which is 1 then"
+    )
+
+    @model_validator(mode="after")
+    def _ranks_have_a_gpu_each(self) -> Self:
+        if self.tensor_parallel > 1 and self.gpus != 1:
+            why = "vLLM's Ray executor refuses CPUs" if not self.gpus else "vLLM gives each of its ranks one whole GPU"
+            raise ValueError(f"tensor_parallel={self.tensor_parallel}: gpus={self.gpus:g}, and {why}; expected gpus=1")
+        return self
 
 
 class ReferenceSettings(WorkerSettings):
@@ -80,6 +114,9 @@ class ClusterSettings(Section):
     address: str | None = Field(None, description="Ray address; null: an embedded Ray on this machine")
     cpus: int | None = Field(
         None, ge=1, description="CPUs the embedded Ray promises; null: twice what the actors ask for, room to scale"
+    )
+    wait_for_nodes: bool = Field(
+        False, description="nodes may still join: wait for room instead of refusing what the cluster does not hold"
     )
     object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
     min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")

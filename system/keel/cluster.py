@@ -8,9 +8,9 @@ Every stage method returns (batch, receipt): the driver awaits the small receipt
 go actor -> object store -> actor.
 """
 
+import contextlib
 import os
-from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,15 +19,18 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import ObjectLostError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from keel import capacity, room
 from keel.actor_settings import ClusterSettings, WorkerSettings
 from keel.buffer import RolloutBuffer
+from keel.config import ConfigError
 from keel.generate import VllmGenerator
 from keel.losses import GONE, cause_of, init_failed, last_line
 from keel.parts import Observer
-from keel.pool import Pool, Spawn
+from keel.pool import Pool
 from keel.protocols import AddReceipt, Batch, BufferLost, BuildFailed, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
+from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 
@@ -57,32 +60,31 @@ def disconnect() -> None:
     ray.shutdown()
 
 
+@contextlib.contextmanager
+def joined(settings: Settings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[None]:
+    """A cluster with room for so many workers of each role, or for one of each; left at the end.
+
+    Raises ConfigError where there never can be. What others occupy now may come free, and is waited for.
+    """
+    connect(settings)
+    try:
+        asked = capacity.asks(settings, counts)
+        least = capacity.one_of_each(asked) if degraded else asked
+        if not settings.cluster.wait_for_nodes and (found := capacity.problems(least, room.nodes(), room.limits())):
+            raise ConfigError("; ".join(found))
+        yield
+    finally:
+        disconnect()
+
+
 def request(settings: Settings, counts: Mapping[str, int]) -> None:
     """Ask Ray's autoscaler, if there is one, for nodes that hold so many workers of each role."""
-    request_resources(bundles=_bundles(settings, counts))
+    request_resources(bundles=[ask.each for ask in capacity.asks(settings, counts) for _ in range(ask.count)])
 
 
 def holds(settings: Settings, counts: Mapping[str, int]) -> bool:
-    """Whether all nodes together have the CPUs and GPUs of so many workers of each role."""
-    there, asked = ray.cluster_resources(), Counter[str]()
-    for bundle in _bundles(settings, counts):
-        asked.update(bundle)
-    return all(amount <= there.get(name, 0.0) for name, amount in asked.items())
-
-
-def _bundles(settings: Settings, counts: Mapping[str, int]) -> list[dict[str, float]]:
-    roles: dict[str, WorkerSettings | None] = {
-        "generator": settings.generators,
-        "reference": settings.reference,
-        "scorer": settings.scorers,
-        "learner": settings.learners,
-    }
-    bundles: list[dict[str, float]] = []
-    for role, count in counts.items():
-        by = roles[role]
-        assert by is not None, role
-        bundles += [{"CPU": float(by.threads)} | ({"GPU": by.gpus} if by.gpus else {})] * count
-    return bundles
+    """Whether the nodes, were they empty, have room for so many workers of each role."""
+    return capacity.packs(capacity.asks(settings, counts), room.nodes())
 
 
 async def fetch(batch: Batch) -> pa.RecordBatch:
@@ -96,12 +98,6 @@ async def fetch(batch: Batch) -> pa.RecordBatch:
 def _workers(settings: Settings) -> list[WorkerSettings]:
     own = [settings.generators, settings.scorers, settings.learners]
     return own + ([settings.reference] if settings.reference else [])
-
-
-def _spawner(actor_class: type, workers: WorkerSettings, arguments: Callable[[int], tuple[Any, ...]]) -> Spawn:
-    """Ray sets OMP_NUM_THREADS to an actor's CPU request, so threads and CPUs are one number."""
-    remote = ray.remote(num_cpus=workers.threads, num_gpus=workers.gpus)(actor_class)
-    return lambda index: remote.remote(*arguments(index))
 
 
 class GeneratorPool:
@@ -200,7 +196,7 @@ def generators(
 ) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
     by = settings.generators
-    spawn = _spawner(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}"))
+    spawn = Spawn(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}"))
     return GeneratorPool(
         _pool("generator", spawn, by.count, settings, observer), settings.deadlines.generate_seconds, given
     )
@@ -210,7 +206,7 @@ def reference(settings: Settings, folder: str, observer: Observer | None = None)
     """The frozen reference policy."""
     by, temperature = settings.reference, settings.sampling.temperature
     assert by is not None
-    spawn = _spawner(ReferenceScorer, by, lambda index: (folder, by, temperature, f"reference-{index}"))
+    spawn = Spawn(ReferenceScorer, by, lambda index: (folder, by, temperature, f"reference-{index}"))
     return ScorerPool(_pool("reference", spawn, by.count, settings, observer), settings.deadlines.score_seconds)
 
 
@@ -219,7 +215,7 @@ def scorers(settings: Settings, reference_folder: str | None, observer: Observer
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     by = settings.scorers
     rewards = (settings.rewards, settings.ensemble, by.threads)
-    spawn = _spawner(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus))
+    spawn = Spawn(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus))
     scorer = _pool("scorer", spawn, by.count, settings, observer)
     return [*pools, ScorerPool(scorer, settings.deadlines.score_seconds)]
 

@@ -1,81 +1,77 @@
 """Learner ranks as Ray actors that move together: every call goes to all, rank 0 answers; one lost, all lost.
 
-Room (a placement group) -> ranks -> call ... call -> LearnerLost: stop, and a new gang at a new port
+Room (room.py) -> a port on rank 0's node -> ranks -> call ... call -> LearnerLost: stop, and a new gang at a new port
 """
 
 import asyncio
-import random
-import socket
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
-from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.actor_settings import LearnerSettings
+from keel.capacity import bundles
 from keel.learn import DeepSpeedLearner
 from keel.losses import GONE, cause_of, init_failed, last_line
+from keel.meeting import MeetingPoint
+from keel.parts import Observer
 from keel.protocols import Batch, BuildFailed, LearnerLost, LoadReceipt, StepReport
+from keel.room import Room, Wait
 from keel.settings import Settings
 
 _GRACE_SECONDS = 15
 """Between the first error of a rank and the others': a dead rank makes the rest fail, and is noticed last."""
 
 
-class Room:
-    """CPUs and GPUs for so many ranks, all or none of them."""
-
-    def __init__(self, learners: LearnerSettings, ranks: int) -> None:
-        self.ranks = ranks
-        bundle = {"CPU": float(learners.threads)} | ({"GPU": learners.gpus} if learners.gpus else {})
-        self.group = placement_group([bundle] * ranks, strategy="PACK")
-        self._ready: asyncio.Future[Any] | None = None
-
-    async def granted(self, seconds: float | None = None) -> bool:
-        """Whether Ray finds it within so many seconds; None: however long it takes. Again, when a node was lost."""
-        if self._ready is None or self._ready.done():
-            self._ready = asyncio.ensure_future(_answer(self.group.ready()))
-        return bool((await asyncio.wait([self._ready], timeout=seconds))[0])
-
-    def release(self) -> None:
-        remove_placement_group(self.group)
+def room_for(learners: LearnerSettings, ranks: int) -> Room:
+    """Room for a gang: its ranks need not be on one node."""
+    return Room(bundles(learners) * ranks, "PACK")
 
 
-async def largest_room(learners: LearnerSettings, ranks: int, seconds: float, last_seconds: float) -> Room:
+async def largest_room(
+    learners: LearnerSettings, ranks: int, seconds: float, last_seconds: float, observer: Observer | None = None
+) -> Room:
     """Room for `ranks`; after so many seconds without it, for as many as there is room.
 
     For one rank it waits `last_seconds`: a cluster may be growing. Raises LearnerLost then.
     """
     for count in range(ranks, 0, -1):
-        room = Room(learners, count)
-        if await room.granted(last_seconds if count == 1 else seconds if count == ranks else 2.0):
-            return room
+        room = room_for(learners, count)
+        patience = last_seconds if count == 1 else seconds if count == ranks else 2.0
+        try:
+            with Wait(room, "the learner", observer or Observer()) as wait:
+                if await wait.granted(patience):
+                    return room
+        except asyncio.CancelledError:
+            room.release()
+            raise
+        asked, free = room.asked(), room.free()
         room.release()
-    asked = f"{learners.threads} CPUs" + (f" and {learners.gpus:g} GPUs" if learners.gpus else "")
-    raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {last_seconds:.0f} s")
+    raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {last_seconds:.0f} s; {free}")
 
 
 class Gang:
     """Ranks of one class. `arguments` come before rank, ranks, address and port in its constructor."""
 
     def __init__(self, actor_class: type, learners: LearnerSettings, *arguments: Any, room: Room | None = None) -> None:
-        self.room = room or Room(learners, learners.count)
+        self.room = room or room_for(learners, learners.count)
         self._own_room = room is None
-        self._remote = ray.remote(num_cpus=learners.threads, num_gpus=learners.gpus)(actor_class)
-        self._arguments = arguments
+        self._actor_class, self._arguments = actor_class, arguments
         self.ranks: list[Any] = []
 
     async def ready(self) -> None:
         """The room is granted and all ranks have met there."""
         await self.room.granted()
-        address, port = _meeting_point(self.room)
-        for rank in range(self.room.ranks):
-            place = PlacementGroupSchedulingStrategy(self.room.group, placement_group_bundle_index=rank)
-            actor = self._remote.options(scheduling_strategy=place)
-            self.ranks.append(actor.remote(*self._arguments, rank, self.room.ranks, address, port))
-        await self._all("start", [rank.__ray_ready__.remote() for rank in self.ranks])
+        meeting = self.room.beside(MeetingPoint).remote()
+        try:
+            address, port = await _met(meeting)
+            for rank in range(self.room.ranks):
+                actor = self.room.place(self._actor_class, rank)
+                self.ranks.append(actor.remote(*self._arguments, rank, self.room.ranks, address, port))
+            await self._all("start", [rank.__ray_ready__.remote() for rank in self.ranks])
+        finally:
+            ray.kill(meeting, no_restart=True)  # rank 0 listens there now, or nobody will
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """The method on every rank; rank 0's answer. Raises LearnerLost, or what the ranks raised."""
@@ -111,6 +107,16 @@ class Gang:
             if error is not None:
                 raise error
         return [answer.result() for answer in answers]
+
+
+async def _met(meeting: Any) -> tuple[str, int]:
+    """Where the ranks of a gang are to find each other. Raises LearnerLost, and BuildFailed where no port is free."""
+    try:
+        return await meeting.where.remote()
+    except GONE as error:
+        if init_failed(error):
+            raise BuildFailed(f"the ranks have no place to meet: {last_line(error)}") from error
+        raise LearnerLost("the node of the first learner rank is gone") from error
 
 
 async def _answer(reference: Any) -> Any:
@@ -154,21 +160,3 @@ class LearnerGang(Gang):
 
     async def renew_reference(self, folder: str) -> None:
         await self.call("renew_reference", folder)
-
-
-def _meeting_point(room: Room) -> tuple[str, int]:
-    """Address of rank 0's machine and a free port there, where the ranks find each other.
-
-    Below the range the kernel hands out by itself and above Ray's: nobody takes it before rank 0 has it.
-    """
-    nodes = placement_group_table(room.group)["bundles_to_node_id"]
-    addresses = [each["NodeManagerAddress"] for each in ray.nodes() if each["Alive"] and each["NodeID"] == nodes.get(0)]
-    if not addresses:
-        raise LearnerLost("the node of the first learner rank is gone")
-    address = addresses[0]
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe:
-            probe.settimeout(1)
-            if probe.connect_ex((address, port)):  # nobody answers there
-                return address, port
-    raise OSError(f"no free port between 20000 and 32000 on {address}")

@@ -1,6 +1,7 @@
 """vLLM behind the Generator protocol: token ids in, token ids and log-probs out, one engine in this process.
 
-On CPU `vllm.LLM` runs in-process (one process an actor; vLLM's own Ray executor refuses CPUs). The class is the only
+`vllm.LLM` runs in-process, one process an actor. With `tensor_parallel` vLLM's own Ray executor starts an actor for
+each GPU inside the generator's room; it refuses CPUs, and no such engine was run here. The class is the only
 thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
 """
 
@@ -19,12 +20,43 @@ from keel.actor_settings import GeneratorSettings
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
 
 
+def environment(settings: GeneratorSettings) -> dict[str, str]:
+    """Variables of the engine's process. Ranks of a tensor parallel engine go into the bundles behind the actor's."""
+    ranks = settings.tensor_parallel
+    bundles = {"VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, range(1, ranks + 1)))} if ranks > 1 else {}
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, no serialisation
+        "OMP_NUM_THREADS": str(settings.threads),
+        **bundles,
+    }
+
+
+def engine_arguments(folder: str, settings: GeneratorSettings, max_model_tokens: int) -> dict[str, Any]:
+    """What vLLM is told. One GPU or none: the worker in the engine's process; more: a Ray actor for each."""
+    ranks = settings.tensor_parallel
+    parallel = {"tensor_parallel_size": ranks, "distributed_executor_backend": "ray"} if ranks > 1 else {}
+    return {
+        "model": folder,
+        "load_format": "safetensors",  # a pickle is never opened
+        "dtype": settings.dtype,
+        "max_model_len": max_model_tokens,
+        "max_num_seqs": settings.max_sequences,
+        "kv_cache_memory_bytes": settings.kv_cache_bytes,
+        "enforce_eager": settings.enforce_eager,
+        "enable_chunked_prefill": settings.gpus > 0,  # on CPU a seeded prompt read in two parts is an error of vLLM's
+        "logprobs_mode": "processed_logprobs",  # after temperature and top-p: the distribution that was sampled
+        "generation_config": "vllm",  # no sampling default of the model's may slip in
+        "disable_log_stats": True,
+        "seed": 0,
+        **parallel,
+    }
+
+
 class VllmGenerator:
     """One vLLM engine on one model folder. Not thread-safe: one call at a time, as a Ray actor gives it."""
 
     def __init__(self, folder: str, settings: GeneratorSettings, max_model_tokens: int, name: str) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engine and worker in this process, no serialisation
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+        os.environ |= environment(settings)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         import torch
@@ -36,20 +68,7 @@ class VllmGenerator:
         self.version = 0
         self._expected = weights.checkpoint_shapes(Path(folder))
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self._engine: Any = LLM(
-            model=folder,
-            load_format="safetensors",  # a pickle is never opened
-            dtype=settings.dtype,
-            max_model_len=max_model_tokens,
-            max_num_seqs=settings.max_sequences,
-            kv_cache_memory_bytes=settings.kv_cache_bytes,
-            enforce_eager=settings.enforce_eager,
-            enable_chunked_prefill=settings.gpus > 0,  # on CPU a seeded prompt read in two parts is an error of vLLM's
-            logprobs_mode="processed_logprobs",  # after temperature and top-p: the distribution that was sampled
-            generation_config="vllm",  # no sampling default of the model's may slip in
-            disable_log_stats=True,
-            seed=0,
-        )
+        self._engine: Any = LLM(**engine_arguments(folder, settings, max_model_tokens))
         torch.set_num_threads(settings.threads)  # vLLM may have set 1
 
     def generate(

@@ -65,6 +65,11 @@ class Occupancy:
         return counted
 
     @property
+    def starting(self) -> bool:
+        """Nobody works yet."""
+        return self._phase == "start"
+
+    @property
     def waiting(self) -> dict[str, float]:
         """Batches in line, by role."""
         return {name: float(role.waiting) for name, role in self._roles.items()}

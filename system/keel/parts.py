@@ -46,6 +46,12 @@ class Observer:
     def tick(self) -> None:
         """A second went by: what is counted while it passes may be written down."""
 
+    def waiting_for_room(self, who: str, asked: str, free: str) -> None:
+        """A worker or the learner has been waiting: what for, and what is free. Again and again while it lasts."""
+
+    def waited_for_room(self, who: str, seconds: float, *, found: bool) -> None:
+        """It does not wait any more: it has its room, or is not wanted now."""
+
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
 
     async def checkpoint(self, step: int) -> None: ...

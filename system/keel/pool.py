@@ -3,17 +3,17 @@
     call -> a serving worker's turn -> answer | WorkerLost (and in the background: kill, spawn, load, serve again)
 
 A worker that dies, misses a deadline, breaks the column contract or fails a load is lost. Only a worker that has
-started and holds the newest load serves. Calls go on as long as one does; they wait while none does.
+started and holds the newest load serves. Calls go on as long as one does; they wait while none does. A worker that
+waits for room is no failing worker.
 """
 
 import asyncio
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.actor_settings import DeadlineSettings
@@ -21,14 +21,9 @@ from keel.losses import GONE, cause_of, own_fault, why
 from keel.parts import Observer
 from keel.protocols import LearnerLost, LoadReceipt, WorkerLost
 from keel.schema import ContractError
-from keel.worker import Worker
+from keel.worker import NoWorkers, Spawn, Worker
 
-Spawn = Callable[[int], ActorHandle]
 _BACK_OFF_SECONDS = 30.0
-
-
-class NoWorkers(RuntimeError):
-    """Nobody of a role serves, and those that were started in their place did not come up either."""
 
 
 class Pool:
@@ -221,12 +216,13 @@ class Pool:
         task.add_done_callback(came)
 
     async def _start(self, index: int) -> None:
-        """Spawn, load, serve; again and again while others serve, `restarts` times when nobody does."""
+        """Room, spawn, load, serve; again and again while others serve, `restarts` times when nobody does."""
         began = time.monotonic()
         back_off, alone = 1.0, 0
         while True:
-            worker = Worker(index, f"{self.role}-{index}", self._spawn(index))
+            worker = Worker(index, f"{self.role}-{index}", self._spawn)
             try:
+                await worker.settle(lambda: self.serving, self._deadlines.start_seconds, self._observer)
                 await self._come_up(worker)
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
                 worker.kill()
@@ -240,7 +236,7 @@ class Pool:
                 await asyncio.sleep(back_off)
                 back_off = min(2 * back_off, _BACK_OFF_SECONDS)
                 continue
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, NoWorkers):
                 worker.kill()
                 raise
             break
@@ -268,7 +264,9 @@ class Pool:
             self._lose(worker, f"{why(error, self._deadlines.load_seconds)} during load")
 
     async def _retire(self, worker: Worker) -> None:
-        async with worker.turn:
+        try:
+            await worker.turn.acquire()
+        finally:  # also when the pool ends meanwhile
             worker.kill()
 
     def _tell_lost(self, worker: str, reason: str) -> None:

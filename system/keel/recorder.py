@@ -45,6 +45,7 @@ class Recorder(Observer):
         metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
         self.finished = self._renewed = False
         self._before: dict[str, Any] | None = None
+        self._without_room: list[str] = []
         self.furthest = 0
         """The last step that was ever recorded."""
 
@@ -73,6 +74,27 @@ class Recorder(Observer):
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
         self.occupancy.occupied(role, running, waiting, serving)
         self.metrics.set({"batches_waiting": {role: float(waiting)}})
+
+    def waiting_for_room(self, who: str, asked: str, free: str) -> None:
+        """An event for each that waits; when many do, the first of them speaks for all."""
+        new = who not in self._without_room
+        if new:
+            self._without_room.append(who)
+            self.event("waiting_for_room", who=who, asked=asked, reason=free)
+        if new or who == self._without_room[0]:
+            others = len(self._without_room) - 1
+            whom = f"{who} ({asked})" + (f" and {others} more" if others else "")
+            self.display.note(f"waiting for room for {whom}: {free}")
+            if self.occupancy.starting:
+                self.display.doing(f"waiting for room for {who}")
+
+    def waited_for_room(self, who: str, seconds: float, *, found: bool) -> None:
+        self._without_room.remove(who)
+        if found:
+            self.event("room_found", who=who, seconds=round(seconds, 3))
+            self.display.note(f"room for {who} after {seconds:.0f} s")
+            if self.occupancy.starting:
+                self.display.doing(f"starting {who}")
 
     def tick(self) -> None:
         self.metrics.add(self.occupancy.drain())

@@ -46,11 +46,8 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
     rows.append(_rows(run_directory, step, ("quarantine", "rollouts")))
     prepared = preflight.prepare(settings)
     display.doing("starting Ray, learner")
-    cluster.connect(settings)
-    try:
+    with cluster.joined(settings, {"learner": settings.learners.count}):
         report, refused = asyncio.run(_replay(prepared, start, rows, display))
-    finally:
-        cluster.disconnect()
     return Replayed(step, start, refused, _beside(run_directory, step, report))
 
 

@@ -14,9 +14,10 @@ from typing import Any
 from keel import cluster, durable
 from keel.control import ControlLink
 from keel.controller import Controller
-from keel.gang import Gang, Room
+from keel.gang import Gang, room_for
 from keel.parts import Observer
 from keel.pool import Pool
+from keel.room import Room
 from keel.settings import Settings
 
 _POLL_SECONDS = 1.0
@@ -30,6 +31,11 @@ def configured(settings: Settings, directory: Path) -> dict[str, int]:
     counts = {"generator": settings.generators.count, "scorer": settings.scorers.count}
     reference = {"reference": settings.reference.count} if settings.reference else {}
     return counts | reference | {"learner": settings.learners.count}
+
+
+def has_run(directory: Path) -> bool:
+    """Whether the run was up once, with whatever counts."""
+    return (directory / "scale.json").is_file()
 
 
 class Scaling:
@@ -85,7 +91,7 @@ class Scaling:
             self.release()
         if more <= 0:
             return more < 0
-        self._spare = self._spare or Room(self.settings.learners, more)
+        self._spare = self._spare or room_for(self.settings.learners, more)
         return await self._spare.granted(0.1)
 
     def end(self) -> None:

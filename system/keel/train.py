@@ -20,6 +20,7 @@ Outcome: first and last evaluation on the same held-out prompts
 """
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -47,6 +48,7 @@ from keel.settings import Settings
 
 PARITY_PROMPTS = 8
 INTERRUPTED = 130
+_STARTING = "starting Ray, generators, scorers, learner"
 _END_SECONDS = 20.0
 
 
@@ -80,23 +82,28 @@ def run(prepared: Prepared, display: Display) -> Outcome:
 
 def _run_alone(prepared: Prepared, display: Display) -> None:
     settings, directory = prepared.settings, prepared.directory
-    durable.write(directory / "config.yaml", config.dump(settings).encode())
-    recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
-    saved = _newest(recorder)
-    if saved.over(settings):
-        return
-    with endpoint.serving(settings.metrics, settings.run.name, directory, recorder.metrics.page) as url:
+    with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
+        new = not checkpoint.committed(directory) and not scaling.has_run(directory)
+        counts = scaling.configured(settings, directory)
+        if new:  # Ray first: what its cluster can never hold leaves nothing behind
+            display.doing(_STARTING)
+            ray.enter_context(cluster.joined(settings, counts))
+        durable.write(directory / "config.yaml", config.dump(settings).encode())
+        recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
+        saved = _newest(recorder)
+        if saved.over(settings):
+            return
+        page = recorder.metrics.page
+        url = last.enter_context(endpoint.serving(settings.metrics, settings.run.name, directory, page))
         display.note(f"metrics: {url}")
+        last.enter_context(recorder.tracking)  # finished after Ray: an interrupted run has not long
         if saved.path:
             display.note(f"resuming from {saved.path.name}")
             recorder.event("resume", step=saved.version)
-        display.doing("starting Ray, generators, scorers, learner")
-        with recorder.tracking:  # finished last: an interrupted run has not long, and Ray goes first
-            cluster.connect(settings)
-            try:
-                asyncio.run(_Run(prepared, recorder).to_the_end(saved))
-            finally:
-                cluster.disconnect()
+        if not new:
+            display.doing(_STARTING)
+            ray.enter_context(cluster.joined(settings, counts, degraded=True))
+        asyncio.run(_Run(prepared, recorder).to_the_end(saved))
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,7 @@ class _Run:
                 return self.room
             self.room.release()
         last = self.settings.deadlines.start_seconds
-        self.room = await gang.largest_room(self.settings.learners, ranks, patience, max(patience, last))
+        self.room = await gang.largest_room(self.settings.learners, ranks, patience, max(patience, last), self.recorder)
         if self.room.ranks < ranks:
             self.recorder.event("degraded", role="learner", desired=ranks, actual=self.room.ranks)
             self.recorder.display.note(f"no room for {ranks} learner ranks: going on with {self.room.ranks}")

@@ -102,7 +102,7 @@ def load_engine(engine: Any, weights: Weights, expected: dict[str, tuple[int, ..
 
 
 def _reload(worker: Any, weights: Weights) -> None:
-    """Runs in the vLLM worker, which is this process."""
+    """Runs in the vLLM worker: this process, or with tensor parallelism that of each rank."""
     worker.model_runner.reload_weights(weights_iterator=unpack(weights))
     _repack_heads(worker.model_runner.get_model())
 

@@ -1,26 +1,73 @@
-"""One actor of a pool: its turn, the weights it proved, and its end."""
+"""One actor of a pool: its room, its turn, the weights it proved, and its end."""
 
 import asyncio
 import contextlib
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
-from keel.actor_settings import DeadlineSettings
+from keel.actor_settings import DeadlineSettings, WorkerSettings
+from keel.capacity import bundles
+from keel.parts import Observer
 from keel.protocols import LoadReceipt
+from keel.room import Room, Wait
+
+
+class NoWorkers(RuntimeError):
+    """Nobody of a role serves, and those that were started in their place did not come up either."""
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """What the workers of a role are made of."""
+
+    actor_class: type
+    workers: WorkerSettings
+    arguments: Callable[[int], tuple[Any, ...]]
+    """Of the constructor, by the worker's index."""
 
 
 @dataclass(eq=False)
 class Worker:
+    """Asks for its room when it is made; the actor starts there. `kill` gives everything back."""
+
     index: int
     name: str
-    handle: ActorHandle
+    spawn: Spawn
     receipt: LoadReceipt | None = None
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One call at a time, so that a deadline begins when the worker does."""
     waiting: int = 0
+    _actor: ActorHandle | None = None
+
+    def __post_init__(self) -> None:
+        # all of one engine's GPUs on one node
+        self.room = Room(bundles(self.spawn.workers), "STRICT_PACK")
+
+    @property
+    def handle(self) -> ActorHandle:
+        assert self._actor is not None, f"{self.name} has no room yet"
+        return self._actor
+
+    async def settle(self, serving: Callable[[], int], seconds: float, observer: Observer) -> None:
+        """Wait for room, then start there. No matter how long, while others serve; else so many seconds.
+
+        Raises NoWorkers.
+        """
+        with Wait(self.room, self.name, observer) as wait:
+            nobody_since = time.monotonic()
+            while not await wait.granted(1.0):
+                if serving():
+                    nobody_since = time.monotonic()
+                if time.monotonic() - nobody_since >= seconds:
+                    asked = f"waited {wait.seconds:.0f} s for room ({self.room.asked()})"
+                    raise NoWorkers(f"{self.name} {asked} and nobody else serves; {self.room.free()}")
+        actor = self.room.place(self.spawn.actor_class, 0, with_children=self.room.ranks > 1)
+        self._actor = actor.remote(*self.spawn.arguments(self.index))
 
     def end_turn(self) -> None:
         self.waiting -= 1
@@ -35,4 +82,6 @@ class Worker:
 
     def kill(self) -> None:
         with contextlib.suppress(ValueError):  # Ray was shut down
-            ray.kill(self.handle, no_restart=True)
+            if self._actor is not None:
+                ray.kill(self._actor, no_restart=True)
+        self.room.release()

@@ -5,18 +5,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
 
 from keel import gang
-from keel.actor_settings import DeadlineSettings, LearnerSettings
+from keel.actor_settings import DeadlineSettings, LearnerSettings, WorkerSettings
 from keel.parts import Observer
 from keel.pool import NoWorkers, Pool
 from keel.protocols import LearnerLost, LoadReceipt, NotFinite, WorkerLost
 from keel.schema import ContractError
+from keel.worker import Spawn
 
 pytestmark = pytest.mark.timeout(120)
 LIMITS = DeadlineSettings(start_seconds=20, generate_seconds=5, score_seconds=5, step_seconds=5, load_seconds=5)
@@ -68,15 +69,14 @@ class Log(Observer):
         self.workers = values["workers"]
 
 
-def spawning(worker: type = Worker, cpus: float = 1, **arguments: Any) -> Callable[[int], Any]:
-    remote = ray.remote(num_cpus=cpus)(worker)
-    return lambda index: remote.remote(index, **arguments)
+def spawning(worker: type = Worker, cpus: int = 1, *arguments: Any) -> Spawn:
+    return Spawn(worker, WorkerSettings(threads=cpus), lambda index: (index, *arguments))
 
 
 def pool_of(count: int, log: Observer | None = None, limits: DeadlineSettings = LIMITS, **options: Any) -> Pool:
     by_ticket = options.pop("by_ticket", True)
     patience = options.pop("patience_seconds", 20.0)
-    spawn = spawning(**options)
+    spawn = spawning(Worker, options.pop("cpus", 1), *options.values())
     return Pool(
         "generator", spawn, count, limits, restarts=1, patience_seconds=patience, by_ticket=by_ticket, observer=log
     )

@@ -136,11 +136,8 @@ def _conduct(
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")
         display.doing("starting Ray, learner")
-        cluster.connect(online)
-        try:
+        with cluster.joined(online, {"learner": online.learners.count}):
             return asyncio.run(train(metrics, display, started))
-        finally:
-            cluster.disconnect()
 
 
 async def ready(settings: StageSettings, learner: Gang) -> None:
@@ -150,7 +147,9 @@ async def ready(settings: StageSettings, learner: Gang) -> None:
         async with asyncio.timeout(seconds):
             await learner.ready()
     except TimeoutError:
-        raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds)") from None
+        room = learner.room
+        why = "" if room.placed() else f": no room for {room.asked()}; {room.free()}"
+        raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds){why}") from None
 
 
 async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:

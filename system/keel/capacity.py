@@ -1,0 +1,245 @@
+"""What a run asks of its cluster, what the nodes have, and whether the one fits into the other. Numbers only, no Ray.
+
+    settings, counts -> asks ---+
+    nodes' resources -----------+--> problems: lines that say what can never fit, with the arithmetic
+    the autoscaler's limits ----+
+
+What is refused is proven not to fit: where a proof would take too long, the run goes on and waits.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from keel.actor_settings import GeneratorSettings, WorkerSettings
+from keel.settings import Settings
+
+Amounts = Mapping[str, float]
+"""Amounts by resource: CPU, GPU, custom ones."""
+_BLOCKS = {"generator": "generators", "reference": "reference", "scorer": "scorers", "learner": "learners"}
+"""Roles -> their blocks of the configuration."""
+_UNITS = 10_000
+"""Ray counts resources in parts of so many; sums of these are exact."""
+_MOST_FILLINGS = 30_000
+"""After so many ways to fill a node a packing counts as possible."""
+_SHOWN_NODES = 8
+
+
+@dataclass(frozen=True)
+class Ask:
+    """So many workers of a role, each of which wants all it asks for on one node."""
+
+    role: str
+    count: int
+    workers: WorkerSettings
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one of them asks for in all."""
+        found: dict[str, float] = {}
+        for bundle in bundles(self.workers):
+            found |= {name: found.get(name, 0.0) + amount for name, amount in bundle.items()}
+        return found
+
+    def of(self, name: str) -> float:
+        return self.each.get(name, 0.0)
+
+    @property
+    def block(self) -> str:
+        return _BLOCKS[self.role]
+
+    @property
+    def one(self) -> str:
+        return f"one {self.role}{' rank' if self.role == 'learner' else ''}"
+
+    def setting(self, name: str) -> str:
+        """The setting that asks for a resource, with its value."""
+        if name == "CPU":
+            return f"{self.block}.threads={self.workers.threads}"
+        if name != "GPU":
+            return f"{self.block}.resources.{name}={self.workers.resources[name]:g}"
+        if isinstance(self.workers, GeneratorSettings) and self.workers.tensor_parallel > 1:
+            return f"{self.block}.tensor_parallel={self.workers.tensor_parallel}"
+        return f"{self.block}.gpus={self.workers.gpus:g}"
+
+
+def bundles(workers: WorkerSettings) -> list[dict[str, float]]:
+    """What one worker asks Ray for: a bundle for its actor, then one for each GPU of a tensor parallel engine."""
+    actor = {"CPU": float(workers.threads)}
+    if isinstance(workers, GeneratorSettings) and workers.tensor_parallel > 1:
+        return [actor | workers.resources, *({"GPU": 1.0} for _ in range(workers.tensor_parallel))]
+    return [actor | ({"GPU": workers.gpus} if workers.gpus else {}) | workers.resources]
+
+
+def asks(settings: Settings, counts: Mapping[str, int]) -> list[Ask]:
+    """What so many workers of each role ask for."""
+    workers: dict[str, WorkerSettings | None] = {
+        "generator": settings.generators,
+        "reference": settings.reference,
+        "scorer": settings.scorers,
+        "learner": settings.learners,
+    }
+    return [Ask(role, counts[role], by) for role, by in workers.items() if by is not None and counts.get(role)]
+
+
+def one_of_each(asked: Sequence[Ask]) -> list[Ask]:
+    """The least with which a run goes on."""
+    return [replace(ask, count=1) for ask in asked]
+
+
+def problems(asked: Sequence[Ask], nodes: Sequence[Amounts], limits: Amounts | None = None) -> list[str]:
+    """What can never fit, a line each; none where all may fit, at once or when others leave.
+
+    `limits`: the most that all nodes together may have of a resource, where an autoscaler adds some.
+    """
+    if limits is not None:
+        names = {name for node in nodes for name in node} | set(limits)
+        grown = {name: max(_total(nodes, name), limits.get(name, 0.0)) for name in names}
+        return _sums(asked, [grown], "may grow to")
+    alone = [line for ask in asked if (line := _alone(ask, nodes))]
+    return alone or _sums(asked, nodes, "has") or _packing(asked, nodes)
+
+
+def packs(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> bool:
+    """Whether all of them fit on the nodes at once. False only where that is proven, by sums or by trying all."""
+    names = sorted({name for ask in asked for name in ask.each})
+    sizes = [[round(ask.of(name) * _UNITS) for name in names] for ask in asked]
+    if any(not _holds({name: _total(nodes, name)}, {name: _wanted(asked, name)}) for name in names):
+        return False
+    states = {tuple(ask.count for ask in asked)}  # workers that have no place yet, by role
+    tried = 0
+    for node in nodes:
+        left: set[tuple[int, ...]] = set()
+        for state in states:
+            for filling in _fillings(sizes, state, [round(node.get(name, 0.0) * _UNITS) for name in names]):
+                left.add(tuple(there - placed for there, placed in zip(state, filling, strict=True)))
+                tried += 1
+                if tried > _MOST_FILLINGS:
+                    return True
+        states = left
+    return any(not any(state) for state in states)
+
+
+def _fillings(sizes: Sequence[Sequence[int]], most: Sequence[int], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Numbers of workers of each size that a node holds, none of them with room for a further one of the last size."""
+    if not sizes:
+        yield ()
+        return
+    fits = min([most[0], *(there // size for there, size in zip(free, sizes[0], strict=True) if size)])
+    for count in range(fits, -1 if len(sizes) > 1 else fits - 1, -1):
+        rest = [there - count * size for there, size in zip(free, sizes[0], strict=True)]
+        for others in _fillings(sizes[1:], most[1:], rest):
+            yield (count, *others)
+
+
+def _alone(ask: Ask, nodes: Sequence[Amounts]) -> str | None:
+    """Why no node holds one worker, were it empty."""
+    if any(_holds(node, ask.each) for node in nodes):
+        return None
+    many = len(nodes) > 1
+    for name, amount in ask.each.items():
+        largest = max(node.get(name, 0.0) for node in nodes)
+        if not _holds({name: largest}, {name: amount}):
+            where = f"of {len(nodes)} nodes" if many else "node"
+            has = f"the {'largest' if many else 'only'} {where} has {largest:g}" if largest else _none(nodes)
+            return f"{ask.setting(name)}: {ask.one} asks for {_amount(amount, name)}; {has}{_list(nodes, name, many)}"
+    shown = "; ".join(_words({name: node.get(name, 0.0) for name in ask.each}) for node in nodes[:_SHOWN_NODES])
+    more = "; ..." if len(nodes) > _SHOWN_NODES else ""
+    wanted = f"{ask.one} asks for {words(ask.each)} on one node"
+    return f"{ask.setting('CPU')}: {wanted}; none of {len(nodes)} nodes has that together ({shown}{more})"
+
+
+def _sums(asked: Sequence[Ask], nodes: Sequence[Amounts], has: str) -> list[str]:
+    """Resources of which all workers together ask for more than there is."""
+    lines = []
+    for name in dict.fromkeys(name for ask in asked for name in ask.each):
+        there, wanted = _total(nodes, name), _wanted(asked, name)
+        if _holds({name: there}, {name: wanted}):
+            continue
+        users = [ask for ask in asked if ask.of(name)]
+        terms = [f"{ask.count} x {ask.of(name):g} ({ask.block})" for ask in users]
+        terms[0] = f"{users[0].count} x {_amount(users[0].of(name), name)} ({users[0].block})"
+        setting, expected = _way_out(asked, users, nodes, name)
+        sum_of = f"{' + '.join(terms)} = {_amount(wanted, name)}"
+        lines.append(f"{setting}: {sum_of}; the cluster {has} {there:g}; expected {expected}")
+    return lines
+
+
+def _packing(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> list[str]:
+    """All fit by their sums, and yet there is no way to divide them among the nodes."""
+    if packs(asked, nodes):
+        return []
+    names = list(dict.fromkeys(name for ask in asked for name in ask.each))
+    setting, expected = _way_out(asked, asked, nodes, names[0])
+    terms = " + ".join(f"{ask.count} x {words(ask.each)} ({ask.block})" for ask in asked)
+    there = " and ".join(f"{_listed(nodes, name)} {_unit(2, name)}" for name in names)
+    return [f"{setting}: {terms} cannot be divided among {len(nodes)} nodes with {there}; expected {expected}"]
+
+
+def _way_out(asked: Sequence[Ask], users: Sequence[Ask], nodes: Sequence[Amounts], name: str) -> tuple[str, str]:
+    """The setting to be changed, with its value, and what it would have to be."""
+    by_use = sorted(users, key=lambda ask: -ask.count * ask.of(name))
+    for ask in by_use:
+        if most := _most(asked, ask, nodes):
+            return f"{ask.block}.count={ask.count}", f"at most {most} {ask.block}"
+    return by_use[0].setting(name if by_use[0].of(name) else "CPU"), "a larger cluster, or less for each"
+
+
+def _most(asked: Sequence[Ask], ask: Ask, nodes: Sequence[Amounts]) -> int:
+    """The most workers of one role that fit beside all others; 0: not even one."""
+    fits, too_many = 0, ask.count
+    while too_many - fits > 1:
+        count = (fits + too_many) // 2
+        if packs([replace(each, count=count) if each is ask else each for each in asked], nodes):
+            fits = count
+        else:
+            too_many = count
+    return fits
+
+
+def words(amounts: Amounts) -> str:
+    """`2 CPUs and 1 GPU`."""
+    return _words({name: amount for name, amount in amounts.items() if amount})
+
+
+def free_words(nodes: Sequence[Amounts], names: Sequence[str]) -> str:
+    """`free are 1, 0 CPUs and 1, 1 GPUs on 2 nodes`."""
+    each = " and ".join(f"{_listed(nodes, name)} {_unit(2, name)}" for name in names)
+    return f"free are {each} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+
+
+def _words(amounts: Amounts) -> str:
+    return " and ".join(_amount(amount, name) for name, amount in amounts.items())
+
+
+def _amount(amount: float, name: str) -> str:
+    return f"{amount:g} {_unit(amount, name)}"
+
+
+def _unit(amount: float, name: str) -> str:
+    return name + "s" * (name in ("CPU", "GPU") and amount != 1)
+
+
+def _listed(nodes: Sequence[Amounts], name: str) -> str:
+    """Amounts of all nodes, the largest first."""
+    amounts = sorted((node.get(name, 0.0) for node in nodes), reverse=True)
+    return ", ".join([*(f"{amount:g}" for amount in amounts[:_SHOWN_NODES]), *["..."] * (len(amounts) > _SHOWN_NODES)])
+
+
+def _list(nodes: Sequence[Amounts], name: str, many: bool) -> str:
+    return f" ({_listed(nodes, name)})" if many and any(node.get(name) for node in nodes) else ""
+
+
+def _none(nodes: Sequence[Amounts]) -> str:
+    return f"none of {len(nodes)} nodes has any" if len(nodes) > 1 else "the only node has none"
+
+
+def _total(nodes: Sequence[Amounts], name: str) -> float:
+    return sum(node.get(name, 0.0) for node in nodes)
+
+
+def _wanted(asked: Sequence[Ask], name: str) -> float:
+    return sum(ask.count * ask.of(name) for ask in asked)
+
+
+def _holds(there: Amounts, wanted: Amounts) -> bool:
+    return all(round(amount * _UNITS) <= round(there.get(name, 0.0) * _UNITS) for name, amount in wanted.items())

@@ -1,0 +1,131 @@
+"""Room: CPUs, GPUs and custom resources of one worker or one gang as a placement group, all of it or none.
+
+asked --> granted, on one node or on several --> actors in its bundles --> released
+  |
+  +--> waits: who, for what, and what is free, told after a few seconds and then once a minute
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+import ray
+from ray._private import state
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from keel.capacity import Amounts, free_words, words
+from keel.parts import Observer
+
+FIRST_TOLD_SECONDS = 5.0
+TOLD_EVERY_SECONDS = 60.0
+
+
+class Room:
+    """Bundles, each on one node; with STRICT_PACK all on the same. Whoever makes one releases it."""
+
+    def __init__(self, bundles: Sequence[Amounts], strategy: Literal["PACK", "STRICT_PACK"]) -> None:
+        self.bundles, self._strategy = [dict(bundle) for bundle in bundles], strategy
+        self.group = placement_group(self.bundles, strategy=strategy)
+        self._ready: asyncio.Future[Any] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """Bundles: one for each rank of a gang."""
+        return len(self.bundles)
+
+    async def granted(self, seconds: float | None = None) -> bool:
+        """Whether Ray finds it within so many seconds; None: however long it takes. Again, when a node was lost."""
+        if self._ready is None or self._ready.done():
+            self._ready = asyncio.ensure_future(_ready(self.group))
+        for answer in (await asyncio.wait([self._ready], timeout=seconds))[0]:
+            answer.result()
+            return True
+        return False
+
+    def place(self, actor_class: type, bundle: int, *, with_children: bool = False) -> Any:
+        """The class as a Ray actor that fills a bundle; `with_children`: what it starts itself goes into the others."""
+        asked = dict(self.bundles[bundle])
+        where = PlacementGroupSchedulingStrategy(self.group, bundle, with_children)
+        cpus, gpus = asked.pop("CPU", 0.0), asked.pop("GPU", 0.0)
+        return ray.remote(num_cpus=cpus, num_gpus=gpus, resources=asked, scheduling_strategy=where)(actor_class)
+
+    def beside(self, actor_class: type) -> Any:
+        """The class as a Ray actor on the node of the first bundle, which takes nothing of it."""
+        where = PlacementGroupSchedulingStrategy(self.group, 0)
+        return ray.remote(num_cpus=0, scheduling_strategy=where)(actor_class)
+
+    def asked(self) -> str:
+        """`2 CPUs and 1 GPU`; of ranks, which need not be together, `3 x 2 CPUs`."""
+        if self._strategy == "PACK":
+            return (f"{self.ranks} x " if self.ranks > 1 else "") + words(self.bundles[0])
+        return words({name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in self._names()})
+
+    def placed(self) -> bool:
+        """Ray has found it, though nobody may have been there yet."""
+        return placement_group_table(self.group)["state"] == "CREATED"
+
+    def free(self) -> str:
+        """What is free of the resources it asks for, by node."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        free = [there for name, there in state.available_resources_per_node().items() if name in alive]
+        return free_words(free, self._names())
+
+    def release(self) -> None:
+        """Give it back, and end whoever still is in it."""
+        if self._ready is not None:
+            self._ready.cancel()
+        if ray.is_initialized():
+            remove_placement_group(self.group)
+
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(name for bundle in self.bundles for name in bundle))
+
+
+class Wait:
+    """The wait of one for its room, told to an observer while it lasts and when it ends."""
+
+    def __init__(self, room: Room, who: str, observer: Observer) -> None:
+        self.room, self.who, self._observer = room, who, observer
+        self._began = time.monotonic()
+        self._tells = self._began + FIRST_TOLD_SECONDS
+        self._told = self._found = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._told:
+            self._observer.waited_for_room(self.who, self.seconds, found=self._found)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    async def granted(self, seconds: float) -> bool:
+        """Whether Ray finds it within so many seconds."""
+        until = time.monotonic() + seconds
+        while not self._found and (now := time.monotonic()) < until:
+            self._found = await self.room.granted(min(until, self._tells) - now)
+            if not self._found and time.monotonic() >= self._tells:
+                self._tells = time.monotonic() + TOLD_EVERY_SECONDS
+                if self.room.placed():  # the first process there is slow to start
+                    continue
+                self._told = True
+                self._observer.waiting_for_room(self.who, self.room.asked(), self.room.free())
+        return self._found
+
+
+def nodes() -> list[Mapping[str, float]]:
+    """All that each node offers."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def limits() -> Mapping[str, float] | None:
+    """The most of each resource that an autoscaler may let the cluster have; None without one that has limits."""
+    return state.state.get_max_resources_from_cluster_config()
+
+
+async def _ready(group: Any) -> Any:
+    return await group.ready()
