@@ -1,9 +1,11 @@
 """deploy/slurm/keel.sbatch with stubs in place of SLURM, Ray and Keel: what is started, and how it ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,18 @@ STUBS = {
 }
 
 
+_jobs: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Of a test that fails, no process goes on."""
+    yield
+    while _jobs:
+        with contextlib.suppress(ProcessLookupError):  # it ended, and all it started
+            os.killpg(_jobs.pop().pid, signal.SIGKILL)
+
+
 def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """The script on three nodes; every stub appends a line to `calls`."""
     (folder / "bin").mkdir()
@@ -32,9 +46,10 @@ def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Pop
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
     own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_CPUS_ON_NODE": "8"}
-    return subprocess.Popen(
-        ["bash", str(SCRIPT), *arguments], env=slurm | own | environment, stderr=subprocess.PIPE, text=True
-    )
+    environment = slurm | own | environment
+    command = ["bash", str(SCRIPT), *arguments]
+    _jobs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True))
+    return _jobs[-1]
 
 
 def calls(folder: Path) -> list[str]:
