@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "slurm" / "keel.sbatch"
 SCRIPTS = [SCRIPT, ROOT / "deploy" / "kubernetes" / "render.sh"]
 STUBS = {
-    "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) trap exit TERM; sleep 60 & wait;; esac',
+    "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) trap "echo srun ended >>$CALLS; exit" TERM; sleep 60 & wait;; esac',
     "scontrol": 'case "$1" in show) echo node1; echo node2; echo node3;; esac',
     "ray": "",
     "python": 'echo "${NODES:-3}"',
@@ -77,7 +77,7 @@ def test_head_workers_and_run(tmp_path: Path) -> None:
         f"{common} --nodes=1 --nodelist=node1 ray start --block {head} --num-cpus=8",
         f"{common} --nodes=2 --exclude=node1 ray start --block --address=10.0.0.1:23456 --num-cpus=8",
     ]
-    assert calls(tmp_path)[-1] == "keel train run.yaml run.steps=5 --address 10.0.0.1:23456"
+    assert calls(tmp_path)[-3:] == ["keel train run.yaml run.steps=5 --address 10.0.0.1:23456", *["srun ended"] * 2]
     assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))
 
 
