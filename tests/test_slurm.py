@@ -46,6 +46,7 @@ def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Pop
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
     own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_CPUS_ON_NODE": "8"}
+    own["HOME"] = str(folder)
     environment = slurm | own | environment
     command = ["bash", str(SCRIPT), *arguments]
     _jobs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True))
@@ -79,6 +80,16 @@ def test_head_workers_and_run(tmp_path: Path) -> None:
     ]
     assert calls(tmp_path)[-3:] == ["keel train run.yaml run.steps=5 --address 10.0.0.1:23456", *["srun ended"] * 2]
     assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))
+
+
+def test_the_token_is_made_once_and_for_nobody_else(tmp_path: Path) -> None:
+    token = tmp_path / ".keel-ray-token"
+    assert started(tmp_path, "run.yaml").wait(timeout=60) == 0
+    assert token.stat().st_mode & 0o777 == 0o600
+    token.write_text("mine")
+    (tmp_path / "again").mkdir()
+    assert started(tmp_path / "again", "run.yaml", HOME=str(tmp_path)).wait(timeout=60) == 0
+    assert token.read_text() == "mine"
 
 
 def test_a_failed_run_fails_the_job_and_is_not_queued_again(tmp_path: Path) -> None:
