@@ -60,12 +60,17 @@ def test_output_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert kinds == ["ConfigMap", "RayJob", "PodMonitor"]
 
 
-def test_the_configuration_in_the_cluster_is_the_run_itself() -> None:
-    inside = config.parse(yaml.safe_load(made("run.seed=7")["ConfigMap"]["data"]["config.yaml"]))
-    here = config.load(CPU, ["run.seed=7"])
+@pytest.mark.parametrize("path", [CPU, GPU, *(ROOT / "configs").glob("objectives/*.yaml")], ids=lambda path: path.stem)
+def test_the_configuration_in_the_cluster_is_the_run_itself(path: Path) -> None:
+    changes = ["run.seed=7", "run.name=again", ON_STORAGE]
+    inside = config.parse(yaml.safe_load(made(*changes, path=path)["ConfigMap"]["data"]["config.yaml"]))
+    here = config.load(path, changes)
     assert config.digest(inside) == config.digest(here)
+    assert inside.model_dump(exclude={"cluster": {"address"}, "metrics": {"host"}}) == here.model_dump(
+        exclude={"cluster": {"address"}, "metrics": {"host"}}
+    )
     assert (inside.cluster.address, inside.metrics.host) == ("auto", "0.0.0.0")
-    assert inside.run_directory == "/mnt/keel/runs/quickstart"
+    assert inside.run_directory == "/mnt/keel/runs/again"
 
 
 def test_a_failed_job_finds_its_run_directory_again() -> None:

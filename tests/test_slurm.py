@@ -1,9 +1,11 @@
 """deploy/slurm/keel.sbatch with stubs in place of SLURM, Ray and Keel: what is started, and how it ends."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,25 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "slurm" / "keel.sbatch"
 SCRIPTS = [SCRIPT, ROOT / "deploy" / "kubernetes" / "render.sh"]
 STUBS = {
-    "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) trap exit TERM; sleep 60 & wait;; esac',
+    "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) trap "echo srun ended >>$CALLS; exit" TERM; sleep 60 & wait;; esac',
     "scontrol": 'case "$1" in show) echo node1; echo node2; echo node3;; esac',
     "ray": "",
     "python": 'echo "${NODES:-3}"',
     "sleep": 'exec /bin/sleep "${SLEEP_SECONDS:-$1}"',
     "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
 }
+
+
+_jobs: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Of a test that fails, no process goes on."""
+    yield
+    while _jobs:
+        with contextlib.suppress(ProcessLookupError):  # it ended, and all it started
+            os.killpg(_jobs.pop().pid, signal.SIGKILL)
 
 
 def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -32,9 +46,11 @@ def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Pop
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
     own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_CPUS_ON_NODE": "8"}
-    return subprocess.Popen(
-        ["bash", str(SCRIPT), *arguments], env=slurm | own | environment, stderr=subprocess.PIPE, text=True
-    )
+    own["HOME"] = str(folder)
+    environment = slurm | own | environment
+    command = ["bash", str(SCRIPT), *arguments]
+    _jobs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True))
+    return _jobs[-1]
 
 
 def calls(folder: Path) -> list[str]:
@@ -62,8 +78,18 @@ def test_head_workers_and_run(tmp_path: Path) -> None:
         f"{common} --nodes=1 --nodelist=node1 ray start --block {head} --num-cpus=8",
         f"{common} --nodes=2 --exclude=node1 ray start --block --address=10.0.0.1:23456 --num-cpus=8",
     ]
-    assert calls(tmp_path)[-1] == "keel train run.yaml run.steps=5 --address 10.0.0.1:23456"
+    assert calls(tmp_path)[-3:] == ["keel train run.yaml run.steps=5 --address 10.0.0.1:23456", *["srun ended"] * 2]
     assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))
+
+
+def test_the_token_is_made_once_and_for_nobody_else(tmp_path: Path) -> None:
+    token = tmp_path / ".keel-ray-token"
+    assert started(tmp_path, "run.yaml").wait(timeout=60) == 0
+    assert token.stat().st_mode & 0o777 == 0o600
+    token.write_text("mine")
+    (tmp_path / "again").mkdir()
+    assert started(tmp_path / "again", "run.yaml", HOME=str(tmp_path)).wait(timeout=60) == 0
+    assert token.read_text() == "mine"
 
 
 def test_a_failed_run_fails_the_job_and_is_not_queued_again(tmp_path: Path) -> None:

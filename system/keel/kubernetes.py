@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from keel import __version__, config
+from keel import __version__
 from keel.kubernetes_plan import RAY_PORTS, Group, Options, Plan, quantity
 from keel.kubernetes_pods import CONFIG_FOLDER, container_security, labels, ray_pod, submitter_pod
 from keel.settings import Settings
@@ -26,7 +26,7 @@ _KEPT_SECONDS = 3600
 def manifests(settings: Settings, options: Options) -> list[dict[str, Any]]:
     """ConfigMap, claim (if it has a size), RayJob or RayCluster, PodMonitor. Raises ConfigError."""
     plan = Plan.of(settings, options)
-    made = [_object(plan, "v1", "ConfigMap", f"{plan.name}-config", data={"config.yaml": config.dump(settings)})]
+    made = [_object(plan, "v1", "ConfigMap", f"{plan.name}-config", data={"config.yaml": _as_written(settings)})]
     if options.storage_size:
         size = {"requests": {"storage": options.storage_size}}
         claim = {"accessModes": ["ReadWriteMany"], "resources": size}
@@ -47,6 +47,12 @@ def render(settings: Settings, options: Options) -> str:
     made = manifests(settings, options)
     stream = yaml.dump_all(made, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return f"# Rendered by `keel deploy kubernetes`, Keel {__version__}: change the configuration, not this.\n{stream}"
+
+
+def _as_written(settings: Settings) -> str:
+    """The settings that were given; the image's Keel knows the others, and writes all into the run directory."""
+    given = settings.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
 
 
 class _Dumper(yaml.SafeDumper):
