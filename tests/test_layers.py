@@ -80,11 +80,11 @@ LAYERS = [
     + ["doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
-    ["operations", "cli", "__main__"],
+    ["bundle", "standing", "jobs", "operations", "job_commands", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "worker", "pool", "cluster", "gang", "control"},
+    "ray": {"losses", "worker", "pool", "cluster", "gang", "control", "jobs"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

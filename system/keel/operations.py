@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel.config import ConfigError
+from keel import standing
 from keel.terminal import console, errors
 
 if TYPE_CHECKING:
@@ -61,15 +61,13 @@ def scale(
     references: Annotated[int | None, typer.Option("--reference", help=_WANTED)] = None,
     scorers: Count = None,
     learners: Annotated[int | None, typer.Option(help=_WANTED + "; the ranks change at the next commit")] = None,
+    address: Annotated[str | None, typer.Option(help="of Ray's dashboard; RUN_DIR is then the name of a run")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Change how many workers a live run has; without counts, show them. What has no room is pending until it has."""
-    where = _where(run_directory)
-    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
-    from keel import control
-
-    roles = {"generator": generators, "reference": references, "scorer": scorers, "learner": learners}
-    counts = control.ask(run_directory, where, {role: count for role, count in roles.items() if count is not None})
+    roles = {"generators": generators, "reference": references, "scorers": scorers, "learners": learners}
+    wanted = {option: count for option, count in roles.items() if count is not None}
+    counts = _scale_there(address, str(run_directory), wanted) if address else _scale_here(run_directory, wanted)
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -81,11 +79,21 @@ def scale(
     console.print(table)
 
 
-def _where(run_directory: Path) -> dict[str, str]:
-    path = run_directory / "control.json"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={run_directory}: no control.json in it; expected the directory of a live run")
-    return json.loads(path.read_text(encoding="utf8"))
+def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
+    where = standing.control_of(run_directory)
+    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
+    from keel import control
+
+    return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})
+
+
+def _scale_there(address: str, run: str, wanted: dict[str, int]) -> dict[str, Any]:
+    from keel import jobs
+
+    options = [f"--{option}={count}" for option, count in wanted.items()]
+    with jobs.cluster(address) as client:
+        attempt = jobs.find(client, run)
+        return json.loads(jobs.on_cluster(client, attempt, ["scale", attempt.directory, *options, "--json"]))
 
 
 def replay(

@@ -16,7 +16,7 @@ Ray: generators | reference | scorers                 live as long as the run, e
     |        |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
     +--------+-- LearnerLost | BufferLost | other number of ranks wanted (scaling.py)
              |
-Outcome: first and last evaluation on the same held-out prompts
+Outcome: first and last evaluation on the same held-out prompts; or where `keel stop` ended it, with a checkpoint
 """
 
 import asyncio
@@ -56,10 +56,11 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run."""
+    """A finished run, or one that stopped before its last step, as it was asked to."""
 
     directory: Path
     steps: int
+    stopped: bool
     seconds: float
     """Of this process: start-up, steps and evaluations."""
 
@@ -74,11 +75,11 @@ def run(prepared: Prepared, display: Display) -> Outcome:
     settings, directory = prepared.settings, prepared.directory
     directory.mkdir(parents=True, exist_ok=True)
     with durable.lock(directory):
-        _run_alone(prepared, display)
-    return Outcome(directory, settings.run.steps, time.monotonic() - started)
+        saved = _run_alone(prepared, display)
+    return Outcome(directory, saved.version, not saved.over(settings), time.monotonic() - started)
 
 
-def _run_alone(prepared: Prepared, display: Display) -> None:
+def _run_alone(prepared: Prepared, display: Display) -> "Saved":
     settings, directory = prepared.settings, prepared.directory
     durable.write(directory / "config.yaml", config.dump(settings).encode())
     recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
@@ -90,11 +91,12 @@ def _run_alone(prepared: Prepared, display: Display) -> None:
             display.note(f"resuming from {saved.path.name}")
             recorder.event("resume", step=saved.version)
         display.doing("starting Ray, generators, scorers, learner")
-        cluster.connect(settings)
+        display.note(cluster.connect(settings))
         try:
-            asyncio.run(_Run(prepared, recorder).to_the_end(saved))
+            return asyncio.run(_Run(prepared, recorder).to_the_end(saved))
         finally:
             cluster.disconnect()
+    return saved
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,11 @@ class _Run:
     def _pools(self) -> list[Pool]:
         return [self.generators.pool, *(scorer.pool for scorer in self.scorers)]
 
-    async def to_the_end(self, saved: Saved) -> None:
-        """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized."""
+    async def to_the_end(self, saved: Saved) -> Saved:
+        """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized.
+
+        Returns where it ended: at its last step, or where it was asked to stop.
+        """
         _end_on_signals()
         losses = 0
         while not saved.over(self.settings):
@@ -167,7 +172,12 @@ class _Run:
                 self.recorder.add({"rebuilds_total": 1.0})
                 self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
             saved = _newest(self.recorder)
+            if self.scaling.stopping and not saved.over(self.settings):
+                self.recorder.event("stopped", step=saved.version)
+                self.recorder.display.note(f"stopped, as asked, after step {saved.version}")
+                break
         self.scaling.end()
+        return saved
 
     async def _go_on(self, saved: Saved) -> None:
         """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""

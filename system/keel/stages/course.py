@@ -128,7 +128,7 @@ def _conduct(
     port = metrics.serve(settings.metrics)
     display.note(f"metrics: http://{settings.metrics.host}:{port}/metrics")
     display.doing("starting Ray, learner")
-    cluster.connect(online)
+    display.note(cluster.connect(online))
     try:
         return asyncio.run(train(metrics, display, started))
     finally:
