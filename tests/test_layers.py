@@ -80,7 +80,7 @@ LAYERS = [
     + ["doctor"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
-    ["bundle", "standing", "jobs", "operations", "job_commands", "cli", "__main__"],
+    ["bundle", "standing", "stopping", "jobs", "operations", "job_commands", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {

@@ -96,7 +96,7 @@ class Attempt:
 
 @contextlib.contextmanager
 def cluster(address: str) -> Iterator[JobSubmissionClient]:
-    """The job server of a cluster. Raises ConfigError where there is none or it wants a token, JobError for the rest."""
+    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token."""
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"--address={address}: expected that of Ray's dashboard, such as http://HOST:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and RAY_ADDRESS, to what its client is given
@@ -223,17 +223,15 @@ def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequenc
     """
     job = f"keel-ask-{uuid.uuid4().hex[:12]}"
     command = shlex.join(["python", "-m", "keel", *arguments])
-    errors = "errors=$(mktemp); trap 'rm -f \"$errors\"' EXIT"
-    asked = (
-        f"{errors}; echo {_ANSWER_BEGINS}; {command} 2>$errors; code=$?; echo {_ANSWER_ENDS}; cat $errors; exit $code"
-    )
+    begin = f"errors=$(mktemp); trap 'rm -f $errors' EXIT; echo {_ANSWER_BEGINS}"
+    asked = f"{begin}; {command} 2>$errors; code=$?; echo {_ANSWER_ENDS}; cat $errors; exit $code"
     with tempfile.TemporaryDirectory() as folder:
         runtime_env = dict(attempt.runtime_env) if not attempt.over else {"working_dir": _package(Path(folder))}
         client.submit_job(
             entrypoint=asked,
             submission_id=job,
             runtime_env=runtime_env,
-            entrypoint_resources={name: 0.001 for name in attempt.driver_resources} or None,  # the driver's node
+            entrypoint_resources=dict.fromkeys(attempt.driver_resources, 0.001) or None,  # the driver's node
         )
     try:
         details = _end_of(client, job, seconds)

@@ -68,8 +68,7 @@ class Outcome:
 def run(prepared: Prepared, display: Display) -> Outcome:
     """Train to `run.steps`, from the newest intact checkpoint of the run directory if there is one.
 
-    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or whatever a part of
-    the run raised, with its cause.
+    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or what a part raised.
     """
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
