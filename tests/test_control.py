@@ -14,7 +14,7 @@ def control() -> Control:
 def test_wanted_counts_are_told_to_the_run_and_its_own_to_others() -> None:
     actor = control()
     assert actor.scale({"generator": 3}) == {"desired": {**DESIRED, "generator": 3}, "actual": {}}
-    assert actor.exchange({"generator": 1, "learner": 2}) == {**DESIRED, "generator": 3}
+    assert actor.exchange({"generator": 1, "learner": 2}) == ({**DESIRED, "generator": 3}, False)
     assert actor.status()["actual"] == {"generator": 1, "learner": 2}
     assert actor.scale({})["desired"]["generator"] == 3  # only asking
 
@@ -32,4 +32,10 @@ def test_counts_that_cannot_be_change_nothing(wanted: dict[str, int], message: s
     actor = control()
     with pytest.raises(ScaleError, match=message):
         actor.scale(wanted)
-    assert actor.exchange({}) == DESIRED
+    assert actor.exchange({}) == (DESIRED, False)
+
+
+def test_a_stop_is_heard_from_then_on() -> None:
+    actor = control()
+    assert actor.stop()["desired"] == DESIRED
+    assert actor.exchange({}) == actor.exchange({}) == (DESIRED, True)

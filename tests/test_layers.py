@@ -82,6 +82,7 @@ LAYERS = [
         "control",
         "scaling",
         "recorder",
+        "parity",
         "train",
         "replay",
         "terminal",
@@ -92,11 +93,11 @@ LAYERS = [
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["kubernetes_plan", "kubernetes_pods", "kubernetes", "kubernetes_commands", "deploy_commands"]
-    + ["operations", "cli", "__main__"],
+    + ["bundle", "standing", "stopping", "jobs", "operations", "job_commands", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "room", "meeting", "worker", "pool", "cluster", "gang", "control"},
+    "ray": {"losses", "room", "meeting", "worker", "pool", "cluster", "gang", "control", "jobs"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

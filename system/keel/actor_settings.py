@@ -1,5 +1,6 @@
 """Settings of the actors: sizes, numerics, deadlines, and the Ray they run on."""
 
+import os
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -111,7 +112,11 @@ class LearnerSettings(WorkerSettings):
 
 
 class ClusterSettings(Section):
-    address: str | None = Field(None, description="Ray address; null: an embedded Ray on this machine")
+    address: str | None = Field(
+        None,
+        description="Ray address; null: that of the environment's RAY_ADDRESS (set inside a Ray job), else an embedded"
+        " Ray on this machine; local: always an embedded one",
+    )
     cpus: int | None = Field(
         None, ge=1, description="CPUs the embedded Ray promises; null: twice what the actors ask for, room to scale"
     )
@@ -120,6 +125,16 @@ class ClusterSettings(Section):
     )
     object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
     min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")
+    driver_cpus: float = Field(0, ge=0, description="keel submit: CPUs of a node that the driver of the job asks for")
+    driver_resources: dict[str, float] = Field(
+        {}, description="keel submit: further Ray resources of the node that the driver of the job asks for"
+    )
+
+    @property
+    def address_to_join(self) -> str | None:
+        """The Ray cluster a run joins; None: it starts an embedded one."""
+        address = self.address or os.environ.get("RAY_ADDRESS") or None
+        return None if address == "local" else address
 
 
 class DeadlineSettings(Section):

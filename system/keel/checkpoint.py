@@ -47,6 +47,16 @@ def committed(run_directory: Path) -> list[Path]:
     return [folder_of(run_directory, step) for step in steps(run_directory)]
 
 
+def trained(folder: Path) -> Path:
+    """The model of a run directory: a stage's, or the policy of the newest checkpoint; any other folder is itself."""
+    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
+        return folder
+    if (folder / "model").is_dir() and (folder / "stage.json").is_file():  # of a finished stage
+        return folder / "model"
+    newest = latest(folder)
+    return newest / "policy" if newest else folder
+
+
 def folder_of(run_directory: Path, step: int) -> Path:
     return run_directory / "checkpoints" / f"step-{step:06d}"
 

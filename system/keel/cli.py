@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, config, deploy_commands, operations
+from keel import __version__, config, deploy_commands, job_commands, operations
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -209,6 +209,10 @@ app.command()(operations.scale)
 app.command()(operations.replay)
 app.command()(operations.explain)
 app.add_typer(deploy_commands.app, name="deploy")
+app.command()(job_commands.submit)
+app.command()(job_commands.status)
+app.command()(job_commands.logs)
+app.command()(job_commands.stop)
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,
@@ -256,6 +260,8 @@ def _train(settings: Settings, config_path: str) -> None:
     with progress.display(console, settings.run.steps) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
         outcome = training.run(prepared, display)
+    if outcome.stopped:
+        raise typer.Exit(INTERRUPTED)
     summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
     if picture := summary.draw_frontier(outcome.directory, settings):
         console.print(f"Picture  {picture}  (reward against sqrt(KL))", soft_wrap=True)

@@ -35,25 +35,31 @@ from keel.worker import Spawn
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 
 
-def connect(settings: Settings) -> None:
-    """Join the Ray cluster at cluster.address, or start an embedded one sized for the configured actors."""
+def connect(settings: Settings) -> str:
+    """Join the Ray cluster that cluster.address or RAY_ADDRESS names, or start an embedded one sized for the actors.
+
+    Returns which of them, for the user.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve the run
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": settings.run.name}
     cluster: ClusterSettings = settings.cluster
-    if cluster.address:
-        ray.init(address=cluster.address, **common)
-        return
+    if address := cluster.address_to_join:
+        ray.init(address=address, **common)
+        named = "cluster.address" if cluster.address else "RAY_ADDRESS"
+        return f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address} ({named}={address})"
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.
     asked = sum(workers.count * workers.threads for workers in _workers(settings))
+    cpus = cluster.cpus or max(os.cpu_count() or 1, 2 * asked)
     ray.init(
         address="local",
-        num_cpus=cluster.cpus or max(os.cpu_count() or 1, 2 * asked),
+        num_cpus=cpus,
         include_dashboard=False,
         object_store_memory=cluster.object_store_bytes,
         **common,
     )
+    return f"Ray: an embedded one on this machine, which promises {cpus} CPUs"
 
 
 def disconnect() -> None:
@@ -61,18 +67,18 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[None]:
-    """A cluster with room for so many workers of each role, or for one of each; left at the end.
+def joined(settings: Settings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[str]:
+    """A cluster with room for so many workers of each role, or for one of each; left at the end. Says which it is.
 
     Raises ConfigError where there never can be. What others occupy now may come free, and is waited for.
     """
-    connect(settings)
+    how = connect(settings)
     try:
         asked = capacity.asks(settings, counts)
         least = capacity.one_of_each(asked) if degraded else asked
         if not settings.cluster.wait_for_nodes and (found := capacity.problems(least, room.nodes(), room.limits())):
             raise ConfigError("; ".join(found))
-        yield
+        yield how
     finally:
         disconnect()
 

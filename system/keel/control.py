@@ -1,6 +1,6 @@
 """The named actor through which others reach a live run, and where it is found.
 
-keel scale RUN_DIR --> control.json (address, namespace, authentication) --> Control
+keel scale, keel stop --> control.json (address, namespace, authentication) --> Control
                             the run asks it every second what is wanted
 """
 
@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Control:
         """`largest`: the most workers of a role."""
         self._desired, self._largest = dict(desired), dict(largest)
         self._actual: dict[str, int] = {}
+        self._stop = False
 
     def scale(self, wanted: Mapping[str, int]) -> dict[str, Any]:
         """Want these counts from now on. Raises ScaleError, changing nothing."""
@@ -48,13 +49,18 @@ class Control:
         self._desired |= wanted
         return self.status()
 
+    def stop(self) -> dict[str, Any]:
+        """Want the run to end after the step under way."""
+        self._stop = True
+        return self.status()
+
     def status(self) -> dict[str, Any]:
         return {"desired": dict(self._desired), "actual": dict(self._actual)}
 
-    def exchange(self, actual: Mapping[str, int]) -> dict[str, int]:
-        """The run tells what it has and hears what is wanted."""
+    def exchange(self, actual: Mapping[str, int]) -> tuple[dict[str, int], bool]:
+        """The run tells what it has and hears what is wanted, and whether it is to stop."""
         self._actual = dict(actual)
-        return dict(self._desired)
+        return dict(self._desired), self._stop
 
 
 class ControlLink:
@@ -62,6 +68,8 @@ class ControlLink:
 
     def __init__(self, settings: Settings, directory: Path, desired: Mapping[str, int]) -> None:
         self.desired = dict(desired)
+        self.stopping = False
+        """Somebody wants the run to end; an actor that is made again does not know."""
         rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
         self._largest = {role: rows if role == "learner" else _MOST_WORKERS for role in desired}
         # two runs of one name on one cluster have two
@@ -78,14 +86,14 @@ class ControlLink:
         remote = ray.remote(num_cpus=0)(Control).options(name=self._name, get_if_exists=True)
         return remote.remote(self.desired, self._largest)
 
-    async def exchange(self, actual: Mapping[str, int]) -> dict[str, int]:
-        """Counts that are wanted now; those of before when nobody answers."""
+    async def exchange(self, actual: Mapping[str, int]) -> None:
+        """Hear which counts are wanted now, and whether to stop; nothing new when nobody answers."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                self.desired = await self._actor.exchange.remote(dict(actual))
+                self.desired, stop = await self._actor.exchange.remote(dict(actual))
+            self.stopping |= stop
         except (RayActorError, TimeoutError):
             self._actor = self._start()
-        return self.desired
 
 
 def ask(run_directory: Path, where: Mapping[str, str], wanted: Mapping[str, int]) -> dict[str, Any]:
@@ -93,13 +101,21 @@ def ask(run_directory: Path, where: Mapping[str, str], wanted: Mapping[str, int]
 
     `where`: its control.json. Ray must have been imported with the authentication that it names.
     """
+    return _ask(run_directory, where, lambda actor: actor.scale.remote(dict(wanted)))
+
+
+def ask_to_stop(run_directory: Path, where: Mapping[str, str]) -> None:
+    """Let a live run end after the step under way; it has not ended yet. Raises ConfigError, as `ask`."""
+    _ask(run_directory, where, lambda actor: actor.stop.remote())
+
+
+def _ask(run_directory: Path, where: Mapping[str, str], call: Callable[[Any], Any]) -> dict[str, Any]:
     nobody = f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
     try:
         host, _, port = where["address"].rpartition(":")
         socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()  # Ray itself would try for long
         ray.init(where["address"], namespace=where["namespace"], log_to_driver=False, logging_level="CRITICAL")
-        actor = ray.get_actor(where["actor"])
-        return ray.get(actor.scale.remote(dict(wanted)), timeout=_ANSWER_SECONDS)
+        return ray.get(call(ray.get_actor(where["actor"])), timeout=_ANSWER_SECONDS)
     except ScaleError as error:
         raise ConfigError(str(error.cause if isinstance(error, RayTaskError) else error)) from None
     except AuthenticationError as error:

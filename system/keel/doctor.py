@@ -164,7 +164,7 @@ def self_test_config(folder: Path, model: str) -> Path:
         "generators": {"threads": 1, "kv_cache_bytes": 2**26, "dtype": "float32"},
         "reference": {"threads": 1, "dtype": "float32"},
         "learners": {"threads": 1, "precision": "fp32", "learning_rate": 1e-3},
-        "cluster": {"object_store_bytes": 2**27, "min_memory_bytes": 2**31},
+        "cluster": {"address": "local", "object_store_bytes": 2**27, "min_memory_bytes": 2**31},
         "metrics": {"port": 0},
     }
     path = folder / "config.yaml"

@@ -134,6 +134,19 @@ def lock(directory: Path) -> IO[str]:
     return file
 
 
+def held(directory: Path) -> bool:
+    """Whether a process has the `lock` of a directory. It is taken and given back within the call."""
+    path = directory / "lock"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def digest(path: Path) -> str:
     """xxh3-128 of a file, read in pieces."""
     hasher = xxhash.xxh3_128()

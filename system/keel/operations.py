@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel import config
+from keel import config, standing
 from keel.config import ConfigError
 from keel.terminal import console, errors
 
@@ -22,6 +22,7 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory
 _WANTED = "workers wanted from now on"
 Count = Annotated[int | None, typer.Option(help=_WANTED)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
+Address = Annotated[str | None, typer.Option(help="of Ray's dashboard; RUN_DIR is then the name of a run")]
 _SHOWN = 20  # findings, and differences
 
 
@@ -62,15 +63,14 @@ def scale(
     references: Annotated[int | None, typer.Option("--reference", help=_WANTED)] = None,
     scorers: Count = None,
     learners: Annotated[int | None, typer.Option(help=_WANTED + "; the ranks change at the next commit")] = None,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Change how many workers a live run has; without counts, show them. What has no room is pending until it has."""
-    where = _where(run_directory)
-    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
-    from keel import control
-
-    roles = {"generator": generators, "reference": references, "scorer": scorers, "learner": learners}
-    counts = control.ask(run_directory, where, {role: count for role, count in roles.items() if count is not None})
+    roles = {"generators": generators, "reference": references, "scorers": scorers, "learners": learners}
+    wanted = {option: count for option, count in roles.items() if count is not None}
+    options = [f"--{option}={count}" for option, count in wanted.items()]
+    counts = _there(address, str(run_directory), "scale", *options) if address else _scale_here(run_directory, wanted)
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -85,45 +85,66 @@ def scale(
 def explain(
     run_directory: RunDirectory,
     last: Annotated[int, typer.Option(min=1, help="steps to look at, from the newest back")] = 20,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where the time of a run goes, who waits for whom, and which count to raise."""
+    found = (
+        _there(address, str(run_directory), "explain", f"--last={last}") if address else _explain(run_directory, last)
+    )
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    title = f"steps {found['first_step']} to {found['last_step']}, {found['seconds_per_step']:.2f} s each"
+    table = Table("role", "workers", "busy", "in line", "without work, waiting for", title=title, title_justify="left")
+    for role in found["roles"]:
+        row = f"{role['workers']:.1f}", f"{role['busy_ratio']:.0%}", f"{role['waiting_batches']:.1f}"
+        table.add_row(role["name"], *row, _shares(role["idle_ratios"]))
+    console.print(table)
+    console.print(f"Time     {_shares(found['timeline'])}", soft_wrap=True)
+    for line in found["advice"]:
+        console.print(f"Advice   {line}", soft_wrap=True)
+
+
+def _explain(run_directory: Path, last: int) -> dict[str, Any]:
     from keel import durable
     from keel import explain as explaining
 
     settings = config.load(stored(run_directory))
     try:
         lines = durable.read_json_lines(run_directory / "metrics.jsonl")
-        found = explaining.explain(lines, settings.buffer.max_staleness, last)
+        return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))
     except ValueError as error:
         raise ConfigError(f"RUN_DIR={run_directory}: {error}; expected an online run of two steps or more") from None
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
-        return
-    title = f"steps {found.first_step} to {found.last_step}, {found.seconds_per_step:.2f} s each"
-    table = Table("role", "workers", "busy", "in line", "without work, waiting for", title=title, title_justify="left")
-    for role in found.roles:
-        idle = ", ".join(f"{on} {share:.0%}" for on, share in role.idle_ratios.items() if share >= 0.005)
-        table.add_row(role.name, f"{role.workers:.1f}", f"{role.busy_ratio:.0%}", f"{role.waiting_batches:.1f}", idle)
-    console.print(table)
-    timeline = ", ".join(f"{name} {share:.0%}" for name, share in found.timeline.items() if share >= 0.005)
-    console.print(f"Time     {timeline}", soft_wrap=True)
-    for line in found.advice:
-        console.print(f"Advice   {line}", soft_wrap=True)
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
 def stored(run_directory: Path) -> Path:
+    """The configuration of a run. Raises ConfigError."""
     path = run_directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
     return path
 
 
-def _where(run_directory: Path) -> dict[str, str]:
-    path = run_directory / "control.json"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={run_directory}: no control.json in it; expected the directory of a live run")
-    return json.loads(path.read_text(encoding="utf8"))
+def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
+    where = standing.control_of(run_directory)
+    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
+    from keel import control
+
+    return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})
+
+
+def _there(address: str, run: str, command: str, *options: str) -> dict[str, Any]:
+    """What the command says of a run where it is: on the cluster behind the address."""
+    from keel import jobs
+
+    with jobs.cluster(address) as client:
+        attempt = jobs.find(client, run)
+        return json.loads(jobs.on_cluster(client, attempt, [command, attempt.directory, *options, "--json"]))
 
 
 def replay(

@@ -124,14 +124,19 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 
 def check_memory(cluster: ClusterSettings) -> None:
-    """Free memory, and shared memory for the embedded Ray's object store."""
+    """Free memory, and shared memory for the embedded Ray's object store; a cluster to join is named as Ray does."""
+    if "http" in (address := cluster.address_to_join or "").partition("://")[0]:
+        raise ConfigError(
+            f"cluster.address or RAY_ADDRESS={address}: is where jobs are submitted (keel submit --address); expected"
+            " HOST:PORT of the cluster itself, or local for an embedded Ray"
+        )
     available = psutil.virtual_memory().available
     if available < cluster.min_memory_bytes:
         raise ConfigError(
             f"cluster.min_memory_bytes={cluster.min_memory_bytes}: {available} bytes of memory are free;"
             " expected at least that many"
         )
-    if cluster.address is None and Path("/dev/shm").exists():
+    if cluster.address_to_join is None and Path("/dev/shm").exists():
         shared = shutil.disk_usage("/dev/shm").free
         if shared < cluster.object_store_bytes:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 wanted counts (control actor) --> generator, reference, scorer pools: resize, nobody waits
                               --> learner: once there is room, the controller leaves with a commit; a new gang loads it
+a stop (control actor)        --> the controller leaves with a commit, and the run ends
 RUN_DIR/scale.json            desired and actual; a resumed run starts with the desired ones
 """
 
@@ -55,6 +56,11 @@ class Scaling:
         return self._link.desired
 
     @property
+    def stopping(self) -> bool:
+        """Somebody asked the run to end."""
+        return self._link.stopping
+
+    @property
     def groups_per_batch(self) -> int:
         """By the wanted generators, not by those that serve: deaths must not change who shares a batch."""
         return self.settings.groups_per_batch_of(self.desired["generator"])
@@ -80,7 +86,7 @@ class Scaling:
                 sized = self.groups_per_batch
                 async with asyncio.timeout(self.settings.deadlines.score_seconds):
                     await buffer.resize(sized)
-            if await self._ranks_can_change(gang.room.ranks):
+            if self.stopping or await self._ranks_can_change(gang.room.ranks):
                 controller.leave()
             self._record(gang)
 

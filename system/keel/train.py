@@ -16,7 +16,7 @@ Ray: generators | reference | scorers                 live as long as the run, e
     |        |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
     +--------+-- LearnerLost | BufferLost | other number of ranks wanted (scaling.py)
              |
-Outcome: first and last evaluation on the same held-out prompts
+Outcome: first and last evaluation on the same held-out prompts; or where `keel stop` ended it, with a checkpoint
 """
 
 import asyncio
@@ -32,9 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import pyarrow as pa
-
-from keel import checkpoint, cluster, config, durable, endpoint, gang, references, scaling
+from keel import checkpoint, cluster, config, durable, endpoint, gang, parity, references, scaling
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.metrics import RunMetrics
@@ -46,22 +44,18 @@ from keel.recorder import Display, Recorder
 from keel.scaling import Scaling
 from keel.settings import Settings
 
-PARITY_PROMPTS = 8
 INTERRUPTED = 130
 _STARTING = "starting Ray, generators, scorers, learner"
 _END_SECONDS = 20.0
 
 
-class ParityError(RuntimeError):
-    """Learner and sampler disagree on the log-probs of the same tokens."""
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run."""
+    """A finished run, or one that stopped before its last step, as it was asked to."""
 
     directory: Path
     steps: int
+    stopped: bool
     seconds: float
     """Of this process: start-up, steps and evaluations."""
 
@@ -69,30 +63,29 @@ class Outcome:
 def run(prepared: Prepared, display: Display) -> Outcome:
     """Train to `run.steps`, from the newest intact checkpoint of the run directory if there is one.
 
-    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or whatever a part of
-    the run raised, with its cause.
+    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or what a part raised.
     """
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
     directory.mkdir(parents=True, exist_ok=True)
     with durable.lock(directory):
-        _run_alone(prepared, display)
-    return Outcome(directory, settings.run.steps, time.monotonic() - started)
+        saved = _run_alone(prepared, display)
+    return Outcome(directory, saved.version, not saved.over(settings), time.monotonic() - started)
 
 
-def _run_alone(prepared: Prepared, display: Display) -> None:
+def _run_alone(prepared: Prepared, display: Display) -> "Saved":
     settings, directory = prepared.settings, prepared.directory
     with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
         new = not checkpoint.committed(directory) and not scaling.has_run(directory)
         counts = scaling.configured(settings, directory)
         if new:  # Ray first: what its cluster can never hold leaves nothing behind
             display.doing(_STARTING)
-            ray.enter_context(cluster.joined(settings, counts))
+            display.note(ray.enter_context(cluster.joined(settings, counts)))
         durable.write(directory / "config.yaml", config.dump(settings).encode())
         recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
         saved = _newest(recorder)
         if saved.over(settings):
-            return
+            return saved
         page = recorder.metrics.page
         url = last.enter_context(endpoint.serving(settings.metrics, settings.run.name, directory, page))
         display.note(f"metrics: {url}")
@@ -102,8 +95,8 @@ def _run_alone(prepared: Prepared, display: Display) -> None:
             recorder.event("resume", step=saved.version)
         if not new:
             display.doing(_STARTING)
-            ray.enter_context(cluster.joined(settings, counts, degraded=True))
-        asyncio.run(_Run(prepared, recorder).to_the_end(saved))
+            display.note(ray.enter_context(cluster.joined(settings, counts, degraded=True)))
+        return asyncio.run(_Run(prepared, recorder).to_the_end(saved))
 
 
 @dataclass(frozen=True)
@@ -158,8 +151,11 @@ class _Run:
     def _pools(self) -> list[Pool]:
         return [self.generators.pool, *(scorer.pool for scorer in self.scorers)]
 
-    async def to_the_end(self, saved: Saved) -> None:
-        """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized."""
+    async def to_the_end(self, saved: Saved) -> Saved:
+        """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized.
+
+        Returns where it ended: at its last step, or where it was asked to stop.
+        """
         _end_on_signals()
         losses = 0
         while not saved.over(self.settings):
@@ -176,7 +172,12 @@ class _Run:
                 self.recorder.add({"rebuilds_total": 1.0})
                 self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
             saved = _newest(self.recorder)
+            if self.scaling.stopping and not saved.over(self.settings):
+                self.recorder.event("stopped", step=saved.version)
+                self.recorder.display.note(f"stopped, as asked, after step {saved.version}")
+                break
         self.scaling.end()
+        return saved
 
     async def _go_on(self, saved: Saved) -> None:
         """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""
@@ -249,8 +250,8 @@ class _Run:
         controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
         await controller.sync()
         samples = math.ceil(learner.room.ranks / parts.held_out.num_rows)  # every rank needs a row
-        probe = self.prepared.prompts.held_out(samples).slice(0, max(PARITY_PROMPTS, learner.room.ranks))
-        await _test_parity(controller, probe, settings, recorder)
+        probe = self.prepared.prompts.held_out(samples).slice(0, max(parity.PROMPTS, learner.room.ranks))
+        await parity.test(controller, probe, settings, recorder)
         return controller
 
 
@@ -270,30 +271,3 @@ def _end_on_signals() -> None:
     ending = [signal.SIGTERM, *([signal.SIGINT] if callable(own) else [])]
     for each in ending:
         signal.signal(each, end)
-
-
-async def _test_parity(controller: Controller, probe: pa.RecordBatch, settings: Settings, recorder: Recorder) -> None:
-    """Learner and generator give the same tokens the same log-probs, or there is nothing to train on."""
-    recorder.doing("parity test")
-    gap = await controller.compare(await controller.generate(probe))
-    mean, bound = gap["gap_mean_nats"], settings.parity.max_gap_nats
-    recorder.event("parity", **gap)
-    recorder.display.note(f"parity: learner and sampler differ by {mean:.4f} nats a token (bound {bound})")
-    if not mean <= bound:
-        raise ParityError(
-            f"learner and sampler log-probs differ by {mean:.3f} nats a token on average (largest"
-            f" {gap['gap_max_nats']:.3f}); parity.max_gap_nats={bound}. Likely cause: {_likely_cause(settings)}"
-        )
-
-
-def _likely_cause(settings: Settings) -> str:
-    if settings.sampling.top_p < 1:
-        return (
-            f"sampling.top_p={settings.sampling.top_p} renormalises the sampler's log-probs over the kept tokens,"
-            " the learner's are over all; set it to 1"
-        )
-    if settings.generators.dtype == "bfloat16" or settings.learners.precision == "bf16":
-        return (
-            "bfloat16 arithmetic on a model that does not bear it; try generators.dtype=float32 learners.precision=fp32"
-        )
-    return "the two load different weights, or the model scales its logits in a way the learner does not know"

@@ -136,7 +136,8 @@ def _conduct(
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")
         display.doing("starting Ray, learner")
-        with cluster.joined(online, {"learner": online.learners.count}):
+        with cluster.joined(online, {"learner": online.learners.count}) as ray:
+            display.note(ray)
             return asyncio.run(train(metrics, display, started))
 
 

@@ -120,7 +120,7 @@ def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling) -> pa
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Answer, score, report; what evaluation.json says."""
     started = time.monotonic()
-    cluster.connect(prepared.settings)
+    display.note(cluster.connect(prepared.settings))
     try:
         batch = asyncio.run(_rows(prepared, display))
     finally:

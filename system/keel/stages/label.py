@@ -109,7 +109,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
         return done
     directory.mkdir(parents=True, exist_ok=True)
     durable.write(directory / "config.yaml", config.dump(settings).encode())
-    cluster.connect(prepared.sampling)
+    display.note(cluster.connect(prepared.sampling))
     try:
         batch = asyncio.run(_scored(prepared, display))
     finally:

@@ -1,0 +1,191 @@
+"""What `keel submit` uploads, as one zip: this Keel, the configuration, the user's own modules, local files.
+
+configuration --> module:name, importable here, not installed   itself, and what it imports of that kind
+              --> a relative path that exists here              files/, and the setting says so
+              --> an absolute path                              nothing: every node of the cluster must see it
+"""
+
+import ast
+import importlib.util
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+import keel
+from keel import checkpoint
+from keel.config import ConfigError
+from keel.section import is_source
+
+PATHS = frozenset({"model", "teacher", "source", "against", "ca_file", "runs"})
+"""Names of the settings whose value may be a path. A name of a hub or of a run is none of them, or does not exist."""
+_MODELS = frozenset({"model", "teacher", "source", "against"})
+_LEFT_OUT = {"__pycache__", ".git"}
+_WHEN = (1980, 1, 1, 0, 0, 0)  # the oldest a zip knows: the same files give the same bytes, and Ray uploads them once
+_BLOCK_BYTES = 2**20
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that is uploaded."""
+
+    label: str
+    """What the user calls it: `policy.model=models/tiny`."""
+    files: Mapping[str, Path]
+    """Name in the zip -> file here."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files.values())
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """All that a job needs beside its configuration."""
+
+    tree: dict[str, Any]
+    """The configuration, its local paths as they are in the job's working directory."""
+    items: list[Item]
+    absolute: list[str]
+    """Settings, with values, that name places of the cluster."""
+
+    def write(self, archive: Path, configuration: str, limit_bytes: int) -> int:
+        """Write the zip with config.yaml in it; its size in bytes. Raises ConfigError when it grows over the limit."""
+        files = {name: path for item in self.items for name, path in item.files.items()}
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target:
+            target.writestr(_entry("config.yaml"), configuration)
+            for name, path in sorted(files.items()):
+                with path.open("rb") as source, target.open(_entry(name), "w", force_zip64=True) as into:
+                    while block := source.read(_BLOCK_BYTES):
+                        into.write(block)
+                        self._check(archive, limit_bytes)
+        self._check(archive, limit_bytes)
+        return archive.stat().st_size
+
+    def _check(self, archive: Path, limit_bytes: int) -> None:
+        if archive.stat().st_size >= limit_bytes:
+            largest = sorted(self.items, key=lambda item: -item.num_bytes)[:_SHOWN]
+            named = ", ".join(f"{item.label} ({megabytes(item.num_bytes)})" for item in largest)
+            raise ConfigError(
+                f"CONFIG: more to upload than the {megabytes(limit_bytes)} Ray takes, compressed; largest: {named};"
+                " expected an absolute path on storage that every node sees"
+            )
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def gather(tree: dict[str, Any], here: Path) -> Bundle:
+    """Find what a configuration names in a folder and among the modules importable there. Raises ConfigError."""
+    items = {"keel": package()}
+    for name in _modules({value.removeprefix("python:") for _, _, value in _texts(tree)}, here):
+        items[f"module {name}"] = Item(f"module {name}", _files_of_module(name, here))
+    absolute, names = [], dict[Path, str]()
+    changed: dict[str, str] = {}
+    for setting, key, value in _texts(tree):
+        if key not in PATHS or is_source(value):
+            continue
+        if value.startswith(("/", "~")):
+            absolute.append(f"{setting}={value}")
+        elif value and (here / value).exists():
+            path = (here / value).resolve()
+            path = checkpoint.trained(path) if key in _MODELS and path.is_dir() else path
+            if path not in names:
+                names[path] = _free(path.name, set(names.values()))
+                items[setting] = Item(f"{setting}={value}", dict(_files(path, names[path])))
+            changed[setting] = names[path]
+    return Bundle(_rewritten(tree, changed), list(items.values()), absolute)
+
+
+def package() -> Item:
+    """This Keel itself."""
+    return Item("keel", dict(_files(Path(keel.__file__).parent, "keel")))
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, _WHEN)
+    entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+    return entry
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """files/NAME; files/2/NAME where another path of that name came before."""
+    numbered = (f"files/{number}/{name}" for number in range(2, len(taken) + 3))
+    return next(each for each in [f"files/{name}", *numbered] if each not in taken)
+
+
+def _texts(node: Any, setting: str = "", key: str = "") -> Iterator[tuple[str, str, str]]:
+    """(setting, its own name, value) of every text; an entry of a list has the list's name."""
+    if isinstance(node, str):
+        yield setting, key, node
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            yield from _texts(child, f"{setting}.{name}" if setting else name, name)
+    elif isinstance(node, list):
+        for index, child in enumerate(node):
+            yield from _texts(child, f"{setting}.{index}", key)
+
+
+def _rewritten(node: Any, changed: Mapping[str, str], setting: str = "") -> Any:
+    if isinstance(node, dict):
+        return {
+            name: _rewritten(child, changed, f"{setting}.{name}" if setting else name) for name, child in node.items()
+        }
+    if isinstance(node, list):
+        return [_rewritten(child, changed, f"{setting}.{index}") for index, child in enumerate(node)]
+    return changed.get(setting, node)
+
+
+def _files(path: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """Names in the zip, and files, of a file or a folder; what Python and git keep for themselves is left out."""
+    if path.is_file():
+        yield name, path
+    elif path.is_dir():
+        for child in sorted(path.iterdir()):
+            if child.name not in _LEFT_OUT and child.suffix != ".pyc":
+                yield from _files(child, f"{name}/{child.name}")
+
+
+def _modules(values: set[str], here: Path) -> list[str]:
+    """Top-level modules that settings name, and those they import, as far as they are the user's own."""
+    waiting, found = sorted({value.partition(".")[0].partition(":")[0] for value in values if is_source(value)}), []
+    while waiting:
+        name = waiting.pop()
+        if name not in found and _place(name, here) is not None:
+            found.append(name)
+            for path in _files_of_module(name, here).values():
+                waiting += sorted(_imports(path)) if path.suffix == ".py" else []
+    return sorted(found)
+
+
+def _place(name: str, here: Path) -> Path | None:
+    """File or folder of a module of the user's own; None: it is installed, Python's or Keel's, or not there."""
+    if name in sys.stdlib_module_names or name == "keel":
+        return None
+    spec: ModuleSpec | None = PathFinder.find_spec(name, [str(here)]) or importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    folders = list(spec.submodule_search_locations or [])
+    path = Path(folders[0] if folders else spec.origin or "")
+    return None if {"site-packages", "dist-packages"} & set(path.parts) else path
+
+
+def _files_of_module(name: str, here: Path) -> dict[str, Path]:
+    place = _place(name, here)
+    assert place is not None, name
+    return dict(_files(place, name if place.is_dir() else place.name))
+
+
+def _imports(path: Path) -> set[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise ConfigError(f"{path}: {error}; expected a module that can be imported") from None
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    taken = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}
+    return {name.partition(".")[0] for name in plain | taken if name}

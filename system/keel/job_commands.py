@@ -1,0 +1,259 @@
+"""submit, status, logs and stop: a run as a job of a Ray cluster, or a run directory on this machine."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from keel import bundle, config, standing, stopping
+from keel.config import ConfigError
+from keel.stage_settings import COMMANDS, command_of
+from keel.terminal import console, errors
+
+if TYPE_CHECKING:
+    from keel.jobs import Attempt, Submission
+
+_ADDRESS = "of Ray's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is such"
+Address = Annotated[str | None, typer.Option(help=_ADDRESS)]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
+Follow = Annotated[bool, typer.Option("--follow", help="show what the job writes until it ends")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="run directory here, or name or job of a run of the cluster")]
+_END_SECONDS = 60.0
+
+
+def submit(
+    config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="settings to change, as a.b=c", show_default=False)
+    ] = None,
+    address: Address = None,
+    follow: Follow = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a configuration as a job of a Ray cluster. What is alive is not started twice; what is over goes on."""
+    submission, gathered, configuration = prepare(config_path, overrides or [], Path.cwd())
+    where = _needed(address)
+    from keel import jobs
+
+    with jobs.cluster(where) as client, tempfile.TemporaryDirectory() as folder:
+        archive = Path(folder) / "bundle.zip"
+        num_bytes = gathered.write(archive, configuration, jobs.LIMIT_BYTES)
+        attempt, new = jobs.submit(client, submission, archive)
+        if as_json:
+            own = {"new": new, "address": where, "cluster_paths": gathered.absolute}
+            uploaded = {"uploaded_bytes": num_bytes if new else 0, "uploaded": [item.label for item in gathered.items]}
+            typer.echo(json.dumps(_tree(attempt) | own | uploaded, indent=2))
+        else:
+            _show_submitted(attempt, new, gathered, num_bytes, where)
+        if follow:
+            _follow(client, attempt, errors if as_json else console)
+
+
+def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submission", bundle.Bundle, str]:
+    """A checked submission, what it uploads, and its config.yaml. Raises ConfigError."""
+    tree = config.read(config_path, overrides)
+    if "stages" in tree:
+        raise ConfigError(f"config {config_path}: a pipeline; expected the configuration of one command")
+    command = command_of(tree)
+    settings: Any = config.load_as(COMMANDS[command], config_path, overrides)
+    directory = settings.run_directory
+    if not directory.startswith("/"):
+        name = settings.run.directory
+        raise ConfigError(
+            f"run.directory={name}: relative; expected an absolute path that every node sees, e.g."
+            " run.directory=/shared/runs/{name}"
+        )
+    gathered = bundle.gather(settings.model_dump(mode="json"), here)
+    staged = config.parse_as(COMMANDS[command], gathered.tree)
+    from keel.jobs import Submission
+
+    by = settings.cluster
+    submission = Submission(
+        settings.run.name, directory, config.digest(staged), command, by.driver_cpus, by.driver_resources
+    )
+    return submission, gathered, config.dump(staged)
+
+
+def logs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="name or job of a run of the cluster")],
+    address: Address = None,
+    follow: Follow = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="which attempt; default: the newest")] = None,
+) -> None:
+    """Show what the job of a run wrote."""
+    where = _needed(address)
+    from keel import jobs
+
+    with jobs.cluster(where) as client:
+        found = jobs.find(client, run, attempt)
+        if follow:
+            _follow(client, found, console)
+        else:
+            _say(console)(client.get_job_logs(found.job))
+
+
+def status(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="run directory, or name or job of a run; default: all jobs")
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run stands, or which runs a cluster has."""
+    if run is not None and (where := _elsewhere(run, address)) is None:
+        found = standing.of(Path(run))
+        typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
+        return
+    where = _needed(address)
+    from keel import jobs
+
+    with jobs.cluster(where) as client:
+        if run is None:
+            _show_attempts(jobs.attempts(client), as_json)
+            return
+        attempt = jobs.find(client, run)
+        asked: dict[str, Any] | None = None
+        reason = "its job is pending"
+        if attempt.state != "PENDING":
+            try:
+                asked = json.loads(jobs.on_cluster(client, attempt, ["status", attempt.directory, "--json"]))
+            except ConfigError as error:  # of a run that has written nothing yet
+                reason = str(error)
+    if as_json:
+        typer.echo(json.dumps({"job": _tree(attempt), "run": asked}, indent=2))
+        return
+    _show_attempts([attempt], as_json)
+    if asked is None:
+        console.print(f"Run      no numbers: {reason}", soft_wrap=True)
+    else:
+        _show_standing(asked)
+
+
+def stop(
+    run: Run,
+    address: Address = None,
+    now: Annotated[bool, typer.Option("--now", help="end its job without the step under way and a checkpoint")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let a run finish the step under way, write a checkpoint and end; wait for that."""
+    if (where := _elsewhere(run, address)) is None:
+        if now:
+            raise ConfigError("--now: ends a job of a cluster; expected --address, or SIGTERM to the process here")
+        found = stopping.stop(Path(run))
+    else:
+        found = _stop_there(where, run, now)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        console.print(standing.sentence(found), soft_wrap=True)
+
+
+def _stop_there(address: str, run: str, now: bool) -> dict[str, Any]:
+    from keel import jobs
+
+    with jobs.cluster(address) as client:
+        attempt = jobs.find(client, run)
+        if attempt.over:
+            raise ConfigError(f"RUN={run}: {attempt.job} is over ({attempt.state}); expected a live run")
+        if now:
+            attempt = jobs.stop_now(client, attempt)
+        elif attempt.state == "PENDING":
+            raise ConfigError(f"RUN={run}: {attempt.job} is still pending; expected a run that has begun, or --now")
+        else:
+            with errors.status(f"{attempt.job}: waiting for the step under way and a checkpoint"):
+                # the command there has the run's own deadlines
+                jobs.on_cluster(client, attempt, ["stop", attempt.directory, "--json"], seconds=float("inf"))
+                attempt = jobs.wait(client, attempt.job, _END_SECONDS)
+        found = json.loads(jobs.on_cluster(client, attempt, ["status", attempt.directory, "--json"]))
+        return found | {"job": attempt.job}
+
+
+def _elsewhere(run: str, address: str | None) -> str | None:
+    """The job server to ask about a run; None: it is a directory here. Raises ConfigError where it is neither."""
+    if address is None and Path(run).is_dir():
+        return None
+    if found := _address(address):
+        return found
+    raise ConfigError(f"RUN={run}: no such directory; expected a run directory, or --address and a run of that cluster")
+
+
+def _needed(address: str | None) -> str:
+    if found := _address(address):
+        return found
+    raise ConfigError("--address: missing; expected that of Ray's dashboard, such as http://HOST:8265")
+
+
+def _address(given: str | None) -> str | None:
+    """The one given, or the environment's, as `ray job` takes it."""
+    known = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
+    return given or next((each for each in known if each.startswith("http")), None)
+
+
+def _follow(client: Any, attempt: "Attempt", to: Any) -> None:
+    """Raises JobError for a job that did not succeed; an interrupt ends only the watching."""
+    from keel import jobs
+
+    try:
+        ended = jobs.follow(client, attempt.job, _say(to))
+    except KeyboardInterrupt:
+        to.print(f"{attempt.job} goes on; keel stop {attempt.run} would end it", soft_wrap=True)
+        return
+    if ended.state != "SUCCEEDED":
+        raise jobs.JobError(f"{ended.job} {ended.state}: {ended.message}")
+
+
+def _say(to: Any) -> Callable[[str], None]:
+    return lambda text: to.print(text, end="", soft_wrap=True, highlight=False)
+
+
+def _tree(attempt: "Attempt") -> dict[str, Any]:
+    names = ("job", "run", "number", "state", "since", "directory", "digest")
+    return {"attempt" if name == "number" else name: vars(attempt)[name] for name in names}
+
+
+def _show_attempts(found: "list[Attempt]", as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"jobs": [_tree(each) for each in found]}, indent=2))
+        return
+    table = Table("run", "attempt", "state", "since", "directory", "job")
+    for each in found:
+        since = datetime.fromtimestamp(each.since).isoformat(" ", "seconds")
+        table.add_row(each.run, str(each.number), each.state, since, each.directory, each.job)
+    console.print(table)
+
+
+def _show_standing(found: dict[str, Any]) -> None:
+    for title, text in _lines(found):
+        console.print(Text(f"{title:<9}{text}"), soft_wrap=True)
+
+
+def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "Run", f"{found['run']}: {standing.sentence(found)}"
+    if found["reward"] is not None:
+        kl = found["kl_nats"]
+        yield "Step", f"reward {found['reward']:+.3f}" + (f", KL {kl:.3f} nats" if kl is not None else "")
+    if wanted := found["wanted"]:
+        pairs = [f"{role} {found['present'].get(role, 0)} of {count}" for role, count in wanted.items()]
+        yield "Workers", ", ".join(pairs)
+    if event := found["event"]:
+        when = datetime.fromtimestamp(event["time"]).isoformat(" ", "seconds")
+        yield "Event", f"{event['event']} at {when}"
+
+
+def _show_submitted(attempt: "Attempt", new: bool, gathered: bundle.Bundle, num_bytes: int, address: str) -> None:
+    done = f"Submitted {attempt.job}" if new else f"Attached  {attempt.job} ({attempt.state}): the run is alive"
+    lines = [f"{done}, attempt {attempt.number}", f"Directory {attempt.directory}"]
+    if new:
+        lines.append(f"Uploaded  {bundle.megabytes(num_bytes)}: {', '.join(item.label for item in gathered.items)}")
+    if gathered.absolute:
+        lines.append(f"As it is  {', '.join(gathered.absolute)} (absolute: expected on the cluster, not uploaded)")
+    lines.append(f"Next      keel logs {attempt.run} --address {address} --follow; also keel status, keel stop")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False)

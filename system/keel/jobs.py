@@ -1,0 +1,292 @@
+"""Runs as jobs of a Ray cluster, through the one address of its job server.
+
+submit --> keel-NAME-HASH, -2, -3 ...   attempts at one run: a new one where the newest is over, else that one
+ask    --> keel-ask-...                 a command of Keel on the cluster, beside the run, for what it prints
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import requests
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobSubmissionClient
+
+from keel import __version__, bundle
+from keel.config import ConfigError
+
+LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
+"""The largest zip that Ray's store takes, and that its job server lets through to it."""
+INTERRUPTED = 130
+_CONNECT_SECONDS = 10.0
+_OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+_END_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+_ANSWER_BEGINS, _ANSWER_ENDS = "keel-answer", "keel-errors"
+
+
+class JobError(RuntimeError):
+    """A job, or a question that was asked on the cluster, did not end as it was to."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A checked run on its way to a cluster."""
+
+    run: str
+    directory: str
+    digest: str
+    """Of the settings, as `config.digest`."""
+    command: str
+    """The command of Keel that runs config.yaml."""
+    driver_cpus: float
+    driver_resources: Mapping[str, float]
+
+    def job(self, number: int) -> str:
+        """The id of an attempt, from 1."""
+        place = hashlib.sha256(self.directory.encode()).hexdigest()[:8]
+        return f"keel-{self.run}-{place}" + (f"-{number}" if number > 1 else "")
+
+    def metadata(self, number: int) -> dict[str, str]:
+        return {
+            "keel_run": self.run,
+            "keel_directory": self.directory,
+            "keel_digest": self.digest,
+            "keel_command": self.command,
+            "keel_attempt": str(number),
+            "keel_version": __version__,
+            "keel_driver_resources": json.dumps(dict(self.driver_resources)),
+        }
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One job of a run, as the cluster knows it."""
+
+    job: str
+    run: str
+    directory: str
+    digest: str
+    number: int
+    state: str
+    """PENDING, RUNNING, SUCCEEDED, STOPPED (also as `keel stop` ends it) or FAILED."""
+    since: float
+    """When it began, or ended. Unix seconds."""
+    message: str
+    runtime_env: Mapping[str, Any]
+    driver_resources: Mapping[str, float]
+
+    @property
+    def over(self) -> bool:
+        return self.state in _OVER
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator[JobSubmissionClient]:
+    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token."""
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address={address}: expected that of Ray's dashboard, such as http://HOST:8265")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and RAY_ADDRESS, to what its client is given
+    try:
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=_CONNECT_SECONDS)  # Ray itself waits for ever
+        yield _client(address)
+    except AuthenticationError as error:
+        reason = error.message.splitlines()[0]
+        raise ConfigError(
+            f"--address={address}: the cluster wants a token ({reason}); expected RAY_AUTH_MODE=token, and its token in"
+            " RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from None
+    except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
+        raise ConfigError(
+            f"--address={address}: no answer from a job server ({type(error).__name__}); expected that of Ray's"
+            " dashboard, such as http://HOST:8265"
+        ) from None
+
+
+def _client(address: str) -> JobSubmissionClient:
+    try:
+        client = JobSubmissionClient(address)
+        client.list_jobs()  # the version is told to everyone, the jobs only with a token
+    except (RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, JSON of somebody else
+        raise ConfigError(
+            f"--address={address}: is no job server of Ray ({_last_line(str(error))}); expected that of its dashboard,"
+            " such as http://HOST:8265"
+        ) from None
+    return client
+
+
+def attempts(client: JobSubmissionClient) -> list[Attempt]:
+    """All jobs of the cluster that `keel submit` made, oldest first."""
+    own = [details for details in client.list_jobs() if "keel_run" in (details.metadata or {})]
+    return sorted((_attempt(details) for details in own), key=lambda each: (each.directory, each.number))
+
+
+def find(client: JobSubmissionClient, run: str, number: int | None = None) -> Attempt:
+    """The newest attempt at a run, or the one of a number, or of a job's id. Raises ConfigError."""
+    known = attempts(client)
+    found = [each for each in known if run in (each.job, each.run) and number in (None, each.number)]
+    if not found:
+        names = ", ".join(sorted({each.run for each in known})) or "none"
+        what = f"attempt {number} at it" if number else "run of that name and no such job"
+        raise ConfigError(f"RUN={run}: the cluster has no {what}; expected one of its runs ({names})")
+    if len({each.directory for each in found}) > 1:
+        jobs = ", ".join(each.job for each in found)
+        raise ConfigError(f"RUN={run}: several runs have that name; expected the id of a job: {jobs}")
+    return found[-1]
+
+
+def submit(client: JobSubmissionClient, submission: Submission, archive: Path) -> tuple[Attempt, bool]:
+    """The attempt that runs from now on, and whether it is new. Raises ConfigError where other settings run, JobError.
+
+    Of two who submit at once the cluster takes one; the other then finds its job.
+    """
+    place = (submission.run, submission.directory)
+    earlier = [each for each in attempts(client) if (each.run, each.directory) == place]
+    if earlier and not earlier[-1].over:
+        return _attach(earlier[-1], submission), False
+    number = earlier[-1].number + 1 if earlier else 1
+    job = submission.job(number)
+    try:
+        client.submit_job(
+            entrypoint=f"python -m keel {submission.command} config.yaml",
+            submission_id=job,
+            runtime_env={"working_dir": str(archive)},
+            metadata=submission.metadata(number),
+            entrypoint_num_cpus=submission.driver_cpus or None,
+            entrypoint_resources=dict(submission.driver_resources) or None,
+        )
+    except RuntimeError as error:
+        if "already exists" not in str(error):
+            raise JobError(f"{job}: {_last_line(str(error))}") from None
+        return _attach(_attempt(client.get_job_info(job)), submission), False
+    return _attempt(client.get_job_info(job)), True
+
+
+def _attach(running: Attempt, submission: Submission) -> Attempt:
+    if running.digest != submission.digest:
+        raise ConfigError(
+            f"run.name={submission.run}: runs with other settings as {running.job}; expected keel stop"
+            f" {submission.run} first, or another run.name"
+        )
+    return running
+
+
+def stop_now(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
+    """SIGTERM, and a few seconds later SIGKILL, to the driver; the attempt when it is over. Raises JobError."""
+    client.stop_job(attempt.job)
+    return wait(client, attempt.job, _END_SECONDS)
+
+
+def wait(client: JobSubmissionClient, job: str, seconds: float) -> Attempt:
+    """The attempt when it is over. Raises JobError when it is not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (attempt := _attempt(client.get_job_info(job))).over:
+        if time.monotonic() > deadline:
+            raise JobError(f"{job}: still {attempt.state} after {seconds:.0f} s")
+        time.sleep(_POLL_SECONDS)
+    return attempt
+
+
+def follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> Attempt:
+    """Say what the job writes until it is over; the attempt then. Raises JobError when the connection breaks."""
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            say(text)
+
+    try:
+        asyncio.run(tail())
+    except RuntimeError as error:
+        raise JobError(f"{job}: {_last_line(str(error))}; the job goes on") from None
+    return wait(client, job, _END_SECONDS)
+
+
+def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequence[str], seconds: float = 120.0) -> str:
+    """What `keel ARGUMENTS` prints on the cluster, where the run directory of an attempt is.
+
+    A job of its own beside the run, with the run's files while it is alive (of a job that is over Ray may have thrown
+    them away: then with this Keel), deleted in the end. Raises ConfigError for what the command refuses, JobError for
+    a command that fails or has not ended after so many seconds.
+    """
+    job = f"keel-ask-{uuid.uuid4().hex[:12]}"
+    command = shlex.join(["python", "-m", "keel", *arguments])
+    begin = f"errors=$(mktemp); trap 'rm -f $errors' EXIT; echo {_ANSWER_BEGINS}"
+    asked = f"{begin}; {command} 2>$errors; code=$?; echo {_ANSWER_ENDS}; cat $errors; exit $code"
+    with tempfile.TemporaryDirectory() as folder:
+        runtime_env = dict(attempt.runtime_env) if not attempt.over else {"working_dir": _package(Path(folder))}
+        client.submit_job(
+            entrypoint=asked,
+            submission_id=job,
+            runtime_env=runtime_env,
+            entrypoint_resources=dict.fromkeys(attempt.driver_resources, 0.001) or None,  # the driver's node
+        )
+    try:
+        details = _end_of(client, job, seconds)
+        text = client.get_job_logs(job)
+    finally:
+        _forget(client, job)
+    answer, _, said = text.partition(f"\n{_ANSWER_BEGINS}\n")[2].partition(f"{_ANSWER_ENDS}\n")
+    if details.driver_exit_code == 2:
+        raise ConfigError(_last_line(said).removeprefix("keel: "))
+    if details.status.value != "SUCCEEDED":
+        raise JobError(f"{command}: {_last_line(said or details.message or '')}")
+    return answer
+
+
+def _end_of(client: JobSubmissionClient, job: str, seconds: float) -> JobDetails:
+    deadline = time.monotonic() + seconds
+    while (details := client.get_job_info(job)).status.value not in _OVER:
+        if time.monotonic() > deadline:
+            raise JobError(f"{job}: still {details.status.value} after {seconds:.0f} s: {details.message}")
+        time.sleep(_POLL_SECONDS)
+    return details
+
+
+def _forget(client: JobSubmissionClient, job: str) -> None:
+    """Ray deletes only what is over."""
+    if client.get_job_info(job).status.value not in _OVER:
+        client.stop_job(job)
+        _end_of(client, job, _END_SECONDS)
+    client.delete_job(job)
+
+
+def _package(folder: Path) -> str:
+    """This Keel alone, as a zip."""
+    archive = folder / "keel.zip"
+    bundle.Bundle({}, [bundle.package()], []).write(archive, "", LIMIT_BYTES)
+    return str(archive)
+
+
+def _attempt(details: JobDetails) -> Attempt:
+    own, state = details.metadata or {}, details.status.value
+    stopped = state == "FAILED" and details.driver_exit_code == INTERRUPTED
+    return Attempt(
+        job=details.submission_id or "",
+        run=own["keel_run"],
+        directory=own["keel_directory"],
+        digest=own["keel_digest"],
+        number=int(own["keel_attempt"]),
+        state="STOPPED" if stopped else state,
+        since=(details.end_time or details.start_time or 0) / 1000,
+        message=_last_line(details.message or ""),
+        runtime_env=details.runtime_env or {},
+        driver_resources=json.loads(own["keel_driver_resources"]),
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "no reason given"

@@ -1,0 +1,61 @@
+"""Asks a run in a directory here to end, and waits until it has.
+
+stop --> control actor --> the run, within a second --> the step under way, a checkpoint, the end of its process
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from keel import config, durable, standing
+from keel.config import ConfigError
+from keel.terminal import errors
+
+_HEARD_SECONDS = 60.0
+_POLL_SECONDS = 0.5
+
+
+class NotStopped(RuntimeError):
+    """A run has not ended within its own deadlines after it was asked to."""
+
+
+def stop(directory: Path) -> dict[str, Any]:
+    """Where the run stands when it has ended. Raises ConfigError where none is alive, NotStopped."""
+    found = _alive(directory)
+    by = config.load(directory / "config.yaml").deadlines
+    _ask(directory)
+    patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
+    deadline = time.monotonic() + patience
+    with errors.status(f"step {found['step']}: waiting for the step under way and a checkpoint"):
+        while durable.held(directory):
+            if time.monotonic() > deadline:
+                raise NotStopped(f"{directory}: goes on {patience:.0f} s after it was asked to stop")
+            time.sleep(_POLL_SECONDS)
+    return standing.of(directory)
+
+
+def _alive(directory: Path) -> dict[str, Any]:
+    found = standing.of(directory)
+    if found["state"] != "live":
+        raise ConfigError(f"RUN={directory}: {standing.sentence(found)}; expected a live run")
+    if found["command"] != "train":
+        raise ConfigError(f"RUN={directory}: keel {found['command']} stops by SIGTERM alone; expected an online run")
+    return found
+
+
+def _ask(directory: Path) -> None:
+    """Until it is heard: a run that starts has no control actor yet, or its file names that of an earlier process."""
+    deadline = time.monotonic() + _HEARD_SECONDS
+    while True:
+        try:
+            where = standing.control_of(directory)
+            os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
+            from keel import control
+
+            control.ask_to_stop(directory, where)
+            return
+        except ConfigError:
+            if time.monotonic() > deadline or not durable.held(directory):
+                raise
+            time.sleep(_POLL_SECONDS)
