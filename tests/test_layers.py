@@ -41,6 +41,8 @@ LAYERS = [
         "metric_table",
         "metrics",
         "occupancy",
+        "virtual_time",
+        "simulation",
         "references",
         "quiet",
         "reward_text",
