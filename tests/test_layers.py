@@ -63,7 +63,8 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
+    + ["preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"]
+    + ["rates", "measurement", "plan", "splits", "footprint"],
     [
         "losses",
         "worker",
@@ -79,10 +80,10 @@ LAYERS = [
         "progress",
         "summary",
     ]
-    + ["doctor"],
+    + ["doctor", "calibration"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
-    ["operations", "cli", "__main__"],
+    ["operations", "plan_commands", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {

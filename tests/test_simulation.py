@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jumping
 import pytest
 
+import jumping
 from keel.simulation import Shape, Simulation, Timeline
 from keel.virtual_time import Clock, Process
 
@@ -170,8 +170,7 @@ def ends(cores: float, jobs: list[tuple[float, float, float]]) -> list[float]:
         done[place] = clock.now
 
     def everyone() -> Process:
-        for end in [clock.spawn(job(place, *each)) for place, each in enumerate(jobs)]:
-            yield end
+        yield from [clock.spawn(job(place, *each)) for place, each in enumerate(jobs)]
 
     clock.run(clock.spawn(everyone()))
     return done

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, config, operations
+from keel import __version__, config, operations, plan_commands
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -209,6 +209,7 @@ app.command()(operations.compare)
 app.command()(operations.verify)
 app.command()(operations.scale)
 app.command()(operations.replay)
+app.command()(plan_commands.plan)
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,

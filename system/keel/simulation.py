@@ -1,4 +1,4 @@
-"""A run on a clock that jumps: the controller's two loops, the buffer's admission rule and the pools' choice of a worker.
+"""A run on a clock that jumps: the controller's two loops, the buffer's admission rule, the pools' choice of a worker.
 
     admit -> generator -> reference -> scorer -> buffer -> learner -> publish -> load into every generator -> advance
 
@@ -235,8 +235,7 @@ class Simulation:
         self.occupancy.doing("learner_step")
         yield self.clock.compute(self.durations.step(self._version + 1), self._learner_threads)
         yield from self._driving("weight_sync", "publish")
-        for loaded in self.pools[0].load(self._version + 1, self.durations):
-            yield loaded
+        yield from self.pools[0].load(self._version + 1, self.durations)
         self._version += 1
 
     def _head(self) -> Sequence[int]:
