@@ -11,12 +11,17 @@ Usage: python benchmarks/plan_validation.py RUNS [--only CASE ...]     runs what
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from keel import durable
 
 PACE = "KEEL_BENCHMARK_PACE_SECONDS"
 HERE = Path(__file__).resolve().parent
@@ -94,14 +99,76 @@ def train(runs: Path, name: str) -> None:
     subprocess.run(command, env=environment, check=True, stdout=sys.stderr, timeout=280)
 
 
+def result(runs: Path, name: str) -> dict[str, Any]:
+    """Measured and predicted numbers of a case."""
+    from keel import config, measurement
+    from keel.plan import Machine, configured, predict
+
+    case = CASES[name]
+    measured = CASES[case.measured]
+    rates = measurement.measured([folder_of(runs, case.measured) / "run"])
+    if case.pace_seconds:  # a sleeping reward leaves the cores to others
+        scorer = rates.scorer
+        fixed = scorer.fixed_seconds + case.pace_seconds - measured.pace_seconds
+        rates = rates.model_copy(
+            update={"scorer": scorer.model_copy(update={"fixed_seconds": fixed, "cpu_ratio": 0.0})}
+        )
+    settings = config.load(folder_of(runs, name) / "run" / "config.yaml")
+    found = predict(settings, rates, configured(settings), Machine(cores=float(os.cpu_count() or 1)), steps=100)
+    seconds, busy = _measured(folder_of(runs, name) / "run", found.counts)
+    return {
+        "case": name,
+        "rates_of": case.measured,
+        "overrides": case.overrides,
+        "reward_sleeps_seconds": case.pace_seconds,
+        "measured_median_step_seconds": round(statistics.median(seconds), 3),
+        "measured_mean_step_seconds": round(statistics.mean(seconds), 3),
+        "measured_steps": len(seconds),
+        "predicted_step_seconds": round(found.step_seconds, 3),
+        "error_ratio": round(found.step_seconds / statistics.median(seconds) - 1, 3),
+        "measured_busy_ratio": busy,
+        "predicted_busy_ratio": {role: round(share, 2) for role, share in found.busy.items()},
+    }
+
+
+def _measured(run: Path, counts: Mapping[str, int]) -> tuple[list[float], dict[str, float]]:
+    """Seconds of the steps between warm-up and last, and shares of worker seconds that were busy in them."""
+    lines = durable.read_json_lines(run / "metrics.jsonl")[WARM_UP_STEPS - 1 : -1]
+    seconds = [after["time"] - before["time"] for before, after in pairwise(lines)]
+    first, last = lines[0]["busy_seconds_total"], lines[-1]["busy_seconds_total"]
+    elapsed = lines[-1]["time"] - lines[0]["time"]
+    busy = {role: round((last[role] - first[role]) / (elapsed * count), 2) for role, count in counts.items()}
+    return seconds, busy
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    rows = [
+        f"| {each['case']} | {each['rates_of']} | {each['measured_median_step_seconds']:.2f}"
+        f" | {each['predicted_step_seconds']:.2f} | {each['error_ratio']:+.0%}"
+        f" | {_shares(each['measured_busy_ratio'])} | {_shares(each['predicted_busy_ratio'])} |"
+        for each in results
+    ]
+    head = "| run | rates of | measured s (median) | predicted s | error | busy, measured | busy, predicted |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *rows])
+
+
+def _shares(busy: Mapping[str, float]) -> str:
+    return " / ".join(f"{share:.0%}" for share in busy.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", type=Path)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     options = parser.parse_args()
     for name in options.only:
-        if not (folder_of(options.runs, name) / "run" / "metrics.jsonl").is_file():
+        if not (folder_of(options.runs, name) / "run" / "checkpoints").is_dir():
             train(options.runs, name)
+    present = [name for name in CASES if (folder_of(options.runs, name) / "run" / "checkpoints").is_dir()]
+    results = [result(options.runs, name) for name in present if CASES[name].measured in present]
+    durable.write_json(HERE / "results" / "plan_validation.json", {"cores": os.cpu_count(), "results": results})
+    print(table(results))
 
 
 if __name__ == "__main__":
