@@ -69,6 +69,12 @@ def test_a_broadcast_passes_every_node() -> None:
     assert there - here == pytest.approx(2 * 0.5), "twenty generators are on three nodes"
 
 
+def test_what_does_not_fit_into_a_generator_together_is_decoded_in_waves() -> None:
+    narrow = settings(generators={"max_sequences": 2})
+    wide, slow = (predict(by, rates(), configured(by), APART).step_seconds for by in (settings(), narrow))
+    assert slow - wide == pytest.approx((4 - 1) * 1.0), "eight sequences, two together"
+
+
 def test_variation_is_of_the_size_that_was_given() -> None:
     sizes = settings(groups=1)
     steady, uneven = rates(), rates(generator={"variation_ratio": 0.5})

@@ -8,8 +8,8 @@ from keel.rates import Rates
 from keel.recorder import Display
 from keel.settings import Settings
 
-STEPS = 6
-"""The first warms up, the last evaluates: four are measured."""
+STEPS = 5
+"""The first warms up, the last evaluates: three are measured."""
 
 
 def settings_of(settings: Settings, directory: Path) -> Settings:

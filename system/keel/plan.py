@@ -3,8 +3,9 @@
     rates (rates.py) + sizes of the configuration -> simulation.py -> Prediction
     budget -> counts of generators, reference, scorers and learner ranks -> the fastest of many Predictions
 
-Assumptions, besides the straight lines of rates.py: answers stay as long as they were measured; a stage's durations
-are independent of each other; where workers share the cores of one machine (`cores`), all that compute are slowed
+Assumptions, besides the straight lines of rates.py: answers stay as long as they were measured; a generator that is
+given more than max_sequences decodes them in waves, each with the fixed part of the time; a stage's durations are
+independent of each other; where workers share the cores of one machine (`cores`), all that compute are slowed
 down alike as soon as they have more threads than there are cores; GPUs are not shared; the network is never full.
 """
 
@@ -63,6 +64,7 @@ class _Drawn:
     ) -> None:
         self._rates, self._seed = rates, seed
         self._samples, self._held_out = settings.sampling.samples_per_prompt, settings.prompts.held_out
+        self._together = settings.generators.max_sequences
         rows = settings.buffer.groups_per_step * self._samples
         ranks = counts[LEARNER]
         communication = rates.learner.communication_seconds if ranks > 1 else 0.0
@@ -72,7 +74,10 @@ class _Drawn:
 
     def stage(self, role: str, tickets: Sequence[int]) -> float:
         sequences = len(tickets) * self._samples or self._held_out
-        return self._rates.of(role).seconds(sequences) * self._factor(role, tickets[0] if tickets else -1)
+        by = self._rates.of(role)
+        waves = max(sequences / self._together, 1.0) if role == "generator" else 1.0
+        mean = by.fixed_seconds * waves + by.sequence_seconds * sequences
+        return mean * self._factor(role, tickets[0] if tickets else -1)
 
     def step(self, version: int) -> float:
         return self._step * self._factor(LEARNER, version)
@@ -103,9 +108,9 @@ class _Drawn:
 
 def configured(settings: Settings) -> dict[str, int]:
     """Workers by role as the configuration has them."""
-    counts = {"generator": settings.generators.count, "scorer": settings.scorers.count}
     reference = {"reference": settings.reference.count} if settings.reference else {}
-    return counts | reference | {LEARNER: settings.learners.count}
+    counts = {"generator": settings.generators.count} | reference | {"scorer": settings.scorers.count}
+    return counts | {LEARNER: settings.learners.count}
 
 
 def predict(

@@ -60,11 +60,12 @@ def plan(
     for bound in staleness or [settings.buffer.max_staleness]:
         found.append(_planned(_with_staleness(settings, bound), rates, machine, gpus, cpus))
     parameters = rates.policy_parameters or _parameters(settings)
-    memory = footprints(settings, parameters, settings.learners.count) if parameters else []
+    last = found[-1]["best"][0] if found[-1]["best"] else found[-1]["configured"]
+    memory = footprints(settings, parameters, last.counts[LEARNER]) if parameters else []
     if as_json:
         typer.echo(json.dumps(_tree(rates, machine, found, memory), indent=2))
     else:
-        _show(rates, machine, found, memory)
+        _show(rates, machine, found, memory, last.counts[LEARNER])
 
 
 def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: bool) -> Rates:
@@ -152,34 +153,35 @@ def _tree(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: l
     }
 
 
-def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint]) -> None:
+def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint], ranks: int) -> None:
     console.print(f"Rates    {rates.source}", soft_wrap=True)
     shared = f"{machine.cores:g} cores shared by all workers" if machine.cores else "every worker has its own device"
     console.print(f"Machine  {shared}")
     rows = [each["configured"] for each in found]
-    console.print(_table("as configured", rows))
+    console.print(_table("as configured", rows, waits=len(rows)))
     for each in found:
         if each["best"]:
             title = f"best counts for the budget, max_staleness {each['max_staleness']}"
-            console.print(_table(title, each["best"]))
+            console.print(_table(title, each["best"], waits=1))
     if not memory:
         console.print("Memory   unknown: the model is not here; policy_parameters of the rates would say it")
         return
     table = Table("one", "GiB", "of which", title="memory, lower bounds (see docs/scaling.md)", title_justify="left")
     for footprint in memory:
         parts = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in footprint.parts.items())
-        one = "learner rank" if footprint.role == LEARNER else footprint.role
+        one = f"of {ranks} learner ranks" if footprint.role == LEARNER else footprint.role
         table.add_row(one, f"{footprint.num_bytes / 2**30:.2f}", parts)
     console.print(table)
 
 
-def _table(title: str, predictions: list[Prediction]) -> Table:
+def _table(title: str, predictions: list[Prediction], waits: int) -> Table:
+    """A row a prediction; the first `waits` of them with whom each role waits for."""
     roles = list(predictions[0].counts)
     table = Table("counts", "late", "step s", "p90", "tok/s", *roles, title=title, title_justify="left")
-    for each in predictions:
+    for place, each in enumerate(predictions):
         counts = " : ".join(str(count) for count in each.counts.values())
         late = ", ".join(f"{versions}: {share:.0%}" for versions, share in each.staleness.items())
-        shares = [f"{each.busy[role]:.0%} busy{_idle(each.idle[role])}" for role in roles]
+        shares = [f"{each.busy[role]:.0%} busy{_idle(each.idle[role]) if place < waits else ''}" for role in roles]
         numbers = (f"{each.step_seconds:.2f}", f"{each.step_seconds_p90:.2f}", f"{each.tokens_per_second:,.0f}")
         table.add_row(counts, late, *numbers, *shares)
     return table

@@ -143,9 +143,9 @@ def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]
 
 
 def _ranked(found: list[Prediction]) -> list[Prediction]:
-    """By step seconds in classes that count as equal, then by fewer workers."""
+    """By step seconds in classes that count as equal, then by fewer workers; none that has all of one before and more."""
     fastest = min(prediction.step_seconds for prediction in found)
-    return sorted(
+    order = sorted(
         found,
         key=lambda each: (
             int((each.step_seconds / fastest - 1) / _EQUAL_RATIO),
@@ -153,3 +153,8 @@ def _ranked(found: list[Prediction]) -> list[Prediction]:
             each.step_seconds,
         ),
     )
+    kept: list[Prediction] = []
+    for each in order:
+        if not any(all(better.counts[role] <= count for role, count in each.counts.items()) for better in kept):
+            kept.append(each)
+    return kept
