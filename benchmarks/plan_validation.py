@@ -11,6 +11,7 @@ Usage: python benchmarks/plan_validation.py RUNS [--only CASE ...]     runs what
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def train(runs: Path, name: str) -> None:
     from keel import doctor, tiny
 
     case, folder = CASES[name], folder_of(runs, name)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was ended
     folder.mkdir(parents=True)
     model = runs / "model"
     if not model.is_dir():

@@ -203,15 +203,15 @@ def test_the_best_split_is_the_best_of_all(staleness: int) -> None:
         tried.append(dict(by))
         return predict(sizes, rates(), by, APART, steps=6)
 
-    found = best(of_gpus(sizes, counts, 8), rates(), counts, simulate)
-    assert all(by["generator"] + by["reference"] + by["learner"] <= 8 for by in tried)
-    assert len(tried) < 150, "of 448"
+    found = best(of_gpus(sizes, counts, 12), rates(), counts, simulate)
+    assert all(by["generator"] + by["reference"] + by["learner"] <= 12 for by in tried)
+    assert len(tried) < 150, "of 2640"
     every = [
         simulate({"generator": generators, "scorer": scorers, "reference": references, "learner": ranks})
         for generators, scorers, references, ranks in itertools.product(
             range(1, 7), range(1, 5), range(1, 7), range(1, 7)
         )
-        if generators + references + ranks == 8
+        if generators + references + ranks == 12
     ]
     assert found[0].step_seconds <= 1.01 * min(each.step_seconds for each in every)
 

@@ -23,7 +23,7 @@ from keel.splits import Budget, best, of_cpus, of_gpus
 from keel.terminal import console, errors
 
 _SHOWN = 5  # splits
-_SEARCH_STEPS = 12
+_SEARCH_STEPS = 8
 
 
 def plan(

@@ -14,7 +14,7 @@ Left out: lost workers, failed samples, dropped groups and refills, new referenc
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Protocol
 
 from keel.occupancy import STAGES, WAITING, Occupancy
@@ -224,7 +224,7 @@ class Simulation:
     def _step(self) -> Process:
         self.occupancy.doing(WAITING)
         began, groups = self.clock.now, self.shape.groups_per_step
-        while len(self._live) < groups or not self._ready.issuperset(self._head()):
+        while len(self._live) < groups or not all(ticket in self._ready for ticket in islice(self._live, groups)):
             yield self._added
         tickets = [self._live.popleft() for _ in range(groups)]
         self._taken += groups
@@ -237,9 +237,6 @@ class Simulation:
         yield from self._driving("weight_sync", "publish")
         yield from self.pools[0].load(self._version + 1, self.durations)
         self._version += 1
-
-    def _head(self) -> Sequence[int]:
-        return [self._live[place] for place in range(self.shape.groups_per_step)]
 
     def _driving(self, phase: str, what: str) -> Process:
         """What the learner's actors do beside a step."""

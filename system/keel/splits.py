@@ -1,7 +1,7 @@
 """Which counts of workers suit a budget: predictions of many splits, the fastest first.
 
 A budget of devices is divided; cores of one machine are shared, so there any role may have up to as many workers as
-there are cores. All splits are tried where they are few, else neighbours of the best one so far, from several starts.
+there are cores. All splits are tried where they are few, else neighbours of the best so far, from shares by work on.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from keel.plan import Prediction
 from keel.rates import Rates
 from keel.settings import Settings
 
-_ALL = 300
+_ALL = 1500
 """Splits that are all tried."""
 _LARGE = 32
 """Devices or cores with which there are more."""
@@ -92,8 +92,7 @@ def best(budget: Budget, rates: Rates, counts: Counts, simulate: Callable[[Count
         for split in every:
             trial(split)
     else:
-        for start in _starts(budget, rates, roles):
-            _climb(budget, roles, start, trial)
+        _climb(budget, roles, _start(budget, rates, roles), trial)
     return _ranked(list(tried.values()))
 
 
@@ -106,15 +105,14 @@ def _all(budget: Budget, roles: list[str]) -> Iterator[tuple[int, ...]]:
             yield split
 
 
-def _starts(budget: Budget, rates: Rates, roles: list[str]) -> list[tuple[int, ...]]:
-    """One worker of each role, and shares by the work of a sequence in each role."""
-    one = (1,) * len(roles)
+def _start(budget: Budget, rates: Rates, roles: list[str]) -> tuple[int, ...]:
+    """Shares by the work of a sequence in each role; where nothing is divided, one worker of each role."""
     work = {role: (rates.learner if role == LEARNER else rates.of(role)).seconds(1) for role in roles}
     left, paid = budget.amount - sum(budget.costs.values()), sum(work[role] for role in roles if budget.costs[role])
     if not paid:
-        return [one]
+        return (1,) * len(roles)
     each = {role: int(left * work[role] / paid / (budget.costs[role] or 1.0)) for role in roles}
-    return [one, tuple(min(budget.most[role], 1 + each[role]) for role in roles)]
+    return tuple(min(budget.most[role], 1 + each[role]) for role in roles)
 
 
 def _climb(
@@ -128,7 +126,7 @@ def _climb(
         if trial(better).step_seconds < (1 - _EQUAL_RATIO / 5) * trial(split).step_seconds:
             split = better
         else:
-            stride //= 2
+            stride = 1 if 1 < stride < 4 else stride // 4
 
 
 def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]]:
@@ -143,7 +141,7 @@ def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]
 
 
 def _ranked(found: list[Prediction]) -> list[Prediction]:
-    """By step seconds in classes that count as equal, then by fewer workers; none that has all of one before and more."""
+    """By step seconds in classes that count as equal, then by fewer workers; none with all of one before and more."""
     fastest = min(prediction.step_seconds for prediction in found)
     order = sorted(
         found,
