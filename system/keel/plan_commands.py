@@ -24,6 +24,8 @@ from keel.terminal import console, errors
 
 _SHOWN = 5  # splits
 _SEARCH_STEPS = 8
+"""Simulated for each split; half as many where there are many workers, which even themselves out."""
+_MANY = 100
 
 
 def plan(
@@ -116,7 +118,8 @@ def _planned(settings: Settings, rates: Rates, machine: Machine, gpus: int | Non
 
 
 def _search(settings: Settings, rates: Rates, machine: Machine, counts: Mapping[str, int]) -> Prediction:
-    return predict(settings, rates, counts, machine, steps=_SEARCH_STEPS)
+    steps = _SEARCH_STEPS if sum(counts.values()) < _MANY else _SEARCH_STEPS // 2
+    return predict(settings, rates, counts, machine, steps)
 
 
 def _parameters(settings: Settings) -> int | None:

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
+from operator import attrgetter
 from typing import Protocol
 
 from keel.occupancy import STAGES, WAITING, Occupancy
@@ -130,7 +131,7 @@ class _Pool:
 
     def _pick(self) -> _Worker:
         if not self._by_ticket:
-            return min(self.workers, key=lambda worker: worker.waiting)
+            return min(self.workers, key=attrgetter("waiting"))
         self._turns += 1
         return self.workers[(self._turns - 1) % len(self.workers)]
 
