@@ -50,6 +50,8 @@ LAYERS = [
         "endpoint",
         "occupancy",
         "explain",
+        "virtual_time",
+        "simulation",
         "references",
         "quiet",
         "reward_text",
@@ -70,7 +72,8 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["capacity", "preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"],
+    + ["capacity", "preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"]
+    + ["rates", "measurement", "plan", "splits", "footprint"],
     [
         "losses",
         "room",
@@ -89,11 +92,11 @@ LAYERS = [
         "progress",
         "summary",
     ]
-    + ["doctor"],
+    + ["doctor", "calibration"],
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["kubernetes_plan", "kubernetes_pods", "kubernetes", "kubernetes_commands", "deploy_commands"]
-    + ["bundle", "standing", "stopping", "jobs", "operations", "job_commands", "cli", "__main__"],
+    + ["bundle", "standing", "stopping", "jobs", "operations", "plan_commands", "job_commands", "cli", "__main__"],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {

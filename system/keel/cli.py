@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, config, deploy_commands, job_commands, operations
+from keel import __version__, config, deploy_commands, job_commands, operations, plan_commands
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -213,6 +213,7 @@ app.command()(job_commands.submit)
 app.command()(job_commands.status)
 app.command()(job_commands.logs)
 app.command()(job_commands.stop)
+app.command()(plan_commands.plan)
 _COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
     "train": train,
     "sft": sft,

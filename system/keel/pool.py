@@ -210,7 +210,8 @@ class Pool:
                 return  # one that failed stays: whoever waits reads why
             if self._coming.get(index) is done:
                 del self._coming[index]
-            for other in [other for other, each in self._coming.items() if each.done()]:
+            ended = [(other, each) for other, each in self._coming.items() if each.done() and not each.cancelled()]
+            for other in [other for other, each in ended if each.exception()]:  # not one that came up just now, too
                 self._bring_up(other)  # it gave up when nobody served
 
         task.add_done_callback(came)

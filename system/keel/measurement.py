@@ -1,0 +1,169 @@
+"""Rates of runs, from what they wrote: rollouts and evaluations for single batches, metrics.jsonl for the rest.
+
+stages    busy_seconds_total a batch, so the way through Ray is in it; how batches differ, from the Arrow columns
+learner   phase_seconds_total of its steps
+driver    progress_timestamp_seconds: when each stage last finished something
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from keel import config, durable, evaluate, schema
+from keel.config import ConfigError
+from keel.occupancy import LEARNER, STAGES, STEPPING
+from keel.rates import ASSUMED_FIXED_RATIO, Rates
+from keel.settings import Settings
+
+_MOST_KEPT = 200  # relative durations
+
+
+@dataclass
+class _Seen:
+    """What runs took. Points: sequences a worker (learner: a rank) had, and seconds."""
+
+    points: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    relative: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    driver: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    tokens: list[float] = field(default_factory=list)
+
+
+def measured(runs: Sequence[Path]) -> Rates:
+    """Rates of one or more runs of the same model on the same machine.
+
+    First steps and steps with an evaluation are left out. On cores that stages share, the runs should be synchronous
+    (max_staleness 0) with one generator batch a step: else what is measured has waited for cores. Raises ConfigError
+    for a directory that holds no run, or too few steps.
+    """
+    seen = _Seen()
+    for directory in runs:
+        _see(directory, seen)
+    roles = [role for role in (*STAGES, LEARNER) if role in seen.points]
+    lines = {role: _line(seen.points[role], ASSUMED_FIXED_RATIO[role]) for role in roles}
+    stages = {
+        role: {
+            "fixed_seconds": fixed,
+            "sequence_seconds": slope,
+            "relative_seconds": [round(each, 4) for each in seen.relative[role][:_MOST_KEPT]],
+        }
+        for role, (fixed, slope) in lines.items()
+    }
+    driver = {what: statistics.median(seconds) for what, seconds in seen.driver.items()}
+    weights = {f"{what}_seconds": driver.pop(what) for what in ("publish", "load")}
+    named = ", ".join(str(directory) for directory in runs)
+    tree = {"source": f"measured on {named}", "tokens_per_sequence": statistics.mean(seen.tokens), **stages}
+    own = {f"{what}_seconds": seconds for what, seconds in driver.items()}
+    return Rates.model_validate(tree | {"weights": weights, "driver": own})
+
+
+def _see(directory: Path, seen: _Seen) -> None:
+    stored = directory / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"--from {directory}: no config.yaml in it; expected the directory of an online run")
+    settings = config.load(stored)
+    lines = durable.read_json_lines(directory / "metrics.jsonl")
+    pairs = [(before, line) for before, line in pairwise(lines) if not _evaluates(settings, line["step"])]
+    if not pairs:
+        raise ConfigError(
+            f"--from {directory}: {len(lines)} steps, none without an evaluation after the first; expected at least 3"
+        )
+    batches = [batch for _, line in pairs for batch in _batches(_rows(directory, line["step"]))]
+    for role in STAGES:
+        if busy := sum(_change(pair, "busy_seconds_total", role) for pair in pairs):
+            size = statistics.mean(batch.sequences for batch in batches)
+            seen.points[role].append((size, busy / len(batches)))
+    _see_evaluations(directory, batches, seen)
+    rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
+    ranks = pairs[0][1]["workers"]["learner"]
+    steps = [_change(pair, "phase_seconds_total", STEPPING) for pair in pairs]
+    seen.points[LEARNER].append((rows / ranks, statistics.mean(steps)))
+    seen.relative[LEARNER] += [each / statistics.mean(steps) for each in steps]
+    seen.tokens += [batch.tokens / batch.sequences for batch in batches]
+    for pair in pairs:
+        _see_driver(pair, seen)
+
+
+def _evaluates(settings: Settings, step: int) -> bool:
+    every = settings.evaluation.every_steps
+    return step == settings.run.steps or bool(every and step % every == 0)
+
+
+def _see_driver(pair: tuple[dict[str, Any], dict[str, Any]], seen: _Seen) -> None:
+    """The small times between stages, from when each last finished something."""
+    _, line = pair
+    at = line["progress_timestamp_seconds"]
+    seen.driver["publish"].append(at["publish"] - at["step"])
+    seen.driver["load"].append(at["load"] - at["publish"])
+    seen.driver["advance"].append(
+        max(_change(pair, "phase_seconds_total", "weight_sync") - line["weight_sync_seconds"], 0.0)
+    )
+    if line["max_staleness_versions"] == 0:  # else other batches come in between
+        seen.driver["add"].append(max(at["accept"] - at["score"], 0.0))
+        seen.driver["take"].append(max(at["take"] - at["accept"], 0.0))
+    if checkpoint := _change(pair, "phase_seconds_total", "checkpoint"):
+        seen.driver["checkpoint"].append(checkpoint)
+
+
+def _see_evaluations(directory: Path, batches: "list[_Batch]", seen: _Seen) -> None:
+    """Held-out batches as further sizes; what the way through Ray costs is taken from the other batches."""
+    steps = [int(row["step"]) for row in evaluate.frontier(directory)]
+    held_out = [_batches(evaluate.load(directory, step))[0] for step in steps[1:]]  # the first one warms up
+    for role in ("generator", "scorer"):
+        own = [batch.seconds[role] for batch in batches]
+        mean = statistics.mean(own)
+        way = max(seen.points[role][-1][1] - mean, 0.0)
+        seen.points[role] += [(batch.sequences, batch.seconds[role] + way) for batch in held_out]
+        if mean:
+            seen.relative[role] += [(seconds + way) / (mean + way) for seconds in own]
+
+
+def _change(pair: tuple[dict[str, Any], dict[str, Any]], name: str, label: str) -> float:
+    before, line = pair
+    return line[name].get(label, 0.0) - before[name].get(label, 0.0)
+
+
+def _rows(directory: Path, step: int) -> pa.RecordBatch:
+    path = directory / "rollouts" / f"step-{step:06d}.arrow"
+    if not path.is_file():
+        raise ConfigError(f"--from {directory}: no {path.name} in its rollouts/; expected the rows of every step")
+    return schema.from_bytes(path.read_bytes())
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One generator batch, as its rows tell."""
+
+    sequences: int
+    tokens: int
+    seconds: dict[str, float]
+
+
+def _batches(rows: pa.RecordBatch) -> list[_Batch]:
+    """Rows next to each other that came from one call of one generator."""
+    marks = list(zip(*(rows.column(name).to_pylist() for name in ("generator", "generate_seconds")), strict=True))
+    lengths = schema.lengths(rows, "completion_tokens")
+    starts = [place for place, mark in enumerate(marks) if not place or mark != marks[place - 1]]
+    scores = rows.column("score_seconds").to_pylist()
+    return [
+        _Batch(end - start, int(lengths[start:end].sum()), {"generator": marks[start][1], "scorer": scores[start]})
+        for start, end in pairwise([*starts, len(marks)])
+    ]
+
+
+def _line(points: Iterable[tuple[float, float]], assumed: float) -> tuple[float, float]:
+    """(seconds of a batch of none, seconds of each sequence), neither below 0; `assumed` where all sizes are equal."""
+    sizes, seconds = np.array(list(points)).T
+    if np.ptp(sizes) == 0:
+        mean = float(seconds.mean())
+        return assumed * mean, (1 - assumed) * mean / float(sizes[0])
+    slope, fixed = np.polyfit(sizes, seconds, 1)
+    if slope < 0:
+        return float(seconds.mean()), 0.0
+    return (float(fixed), float(slope)) if fixed >= 0 else (0.0, float((sizes * seconds).sum() / (sizes**2).sum()))

@@ -1,0 +1,178 @@
+"""Step time, idle shares and memory of a configuration before it runs, and which counts suit a budget best.
+
+    rates (rates.py) + sizes of the configuration -> simulation.py -> Prediction
+    budget -> counts of generators, reference, scorers and learner ranks -> the fastest of many Predictions
+
+Assumptions, besides the straight lines of rates.py: answers stay as long as they were measured; a generator that is
+given more than max_sequences decodes them in waves, each with the fixed part of the time; a stage's durations are
+independent of each other; where workers share the cores of one machine (`cores`), all that compute are slowed
+down alike as soon as they have more threads than there are cores; GPUs are not shared; the network is never full.
+"""
+
+import math
+import random
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from keel.occupancy import LEARNER, STAGES
+from keel.rates import Rates
+from keel.settings import Settings
+from keel.simulation import Shape, Simulation, Timeline
+
+WARM_UP_STEPS = 3
+"""Left out of every prediction, besides those in which the staleness bound fills the pipeline."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Means over simulated steps after the warm-up."""
+
+    counts: Mapping[str, int]
+    max_staleness: int
+    step_seconds: float
+    step_seconds_p90: float
+    tokens_per_second: float
+    """Completion tokens trained on."""
+    wait_seconds: float
+    """Of a step: the learner waits for rollouts."""
+    busy: Mapping[str, float]
+    """Share of a role's worker seconds."""
+    idle: Mapping[str, Mapping[str, float]]
+    """Share of a role's worker seconds by whom it waits for, as `keel_idle_seconds_total` has it."""
+    queue: Mapping[str, float]
+    """Batches that wait for a worker of a role, mean."""
+    staleness: Mapping[int, float]
+    """Share of the groups by how many versions late they are trained."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where workers run."""
+
+    cores: float | None = None
+    """Shared by all workers; None: every worker has devices of its own."""
+    devices_per_node: int = 8
+
+
+class _Drawn:
+    """Seconds by rates, drawn by what is done: the same tickets take equally long under every split of a budget."""
+
+    def __init__(
+        self, rates: Rates, settings: Settings, counts: Mapping[str, int], machine: Machine, seed: int
+    ) -> None:
+        self._rates, self._seed = rates, seed
+        self._samples, self._held_out = settings.sampling.samples_per_prompt, settings.prompts.held_out
+        self._together = settings.generators.max_sequences
+        rows = settings.buffer.groups_per_step * self._samples
+        ranks = counts[LEARNER]
+        communication = rates.learner.communication_seconds if ranks > 1 else 0.0
+        self._step = rates.learner.seconds(math.ceil(rows / ranks)) + communication
+        nodes = 1 if machine.cores else math.ceil(counts["generator"] / machine.devices_per_node)
+        self._load = rates.weights.load_seconds + rates.weights.node_seconds * (nodes - 1)
+
+    def stage(self, role: str, tickets: Sequence[int]) -> float:
+        sequences = len(tickets) * self._samples or self._held_out
+        by = self._rates.of(role)
+        waves = max(sequences / self._together, 1.0) if role == "generator" else 1.0
+        mean = by.fixed_seconds * waves + by.sequence_seconds * sequences
+        return mean * self._factor(role, tickets[0] if tickets else -1)
+
+    def step(self, version: int) -> float:
+        return self._step * self._factor(LEARNER, version)
+
+    def load(self, version: int, worker: int) -> float:
+        return self._load
+
+    def driver(self, what: str) -> float:
+        by = self._rates.driver
+        return {
+            "publish": self._rates.weights.publish_seconds,
+            "add": by.add_seconds,
+            "take": by.take_seconds,
+            "advance": by.advance_seconds,
+            "checkpoint": by.checkpoint_seconds,
+        }[what]
+
+    def _factor(self, role: str, key: int) -> float:
+        rates = self._rates.learner if role == LEARNER else self._rates.of(role)
+        if not rates.relative_seconds and not rates.variation_ratio:
+            return 1.0
+        draw = random.Random(f"{self._seed} {role} {key}")
+        if rates.relative_seconds:
+            return draw.choice(rates.relative_seconds)
+        variance = math.log1p(rates.variation_ratio**2)
+        return draw.lognormvariate(-variance / 2, math.sqrt(variance))
+
+
+def configured(settings: Settings) -> dict[str, int]:
+    """Workers by role as the configuration has them."""
+    reference = {"reference": settings.reference.count} if settings.reference else {}
+    counts = {"generator": settings.generators.count} | reference | {"scorer": settings.scorers.count}
+    return counts | {LEARNER: settings.learners.count}
+
+
+def predict(
+    settings: Settings,
+    rates: Rates,
+    counts: Mapping[str, int],
+    machine: Machine,
+    steps: int = 30,
+    seed: int = 0,
+) -> Prediction:
+    """Simulate so many steps after the warm-up, with these counts in place of the configuration's."""
+    warm_up = WARM_UP_STEPS + settings.buffer.max_staleness
+    shape = shape_of(settings, rates, counts, machine, warm_up + steps + 1)
+    line = Simulation(shape, _Drawn(rates, settings, counts, machine, seed)).run()
+    tokens = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt * rates.tokens_per_sequence
+    return _prediction(line, counts, settings.buffer.max_staleness, warm_up, tokens)
+
+
+def shape_of(settings: Settings, rates: Rates, counts: Mapping[str, int], machine: Machine, steps: int) -> Shape:
+    roles = {
+        "generator": settings.generators,
+        "reference": settings.reference,
+        "scorer": settings.scorers,
+        LEARNER: settings.learners,
+    }
+    return Shape(
+        workers={role: counts[role] for role in STAGES if role in counts},
+        ranks=counts[LEARNER],
+        groups_per_step=settings.buffer.groups_per_step,
+        groups_per_batch=settings.groups_per_batch_of(counts["generator"]),
+        max_staleness=settings.buffer.max_staleness,
+        steps=steps,
+        evaluate_every=settings.evaluation.every_steps,
+        checkpoint_every=settings.checkpoint.every_steps,
+        threads={role: float(workers.threads) for role, workers in roles.items() if workers},
+        cpu_ratios={role: rates.of(role).cpu_ratio for role in STAGES if role in counts},
+        cores=machine.cores,
+    )
+
+
+def _prediction(line: Timeline, counts: Mapping[str, int], staleness: int, warm_up: int, tokens: float) -> Prediction:
+    kept = slice(warm_up, -1)  # the last step has an evaluation
+    seconds = line.step_seconds[kept]
+    elapsed = sum(seconds)
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    for counted in line.counted[kept]:
+        for name, values in counted.items():
+            totals[name].update(values)
+    idle: dict[str, dict[str, float]] = {role: {} for role in counts}
+    for label, value in totals["idle_seconds_total"].items():
+        role, _, on = label.partition("/")
+        idle[role][on] = value / (elapsed * counts[role])
+    late: Counter[int] = sum(line.staleness[kept], Counter())
+    return Prediction(
+        counts=dict(counts),
+        max_staleness=staleness,
+        step_seconds=statistics.mean(seconds),
+        step_seconds_p90=sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1],
+        tokens_per_second=tokens * len(seconds) / elapsed,
+        wait_seconds=statistics.mean(line.waited[kept]),
+        busy={role: totals["busy_seconds_total"][role] / (elapsed * count) for role, count in counts.items()},
+        idle=idle,
+        queue={role: totals["queue_seconds_total"][role] / elapsed for role in STAGES if role in counts},
+        staleness={versions: groups / late.total() for versions, groups in sorted(late.items())},
+    )

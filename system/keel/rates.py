@@ -1,0 +1,66 @@
+"""How long each stage takes: measured on runs (measurement.py), or given. What `keel plan` simulates with.
+
+    stage     fixed_seconds + sequence_seconds * sequences of the batch           the fixed part: prefill, Python, Ray
+    learner   fixed_seconds + sequence_seconds * sequences / ranks                the fixed part: optimizer, collectives
+              + communication_seconds, with more than one rank
+    weights   publish_seconds, then load_seconds in every generator at once
+              + node_seconds * (nodes - 1)                                        a broadcast passes every node
+
+A straight line needs two sizes of batch. Evaluations are such a second size for generators and scorers, a second run
+for all; where there is one size only, an assumed share of the time is fixed (ASSUMED_FIXED_RATIO).
+"""
+
+from pydantic import Field
+
+from keel.section import Fraction, Section
+
+ASSUMED_FIXED_RATIO = {"generator": 0.5, "reference": 0.2, "scorer": 0.2, "learner": 0.2}
+"""Decoding reads the weights once a token however many sequences there are; passes over whole sequences scale."""
+
+
+class StageRates(Section):
+    fixed_seconds: float = Field(ge=0, description="of a batch, whatever its size")
+    sequence_seconds: float = Field(ge=0, description="more for each sequence of it")
+    variation_ratio: float = Field(0, ge=0, description="standard deviation over mean of a lognormal duration")
+    relative_seconds: list[float] = Field([], description="measured durations over their mean; drawn from, if given")
+    cpu_ratio: Fraction = Field(1, description="share of the time in which cores compute; the rest is waiting")
+
+    def seconds(self, sequences: float) -> float:
+        """Mean of a batch."""
+        return self.fixed_seconds + self.sequence_seconds * sequences
+
+
+class LearnerRates(StageRates):
+    communication_seconds: float = Field(0, ge=0, description="of a step, with more than one rank")
+
+
+class WeightRates(Section):
+    publish_seconds: float = Field(ge=0, description="the learner's side of a weight sync")
+    load_seconds: float = Field(ge=0, description="one generator takes them over")
+    node_seconds: float = Field(0, ge=0, description="more for each node beyond the first")
+
+
+class DriverRates(Section):
+    add_seconds: float = Field(0, ge=0, description="scored rows until the buffer has them on disk")
+    take_seconds: float = Field(0, ge=0, description="the last row of a step until the learner has the step")
+    advance_seconds: float = Field(0, ge=0, description="weights loaded until new tickets open")
+    checkpoint_seconds: float = Field(0, ge=0, description="one checkpoint")
+
+
+class Rates(Section):
+    """Rates of one model on one kind of machine. `keel plan --save-rates` writes this as YAML."""
+
+    source: str = Field("given", description="where the numbers come from, for the reader")
+    tokens_per_sequence: float = Field(gt=0, description="mean completion length")
+    generator: StageRates
+    reference: StageRates | None = None
+    scorer: StageRates
+    learner: LearnerRates
+    weights: WeightRates
+    driver: DriverRates = DriverRates()
+    policy_parameters: int | None = Field(None, ge=1, description="for memory; null: counted in the model's files")
+
+    def of(self, role: str) -> StageRates:
+        found = {"generator": self.generator, "reference": self.reference, "scorer": self.scorer}[role]
+        assert found is not None, role
+        return found

@@ -1,0 +1,159 @@
+"""Which counts of workers suit a budget: predictions of many splits, the fastest first.
+
+A budget of devices is divided; cores of one machine are shared, so there any role may have up to as many workers as
+there are cores. All splits are tried where they are few, else neighbours of the best so far, from shares by work on.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from keel.config import ConfigError
+from keel.occupancy import LEARNER
+from keel.plan import Prediction
+from keel.rates import Rates
+from keel.settings import Settings
+
+_ALL = 1500
+"""Splits that are all tried."""
+_LARGE = 32
+"""Devices or cores with which there are more."""
+_EQUAL_RATIO = 0.005
+"""Step times this close are equal; then fewer workers are better."""
+
+Counts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What there is, and what one worker of a role takes of it."""
+
+    amount: float
+    costs: Mapping[str, float]
+    most: Mapping[str, int]
+    """Workers of a role at the most."""
+    setting: str
+    """How the user named it: --gpus or --cpus."""
+
+    def allows(self, counts: Counts) -> bool:
+        spent = sum(self.costs[role] * count for role, count in counts.items())
+        return spent <= self.amount and all(1 <= counts[role] <= self.most[role] for role in counts)
+
+
+def of_gpus(settings: Settings, counts: Counts, gpus: int) -> Budget:
+    """Devices: what the configuration asks for a worker; where it asks for none at all, one for each model that runs.
+
+    Scorers without a device are counted in nothing.
+    """
+    roles = {"generator": settings.generators, "scorer": settings.scorers, LEARNER: settings.learners}
+    if settings.reference:
+        roles["reference"] = settings.reference
+    costs = {role: float(roles[role].gpus) for role in counts}
+    if not any(costs.values()):
+        models = any(reward.kind == "model" for reward in settings.rewards)
+        costs = {role: float(role != "scorer" or models) for role in counts}
+    budget = Budget(gpus, costs, _most(settings, counts, gpus), "--gpus")
+    return _checked(budget, counts)
+
+
+def of_cpus(settings: Settings, counts: Counts, cpus: int) -> Budget:
+    """Cores of one machine, which all workers share: they cost nothing, they only slow each other down."""
+    return _checked(Budget(cpus, dict.fromkeys(counts, 0.0), _most(settings, counts, cpus), "--cpus"), counts)
+
+
+def _most(settings: Settings, counts: Counts, amount: int) -> dict[str, int]:
+    """No more than work on something: groups in flight, rows of a step."""
+    groups = settings.buffer.groups_per_step
+    most = dict.fromkeys(counts, min(amount, groups * (1 + settings.buffer.max_staleness)))
+    return most | {LEARNER: min(amount, groups * settings.sampling.samples_per_prompt)}
+
+
+def _checked(budget: Budget, counts: Counts) -> Budget:
+    if not budget.allows(dict.fromkeys(counts, 1)):
+        needed = sum(budget.costs.values())
+        raise ConfigError(
+            f"{budget.setting}={budget.amount:g}: one worker of each role takes {needed:g}; expected at least that"
+        )
+    return budget
+
+
+def best(budget: Budget, rates: Rates, counts: Counts, simulate: Callable[[Counts], Prediction]) -> list[Prediction]:
+    """Predictions of splits, the best first. `counts`: any split, its keys say which roles there are."""
+    tried: dict[tuple[int, ...], Prediction] = {}
+    roles = list(counts)
+
+    def trial(split: tuple[int, ...]) -> Prediction:
+        if split not in tried:
+            tried[split] = simulate(dict(zip(roles, split, strict=True)))
+        return tried[split]
+
+    every = list(itertools.islice(_all(budget, roles), _ALL + 1))
+    if len(every) <= _ALL:
+        for split in every:
+            trial(split)
+    else:
+        _climb(budget, roles, _start(budget, rates, roles), trial)
+    return _ranked(list(tried.values()))
+
+
+def _all(budget: Budget, roles: list[str]) -> Iterator[tuple[int, ...]]:
+    if budget.amount > _LARGE:
+        yield from itertools.repeat((1,) * len(roles), _ALL + 1)  # more than _ALL, without looking through them
+        return
+    for split in itertools.product(*(range(1, budget.most[role] + 1) for role in roles)):
+        if budget.allows(dict(zip(roles, split, strict=True))):
+            yield split
+
+
+def _start(budget: Budget, rates: Rates, roles: list[str]) -> tuple[int, ...]:
+    """Shares by the work of a sequence in each role; where nothing is divided, one worker of each role."""
+    work = {role: (rates.learner if role == LEARNER else rates.of(role)).seconds(1) for role in roles}
+    left, paid = budget.amount - sum(budget.costs.values()), sum(work[role] for role in roles if budget.costs[role])
+    if not paid:
+        return (1,) * len(roles)
+    each = {role: int(left * work[role] / paid / (budget.costs[role] or 1.0)) for role in roles}
+    return tuple(min(budget.most[role], 1 + each[role]) for role in roles)
+
+
+def _climb(
+    budget: Budget, roles: list[str], split: tuple[int, ...], trial: Callable[[tuple[int, ...]], Prediction]
+) -> None:
+    """Move workers between roles, many at first, then one, as long as that makes steps shorter."""
+    stride = max(1, max(budget.most.values()) // 4)
+    while stride:
+        busy = [trial(split).busy[role] for role in roles]
+        near = [each for each in _neighbours(split, busy, stride) if budget.allows(dict(zip(roles, each, strict=True)))]
+        better = min(near, key=lambda each: trial(each).step_seconds, default=split)
+        if trial(better).step_seconds < (1 - _EQUAL_RATIO / 5) * trial(split).step_seconds:
+            split = better
+        else:
+            stride = 1 if 1 < stride < 4 else stride // 4
+
+
+def _neighbours(split: tuple[int, ...], busy: list[float], stride: int) -> Iterator[tuple[int, ...]]:
+    """More workers of one role: new ones, or those of a role that has less to do."""
+    places = range(len(split))
+    for more in places:
+        yield tuple(count + stride * (place == more) for place, count in enumerate(split))
+        for fewer in places:
+            if busy[fewer] < busy[more]:
+                moved = {more: stride, fewer: -stride}
+                yield tuple(count + moved.get(place, 0) for place, count in enumerate(split))
+
+
+def _ranked(found: list[Prediction]) -> list[Prediction]:
+    """By step seconds in classes that count as equal, then by fewer workers; none with all of one before and more."""
+    fastest = min(prediction.step_seconds for prediction in found)
+    order = sorted(
+        found,
+        key=lambda each: (
+            int((each.step_seconds / fastest - 1) / _EQUAL_RATIO),
+            sum(each.counts.values()),
+            each.step_seconds,
+        ),
+    )
+    kept: list[Prediction] = []
+    for each in order:
+        if not any(all(better.counts[role] <= count for role, count in each.counts.items()) for better in kept):
+            kept.append(each)
+    return kept

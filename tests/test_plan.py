@@ -1,0 +1,302 @@
+"""`keel plan`: rates out of run directories, predictions against closed forms, splits against all of them, memory by hand."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+import rollouts
+from fakes import settings_for
+from keel import cli, config, durable, evaluate, measurement, schema
+from keel.config import ConfigError
+from keel.footprint import footprints
+from keel.plan import Machine, Prediction, configured, predict, shape_of
+from keel.rates import Rates
+from keel.settings import Settings
+from keel.simulation import Simulation
+from keel.splits import best, of_cpus, of_gpus
+
+GIVEN: dict[str, Any] = {
+    "tokens_per_sequence": 100,
+    "generator": {"fixed_seconds": 1.0, "sequence_seconds": 0.25},
+    "reference": {"fixed_seconds": 0.5, "sequence_seconds": 0.0},
+    "scorer": {"fixed_seconds": 0.25, "sequence_seconds": 0.125},
+    "learner": {"fixed_seconds": 1.0, "sequence_seconds": 0.5},
+    "weights": {"publish_seconds": 0.125, "load_seconds": 0.25},
+}
+APART = Machine()
+
+
+def rates(**blocks: Any) -> Rates:
+    return Rates.model_validate({name: {**value, **blocks.get(name, {})} if isinstance(value, dict) else value for name, value in GIVEN.items()})  # fmt: skip
+
+
+def settings(staleness: int = 0, groups: int = 4, steps: int = 8, **blocks: Any) -> Settings:
+    buffer = {"groups_per_step": groups, "groups_per_batch": None}
+    return settings_for(steps, staleness, **{"buffer": buffer, "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}} | blocks)  # fmt: skip
+
+
+def test_a_synchronous_step_is_the_sum_of_its_stages() -> None:
+    """Four groups of two samples: eight sequences through every stage."""
+    found = predict(settings(), rates(), configured(settings()), APART)
+    whole = (1 + 8 * 0.25) + 0.5 + (0.25 + 8 * 0.125) + (1 + 8 * 0.5) + 0.125 + 0.25
+    assert found.step_seconds == pytest.approx(whole)
+    assert found.step_seconds_p90 == pytest.approx(whole)
+    assert found.tokens_per_second == pytest.approx(8 * 100 / whole)
+    assert found.busy == pytest.approx({"generator": 3 / whole, "reference": 0.5 / whole, "scorer": 1.25 / whole, "learner": 5 / whole})  # fmt: skip
+    for role in found.counts:
+        assert found.busy[role] + sum(found.idle[role].values()) == pytest.approx(1.0)
+    assert found.idle["learner"]["generator"] == pytest.approx(3 / whole)
+    assert found.staleness == {0: 1.0}
+
+
+def test_ranks_divide_what_they_can() -> None:
+    counts = {**configured(settings()), "learner": 4}
+    slow = rates(learner={"communication_seconds": 0.75})
+    one, four = (predict(settings(), slow, by, APART) for by in (configured(settings()), counts))
+    assert one.step_seconds - four.step_seconds == pytest.approx((1 + 8 * 0.5) - (1 + 2 * 0.5 + 0.75))
+
+
+def test_a_broadcast_passes_every_node() -> None:
+    counts = {**configured(settings(groups=20)), "generator": 20}
+    sizes, far = settings(groups=20), rates(weights={"node_seconds": 0.5})
+    here, there = (predict(sizes, by, counts, APART).step_seconds for by in (rates(), far))
+    assert there - here == pytest.approx(2 * 0.5), "twenty generators are on three nodes"
+
+
+def test_what_does_not_fit_into_a_generator_together_is_decoded_in_waves() -> None:
+    narrow = settings(generators={"max_sequences": 2})
+    wide, slow = (predict(by, rates(), configured(by), APART).step_seconds for by in (settings(), narrow))
+    assert slow - wide == pytest.approx((4 - 1) * 1.0), "eight sequences, two together"
+
+
+def test_variation_is_of_the_size_that_was_given() -> None:
+    sizes = settings(groups=1)
+    steady, uneven = rates(), rates(generator={"variation_ratio": 0.5})
+    found = predict(sizes, uneven, configured(sizes), APART, steps=3000)
+    assert found.step_seconds == pytest.approx(predict(sizes, steady, configured(sizes), APART).step_seconds, rel=0.01)
+    assert found == predict(sizes, uneven, configured(sizes), APART, steps=3000), "seeded"
+    drawn = predict(sizes, rates(generator={"relative_seconds": [0.5, 1.5]}), configured(sizes), APART, steps=200)
+    assert drawn.step_seconds_p90 - found.step_seconds == pytest.approx(0.5 * 1.5, abs=0.05)
+
+
+def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2) -> Path:
+    """The files of a run with these rates, as far as rates are read from them."""
+    counts = configured(settings)
+    shape = shape_of(settings, rates, counts, APART, settings.run.steps)
+    line = Simulation(shape, Exactly(rates, settings, held_out)).run()
+    (folder / "rollouts").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.dump(settings))
+    samples = settings.sampling.samples_per_prompt
+    totals: dict[str, Counter[str]] = {}
+    for step, counted in enumerate(line.counted, 1):
+        for name, values in counted.items():
+            totals.setdefault(name, Counter()).update(values)
+        ended, driver, weights = 1000.0 * step, rates.driver, rates.weights
+        at = {
+            "score": ended - 20 - driver.take_seconds - driver.add_seconds,
+            "accept": ended - 20 - driver.take_seconds,
+        }
+        at |= {"take": ended - 20, "step": ended - 10, "publish": ended - 10 + weights.publish_seconds}
+        at |= {"load": at["publish"] + weights.load_seconds}
+        sync = {"weight_sync_seconds": weights.publish_seconds + weights.load_seconds}
+        progress = {"progress_timestamp_seconds": at, "workers": {"learner": 1.0}, "max_staleness_versions": 0.0}
+        durable.append_json(folder / "metrics.jsonl", {"step": step, **sync, **progress, **{name: dict(values) for name, values in totals.items()}})  # fmt: skip
+        groups = settings.buffer.groups_per_step
+        tickets = range((step - 1) * groups, step * groups)
+        durable.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings.groups_per_batch)))  # fmt: skip
+    for step in (0, settings.run.steps):
+        evaluate.store(folder, step, rows(range(held_out), 1, rates, held_out))
+    return folder
+
+
+def rows(tickets: range, samples: int, rates: Rates, size: int) -> pa.RecordBatch:
+    """Scored rows in generator batches of `size` tickets, with the seconds of the rates."""
+    batches = []
+    for start in range(tickets.start, tickets.stop, size):
+        part = rollouts.prompts(range(start, min(start + size, tickets.stop)), samples)
+        scored = rollouts.scored(rollouts.referenced(rollouts.generated(part)), [0.5] * part.num_rows)
+        for name in ("generator", "scorer"):
+            column = f"{'generate' if name == 'generator' else 'score'}_seconds"
+            place = scored.schema.get_field_index(column)
+            seconds = rates.of(name).seconds(part.num_rows) + 1e-4 * (start % 7)
+            scored = scored.set_column(place, scored.schema.field(place), pa.array([seconds] * part.num_rows, pa.float32()))  # fmt: skip
+        batches.append(scored)
+    return schema.concat(batches)
+
+
+class Exactly:
+    """Mean seconds of the rates, nothing drawn."""
+
+    def __init__(self, rates: Rates, settings: Settings, held_out: int) -> None:
+        self.rates, self.settings, self.held_out = rates, settings, held_out
+
+    def stage(self, role: str, tickets: Any) -> float:
+        return self.rates.of(role).seconds(len(tickets) * self.settings.sampling.samples_per_prompt or self.held_out)
+
+    def step(self, version: int) -> float:
+        return self.rates.learner.seconds(self.settings.buffer.groups_per_step * self.settings.sampling.samples_per_prompt)  # fmt: skip
+
+    def load(self, version: int, worker: int) -> float:
+        return self.rates.weights.load_seconds
+
+    def driver(self, what: str) -> float:
+        weights, driver = self.rates.weights, self.rates.driver
+        return {"publish": weights.publish_seconds, "add": driver.add_seconds, "take": driver.take_seconds, "advance": driver.advance_seconds, "checkpoint": 0.0}[what]  # fmt: skip
+
+
+DRIVEN = {"driver": {"add_seconds": 0.03, "take_seconds": 0.02, "advance_seconds": 0.04}}
+
+
+def test_rates_come_back_from_the_files_of_a_run(tmp_path: Path) -> None:
+    there = Rates.model_validate({**GIVEN, **DRIVEN})
+    runs = [written(tmp_path / str(groups), settings(groups=groups), there) for groups in (4, 8)]
+    found = measurement.measured(runs)
+    for role in ("generator", "reference", "scorer", "learner"):
+        own, other = getattr(found, role), getattr(there, role)
+        assert own.fixed_seconds == pytest.approx(other.fixed_seconds, abs=0.02), role
+        assert own.sequence_seconds == pytest.approx(other.sequence_seconds, abs=0.005), role
+    assert found.weights.publish_seconds == pytest.approx(0.125)
+    assert found.weights.load_seconds == pytest.approx(0.25)
+    assert found.driver.model_dump() == pytest.approx(there.driver.model_dump(), abs=1e-5)
+    assert str(runs[0]) in found.source
+
+
+def test_one_size_of_batch_leaves_the_fixed_part_to_an_assumption_and_evaluations_do_not(tmp_path: Path) -> None:
+    found = measurement.measured([written(tmp_path / "run", settings(), rates())])
+    assert found.generator.fixed_seconds == pytest.approx(1.0, abs=0.02), "a second size: two held-out prompts"
+    assert found.generator.sequence_seconds == pytest.approx(0.25, abs=0.005)
+    assert found.learner.fixed_seconds == pytest.approx(0.2 * (1 + 8 * 0.5))
+    assert found.learner.seconds(8) == pytest.approx(1 + 8 * 0.5)
+
+
+def test_a_run_predicts_its_own_step_time(tmp_path: Path) -> None:
+    found = measurement.measured([written(tmp_path / "run", settings(), Rates.model_validate({**GIVEN, **DRIVEN}))])
+    again = predict(settings(), found, configured(settings()), APART)
+    assert again.step_seconds == pytest.approx(13.125 - 3 + 0.03 + 0.02 + 0.04, rel=0.01)
+
+
+def test_what_holds_no_rates_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--from .*: no config.yaml in it"):
+        measurement.measured([tmp_path])
+    short = written(tmp_path / "short", settings(steps=2), rates())
+    with pytest.raises(ConfigError, match=r"--from .*: 2 steps, none without an evaluation"):
+        measurement.measured([short])
+    run = written(tmp_path / "run", settings(), rates())
+    (run / "rollouts" / "step-000003.arrow").unlink()
+    with pytest.raises(ConfigError, match=r"no step-000003.arrow in its rollouts/"):
+        measurement.measured([run])
+
+
+@pytest.mark.parametrize(("staleness", "decoding"), [(0, 1.0), (1, 1.0), (0, 20.0)])
+def test_the_best_split_is_the_best_of_all(staleness: int, decoding: float) -> None:
+    """More splits than are all tried, on a budget small enough to try everything that could win here.
+
+    Decoding of 20 s whatever the batch: shares by work, where the search starts, are far from the best.
+    """
+    given = rates(generator={"fixed_seconds": decoding})
+    sizes = settings(staleness, groups=16)
+    counts, tried = configured(sizes), []
+
+    def simulate(by: Any) -> Prediction:
+        tried.append(dict(by))
+        return predict(sizes, given, by, APART, steps=6)
+
+    found = best(of_gpus(sizes, counts, 12), given, counts, simulate)
+    assert all(by["generator"] + by["reference"] + by["learner"] <= 12 for by in tried)
+    assert len(tried) < 150, "of 2640"
+    every = [
+        simulate({"generator": generators, "scorer": scorers, "reference": references, "learner": ranks})
+        for generators, scorers, references, ranks in itertools.product(
+            range(1, 7), range(1, 5), range(1, 7), range(1, 7)
+        )
+        if generators + references + ranks == 12
+    ]
+    assert found[0].step_seconds <= 1.01 * min(each.step_seconds for each in every)
+
+
+def test_a_slow_role_gets_the_devices() -> None:
+    sizes = settings(2, groups=16)
+    slow = rates(generator={"sequence_seconds": 4.0})
+    found = best(of_gpus(sizes, configured(sizes), 10), slow, configured(sizes), lambda by: predict(sizes, slow, by, APART, steps=8))  # fmt: skip
+    assert found[0].counts["generator"] >= 7
+
+
+def test_on_shared_cores_more_workers_do_not_help() -> None:
+    sizes = settings(1, groups=8, **{name: {"threads": 1} for name in ("generators", "reference", "learners")})
+    counts, machine = configured(sizes), Machine(cores=1.0)
+    found = best(of_cpus(sizes, counts, 2), rates(), counts, lambda by: predict(sizes, rates(), by, machine, steps=8))
+    assert sum(found[0].counts.values()) <= 5
+    alone = predict(sizes, rates(), counts, machine, steps=8)
+    assert found[0].step_seconds > 0.9 * alone.step_seconds
+
+
+def test_a_budget_too_small_for_one_of_each_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"--gpus=2: one worker of each role takes 3"):
+        of_gpus(settings(), configured(settings()), 2)
+
+
+def test_memory_is_bytes_a_parameter() -> None:
+    """Seven billion parameters in bf16 on eight ranks: ZeRO's own numbers (1910.02054, section 5): 2 + 2 + 12 bytes."""
+    sizes = settings()
+    for stage, num_bytes in ((1, 2 + 2 + 12 / 8), (2, 2 + (2 + 12) / 8), (3, (2 + 2 + 12) / 8)):
+        learners = sizes.learners.model_copy(update={"zero_stage": stage})
+        found = {each.role: each for each in footprints(sizes.model_copy(update={"learners": learners}), 7 * 10**9, 8)}
+        assert found["learner"].num_bytes == pytest.approx(7e9 * num_bytes)
+    assert found["generator"].num_bytes == 14e9 + 2**30
+    assert found["reference"].num_bytes == 14e9
+
+
+def config_file(folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(config.dump(settings(1)))
+    return path
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    cli.app(["plan", *arguments], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_the_command_plans_with_given_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, saved = tmp_path / "rates.yaml", tmp_path / "saved.yaml"
+    given.write_text(yaml.safe_dump({**GIVEN, "policy_parameters": 10**9}))
+    arguments = [
+        str(config_file(tmp_path)),
+        "--rates",
+        str(given),
+        "--gpus",
+        "6",
+        "--max-staleness",
+        "0",
+        "--max-staleness",
+        "2",
+    ]
+    tree = json.loads(plan(capsys, *arguments, "--save-rates", str(saved), "--json"))
+    assert [each["max_staleness"] for each in tree["plans"]] == [0, 2]
+    assert tree["plans"][0]["configured"]["step_seconds"] == pytest.approx(10.125)
+    best_counts = tree["plans"][1]["best"][0]["counts"]
+    assert best_counts["generator"] + best_counts["reference"] + best_counts["learner"] <= 6
+    assert tree["memory_bytes"]["generator"] == {"weights": 2e9, "KV cache": 2**30}
+    assert config.load_as(Rates, saved) == config.load_as(Rates, given)
+    shown = plan(capsys, *arguments)
+    assert "best counts for the budget, max_staleness 2" in shown and "10.12" in shown
+
+
+def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, path = tmp_path / "rates.yaml", str(config_file(tmp_path))
+    given.write_text(yaml.safe_dump({**GIVEN, "generator": {"fixed_seconds": -1, "sequence_seconds": 0}}))
+    with pytest.raises(ConfigError, match=r"generator.fixed_seconds=-1"):
+        plan(capsys, path, "--rates", str(given))
+    with pytest.raises(ConfigError, match=r"--rates=.*: --from is there, too"):
+        plan(capsys, path, "--rates", str(given), "--from", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--cpus=2: --gpus is there, too"):
+        plan(capsys, path, "--rates", str(given), "--gpus", "8", "--cpus", "2")
+    given.write_text(yaml.safe_dump({name: value for name, value in GIVEN.items() if name != "reference"}))
+    with pytest.raises(ConfigError, match=r"rates.reference: missing"):
+        plan(capsys, path, "--rates", str(given))
