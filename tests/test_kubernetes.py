@@ -11,7 +11,6 @@ import yaml
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import Field
 
 from keel import cli, config, kubernetes
 from keel.actor_settings import GeneratorSettings
@@ -66,9 +65,9 @@ def test_the_configuration_in_the_cluster_is_the_run_itself(path: Path) -> None:
     inside = config.parse(yaml.safe_load(made(*changes, path=path)["ConfigMap"]["data"]["config.yaml"]))
     here = config.load(path, changes)
     assert config.digest(inside) == config.digest(here)
-    assert inside.model_dump(exclude={"cluster": {"address"}, "metrics": {"host"}}) == here.model_dump(
-        exclude={"cluster": {"address"}, "metrics": {"host"}}
-    )
+    assert inside.model_dump(
+        exclude={"cluster": {"address", "wait_for_nodes"}, "metrics": {"host"}}
+    ) == here.model_dump(exclude={"cluster": {"address", "wait_for_nodes"}, "metrics": {"host"}})
     assert (inside.cluster.address, inside.metrics.host) == ("auto", "0.0.0.0")
     assert inside.run_directory == "/mnt/keel/runs/again"
 
@@ -140,13 +139,9 @@ def test_memory_is_the_workers_and_what_lies_in_dev_shm() -> None:
     assert start == {"num-cpus": "0", "object-store-memory": str(object_store)}
 
 
-class Placed(GeneratorSettings):
-    resources: dict[str, float] = Field({"generator": 0.5, "node/fast": 2})
-    tensor_parallel: int = Field(1)
-
-
 def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> None:
-    settings = config.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": Placed(count=3)})
+    placed = GeneratorSettings(count=3, resources={"generator": 0.5, "node/fast": 2})
+    settings = config.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": placed})
     made = kubernetes.manifests(settings, Options(kind="cluster", per_pod={"generators": 3}))
     generators, *others = made[1]["spec"]["workerGroupSpecs"]
     text = generators["rayStartParams"]["resources"]
@@ -157,7 +152,7 @@ def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> No
 
 
 def test_ranks_of_one_generator_share_a_pod() -> None:
-    by = Placed(count=3, gpus=1, tensor_parallel=4)
+    by = GeneratorSettings(count=3, gpus=1, tensor_parallel=4)
     settings = config.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": by})
     generators = Plan.of(settings, Options()).groups[0]
     assert (generators.pods, generators.pod_gpus) == (3, 4)
@@ -258,7 +253,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "per pod text": (["--per-pod", "learners=two"], "--per-pod learners=two: expected a number of workers"),
     "absent role": (["reference=null", "regulariser.kl.coefficient=0", "rewards=[{name: a, source: 'a:b'}]", "--max-reference", "2"], "--max-reference: the run has none"),
     "fewer than there are": (["generators.count=3", "--max-generators", "2"], "--max-generators=2: generators.count=3"),
-    "split GPU": (["generators.gpus=1.5"], "generators.gpus=1.5: Ray grants a share of one GPU"),
+    "split GPU": (["generators.gpus=1.5"], "generators.gpus=1.5: Ray shares no more than one"),
     "CPU generators": (["learners.gpus=1"], "generators.gpus=0: other roles have GPUs"),
     "namespace": (["--namespace", "Team A"], "--namespace=Team A: no name for Kubernetes"),
     "claim": (["--storage", "my/claim"], "--storage=my/claim: no name for Kubernetes"),

@@ -10,13 +10,13 @@ from pathlib import PurePosixPath
 from typing import Literal, Self
 
 from keel import __version__
-from keel.actor_settings import WorkerSettings
+from keel.actor_settings import GeneratorSettings, WorkerSettings
 from keel.config import ConfigError
 from keel.settings import Settings
 
 MOUNT = "/mnt/keel"
-FOR_A_CLUSTER = ("cluster.address=auto", "metrics.host=0.0.0.0")
-"""Settings that every run on Kubernetes has: the Ray of its own pod, and a page that Prometheus reaches."""
+FOR_A_CLUSTER = ("cluster.address=auto", "cluster.wait_for_nodes=true", "metrics.host=0.0.0.0")
+"""Settings of every run on Kubernetes: the Ray of its own pod, which grows, and a page that Prometheus reaches."""
 MEMORY = {"head": "8Gi", "generators": "8Gi", "reference": "4Gi", "scorers": "4Gi", "learners": "16Gi"}
 """Memory of the head pod and of one worker of a role, shared memory not included: for models of about 0.5 B."""
 RAY_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
@@ -187,8 +187,6 @@ def _roles(settings: Settings, options: Options) -> dict[str, WorkerSettings]:
 
 
 def _group(role: str, by: WorkerSettings, settings: Settings, options: Options) -> Group:
-    if by.gpus > 1 and by.gpus != int(by.gpus):
-        raise ConfigError(f"{role}.gpus={by.gpus}: Ray grants a share of one GPU, or whole ones; expected such")
     per_pod = options.per_pod.get(role, min(by.count, _sharers(by.gpus)) if 0 < by.gpus < 1 else 1)
     if per_pod < 1:
         raise ConfigError(f"--per-pod {role}={per_pod}: expected at least 1")
@@ -198,10 +196,8 @@ def _group(role: str, by: WorkerSettings, settings: Settings, options: Options) 
     memory = size_bytes(f"--memory {role}", options.memory.get(role, MEMORY[role]))
     if role == "generators" and not by.gpus and role not in options.memory:
         memory += settings.generators.kv_cache_bytes
-    block = by.model_dump()
-    resources = block.get("resources") or {}
-    for name in resources:
+    for name in by.resources:
         if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):  # it goes through a shell
             raise ConfigError(f"{role}.resources.{name}: expected letters, digits and ._:/-")
-    gpus = by.gpus * block.get("tensor_parallel", 1)
-    return Group(role, by.count, largest, per_pod, by.threads, gpus, memory, resources)
+    gpus = by.gpus * (by.tensor_parallel if isinstance(by, GeneratorSettings) else 1)
+    return Group(role, by.count, largest, per_pod, by.threads, gpus, memory, by.resources)
