@@ -51,7 +51,7 @@ class Pool:
         self._observer = observer or Observer()
         self._serving: list[Worker] = []  # in the order of their indices
         self._coming: dict[int, asyncio.Task[None]] = {}
-        self._retiring: set[asyncio.Task[None]] = set()
+        self._retiring: dict[asyncio.Task[None], Worker] = {}
         self._turn = itertools.count()
         self._running = self._in_line = 0
         self._loaded: Any = None
@@ -95,16 +95,17 @@ class Pool:
         for worker in [worker for worker in self._serving if worker.index >= count]:
             self._serving.remove(worker)
             task = asyncio.create_task(self._retire(worker))
-            self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            self._retiring[task] = worker
+            task.add_done_callback(self._retiring.pop)
         self._show()
 
     def stop(self) -> None:
         """End all workers: what comes next needs their memory."""
         for task in [*self._coming.values(), *self._retiring]:
             task.cancel()
-        for worker in self._serving:
+        for worker in [*self._serving, *self._retiring.values()]:
             worker.kill()
+        self._serving.clear()  # whoever still asks them is told that they are lost, and nobody takes their place
 
     async def call(self, method: str, *arguments: Any, deadline: float) -> tuple[Any, Any]:
         """(handle to the batch, receipt) of one worker's method. Raises WorkerLost."""
@@ -265,9 +266,7 @@ class Pool:
             self._lose(worker, f"{why(error, self._deadlines.load_seconds)} during load")
 
     async def _retire(self, worker: Worker) -> None:
-        try:
-            await worker.turn.acquire()
-        finally:  # also when the pool ends meanwhile
+        async with worker.turn:
             worker.kill()
 
     def _tell_lost(self, worker: str, reason: str) -> None:
