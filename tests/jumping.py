@@ -7,6 +7,7 @@ import selectors
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -131,6 +132,33 @@ class Actor:
         await asyncio.sleep(self.durations.stage(self.role, [] if HELD_OUT in tickets else tickets))
 
 
+class Space:
+    """Room that is there at once, for actors that are made here."""
+
+    ranks = 1
+
+    async def granted(self, seconds: float | None = None) -> bool:
+        return True
+
+    def place(self, actor_class: type, bundle: int, *, with_children: bool = False) -> Any:
+        assert actor_class is Actor and bundle == 0 and not with_children
+        return SimpleNamespace(remote=actor_class)
+
+    def release(self) -> None: ...
+
+
+class Spawned:
+    """What pool.py asks of a Spawn."""
+
+    actor_class = Actor
+
+    def __init__(self, role: str, durations: Durations) -> None:
+        self.arguments = lambda index: (role, index, durations)
+
+    def room(self) -> Space:
+        return Space()
+
+
 class Watched(RolloutBuffer):
     """The real buffer; what it costs the driver, and when it admitted and accepted."""
 
@@ -219,7 +247,7 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
     def pool(role: str) -> Pool:
         return Pool(
             role,
-            lambda index: Actor(role, index, durations),  # type: ignore[arg-type,return-value]
+            Spawned(role, durations),  # type: ignore[arg-type]
             shape.workers[role],
             settings.deadlines,
             restarts=0,

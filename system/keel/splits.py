@@ -121,8 +121,7 @@ def _climb(
     """Move workers between roles, many at first, then one, as long as that makes steps shorter."""
     stride = max(1, max(budget.most.values()) // 4)
     while stride:
-        busy = [trial(split).busy[role] for role in roles]
-        near = [each for each in _neighbours(split, busy, stride) if budget.allows(dict(zip(roles, each, strict=True)))]
+        near = [each for each in _neighbours(split, stride) if budget.allows(dict(zip(roles, each, strict=True)))]
         better = min(near, key=lambda each: trial(each).step_seconds, default=split)
         if trial(better).step_seconds < (1 - _EQUAL_RATIO / 5) * trial(split).step_seconds:
             split = better
@@ -130,13 +129,13 @@ def _climb(
             stride = 1 if 1 < stride < 4 else stride // 4
 
 
-def _neighbours(split: tuple[int, ...], busy: list[float], stride: int) -> Iterator[tuple[int, ...]]:
-    """More workers of one role: new ones, or those of a role that has less to do."""
+def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]]:
+    """More workers of one role: new ones, or another role's, also a busier one's: they may hardly save it any time."""
     places = range(len(split))
     for more in places:
         yield tuple(count + stride * (place == more) for place, count in enumerate(split))
         for fewer in places:
-            if busy[fewer] < busy[more]:
+            if fewer != more:
                 moved = {more: stride, fewer: -stride}
                 yield tuple(count + moved.get(place, 0) for place, count in enumerate(split))
 

@@ -30,6 +30,10 @@ class Spawn:
     arguments: Callable[[int], tuple[Any, ...]]
     """Of the constructor, by the worker's index."""
 
+    def room(self) -> Room:
+        """What one worker asks for: all of an engine's GPUs on one node."""
+        return Room(bundles(self.workers), "STRICT_PACK")
+
 
 @dataclass(eq=False)
 class Worker:
@@ -45,8 +49,7 @@ class Worker:
     _actor: ActorHandle | None = None
 
     def __post_init__(self) -> None:
-        # all of one engine's GPUs on one node
-        self.room = Room(bundles(self.spawn.workers), "STRICT_PACK")
+        self.room = self.spawn.room()
 
     @property
     def handle(self) -> ActorHandle:
