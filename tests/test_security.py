@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from keel import config, endpoint, metrics, models, preflight, reward_models, schema, sources, tiny
+from keel import config, endpoint, generate, metrics, models, preflight, reward_models, schema, sources, tiny
+from keel.actor_settings import GeneratorSettings
 from keel.config import ConfigError
 from keel.metrics_settings import MetricsSettings
 from keel.prompt_settings import PromptSettings
@@ -71,11 +72,12 @@ def test_every_model_is_loaded_from_safetensors_without_its_code() -> None:
                 name
             )
     assert seen >= 8
-    engine = next(
-        n for n in ast.walk(modules()["generate"]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "LLM"
-    )
-    given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in engine.keywords}
+    given = generate.engine_arguments("folder", GeneratorSettings(), 128)
     assert given["load_format"] == "safetensors" and "trust_remote_code" not in given
+    engines = [n for n in ast.walk(modules()["generate"]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "LLM"]
+    assert [ast.unparse(engine) for engine in engines] == [
+        "LLM(**engine_arguments(folder, settings, max_model_tokens))"
+    ]
 
 
 class Bomb:

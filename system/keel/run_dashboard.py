@@ -127,6 +127,7 @@ RELIABILITY = (
     ),
     counted("Workers lost", "workers_lost_total", "load_failures_total"),
     counted("Built again, tried again", "rebuilds_total", "retries_total"),
+    counted("Failures of trackers", "tracker_failures_total", note="Lines that did not arrive; the run went on."),
     counted("Samples without a reward", "samples_failed_total", note="By reason."),
     counted("Groups given up", "groups_dropped_total", note="By reason."),
     counted("Samples accepted", "samples_accepted_total"),
