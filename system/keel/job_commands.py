@@ -70,7 +70,9 @@ def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submis
             f"run.directory={name}: relative; expected an absolute path that every node sees, e.g."
             " run.directory=/shared/runs/{name}"
         )
-    gathered = bundle.gather(settings.model_dump(mode="json"), here)
+    whole = settings.model_dump(mode="json")
+    whole["cluster"]["address"] = None  # a job joins the cluster that it runs on, whatever was meant for this machine
+    gathered = bundle.gather(whole, here)
     staged = config.parse_as(COMMANDS[command], gathered.tree)
     from keel.jobs import Submission
 
