@@ -154,6 +154,35 @@ def test_memory_and_shared_memory(tree: dict[str, Any]) -> None:
     assert refused(tree, cluster={"object_store_bytes": 2**60}).startswith(f"cluster.object_store_bytes={2**60}: ")
 
 
+@pytest.mark.parametrize(
+    ("address", "environment", "joined"),
+    [
+        (None, "", None),
+        (None, "head:6379", "head:6379"),
+        ("other:6379", "head:6379", "other:6379"),
+        ("local", "head:6379", None),
+    ],
+)
+def test_which_ray_a_run_gets_and_shared_memory_only_for_its_own(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, address: str | None, environment: str, joined: str | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", environment)
+    settings = config.parse({**tree, "cluster": {**tree["cluster"], "address": address, "object_store_bytes": 2**60}})
+    assert settings.cluster.address_to_join == joined
+    if joined is None:
+        with pytest.raises(ConfigError, match="/dev/shm has"):
+            preflight.check_memory(settings.cluster)
+    else:
+        preflight.check_memory(settings.cluster)
+
+
+def test_the_address_of_a_job_server_is_no_cluster_to_join(
+    tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    assert refused(tree).startswith("cluster.address or RAY_ADDRESS=http://head:8265: is where jobs are submitted")
+
+
 def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
     settings = config.parse(tree)
     durable.write(Path(settings.run_directory) / "config.yaml", config.dump(settings).encode())

@@ -70,7 +70,9 @@ def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submis
             f"run.directory={name}: relative; expected an absolute path that every node sees, e.g."
             " run.directory=/shared/runs/{name}"
         )
-    gathered = bundle.gather(settings.model_dump(mode="json"), here)
+    whole = settings.model_dump(mode="json")
+    whole["cluster"]["address"] = None  # a job joins the cluster that it runs on, whatever was meant for this machine
+    gathered = bundle.gather(whole, here)
     staged = config.parse_as(COMMANDS[command], gathered.tree)
     from keel.jobs import Submission
 
@@ -143,36 +145,48 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Let a run finish the step under way, write a checkpoint and end; wait for that."""
-    if (where := _elsewhere(run, address)) is None:
-        if now:
-            raise ConfigError("--now: ends a job of a cluster; expected --address, or SIGTERM to the process here")
-        found = stopping.stop(Path(run))
-    else:
-        found = _stop_there(where, run, now)
+    where = _elsewhere(run, address)
+    if now:
+        _stop_now(where, run, as_json)
+        return
+    found = _stop_there(where, run) if where else stopping.stop(Path(run))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         console.print(standing.sentence(found), soft_wrap=True)
 
 
-def _stop_there(address: str, run: str, now: bool) -> dict[str, Any]:
+def _stop_now(address: str | None, run: str, as_json: bool) -> None:
+    if address is None:
+        raise ConfigError("--now: ends a job of a cluster; expected --address, or SIGTERM to the process here")
     from keel import jobs
 
     with jobs.cluster(address) as client:
-        attempt = jobs.find(client, run)
-        if attempt.over:
-            raise ConfigError(f"RUN={run}: {attempt.job} is over ({attempt.state}); expected a live run")
-        if now:
-            attempt = jobs.stop_now(client, attempt)
-        elif attempt.state == "PENDING":
+        attempt = jobs.stop_now(client, _alive(jobs.find(client, run), run))
+    if as_json:
+        typer.echo(json.dumps(_tree(attempt), indent=2))
+    else:
+        console.print(f"{attempt.job} {attempt.state}; keel submit goes on from the newest checkpoint", soft_wrap=True)
+
+
+def _stop_there(address: str, run: str) -> dict[str, Any]:
+    from keel import jobs
+
+    with jobs.cluster(address) as client:
+        attempt = _alive(jobs.find(client, run), run)
+        if attempt.state == "PENDING":
             raise ConfigError(f"RUN={run}: {attempt.job} is still pending; expected a run that has begun, or --now")
-        else:
-            with errors.status(f"{attempt.job}: waiting for the step under way and a checkpoint"):
-                # the command there has the run's own deadlines
-                jobs.on_cluster(client, attempt, ["stop", attempt.directory, "--json"], seconds=float("inf"))
-                attempt = jobs.wait(client, attempt.job, _END_SECONDS)
-        found = json.loads(jobs.on_cluster(client, attempt, ["status", attempt.directory, "--json"]))
-        return found | {"job": attempt.job}
+        with errors.status(f"{attempt.job}: waiting for the step under way and a checkpoint"):
+            asked = ["stop", attempt.directory, "--json"]
+            answer = jobs.on_cluster(client, attempt, asked, seconds=float("inf"))  # it has the run's own deadlines
+            jobs.wait(client, attempt.job, _END_SECONDS)
+    return json.loads(answer) | {"job": attempt.job}
+
+
+def _alive(attempt: "Attempt", run: str) -> "Attempt":
+    if attempt.over:
+        raise ConfigError(f"RUN={run}: {attempt.job} is over ({attempt.state}); expected a live run")
+    return attempt
 
 
 def _elsewhere(run: str, address: str | None) -> str | None:

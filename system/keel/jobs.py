@@ -35,7 +35,7 @@ _CONNECT_SECONDS = 10.0
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _END_SECONDS = 60.0
 _POLL_SECONDS = 0.5
-_ANSWER_BEGINS, _ANSWER_ENDS = "keel-answer", "keel-errors"
+_BEGINS, _ENDS = "keel-answer", "keel-errors"
 
 
 class JobError(RuntimeError):
@@ -223,8 +223,9 @@ def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequenc
     """
     job = f"keel-ask-{uuid.uuid4().hex[:12]}"
     command = shlex.join(["python", "-m", "keel", *arguments])
-    begin = f"errors=$(mktemp); trap 'rm -f $errors' EXIT; echo {_ANSWER_BEGINS}"
-    asked = f"{begin}; {command} 2>$errors; code=$?; echo {_ANSWER_ENDS}; cat $errors; exit $code"
+    # Only at its end does it write to the log: at its beginning Ray does, at any moment
+    begin = f"folder=$(mktemp -d); trap 'rm -r $folder' EXIT; {command} >$folder/answer 2>$folder/errors; code=$?"
+    asked = f"{begin}; echo {_BEGINS}; cat $folder/answer; echo {_ENDS}; cat $folder/errors; exit $code"
     with tempfile.TemporaryDirectory() as folder:
         runtime_env = dict(attempt.runtime_env) if not attempt.over else {"working_dir": _package(Path(folder))}
         client.submit_job(
@@ -238,10 +239,10 @@ def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequenc
         text = client.get_job_logs(job)
     finally:
         _forget(client, job)
-    answer, _, said = text.partition(f"\n{_ANSWER_BEGINS}\n")[2].partition(f"{_ANSWER_ENDS}\n")
+    answer, ends, said = text.partition(f"\n{_BEGINS}\n")[2].partition(f"{_ENDS}\n")
     if details.driver_exit_code == 2:
         raise ConfigError(_last_line(said).removeprefix("keel: "))
-    if details.status.value != "SUCCEEDED":
+    if details.status.value != "SUCCEEDED" or not ends:
         raise JobError(f"{command}: {_last_line(said or details.message or '')}")
     return answer
 

@@ -21,6 +21,8 @@ from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, last_
 from test_runs import metrics_of
 
 import keel as package
+from keel import checkpoint, durable
+from keel.jobs import LIMIT_BYTES
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 STEPS = 12
@@ -89,7 +91,7 @@ def wait_job(address: str, job: str, condition: Callable[[], Any], what: str) ->
     """Until it is so; a job that ended meanwhile is an error, with what it said."""
     over = ("SUCCEEDED", "FAILED", "STOPPED")
     wait_for(lambda: condition() or job_of(address, job)["status"] in over, PATIENCE_SECONDS, what)
-    assert condition(), job_of(address, job)["message"]
+    assert condition(), job_of(address, f"{job}/logs")["logs"]
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def folder(tmp_path: Path, write_config: Start) -> Path:
 
 
 def test_a_run_is_submitted_watched_stopped_and_submitted_again(
-    address: str, folder: Path, tmp_path: Path, pace_of_cluster: Path
+    address: str, folder: Path, tmp_path: Path, pace_of_cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def keel(*arguments: str) -> subprocess.Popen[str]:
         return start_keel(*arguments, folder=folder)
@@ -124,6 +126,9 @@ def test_a_run_is_submitted_watched_stopped_and_submitted_again(
     again = answer(keel, "submit", "config.yaml", *at)
     assert not again["new"] and (again["job"], again["digest"]) == (job, first["digest"]), again
     assert f"runs with other settings as {job}" in refusal(keel, "submit", "config.yaml", "run.seed=3", *at)
+    monkeypatch.setenv("RAY_max_grpc_message_size", "100000")  # what Ray's own limit is taken from
+    assert "more to upload than the 0.1 MB Ray takes" in refusal(keel, "submit", "config.yaml", "run.name=large", *at)
+    monkeypatch.delenv("RAY_max_grpc_message_size")
 
     wait_job(address, job, lambda: last_step(run) >= 2, "two steps")
     print(f"two steps {time.monotonic() - began:.1f} s after submit")
@@ -137,14 +142,15 @@ def test_a_run_is_submitted_watched_stopped_and_submitted_again(
         "scorer": 1,
         "learner": 1,
     }
-    assert [each["job"] for each in answer(keel, "status", *at)["jobs"]] == [job]
+    print(*finish(keel("status", *at)), sep="\n")
     assert answer(keel, "scale", "first", *at)["desired"]["generator"] == 1
 
     began = time.monotonic()
-    stopped = answer(keel, "stop", "first", *at)
-    print(f"stop took {time.monotonic() - began:.1f} s")
-    at_step = stopped["step"]
-    assert stopped["state"] == "stopped" and stopped["checkpoint"] == at_step < STEPS, stopped
+    code, out, err = finish(keel("stop", "first", *at))
+    print(f"stop took {time.monotonic() - began:.1f} s", out, err)
+    at_step = last_step(run)
+    assert code == 0 and f"stopped, as asked, at step {at_step} of {STEPS}; go on with: keel resume {run}" in out
+    assert checkpoint.steps(run) == [at_step] and at_step < STEPS
     assert [event["step"] for event in events_of(run, "stopped")] == [at_step]
     ended = job_of(address, job)
     assert (ended["status"], ended["driver_exit_code"]) == ("FAILED", 130), ended
@@ -172,9 +178,10 @@ def test_a_run_is_submitted_watched_stopped_and_submitted_again(
 def test_rays_own_command_runs_keel_and_now_ends_it(
     address: str, folder: Path, tmp_path: Path, pace_of_cluster: Path
 ) -> None:
-    """Also what is refused: too much to upload, by the zip as it is."""
+    """Also what Ray itself refuses to take, which is the limit that Keel names; and an end without a checkpoint."""
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     tree["run"] |= {"name": "plain", "steps": 2}
+    del tree["cluster"]["address"]
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     (folder / "keel").symlink_to(Path(package.__file__).parent)
     environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
@@ -190,4 +197,18 @@ def test_rays_own_command_runs_keel_and_now_ends_it(
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "runs" / "plain"
     assert [line["step"] for line in metrics_of(run)] == [1, 2]
-    check_intact(lambda *arguments: start_keel(*arguments, folder=folder), run)
+
+    def keel(*arguments: str) -> subprocess.Popen[str]:
+        return start_keel(*arguments, folder=folder)
+
+    check_intact(keel, run)
+    package_of = urllib.request.Request(
+        f"{address}/api/packages/gcs/_ray_pkg_0.zip", bytes(LIMIT_BYTES + 1), method="PUT"
+    )
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(package_of, timeout=60)
+
+    killed = answer(keel, "submit", "config.yaml", "run.name=killed", "run.steps=1000", "--address", address)["job"]
+    wait_job(address, killed, lambda: last_step(tmp_path / "runs" / "killed") >= 1, "a step")
+    assert answer(keel, "stop", killed, "--now", "--address", address)["state"] == "STOPPED"
+    assert not durable.held(tmp_path / "runs" / "killed")
