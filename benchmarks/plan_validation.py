@@ -156,7 +156,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def _shares(busy: Mapping[str, float]) -> str:
-    return " / ".join(f"{share:.0%}" for share in busy.values())
+    return " / ".join(f"{busy[role]:.0%}" for role in ("generator", "reference", "scorer", "learner"))
 
 
 def main() -> None:

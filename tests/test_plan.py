@@ -300,3 +300,14 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     given.write_text(yaml.safe_dump({name: value for name, value in GIVEN.items() if name != "reference"}))
     with pytest.raises(ConfigError, match=r"rates.reference: missing"):
         plan(capsys, path, "--rates", str(given))
+
+
+def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Path) -> None:
+    from keel import calibration
+
+    wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64})
+    found = calibration.settings_of(wanted, tmp_path)
+    assert (found.generators.count, found.scorers.count, found.reference and found.reference.count) == (1, 1, 1)
+    assert found.buffer.max_staleness == 0 and found.groups_per_batch == found.buffer.groups_per_step == 6
+    assert found.prompts.held_out == 6, "half of the twelve sequences of a step"
+    assert found.run_directory == str(tmp_path) and found.metrics.port == 0
