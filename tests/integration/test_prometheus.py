@@ -5,6 +5,7 @@ One run for all tests of this file, in their order: the last ones kill a generat
 
 import itertools
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from live import PATIENCE_SECONDS, last_step, wait
 from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
 from test_runs import is_generator
 
-from keel import doctor, durable, schema
+from keel import dashboards, doctor, durable, schema
 from keel.metric_table import PREFIX, TABLE
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
@@ -126,7 +127,13 @@ ABSENT = {
     "no critic": {"critic_loss", "explained_variance", "value_mean", "popart_mean", "popart_std"},
     "no stage": {"held_out_loss", "held_out_accuracy_ratio", "epochs", "rows_dropped_total"},
     "nothing failed so far": {
-        *("samples_failed_total", "groups_dropped_total", "workers_lost_total", "load_failures_total"),
+        *(
+            "samples_failed_total",
+            "groups_dropped_total",
+            "workers_lost_total",
+            "load_failures_total",
+            "tracker_failures_total",
+        ),
     },
 }
 LABELS = {
@@ -202,7 +209,32 @@ def test_busy_and_idle_seconds_are_those_of_all_that_serve(observed_run: Observe
         assert seconds[role] / (last - first) == pytest.approx(serving, rel=0.15), (role, seconds)
 
 
-# ---- tests that only ask this live run come here, before it loses a generator
+def test_every_expression_of_the_dashboards_is_answered(observed_run: Observed) -> None:
+    """And with something, unless it compares, or asks for a series that such a run has not."""
+    prometheus = observed_run.prometheus
+    there = {series.name for series in prometheus.query(f'{{__name__=~"{PREFIX}.+"}}')}
+    empty = []
+    for dashboard in dashboards.DASHBOARDS:
+        for expression in dashboards.expressions(dashboard, RUN):
+            asked = set(re.findall(rf"\b{PREFIX}[a-z0-9_]+", expression))
+            found = prometheus.query(expression)
+            if asked and asked <= there and not found and not re.search(r"[<>]|==|!=|unless", expression):
+                empty.append(expression)
+    assert not empty, empty
+
+
+def test_every_rule_is_evaluated_and_none_pages_for_a_healthy_run(observed_run: Observed) -> None:
+    rules = [rule for group in observed_run.prometheus.api("rules")["groups"] for rule in group["rules"]]
+    assert {rule["type"] for rule in rules} == {"recording", "alerting"}
+    evaluated = [rule for rule in rules if rule["lastEvaluation"] > "1"]
+    assert evaluated and all(rule["health"] == "ok" and "lastError" not in rule for rule in evaluated), rules
+    firing = [
+        alert["labels"] for alert in observed_run.prometheus.api("alerts")["alerts"] if alert["state"] == "firing"
+    ]
+    assert not [labels for labels in firing if labels["severity"] == "page"], firing
+
+
+# ---- the last ones: a generator is killed, the run ends
 
 
 def test_a_lost_generator_is_seen_and_every_series_goes_on(observed_run: Observed) -> None:
