@@ -115,6 +115,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
         yield server
 
     monkeypatch.setattr(jobs, "cluster", cluster)
+    monkeypatch.setattr(jobs, "_SEEN_SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
     tree = settings_for(steps=5).model_dump(mode="json")

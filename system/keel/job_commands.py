@@ -237,6 +237,8 @@ def _show_attempts(found: "list[Attempt]", as_json: bool) -> None:
         typer.echo(json.dumps({"jobs": [_tree(each) for each in found]}, indent=2))
         return
     table = Table("run", "attempt", "state", "since", "directory", "job")
+    for column in table.columns:
+        column.overflow = "fold"
     for each in found:
         since = datetime.fromtimestamp(each.since).isoformat(" ", "seconds")
         table.add_row(each.run, str(each.number), each.state, since, each.directory, each.job)

@@ -35,6 +35,7 @@ _CONNECT_SECONDS = 10.0
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _END_SECONDS = 60.0
 _POLL_SECONDS = 0.5
+_SEEN_SECONDS = 2.0  # the monitor looks every second
 _BEGINS, _ENDS = "keel-answer", "keel-errors"
 
 
@@ -257,10 +258,11 @@ def _end_of(client: JobSubmissionClient, job: str, seconds: float) -> JobDetails
 
 
 def _forget(client: JobSubmissionClient, job: str) -> None:
-    """Ray deletes only what is over."""
+    """Ray deletes only what is over, and its monitor writes anew what it does not find before it has seen the end."""
     if client.get_job_info(job).status.value not in _OVER:
         client.stop_job(job)
         _end_of(client, job, _END_SECONDS)
+    time.sleep(_SEEN_SECONDS)
     client.delete_job(job)
 
 

@@ -25,7 +25,7 @@ from keel import checkpoint, durable
 from keel.jobs import LIMIT_BYTES
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
-STEPS = 12
+STEPS = 60
 BINARIES = Path(sys.executable).parent
 
 
@@ -117,7 +117,7 @@ def test_a_run_is_submitted_watched_stopped_and_submitted_again(
         return start_keel(*arguments, folder=folder)
 
     run, at = tmp_path / "runs" / "first", ("--address", address)
-    pace_of_cluster.write_text("0.5")
+    pace_of_cluster.write_text("1.0")
     began = time.monotonic()
     first = answer(keel, "submit", "config.yaml", *at)
     job = first["job"]
