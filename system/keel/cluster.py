@@ -88,9 +88,9 @@ def request(settings: Settings, counts: Mapping[str, int]) -> None:
     request_resources(bundles=[ask.each for ask in capacity.asks(settings, counts) for _ in range(ask.count)])
 
 
-def holds(settings: Settings, counts: Mapping[str, int]) -> bool:
-    """Whether the nodes, were they empty, have room for so many workers of each role."""
-    return capacity.packs(capacity.asks(settings, counts), room.nodes())
+def holds(settings: Settings, counts: Mapping[str, int], *, at_once: bool) -> bool:
+    """Whether the nodes have room for so many workers of each role: now, or were they empty."""
+    return capacity.packs(capacity.asks(settings, counts), room.free_nodes() if at_once else room.nodes())
 
 
 async def fetch(batch: Batch) -> pa.RecordBatch:

@@ -94,7 +94,7 @@ class Recorder(Observer):
             self.event("room_found", who=who, seconds=round(seconds, 3))
             self.display.note(f"room for {who} after {seconds:.0f} s")
             if self.occupancy.starting:
-                self.display.doing(f"starting {who}")
+                self.display.doing(f"{who} comes up")
 
     def tick(self) -> None:
         self.metrics.add(self.occupancy.drain())

@@ -68,9 +68,7 @@ class Room:
 
     def free(self) -> str:
         """What is free of the resources it asks for, by node."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        free = [there for name, there in state.available_resources_per_node().items() if name in alive]
-        return free_words(free, self._names())
+        return free_words(free_nodes(), self._names())
 
     def release(self) -> None:
         """Give it back, and end whoever still is in it."""
@@ -120,6 +118,12 @@ class Wait:
 def nodes() -> list[Mapping[str, float]]:
     """All that each node offers."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def free_nodes() -> list[Mapping[str, float]]:
+    """What each node has left."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return [there for name, there in state.available_resources_per_node().items() if name in alive]
 
 
 def limits() -> Mapping[str, float] | None:

@@ -184,7 +184,8 @@ class _Run:
         settings, recorder = self.settings, self.recorder
         began = time.monotonic()
         self.generators.pool.forget_load()
-        if not cluster.holds(settings, self.scaling.desired):
+        # at first others may occupy a part of the cluster, later only this run's own workers do as a rule
+        if not cluster.holds(settings, self.scaling.desired, at_once=not self.has_run):
             for pool in self._pools():
                 pool.give_way()  # a worker that waits for room would take the learner's
             await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
