@@ -36,7 +36,7 @@ def manifests(settings: Settings, options: Options) -> list[dict[str, Any]]:
     else:
         made.append(_object(plan, "ray.io/v1", "RayCluster", plan.name, spec=_cluster(plan)))
     if options.monitor:
-        endpoints = [{"port": port, "interval": "15s"} for port in ("keel-metrics", *RAY_PORTS)]
+        endpoints = [_endpoint("keel-metrics", "keel"), *(_endpoint(port, "ray") for port in RAY_PORTS)]
         monitor = {"selector": {"matchLabels": labels(plan)}, "podMetricsEndpoints": endpoints}
         made.append(_object(plan, "monitoring.coreos.com/v1", "PodMonitor", plan.name, spec=monitor))
     return made
@@ -73,6 +73,11 @@ def _object(plan: Plan, api: str, kind: str, name: str, **rest: Any) -> dict[str
     namespace = {"namespace": plan.options.namespace} if plan.options.namespace else {}
     metadata = {"name": name, **namespace, "labels": labels(plan)}
     return {"apiVersion": api, "kind": kind, "metadata": metadata, **rest}
+
+
+def _endpoint(port: str, job: str) -> dict[str, Any]:
+    """The job as in deploy/prometheus: alerts ask for `up` of keel; the operator would name it after the PodMonitor."""
+    return {"port": port, "interval": "15s", "relabelings": [{"targetLabel": "job", "replacement": job}]}
 
 
 def _job(plan: Plan) -> dict[str, Any]:
