@@ -56,7 +56,9 @@ def test_a_learner_that_is_built_again_is_at_its_checkpoint(tmp_path: Path) -> N
     recorder.set({"learner_version": 6.0})
     recorder.begin(learner, cast(RemoteBuffer, None), 4)
     recorder.set({"version": 4.0})
-    values = [metrics.registry.get_sample_value(f"keel_{name}", {"run": "test"}) for name in ("learner_version", "version")]
+    values = [
+        metrics.registry.get_sample_value(f"keel_{name}", {"run": "test"}) for name in ("learner_version", "version")
+    ]
     assert values == [4.0, 4.0]
 
 
