@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from keel import __version__
-from keel.kubernetes_plan import RAY_PORTS, Group, Options, Plan, quantity
+from keel.kubernetes_plan import HEAD_PORTS, RAY_PORTS, Group, Options, Plan, quantity
 from keel.kubernetes_pods import CONFIG_FOLDER, container_security, labels, ray_pod, submitter_pod
 from keel.settings import Settings
 
@@ -97,7 +97,7 @@ def _job(plan: Plan) -> dict[str, Any]:
 
 def _cluster(plan: Plan) -> dict[str, Any]:
     resources = {"cpu": str(HEAD_CPUS), "memory": quantity(plan.head_bytes + plan.shared_bytes)}
-    ports = RAY_PORTS | {"keel-metrics": plan.settings.metrics.port}
+    ports = HEAD_PORTS | RAY_PORTS | {"keel-metrics": plan.settings.metrics.port}
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},  # whoever reaches the head without one may run anything on it
