@@ -278,6 +278,10 @@ def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.
     [
         (["submit", "config.yaml"], "--address: missing; expected that of Ray's dashboard"),
         (["submit", "config.yaml", "run.directory=runs/{name}"], "run.directory=runs/{name}: relative; expected an"),
+        (
+            ["submit", "config.yaml", "metrics.discovery_directory=seen"],
+            "metrics.discovery_directory=seen: relative; exp",
+        ),
         (["submit", "config.yaml", "run.stepz=1"], "run.stepz: unknown setting; did you mean steps?"),
         (["status", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
         (["stop", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
