@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -67,7 +69,8 @@ class Server:
         own = self.jobs[job]
         self.asked.append(own["entrypoint"])
         shell = own["entrypoint"].replace("python -m", f"{sys.executable} -m")
-        done = subprocess.run(shell, shell=True, cwd=own["runtime_env"]["working_dir"], capture_output=True, text=True)
+        folder, bare = own["runtime_env"]["working_dir"], {"PATH": os.environ["PATH"]}  # Keel is what came along
+        done = subprocess.run(shell, shell=True, cwd=folder, env=bare, capture_output=True, text=True)
         own["logs"] += done.stdout + done.stderr
         self.end(job, "FAILED" if done.returncode else "SUCCEEDED", done.returncode)
 
@@ -204,8 +207,7 @@ def test_status_lists_jobs_and_asks_the_run_beside_itself(
     assert seen["job"]["job"] == job and seen["run"] == standing.of(tmp_path / "runs" / "mine")
     assert set(server.jobs) == {job} and len(server.asked) == 2
     server.end(job, "FAILED", 130)  # its uploaded files may be gone: the next question brings its own
-    for path in sorted((tmp_path / "cluster" / job).rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
+    shutil.rmtree(tmp_path / "cluster" / job)
     listed = json.loads(keel(capsys, "status", "--address", ADDRESS, "--json"))["jobs"]
     assert [(each["run"], each["attempt"], each["state"]) for each in listed] == [("mine", 1, "STOPPED")]
     assert "step 2 of 4" in keel(capsys, "status", "mine", "--address", ADDRESS)
@@ -278,6 +280,10 @@ def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.
     [
         (["submit", "config.yaml"], "--address: missing; expected that of Ray's dashboard"),
         (["submit", "config.yaml", "run.directory=runs/{name}"], "run.directory=runs/{name}: relative; expected an"),
+        (
+            ["submit", "config.yaml", "metrics.discovery_directory=seen"],
+            "metrics.discovery_directory=seen: relative; exp",
+        ),
         (["submit", "config.yaml", "run.stepz=1"], "run.stepz: unknown setting; did you mean steps?"),
         (["status", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
         (["stop", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),

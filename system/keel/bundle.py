@@ -22,11 +22,25 @@ from keel.config import ConfigError
 from keel.section import is_source
 
 PATHS = frozenset({"model", "teacher", "source", "against", "ca_file", "runs"})
-"""Names of the settings whose value may be a path. A name of a hub or of a run is none of them, or does not exist."""
+"""Names of the settings whose value may be a path that is read. A name of a hub or of a run does not exist as one."""
+WRITTEN = frozenset({"directory", "discovery_directory", "tensorboard_directory"})
+"""Names of the settings that say where a run writes: none of it may be the job's own folder, which is thrown away."""
 _MODELS = frozenset({"model", "teacher", "source", "against"})
 _WHEN = (1980, 1, 1, 0, 0, 0)  # the oldest a zip knows: the same files give the same bytes, and Ray uploads them once
 _BLOCK_BYTES = 2**20
 _SHOWN = 3
+
+
+def check_written(tree: Any, path: str = "") -> None:
+    """Places that are written to are absolute. Raises ConfigError."""
+    for key, value in tree.items() if isinstance(tree, dict) else []:
+        setting = f"{path}{key}"
+        if key in WRITTEN and isinstance(value, str) and not value.startswith("/"):
+            raise ConfigError(
+                f"{setting}={value}: relative; expected an absolute path that every node sees, e.g."
+                f" {setting}=/shared/runs/{{name}}"
+            )
+        check_written(value, f"{setting}.")
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,8 @@ def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submis
     command = command_of(tree)
     settings: Any = config.load_as(COMMANDS[command], config_path, overrides)
     directory = settings.run_directory
-    if not directory.startswith("/"):
-        name = settings.run.directory
-        raise ConfigError(
-            f"run.directory={name}: relative; expected an absolute path that every node sees, e.g."
-            " run.directory=/shared/runs/{name}"
-        )
     whole = settings.model_dump(mode="json")
+    bundle.check_written(whole)
     whole["cluster"]["address"] = None  # a job joins the cluster that it runs on, whatever was meant for this machine
     gathered = bundle.gather(whole, here)
     staged = config.parse_as(COMMANDS[command], gathered.tree)

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,12 @@ ENDS_WITHIN_SECONDS = 10
 LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own agents end a minute after their raylet, having tried to tell a GCS that is gone; they hold nothing."""
 Start = Callable[..., Any]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def events_of(run: Path, *names: str, since: float = 0.0, **fields: Any) -> list[dict[str, Any]]:

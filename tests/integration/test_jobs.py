@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import pytest
 import rewards
 import yaml
 from conftest import finish, kill, start_keel, wait_for
-from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, last_step, refusal
+from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, free_port, last_step, refusal
 from test_runs import metrics_of
 
 import keel as package
@@ -27,12 +26,6 @@ from keel.jobs import LIMIT_BYTES
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 STEPS = 60
 BINARIES = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

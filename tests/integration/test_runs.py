@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from keel import checkpoint, durable, schema, weights
 
 pytestmark = pytest.mark.timeout(600)
-TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second")
+TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
 Start = Callable[..., Any]
 
 
@@ -48,12 +48,13 @@ def same_policy(one: Path, other: Path) -> bool:
 
 
 def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Start, tmp_path: Path) -> None:
-    """Also the newcomer's run: every file is there, and the endpoint answers while it runs."""
+    """Also the newcomer's run, every file is there; and a tracker's, which sees every step once and changes nothing."""
     changes: dict[str, Any] = {"run": {"steps": 5}, "checkpoint": {"every_steps": 2}, "evaluation": {"every_steps": 2}}
     whole = write_config("whole", **with_directory(tmp_path / "whole" / "run", changes))
     code, out, err = finish(keel("train", str(whole)))
     assert code == 0, err
-    broken = write_config("broken", **with_directory(tmp_path / "broken" / "run", changes))
+    tracked = changes | {"tracking": {"trackers": ["tensorboard"]}}
+    broken = write_config("broken", **with_directory(tmp_path / "broken" / "run", tracked))
     process = keel("train", str(broken))
     run = tmp_path / "broken" / "run"
     wait_for(lambda: len(metrics_of(run)) >= 3 and checkpoint.latest(run) is not None, 200, "three steps")
@@ -68,6 +69,19 @@ def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Star
     assert same_policy(run, reference)
     assert (run / "frontier.arrow").read_bytes() == (reference / "frontier.arrow").read_bytes()
     check_files(reference, out)
+    check_tracked(run)
+
+
+def check_tracked(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen = EventAccumulator(str(run / "tensorboard"))
+    seen.Reload()
+    lines = metrics_of(run)
+    for name in ("reward", "kl_nats", "loss"):
+        shown = [(event.step, event.value) for event in seen.Scalars(name)]
+        assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
+    assert {event.step for event in seen.Scalars("evaluation.proxy")} == {0, 2, 4, 5}
 
 
 def with_directory(directory: Path, changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Two runs of one name, seed and configuration at once on one cluster of three nodes: each is as if it were alone."""
+"""Two runs of one name, seed and configuration at once on one cluster of three nodes: each is as if it were alone.
+
+One joins the cluster from here, the other is submitted to it as a job.
+"""
 
 import os
 import re
@@ -11,7 +14,7 @@ import psutil
 import pytest
 import ray
 from conftest import finish, wait_for
-from live import check_intact, last_step, wait
+from live import check_intact, free_port, last_step, wait
 from ray.cluster_utils import Cluster
 
 import keel as package
@@ -25,7 +28,9 @@ Start = Callable[..., Any]
 def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27})
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27, **dashboard})
     for _ in range(2):
         cluster.add_node(num_cpus=4, object_store_memory=2**27)
     yield cluster
@@ -57,7 +62,9 @@ def test_two_runs_at_once_do_not_touch_each_other(
         )
         for run in runs
     ]
-    processes = [keel("train", str(config), "--address", cluster.address) for config in configs]
+    here = keel("train", str(configs[0]), "--address", cluster.address)
+    job = keel("submit", str(configs[1]), "--address", f"http://{cluster.webui_url}", "--follow")
+    processes = [here, job]
     endpoints = [endpoint_of(process) for process in processes]
     assert len(set(endpoints)) == 2
     for process, run in zip(processes, runs, strict=True):
