@@ -25,7 +25,6 @@ Address = Annotated[str | None, typer.Option(help=_ADDRESS)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
 Follow = Annotated[bool, typer.Option("--follow", help="show what the job writes until it ends")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="run directory here, or name or job of a run of the cluster")]
-_END_SECONDS = 60.0
 
 
 def submit(
@@ -174,7 +173,7 @@ def _stop_there(address: str, run: str) -> dict[str, Any]:
         with errors.status(f"{attempt.job}: waiting for the step under way and a checkpoint"):
             asked = ["stop", attempt.directory, "--json"]
             answer = jobs.on_cluster(client, attempt, asked, seconds=float("inf"))  # it has the run's own deadlines
-            jobs.wait(client, attempt.job, _END_SECONDS)
+            jobs.ended(client, attempt.job)
     return json.loads(answer) | {"job": attempt.job}
 
 

@@ -110,7 +110,7 @@ def _explain(run_directory: Path, last: int) -> dict[str, Any]:
     from keel import durable
     from keel import explain as explaining
 
-    settings = config.load(stored(run_directory))
+    settings = config.load(standing.configuration_of(run_directory))
     try:
         lines = durable.read_json_lines(run_directory / "metrics.jsonl")
         return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))
@@ -120,14 +120,6 @@ def _explain(run_directory: Path, last: int) -> dict[str, Any]:
 
 def _shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
-
-
-def stored(run_directory: Path) -> Path:
-    """The configuration of a run. Raises ConfigError."""
-    path = run_directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
-    return path
 
 
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
