@@ -357,6 +357,11 @@ def test_the_environment_names_the_address_as_for_ray(
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ADDRESS)
     assert keel(capsys, "submit", "config.yaml").startswith("Attached  keel-mine-")
+    (job,) = server.jobs
+    server.jobs[job]["status"] = "RUNNING"
+    for command in ("scale", "explain", "stop"):
+        keel(capsys, command, "mine", code=2)  # nothing is written yet
+        assert f"python -m keel {command} " in server.asked[-1]
 
 
 # ---- addresses where no job server is, by real sockets
