@@ -330,6 +330,7 @@ def test_a_question_that_no_node_has_room_for_is_given_up(
             ["submit", "config.yaml", "metrics.discovery_directory=seen"],
             "metrics.discovery_directory=seen: relative; exp",
         ),
+        (["submit", "config.yaml", f"run.name={'a' * 201}"], f"run.name='{'a' * 201}': string should have at most 200"),
         (["submit", "config.yaml", "run.stepz=1"], "run.stepz: unknown setting; did you mean steps?"),
         (["status", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
         (["stop", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
