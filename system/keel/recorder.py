@@ -54,7 +54,6 @@ class Recorder(Observer):
         self.tracking.begin(version)
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
-        self.occupancy.doing("start")
         self.occupancy.ranks(learner.room.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
