@@ -40,8 +40,7 @@ def measured(runs: Sequence[Path]) -> Rates:
 
     First steps, steps with an evaluation and those in which the run began again are left out. On cores that stages
     share, the runs should be synchronous (max_staleness 0) with one generator batch a step: else what is measured has
-    waited for cores. Raises ConfigError
-    for a directory that holds no run, or too few steps.
+    waited for cores. Raises ConfigError for a directory that holds no run, or too few steps.
     """
     seen = _Seen()
     for directory in runs:
