@@ -363,6 +363,15 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
         plan(capsys, path, "--rates", str(given))
 
 
+def test_the_same_counts_take_the_same_time_in_both_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The search simulates few steps: another share of them has an evaluation."""
+    given = tmp_path / "rates.yaml"
+    given.write_text(yaml.safe_dump(GIVEN))
+    arguments = [str(config_file(tmp_path)), "evaluation.every_steps=7", "--rates", str(given), "--gpus", "3", "--json"]
+    (found,) = json.loads(plan(capsys, *arguments))["plans"]
+    assert found["best"][0] == found["configured"]
+
+
 def test_what_is_wrong_is_said_before_minutes_of_measuring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from keel.occupancy import LEARNER
 from keel.plan import Machine, Prediction, predict
 from keel.rates import Rates
 from keel.settings import Settings
-from keel.splits import Budget, best, of_cpus, of_gpus
+from keel.splits import Budget, best, of_cpus, of_gpus, ranked
 from keel.terminal import console, errors
 
 _SHOWN = 5  # splits
@@ -113,11 +113,12 @@ def _with_staleness(settings: Settings, bound: int) -> Settings:
 def _planned(settings: Settings, rates: Rates, machine: Machine, budget: Budget | None) -> dict[str, Any]:
     """The configuration's own counts, and the best ones for the budget if there is one."""
     counts = configured(settings)
-    simulate = partial(_search, settings, rates, machine)
+    found = best(budget, rates, counts, partial(_search, settings, rates, machine))[:_SHOWN] if budget else []
+    again = [predict(settings, rates, each.counts, machine) for each in found]  # over the same steps as configured ones
     return {
         "max_staleness": settings.buffer.max_staleness,
         "configured": predict(settings, rates, counts, machine),
-        "best": best(budget, rates, counts, simulate)[:_SHOWN] if budget else [],
+        "best": ranked(again),
     }
 
 

@@ -99,7 +99,7 @@ def best(budget: Budget, rates: Rates, counts: Counts, simulate: Callable[[Count
             trial(split)
     else:
         _climb(budget, roles, _start(budget, rates, roles), trial)
-    return _ranked(list(tried.values()))
+    return ranked(list(tried.values()))
 
 
 def _all(budget: Budget, roles: list[str]) -> Iterator[tuple[int, ...]]:
@@ -146,9 +146,9 @@ def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]
                 yield tuple(count + moved.get(place, 0) for place, count in enumerate(split))
 
 
-def _ranked(found: list[Prediction]) -> list[Prediction]:
+def ranked(found: list[Prediction]) -> list[Prediction]:
     """By step seconds in classes that count as equal, then by fewer workers; none with all of one before and more."""
-    fastest = min(prediction.step_seconds for prediction in found)
+    fastest = min((prediction.step_seconds for prediction in found), default=0.0)
     order = sorted(
         found,
         key=lambda each: (
