@@ -104,7 +104,8 @@ def train(runs: Path, name: str) -> None:
 def result(runs: Path, name: str) -> dict[str, Any]:
     """Measured and predicted numbers of a case."""
     from keel import config, measurement
-    from keel.plan import Machine, configured, predict
+    from keel.capacity import configured
+    from keel.plan import Machine, predict
 
     case = CASES[name]
     measured = CASES[case.measured]

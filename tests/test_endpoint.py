@@ -235,7 +235,7 @@ def test_a_run_on_every_address_names_one_of_this_machine(metrics: RunMetrics, t
         assert ask(port_of(url), "/-/healthy", host=address.strip("[]"))[0] == 200
 
 
-@pytest.mark.parametrize("host", ["host:9464", "http://host", "", "a b", "-x", "10.0.0.1/8", "[::1]"])
+@pytest.mark.parametrize("host", ["host:9464", "http://host", "", "a b", "-x", "10.0.0.1/8", "[::1]", "a..b", "a" * 64])
 def test_a_host_is_no_url(host: str) -> None:
     for setting in ("host", "advertise"):
         with pytest.raises(ValidationError, match="host name or an IP address, without a port"):

@@ -13,9 +13,10 @@ import yaml
 import rollouts
 from fakes import settings_for
 from keel import cli, config, durable, evaluate, measurement, schema
+from keel.capacity import configured
 from keel.config import ConfigError
 from keel.footprint import footprints
-from keel.plan import Machine, Prediction, configured, predict, shape_of
+from keel.plan import Machine, Prediction, predict, shape_of
 from keel.rates import Rates
 from keel.settings import Settings
 from keel.simulation import Simulation
@@ -252,6 +253,66 @@ def test_memory_is_bytes_a_parameter() -> None:
     assert found["reference"].num_bytes == 14e9
 
 
+@pytest.mark.parametrize(("stage", "num_bytes"), [(1, 4 + 4 + 12 / 8), (2, 4 + (4 + 12) / 8), (3, (4 + 4 + 8) / 8)])
+def test_in_fp32_only_stage_3_keeps_no_second_copy_of_the_weights(stage: int, num_bytes: float) -> None:
+    """DeepSpeed 0.19.8: stage_1_and_2.py:560 clones the partition whatever its type, stage3.py:1162 does not."""
+    sizes = settings(learners={"zero_stage": stage, "precision": "fp32"})
+    (learner,) = [each for each in footprints(sizes, 10**9, 8) if each.role == "learner"]
+    assert learner.num_bytes == pytest.approx(1e9 * num_bytes)
+
+
+ON_GPUS = {"generators": {"gpus": 1, "tensor_parallel": 4}, "reference": {"gpus": 0.5}, "learners": {"gpus": 1}}
+
+
+def test_a_tensor_parallel_generator_takes_all_its_devices() -> None:
+    sizes = settings(2, groups=16, **ON_GPUS)
+    counts = configured(sizes)
+    budget = of_gpus(sizes, counts, 8)
+    assert budget.costs == {"generator": 4.0, "reference": 0.5, "scorer": 0.0, "learner": 1.0}
+    assert budget.most == {"generator": 2, "reference": 16, "scorer": 8, "learner": 8}
+    assert budget.allows({"generator": 1, "reference": 2, "scorer": 1, "learner": 3})
+    assert not budget.allows({"generator": 2, "reference": 1, "scorer": 1, "learner": 1})
+    (generator,) = [each for each in footprints(sizes, 10**9, 1) if each.role == "generator"]
+    assert generator.parts == {"weights": 2e9 / 4, "KV cache": 2**30}, "of one of the four"
+    far = rates(weights={"node_seconds": 0.5})
+    three, two = (predict(sizes, far, {**counts, "generator": count}, APART).step_seconds for count in (5, 4))
+    assert predict(sizes, rates(), {**counts, "generator": 5}, APART).step_seconds < three
+    assert three != two
+
+
+def test_cores_are_no_budget_for_workers_on_gpus() -> None:
+    sizes = settings(**ON_GPUS)
+    with pytest.raises(ConfigError, match=r"--cpus=4: generators.tensor_parallel=4; expected --gpus"):
+        of_cpus(sizes, configured(sizes), 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"learner": {"fixed_seconds": 0, "sequence_seconds": 0}}, "learner.*a step takes time"),
+        ({"scorer": {"relative_seconds": [1.0, -0.5]}}, "scorer.relative_seconds"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], why: str) -> None:
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump({**GIVEN, **{role: {**GIVEN[role], **block} for role, block in own.items()}}))
+    with pytest.raises(ConfigError, match=why):
+        config.load_as(Rates, path)
+
+
+def test_a_step_in_which_the_run_began_again_is_not_measured(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", settings(), rates())
+    sound = measurement.measured([run])
+    lines = durable.read_json_lines(run / "metrics.jsonl")
+    for line in lines[4:]:  # resumed after step 4: step 5 was made twice
+        for name, values in line.items():
+            if name.endswith("_seconds_total"):
+                line[name] = {label: value + 30.0 for label, value in values.items()}
+        line["phase_seconds_total"]["start"] = 100.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measurement.measured([run]).learner.seconds(8) == pytest.approx(sound.learner.seconds(8))
+
+
 def config_file(folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(config.dump(settings(1)))
@@ -302,12 +363,39 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
         plan(capsys, path, "--rates", str(given))
 
 
+def test_the_same_counts_take_the_same_time_in_both_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The search simulates few steps: another share of them has an evaluation."""
+    given = tmp_path / "rates.yaml"
+    given.write_text(yaml.safe_dump(GIVEN))
+    arguments = [str(config_file(tmp_path)), "evaluation.every_steps=7", "--rates", str(given), "--gpus", "3", "--json"]
+    (found,) = json.loads(plan(capsys, *arguments))["plans"]
+    assert found["best"][0] == found["configured"]
+
+
+def test_what_is_wrong_is_said_before_minutes_of_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from keel import plan_commands
+
+    def measure(*_: Any) -> Rates:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(plan_commands, "_rates", measure)
+    path = str(config_file(tmp_path))
+    with pytest.raises(ConfigError, match=r"--gpus=1: one worker of each role takes 3"):
+        plan(capsys, path, "--gpus", "1")
+    with pytest.raises(ConfigError, match=r"--save-rates=.*/no/rates.yaml: no such folder"):
+        plan(capsys, path, "--save-rates", str(tmp_path / "no" / "rates.yaml"))
+
+
 def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Path) -> None:
     from keel import calibration
 
-    wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64})
+    heard = {"tracking": {"trackers": ["wandb"]}, "metrics": {"discovery_directory": str(tmp_path)}}
+    wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64}, **heard)
     found = calibration.settings_of(wanted, tmp_path)
     assert (found.generators.count, found.scorers.count, found.reference and found.reference.count) == (1, 1, 1)
     assert found.buffer.max_staleness == 0 and found.groups_per_batch == found.buffer.groups_per_step == 6
     assert found.prompts.held_out == 6, "half of the twelve sequences of a step"
     assert found.run_directory == str(tmp_path) and found.metrics.port == 0
+    assert not found.tracking.trackers and not found.metrics.discovery_directory, "nobody's experiment"

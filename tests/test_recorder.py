@@ -4,13 +4,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
+
 from fakes import settings_for
-from keel import durable
+from keel import cluster, durable
 from keel.cluster import RemoteBuffer
 from keel.gang import LearnerGang
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
+from keel.protocols import BuildFailed
 from keel.recorder import Recorder
+from keel.train import Saved, _Run
 
 
 class Quiet:
@@ -87,3 +91,32 @@ def test_of_many_that_wait_for_room_one_speaks_for_all(tmp_path: Path) -> None:
         ("waiting_for_room", "generator-2"),
         ("room_found", "generator-1"),
     ]
+
+
+async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait for room and the new gang are start-up: neither the step nor the checkpoint goes on meanwhile."""
+    prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
+    recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), Quiet())
+    recorder.occupancy.ranks(1)
+    recorder.doing("learner step")
+    asked: list[bool] = []
+
+    async def room_for(ranks: int) -> None:
+        asked.append(recorder.occupancy.starting)
+        raise BuildFailed("the end of this test")
+
+    monkeypatch.setattr(cluster, "holds", lambda *_, **__: True)
+    pool = SimpleNamespace(forget_load=lambda: None)
+    own = SimpleNamespace(
+        settings=prepared.settings,
+        recorder=recorder,
+        generators=SimpleNamespace(pool=pool),
+        scaling=SimpleNamespace(desired={"learner": 1}),
+        has_run=True,
+        _room_for=room_for,
+    )
+    with pytest.raises(BuildFailed):
+        await _Run._go_on(cast(_Run, own), Saved(None, {}))
+    assert asked == [True]

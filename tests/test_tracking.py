@@ -243,6 +243,19 @@ def test_a_failure_is_counted_told_once_and_the_run_goes_on(tmp_path: Path, made
     assert own.notes == [f"tracker wandb: {event['reason']}; the run goes on, metrics.jsonl has every number"]
 
 
+def test_a_library_that_exits_is_counted_like_one_that_raises(tmp_path: Path, made: Made) -> None:
+    made.replace("wandb", lambda step: sys.exit("no key") if step == 1 else None)
+    own = Told(tmp_path, "wandb")
+    own.tracking.begin(0)
+    own.tracking.step(line(1, reward=0.5))
+    own.tracking.step(line(2, reward=0.5))
+    own.tracking.finish("finished")
+    assert own.failures == {"wandb": 1.0} and [event["reason"] for event in own.events()] == [
+        "raised: SystemExit: no key"
+    ]
+    assert made.trackers[0].told == [(2, {"reward": 0.5}), "finished"]
+
+
 def test_a_tracker_that_does_not_start_counts_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(run: TrackedRun) -> Tracker:
         raise ImportError("libx.so")

@@ -25,7 +25,8 @@ def settings_of(settings: Settings, directory: Path) -> Settings:
     for role in ("generators", "scorers", *(["reference"] if settings.reference else [])):
         tree[role]["count"] = 1
     tree["evaluation"]["every_steps"] = tree["checkpoint"]["every_steps"] = 0
-    tree["metrics"]["port"] = 0
+    tree["metrics"] |= {"port": 0, "discovery_directory": None}  # it is nobody's experiment: neither Prometheus
+    tree["tracking"]["trackers"] = []  # nor a tracker hears of it
     return config.parse(tree)
 
 

@@ -70,15 +70,25 @@ def bundles(workers: WorkerSettings) -> list[dict[str, float]]:
     return [actor | ({"GPU": workers.gpus} if workers.gpus else {}) | workers.resources]
 
 
-def asks(settings: Settings, counts: Mapping[str, int]) -> list[Ask]:
-    """What so many workers of each role ask for."""
-    workers: dict[str, WorkerSettings | None] = {
+def workers(settings: Settings) -> dict[str, WorkerSettings]:
+    """Settings of the workers by role, in the order in which a batch passes through them."""
+    reference = {"reference": settings.reference} if settings.reference else {}
+    return {
         "generator": settings.generators,
-        "reference": settings.reference,
+        **reference,
         "scorer": settings.scorers,
         "learner": settings.learners,
     }
-    return [Ask(role, counts[role], by) for role, by in workers.items() if by is not None and counts.get(role)]
+
+
+def configured(settings: Settings) -> dict[str, int]:
+    """Workers by role as the configuration has them."""
+    return {role: by.count for role, by in workers(settings).items()}
+
+
+def asks(settings: Settings, counts: Mapping[str, int]) -> list[Ask]:
+    """What so many workers of each role ask for."""
+    return [Ask(role, counts[role], by) for role, by in workers(settings).items() if counts.get(role)]
 
 
 def one_of_each(asked: Sequence[Ask]) -> list[Ask]:

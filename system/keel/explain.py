@@ -15,8 +15,8 @@ Line = Mapping[str, Any]
 _OPTION = {"generator": "--generators", "reference": "--reference", "scorer": "--scorers", LEARNER: "--learners"}
 _SETTING = {
     "weight_sync": "buffer.groups_per_step (larger steps publish less often), or buffer.max_staleness",
-    "evaluation": "evaluation.every_steps",
-    "checkpoint": "checkpoint.every_steps",
+    "evaluation": "evaluation.every_steps (0: only at the start and the end), or lower prompts.held_out",
+    "checkpoint": "checkpoint.every_steps (0: only at the end)",
     "new_reference": "reference.iteration_steps",
 }
 _CLOSE = 0.1

@@ -38,9 +38,9 @@ class _Seen:
 def measured(runs: Sequence[Path]) -> Rates:
     """Rates of one or more runs of the same model on the same machine.
 
-    First steps and steps with an evaluation are left out. On cores that stages share, the runs should be synchronous
-    (max_staleness 0) with one generator batch a step: else what is measured has waited for cores. Raises ConfigError
-    for a directory that holds no run, or too few steps.
+    First steps, steps with an evaluation and those in which the run began again are left out. On cores that stages
+    share, the runs should be synchronous (max_staleness 0) with one generator batch a step: else what is measured has
+    waited for cores. Raises ConfigError for a directory that holds no run, or too few steps.
     """
     seen = _Seen()
     for directory in runs:
@@ -69,7 +69,7 @@ def _see(directory: Path, seen: _Seen) -> None:
         raise ConfigError(f"--from {directory}: no config.yaml in it; expected the directory of an online run")
     settings = config.load(stored)
     lines = durable.read_json_lines(directory / "metrics.jsonl")
-    pairs = [(before, line) for before, line in pairwise(lines) if not _evaluates(settings, line["step"])]
+    pairs = [pair for pair in pairwise(lines) if not _evaluates(settings, pair[1]["step"]) and not _begins(pair)]
     if not pairs:
         raise ConfigError(
             f"--from {directory}: {len(lines)} steps, none without an evaluation after the first; expected at least 3"
@@ -93,6 +93,11 @@ def _see(directory: Path, seen: _Seen) -> None:
 def _evaluates(settings: Settings, step: int) -> bool:
     every = settings.evaluation.every_steps
     return step == settings.run.steps or bool(every and step % every == 0)
+
+
+def _begins(pair: tuple[dict[str, Any], dict[str, Any]]) -> bool:
+    """The run was resumed or built again between the two: steps were made again, and all of it was counted."""
+    return _change(pair, "phase_seconds_total", "start") > 0
 
 
 def _see_driver(pair: tuple[dict[str, Any], dict[str, Any]], seen: _Seen) -> None:

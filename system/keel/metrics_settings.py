@@ -9,6 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from keel.section import Section
 
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # longer ones no resolver takes
+
 
 def is_address(text: str) -> bool:
     """Whether a text is an IP address."""
@@ -20,7 +22,7 @@ def is_address(text: str) -> bool:
 
 
 def _host(text: str) -> str:
-    if not is_address(text) and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text):
+    if not is_address(text) and not re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", text):
         raise PydanticCustomError("no_host", "expected a host name or an IP address, without a port")
     return text
 

@@ -69,11 +69,6 @@ class Occupancy:
         """Nobody works yet."""
         return self._phase == "start"
 
-    @property
-    def waiting(self) -> dict[str, float]:
-        """Batches in line, by role."""
-        return {name: float(role.waiting) for name, role in self._roles.items()}
-
     def _pass(self) -> None:
         now = self._clock()
         seconds, self._then = now - self._then, now

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from keel import capacity
 from keel.occupancy import LEARNER, STAGES
 from keel.rates import Rates
 from keel.settings import Settings
@@ -69,7 +70,8 @@ class _Drawn:
         ranks = counts[LEARNER]
         communication = rates.learner.communication_seconds if ranks > 1 else 0.0
         self._step = rates.learner.seconds(math.ceil(rows / ranks)) + communication
-        nodes = 1 if machine.cores else math.ceil(counts["generator"] / machine.devices_per_node)
+        devices = counts["generator"] * settings.generators.tensor_parallel
+        nodes = 1 if machine.cores else math.ceil(devices / machine.devices_per_node)
         self._load = rates.weights.load_seconds + rates.weights.node_seconds * (nodes - 1)
 
     def stage(self, role: str, tickets: Sequence[int]) -> float:
@@ -106,13 +108,6 @@ class _Drawn:
         return draw.lognormvariate(-variance / 2, math.sqrt(variance))
 
 
-def configured(settings: Settings) -> dict[str, int]:
-    """Workers by role as the configuration has them."""
-    reference = {"reference": settings.reference.count} if settings.reference else {}
-    counts = {"generator": settings.generators.count} | reference | {"scorer": settings.scorers.count}
-    return counts | {LEARNER: settings.learners.count}
-
-
 def predict(
     settings: Settings,
     rates: Rates,
@@ -130,12 +125,6 @@ def predict(
 
 
 def shape_of(settings: Settings, rates: Rates, counts: Mapping[str, int], machine: Machine, steps: int) -> Shape:
-    roles = {
-        "generator": settings.generators,
-        "reference": settings.reference,
-        "scorer": settings.scorers,
-        LEARNER: settings.learners,
-    }
     return Shape(
         workers={role: counts[role] for role in STAGES if role in counts},
         ranks=counts[LEARNER],
@@ -145,7 +134,7 @@ def shape_of(settings: Settings, rates: Rates, counts: Mapping[str, int], machin
         steps=steps,
         evaluate_every=settings.evaluation.every_steps,
         checkpoint_every=settings.checkpoint.every_steps,
-        threads={role: float(workers.threads) for role, workers in roles.items() if workers},
+        threads={role: float(by.threads) for role, by in capacity.workers(settings).items()},
         cpu_ratios={role: rates.of(role).cpu_ratio for role in STAGES if role in counts},
         cores=machine.cores,
     )

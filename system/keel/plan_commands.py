@@ -12,14 +12,15 @@ import typer
 import yaml
 from rich.table import Table
 
-from keel import config
+from keel import capacity, config
+from keel.capacity import configured
 from keel.config import ConfigError
 from keel.footprint import Footprint, footprints
 from keel.occupancy import LEARNER
-from keel.plan import Machine, Prediction, configured, predict
+from keel.plan import Machine, Prediction, predict
 from keel.rates import Rates
 from keel.settings import Settings
-from keel.splits import Budget, best, of_cpus, of_gpus
+from keel.splits import Budget, best, of_cpus, of_gpus, ranked
 from keel.terminal import console, errors
 
 _SHOWN = 5  # splits
@@ -49,18 +50,18 @@ def plan(
     """
     if runs and rates_path:
         raise ConfigError(f"--rates={rates_path}: --from is there, too; expected one of them")
-    if gpus and cpus:
-        raise ConfigError(f"--cpus={cpus}: --gpus is there, too; expected one of them")
+    if save_rates and not save_rates.absolute().parent.is_dir():
+        raise ConfigError(f"--save-rates={save_rates}: no such folder; expected one that is there")
     settings = config.load(config_path, overrides or [])
+    late = [_with_staleness(settings, bound) for bound in staleness or [settings.buffer.max_staleness]]
+    budgets = [_budget(each, gpus, cpus) for each in late]  # before minutes of measuring
     rates = _rates(settings, runs or [], rates_path, as_json)
     if settings.reference and rates.reference is None:
         raise ConfigError("rates.reference: missing, but the configuration has a reference; expected a block")
     if save_rates:
         save_rates.write_text(yaml.safe_dump(rates.model_dump(mode="json"), sort_keys=False), encoding="utf8")
     machine = Machine(cores=_cores(settings, gpus, cpus))
-    found: list[dict[str, Any]] = []
-    for bound in staleness or [settings.buffer.max_staleness]:
-        found.append(_planned(_with_staleness(settings, bound), rates, machine, gpus, cpus))
+    found = [_planned(each, rates, machine, budget) for each, budget in zip(late, budgets, strict=True)]
     parameters = rates.policy_parameters or _parameters(settings)
     last = found[-1]["best"][0] if found[-1]["best"] else found[-1]["configured"]
     memory = footprints(settings, parameters, last.counts[LEARNER]) if parameters else []
@@ -89,10 +90,18 @@ def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: boo
 
 def _cores(settings: Settings, gpus: int | None, cpus: int | None) -> float | None:
     """Cores all workers share; None: they have devices or machines of their own."""
-    asked = [settings.generators.gpus, settings.learners.gpus, settings.scorers.gpus]
-    if gpus or any(asked) or (settings.cluster.address and not cpus):
+    asked = [ask.of("GPU") for ask in capacity.asks(settings, configured(settings))]
+    if gpus or any(asked) or (settings.cluster.address_to_join and not cpus):
         return None
     return float(cpus or os.cpu_count() or 1)
+
+
+def _budget(settings: Settings, gpus: int | None, cpus: int | None) -> Budget | None:
+    if gpus and cpus:
+        raise ConfigError(f"--cpus={cpus}: --gpus is there, too; expected one of them")
+    if gpus:
+        return of_gpus(settings, configured(settings), gpus)
+    return of_cpus(settings, configured(settings), cpus) if cpus else None
 
 
 def _with_staleness(settings: Settings, bound: int) -> Settings:
@@ -101,19 +110,15 @@ def _with_staleness(settings: Settings, bound: int) -> Settings:
     return config.parse(tree)
 
 
-def _planned(settings: Settings, rates: Rates, machine: Machine, gpus: int | None, cpus: int | None) -> dict[str, Any]:
+def _planned(settings: Settings, rates: Rates, machine: Machine, budget: Budget | None) -> dict[str, Any]:
     """The configuration's own counts, and the best ones for the budget if there is one."""
     counts = configured(settings)
-    budget: Budget | None = None
-    if gpus:
-        budget = of_gpus(settings, counts, gpus)
-    elif cpus:
-        budget = of_cpus(settings, counts, cpus)
-    simulate = partial(_search, settings, rates, machine)
+    found = best(budget, rates, counts, partial(_search, settings, rates, machine))[:_SHOWN] if budget else []
+    again = [predict(settings, rates, each.counts, machine) for each in found]  # over the same steps as configured ones
     return {
         "max_staleness": settings.buffer.max_staleness,
         "configured": predict(settings, rates, counts, machine),
-        "best": best(budget, rates, counts, simulate)[:_SHOWN] if budget else [],
+        "best": ranked(again),
     }
 
 

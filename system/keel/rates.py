@@ -10,7 +10,9 @@ A straight line needs two sizes of batch. Evaluations are such a second size for
 for all; where there is one size only, an assumed share of the time is fixed (ASSUMED_FIXED_RATIO).
 """
 
-from pydantic import Field
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
 
 from keel.section import Fraction, Section
 
@@ -22,7 +24,9 @@ class StageRates(Section):
     fixed_seconds: float = Field(ge=0, description="of a batch, whatever its size")
     sequence_seconds: float = Field(ge=0, description="more for each sequence of it")
     variation_ratio: float = Field(0, ge=0, description="standard deviation over mean of a lognormal duration")
-    relative_seconds: list[float] = Field([], description="measured durations over their mean; drawn from, if given")
+    relative_seconds: list[Annotated[float, Field(ge=0)]] = Field(
+        [], description="measured durations over their mean; drawn from, if given"
+    )
     cpu_ratio: Fraction = Field(1, description="share of the time in which cores compute; the rest is waiting")
 
     def seconds(self, sequences: float) -> float:
@@ -32,6 +36,12 @@ class StageRates(Section):
 
 class LearnerRates(StageRates):
     communication_seconds: float = Field(0, ge=0, description="of a step, with more than one rank")
+
+    @model_validator(mode="after")
+    def _takes_time(self) -> Self:
+        if not self.seconds(1):
+            raise ValueError("fixed_seconds=0, sequence_seconds=0: a step takes time; expected one above 0")
+        return self
 
 
 class WeightRates(Section):

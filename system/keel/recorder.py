@@ -55,7 +55,6 @@ class Recorder(Observer):
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
-        self.occupancy.doing("start")
         self.occupancy.ranks(learner.room.ranks)
 
     def set(self, values: dict[str, Any]) -> None:

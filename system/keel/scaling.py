@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import cluster, durable
+from keel import capacity, cluster, durable
 from keel.control import ControlLink
 from keel.controller import Controller
 from keel.gang import Gang, room_for
@@ -29,9 +29,7 @@ def configured(settings: Settings, directory: Path) -> dict[str, int]:
     path = directory / "scale.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf8"))["desired"]
-    counts = {"generator": settings.generators.count, "scorer": settings.scorers.count}
-    reference = {"reference": settings.reference.count} if settings.reference else {}
-    return counts | reference | {"learner": settings.learners.count}
+    return capacity.configured(settings)
 
 
 def has_run(directory: Path) -> bool:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from keel import capacity
 from keel.config import ConfigError
 from keel.occupancy import LEARNER
 from keel.plan import Prediction
@@ -20,6 +21,9 @@ _LARGE = 32
 """Devices or cores with which there are more."""
 _EQUAL_RATIO = 0.005
 """Step times this close are equal; then fewer workers are better."""
+
+_ROUNDING = 1e-6
+"""Shares of a GPU add up to no more than this above what they should: Ray counts in 1e-4."""
 
 Counts = Mapping[str, int]
 
@@ -37,7 +41,7 @@ class Budget:
 
     def allows(self, counts: Counts) -> bool:
         spent = sum(self.costs[role] * count for role, count in counts.items())
-        return spent <= self.amount and all(1 <= counts[role] <= self.most[role] for role in counts)
+        return spent <= self.amount + _ROUNDING and all(1 <= counts[role] <= self.most[role] for role in counts)
 
 
 def of_gpus(settings: Settings, counts: Counts, gpus: int) -> Budget:
@@ -45,27 +49,29 @@ def of_gpus(settings: Settings, counts: Counts, gpus: int) -> Budget:
 
     Scorers without a device are counted in nothing.
     """
-    roles = {"generator": settings.generators, "scorer": settings.scorers, LEARNER: settings.learners}
-    if settings.reference:
-        roles["reference"] = settings.reference
-    costs = {role: float(roles[role].gpus) for role in counts}
+    costs = {ask.role: ask.of("GPU") for ask in capacity.asks(settings, counts)}
     if not any(costs.values()):
         models = any(reward.kind == "model" for reward in settings.rewards)
         costs = {role: float(role != "scorer" or models) for role in counts}
-    budget = Budget(gpus, costs, _most(settings, counts, gpus), "--gpus")
-    return _checked(budget, counts)
+    room = {role: int(gpus / cost + _ROUNDING) if cost else gpus for role, cost in costs.items()}
+    return _checked(Budget(gpus, costs, _most(settings, room), "--gpus"), counts)
 
 
 def of_cpus(settings: Settings, counts: Counts, cpus: int) -> Budget:
     """Cores of one machine, which all workers share: they cost nothing, they only slow each other down."""
-    return _checked(Budget(cpus, dict.fromkeys(counts, 0.0), _most(settings, counts, cpus), "--cpus"), counts)
+    for ask in capacity.asks(settings, counts):
+        if ask.of("GPU"):
+            raise ConfigError(f"--cpus={cpus}: {ask.setting('GPU')}; expected --gpus, or no GPUs in the configuration")
+    room = dict.fromkeys(counts, cpus)
+    return _checked(Budget(cpus, dict.fromkeys(counts, 0.0), _most(settings, room), "--cpus"), counts)
 
 
-def _most(settings: Settings, counts: Counts, amount: int) -> dict[str, int]:
-    """No more than work on something: groups in flight, rows of a step."""
+def _most(settings: Settings, room: Counts) -> dict[str, int]:
+    """No more than `room` has, and than work on something: groups in flight, rows of a step."""
     groups = settings.buffer.groups_per_step
-    most = dict.fromkeys(counts, min(amount, groups * (1 + settings.buffer.max_staleness)))
-    return most | {LEARNER: min(amount, groups * settings.sampling.samples_per_prompt)}
+    useful = dict.fromkeys(room, groups * (1 + settings.buffer.max_staleness))
+    useful[LEARNER] = groups * settings.sampling.samples_per_prompt
+    return {role: max(1, min(room[role], useful[role])) for role in room}
 
 
 def _checked(budget: Budget, counts: Counts) -> Budget:
@@ -93,7 +99,7 @@ def best(budget: Budget, rates: Rates, counts: Counts, simulate: Callable[[Count
             trial(split)
     else:
         _climb(budget, roles, _start(budget, rates, roles), trial)
-    return _ranked(list(tried.values()))
+    return ranked(list(tried.values()))
 
 
 def _all(budget: Budget, roles: list[str]) -> Iterator[tuple[int, ...]]:
@@ -140,9 +146,9 @@ def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]
                 yield tuple(count + moved.get(place, 0) for place, count in enumerate(split))
 
 
-def _ranked(found: list[Prediction]) -> list[Prediction]:
+def ranked(found: list[Prediction]) -> list[Prediction]:
     """By step seconds in classes that count as equal, then by fewer workers; none with all of one before and more."""
-    fastest = min(prediction.step_seconds for prediction in found)
+    fastest = min((prediction.step_seconds for prediction in found), default=0.0)
     order = sorted(
         found,
         key=lambda each: (

@@ -223,7 +223,7 @@ class _Feed:
     def _work(self) -> None:
         try:
             tracker = self._make()
-        except Exception as error:  # the library's, the network's: anything; counted
+        except (Exception, SystemExit) as error:  # the library's, the network's: anything; counted
             self._fail("did not start", error)
             while self._jobs.get() is not None:
                 self._failures.put("did not start")
@@ -235,8 +235,8 @@ class _Feed:
     def _do(self, job: Job, tracker: Tracker) -> None:
         try:
             job(tracker)
-        except Exception as error:  # as above
+        except (Exception, SystemExit) as error:  # as above; a thread would end without a word
             self._fail("raised", error)
 
-    def _fail(self, what: str, error: Exception) -> None:
+    def _fail(self, what: str, error: BaseException) -> None:
         self._failures.put(config.shown(f"{what}: {type(error).__name__}: {error}", limit=300))

@@ -184,6 +184,7 @@ class _Run:
     async def _go_on(self, saved: Saved) -> None:
         """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""
         settings, recorder = self.settings, self.recorder
+        recorder.occupancy.doing("start")  # whatever the learner did that was lost, nobody does it now
         began = time.monotonic()
         self.generators.pool.forget_load()
         # at first others may occupy a part of the cluster, later only this run's own workers do as a rule
