@@ -138,6 +138,10 @@ class ClusterSettings(Section):
 
 
 class DeadlineSettings(Section):
+    room_seconds: Seconds = Field(
+        86_400,
+        description="one worker, or one learner rank, waits for room on the cluster while none of its role has any",
+    )
     start_seconds: Seconds = Field(600, description="an actor comes up and loads its model")
     generate_seconds: Seconds = Field(600, description="one generator batch")
     score_seconds: Seconds = Field(600, description="one batch through one scorer")

@@ -224,7 +224,7 @@ class Pool:
         while True:
             worker = Worker(index, f"{self.role}-{index}", self._spawn)
             try:
-                await worker.settle(lambda: self.serving, self._deadlines.start_seconds, self._observer)
+                await worker.settle(lambda: self.serving, self._deadlines.room_seconds, self._observer)
                 await self._come_up(worker)
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
                 worker.kill()

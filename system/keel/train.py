@@ -218,7 +218,7 @@ class _Run:
                 return self.room
             self.room.release()
             self.room = None  # nobody may find room for the next one, and then this one is not asked again
-        last = self.settings.deadlines.start_seconds
+        last = self.settings.deadlines.room_seconds
         self.room = await gang.largest_room(self.settings.learners, ranks, patience, max(patience, last), self.recorder)
         if self.room.ranks < ranks:
             self.recorder.event("degraded", role="learner", desired=ranks, actual=self.room.ranks)

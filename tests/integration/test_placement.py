@@ -100,7 +100,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def impatient(seconds: float) -> DeadlineSettings:
-    return DeadlineSettings(**{**LIMITS.model_dump(), "start_seconds": seconds})
+    return DeadlineSettings(**{**LIMITS.model_dump(), "room_seconds": seconds})
 
 
 async def test_a_worker_comes_when_somebody_elses_room_is_given_back() -> None:
