@@ -112,11 +112,23 @@ def test_prometheus_finds_every_named_port() -> None:
         component: {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0].get("ports", [])}
         for component, pod in templates(found["RayJob"])
     }
-    assert ports["head"] == {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227, "keel-metrics": 9999}
+    followed = {"gcs-server": 6379, "dashboard": 8265}
+    assert ports["head"] == followed | {
+        "metrics": 8080,
+        "as-metrics": 44217,
+        "dash-metrics": 44227,
+        "keel-metrics": 9999,
+    }
     assert ports["generators"] == ports["learners"] == {"metrics": 8080}
     assert ports["submitter"] == {}
     spec = found["PodMonitor"]["spec"]
-    assert {endpoint["port"] for endpoint in spec["podMetricsEndpoints"]} == set(ports["head"])
+    jobs = {each["port"]: each["relabelings"] for each in spec["podMetricsEndpoints"]}
+    assert set(jobs) == set(ports["head"]) - set(followed)
+    configuration = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf8"))
+    assert {each["job_name"] for each in configuration["scrape_configs"]} == {"keel", "ray"}
+    for port, relabelings in jobs.items():  # the jobs that the alerts ask for
+        own = "keel" if port == "keel-metrics" else "ray"
+        assert relabelings == [{"targetLabel": "job", "replacement": own}]
     for _, pod in templates(found["RayJob"]):
         assert spec["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     assert "PodMonitor" not in made(monitor=False)

@@ -8,6 +8,8 @@ import pytest
 
 from fakes import settings_for
 from keel import cluster, durable
+from keel.cluster import RemoteBuffer
+from keel.gang import LearnerGang
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.protocols import BuildFailed
@@ -47,6 +49,21 @@ def test_a_step_says_how_far_the_run_goes_and_where_its_seconds_went(tmp_path: P
     busy, queue = line["busy_seconds_total"]["scorer"], line["queue_seconds_total"]["scorer"]
     assert busy > 0 and abs(queue - 3 * busy) < 1e-9
     assert line["idle_seconds_total"] == {"scorer/weight_sync": busy}
+
+
+def test_a_learner_that_is_built_again_is_at_its_checkpoint(tmp_path: Path) -> None:
+    """Else generators would seem to be behind the version that was lost, until the next step."""
+    prepared = SimpleNamespace(settings=settings_for(steps=7), directory=tmp_path)
+    metrics = RunMetrics("test", tmp_path / "metrics.jsonl")
+    recorder = Recorder(cast(Prepared, prepared), metrics, Quiet())
+    learner = cast(LearnerGang, SimpleNamespace(room=SimpleNamespace(ranks=2)))
+    recorder.set({"learner_version": 6.0})
+    recorder.begin(learner, cast(RemoteBuffer, None), 4)
+    recorder.set({"version": 4.0})
+    values = [
+        metrics.registry.get_sample_value(f"keel_{name}", {"run": "test"}) for name in ("learner_version", "version")
+    ]
+    assert values == [4.0, 4.0]
 
 
 def test_of_many_that_wait_for_room_one_speaks_for_all(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from keel import __version__
-from keel.kubernetes_plan import RAY_PORTS, Group, Options, Plan, quantity
+from keel.kubernetes_plan import HEAD_PORTS, RAY_PORTS, Group, Options, Plan, quantity
 from keel.kubernetes_pods import CONFIG_FOLDER, container_security, labels, ray_pod, submitter_pod
 from keel.settings import Settings
 
@@ -36,7 +36,7 @@ def manifests(settings: Settings, options: Options) -> list[dict[str, Any]]:
     else:
         made.append(_object(plan, "ray.io/v1", "RayCluster", plan.name, spec=_cluster(plan)))
     if options.monitor:
-        endpoints = [{"port": port, "interval": "15s"} for port in ("keel-metrics", *RAY_PORTS)]
+        endpoints = [_endpoint("keel-metrics", "keel"), *(_endpoint(port, "ray") for port in RAY_PORTS)]
         monitor = {"selector": {"matchLabels": labels(plan)}, "podMetricsEndpoints": endpoints}
         made.append(_object(plan, "monitoring.coreos.com/v1", "PodMonitor", plan.name, spec=monitor))
     return made
@@ -75,6 +75,11 @@ def _object(plan: Plan, api: str, kind: str, name: str, **rest: Any) -> dict[str
     return {"apiVersion": api, "kind": kind, "metadata": metadata, **rest}
 
 
+def _endpoint(port: str, job: str) -> dict[str, Any]:
+    """The job as in deploy/prometheus: alerts ask for `up` of keel; the operator would name it after the PodMonitor."""
+    return {"port": port, "interval": "15s", "relabelings": [{"targetLabel": "job", "replacement": job}]}
+
+
 def _job(plan: Plan) -> dict[str, Any]:
     """A job that fails is tried again on a new cluster; the run directory outlives both, so the run goes on."""
     seconds = plan.options.deadline_seconds
@@ -92,7 +97,7 @@ def _job(plan: Plan) -> dict[str, Any]:
 
 def _cluster(plan: Plan) -> dict[str, Any]:
     resources = {"cpu": str(HEAD_CPUS), "memory": quantity(plan.head_bytes + plan.shared_bytes)}
-    ports = RAY_PORTS | {"keel-metrics": plan.settings.metrics.port}
+    ports = HEAD_PORTS | RAY_PORTS | {"keel-metrics": plan.settings.metrics.port}
     return {
         "rayVersion": version("ray"),
         "authOptions": {"mode": "token"},  # whoever reaches the head without one may run anything on it

@@ -21,7 +21,10 @@ MEMORY = {"head": "8Gi", "generators": "8Gi", "reference": "4Gi", "scorers": "4G
 """Memory of the head pod and of one worker of a role, shared memory not included: for models of about 0.5 B."""
 RAY_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
 """What Ray (every pod), its autoscaler and its dashboard (head) export; KubeRay takes `metrics` to be Ray's own."""
-_TAKEN_PORTS = {*RAY_PORTS.values(), 6379, 8265, 10001}
+HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265}
+"""Before it merged both, KubeRay left its own ports out of the head's service where the container names any; the
+operator finds the dashboard, through which it follows a job, by this name."""
+_TAKEN_PORTS = {*RAY_PORTS.values(), *HEAD_PORTS.values(), 10001}
 _LONGEST_NAME = 47  # KubeRay's own limit: it appends to the name of a RayJob
 _UNITS = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _BESIDE_STORE_BYTES = 2**30  # of /dev/shm: NCCL and torch put theirs beside the object store

@@ -9,7 +9,7 @@ CONFIG_FOLDER = "/etc/keel"
 USER = 1000
 """The user of the images in deploy/docker."""
 _END_SECONDS = 60
-"""After SIGTERM a run ends by itself within 20 s."""
+"""What runs in a pod has so long after SIGTERM."""
 _ENVIRONMENT = {
     "HOME": "/home/keel",
     "HF_HOME": f"{MOUNT}/huggingface",

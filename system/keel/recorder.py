@@ -54,6 +54,7 @@ class Recorder(Observer):
         self.tracking.begin(version)
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
+        self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
         self.occupancy.ranks(learner.room.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
