@@ -127,6 +127,33 @@ def test_modules_of_the_users_own_go_along_with_what_they_import(tmp_path: Path)
     assert done.stdout.split() == ["words", str(job / "keel" / "__init__.py")], done.stderr
 
 
+def test_a_folder_called_like_an_installed_module_is_no_module(tmp_path: Path) -> None:
+    """As Python has it: without __init__.py it counts only where nothing of that name is installed."""
+    for name in ("numpy", "my_words"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.jsonl").write_text("rows")
+    (tmp_path / "my_rewards.py").write_text("import numpy, my_words, __main__\n")
+    found = bundle.gather(tree(rewards=[{"source": "my_rewards:score"}]), tmp_path)
+    assert labels(found) == {"module my_rewards", "module my_words"}
+
+
+def test_hidden_files_and_links_in_a_circle_stay_here_and_other_links_are_followed(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "my data", tmp_path / "elsewhere"
+    for folder in (data / ".git", data / ".venv", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("x")
+    (data / ".env").write_text("TOKEN=secret")
+    (data / "rows.jsonl").symlink_to(elsewhere / "file")
+    (data / "more").symlink_to(elsewhere)
+    (data / "again").symlink_to(elsewhere)
+    (data / "loop").symlink_to(data)
+    (elsewhere / "up").symlink_to(tmp_path)
+    (data / "absent").symlink_to(tmp_path / "absent")
+    found = bundle.gather(tree(prompts={"source": "my data"}, policy={"model": "m" * 300}), tmp_path)
+    names = {name.removeprefix("files/my data/") for name in found.items[-1].files}
+    assert names == {"rows.jsonl", "more/file", "again/file"}
+
+
 def test_the_same_files_are_the_same_bytes_and_keel_is_whole(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text("rows")
     archives = [tmp_path / "one.zip", tmp_path / "two.zip"]

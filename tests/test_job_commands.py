@@ -14,7 +14,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+import requests
 import yaml
 from ray.job_submission import JobDetails
 
@@ -275,6 +277,50 @@ def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.
         stopping.stop(run)
 
 
+@pytest.mark.parametrize("last_event", ["stopped", "room_found"])
+def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, last_event: str
+) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    lock = durable.lock(run)
+
+    def end(directory: Path) -> None:
+        durable.append_json(directory / "events.jsonl", {"event": last_event, "time": 5.0})
+        lock.close()
+
+    monkeypatch.setattr(stopping, "_ask", end)
+    said = keel(capsys, "stop", str(run), code=0 if last_event == "stopped" else 1)
+    assert ("stopped, as asked, at step 2" in said) == (last_event == "stopped")
+    assert ("broken off at step 2" in said) != (last_event == "stopped")
+
+
+def test_a_run_that_ends_before_it_can_be_asked_to_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    durable.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0})
+    lock = durable.lock(run)
+    monkeypatch.setattr(standing, "control_of", lambda directory: lock.close() or _no_control(directory))
+    assert stopping.stop(run)["state"] == "stopped"
+
+
+def _no_control(directory: Path) -> None:
+    raise ConfigError(f"RUN_DIR={directory}: no control.json in it")
+
+
+def test_a_question_that_no_node_has_room_for_is_given_up(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that may take as long as the run likes once it has begun."""
+    job = submit(capsys)["job"]
+    server.jobs[job]["status"] = "RUNNING"
+    monkeypatch.setattr(server, "_run", lambda job: None)
+    monkeypatch.setattr(jobs, "_BEGIN_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.0)
+    assert "still PENDING after 0 s" in keel(capsys, "stop", "mine", "--address", ADDRESS, code=1)
+    assert set(server.jobs) == {job}
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -284,17 +330,21 @@ def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.
             ["submit", "config.yaml", "metrics.discovery_directory=seen"],
             "metrics.discovery_directory=seen: relative; exp",
         ),
+        (["submit", "config.yaml", f"run.name={'a' * 201}"], f"run.name='{'a' * 201}': string should have at most 200"),
         (["submit", "config.yaml", "run.stepz=1"], "run.stepz: unknown setting; did you mean steps?"),
         (["status", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
         (["stop", "absent"], "RUN=absent: no such directory; expected a run directory, or --address and"),
         (["status", "."], "RUN_DIR=.: no config.yaml in it"),
+        (["status", "."], "RUN_DIR=.: its config.yaml is no run's own"),
     ],
 )
 def test_what_cannot_be_is_one_line(
     server: Server, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str, tmp_path: Path
 ) -> None:
-    if arguments[-1] == ".":
+    if line.endswith("no config.yaml in it"):
         (tmp_path / "config.yaml").unlink()
+    if line.endswith("no run's own"):
+        (tmp_path / "config.yaml").write_text("prompts: {source: rows.jsonl}")
     assert keel(capsys, *arguments, code=2).startswith(f"keel: {line}")
 
 
@@ -308,6 +358,11 @@ def test_the_environment_names_the_address_as_for_ray(
     monkeypatch.setenv("RAY_ADDRESS", "http://elsewhere:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", ADDRESS)
     assert keel(capsys, "submit", "config.yaml").startswith("Attached  keel-mine-")
+    (job,) = server.jobs
+    server.jobs[job]["status"] = "RUNNING"
+    for command in ("scale", "explain", "stop"):
+        keel(capsys, command, "mine", code=2)  # nothing is written yet
+        assert f"python -m keel {command} " in server.asked[-1]
 
 
 # ---- addresses where no job server is, by real sockets
@@ -365,3 +420,25 @@ def test_nobody_at_an_address_is_one_line(capsys: pytest.CaptureFixture[str], mo
         "ray://head:10001": "expected that of Ray's dashboard, such as http://HOST:8265",
     }.items():
         assert line in keel(capsys, "status", "--address", address, code=2)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("Request failed with status code 500: Traceback\nValueError: no logs.\n"),
+            "ValueError: no logs.",
+        ),
+        (requests.ConnectionError("reset"), "no answer any more (ConnectionError); what runs there goes on"),
+        (aiohttp.ServerDisconnectedError(), "no answer any more (ServerDisconnectedError); what runs there goes on"),
+    ],
+)
+def test_a_cluster_that_fails_later_is_no_bad_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
+    def attempts(client: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(jobs, "_connected", lambda address: None)
+    monkeypatch.setattr(jobs, "attempts", attempts)
+    assert keel(capsys, "status", "--address", ADDRESS, code=1).endswith(f"{ADDRESS}: {line}\n")

@@ -212,3 +212,10 @@ def test_a_teacher_speaks_the_same_vocabulary(tree: dict[str, Any], model: Path,
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 1}))
     assert "objective.dense.teacher=" in refused(tree, objective=wanted)
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.directory=.*/one: .*/file is no folder that can be written to"):
+        preflight.check_directory(tmp_path / "file" / "runs" / "one", config.parse(tree))
+    preflight.check_directory(tmp_path / "new" / "one", config.parse(tree))

@@ -7,6 +7,7 @@ configuration --> module:name, importable here, not installed   itself, and what
 
 import ast
 import importlib.util
+import os
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,6 @@ PATHS = frozenset({"model", "teacher", "source", "against", "ca_file", "runs"})
 WRITTEN = frozenset({"directory", "discovery_directory", "tensorboard_directory"})
 """Names of the settings that say where a run writes: none of it may be the job's own folder, which is thrown away."""
 _MODELS = frozenset({"model", "teacher", "source", "against"})
-_LEFT_OUT = {"__pycache__", ".git"}
 _WHEN = (1980, 1, 1, 0, 0, 0)  # the oldest a zip knows: the same files give the same bytes, and Ray uploads them once
 _BLOCK_BYTES = 2**20
 _SHOWN = 3
@@ -106,7 +106,7 @@ def gather(tree: dict[str, Any], here: Path) -> Bundle:
             continue
         if value.startswith(("/", "~")):
             absolute.append(f"{setting}={value}")
-        elif value and (here / value).exists():
+        elif value and os.path.exists(here / value):  # also for a text too long for a path
             path = (here / value).resolve()
             path = checkpoint.trained(path) if key in _MODELS and path.is_dir() else path
             if path not in names:
@@ -155,14 +155,17 @@ def _rewritten(node: Any, changed: Mapping[str, str], setting: str = "") -> Any:
     return changed.get(setting, node)
 
 
-def _files(path: Path, name: str) -> Iterator[tuple[str, Path]]:
-    """Names in the zip, and files, of a file or a folder; what Python and git keep for themselves is left out."""
+def _files(path: Path, name: str, above: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path]]:
+    """Names in the zip, and files, of a file or a folder, links followed.
+
+    Left out: hidden files (.git, .env, .venv), what Python compiled, a link to a folder that it lies in.
+    """
     if path.is_file():
         yield name, path
-    elif path.is_dir():
+    elif path.is_dir() and (place := path.resolve()) not in above:
         for child in sorted(path.iterdir()):
-            if child.name not in _LEFT_OUT and child.suffix != ".pyc":
-                yield from _files(child, f"{name}/{child.name}")
+            if not child.name.startswith(".") and child.name != "__pycache__" and child.suffix != ".pyc":
+                yield from _files(child, f"{name}/{child.name}", above | {place})
 
 
 def _modules(values: set[str], here: Path) -> list[str]:
@@ -179,9 +182,10 @@ def _modules(values: set[str], here: Path) -> list[str]:
 
 def _place(name: str, here: Path) -> Path | None:
     """File or folder of a module of the user's own; None: it is installed, Python's or Keel's, or not there."""
-    if name in sys.stdlib_module_names or name == "keel":
+    if name in sys.stdlib_module_names or name in ("keel", "__main__"):
         return None
-    spec: ModuleSpec | None = PathFinder.find_spec(name, [str(here)]) or importlib.util.find_spec(name)
+    # one search, as an import does it: a folder here without __init__.py is no module where one is installed
+    spec: ModuleSpec | None = PathFinder.find_spec(name, [str(here), *sys.path]) or importlib.util.find_spec(name)
     if spec is None:
         return None
     folders = list(spec.submodule_search_locations or [])

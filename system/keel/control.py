@@ -5,9 +5,9 @@ keel scale, keel stop --> control.json (address, namespace, authentication) --> 
 """
 
 import asyncio
-import hashlib
 import os
 import socket
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ class ControlLink:
         """Somebody wants the run to end; an actor that is made again does not know."""
         rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
         self._largest = {role: rows if role == "learner" else _MOST_WORKERS for role in desired}
-        # two runs of one name on one cluster have two
-        self._name = f"keel-control-{hashlib.sha256(str(directory).encode()).hexdigest()[:12]}"
+        # of this process alone: the actor of one that was killed, which Ray has not missed yet, may have heard a stop
+        self._name = f"keel-control-{uuid.uuid4().hex[:12]}"
         self._actor = self._start()
         context = ray.get_runtime_context()
         # an embedded Ray asks for a token, and a driver that joins by address does not offer one unless it is told to

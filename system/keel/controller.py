@@ -50,7 +50,6 @@ class Controller:
         self._failures = FailureWatch(settings)
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
         self._leaving = False
-        self.finished = False
 
     def leave(self) -> None:
         """End `run` after the step under way, with a checkpoint."""
@@ -186,8 +185,6 @@ class Controller:
                 saving = self.observer.checkpoint(self.version)
                 await self._within(settings.deadlines.step_seconds, saving, "the learner to save", LearnerLost)
                 self._progress("checkpoint")
-            if last:
-                self.finished = True
             if last or self._leaving:
                 return
 

@@ -40,6 +40,7 @@ def write(output: Path, texts: dict[str, str], force: bool) -> None:
     for name, text in texts.items():
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_text(text, encoding="utf8")
+        (output / name).chmod(0o755 if name.endswith(".sh") else 0o644)
         typer.echo(output / name)
 
 

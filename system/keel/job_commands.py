@@ -1,7 +1,6 @@
 """submit, status, logs and stop: a run as a job of a Ray cluster, or a run directory on this machine."""
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -14,18 +13,14 @@ from rich.text import Text
 
 from keel import bundle, config, standing, stopping
 from keel.config import ConfigError
+from keel.operations import Address, AsJson, Run, elsewhere, needed
 from keel.stage_settings import COMMANDS, command_of
 from keel.terminal import console, errors
 
 if TYPE_CHECKING:
     from keel.jobs import Attempt, Submission
 
-_ADDRESS = "of Ray's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is such"
-Address = Annotated[str | None, typer.Option(help=_ADDRESS)]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
 Follow = Annotated[bool, typer.Option("--follow", help="show what the job writes until it ends")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="run directory here, or name or job of a run of the cluster")]
-_END_SECONDS = 60.0
 
 
 def submit(
@@ -39,7 +34,7 @@ def submit(
 ) -> None:
     """Run a configuration as a job of a Ray cluster. What is alive is not started twice; what is over goes on."""
     submission, gathered, configuration = prepare(config_path, overrides or [], Path.cwd())
-    where = _needed(address)
+    where = needed(address)
     from keel import jobs
 
     with jobs.cluster(where) as client, tempfile.TemporaryDirectory() as folder:
@@ -85,7 +80,7 @@ def logs(
     attempt: Annotated[int | None, typer.Option(min=1, help="which attempt; default: the newest")] = None,
 ) -> None:
     """Show what the job of a run wrote."""
-    where = _needed(address)
+    where = needed(address)
     from keel import jobs
 
     with jobs.cluster(where) as client:
@@ -104,11 +99,11 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show where a run stands, or which runs a cluster has."""
-    if run is not None and (where := _elsewhere(run, address)) is None:
+    if run is not None and (where := elsewhere(run, address)) is None:
         found = standing.of(Path(run))
         typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
         return
-    where = _needed(address)
+    where = needed(address)
     from keel import jobs
 
     with jobs.cluster(where) as client:
@@ -140,7 +135,7 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Let a run finish the step under way, write a checkpoint and end; wait for that."""
-    where = _elsewhere(run, address)
+    where = elsewhere(run, address)
     if now:
         _stop_now(where, run, as_json)
         return
@@ -174,7 +169,7 @@ def _stop_there(address: str, run: str) -> dict[str, Any]:
         with errors.status(f"{attempt.job}: waiting for the step under way and a checkpoint"):
             asked = ["stop", attempt.directory, "--json"]
             answer = jobs.on_cluster(client, attempt, asked, seconds=float("inf"))  # it has the run's own deadlines
-            jobs.wait(client, attempt.job, _END_SECONDS)
+            jobs.ended(client, attempt.job)
     return json.loads(answer) | {"job": attempt.job}
 
 
@@ -182,27 +177,6 @@ def _alive(attempt: "Attempt", run: str) -> "Attempt":
     if attempt.over:
         raise ConfigError(f"RUN={run}: {attempt.job} is over ({attempt.state}); expected a live run")
     return attempt
-
-
-def _elsewhere(run: str, address: str | None) -> str | None:
-    """The job server to ask about a run; None: it is a directory here. Raises ConfigError where it is neither."""
-    if address is None and Path(run).is_dir():
-        return None
-    if found := _address(address):
-        return found
-    raise ConfigError(f"RUN={run}: no such directory; expected a run directory, or --address and a run of that cluster")
-
-
-def _needed(address: str | None) -> str:
-    if found := _address(address):
-        return found
-    raise ConfigError("--address: missing; expected that of Ray's dashboard, such as http://HOST:8265")
-
-
-def _address(given: str | None) -> str | None:
-    """The one given, or the environment's, as `ray job` takes it."""
-    known = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
-    return given or next((each for each in known if each.startswith("http")), None)
 
 
 def _follow(client: Any, attempt: "Attempt", to: Any) -> None:

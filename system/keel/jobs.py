@@ -33,6 +33,7 @@ LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
 INTERRUPTED = 130
 _CONNECT_SECONDS = 10.0
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+_BEGIN_SECONDS = 120.0
 _END_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 _SEEN_SECONDS = 2.0  # the monitor looks every second
@@ -97,35 +98,42 @@ class Attempt:
 
 @contextlib.contextmanager
 def cluster(address: str) -> Iterator[JobSubmissionClient]:
-    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token."""
+    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token.
+
+    Raises JobError when it cannot be reached any more, or refuses what it is asked.
+    """
+    client = _connected(address)
+    try:
+        yield client
+    except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
+        raise JobError(f"{address}: no answer any more ({type(error).__name__}); what runs there goes on") from None
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # Ray's client has no class of its own for an answer that is an error
+            raise
+        raise JobError(f"{address}: {_last_line(str(error))}") from None
+
+
+def _connected(address: str) -> JobSubmissionClient:
+    expected = "expected that of Ray's dashboard, such as http://HOST:8265"
     if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address={address}: expected that of Ray's dashboard, such as http://HOST:8265")
+        raise ConfigError(f"--address={address}: {expected}")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and RAY_ADDRESS, to what its client is given
     try:
         requests.get(f"{address.rstrip('/')}/api/version", timeout=_CONNECT_SECONDS)  # Ray itself waits for ever
-        yield _client(address)
+        client = JobSubmissionClient(address)
+        client.list_jobs()  # the version is told to everyone, the jobs only with a token
     except AuthenticationError as error:
         reason = error.message.splitlines()[0]
         raise ConfigError(
             f"--address={address}: the cluster wants a token ({reason}); expected RAY_AUTH_MODE=token, and its token in"
             " RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from None
-    except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
-        raise ConfigError(
-            f"--address={address}: no answer from a job server ({type(error).__name__}); expected that of Ray's"
-            " dashboard, such as http://HOST:8265"
-        ) from None
-
-
-def _client(address: str) -> JobSubmissionClient:
-    try:
-        client = JobSubmissionClient(address)
-        client.list_jobs()  # the version is told to everyone, the jobs only with a token
-    except (RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, JSON of somebody else
-        raise ConfigError(
-            f"--address={address}: is no job server of Ray ({_last_line(str(error))}); expected that of its dashboard,"
-            " such as http://HOST:8265"
-        ) from None
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.InvalidURL, ConnectionError) as error:
+        reason = f"no answer from a job server ({type(error).__name__})"
+        raise ConfigError(f"--address={address}: {reason}; {expected}") from None
+    except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, somebody else's
+        reason = f"is no job server of Ray ({_last_line(str(error))})"
+        raise ConfigError(f"--address={address}: {reason}; {expected}") from None
     return client
 
 
@@ -188,17 +196,12 @@ def _attach(running: Attempt, submission: Submission) -> Attempt:
 def stop_now(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
     """SIGTERM, and a few seconds later SIGKILL, to the driver; the attempt when it is over. Raises JobError."""
     client.stop_job(attempt.job)
-    return wait(client, attempt.job, _END_SECONDS)
+    return ended(client, attempt.job)
 
 
-def wait(client: JobSubmissionClient, job: str, seconds: float) -> Attempt:
-    """The attempt when it is over. Raises JobError when it is not within so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not (attempt := _attempt(client.get_job_info(job))).over:
-        if time.monotonic() > deadline:
-            raise JobError(f"{job}: still {attempt.state} after {seconds:.0f} s")
-        time.sleep(_POLL_SECONDS)
-    return attempt
+def ended(client: JobSubmissionClient, job: str) -> Attempt:
+    """An attempt that is about to end, when it has. Raises JobError when it goes on."""
+    return _attempt(_end_of(client, job, _END_SECONDS))
 
 
 def follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> Attempt:
@@ -210,9 +213,9 @@ def follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) ->
 
     try:
         asyncio.run(tail())
-    except RuntimeError as error:
+    except (RuntimeError, aiohttp.ClientError) as error:
         raise JobError(f"{job}: {_last_line(str(error))}; the job goes on") from None
-    return wait(client, job, _END_SECONDS)
+    return ended(client, job)
 
 
 def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequence[str], seconds: float = 120.0) -> str:
@@ -220,7 +223,7 @@ def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequenc
 
     A job of its own beside the run, with the run's files while it is alive (of a job that is over Ray may have thrown
     them away: then with this Keel), deleted in the end. Raises ConfigError for what the command refuses, JobError for
-    a command that fails or has not ended after so many seconds.
+    a command that fails, does not begin or has not ended after so many seconds.
     """
     job = f"keel-ask-{uuid.uuid4().hex[:12]}"
     command = shlex.join(["python", "-m", "keel", *arguments])
@@ -249,10 +252,12 @@ def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequenc
 
 
 def _end_of(client: JobSubmissionClient, job: str, seconds: float) -> JobDetails:
-    deadline = time.monotonic() + seconds
+    """How a job ended. Raises JobError when it has not after so many seconds, or has not even begun after a while."""
+    began = time.monotonic()
     while (details := client.get_job_info(job)).status.value not in _OVER:
-        if time.monotonic() > deadline:
-            raise JobError(f"{job}: still {details.status.value} after {seconds:.0f} s: {details.message}")
+        state, waited = details.status.value, time.monotonic() - began
+        if waited > (min(seconds, _BEGIN_SECONDS) if state == "PENDING" else seconds):
+            raise JobError(f"{job}: still {state} after {waited:.0f} s: {_last_line(details.message or '')}")
         time.sleep(_POLL_SECONDS)
     return details
 

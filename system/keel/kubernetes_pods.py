@@ -27,7 +27,7 @@ def labels(plan: Plan, component: str | None = None) -> dict[str, str]:
 
 
 def ray_pod(plan: Plan, component: str, resources: Mapping[str, str], ports: Mapping[str, int]) -> dict[str, Any]:
-    """Template of the head or of a group. KubeRay adds the command, the probes and, to the head, the autoscaler."""
+    """Template of the head or of a group. KubeRay adds the command and, to the head, the autoscaler."""
     head = component == "head"
     container = {
         "name": "ray-head" if head else "ray-worker",
@@ -35,6 +35,7 @@ def ray_pod(plan: Plan, component: str, resources: Mapping[str, str], ports: Map
         "env": [{"name": name, "value": value} for name, value in _ENVIRONMENT.items()],
         **({"envFrom": [{"secretRef": {"name": plan.options.secret}}]} if plan.options.secret else {}),
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
+        **_probes(head),
         "volumeMounts": [
             {"name": "storage", "mountPath": MOUNT},
             {"name": "shared-memory", "mountPath": "/dev/shm"},
@@ -74,6 +75,22 @@ def _container(plan: Plan, resources: Mapping[str, str]) -> dict[str, Any]:
         "imagePullPolicy": "IfNotPresent",
         "resources": {"requests": dict(resources), "limits": dict(resources)},
         "securityContext": container_security(),
+    }
+
+
+def _probes(head: bool) -> dict[str, Any]:
+    """Ray's own health: the raylet, and on the head the control store, too. It listens inside the pod only, hence exec.
+
+    Not the run's: a driver's page is not there before the run begins and after it ends; whether a run moves is an
+    alert's business.
+    """
+    raylet = "localhost:52365/api/local_raylet_healthz"  # Ray's default dashboard agent port
+    pages = [raylet, "localhost:8265/api/gcs_healthz"] if head else [raylet]
+    asked = " && ".join(f"wget --tries 1 -T 4 -q -O- http://{page} | grep success" for page in pages)
+    probe = {"exec": {"command": ["bash", "-c", asked]}, "timeoutSeconds": 10, "periodSeconds": 10}
+    return {
+        "readinessProbe": probe | {"initialDelaySeconds": 10, "failureThreshold": 12},
+        "livenessProbe": probe | {"initialDelaySeconds": 30, "failureThreshold": 60},
     }
 
 

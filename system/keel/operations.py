@@ -22,7 +22,9 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory
 _WANTED = "workers wanted from now on"
 Count = Annotated[int | None, typer.Option(help=_WANTED)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
-Address = Annotated[str | None, typer.Option(help="of Ray's dashboard; RUN_DIR is then the name of a run")]
+_ADDRESS = "of Ray's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is such"
+Address = Annotated[str | None, typer.Option(help=_ADDRESS)]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="run directory here, or name or job of a run of the cluster")]
 _SHOWN = 20  # findings, and differences
 
 
@@ -58,7 +60,7 @@ def verify(
 
 
 def scale(
-    run_directory: RunDirectory,
+    run: Run,
     generators: Count = None,
     references: Annotated[int | None, typer.Option("--reference", help=_WANTED)] = None,
     scorers: Count = None,
@@ -70,7 +72,8 @@ def scale(
     roles = {"generators": generators, "reference": references, "scorers": scorers, "learners": learners}
     wanted = {option: count for option, count in roles.items() if count is not None}
     options = [f"--{option}={count}" for option, count in wanted.items()]
-    counts = _there(address, str(run_directory), "scale", *options) if address else _scale_here(run_directory, wanted)
+    where = elsewhere(run, address)
+    counts = _there(where, run, "scale", *options) if where else _scale_here(Path(run), wanted)
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -83,15 +86,14 @@ def scale(
 
 
 def explain(
-    run_directory: RunDirectory,
+    run: Run,
     last: Annotated[int, typer.Option(min=1, help="steps to look at, from the newest back")] = 20,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where the time of a run goes, who waits for whom, and which count to raise."""
-    found = (
-        _there(address, str(run_directory), "explain", f"--last={last}") if address else _explain(run_directory, last)
-    )
+    where = elsewhere(run, address)
+    found = _there(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -110,7 +112,7 @@ def _explain(run_directory: Path, last: int) -> dict[str, Any]:
     from keel import durable
     from keel import explain as explaining
 
-    settings = config.load(stored(run_directory))
+    settings = config.load(standing.configuration_of(run_directory))
     try:
         lines = durable.read_json_lines(run_directory / "metrics.jsonl")
         return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))
@@ -122,12 +124,25 @@ def _shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
-def stored(run_directory: Path) -> Path:
-    """The configuration of a run. Raises ConfigError."""
-    path = run_directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={run_directory}: no config.yaml in it; expected the directory of a run")
-    return path
+def elsewhere(run: str, address: str | None) -> str | None:
+    """The job server to ask about a run; None: it is a directory here. Raises ConfigError where it is neither."""
+    if address is None and Path(run).is_dir():
+        return None
+    if found := _address(address):
+        return found
+    raise ConfigError(f"RUN={run}: no such directory; expected a run directory, or --address and a run of that cluster")
+
+
+def needed(address: str | None) -> str:
+    if found := _address(address):
+        return found
+    raise ConfigError("--address: missing; expected that of Ray's dashboard, such as http://HOST:8265")
+
+
+def _address(given: str | None) -> str | None:
+    """The one given, or the environment's, as `ray job` takes it."""
+    known = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
+    return given or next((each for each in known if each.startswith("http")), None)
 
 
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:

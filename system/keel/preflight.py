@@ -1,6 +1,7 @@
 """Everything that can be known to fail is found here, before Ray starts and before anything is written."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,9 @@ def check_directory(directory: Path, settings: Section) -> None:
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
+    there = next(each for each in (directory, *directory.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
     if not stored.exists():
         return
     if not isinstance(settings, COMMANDS[command := command_of(config.read(stored))]):

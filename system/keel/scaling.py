@@ -111,11 +111,11 @@ class Scaling:
         counts = {"desired": dict(self.desired), "actual": self._actual(gang)}
         if counts == self._written:
             return
-        if self._written is not None and self._written["desired"] != counts["desired"]:
+        other = self._written is not None and self._written["desired"] != counts["desired"]
+        if other:
             self.observer.event("scale", **counts)
-            self._requested = False  # other ones are to be asked for
-        if counts["desired"] != counts["actual"] and not self._requested:
-            self._requested = True
+        if other if self._requested else counts["desired"] != counts["actual"]:
+            self._requested = True  # it holds what it was asked for last, also where fewer are wanted now
             cluster.request(self.settings, self.desired)
         self._written = counts
         durable.write_json(self._path, counts)

@@ -32,7 +32,9 @@ from keel.tracking_settings import TrackingSettings
 
 
 class RunIdentity(Section):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="run id: label of every metric and file")
+    name: str = Field(  # with what Ray and Keel put around it, still the name of a file
+        "run", pattern=r"^[A-Za-z0-9._-]+$", max_length=200, description="run id: label of every metric and file"
+    )
     directory: str = Field("runs/{name}", description="run directory; {name} is replaced")
     seed: int = Field(0, ge=0, lt=2**32, description="everything random is a function of this number and a ticket")
 

@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.5
 
 
 class NotStopped(RuntimeError):
-    """A run has not ended within its own deadlines after it was asked to."""
+    """A run has not ended within its own deadlines after it was asked to, or broke off instead."""
 
 
 def stop(directory: Path) -> dict[str, Any]:
@@ -32,7 +32,10 @@ def stop(directory: Path) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise NotStopped(f"{directory}: goes on {patience:.0f} s after it was asked to stop")
             time.sleep(_POLL_SECONDS)
-    return standing.of(directory)
+    ended = standing.of(directory)
+    if ended["state"] == "broken off":
+        raise NotStopped(f"{directory}: {standing.sentence(ended)}")
+    return ended
 
 
 def _alive(directory: Path) -> dict[str, Any]:
@@ -40,7 +43,9 @@ def _alive(directory: Path) -> dict[str, Any]:
     if found["state"] != "live":
         raise ConfigError(f"RUN={directory}: {standing.sentence(found)}; expected a live run")
     if found["command"] != "train":
-        raise ConfigError(f"RUN={directory}: keel {found['command']} stops by SIGTERM alone; expected an online run")
+        raise ConfigError(
+            f"RUN={directory}: keel {found['command']} stops by SIGTERM, as a job by --now; expected an online run"
+        )
     return found
 
 
@@ -56,6 +61,8 @@ def _ask(directory: Path) -> None:
             control.ask_to_stop(directory, where)
             return
         except ConfigError:
-            if time.monotonic() > deadline or not durable.held(directory):
+            if not durable.held(directory):  # it has ended by itself
+                return
+            if time.monotonic() > deadline:
                 raise
             time.sleep(_POLL_SECONDS)

@@ -158,25 +158,27 @@ class _Run:
         """
         _end_on_signals()
         losses = 0
-        while not saved.over(self.settings):
-            furthest = self.recorder.furthest
-            try:
-                await self._go_on(saved)
-            except (LearnerLost, BufferLost, BuildFailed) as lost:
-                if isinstance(lost, BuildFailed) and not self.has_run:
-                    raise
-                losses = losses + 1 if self.recorder.furthest == furthest else 1
-                if losses > self.settings.failures.max_rebuilds:
-                    raise
-                self.recorder.event("rebuild", reason=str(lost))
-                self.recorder.add({"rebuilds_total": 1.0})
-                self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
-            saved = _newest(self.recorder)
-            if self.scaling.stopping and not saved.over(self.settings):
-                self.recorder.event("stopped", step=saved.version)
-                self.recorder.display.note(f"stopped, as asked, after step {saved.version}")
-                break
-        self.scaling.end()
+        try:
+            while not saved.over(self.settings):
+                furthest = self.recorder.furthest
+                try:
+                    await self._go_on(saved)
+                except (LearnerLost, BufferLost, BuildFailed) as lost:
+                    if isinstance(lost, BuildFailed) and not self.has_run:
+                        raise
+                    losses = losses + 1 if self.recorder.furthest == furthest else 1
+                    if losses > self.settings.failures.max_rebuilds:
+                        raise
+                    self.recorder.event("rebuild", reason=str(lost))
+                    self.recorder.add({"rebuilds_total": 1.0})
+                    self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
+                saved = _newest(self.recorder)
+                if self.scaling.stopping and not saved.over(self.settings):
+                    self.recorder.event("stopped", step=saved.version)
+                    self.recorder.display.note(f"stopped, as asked, after step {saved.version}")
+                    break
+        finally:
+            self.scaling.end()
         return saved
 
     async def _go_on(self, saved: Saved) -> None:
@@ -215,6 +217,7 @@ class _Run:
             if self.room.ranks == ranks and await self.room.granted(patience):
                 return self.room
             self.room.release()
+            self.room = None  # nobody may find room for the next one, and then this one is not asked again
         last = self.settings.deadlines.start_seconds
         self.room = await gang.largest_room(self.settings.learners, ranks, patience, max(patience, last), self.recorder)
         if self.room.ranks < ranks:
