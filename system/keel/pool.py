@@ -238,7 +238,7 @@ class Pool:
                 await asyncio.sleep(back_off)
                 back_off = min(2 * back_off, _BACK_OFF_SECONDS)
                 continue
-            except (asyncio.CancelledError, NoWorkers):
+            except BaseException:  # whatever it is: nobody else ends this actor and gives back its room
                 worker.kill()
                 raise
             break
