@@ -134,7 +134,7 @@ TABLE: list[Metric] = [
     *_operational(
         ("weight_sync_bytes_total", "counter", "Bytes of weights loaded, all generators together.", ()),
         ("retries_total", "counter", "Batches started again after a worker was lost.", ()),
-        ("workers_lost_total", "counter", "Generators, reference and reward scorers that were replaced, by role.", ("role",)),
+        ("workers_lost_total", "counter", "Generators, references or scorers that were replaced, by role.", ("role",)),
         (
             "rebuilds_total",
             "counter",
