@@ -38,7 +38,7 @@ async def largest_room(
     """
     for count in range(ranks, 0, -1):
         room = room_for(learners, count)
-        patience = last_seconds if count == 1 else seconds if count == ranks else 2.0
+        patience = last_seconds if count == 1 else seconds if count == ranks else 5.0
         try:
             with Wait(room, "the learner", observer or Observer()) as wait:
                 if await wait.granted(patience):

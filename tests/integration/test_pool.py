@@ -173,7 +173,7 @@ async def test_a_pool_grows_and_shrinks_without_losing_a_call() -> None:
 
 async def test_more_workers_than_there_is_room_for_are_pending_and_come_when_there_is() -> None:
     log = Log()
-    pool = pool_of(3, log, cpus=2, patience_seconds=1.0)
+    pool = pool_of(3, log, cpus=2, patience_seconds=6.0)
     await pool.ready()
     assert pool.serving == 2 and ("degraded", "") in log.events
     pool.resize(1)

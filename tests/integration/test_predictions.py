@@ -15,6 +15,7 @@ from keel import durable
 PACED = {"rewards": [{"name": "paced", "source": "rewards:paced"}], "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}  # fmt: skip
 
 
+@pytest.mark.exhaustive  # two runs, and a bound of 20 % that a crowded machine breaks
 @pytest.mark.slow
 def test_one_run_tells_how_long_steps_of_another_take(write_config: Any, pace: Path, keel: Any, tmp_path: Path) -> None:
     """Measured: synchronous, one scorer. Predicted: two scorers, one version late, half the groups in a batch.

@@ -78,7 +78,7 @@ def test_explain_names_the_role_that_is_starved(write_config: Start, keel: Start
         assert option in found["advice"][0], found["advice"]
         shares = {each["name"]: each["busy_ratio"] for each in found["roles"]}
         assert max(shares, key=lambda name: shares[name]) == role, shares
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     code, out, _ = finish(process)
     assert code == 130
     lines = durable.read_json_lines(run / "metrics.jsonl")
