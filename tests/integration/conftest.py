@@ -17,6 +17,9 @@ import keel as package
 from keel import doctor, tiny
 
 RUN_SECONDS = 400
+AUTHENTICATION = "RAY_AUTH_MODE"
+os.environ[AUTHENTICATION] = "disabled"
+"""Before Ray is imported: all Rays of this process are of one mind. Commands that it starts do not inherit it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,12 +64,6 @@ def pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "pace"
 
 
-@pytest.fixture(autouse=True)
-def a_terminal_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ray that was started in this process leaves this variable behind; a user's next command does not have it."""
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-
-
 @pytest.fixture
 def keel() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start the command line in its own process group; whatever is left of it is killed at the end."""
@@ -90,7 +87,8 @@ def start_keel(*arguments: str, folder: Path | None = None) -> subprocess.Popen[
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env={name: value for name, value in os.environ.items() if name != AUTHENTICATION}
+        | {"PYTHONPATH": os.pathsep.join(paths)},
         cwd=folder,
     )
 

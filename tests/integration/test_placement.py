@@ -42,7 +42,6 @@ HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 def cluster() -> Iterator[Cluster]:
     """Two CPUs on the head; four CPUs and four GPUs, which are mere numbers, on the other node."""
     os.environ["PYTHONPATH"] = os.pathsep.join(HERE)
-    os.environ.pop("RAY_AUTH_MODE", None)  # an embedded Ray in this process may have left it
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": STORE_BYTES})
     cluster.add_node(num_cpus=4, num_gpus=4, resources={"fast": 2}, object_store_memory=STORE_BYTES)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")

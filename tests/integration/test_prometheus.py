@@ -71,7 +71,6 @@ def observed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> 
     config.write_text(yaml.safe_dump(tree))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(rewards.PACE, str(pace))
-        patch.delenv("RAY_AUTH_MODE", raising=False)
         process = start_keel("train", str(config))
     try:
         wait(process, lambda: list(discovery.glob("*.json")), "the discovery file")
