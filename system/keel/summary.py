@@ -172,7 +172,11 @@ def _signed(value: Estimate) -> str:
 
 
 def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # the folder of a job: Ray may take it away once the last actor has gone
+        return str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _next(config_path: str) -> str:

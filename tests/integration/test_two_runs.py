@@ -5,6 +5,7 @@ One joins the cluster from here, the other is submitted to it as a job.
 
 import os
 import re
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ Start = Callable[..., Any]
 def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # a job runs the cluster's python
     monkeypatch.setenv("RAY_worker_niceness", "0")
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27, **dashboard})
