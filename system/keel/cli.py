@@ -29,7 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-INTERRUPTED = 130
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as a.b=c", show_default=False)]
@@ -262,7 +261,7 @@ def _train(settings: Settings, config_path: str) -> None:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
         outcome = training.run(prepared, display)
     if outcome.stopped:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(config.INTERRUPTED)
     summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
     if picture := summary.draw_frontier(outcome.directory, settings):
         console.print(f"Picture  {picture}  (reward against sqrt(KL))", soft_wrap=True)
@@ -277,8 +276,8 @@ def main() -> None:
         _fail(str(error), 2)
     except Exception as error:
         _fail_run(error)
-    if code == INTERRUPTED:
-        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", INTERRUPTED)
+    if code == config.INTERRUPTED:
+        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", config.INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -28,6 +28,10 @@ SECRET = "headers"
 """The setting whose values are shown nowhere, also not where they are wrong: the user may have typed a secret."""
 
 
+INTERRUPTED = 130
+"""Exit code of a run that a signal or `keel stop` ended; bad input, ConfigError, is 2."""
+
+
 class ConfigError(ValueError):
     """Bad input of the user's: one line with the setting, its value and what was expected.
 

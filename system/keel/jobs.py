@@ -26,11 +26,10 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobSubmissionClient
 
 from keel import __version__, bundle
-from keel.config import ConfigError
+from keel.config import INTERRUPTED, ConfigError
 
 LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
 """The largest zip that Ray's store takes, and that its job server lets through to it."""
-INTERRUPTED = 130
 _CONNECT_SECONDS = 10.0
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _BEGIN_SECONDS = 120.0

@@ -8,7 +8,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 STAGES = ("generator", "reference", "scorer")
@@ -100,7 +100,7 @@ class Occupancy:
             return LEARNER if self._phase == STEPPING else self._phase
         return self._fullest([stage for stage in STAGES if stage != role]) or "driver"
 
-    def _fullest(self, stages: "tuple[str, ...] | list[str]") -> str | None:
+    def _fullest(self, stages: Sequence[str]) -> str | None:
         """The stage with the most batches a worker; of equals the one nearest to the learner."""
         there = [(self._roles[name].backlog, place, name) for place, name in enumerate(stages) if name in self._roles]
         backlog, _, name = max(there, default=(0.0, 0, ""))

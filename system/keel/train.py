@@ -44,7 +44,6 @@ from keel.recorder import Display, Recorder
 from keel.scaling import Scaling
 from keel.settings import Settings
 
-INTERRUPTED = 130
 _STARTING = "starting Ray, generators, scorers, learner"
 _END_SECONDS = 20.0
 
@@ -266,7 +265,7 @@ def _end_on_signals() -> None:
     interrupt = own if callable(own) else signal.default_int_handler
 
     def end(number: int, frame: FrameType | None) -> None:
-        last_call = threading.Timer(_END_SECONDS, os._exit, [INTERRUPTED])
+        last_call = threading.Timer(_END_SECONDS, os._exit, [config.INTERRUPTED])
         last_call.daemon = True
         last_call.start()
         for each in ending:
