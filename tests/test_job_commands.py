@@ -21,7 +21,7 @@ import yaml
 from ray.job_submission import JobDetails
 
 from fakes import settings_for
-from keel import checkpoint, cli, config, durable, jobs, standing, stopping
+from keel import checkpoint, cli, config, durable, job_server, jobs, standing, stopping
 from keel.config import ConfigError
 from runs import Writer
 
@@ -119,7 +119,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
         assert address == ADDRESS, address
         yield server
 
-    monkeypatch.setattr(jobs, "cluster", cluster)
+    monkeypatch.setattr(job_server, "cluster", cluster)
     monkeypatch.setattr(jobs, "_SEEN_SECONDS", 0.0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
@@ -439,6 +439,6 @@ def test_a_cluster_that_fails_later_is_no_bad_input(
     def attempts(client: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(jobs, "_connected", lambda address: None)
+    monkeypatch.setattr(job_server, "_connected", lambda address: None)
     monkeypatch.setattr(jobs, "attempts", attempts)
     assert keel(capsys, "status", "--address", ADDRESS, code=1).endswith(f"{ADDRESS}: {line}\n")

@@ -96,11 +96,22 @@ LAYERS = [
     ["stages", *(f"stages.{name}" for name in ("course", "rows", "sampled", "reference_logprobs", "likelihood"))]
     + [f"stages.{name}" for name in ("reward", "label", "evaluate", "pipeline")],
     ["kubernetes_plan", "kubernetes_pods", "kubernetes", "kubernetes_commands", "deploy_commands"]
-    + ["bundle", "standing", "stopping", "jobs", "operations", "plan_commands", "job_commands", "cli", "__main__"],
+    + [
+        "bundle",
+        "standing",
+        "stopping",
+        "job_server",
+        "jobs",
+        "operations",
+        "plan_commands",
+        "job_commands",
+        "cli",
+        "__main__",
+    ],
 ]
 ORDER = [name for layer in LAYERS for name in layer]
 HEAVY = {
-    "ray": {"losses", "room", "meeting", "worker", "pool", "cluster", "gang", "control", "jobs"},
+    "ray": {"losses", "room", "meeting", "worker", "pool", "cluster", "gang", "control", "job_server", "jobs"},
     "vllm": {"generate", "weights"},
     "deepspeed": {"engine"},
     "prometheus_client": {"metrics"},

@@ -35,9 +35,9 @@ def submit(
     """Run a configuration as a job of a Ray cluster. What is alive is not started twice; what is over goes on."""
     submission, gathered, configuration = prepare(config_path, overrides or [], Path.cwd())
     where = needed(address)
-    from keel import jobs
+    from keel import job_server, jobs
 
-    with jobs.cluster(where) as client, tempfile.TemporaryDirectory() as folder:
+    with job_server.cluster(where) as client, tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "bundle.zip"
         num_bytes = gathered.write(archive, configuration, jobs.LIMIT_BYTES)
         attempt, new = jobs.submit(client, submission, archive)
@@ -81,9 +81,9 @@ def logs(
 ) -> None:
     """Show what the job of a run wrote."""
     where = needed(address)
-    from keel import jobs
+    from keel import job_server, jobs
 
-    with jobs.cluster(where) as client:
+    with job_server.cluster(where) as client:
         found = jobs.find(client, run, attempt)
         if follow:
             _follow(client, found, console)
@@ -104,9 +104,9 @@ def status(
         typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
         return
     where = needed(address)
-    from keel import jobs
+    from keel import job_server, jobs
 
-    with jobs.cluster(where) as client:
+    with job_server.cluster(where) as client:
         if run is None:
             _show_attempts(jobs.attempts(client), as_json)
             return
@@ -149,9 +149,9 @@ def stop(
 def _stop_now(address: str | None, run: str, as_json: bool) -> None:
     if address is None:
         raise ConfigError("--now: ends a job of a cluster; expected --address, or SIGTERM to the process here")
-    from keel import jobs
+    from keel import job_server, jobs
 
-    with jobs.cluster(address) as client:
+    with job_server.cluster(address) as client:
         attempt = jobs.stop_now(client, _alive(jobs.find(client, run), run))
     if as_json:
         typer.echo(json.dumps(_tree(attempt), indent=2))
@@ -160,9 +160,9 @@ def _stop_now(address: str | None, run: str, as_json: bool) -> None:
 
 
 def _stop_there(address: str, run: str) -> dict[str, Any]:
-    from keel import jobs
+    from keel import job_server, jobs
 
-    with jobs.cluster(address) as client:
+    with job_server.cluster(address) as client:
         attempt = _alive(jobs.find(client, run), run)
         if attempt.state == "PENDING":
             raise ConfigError(f"RUN={run}: {attempt.job} is still pending; expected a run that has begun, or --now")
@@ -181,7 +181,7 @@ def _alive(attempt: "Attempt", run: str) -> "Attempt":
 
 def _follow(client: Any, attempt: "Attempt", to: Any) -> None:
     """Raises JobError for a job that did not succeed; an interrupt ends only the watching."""
-    from keel import jobs
+    from keel import job_server, jobs
 
     try:
         ended = jobs.follow(client, attempt.job, _say(to))
@@ -189,7 +189,7 @@ def _follow(client: Any, attempt: "Attempt", to: Any) -> None:
         to.print(f"{attempt.job} goes on; keel stop {attempt.run} would end it", soft_wrap=True)
         return
     if ended.state != "SUCCEEDED":
-        raise jobs.JobError(f"{ended.job} {ended.state}: {ended.message}")
+        raise job_server.JobError(f"{ended.job} {ended.state}: {ended.message}")
 
 
 def _say(to: Any) -> Callable[[str], None]:

@@ -5,42 +5,34 @@ ask    --> keel-ask-...                 a command of Keel on the cluster, beside
 """
 
 import asyncio
-import contextlib
 import hashlib
 import json
-import os
 import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import requests
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
-from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobSubmissionClient
+from ray.job_submission import JobDetails
 
 from keel import __version__, bundle
 from keel.config import INTERRUPTED, ConfigError
+from keel.job_server import Client, JobError, last_line
 
 LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
 """The largest zip that Ray's store takes, and that its job server lets through to it."""
-_CONNECT_SECONDS = 10.0
 _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _BEGIN_SECONDS = 120.0
 _END_SECONDS = 60.0
 _POLL_SECONDS = 0.5
 _SEEN_SECONDS = 2.0  # the monitor looks every second
 _BEGINS, _ENDS = "keel-answer", "keel-errors"
-
-
-class JobError(RuntimeError):
-    """A job, or a question that was asked on the cluster, did not end as it was to."""
 
 
 @dataclass(frozen=True)
@@ -95,54 +87,13 @@ class Attempt:
         return self.state in _OVER
 
 
-@contextlib.contextmanager
-def cluster(address: str) -> Iterator[JobSubmissionClient]:
-    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token.
-
-    Raises JobError when it cannot be reached any more, or refuses what it is asked.
-    """
-    client = _connected(address)
-    try:
-        yield client
-    except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
-        raise JobError(f"{address}: no answer any more ({type(error).__name__}); what runs there goes on") from None
-    except RuntimeError as error:
-        if type(error) is not RuntimeError:  # Ray's client has no class of its own for an answer that is an error
-            raise
-        raise JobError(f"{address}: {_last_line(str(error))}") from None
-
-
-def _connected(address: str) -> JobSubmissionClient:
-    expected = "expected that of Ray's dashboard, such as http://HOST:8265"
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"--address={address}: {expected}")
-    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and RAY_ADDRESS, to what its client is given
-    try:
-        requests.get(f"{address.rstrip('/')}/api/version", timeout=_CONNECT_SECONDS)  # Ray itself waits for ever
-        client = JobSubmissionClient(address)
-        client.list_jobs()  # the version is told to everyone, the jobs only with a token
-    except AuthenticationError as error:
-        reason = error.message.splitlines()[0]
-        raise ConfigError(
-            f"--address={address}: the cluster wants a token ({reason}); expected RAY_AUTH_MODE=token, and its token in"
-            " RAY_AUTH_TOKEN or ~/.ray/auth_token"
-        ) from None
-    except (requests.ConnectionError, requests.Timeout, requests.exceptions.InvalidURL, ConnectionError) as error:
-        reason = f"no answer from a job server ({type(error).__name__})"
-        raise ConfigError(f"--address={address}: {reason}; {expected}") from None
-    except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, somebody else's
-        reason = f"is no job server of Ray ({_last_line(str(error))})"
-        raise ConfigError(f"--address={address}: {reason}; {expected}") from None
-    return client
-
-
-def attempts(client: JobSubmissionClient) -> list[Attempt]:
+def attempts(client: Client) -> list[Attempt]:
     """All jobs of the cluster that `keel submit` made, oldest first."""
     own = [details for details in client.list_jobs() if "keel_run" in (details.metadata or {})]
     return sorted((_attempt(details) for details in own), key=lambda each: (each.directory, each.number))
 
 
-def find(client: JobSubmissionClient, run: str, number: int | None = None) -> Attempt:
+def find(client: Client, run: str, number: int | None = None) -> Attempt:
     """The newest attempt at a run, or the one of a number, or of a job's id. Raises ConfigError."""
     known = attempts(client)
     found = [each for each in known if run in (each.job, each.run) and number in (None, each.number)]
@@ -156,7 +107,7 @@ def find(client: JobSubmissionClient, run: str, number: int | None = None) -> At
     return found[-1]
 
 
-def submit(client: JobSubmissionClient, submission: Submission, archive: Path) -> tuple[Attempt, bool]:
+def submit(client: Client, submission: Submission, archive: Path) -> tuple[Attempt, bool]:
     """The attempt that runs from now on, and whether it is new. Raises ConfigError where other settings run, JobError.
 
     Of two who submit at once the cluster takes one; the other then finds its job.
@@ -178,7 +129,7 @@ def submit(client: JobSubmissionClient, submission: Submission, archive: Path) -
         )
     except RuntimeError as error:
         if "already exists" not in str(error):
-            raise JobError(f"{job}: {_last_line(str(error))}") from None
+            raise JobError(f"{job}: {last_line(str(error))}") from None
         return _attach(_attempt(client.get_job_info(job)), submission), False
     return _attempt(client.get_job_info(job)), True
 
@@ -192,18 +143,18 @@ def _attach(running: Attempt, submission: Submission) -> Attempt:
     return running
 
 
-def stop_now(client: JobSubmissionClient, attempt: Attempt) -> Attempt:
+def stop_now(client: Client, attempt: Attempt) -> Attempt:
     """SIGTERM, and a few seconds later SIGKILL, to the driver; the attempt when it is over. Raises JobError."""
     client.stop_job(attempt.job)
     return ended(client, attempt.job)
 
 
-def ended(client: JobSubmissionClient, job: str) -> Attempt:
+def ended(client: Client, job: str) -> Attempt:
     """An attempt that is about to end, when it has. Raises JobError when it goes on."""
     return _attempt(_end_of(client, job, _END_SECONDS))
 
 
-def follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) -> Attempt:
+def follow(client: Client, job: str, say: Callable[[str], None]) -> Attempt:
     """Say what the job writes until it is over; the attempt then. Raises JobError when the connection breaks."""
 
     async def tail() -> None:
@@ -213,11 +164,11 @@ def follow(client: JobSubmissionClient, job: str, say: Callable[[str], None]) ->
     try:
         asyncio.run(tail())
     except (RuntimeError, aiohttp.ClientError) as error:
-        raise JobError(f"{job}: {_last_line(str(error))}; the job goes on") from None
+        raise JobError(f"{job}: {last_line(str(error))}; the job goes on") from None
     return ended(client, job)
 
 
-def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequence[str], seconds: float = 120.0) -> str:
+def on_cluster(client: Client, attempt: Attempt, arguments: Sequence[str], seconds: float = 120.0) -> str:
     """What `keel ARGUMENTS` prints on the cluster, where the run directory of an attempt is.
 
     A job of its own beside the run, with the run's files while it is alive (of a job that is over Ray may have thrown
@@ -244,24 +195,24 @@ def on_cluster(client: JobSubmissionClient, attempt: Attempt, arguments: Sequenc
         _forget(client, job)
     answer, ends, said = text.partition(f"\n{_BEGINS}\n")[2].partition(f"{_ENDS}\n")
     if details.driver_exit_code == 2:
-        raise ConfigError(_last_line(said).removeprefix("keel: "))
+        raise ConfigError(last_line(said).removeprefix("keel: "))
     if details.status.value != "SUCCEEDED" or not ends:
-        raise JobError(f"{command}: {_last_line(said or details.message or '')}")
+        raise JobError(f"{command}: {last_line(said or details.message or '')}")
     return answer
 
 
-def _end_of(client: JobSubmissionClient, job: str, seconds: float) -> JobDetails:
+def _end_of(client: Client, job: str, seconds: float) -> JobDetails:
     """How a job ended. Raises JobError when it has not after so many seconds, or has not even begun after a while."""
     began = time.monotonic()
     while (details := client.get_job_info(job)).status.value not in _OVER:
         state, waited = details.status.value, time.monotonic() - began
         if waited > (min(seconds, _BEGIN_SECONDS) if state == "PENDING" else seconds):
-            raise JobError(f"{job}: still {state} after {waited:.0f} s: {_last_line(details.message or '')}")
+            raise JobError(f"{job}: still {state} after {waited:.0f} s: {last_line(details.message or '')}")
         time.sleep(_POLL_SECONDS)
     return details
 
 
-def _forget(client: JobSubmissionClient, job: str) -> None:
+def _forget(client: Client, job: str) -> None:
     """Ray deletes only what is over, and its monitor writes anew what it does not find before it has seen the end."""
     if client.get_job_info(job).status.value not in _OVER:
         client.stop_job(job)
@@ -288,12 +239,7 @@ def _attempt(details: JobDetails) -> Attempt:
         number=int(own["keel_attempt"]),
         state="STOPPED" if stopped else state,
         since=(details.end_time or details.start_time or 0) / 1000,
-        message=_last_line(details.message or ""),
+        message=last_line(details.message or ""),
         runtime_env=details.runtime_env or {},
         driver_resources=json.loads(own["keel_driver_resources"]),
     )
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "no reason given"

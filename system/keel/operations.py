@@ -155,9 +155,9 @@ def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
 
 def _there(address: str, run: str, command: str, *options: str) -> dict[str, Any]:
     """What the command says of a run where it is: on the cluster behind the address."""
-    from keel import jobs
+    from keel import job_server, jobs
 
-    with jobs.cluster(address) as client:
+    with job_server.cluster(address) as client:
         attempt = jobs.find(client, run)
         return json.loads(jobs.on_cluster(client, attempt, [command, attempt.directory, *options, "--json"]))
 

@@ -1,0 +1,94 @@
+"""The job server of a Ray cluster: found and checked by its address, asked with deadlines."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import aiohttp
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from keel.config import ConfigError
+from keel.terminal import errors
+
+_CONNECT_SECONDS = 10.0
+_ANSWER_SECONDS = 120.0
+_AGENT_SECONDS = 120.0
+_POLL_SECONDS = 1.0
+_NO_AGENT = "No available agent to submit job"
+
+
+class JobError(RuntimeError):
+    """A job, or a question that was asked on the cluster, did not end as it was to."""
+
+
+class Client(JobSubmissionClient):
+    """Ray's client, with deadlines, and with patience for a head whose agent, which starts jobs, is not up yet."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=(_CONNECT_SECONDS, _ANSWER_SECONDS), **options)
+
+    def submit_job(self, **job: Any) -> str:  # type: ignore[override]  # by name alone
+        """The id of the job. Raises RuntimeError as Ray does, but where there is no agent only after two minutes."""
+        began = time.monotonic()
+        told = False
+        while True:
+            try:
+                return super().submit_job(**job)
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error) or time.monotonic() > began + _AGENT_SECONDS:
+                    raise
+            if not told:
+                errors.print("waiting for the agent of the cluster's head, which starts jobs", soft_wrap=True)
+                told = True
+            time.sleep(_POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Iterator[Client]:
+    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token.
+
+    Raises JobError when it cannot be reached any more, or refuses what it is asked.
+    """
+    client = _connected(address)
+    try:
+        yield client
+    except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
+        raise JobError(f"{address}: no answer any more ({type(error).__name__}); what runs there goes on") from None
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # Ray's client has no class of its own for an answer that is an error
+            raise
+        raise JobError(f"{address}: {last_line(str(error))}") from None
+
+
+def _connected(address: str) -> Client:
+    expected = "expected that of Ray's dashboard, such as http://HOST:8265"
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError(f"--address={address}: {expected}")
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers it, and RAY_ADDRESS, to what its client is given
+    try:
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=_CONNECT_SECONDS)  # less than for an answer
+        client = Client(address)
+        client.list_jobs()  # the version is told to everyone, the jobs only with a token
+    except AuthenticationError as error:
+        reason = error.message.splitlines()[0]
+        raise ConfigError(
+            f"--address={address}: the cluster wants a token ({reason}); expected RAY_AUTH_MODE=token, and its token in"
+            " RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from None
+    except (requests.ConnectionError, requests.Timeout, requests.exceptions.InvalidURL, ConnectionError) as error:
+        reason = f"no answer from a job server ({type(error).__name__})"
+        raise ConfigError(f"--address={address}: {reason}; {expected}") from None
+    except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, somebody else's
+        reason = f"is no job server of Ray ({last_line(str(error))})"
+        raise ConfigError(f"--address={address}: {reason}; {expected}") from None
+    return client
+
+
+def last_line(text: str) -> str:
+    """What an error says in the end, where Ray sends a traceback."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "no reason given"
