@@ -1,5 +1,6 @@
-"""What Ray's autoscaler is asked for while the counts of a run change."""
+"""How a run follows what is wanted of it: the autoscaler, a stop while it starts, a buffer that does not answer."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ import pytest
 
 from fakes import settings_for
 from keel import cluster
+from keel import scaling as scaling_module
 from keel.parts import Observer
+from keel.protocols import BufferLost, LearnerLost
 from keel.scaling import Scaling
 
 
@@ -37,3 +40,67 @@ def test_the_autoscaler_holds_what_is_wanted_now_and_nothing_after_the_end(
     assert asked[1:] == [{"generator": 1, "learner": 1}], "fewer now: the nodes of the others may go"
     scaling.end()
     assert asked[2:] == [{}]
+
+
+class Link:
+    """A control actor that hears a stop in so many exchanges."""
+
+    def __init__(self, exchanges: int | None) -> None:
+        self.desired, self.stopping, self.left = {"generator": 1, "learner": 2}, False, exchanges
+        self.told: list[Mapping[str, int]] = []
+
+    async def exchange(self, actual: Mapping[str, int]) -> None:
+        self.told.append(dict(actual))
+        if self.left is not None:
+            self.left -= 1
+            self.stopping = self.left <= 0
+
+
+def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: Any, **blocks: Any) -> Scaling:
+    monkeypatch.setattr(scaling_module, "_POLL_SECONDS", 0.01)
+    pools: Any = {"generator": SimpleNamespace(serving=1, count=1)}
+    return Scaling(settings_for(**blocks), tmp_path, pools, link, Observer())
+
+
+def test_a_stop_breaks_off_a_start_and_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, ended = Link(exchanges=2), []
+
+    async def start() -> str:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.02)
+            ended.append(True)
+        return "never"
+
+    assert asyncio.run(starting(tmp_path, monkeypatch, link).unless_stopped(start())) is None
+    assert ended == [True]
+    assert link.told == [{"generator": 1, "learner": 0}] * 2
+
+
+def test_a_start_that_nobody_stops_comes_to_its_own_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(error: Exception | None) -> str:
+        await asyncio.sleep(0.03)
+        if error:
+            raise error
+        return "up"
+
+    scaling = starting(tmp_path, monkeypatch, Link(exchanges=None))
+    assert asyncio.run(scaling.unless_stopped(start(None))) == "up"
+    with pytest.raises(LearnerLost, match="no room"):
+        asyncio.run(scaling.unless_stopped(start(LearnerLost("no room"))))
+
+
+def test_a_buffer_that_does_not_size_its_batches_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Buffer:
+        groups_per_batch = 0
+
+        async def resize(self, groups_per_batch: int) -> None:
+            assert groups_per_batch == settings_for().groups_per_batch_of(1)
+            await asyncio.sleep(60)
+
+    scaling = starting(tmp_path, monkeypatch, Link(exchanges=None), deadlines={"score_seconds": 0.05})
+    gang: Any = SimpleNamespace(room=SimpleNamespace(ranks=2))
+    buffer: Any = Buffer()
+    with pytest.raises(BufferLost, match="waited 0 s for the buffer to size batches anew"):
+        asyncio.run(asyncio.wait_for(scaling.follow(gang, buffer, SimpleNamespace()), 5))  # type: ignore[arg-type]

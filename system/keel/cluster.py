@@ -137,6 +137,7 @@ class RemoteBuffer:
     """
 
     def __init__(self, settings: Settings, directory: str, groups_per_batch: int, state: Mapping[str, int]) -> None:
+        self.groups_per_batch = groups_per_batch
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.actor = ray.remote(num_cpus=0, scheduling_strategy=here)(RolloutBuffer).remote(
             directory,
@@ -169,6 +170,7 @@ class RemoteBuffer:
 
     async def resize(self, groups_per_batch: int) -> None:
         await _of_buffer(self.actor.resize.remote(groups_per_batch))
+        self.groups_per_batch = groups_per_batch
 
     async def waiting(self) -> str:
         return await _of_buffer(self.actor.waiting.remote())

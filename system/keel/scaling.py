@@ -2,15 +2,15 @@
 
 wanted counts (control actor) --> generator, reference, scorer pools: resize, nobody waits
                               --> learner: once there is room, the controller leaves with a commit; a new gang loads it
-a stop (control actor)        --> the controller leaves with a commit, and the run ends
+a stop (control actor)        --> the controller leaves with a commit, or a start is broken off, and the run ends
 RUN_DIR/scale.json            desired and actual; a resumed run starts with the desired ones
 """
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from keel import capacity, cluster, durable
 from keel.control import ControlLink
@@ -18,10 +18,12 @@ from keel.controller import Controller
 from keel.gang import Gang, room_for
 from keel.parts import Observer
 from keel.pool import Pool
+from keel.protocols import BufferLost
 from keel.room import Room
 from keel.settings import Settings
 
 _POLL_SECONDS = 1.0
+Result = TypeVar("Result")
 
 
 def configured(settings: Settings, directory: Path) -> dict[str, int]:
@@ -69,24 +71,44 @@ class Scaling:
             self._spare.release()
             self._spare = None
 
+    async def unless_stopped(self, start: Coroutine[Any, Any, Result]) -> Result | None:
+        """What the start of a gang returns; None, and it is cancelled, where the run is asked to end before."""
+        starting = asyncio.ensure_future(start)
+        try:
+            while not (await asyncio.wait([starting], timeout=_POLL_SECONDS))[0]:
+                await self._link.exchange(self._serving(ranks=0))
+                if self.stopping:
+                    return None
+            return await starting
+        finally:
+            starting.cancel()
+            await asyncio.wait([starting])
+
     async def follow(self, gang: Gang, buffer: cluster.RemoteBuffer, controller: Controller) -> None:
         """Do what is wanted, once a second, until it is cancelled."""
-        sized = self.groups_per_batch
         self._record(gang)
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             self.observer.tick()
-            await self._link.exchange(self._actual(gang))
+            await self._link.exchange(self._serving(gang.room.ranks))
             for role, pool in self.pools.items():
                 if pool.count != self.desired[role]:
                     pool.resize(self.desired[role])
-            if sized != self.groups_per_batch:
-                sized = self.groups_per_batch
-                async with asyncio.timeout(self.settings.deadlines.score_seconds):
-                    await buffer.resize(sized)
+            if buffer.groups_per_batch != self.groups_per_batch:
+                await self._resize(buffer)
             if self.stopping or await self._ranks_can_change(gang.room.ranks):
                 controller.leave()
             self._record(gang)
+
+    async def _resize(self, buffer: cluster.RemoteBuffer) -> None:
+        deadline = self.settings.deadlines.score_seconds
+        try:
+            async with asyncio.timeout(deadline) as limit:
+                await buffer.resize(self.groups_per_batch)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise BufferLost(f"waited {deadline:.0f} s for the buffer to size batches anew") from None
 
     async def _ranks_can_change(self, present: int) -> bool:
         """Fewer ranks always; more once Ray has found room for them beside the present ones."""
@@ -103,12 +125,12 @@ class Scaling:
         if self._requested:
             cluster.request(self.settings, {})
 
-    def _actual(self, gang: Gang) -> dict[str, int]:
-        return {role: pool.serving for role, pool in self.pools.items()} | {"learner": gang.room.ranks}
+    def _serving(self, ranks: int) -> dict[str, int]:
+        return {role: pool.serving for role, pool in self.pools.items()} | {"learner": ranks}
 
     def _record(self, gang: Gang) -> None:
         """Write what is wanted and what there is, when it changed; ask the autoscaler for what is missing."""
-        counts = {"desired": dict(self.desired), "actual": self._actual(gang)}
+        counts = {"desired": dict(self.desired), "actual": self._serving(gang.room.ranks)}
         if counts == self._written:
             return
         other = self._written is not None and self._written["desired"] != counts["desired"]

@@ -182,6 +182,20 @@ class _Run:
 
     async def _go_on(self, saved: Saved) -> None:
         """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""
+        with contextlib.ExitStack() as ends:
+            started = await self.scaling.unless_stopped(self._start(saved, ends))
+            if started is None:
+                return
+            learner, buffer, controller = started
+            async with one_cause() as tasks:
+                following = tasks.create_task(self.scaling.follow(learner, buffer, controller))
+                await controller.run()
+                following.cancel()
+
+    async def _start(
+        self, saved: Saved, ends: contextlib.ExitStack
+    ) -> tuple[gang.LearnerGang, cluster.RemoteBuffer, Controller]:
+        """Room, a gang and a buffer, and everyone at the checkpoint. `ends` ends the two."""
         settings, recorder = self.settings, self.recorder
         recorder.occupancy.doing("start")  # whatever the learner did that was lost, nobody does it now
         began = time.monotonic()
@@ -193,20 +207,15 @@ class _Run:
             await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
         room = await self._room_for(self.scaling.desired["learner"])
         learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
+        ends.callback(learner.stop)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
         buffer = cluster.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
+        ends.callback(buffer.stop)
         recorder.begin(learner, buffer, saved.version)
-        try:
-            controller = await self._build(saved, learner, buffer)
-            self.has_run = True
-            recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
-            async with one_cause() as tasks:
-                following = tasks.create_task(self.scaling.follow(learner, buffer, controller))
-                await controller.run()
-                following.cancel()
-        finally:
-            learner.stop()
-            buffer.stop()
+        controller = await self._build(saved, learner, buffer)
+        self.has_run = True
+        recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
+        return learner, buffer, controller
 
     async def _room_for(self, ranks: int) -> gang.Room:
         """The room there was, where it has the size: nobody else can take it between two gangs. Else another."""

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
         evaluation={"every_steps": 0},
         failures={"degrade_after_seconds": 5},
     )
-    process = keel("train", str(config))
+    check_a_stop_while_it_starts(keel, keel("train", str(config)), run)
+    process = keel("resume", str(run))
     wait(process, lambda: last_step(run) >= 2, "two steps")
     assert "generator=0: expected 1 to 1024" in refusal(keel, "scale", run, "--generators", 0)
     assert "learner=5: expected 1 to 4, the rows of a step" in refusal(keel, "scale", run, "--learners", 5)
@@ -108,6 +110,17 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
     check_intact(keel, run)
     lines = metrics_of(run)
     assert len(lines) == STEPS and max(line["staleness_max_versions"] for line in lines) == 1
+
+
+def check_a_stop_while_it_starts(keel: Start, process: Any, run: Path) -> None:
+    wait(process, (run / "control.json").is_file, "somebody who hears")
+    began = time.monotonic()
+    code, said, err = finish(keel("stop", str(run)))
+    print(f"stopped while it started in {time.monotonic() - began:.1f} s")
+    assert code == 0 and f"stopped, as asked, at step 0 of {STEPS}; go on with: keel resume {run}" in said, said + err
+    code, out, err = finish(process)
+    assert code == 130 and "Traceback" not in err, (code, out, err)
+    assert not ranks_of(run) and not checkpoint.steps(run)
 
 
 def check_pools_follow_and_ranks_change(keel: Start, process: Any, run: Path) -> None:
