@@ -68,6 +68,15 @@ def test_the_slow_one_is_what_the_time_goes_to(slow: str) -> None:
     assert len(found.advice) == 1 and expected in found.advice[0] and "60%" in found.advice[0], found.advice
 
 
+def test_a_run_that_was_built_again_says_so() -> None:
+    run = synchronous()
+    run.phase("start", 40.0)
+    run.step()
+    found = explain(run.lines)
+    assert next(iter(found.timeline)) == "start"
+    assert found.advice[0].startswith("start takes") and "built again" in found.advice[0], found.advice
+
+
 def test_busy_and_idle_add_up_and_say_whom_a_role_waits_for() -> None:
     (generator, reference, scorer, learner) = explain(synchronous(scorer=6.0).lines).roles
     assert [role.name for role in (generator, reference, scorer, learner)] == [

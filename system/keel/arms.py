@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from keel import durable, evaluate
+from keel import config, durable, evaluate
 from keel.config import ConfigError
 from keel.diagnostics import per_completion
 
@@ -53,10 +53,9 @@ class Arm:
 
 def load(directory: Path) -> Arm:
     """A run from its directory, finished or not. Raises ConfigError, one line, when it has nothing to compare."""
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError(f"run {directory}: no config.yaml in it; expected the directory of a run")
+    stored = config.written(directory, f"run {directory}")
     try:
-        settings = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf8"))
+        settings = yaml.safe_load(stored.read_text(encoding="utf8"))
         lines = durable.read_json_lines(directory / "metrics.jsonl")
         steps = [int(row["step"]) for row in evaluate.frontier(directory)]
         batches = [evaluate.load(directory, step) for step in steps]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, config, deploy_commands, job_commands, operations, plan_commands, standing
+from keel import __version__, config, deploy_commands, job_commands, operations, plan_commands
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -71,7 +71,7 @@ def prefer(config_path: Config, overrides: Overrides = None, address: Address = 
 @app.command()
 def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
     """Go on from the last committed checkpoint of a run."""
-    stored = standing.configuration_of(run_directory)
+    stored = config.written(run_directory, f"RUN_DIR={run_directory}")
     own = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
     command = command_of(config.read(stored))
     _COMMANDS[command](str(stored), own)

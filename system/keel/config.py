@@ -97,6 +97,14 @@ def parse_as(model: type[Model], tree: dict[str, Any]) -> Model:
         raise ConfigError(_one_line(error, model)) from None
 
 
+def written(directory: Path, called: str, of: str = "a run") -> Path:
+    """The config.yaml in a run's directory. Raises ConfigError, with what the directory was `called`, for none."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{called}: no config.yaml in it; expected the directory of {of}")
+    return path
+
+
 def dump(settings: Section) -> str:
     """The resolved configuration as YAML, its hash in the first line."""
     body = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

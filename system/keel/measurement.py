@@ -64,10 +64,7 @@ def measured(runs: Sequence[Path]) -> Rates:
 
 
 def _see(directory: Path, seen: _Seen) -> None:
-    stored = directory / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"--from {directory}: no config.yaml in it; expected the directory of an online run")
-    settings = config.load(stored)
+    settings = config.load(config.written(directory, f"--from {directory}", of="an online run"))
     lines = durable.read_json_lines(directory / "metrics.jsonl")
     pairs = [pair for pair in pairwise(lines) if not _evaluates(settings, pair[1]["step"]) and not _begins(pair)]
     if not pairs:

@@ -112,7 +112,7 @@ def _explain(run_directory: Path, last: int) -> dict[str, Any]:
     from keel import durable
     from keel import explain as explaining
 
-    settings = config.load(standing.configuration_of(run_directory))
+    settings = config.load(config.written(run_directory, f"RUN_DIR={run_directory}"))
     try:
         lines = durable.read_json_lines(run_directory / "metrics.jsonl")
         return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))

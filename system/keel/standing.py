@@ -15,7 +15,7 @@ def of(directory: Path) -> dict[str, Any]:
     `state`: live (a process works on it), ended, stopped (as it was asked to) or broken off; a number that the run has
     not written is null.
     """
-    tree = config.read(configuration_of(directory))
+    tree = config.read(config.written(directory, f"RUN_DIR={directory}"))
     if not isinstance(tree.get("run"), dict) or "name" not in tree["run"]:
         raise ConfigError(f"RUN_DIR={directory}: its config.yaml is no run's own; expected the directory of a run")
     command = command_of(tree)
@@ -50,14 +50,6 @@ def sentence(found: dict[str, Any]) -> str:
         return f"ended at {place}"
     what = "stopped, as asked, at" if found["state"] == "stopped" else "not running, broken off at"
     return f"{what} {place}; go on with: keel resume {found['directory']}"
-
-
-def configuration_of(directory: Path) -> Path:
-    """The configuration that a run wrote, or whatever is called so there. Raises ConfigError."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={directory}: no config.yaml in it; expected the directory of a run")
-    return path
 
 
 def control_of(directory: Path) -> dict[str, str]:

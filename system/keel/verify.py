@@ -66,9 +66,7 @@ def check(run_directory: Path) -> Report:
 
 def _settings(own: Audit) -> Settings | None:
     """Settings of the run; None, and a finding, where its file is damaged."""
-    path = own.directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"RUN_DIR={own.directory}: no config.yaml in it; expected the directory of an online run")
+    path = config.written(own.directory, f"RUN_DIR={own.directory}", of="an online run")
     try:
         tree = config.read(path)
         command = command_of(tree)
