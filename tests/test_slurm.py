@@ -21,7 +21,7 @@ STUBS = {
     "ray": "",
     "python": 'echo "${NODES:-3}"',
     "sleep": 'exec /bin/sleep "${SLEEP_SECONDS:-$1}"',
-    "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
+    "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; trap "echo stopped >>$CALLS; [ -n \\"$DEAF\\" ] || exit 130" USR1; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
 }
 
 
@@ -97,15 +97,29 @@ def test_a_failed_run_fails_the_job_and_is_not_queued_again(tmp_path: Path) -> N
     assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))
 
 
-@pytest.mark.parametrize(("sent", "queued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_the_time_limit_queues_again_and_scancel_does_not(tmp_path: Path, sent: signal.Signals, queued: bool) -> None:
+@pytest.mark.parametrize(
+    ("sent", "ends", "queued"), [(signal.SIGUSR1, ["stopped"], True), (signal.SIGTERM, ["ended"], False)]
+)
+def test_the_time_limit_stops_and_queues_again_and_scancel_ends(
+    tmp_path: Path, sent: signal.Signals, ends: list[str], queued: bool
+) -> None:
     job = started(tmp_path, "run.yaml", LONG="yes")
     wait_for(tmp_path, "keel train")
     time.sleep(0.3)  # the stub's trap
     job.send_signal(sent)
     assert job.wait(timeout=60) == 130
-    assert "ended" in calls(tmp_path)
+    assert [call for call in calls(tmp_path) if call in ("stopped", "ended")] == ends
     assert ("scontrol requeue 123456" in calls(tmp_path)) == queued
+
+
+def test_a_step_that_takes_too_long_is_ended_before_the_limit_and_queued_again(tmp_path: Path) -> None:
+    job = started(tmp_path, "run.yaml", LONG="yes", DEAF="yes", SLEEP_SECONDS="1")
+    wait_for(tmp_path, "keel train")
+    time.sleep(0.3)  # the stub's trap
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=60) == 130
+    ends = [call for call in calls(tmp_path) if call in ("stopped", "ended", "scontrol requeue 123456")]
+    assert ends == ["stopped", "ended", "scontrol requeue 123456"]
 
 
 def test_nodes_that_do_not_join_end_the_job(tmp_path: Path) -> None:
@@ -123,7 +137,7 @@ def test_without_a_configuration_nothing_starts(tmp_path: Path) -> None:
 def test_the_directives_are_those_the_script_relies_on() -> None:
     lines = SCRIPT.read_text(encoding="utf8").splitlines()
     directives = {line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")}
-    assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= directives
+    assert {"--signal=B:USR1@600", "--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= directives
     first_command = next(index for index, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(index < first_command for index, line in enumerate(lines) if line.startswith("#SBATCH "))
 

@@ -60,6 +60,10 @@ class Scaling:
         """Somebody asked the run to end."""
         return self._link.stopping
 
+    def stop(self) -> None:
+        """Ask the run to end, from inside it."""
+        self._link.stopping = True
+
     @property
     def groups_per_batch(self) -> int:
         """By the wanted generators, not by those that serve: deaths must not change who shares a batch."""

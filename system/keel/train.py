@@ -156,6 +156,7 @@ class _Run:
         Returns where it ended: at its last step, or where it was asked to stop.
         """
         _end_on_signals()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.scaling.stop)  # as batch systems announce
         losses = 0
         try:
             while not saved.over(self.settings):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -78,6 +79,7 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
         failures={"degrade_after_seconds": 5},
     )
     check_a_stop_while_it_starts(keel, keel("train", str(config)), run)
+    check_a_signal_while_it_starts(keel("resume", str(run)), run)
     process = keel("resume", str(run))
     wait(process, lambda: last_step(run) >= 2, "two steps")
     assert "generator=0: expected 1 to 1024" in refusal(keel, "scale", run, "--generators", 0)
@@ -118,9 +120,22 @@ def check_a_stop_while_it_starts(keel: Start, process: Any, run: Path) -> None:
     code, said, err = finish(keel("stop", str(run)))
     print(f"stopped while it started in {time.monotonic() - began:.1f} s")
     assert code == 0 and f"stopped, as asked, at step 0 of {STEPS}; go on with: keel resume {run}" in said, said + err
+    check_stopped_before_the_first_step(process, run)
+    (run / "control.json").unlink()
+
+
+def check_a_signal_while_it_starts(process: Any, run: Path) -> None:
+    """What a batch system sends before its time limit."""
+    wait(process, (run / "control.json").is_file, "somebody who hears")
+    process.send_signal(signal.SIGUSR1)
+    check_stopped_before_the_first_step(process, run)
+
+
+def check_stopped_before_the_first_step(process: Any, run: Path) -> None:
     code, out, err = finish(process)
     assert code == 130 and "Traceback" not in err, (code, out, err)
     assert not ranks_of(run) and not checkpoint.steps(run)
+    assert events_of(run, "stopped")[-1]["step"] == 0
 
 
 def check_pools_follow_and_ranks_change(keel: Start, process: Any, run: Path) -> None:
