@@ -1,45 +1,21 @@
-"""`keel plan`: rates out of run directories, predictions against closed forms, splits against all of them, memory by hand."""
+"""`keel plan`: predictions against closed forms, splits against all of them, memory by hand, and the command."""
 
 import itertools
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import yaml
 
-import rollouts
-from fakes import settings_for
-from keel import cli, config, durable, evaluate, measurement, schema
+from keel import cli, config
 from keel.capacity import configured
 from keel.config import ConfigError
 from keel.footprint import footprints
-from keel.plan import Machine, Prediction, predict, shape_of
+from keel.plan import Machine, Prediction, predict
 from keel.rates import Rates
-from keel.settings import Settings
-from keel.simulation import Simulation
 from keel.splits import best, of_cpus, of_gpus
-
-GIVEN: dict[str, Any] = {
-    "tokens_per_sequence": 100,
-    "generator": {"fixed_seconds": 1.0, "sequence_seconds": 0.25},
-    "reference": {"fixed_seconds": 0.5, "sequence_seconds": 0.0},
-    "scorer": {"fixed_seconds": 0.25, "sequence_seconds": 0.125},
-    "learner": {"fixed_seconds": 1.0, "sequence_seconds": 0.5},
-    "weights": {"publish_seconds": 0.125, "load_seconds": 0.25},
-}
-APART = Machine()
-
-
-def rates(**blocks: Any) -> Rates:
-    return Rates.model_validate({name: {**value, **blocks.get(name, {})} if isinstance(value, dict) else value for name, value in GIVEN.items()})  # fmt: skip
-
-
-def settings(staleness: int = 0, groups: int = 4, steps: int = 8, **blocks: Any) -> Settings:
-    buffer = {"groups_per_step": groups, "groups_per_batch": None}
-    return settings_for(steps, staleness, **{"buffer": buffer, "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}} | blocks)  # fmt: skip
+from planned import APART, GIVEN, rates, settings
 
 
 def test_a_synchronous_step_is_the_sum_of_its_stages() -> None:
@@ -84,114 +60,6 @@ def test_variation_is_of_the_size_that_was_given() -> None:
     assert found == predict(sizes, uneven, configured(sizes), APART, steps=3000), "seeded"
     drawn = predict(sizes, rates(generator={"relative_seconds": [0.5, 1.5]}), configured(sizes), APART, steps=200)
     assert drawn.step_seconds_p90 - found.step_seconds == pytest.approx(0.5 * 1.5, abs=0.05)
-
-
-def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2) -> Path:
-    """The files of a run with these rates, as far as rates are read from them."""
-    counts = configured(settings)
-    shape = shape_of(settings, rates, counts, APART, settings.run.steps)
-    line = Simulation(shape, Exactly(rates, settings, held_out)).run()
-    (folder / "rollouts").mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.dump(settings))
-    samples = settings.sampling.samples_per_prompt
-    totals: dict[str, Counter[str]] = {}
-    for step, counted in enumerate(line.counted, 1):
-        for name, values in counted.items():
-            totals.setdefault(name, Counter()).update(values)
-        ended, driver, weights = 1000.0 * step, rates.driver, rates.weights
-        at = {
-            "score": ended - 20 - driver.take_seconds - driver.add_seconds,
-            "accept": ended - 20 - driver.take_seconds,
-        }
-        at |= {"take": ended - 20, "step": ended - 10, "publish": ended - 10 + weights.publish_seconds}
-        at |= {"load": at["publish"] + weights.load_seconds}
-        sync = {"weight_sync_seconds": weights.publish_seconds + weights.load_seconds}
-        progress = {"progress_timestamp_seconds": at, "workers": {"learner": 1.0}, "max_staleness_versions": 0.0}
-        durable.append_json(folder / "metrics.jsonl", {"step": step, **sync, **progress, **{name: dict(values) for name, values in totals.items()}})  # fmt: skip
-        groups = settings.buffer.groups_per_step
-        tickets = range((step - 1) * groups, step * groups)
-        durable.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings.groups_per_batch)))  # fmt: skip
-    for step in (0, settings.run.steps):
-        evaluate.store(folder, step, rows(range(held_out), 1, rates, held_out))
-    return folder
-
-
-def rows(tickets: range, samples: int, rates: Rates, size: int) -> pa.RecordBatch:
-    """Scored rows in generator batches of `size` tickets, with the seconds of the rates."""
-    batches = []
-    for start in range(tickets.start, tickets.stop, size):
-        part = rollouts.prompts(range(start, min(start + size, tickets.stop)), samples)
-        scored = rollouts.scored(rollouts.referenced(rollouts.generated(part)), [0.5] * part.num_rows)
-        for name in ("generator", "scorer"):
-            column = f"{'generate' if name == 'generator' else 'score'}_seconds"
-            place = scored.schema.get_field_index(column)
-            seconds = rates.of(name).seconds(part.num_rows) + 1e-4 * (start % 7)
-            scored = scored.set_column(place, scored.schema.field(place), pa.array([seconds] * part.num_rows, pa.float32()))  # fmt: skip
-        batches.append(scored)
-    return schema.concat(batches)
-
-
-class Exactly:
-    """Mean seconds of the rates, nothing drawn."""
-
-    def __init__(self, rates: Rates, settings: Settings, held_out: int) -> None:
-        self.rates, self.settings, self.held_out = rates, settings, held_out
-
-    def stage(self, role: str, tickets: Any) -> float:
-        return self.rates.of(role).seconds(len(tickets) * self.settings.sampling.samples_per_prompt or self.held_out)
-
-    def step(self, version: int) -> float:
-        return self.rates.learner.seconds(self.settings.buffer.groups_per_step * self.settings.sampling.samples_per_prompt)  # fmt: skip
-
-    def load(self, version: int, worker: int) -> float:
-        return self.rates.weights.load_seconds
-
-    def driver(self, what: str) -> float:
-        weights, driver = self.rates.weights, self.rates.driver
-        return {"publish": weights.publish_seconds, "add": driver.add_seconds, "take": driver.take_seconds, "advance": driver.advance_seconds, "checkpoint": 0.0}[what]  # fmt: skip
-
-
-DRIVEN = {"driver": {"add_seconds": 0.03, "take_seconds": 0.02, "advance_seconds": 0.04}}
-
-
-def test_rates_come_back_from_the_files_of_a_run(tmp_path: Path) -> None:
-    there = Rates.model_validate({**GIVEN, **DRIVEN})
-    runs = [written(tmp_path / str(groups), settings(groups=groups), there) for groups in (4, 8)]
-    found = measurement.measured(runs)
-    for role in ("generator", "reference", "scorer", "learner"):
-        own, other = getattr(found, role), getattr(there, role)
-        assert own.fixed_seconds == pytest.approx(other.fixed_seconds, abs=0.02), role
-        assert own.sequence_seconds == pytest.approx(other.sequence_seconds, abs=0.005), role
-    assert found.weights.publish_seconds == pytest.approx(0.125)
-    assert found.weights.load_seconds == pytest.approx(0.25)
-    assert found.driver.model_dump() == pytest.approx(there.driver.model_dump(), abs=1e-5)
-    assert str(runs[0]) in found.source
-
-
-def test_one_size_of_batch_leaves_the_fixed_part_to_an_assumption_and_evaluations_do_not(tmp_path: Path) -> None:
-    found = measurement.measured([written(tmp_path / "run", settings(), rates())])
-    assert found.generator.fixed_seconds == pytest.approx(1.0, abs=0.02), "a second size: two held-out prompts"
-    assert found.generator.sequence_seconds == pytest.approx(0.25, abs=0.005)
-    assert found.learner.fixed_seconds == pytest.approx(0.2 * (1 + 8 * 0.5))
-    assert found.learner.seconds(8) == pytest.approx(1 + 8 * 0.5)
-
-
-def test_a_run_predicts_its_own_step_time(tmp_path: Path) -> None:
-    found = measurement.measured([written(tmp_path / "run", settings(), Rates.model_validate({**GIVEN, **DRIVEN}))])
-    again = predict(settings(), found, configured(settings()), APART)
-    assert again.step_seconds == pytest.approx(13.125 - 3 + 0.03 + 0.02 + 0.04, rel=0.01)
-
-
-def test_what_holds_no_rates_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--from .*: no config.yaml in it"):
-        measurement.measured([tmp_path])
-    short = written(tmp_path / "short", settings(steps=2), rates())
-    with pytest.raises(ConfigError, match=r"--from .*: 2 steps, none without an evaluation"):
-        measurement.measured([short])
-    run = written(tmp_path / "run", settings(), rates())
-    (run / "rollouts" / "step-000003.arrow").unlink()
-    with pytest.raises(ConfigError, match=r"no step-000003.arrow in its rollouts/"):
-        measurement.measured([run])
 
 
 @pytest.mark.parametrize(("staleness", "decoding"), [(0, 1.0), (1, 1.0), (0, 20.0)])
@@ -286,33 +154,6 @@ def test_cores_are_no_budget_for_workers_on_gpus() -> None:
         of_cpus(sizes, configured(sizes), 4)
 
 
-@pytest.mark.parametrize(
-    ("own", "why"),
-    [
-        ({"learner": {"fixed_seconds": 0, "sequence_seconds": 0}}, "learner.*a step takes time"),
-        ({"scorer": {"relative_seconds": [1.0, -0.5]}}, "scorer.relative_seconds"),
-    ],
-)
-def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], why: str) -> None:
-    path = tmp_path / "rates.yaml"
-    path.write_text(yaml.safe_dump({**GIVEN, **{role: {**GIVEN[role], **block} for role, block in own.items()}}))
-    with pytest.raises(ConfigError, match=why):
-        config.load_as(Rates, path)
-
-
-def test_a_step_in_which_the_run_began_again_is_not_measured(tmp_path: Path) -> None:
-    run = written(tmp_path / "run", settings(), rates())
-    sound = measurement.measured([run])
-    lines = durable.read_json_lines(run / "metrics.jsonl")
-    for line in lines[4:]:  # resumed after step 4: step 5 was made twice
-        for name, values in line.items():
-            if name.endswith("_seconds_total"):
-                line[name] = {label: value + 30.0 for label, value in values.items()}
-        line["phase_seconds_total"]["start"] = 100.0
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert measurement.measured([run]).learner.seconds(8) == pytest.approx(sound.learner.seconds(8))
-
-
 def config_file(folder: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(config.dump(settings(1)))
@@ -386,16 +227,3 @@ def test_what_is_wrong_is_said_before_minutes_of_measuring(
         plan(capsys, path, "--gpus", "1")
     with pytest.raises(ConfigError, match=r"--save-rates=.*/no/rates.yaml: no such folder"):
         plan(capsys, path, "--save-rates", str(tmp_path / "no" / "rates.yaml"))
-
-
-def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Path) -> None:
-    from keel import calibration
-
-    heard = {"tracking": {"trackers": ["wandb"]}, "metrics": {"discovery_directory": str(tmp_path)}}
-    wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64}, **heard)
-    found = calibration.settings_of(wanted, tmp_path)
-    assert (found.generators.count, found.scorers.count, found.reference and found.reference.count) == (1, 1, 1)
-    assert found.buffer.max_staleness == 0 and found.groups_per_batch == found.buffer.groups_per_step == 6
-    assert found.prompts.held_out == 6, "half of the twelve sequences of a step"
-    assert found.run_directory == str(tmp_path) and found.metrics.port == 0
-    assert not found.tracking.trackers and not found.metrics.discovery_directory, "nobody's experiment"

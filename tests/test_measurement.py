@@ -1,0 +1,95 @@
+"""Rates of `keel plan`: out of run directories and files, and the short run that measures them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keel import config, durable, measurement
+from keel.capacity import configured
+from keel.config import ConfigError
+from keel.plan import predict
+from keel.rates import Rates
+from planned import APART, DRIVEN, GIVEN, rates, settings, written
+
+
+def test_rates_come_back_from_the_files_of_a_run(tmp_path: Path) -> None:
+    there = Rates.model_validate({**GIVEN, **DRIVEN})
+    runs = [written(tmp_path / str(groups), settings(groups=groups), there) for groups in (4, 8)]
+    found = measurement.measured(runs)
+    for role in ("generator", "reference", "scorer", "learner"):
+        own, other = getattr(found, role), getattr(there, role)
+        assert own.fixed_seconds == pytest.approx(other.fixed_seconds, abs=0.02), role
+        assert own.sequence_seconds == pytest.approx(other.sequence_seconds, abs=0.005), role
+    assert found.weights.publish_seconds == pytest.approx(0.125)
+    assert found.weights.load_seconds == pytest.approx(0.25)
+    assert found.driver.model_dump() == pytest.approx(there.driver.model_dump(), abs=1e-5)
+    assert str(runs[0]) in found.source
+
+
+def test_one_size_of_batch_leaves_the_fixed_part_to_an_assumption_and_evaluations_do_not(tmp_path: Path) -> None:
+    found = measurement.measured([written(tmp_path / "run", settings(), rates())])
+    assert found.generator.fixed_seconds == pytest.approx(1.0, abs=0.02), "a second size: two held-out prompts"
+    assert found.generator.sequence_seconds == pytest.approx(0.25, abs=0.005)
+    assert found.learner.fixed_seconds == pytest.approx(0.2 * (1 + 8 * 0.5))
+    assert found.learner.seconds(8) == pytest.approx(1 + 8 * 0.5)
+
+
+def test_a_run_predicts_its_own_step_time(tmp_path: Path) -> None:
+    found = measurement.measured([written(tmp_path / "run", settings(), Rates.model_validate({**GIVEN, **DRIVEN}))])
+    again = predict(settings(), found, configured(settings()), APART)
+    assert again.step_seconds == pytest.approx(13.125 - 3 + 0.03 + 0.02 + 0.04, rel=0.01)
+
+
+def test_what_holds_no_rates_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--from .*: no config.yaml in it"):
+        measurement.measured([tmp_path])
+    short = written(tmp_path / "short", settings(steps=2), rates())
+    with pytest.raises(ConfigError, match=r"--from .*: 2 steps, none without an evaluation"):
+        measurement.measured([short])
+    run = written(tmp_path / "run", settings(), rates())
+    (run / "rollouts" / "step-000003.arrow").unlink()
+    with pytest.raises(ConfigError, match=r"no step-000003.arrow in its rollouts/"):
+        measurement.measured([run])
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"learner": {"fixed_seconds": 0, "sequence_seconds": 0}}, "learner.*a step takes time"),
+        ({"scorer": {"relative_seconds": [1.0, -0.5]}}, "scorer.relative_seconds"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], why: str) -> None:
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump({**GIVEN, **{role: {**GIVEN[role], **block} for role, block in own.items()}}))
+    with pytest.raises(ConfigError, match=why):
+        config.load_as(Rates, path)
+
+
+def test_a_step_in_which_the_run_began_again_is_not_measured(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", settings(), rates())
+    sound = measurement.measured([run])
+    lines = durable.read_json_lines(run / "metrics.jsonl")
+    for line in lines[4:]:  # resumed after step 4: step 5 was made twice
+        for name, values in line.items():
+            if name.endswith("_seconds_total"):
+                line[name] = {label: value + 30.0 for label, value in values.items()}
+        line["phase_seconds_total"]["start"] = 100.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measurement.measured([run]).learner.seconds(8) == pytest.approx(sound.learner.seconds(8))
+
+
+def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Path) -> None:
+    from keel import calibration
+
+    heard = {"tracking": {"trackers": ["wandb"]}, "metrics": {"discovery_directory": str(tmp_path)}}
+    wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64}, **heard)
+    found = calibration.settings_of(wanted, tmp_path)
+    assert (found.generators.count, found.scorers.count, found.reference and found.reference.count) == (1, 1, 1)
+    assert found.buffer.max_staleness == 0 and found.groups_per_batch == found.buffer.groups_per_step == 6
+    assert found.prompts.held_out == 6, "half of the twelve sequences of a step"
+    assert found.run_directory == str(tmp_path) and found.metrics.port == 0
+    assert not found.tracking.trackers and not found.metrics.discovery_directory, "nobody's experiment"
