@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
@@ -147,10 +148,11 @@ def _table(first: pa.RecordBatch, last: pa.RecordBatch, before: int, after: int,
 
 
 def _telling_rows(first: pa.RecordBatch, last: pa.RecordBatch) -> list[int]:
-    """The two prompts in the middle of the order by change of reward: typical, not the best."""
+    """Two prompts beside the middle of the order by change of reward: typical, not the best. Unscored ones are none."""
     change = per_completion(last)["reward"] - per_completion(first)["reward"]
-    order = change.argsort(kind="stable")
-    return [int(order[len(order) // 2]), int(order[len(order) * 3 // 4])]
+    order = [int(row) for row in change.argsort(kind="stable") if np.isfinite(change[row])]
+    low = len(order) * 2 // 5
+    return order[low : low + 1] + order[max(len(order) * 3 // 5, low + 1) :][:1]
 
 
 def _answer(first: pa.RecordBatch, last: pa.RecordBatch, row: int, before: int, after: int) -> Text:
