@@ -119,6 +119,7 @@ def test_memory_is_bytes_a_parameter() -> None:
         assert found["learner"].num_bytes == pytest.approx(7e9 * num_bytes)
     assert found["generator"].num_bytes == 14e9 + 2**30
     assert found["reference"].num_bytes == 14e9
+    assert found["node"].parts == {"published weights, old and new": 28e9}
 
 
 @pytest.mark.parametrize(("stage", "num_bytes"), [(1, 4 + 4 + 12 / 8), (2, 4 + (4 + 12) / 8), (3, (4 + 4 + 8) / 8)])
@@ -202,6 +203,19 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     given.write_text(yaml.safe_dump({name: value for name, value in GIVEN.items() if name != "reference"}))
     with pytest.raises(ConfigError, match=r"rates.reference: missing"):
         plan(capsys, path, "--rates", str(given))
+
+
+def test_without_a_budget_workers_share_the_cores_that_the_process_may_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container or a job of one core on a machine of 64."""
+    given = tmp_path / "rates.yaml"
+    given.write_text(yaml.safe_dump(GIVEN))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {5})
+    arguments = [str(config_file(tmp_path)), "cluster.address=local", "--rates", str(given), "--json"]
+    assert json.loads(plan(capsys, *arguments))["machine"]["cores"] == 1
+    assert json.loads(plan(capsys, *arguments, "--cpus", "4"))["machine"]["cores"] == 4
 
 
 def test_the_same_counts_take_the_same_time_in_both_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

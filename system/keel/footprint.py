@@ -6,7 +6,9 @@
     learner     bf16: 2 bytes of weights, 2 of gradients, 12 of fp32 master weights and Adam's two moments a parameter
                 fp32: 4, 4 and 12, at stage 3 8: it keeps no second copy of weights that are fp32 (DeepSpeed 0.19)
                 ZeRO stage 1 divides the optimizer state among the ranks, 2 also the gradients, 3 also the weights
-    node        the published weights in Ray's object store, once a node that has a generator or the learner
+    node        the published weights in Ray's object store, on a node that has a generator or the learner: twice, since
+                the old version is kept for generators that are replaced until the new one is there (where the learner
+                is not, Ray may drop the old one for room)
 
 Estimated as 0: activations, logits, CUDA and NCCL contexts, fragmentation, temporary fp32 gradients, Python itself.
 DeepSpeed's own estimates in bf16 are 2 + 18 / ranks bytes at stage 2 and 18 / ranks and the largest layer at stage 3:
@@ -54,4 +56,4 @@ def footprints(settings: Settings, parameters: int, ranks: int) -> list[Footprin
         "gradients": gradients / (ranks if stage >= 2 else 1),
         "optimizer state": optimizer / ranks,
     }
-    return [*found, Footprint(LEARNER, learner), Footprint("node", {"published weights": published})]
+    return [*found, Footprint(LEARNER, learner), Footprint("node", {"published weights, old and new": 2 * published})]

@@ -89,11 +89,15 @@ def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: boo
 
 
 def _cores(settings: Settings, gpus: int | None, cpus: int | None) -> float | None:
-    """Cores all workers share; None: they have devices or machines of their own."""
+    """Cores all workers share; None: they have devices or machines of their own.
+
+    Of this machine those this process may run on: a container or a job may have fewer than there are. A quota of
+    processor time is not seen.
+    """
     asked = [ask.of("GPU") for ask in capacity.asks(settings, configured(settings))]
     if gpus or any(asked) or (settings.cluster.address_to_join and not cpus):
         return None
-    return float(cpus or os.cpu_count() or 1)
+    return float(cpus or len(os.sched_getaffinity(0)))
 
 
 def _budget(settings: Settings, gpus: int | None, cpus: int | None) -> Budget | None:
