@@ -12,6 +12,7 @@ from keel.capacity import configured
 from keel.config import ConfigError
 from keel.plan import predict
 from keel.rates import Rates
+from keel.settings import Settings
 from planned import APART, DRIVEN, GIVEN, rates, settings, written
 
 
@@ -87,9 +88,52 @@ def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Pa
 
     heard = {"tracking": {"trackers": ["wandb"]}, "metrics": {"discovery_directory": str(tmp_path)}}
     wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64}, **heard)
+    wide = settings(groups=6, generators={"max_sequences": 4}, prompts={"held_out": 64})
     found = calibration.settings_of(wanted, tmp_path)
     assert (found.generators.count, found.scorers.count, found.reference and found.reference.count) == (1, 1, 1)
     assert found.buffer.max_staleness == 0 and found.groups_per_batch == found.buffer.groups_per_step == 6
     assert found.prompts.held_out == 6, "half of the twelve sequences of a step"
+    assert calibration.settings_of(wide, tmp_path).prompts.held_out == 2, "half of a wave"
     assert found.run_directory == str(tmp_path) and found.metrics.port == 0
     assert not found.tracking.trackers and not found.metrics.discovery_directory, "nobody's experiment"
+
+
+ON_GPUS = {"gpus": 1, "count": 4, "zero_stage": 3}
+ON_CORES = {"count": 2}
+
+
+@pytest.mark.parametrize(
+    ("address", "learners", "ranks"),
+    [("local", ON_CORES, 1), ("local", ON_GPUS, 4), ("10.0.0.1:6379", ON_CORES, 2)],
+)
+def test_ranks_that_would_share_cores_are_measured_as_one(
+    tmp_path: Path, address: str, learners: dict[str, Any], ranks: int
+) -> None:
+    from keel import calibration
+
+    wanted = settings(learners=learners, cluster={"address": address})
+    assert calibration.settings_of(wanted, tmp_path).learners.count == ranks
+
+
+def test_a_calibration_in_a_cluster_writes_where_all_nodes_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from keel import calibration
+
+    seen = []
+
+    def train(prepared: Settings, display: Any) -> None:
+        seen.append(Path(prepared.run_directory))
+        assert seen[-1].parent.is_dir()
+
+    monkeypatch.setattr(calibration.preflight, "prepare", lambda settings: settings)
+    monkeypatch.setattr(calibration.train, "run", train)
+    monkeypatch.setattr(calibration.measurement, "measured", lambda directories: rates())
+    run = {"directory": str(tmp_path / "shared" / "{name}")}
+    for address in ("10.0.0.1:6379", "local"):
+        calibration.run(settings(run=run, cluster={"address": address}), None)  # type: ignore[arg-type]
+    assert seen[0].parent.parent == tmp_path / "shared" and not seen[0].parent.exists()
+    assert tmp_path not in seen[1].parents
+    assert not (tmp_path / "shared" / "test").exists(), "the run itself has not begun"
+    (tmp_path / "file").write_text("")
+    run = {"directory": str(tmp_path / "file" / "{name}")}
+    with pytest.raises(ConfigError, match=r"run.directory=.*file is no folder that can be written to"):
+        calibration.run(settings(run=run, cluster={"address": "10.0.0.1:6379"}), None)  # type: ignore[arg-type]
