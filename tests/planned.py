@@ -11,10 +11,9 @@ from fakes import settings_for
 from keel import config, durable, evaluate, schema
 from keel.capacity import configured
 from keel.plan import Machine, shape_of
-from keel.rates import Rates
+from keel.rates import Rates, waves
 from keel.settings import Settings
 from keel.simulation import Simulation
-
 
 GIVEN: dict[str, Any] = {
     "tokens_per_sequence": 100,
@@ -36,8 +35,11 @@ def settings(staleness: int = 0, groups: int = 4, steps: int = 8, **blocks: Any)
     return settings_for(steps, staleness, **{"buffer": buffer, "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}} | blocks)  # fmt: skip
 
 
-def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2) -> Path:
-    """The files of a run with these rates, as far as rates are read from them."""
+def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2, quick_step: int = 3) -> Path:
+    """The files of a run with these rates, as far as rates are read from them.
+
+    Of a late run generators are busy at every load but that of `quick_step`.
+    """
     counts = configured(settings)
     shape = shape_of(settings, rates, counts, APART, settings.run.steps)
     line = Simulation(shape, Exactly(rates, settings, held_out)).run()
@@ -54,19 +56,24 @@ def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2) -
             "accept": ended - 20 - driver.take_seconds,
         }
         at |= {"take": ended - 20, "step": ended - 10, "publish": ended - 10 + weights.publish_seconds}
-        at |= {"load": at["publish"] + weights.load_seconds}
+        late = settings.buffer.max_staleness
+        at |= {"load": at["publish"] + weights.load_seconds + (2.5 if late and step != quick_step else 0.0)}
         sync = {"weight_sync_seconds": weights.publish_seconds + weights.load_seconds}
-        progress = {"progress_timestamp_seconds": at, "workers": {"learner": 1.0}, "max_staleness_versions": 0.0}
+        progress = {
+            "progress_timestamp_seconds": at,
+            "workers": {"learner": 1.0},
+            "max_staleness_versions": float(late),
+        }
         durable.append_json(folder / "metrics.jsonl", {"step": step, **sync, **progress, **{name: dict(values) for name, values in totals.items()}})  # fmt: skip
         groups = settings.buffer.groups_per_step
         tickets = range((step - 1) * groups, step * groups)
-        durable.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings.groups_per_batch)))  # fmt: skip
+        durable.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings, settings.groups_per_batch)))  # fmt: skip
     for step in (0, settings.run.steps):
-        evaluate.store(folder, step, rows(range(held_out), 1, rates, held_out))
+        evaluate.store(folder, step, rows(range(held_out), 1, rates, settings, held_out))
     return folder
 
 
-def rows(tickets: range, samples: int, rates: Rates, size: int) -> pa.RecordBatch:
+def rows(tickets: range, samples: int, rates: Rates, settings: Settings, size: int) -> pa.RecordBatch:
     """Scored rows in generator batches of `size` tickets, with the seconds of the rates."""
     batches = []
     for start in range(tickets.start, tickets.stop, size):
@@ -75,10 +82,15 @@ def rows(tickets: range, samples: int, rates: Rates, size: int) -> pa.RecordBatc
         for name in ("generator", "scorer"):
             column = f"{'generate' if name == 'generator' else 'score'}_seconds"
             place = scored.schema.get_field_index(column)
-            seconds = rates.of(name).seconds(part.num_rows) + 1e-4 * (start % 7)
+            seconds = mean_seconds(rates, settings, name, part.num_rows) + 1e-4 * (start % 7)
             scored = scored.set_column(place, scored.schema.field(place), pa.array([seconds] * part.num_rows, pa.float32()))  # fmt: skip
         batches.append(scored)
     return schema.concat(batches)
+
+
+def mean_seconds(rates: Rates, settings: Settings, role: str, sequences: int) -> float:
+    together = settings.generators.max_sequences if role == "generator" else sequences
+    return rates.of(role).seconds(sequences, waves(sequences, together))
 
 
 class Exactly:
@@ -88,7 +100,8 @@ class Exactly:
         self.rates, self.settings, self.held_out = rates, settings, held_out
 
     def stage(self, role: str, tickets: Any) -> float:
-        return self.rates.of(role).seconds(len(tickets) * self.settings.sampling.samples_per_prompt or self.held_out)
+        sequences = len(tickets) * self.settings.sampling.samples_per_prompt or self.held_out
+        return mean_seconds(self.rates, self.settings, role, sequences)
 
     def step(self, version: int) -> float:
         return self.rates.learner.seconds(self.settings.buffer.groups_per_step * self.settings.sampling.samples_per_prompt)  # fmt: skip

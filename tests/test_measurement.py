@@ -38,10 +38,37 @@ def test_one_size_of_batch_leaves_the_fixed_part_to_an_assumption_and_evaluation
     assert found.learner.seconds(8) == pytest.approx(1 + 8 * 0.5)
 
 
-def test_a_run_predicts_its_own_step_time(tmp_path: Path) -> None:
-    found = measurement.measured([written(tmp_path / "run", settings(), Rates.model_validate({**GIVEN, **DRIVEN}))])
-    again = predict(settings(), found, configured(settings()), APART)
-    assert again.step_seconds == pytest.approx(13.125 - 3 + 0.03 + 0.02 + 0.04, rel=0.01)
+@pytest.mark.parametrize(("max_sequences", "waves"), [(64, 1), (4, 2), (2, 4)])
+def test_a_run_predicts_its_own_step_time(tmp_path: Path, max_sequences: int, waves: int) -> None:
+    """Eight sequences a batch and two held out: in waves of two both sizes only say what a wave takes."""
+    sizes = settings(generators={"max_sequences": max_sequences})
+    found = measurement.measured([written(tmp_path / "run", sizes, Rates.model_validate({**GIVEN, **DRIVEN}))])
+    again = predict(sizes, found, configured(sizes), APART)
+    assert again.step_seconds == pytest.approx(13.125 - 3 + (waves - 1) + 0.03 + 0.02 + 0.04, rel=0.01)
+    if max_sequences != 2:
+        assert found.generator.fixed_seconds == pytest.approx(1.0, abs=0.02)
+    else:
+        assert found.generator.fixed_seconds == pytest.approx(0.5 * (1.0 + 2 * 0.25), abs=0.02), "assumed"
+
+
+def test_the_wait_for_a_busy_generator_is_no_time_of_a_load(tmp_path: Path) -> None:
+    late = written(tmp_path / "late", settings(1), rates())
+    assert measurement.measured([late]).weights.load_seconds == pytest.approx(0.25), "of the one quick step"
+    busy = written(tmp_path / "busy", settings(1), rates(), quick_step=0)
+    assert measurement.measured([busy]).weights.load_seconds == pytest.approx(2.75), "nothing better is known"
+    synchronous = written(tmp_path / "synchronous", settings(), rates(weights={"load_seconds": 0.5}))
+    assert measurement.measured([late, synchronous]).weights.load_seconds == pytest.approx(0.5)
+
+
+def test_of_many_durations_some_of_every_part_of_the_runs_are_kept() -> None:
+    """The machine gets four times slower half way: the first 200 would all be of the quick half."""
+    durations = [0.4] * 300 + [1.6] * 300
+    kept = measurement._thinned(durations)
+    assert len(kept) == 200
+    assert sorted(kept) == pytest.approx([0.4] * 100 + [1.6] * 100)
+    assert measurement._thinned(durations[:200]) == durations[:200]
+    odd = measurement._thinned([float(place % 7) for place in range(401)])
+    assert len(odd) <= 200 and sum(odd) / len(odd) == pytest.approx(sum(place % 7 for place in range(401)) / 401)
 
 
 def test_what_holds_no_rates_is_said_in_one_line(tmp_path: Path) -> None:
@@ -61,6 +88,7 @@ def test_what_holds_no_rates_is_said_in_one_line(tmp_path: Path) -> None:
     [
         ({"learner": {"fixed_seconds": 0, "sequence_seconds": 0}}, "learner.*a step takes time"),
         ({"scorer": {"relative_seconds": [1.0, -0.5]}}, "scorer.relative_seconds"),
+        ({"learner": {"cpu_ratio": 0.5}}, "learner.cpu_ratio"),
     ],
 )
 def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], why: str) -> None:

@@ -5,6 +5,7 @@ learner   phase_seconds_total of its steps
 driver    progress_timestamp_seconds: when each stage last finished something
 """
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ import pyarrow as pa
 from keel import config, durable, evaluate, schema
 from keel.config import ConfigError
 from keel.occupancy import LEARNER, STAGES, STEPPING
-from keel.rates import ASSUMED_FIXED_RATIO, Rates
+from keel.rates import ASSUMED_FIXED_RATIO, Rates, waves
 from keel.settings import Settings
 
 _MOST_KEPT = 200  # relative durations
@@ -27,11 +28,13 @@ _MOST_KEPT = 200  # relative durations
 
 @dataclass
 class _Seen:
-    """What runs took. Points: sequences a worker (learner: a rank) had, and seconds."""
+    """What runs took. Points: waves and sequences a worker (learner: a rank) had, and seconds."""
 
-    points: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    points: dict[str, list[tuple[float, float, float]]] = field(default_factory=lambda: defaultdict(list))
     relative: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     driver: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    late_loads: list[float] = field(default_factory=list)
+    """With the wait for a busy generator in them, if there was one."""
     tokens: list[float] = field(default_factory=list)
 
 
@@ -40,7 +43,9 @@ def measured(runs: Sequence[Path]) -> Rates:
 
     First steps, steps with an evaluation and those in which the run began again are left out. On cores that stages
     share, the runs should be synchronous (max_staleness 0) with one generator batch a step: else what is measured has
-    waited for cores. Raises ConfigError for a directory that holds no run, or too few steps.
+    waited for cores. The load of weights is that of synchronous runs. In late ones a generator may be busy when it is
+    its turn: only the shortest is taken, and only if there is no synchronous run. Raises ConfigError for a directory
+    that holds no run, or too few steps.
     """
     seen = _Seen()
     for directory in runs:
@@ -51,10 +56,12 @@ def measured(runs: Sequence[Path]) -> Rates:
         role: {
             "fixed_seconds": fixed,
             "sequence_seconds": slope,
-            "relative_seconds": [round(each, 4) for each in seen.relative[role][:_MOST_KEPT]],
+            "relative_seconds": [round(each, 4) for each in _thinned(seen.relative[role])],
         }
         for role, (fixed, slope) in lines.items()
     }
+    if "load" not in seen.driver:
+        seen.driver["load"] = [min(seen.late_loads)]  # of the step in which nobody was busy, if there was one
     driver = {what: statistics.median(seconds) for what, seconds in seen.driver.items()}
     weights = {f"{what}_seconds": driver.pop(what) for what in ("publish", "load")}
     named = ", ".join(str(directory) for directory in runs)
@@ -75,12 +82,13 @@ def _see(directory: Path, seen: _Seen) -> None:
     for role in STAGES:
         if busy := sum(_change(pair, "busy_seconds_total", role) for pair in pairs):
             size = statistics.mean(batch.sequences for batch in batches)
-            seen.points[role].append((size, busy / len(batches)))
-    _see_evaluations(directory, batches, seen)
+            passes = statistics.mean(_waves(role, batch, settings) for batch in batches)
+            seen.points[role].append((passes, size, busy / len(batches)))
+    _see_evaluations(directory, settings, batches, seen)
     rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
     ranks = pairs[0][1]["workers"]["learner"]
     steps = [_change(pair, "phase_seconds_total", STEPPING) for pair in pairs]
-    seen.points[LEARNER].append((rows / ranks, statistics.mean(steps)))
+    seen.points[LEARNER].append((1.0, rows / ranks, statistics.mean(steps)))
     seen.relative[LEARNER] += [each / statistics.mean(steps) for each in steps]
     seen.tokens += [batch.tokens / batch.sequences for batch in batches]
     for pair in pairs:
@@ -102,26 +110,31 @@ def _see_driver(pair: tuple[dict[str, Any], dict[str, Any]], seen: _Seen) -> Non
     _, line = pair
     at = line["progress_timestamp_seconds"]
     seen.driver["publish"].append(at["publish"] - at["step"])
-    seen.driver["load"].append(at["load"] - at["publish"])
     seen.driver["advance"].append(
         max(_change(pair, "phase_seconds_total", "weight_sync") - line["weight_sync_seconds"], 0.0)
     )
-    if line["max_staleness_versions"] == 0:  # else other batches come in between
+    load = at["load"] - at["publish"]
+    if line["max_staleness_versions"] > 0:  # a generator loads after its call, and other batches come in between
+        seen.late_loads.append(load)
+    else:
+        seen.driver["load"].append(load)
         seen.driver["add"].append(max(at["accept"] - at["score"], 0.0))
         seen.driver["take"].append(max(at["take"] - at["accept"], 0.0))
     if checkpoint := _change(pair, "phase_seconds_total", "checkpoint"):
         seen.driver["checkpoint"].append(checkpoint)
 
 
-def _see_evaluations(directory: Path, batches: "list[_Batch]", seen: _Seen) -> None:
+def _see_evaluations(directory: Path, settings: Settings, batches: "list[_Batch]", seen: _Seen) -> None:
     """Held-out batches as further sizes; what the way through Ray costs is taken from the other batches."""
     steps = [int(row["step"]) for row in evaluate.frontier(directory)]
     held_out = [_batches(evaluate.load(directory, step))[0] for step in steps[1:]]  # the first one warms up
     for role in ("generator", "scorer"):
         own = [batch.seconds[role] for batch in batches]
         mean = statistics.mean(own)
-        way = max(seen.points[role][-1][1] - mean, 0.0)
-        seen.points[role] += [(batch.sequences, batch.seconds[role] + way) for batch in held_out]
+        way = max(seen.points[role][-1][-1] - mean, 0.0)
+        seen.points[role] += [
+            (_waves(role, batch, settings), batch.sequences, batch.seconds[role] + way) for batch in held_out
+        ]
         if mean:
             seen.relative[role] += [(seconds + way) / (mean + way) for seconds in own]
 
@@ -159,13 +172,30 @@ def _batches(rows: pa.RecordBatch) -> list[_Batch]:
     ]
 
 
-def _line(points: Iterable[tuple[float, float]], assumed: float) -> tuple[float, float]:
-    """(seconds of a batch of none, seconds of each sequence), neither below 0; `assumed` where all sizes are equal."""
-    sizes, seconds = np.array(list(points)).T
-    if np.ptp(sizes) == 0:
-        mean = float(seconds.mean())
-        return assumed * mean, (1 - assumed) * mean / float(sizes[0])
-    slope, fixed = np.polyfit(sizes, seconds, 1)
+def _waves(role: str, batch: _Batch, settings: Settings) -> float:
+    return waves(batch.sequences, settings.generators.max_sequences) if role == "generator" else 1.0
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    """At most _MOST_KEPT of them: by size every n-th, so of every part of the runs, with the mean of all."""
+    stride = math.ceil(len(values) / _MOST_KEPT)
+    if stride <= 1:
+        return list(values)
+    kept = sorted(values)[stride // 2 :: stride]
+    return [each * statistics.mean(values) / statistics.mean(kept) for each in kept]
+
+
+def _line(points: Iterable[tuple[float, float, float]], assumed: float) -> tuple[float, float]:
+    """(seconds of a wave of none, seconds of each sequence), neither below 0, by least squares.
+
+    Where all waves are of one size, nothing tells the two apart: a share `assumed` of the time is fixed.
+    """
+    passes, sizes, seconds = np.array(list(points)).T
+    of_size = float(sizes @ seconds / (sizes @ sizes))
+    together = sizes / passes
+    if np.allclose(together, together[0]):
+        return assumed * of_size * float(together[0]), (1 - assumed) * of_size
+    fixed, slope = np.linalg.lstsq(np.stack([passes, sizes], axis=1), seconds)[0]
     if slope < 0:
-        return float(seconds.mean()), 0.0
-    return (float(fixed), float(slope)) if fixed >= 0 else (0.0, float((sizes * seconds).sum() / (sizes**2).sum()))
+        return float(passes @ seconds / (passes @ passes)), 0.0
+    return (float(fixed), float(slope)) if fixed >= 0 else (0.0, of_size)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from keel import capacity
 from keel.occupancy import LEARNER, STAGES
-from keel.rates import Rates
+from keel.rates import LearnerRates, Rates, StageRates, waves
 from keel.settings import Settings
 from keel.simulation import Shape, Simulation, Timeline
 
@@ -76,9 +76,8 @@ class _Drawn:
 
     def stage(self, role: str, tickets: Sequence[int]) -> float:
         sequences = len(tickets) * self._samples or self._held_out
-        by = self._rates.of(role)
-        waves = max(sequences / self._together, 1.0) if role == "generator" else 1.0
-        mean = by.fixed_seconds * waves + by.sequence_seconds * sequences
+        passes = waves(sequences, self._together) if role == "generator" else 1.0
+        mean = self._rates.of(role).seconds(sequences, passes)
         return mean * self._factor(role, tickets[0] if tickets else -1)
 
     def step(self, version: int) -> float:
@@ -98,7 +97,7 @@ class _Drawn:
         }[what]
 
     def _factor(self, role: str, key: int) -> float:
-        rates = self._rates.learner if role == LEARNER else self._rates.of(role)
+        rates: StageRates | LearnerRates = self._rates.learner if role == LEARNER else self._rates.of(role)
         if not rates.relative_seconds and not rates.variation_ratio:
             return 1.0
         draw = random.Random(f"{self._seed} {role} {key}")

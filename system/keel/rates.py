@@ -1,6 +1,7 @@
 """How long each stage takes: measured on runs (measurement.py), or given. What `keel plan` simulates with.
 
     stage     fixed_seconds + sequence_seconds * sequences of the batch           the fixed part: prefill, Python, Ray
+    generator fixed_seconds * waves + sequence_seconds * sequences of the batch   more than max_sequences take waves
     learner   fixed_seconds + sequence_seconds * sequences / ranks                the fixed part: optimizer, collectives
               + communication_seconds, with more than one rank
     weights   publish_seconds, then load_seconds in every generator at once
@@ -20,21 +21,29 @@ ASSUMED_FIXED_RATIO = {"generator": 0.5, "reference": 0.2, "scorer": 0.2, "learn
 """Decoding reads the weights once a token however many sequences there are; passes over whole sequences scale."""
 
 
-class StageRates(Section):
+def waves(sequences: float, max_sequences: int) -> float:
+    """Rounds in which a generator decodes a batch: it takes max_sequences together, and one round at the least."""
+    return max(sequences / max_sequences, 1.0)
+
+
+class _LineRates(Section):
     fixed_seconds: float = Field(ge=0, description="of a batch, whatever its size")
     sequence_seconds: float = Field(ge=0, description="more for each sequence of it")
     variation_ratio: float = Field(0, ge=0, description="standard deviation over mean of a lognormal duration")
     relative_seconds: list[Annotated[float, Field(ge=0)]] = Field(
         [], description="measured durations over their mean; drawn from, if given"
     )
+
+    def seconds(self, sequences: float, waves: float = 1.0) -> float:
+        """Mean of a batch."""
+        return self.fixed_seconds * waves + self.sequence_seconds * sequences
+
+
+class StageRates(_LineRates):
     cpu_ratio: Fraction = Field(1, description="share of the time in which cores compute; the rest is waiting")
 
-    def seconds(self, sequences: float) -> float:
-        """Mean of a batch."""
-        return self.fixed_seconds + self.sequence_seconds * sequences
 
-
-class LearnerRates(StageRates):
+class LearnerRates(_LineRates):
     communication_seconds: float = Field(0, ge=0, description="of a step, with more than one rank")
 
     @model_validator(mode="after")
