@@ -28,6 +28,7 @@ PACE = "KEEL_BENCHMARK_PACE_SECONDS"
 HERE = Path(__file__).resolve().parent
 STEPS = 12
 WARM_UP_STEPS = 2
+CORES = len(os.sched_getaffinity(0))
 
 
 def paced(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
@@ -117,7 +118,7 @@ def result(runs: Path, name: str) -> dict[str, Any]:
             update={"scorer": scorer.model_copy(update={"fixed_seconds": fixed, "cpu_ratio": 0.0})}
         )
     settings = config.load(folder_of(runs, name) / "run" / "config.yaml")
-    found = predict(settings, rates, configured(settings), Machine(cores=float(os.cpu_count() or 1)), steps=100)
+    found = predict(settings, rates, configured(settings), Machine(cores=float(CORES)), steps=100)
     seconds, busy = _measured(folder_of(runs, name) / "run", found.counts)
     return {
         "case": name,
@@ -170,7 +171,7 @@ def main() -> None:
             train(options.runs, name)
     present = [name for name in CASES if (folder_of(options.runs, name) / "run" / "checkpoints").is_dir()]
     results = [result(options.runs, name) for name in present if CASES[name].measured in present]
-    durable.write_json(HERE / "results" / "plan_validation.json", {"cores": os.cpu_count(), "results": results})
+    durable.write_json(HERE / "results" / "plan_validation.json", {"cores": CORES, "results": results})
     print(table(results))
 
 
