@@ -9,6 +9,7 @@ import yaml
 from hatchling.builders.wheel import WheelBuilder
 
 from keel import cli, deploy_commands
+from manifests import made
 
 REPOSITORY = Path(__file__).parent.parent
 COMMITTED = REPOSITORY / "deploy" / "grafana"
@@ -87,7 +88,10 @@ def test_grafana_knows_how_often_prometheus_scrapes() -> None:
     if not scraping.exists():
         pytest.skip("no deploy/prometheus/prometheus.yml")
     (source,) = yaml.safe_load((COMMITTED / "provisioning/datasources/keel.yaml").read_text())["datasources"]
-    assert source["jsonData"]["timeInterval"] == yaml.safe_load(scraping.read_text())["global"]["scrape_interval"]
+    interval = source["jsonData"]["timeInterval"]
+    assert interval == yaml.safe_load(scraping.read_text())["global"]["scrape_interval"]
+    endpoints = made()["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert [each["interval"] for each in endpoints if each["port"] == "keel-metrics"] == [interval]
 
 
 def test_without_output_it_says_what_there_is(
