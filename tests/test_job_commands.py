@@ -227,6 +227,31 @@ def test_logs_are_those_of_an_attempt(server: Server, capsys: pytest.CaptureFixt
     assert "no run of that name" in keel(capsys, "logs", "absent", "--address", ADDRESS, code=2)
 
 
+def test_a_silent_log_is_followed_as_long_as_the_server_answers(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, asked = submit(capsys)["job"], 0
+
+    def info(job: str) -> JobDetails:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            raise requests.ConnectTimeout("gone")
+        return JobDetails(**server.jobs[job])
+
+    async def silent(job: str) -> AsyncIterator[str]:
+        yield "a line\n"
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(server, "get_job_info", info)
+    monkeypatch.setattr(server, "tail_job_logs", silent)
+    monkeypatch.setattr(jobs, "_SILENCE_SECONDS", 0.05)
+    said: list[str] = []
+    with pytest.raises(requests.ConnectTimeout):
+        jobs.follow(server, job, said.append)  # type: ignore[arg-type]
+    assert said == ["a line\n"] and asked == 3
+
+
 def test_stop_now_ends_the_job_and_what_is_not_alive_is_refused(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,9 +406,11 @@ def serving(status: int, body: bytes) -> Iterator[str]:
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(
