@@ -172,9 +172,7 @@ def test_a_run_that_is_alive_is_found_and_one_that_is_over_has_another_attempt(
         again = submit(capsys)
         assert (again["job"], again["new"], again["state"]) == (first, False, status) and len(server.jobs) == 1
     line = keel(capsys, "submit", "config.yaml", "run.seed=9", "--address", ADDRESS, code=2)
-    assert line == (
-        f"keel: run.name=mine: runs with other settings as {first}; expected keel stop mine first, or another run.name\n"
-    )
+    assert line == f"keel: run.name=mine: runs with other settings as {first}; expected those, or another run.name\n"
     assert submit(capsys, "run.name=other")["job"].startswith("keel-other-")
     for number, ended in enumerate([("FAILED", 1), ("STOPPED", None), ("SUCCEEDED", 0)], start=2):
         server.end(first if number == 2 else f"{first}-{number - 1}", *ended)

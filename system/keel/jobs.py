@@ -139,8 +139,7 @@ def submit(client: Client, submission: Submission, archive: Path) -> tuple[Attem
 def _attach(running: Attempt, submission: Submission) -> Attempt:
     if running.digest != submission.digest:
         raise ConfigError(
-            f"run.name={submission.run}: runs with other settings as {running.job}; expected keel stop"
-            f" {submission.run} first, or another run.name"
+            f"run.name={submission.run}: runs with other settings as {running.job}; expected those, or another run.name"
         )
     return running
 
