@@ -79,7 +79,8 @@ def _object(plan: Plan, api: str, kind: str, name: str, **rest: Any) -> dict[str
 
 def _endpoint(port: str, job: str) -> dict[str, Any]:
     """The job as in deploy/prometheus: alerts ask for `up` of keel; the operator would name it after the PodMonitor."""
-    return {"port": port, "interval": f"{_SCRAPE_SECONDS[job]}s", "relabelings": [{"targetLabel": "job", "replacement": job}]}
+    relabelings = [{"targetLabel": "job", "replacement": job}]
+    return {"port": port, "interval": f"{_SCRAPE_SECONDS[job]}s", "relabelings": relabelings}
 
 
 def _job(plan: Plan) -> dict[str, Any]:

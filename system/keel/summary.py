@@ -1,5 +1,6 @@
 """What a finished run shows: first against last evaluation, two answers before and after, and where to go next."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
         soft_wrap=True,
     )
     console.print(f"Time     {seconds:.0f} s in this process")
-    console.print("Next     " + _next(config_path), soft_wrap=True)
+    console.print("Next     " + _next(directory, settings, config_path), soft_wrap=True)
 
 
 def draw_frontier(directory: Path, settings: Settings) -> str | None:
@@ -179,8 +180,11 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _next(config_path: str) -> str:
+def _next(directory: Path, settings: Settings, config_path: str) -> str:
+    """From the run's own config.yaml: what was given may have been changed by overrides, or by a pipeline."""
     other = Path(config_path).with_name("quickstart-maxent.yaml")
     if Path(config_path).name == "quickstart.yaml" and other.exists():
         return f"keel train {other}  (the same run regularised by entropy: watch KL and the answers)"
-    return f"keel train {config_path} run.name=another run.seed=1"
+    beside = f"run.directory={_short(directory.parent)}/{{name}}"  # a resumed run's names that run alone
+    changes = ["run.name=another", beside, f"run.seed={settings.run.seed + 1}"]
+    return shlex.join(["keel", "train", _short(directory / "config.yaml"), *changes])
