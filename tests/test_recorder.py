@@ -1,5 +1,6 @@
 """What the recorder makes of what it is told."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -129,5 +130,5 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         _room_for=room_for,
     )
     with pytest.raises(BuildFailed):
-        await _Run._go_on(cast(_Run, own), Saved(None, {}))
+        await _Run._start(cast(_Run, own), Saved(None, {}), contextlib.ExitStack())
     assert asked == [True]
