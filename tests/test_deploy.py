@@ -47,6 +47,16 @@ def test_a_file_that_differs_is_overwritten_only_by_force(
     assert ((tmp_path / "keel-compare.json").read_text() == "mine") == bool(code)
 
 
+def test_prometheus_looks_for_runs_where_they_say_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    deploy_commands.prometheus(output=tmp_path / "out", discovery=Path("seen: here"))
+    tree = yaml.safe_load((tmp_path / "out" / "prometheus.yml").read_text())
+    (keel,) = [job for job in tree["scrape_configs"] if job["job_name"] == "keel"]
+    assert keel["file_sd_configs"][0]["files"] == [f"{tmp_path}/seen: here/keel-*.json"]
+    deploy_commands.prometheus(output=tmp_path / "plain")
+    assert "files: [discovery/keel-*.json]" in (tmp_path / "plain" / "prometheus.yml").read_text()
+
+
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(deploy_commands.ConfigError, match="is a file; expected a folder"):
