@@ -27,7 +27,7 @@ test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" lea
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: setup  ## run every test: also twenty steps of every objective on the real stack, and a short chaos run
-	$(BIN)/python -m pytest -m "not integration" $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not integration" $(ARGS)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(MARKS)" tests/integration $(ARGS)
 	$(BIN)/python -m pytest tests/chaos $(ARGS)
 

@@ -149,7 +149,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     rows = [
         f"| {each['case']} | {each['rates_of']} | {each['measured_median_step_seconds']:.2f}"
-        f" | {each['predicted_step_seconds']:.2f} | {each['error_ratio']:+.0%}"
+        f" | {each['predicted_step_seconds']:.2f} | {each['error_ratio']:+z.0%}"
         f" | {_shares(each['measured_busy_ratio'])} | {_shares(each['predicted_busy_ratio'])} |"
         for each in results
     ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, config, doctor
+from keel import cli, config, doctor, summary
 from keel.metric_table import reference_table
 from keel.protocols import WorkerLost
 from keel.settings import Settings
@@ -119,6 +120,25 @@ def test_train_and_resume_hand_over_the_same_settings(
     resumed, path = calls.pop()
     assert resumed.run_directory == name and path == f"{name}/config.yaml"
     assert config.digest(resumed) == config.digest(settings)
+
+
+@pytest.mark.parametrize("folder", ["runs", "runs of mine/pipeline"])
+def test_the_next_command_is_another_run_beside_the_one_that_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = started(monkeypatch)
+    assert run(monkeypatch, "train", QUICKSTART, "run.seed=5", "rewards.vader.weight=2") == 0
+    settings, _ = calls.pop()
+    directory = Path(folder, "quickstart")
+    directory.mkdir(parents=True)
+    alone = settings.run.model_copy(update={"directory": str(directory)})  # as keel resume writes it
+    (directory / "config.yaml").write_text(config.dump(settings.model_copy(update={"run": alone})))
+    keel, *arguments = shlex.split(summary._next(directory, settings, "configs/pipeline/train.yaml"))
+    assert (keel, run(monkeypatch, *arguments)) == ("keel", 0)
+    other, path = calls.pop()
+    assert (other.run_directory, other.run.seed) == (f"{folder}/another", 6) and path == str(directory / "config.yaml")
+    assert other.rewards[0].weight == 2.0
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,7 @@ SERIES = {
     'keel_version{run="a"}': "0+1x240",  # a step every 15 seconds
     'keel_steps_wanted{run="a"}': "300x240",
     'keel_workers_lost_total{run="a", role="scorer"}': "_x231 1x8",  # the first loss makes the series
+    'keel_workers_lost_total{run="a", role="reference"}': "2x199 stale _x8 2x31",  # no scrape from 50m to 52m
     'keel_busy_seconds_total{run="a", role="learner"}': "0+15x240",  # never idle: it has no other series
     'keel_busy_seconds_total{run="a", role="generator"}': "0+15x240",
     'keel_idle_seconds_total{run="a", role="generator", on="learner"}': "0+30x240",
@@ -284,6 +285,7 @@ def test_expressions_are_worth_what_their_panels_say(tmp_path: Path) -> None:
     if promtool is None:
         pytest.skip("no promtool on PATH")
     checks = [("58m", event(), [('{run="a", role="scorer"}', 1)]), ("57m", event(), []), ("59m30s", event(), [])]
+    checks.append(("52m30s", event(), []))  # what was lost before the gap
     for (uid, title, number), samples in VALUES.items():
         panel = next(panel for panel in drawn(uid) if panel["title"] == title)
         checks.append(("58m", filled(panel["targets"][number]["expr"]), samples))

@@ -9,6 +9,7 @@ import yaml
 from hatchling.builders.wheel import WheelBuilder
 
 from keel import cli, deploy_commands
+from manifests import made
 
 REPOSITORY = Path(__file__).parent.parent
 COMMITTED = REPOSITORY / "deploy" / "grafana"
@@ -44,6 +45,16 @@ def test_a_file_that_differs_is_overwritten_only_by_force(
         expected = "keel-compare.json in it differs; expected --force, or another folder"
         assert capsys.readouterr().err == f"keel: --output={tmp_path}: {expected}\n"
     assert ((tmp_path / "keel-compare.json").read_text() == "mine") == bool(code)
+
+
+def test_prometheus_looks_for_runs_where_they_say_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    deploy_commands.prometheus(output=tmp_path / "out", discovery=Path("seen: here"))
+    tree = yaml.safe_load((tmp_path / "out" / "prometheus.yml").read_text())
+    (keel,) = [job for job in tree["scrape_configs"] if job["job_name"] == "keel"]
+    assert keel["file_sd_configs"][0]["files"] == [f"{tmp_path}/seen: here/keel-*.json"]
+    deploy_commands.prometheus(output=tmp_path / "plain")
+    assert "files: [discovery/keel-*.json]" in (tmp_path / "plain" / "prometheus.yml").read_text()
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -87,7 +98,10 @@ def test_grafana_knows_how_often_prometheus_scrapes() -> None:
     if not scraping.exists():
         pytest.skip("no deploy/prometheus/prometheus.yml")
     (source,) = yaml.safe_load((COMMITTED / "provisioning/datasources/keel.yaml").read_text())["datasources"]
-    assert source["jsonData"]["timeInterval"] == yaml.safe_load(scraping.read_text())["global"]["scrape_interval"]
+    interval = source["jsonData"]["timeInterval"]
+    assert interval == yaml.safe_load(scraping.read_text())["global"]["scrape_interval"]
+    endpoints = made()["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert [each["interval"] for each in endpoints if each["port"] == "keel-metrics"] == [interval]
 
 
 def test_without_output_it_says_what_there_is(

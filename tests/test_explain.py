@@ -74,7 +74,7 @@ def test_a_run_that_was_built_again_says_so() -> None:
     run.step()
     found = explain(run.lines)
     assert next(iter(found.timeline)) == "start"
-    assert found.advice[0].startswith("start takes") and "built again" in found.advice[0], found.advice
+    assert found.advice[0].startswith("start takes") and "resumed, or built again" in found.advice[0], found.advice
 
 
 def test_busy_and_idle_add_up_and_say_whom_a_role_waits_for() -> None:

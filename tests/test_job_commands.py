@@ -172,9 +172,7 @@ def test_a_run_that_is_alive_is_found_and_one_that_is_over_has_another_attempt(
         again = submit(capsys)
         assert (again["job"], again["new"], again["state"]) == (first, False, status) and len(server.jobs) == 1
     line = keel(capsys, "submit", "config.yaml", "run.seed=9", "--address", ADDRESS, code=2)
-    assert line == (
-        f"keel: run.name=mine: runs with other settings as {first}; expected keel stop mine first, or another run.name\n"
-    )
+    assert line == f"keel: run.name=mine: runs with other settings as {first}; expected those, or another run.name\n"
     assert submit(capsys, "run.name=other")["job"].startswith("keel-other-")
     for number, ended in enumerate([("FAILED", 1), ("STOPPED", None), ("SUCCEEDED", 0)], start=2):
         server.end(first if number == 2 else f"{first}-{number - 1}", *ended)
@@ -225,6 +223,31 @@ def test_logs_are_those_of_an_attempt(server: Server, capsys: pytest.CaptureFixt
     assert f"this is {first} [bold]\n" in keel(capsys, "logs", "mine", "--address", ADDRESS, "--attempt", "1")
     assert "no attempt 3" in keel(capsys, "logs", "mine", "--address", ADDRESS, "--attempt", "3", code=2)
     assert "no run of that name" in keel(capsys, "logs", "absent", "--address", ADDRESS, code=2)
+
+
+def test_a_silent_log_is_followed_as_long_as_the_server_answers(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, asked = submit(capsys)["job"], 0
+
+    def info(job: str) -> JobDetails:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            raise requests.ConnectTimeout("gone")
+        return JobDetails(**server.jobs[job])
+
+    async def silent(job: str) -> AsyncIterator[str]:
+        yield "a line\n"
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(server, "get_job_info", info)
+    monkeypatch.setattr(server, "tail_job_logs", silent)
+    monkeypatch.setattr(jobs, "_SILENCE_SECONDS", 0.05)
+    said: list[str] = []
+    with pytest.raises(requests.ConnectTimeout):
+        jobs.follow(server, job, said.append)  # type: ignore[arg-type]
+    assert said == ["a line\n"] and asked == 3
 
 
 def test_stop_now_ends_the_job_and_what_is_not_alive_is_refused(
@@ -381,9 +404,11 @@ def serving(status: int, body: bytes) -> Iterator[str]:
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,14 +27,27 @@ def _no_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def serving(submissions: list[tuple[int, str]]) -> Iterator[str]:
-    """A job server that gives these answers to submissions, one after the other; none of them left: no answer."""
+def serving(submissions: list[tuple[int, str]], uploads: list[int] | None = None) -> Iterator[str]:
+    """A job server that gives these answers to submissions, one after the other; none of them left: no answer.
+
+    It takes 50 MiB a second of what is uploaded, and notes the bytes.
+    """
     over = threading.Event()
+    uploads = [] if uploads is None else uploads
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = {"/api/version": {"ray_version": ray.__version__, "version": "4"}, "/api/jobs/": []}
-            self._answer(200, json.dumps(known[self.path]))
+            there = self.path in known
+            self._answer(200 if there else 404, json.dumps(known[self.path]) if there else "")
+
+        def do_PUT(self) -> None:
+            left = int(self.headers["Content-Length"])
+            while left:
+                time.sleep(0.02)
+                left -= len(self.rfile.read(min(left, 2**20)))
+            uploads.append(int(self.headers["Content-Length"]))
+            self._answer(200, "")
 
         def do_POST(self) -> None:
             sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -53,10 +67,12 @@ def serving(submissions: list[tuple[int, str]]) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        over.set()
-        http.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            over.set()
+            http.shutdown()
+            thread.join()
 
 
 def test_a_head_without_its_agent_is_waited_for_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,3 +114,14 @@ def test_a_server_that_does_not_answer_any_more_is_an_error(monkeypatch: pytest.
         monkeypatch.setattr(job_server, "_ANSWER_SECONDS", 0.3)
         client.submit_job(**JOB)
     assert time.monotonic() - began < 20
+
+
+def test_an_upload_may_take_longer_than_a_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """urllib3 sends a whole body within the time for connecting."""
+    archive = tmp_path / "bundle.zip"
+    archive.write_bytes(bytes(2**25))
+    uploads: list[int] = []
+    with serving([_TAKEN], uploads) as address, job_server.cluster(address) as client:
+        monkeypatch.setattr(job_server, "_CONNECT_SECONDS", 0.1)
+        client.submit_job(**JOB, runtime_env={"working_dir": str(archive)})
+    assert uploads == [2**25]

@@ -83,6 +83,11 @@ def test_a_failed_job_finds_its_run_directory_again() -> None:
         assert {volume["name"] for volume in pod["spec"].get("volumes", [])} == set(places)
 
 
+def test_a_job_that_ended_keeps_its_gpus_for_minutes_only() -> None:
+    job = made(path=GPU)["RayJob"]["spec"]
+    assert job["shutdownAfterJobFinishes"] and job["ttlSecondsAfterFinished"] <= 300
+
+
 def test_pods_meet_the_restricted_security_standard() -> None:
     for _, pod in templates(made(path=GPU)["RayJob"]):
         own = pod["spec"]["securityContext"]

@@ -181,6 +181,8 @@ def test_the_address_of_a_job_server_is_no_cluster_to_join(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     assert refused(tree).startswith("cluster.address or RAY_ADDRESS=http://head:8265: is where jobs are submitted")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert "RAY_ADDRESS=ray://head:10001: is no address of a cluster; expected HOST:PORT" in refused(tree)
 
 
 def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def test_the_table_of_events_has_all_of_them() -> None:
         (ROOT / "docs/reliability.md").read_text(encoding="utf8").partition("| event | when |")[2].partition("\n\n")[0]
     )
     sources = [path.read_text(encoding="utf8") for path in (ROOT / "system/keel").rglob("*.py")]
-    written = {name for text in sources for name in re.findall(r'\.event\(\s*"(\w+)"', text)}
+    written = {name for text in sources for name in re.findall(r'(?:\.event\(\s*|"event": )"(\w+)"', text)}
     listed = {
         name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
     }

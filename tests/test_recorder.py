@@ -1,5 +1,6 @@
 """What the recorder makes of what it is told."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -93,6 +94,17 @@ def test_of_many_that_wait_for_room_one_speaks_for_all(tmp_path: Path) -> None:
     ]
 
 
+def test_memory_is_measured_between_steps_and_is_in_the_line_of_a_step(tmp_path: Path) -> None:
+    prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
+    metrics, display = RunMetrics("test", tmp_path / "metrics.jsonl"), Quiet()
+    recorder = Recorder(cast(Prepared, prepared), metrics, display)
+    recorder.tick()
+    assert (metrics.registry.get_sample_value("keel_free_memory_bytes", {"run": "test"}) or 0) > 0
+    recorder.step(1)
+    assert durable.read_json_lines(tmp_path / "metrics.jsonl") == display.lines
+    assert display.lines[0]["free_memory_bytes"] > 0
+
+
 async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,5 +130,5 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         _room_for=room_for,
     )
     with pytest.raises(BuildFailed):
-        await _Run._go_on(cast(_Run, own), Saved(None, {}))
+        await _Run._start(cast(_Run, own), Saved(None, {}), contextlib.ExitStack())
     assert asked == [True]

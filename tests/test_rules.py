@@ -155,6 +155,21 @@ def test_counters_are_counted_and_gauges_are_read(expression: str) -> None:
     assert {METRICS[name].kind for name in of_gauges} <= {"gauge"}
 
 
+def test_copies_differ_only_in_what_they_are_about() -> None:
+    """PromQL has no functions: what is asked of two roles, or of four numbers, is written two and four times."""
+    scorer, reference = (alerts()[f"Keel{role}Backlog"] for role in ("Scorer", "Reference"))
+    assert reference["expr"].replace('"reference"', '"scorer"') == scorer["expr"]
+    assert (reference["for"], reference["labels"]) == (scorer["for"], scorer["labels"])
+    for operation in ("start", "ratio_start"):
+        copies = {name.split(":")[1]: text for name, text in recorded().items() if name.endswith(f":{operation}")}
+        assert set(copies) == {"keel_entropy_nats", "keel_length_tokens", "keel_finished_ratio", "keel_gap_nats"}
+        assert len({text.replace(metric, "X") for metric, text in copies.items()}) == 1
+    counts = [text for text in recorded().values() if "offset 1h" in text]
+    assert len(counts) == 7
+    for text in counts:
+        assert re.search(r"\((\w+_total) - last_over_time\(\1\[1h\] offset 1h\) >= 0\)\s+or \1\n", text), text
+
+
 def test_recorded_series_keep_the_run() -> None:
     for name in recorded():
         level, _, operation = name.split(":")

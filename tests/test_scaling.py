@@ -1,6 +1,8 @@
 """How a run follows what is wanted of it: the autoscaler, a stop while it starts, a buffer that does not answer."""
 
 import asyncio
+import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,21 +24,20 @@ def test_the_autoscaler_holds_what_is_wanted_now_and_nothing_after_the_end(
     asked: list[Mapping[str, int]] = []
     monkeypatch.setattr(cluster, "request", lambda settings, counts: asked.append(dict(counts)))
     pool = SimpleNamespace(serving=1)
-    gang: Any = SimpleNamespace(room=SimpleNamespace(ranks=1))
     link: Any = SimpleNamespace(desired={"generator": 1, "learner": 1}, stopping=False)
     pools: Any = {"generator": pool}
-    scaling = Scaling(settings_for(), tmp_path, pools, link, Observer())
-    scaling._record(gang)
+    scaling = Scaling(settings_for(), tmp_path, pools, link, Observer(), threading.Event())
+    scaling._record(ranks=1)
     scaling.end()
     assert asked == [], "the nodes there are hold it"
     link.desired = {"generator": 4, "learner": 1}
-    scaling._record(gang)
-    scaling._record(gang)
+    scaling._record(ranks=1)
+    scaling._record(ranks=1)
     pool.serving = 2
-    scaling._record(gang)
+    scaling._record(ranks=1)
     assert asked == [{"generator": 4, "learner": 1}], "once, however long it lasts"
     link.desired, pool.serving = {"generator": 1, "learner": 1}, 1  # the spare ones do not serve from then on
-    scaling._record(gang)
+    scaling._record(ranks=1)
     assert asked[1:] == [{"generator": 1, "learner": 1}], "fewer now: the nodes of the others may go"
     scaling.end()
     assert asked[2:] == [{}]
@@ -56,10 +57,35 @@ class Link:
             self.stopping = self.left <= 0
 
 
-def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, link: Any, **blocks: Any) -> Scaling:
+class Seen(Observer):
+    """Keeps the last gauges, the events, and how often it ticked."""
+
+    def __init__(self) -> None:
+        self.gauges: dict[str, Any] = {}
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.ticks = 0
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+    def set(self, values: Mapping[str, Any]) -> None:
+        self.gauges |= values
+
+    def event(self, name: str, **values: Any) -> None:
+        self.events.append((name, values))
+
+
+def starting(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    link: Any,
+    observer: Observer | None = None,
+    asked: threading.Event | None = None,
+    **blocks: Any,
+) -> Scaling:
     monkeypatch.setattr(scaling_module, "_POLL_SECONDS", 0.01)
     pools: Any = {"generator": SimpleNamespace(serving=1, count=1)}
-    return Scaling(settings_for(**blocks), tmp_path, pools, link, Observer())
+    return Scaling(settings_for(**blocks), tmp_path, pools, link, observer or Observer(), asked or threading.Event())
 
 
 def test_a_stop_breaks_off_a_start_and_waits_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +99,10 @@ def test_a_stop_breaks_off_a_start_and_waits_for_its_end(tmp_path: Path, monkeyp
             ended.append(True)
         return "never"
 
-    assert asyncio.run(starting(tmp_path, monkeypatch, link).unless_stopped(start())) is None
+    seen = Seen()
+    assert asyncio.run(starting(tmp_path, monkeypatch, link, seen).unless_stopped(start())) is None
     assert ended == [True]
+    assert seen.ticks == 2 and seen.gauges == {"workers": {"learner": 0.0}}, "what passes is counted while it passes"
     assert link.told == [{"generator": 1, "learner": 0}] * 2
 
 
@@ -104,3 +132,37 @@ def test_a_buffer_that_does_not_size_its_batches_is_lost(tmp_path: Path, monkeyp
     buffer: Any = Buffer()
     with pytest.raises(BufferLost, match="waited 0 s for the buffer to size batches anew"):
         asyncio.run(asyncio.wait_for(scaling.follow(gang, buffer, SimpleNamespace()), 5))  # type: ignore[arg-type]
+
+
+def test_a_signal_stops_a_start_and_an_error_of_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, asked = Seen(), threading.Event()
+    asked.set()
+
+    async def start() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise LearnerLost("no room")
+
+    scaling = starting(tmp_path, monkeypatch, Link(exchanges=None), seen, asked)
+    assert asyncio.run(scaling.unless_stopped(start())) is None
+    assert scaling.stopping and seen.events == [("start_failed", {"reason": "no room"})]
+
+
+def test_counts_that_are_wanted_during_a_start_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Mapping[str, int]] = []
+    monkeypatch.setattr(cluster, "request", lambda settings, counts: asked.append(dict(counts)))
+    link, seen = Link(exchanges=None), Seen()
+    scaling = starting(tmp_path, monkeypatch, link, seen)
+
+    async def start() -> str:
+        await asyncio.sleep(0.03)
+        assert not (tmp_path / "scale.json").exists(), "nothing changed yet"
+        link.desired = {"generator": 1, "learner": 1}
+        await asyncio.sleep(0.05)
+        return "up"
+
+    assert asyncio.run(scaling.unless_stopped(start())) == "up"
+    kept = json.loads((tmp_path / "scale.json").read_text())
+    assert kept == {"desired": link.desired, "actual": {"generator": 1, "learner": 0}}
+    assert [name for name, _ in seen.events] == ["scale"] and asked == [link.desired]

@@ -15,8 +15,20 @@ import tools
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "deploy" / "slurm" / "keel.sbatch"
 SCRIPTS = [SCRIPT, ROOT / "deploy" / "kubernetes" / "render.sh"]
+SRUN = r"""
+tasks=$SLURM_NTASKS nodes=
+for each in "$@"; do
+  case "$each" in --ntasks=*) tasks=${each#*=};; --nodes=*) nodes=${each#*=};; hostname|ray) break;; esac
+done
+[ "$tasks" = "$nodes" ] || { echo "srun: cannot honor $tasks tasks on $nodes nodes" >&2; exit 1; }
+case "$*" in
+  *hostname*) echo "10.0.0.1 fe80::1";;
+  *) trap "echo srun ended >>$CALLS; exit" TERM; sleep 60 & wait;;
+esac
+"""
+"""Like srun, it takes the job's number of tasks where it is told none; one a node is what the script wants."""
 STUBS = {
-    "srun": 'case "$*" in *hostname*) echo "10.0.0.1 fe80::1";; *) trap "echo srun ended >>$CALLS; exit" TERM; sleep 60 & wait;; esac',
+    "srun": SRUN,
     "scontrol": 'case "$1" in show) echo node1; echo node2; echo node3;; esac',
     "ray": "",
     "python": 'echo "${NODES:-3}"',
@@ -45,8 +57,8 @@ def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Pop
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{log}{body}\n")
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
-    own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "SLURM_CPUS_ON_NODE": "8"}
-    own["HOME"] = str(folder)
+    slurm |= {"SLURM_NTASKS": "3", "SLURM_CPUS_ON_NODE": "16", "SLURM_JOB_CPUS_PER_NODE": "16,8(x2)"}
+    own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "HOME": str(folder)}
     environment = slurm | own | environment
     command = ["bash", str(SCRIPT), *arguments]
     _jobs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True))
@@ -74,9 +86,9 @@ def test_head_workers_and_run(tmp_path: Path) -> None:
     assert job.wait(timeout=60) == 0
     common = "srun --overlap --mem=0 --cpus-per-task=8 --ntasks-per-node=1"
     head = "--head --include-dashboard=false --node-ip-address=10.0.0.1 --port=23456 --temp-dir=/tmp/ray-123456"
-    assert sorted(steps(tmp_path)) == [
-        f"{common} --nodes=1 --nodelist=node1 ray start --block {head} --num-cpus=8",
-        f"{common} --nodes=2 --exclude=node1 ray start --block --address=10.0.0.1:23456 --num-cpus=8",
+    assert sorted(steps(tmp_path)) == [  # 8 CPUs: of the smallest node
+        f"{common} --nodes=1 --ntasks=1 --nodelist=node1 ray start --block {head} --num-cpus=8",
+        f"{common} --nodes=2 --ntasks=2 --exclude=node1 ray start --block --address=10.0.0.1:23456 --num-cpus=8",
     ]
     assert calls(tmp_path)[-3:] == ["keel train run.yaml run.steps=5 --address 10.0.0.1:23456", *["srun ended"] * 2]
     assert not any(call.startswith("scontrol requeue") for call in calls(tmp_path))

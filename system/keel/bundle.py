@@ -6,6 +6,7 @@ configuration --> module:name, importable here, not installed   itself, and what
 """
 
 import ast
+import contextlib
 import importlib.util
 import os
 import sys
@@ -73,7 +74,9 @@ class Bundle:
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as target:
             target.writestr(_entry("config.yaml"), configuration)
             for name, path in sorted(files.items()):
-                with path.open("rb") as source, target.open(_entry(name), "w", force_zip64=True) as into:
+                with _readable():
+                    source = path.open("rb")
+                with source, target.open(_entry(name), "w", force_zip64=True) as into:
                     while block := source.read(_BLOCK_BYTES):
                         into.write(block)
                         self._check(archive, limit_bytes)
@@ -94,6 +97,15 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.1f} MB"
 
 
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: {error.strerror}; expected files that can be read") from None
+
+
+@_readable()
 def gather(tree: dict[str, Any], here: Path) -> Bundle:
     """Find what a configuration names in a folder and among the modules importable there. Raises ConfigError."""
     items = {"keel": package()}
@@ -202,7 +214,7 @@ def _files_of_module(name: str, here: Path) -> dict[str, Path]:
 def _imports(path: Path) -> set[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except SyntaxError as error:
+    except (SyntaxError, ValueError) as error:  # the latter of a null byte
         raise ConfigError(f"{path}: {error}; expected a module that can be imported") from None
     plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     taken = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level}

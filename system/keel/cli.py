@@ -21,7 +21,7 @@ from keel.stage_settings import (
     SupervisedSettings,
     command_of,
 )
-from keel.terminal import console, errors
+from keel.terminal import console, errors, from_here
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -197,7 +197,7 @@ def pipeline(
     planned = stages.plan(settings, Path(config_path))
     if dry_run:
         for stage in planned:
-            typer.echo(f"{stage.entry.name}: {'cached' if stage.done else 'to do'} ({stage.directory})")
+            typer.echo(f"{stage.entry.name}: {'cached' if stage.done else 'to do'} ({from_here(stage.directory)})")
         return
     stages.run(planned, console)
 

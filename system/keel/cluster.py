@@ -10,35 +10,38 @@ go actor -> object store -> actor.
 
 import contextlib
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import AuthenticationError, ObjectLostError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel import capacity, room
-from keel.actor_settings import ClusterSettings, WorkerSettings
+from keel.actor_settings import ClusterSettings
 from keel.buffer import RolloutBuffer
 from keel.config import ConfigError
 from keel.generate import VllmGenerator
-from keel.losses import GONE, cause_of, init_failed, last_line
+from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
 from keel.pool import Pool
+from keel.printable import last_line
 from keel.protocols import AddReceipt, Batch, BufferLost, BuildFailed, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
 from keel.worker import Spawn
 
+_CONNECT_SECONDS = 30.0
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 
 
 def connect(settings: Settings) -> str:
     """Join the Ray cluster that cluster.address or RAY_ADDRESS names, or start an embedded one sized for the actors.
 
-    Returns which of them, for the user.
+    Returns which of them, for the user. Raises ConfigError for a cluster that cannot be joined.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -46,11 +49,18 @@ def connect(settings: Settings) -> str:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": settings.run.name}
     cluster: ClusterSettings = settings.cluster
     if address := cluster.address_to_join:
-        ray.init(address=address, **common)
         named = "cluster.address" if cluster.address else "RAY_ADDRESS"
+        try:
+            if address != "auto":  # Ray itself would try for minutes, and then take the process down
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+            ray.init(address=address, **common)
+        except (OSError, RuntimeError, ValueError, AuthenticationError) as error:  # Ray has no class for it
+            reason = f"cannot be joined ({last_line(str(error))})"
+            raise ConfigError(f"{named}={address}: {reason}; expected HOST:PORT of a Ray that runs, or local") from None
         return f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address} ({named}={address})"
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.
-    asked = sum(workers.count * workers.threads for workers in _workers(settings))
+    asked = sum(by.count * by.threads for by in capacity.workers(settings).values())
     cpus = cluster.cpus or max(os.cpu_count() or 1, 2 * asked)
     ray.init(
         address="local",
@@ -99,11 +109,6 @@ async def fetch(batch: Batch) -> pa.RecordBatch:
         return await batch
     except ObjectLostError as error:
         raise WorkerLost("a batch was lost with its node") from error
-
-
-def _workers(settings: Settings) -> list[WorkerSettings]:
-    own = [settings.generators, settings.scorers, settings.learners]
-    return own + ([settings.reference] if settings.reference else [])
 
 
 class GeneratorPool:
@@ -195,8 +200,8 @@ async def _of_buffer(answer: Awaitable[Any]) -> Any:
         raise cause_of(error) from error
     except GONE as error:
         if init_failed(error):
-            raise BuildFailed(f"the buffer did not start: {last_line(error)}") from error
-        raise BufferLost(f"the buffer actor died ({last_line(error)})") from error
+            raise BuildFailed(f"the buffer did not start: {last_line(str(error))}") from error
+        raise BufferLost(f"the buffer actor died ({last_line(str(error))})") from error
 
 
 def generators(

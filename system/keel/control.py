@@ -120,7 +120,7 @@ def _ask(run_directory: Path, where: Mapping[str, str], call: Callable[[Any], An
         raise ConfigError(str(error.cause if isinstance(error, RayTaskError) else error)) from None
     except AuthenticationError as error:
         raise ConfigError(f"{nobody}, and Ray's token for it: {error.message.splitlines()[0]}") from None
-    except (OSError, ValueError, RayActorError, GetTimeoutError):  # ValueError: no such actor
+    except (OSError, RuntimeError, ValueError, RayActorError, GetTimeoutError):  # also: no such actor, another Ray
         raise ConfigError(nobody) from None
     finally:
         ray.shutdown()

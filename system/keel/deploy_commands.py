@@ -1,5 +1,6 @@
 """`keel deploy`: the files with which others watch and run Keel. They are in the wheel, so no checkout is needed."""
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -60,9 +61,20 @@ def grafana(output: Output = None, force: Force = False) -> None:
 
 
 @app.command()
-def prometheus(output: Output = None, force: Force = False) -> None:
+def prometheus(
+    output: Output = None,
+    discovery: Annotated[
+        Path | None, typer.Option(help="the runs' metrics.discovery_directory; default: discovery/ beside the output")
+    ] = None,
+    force: Force = False,
+) -> None:
     """The configuration and the rules of Prometheus; without --output, print them."""
     texts = shipped("prometheus")
+    if discovery is not None:
+        named = json.dumps(f"{discovery.absolute()}/keel-*.json", ensure_ascii=False)
+        before = texts["prometheus.yml"]
+        texts["prometheus.yml"] = before.replace("files: [discovery/keel-*.json]", f"files: [{named}]")
+        assert texts["prometheus.yml"] != before, "the place of the folder in prometheus.yml"
     if output is not None:
         write(output, texts, force)
         return

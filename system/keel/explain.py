@@ -118,6 +118,6 @@ def _to_shorten(name: str, share: float) -> str:
     if name in _SETTING:
         return f"{name} takes {share:.0%} of the time: raise {_SETTING[name]}"
     if name == "start":
-        why = "the run was built again, after a loss or for other ranks (events.jsonl says when and why)"
+        why = "the run was resumed, or built again after a loss or for other ranks (events.jsonl says when and why)"
         return f"start takes {share:.0%} of the time: {why}"
     return f"{name} takes {share:.0%} of the time: no count changes that"

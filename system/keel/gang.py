@@ -13,9 +13,10 @@ from ray.exceptions import ObjectLostError, RayTaskError
 from keel.actor_settings import LearnerSettings
 from keel.capacity import bundles
 from keel.learn import DeepSpeedLearner
-from keel.losses import GONE, cause_of, init_failed, last_line
+from keel.losses import GONE, cause_of, init_failed
 from keel.meeting import MeetingPoint
 from keel.parts import Observer
+from keel.printable import last_line
 from keel.protocols import Batch, BuildFailed, LearnerLost, LoadReceipt, StepReport
 from keel.room import Room, Wait
 from keel.settings import Settings
@@ -99,7 +100,9 @@ class Gang:
         }
         for rank, error in errors.items():
             if init_failed(error):
-                raise BuildFailed(f"learner rank {rank} of {len(answers)} did not start: {last_line(error)}") from error
+                raise BuildFailed(
+                    f"learner rank {rank} of {len(answers)} did not start: {last_line(str(error))}"
+                ) from error
             if isinstance(error, (*GONE, ObjectLostError)):
                 what = "died" if isinstance(error, GONE) else "lost its input"
                 raise LearnerLost(f"learner rank {rank} of {len(answers)} {what} during {method}") from error
@@ -115,7 +118,7 @@ async def _met(meeting: Any) -> tuple[str, int]:
         return await meeting.where.remote()
     except GONE as error:
         if init_failed(error):
-            raise BuildFailed(f"the ranks have no place to meet: {last_line(error)}") from error
+            raise BuildFailed(f"the ranks have no place to meet: {last_line(str(error))}") from error
         raise LearnerLost("the node of the first learner rank is gone") from error
 
 

@@ -168,7 +168,10 @@ def _stop_there(address: str, run: str) -> dict[str, Any]:
             raise ConfigError(f"RUN={run}: {attempt.job} is still pending; expected a run that has begun, or --now")
         with errors.status(f"{attempt.job}: waiting for the step under way and a checkpoint"):
             asked = ["stop", attempt.directory, "--json"]
-            answer = jobs.on_cluster(client, attempt, asked, seconds=float("inf"))  # it has the run's own deadlines
+            try:
+                answer = jobs.on_cluster(client, attempt, asked, seconds=float("inf"))  # it has the run's own deadlines
+            except ConfigError as error:  # it has not come to its run directory yet
+                raise ConfigError(f"{error}; {attempt.job} is {attempt.state}: --now ends it as it is") from None
             jobs.ended(client, attempt.job)
     return json.loads(answer) | {"job": attempt.job}
 

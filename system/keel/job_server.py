@@ -12,10 +12,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from keel.config import ConfigError
+from keel.printable import last_line
 from keel.terminal import errors
 
 _CONNECT_SECONDS = 10.0
 _ANSWER_SECONDS = 120.0
+_UPLOAD_SECONDS = 3600.0
 _AGENT_SECONDS = 120.0
 _POLL_SECONDS = 1.0
 _NO_AGENT = "No available agent to submit job"
@@ -29,7 +31,9 @@ class Client(JobSubmissionClient):
     """Ray's client, with deadlines, and with patience for a head whose agent, which starts jobs, is not up yet."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        return super()._do_request(method, endpoint, timeout=(_CONNECT_SECONDS, _ANSWER_SECONDS), **options)
+        # urllib3 sends all of a body within the time it has for connecting
+        first = _UPLOAD_SECONDS if options.get("data") else _CONNECT_SECONDS
+        return super()._do_request(method, endpoint, timeout=(first, _ANSWER_SECONDS), **options)
 
     def submit_job(self, **job: Any) -> str:  # type: ignore[override]  # by name alone
         """The id of the job. Raises RuntimeError as Ray does, but where there is no agent only after two minutes."""
@@ -86,9 +90,3 @@ def _connected(address: str) -> Client:
         reason = f"is no job server of Ray ({last_line(str(error))})"
         raise ConfigError(f"--address={address}: {reason}; {expected}") from None
     return client
-
-
-def last_line(text: str) -> str:
-    """What an error says in the end, where Ray sends a traceback."""
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "no reason given"

@@ -23,7 +23,8 @@ from ray.job_submission import JobDetails
 
 from keel import __version__, bundle
 from keel.config import INTERRUPTED, ConfigError
-from keel.job_server import Client, JobError, last_line
+from keel.job_server import Client, JobError
+from keel.printable import last_line
 
 LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
 """The largest zip that Ray's store takes, and that its job server lets through to it."""
@@ -31,6 +32,7 @@ _OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 _BEGIN_SECONDS = 120.0
 _END_SECONDS = 60.0
 _POLL_SECONDS = 0.5
+_SILENCE_SECONDS = 30.0
 _SEEN_SECONDS = 2.0  # the monitor looks every second
 _BEGINS, _ENDS = "keel-answer", "keel-errors"
 
@@ -137,8 +139,7 @@ def submit(client: Client, submission: Submission, archive: Path) -> tuple[Attem
 def _attach(running: Attempt, submission: Submission) -> Attempt:
     if running.digest != submission.digest:
         raise ConfigError(
-            f"run.name={submission.run}: runs with other settings as {running.job}; expected keel stop"
-            f" {submission.run} first, or another run.name"
+            f"run.name={submission.run}: runs with other settings as {running.job}; expected those, or another run.name"
         )
     return running
 
@@ -158,12 +159,20 @@ def follow(client: Client, job: str, say: Callable[[str], None]) -> Attempt:
     """Say what the job writes until it is over; the attempt then. Raises JobError when the connection breaks."""
 
     async def tail() -> None:
-        async for text in client.tail_job_logs(job):
-            say(text)
+        lines = aiter(client.tail_job_logs(job))
+        coming = asyncio.ensure_future(anext(lines, None))
+        while True:
+            if not (await asyncio.wait([coming], timeout=_SILENCE_SECONDS))[0]:
+                await asyncio.to_thread(client.get_job_info, job)  # has a deadline, which the open connection has not
+            elif (text := await coming) is None:
+                return
+            else:
+                say(text)
+                coming = asyncio.ensure_future(anext(lines, None))
 
     try:
         asyncio.run(tail())
-    except (RuntimeError, aiohttp.ClientError) as error:
+    except (RuntimeError, TimeoutError, aiohttp.ClientError) as error:
         raise JobError(f"{job}: {last_line(str(error))}; the job goes on") from None
     return ended(client, job)
 
@@ -180,15 +189,14 @@ def on_cluster(client: Client, attempt: Attempt, arguments: Sequence[str], secon
     # Only at its end does it write to the log: at its beginning Ray does, at any moment
     begin = f"folder=$(mktemp -d); trap 'rm -r $folder' EXIT; {command} >$folder/answer 2>$folder/errors; code=$?"
     asked = f"{begin}; echo {_BEGINS}; cat $folder/answer; echo {_ENDS}; cat $folder/errors; exit $code"
-    with tempfile.TemporaryDirectory() as folder:
-        runtime_env = dict(attempt.runtime_env) if not attempt.over else {"working_dir": _package(Path(folder))}
-        client.submit_job(
-            entrypoint=asked,
-            submission_id=job,
-            runtime_env=runtime_env,
-            entrypoint_resources=dict.fromkeys(attempt.driver_resources, 0.001) or None,  # the driver's node
-        )
     try:
+        with tempfile.TemporaryDirectory() as folder:
+            client.submit_job(
+                entrypoint=asked,
+                submission_id=job,
+                runtime_env={"working_dir": _package(Path(folder))} if attempt.over else dict(attempt.runtime_env),
+                entrypoint_resources=dict.fromkeys(attempt.driver_resources, 0.001) or None,  # the driver's node
+            )
         details = _end_of(client, job, seconds)
         text = client.get_job_logs(job)
     finally:
@@ -214,6 +222,8 @@ def _end_of(client: Client, job: str, seconds: float) -> JobDetails:
 
 def _forget(client: Client, job: str) -> None:
     """Ray deletes only what is over, and its monitor writes anew what it does not find before it has seen the end."""
+    if job not in {details.submission_id for details in client.list_jobs()}:  # not taken
+        return
     if client.get_job_info(job).status.value not in _OVER:
         client.stop_job(job)
         _end_of(client, job, _END_SECONDS)

@@ -19,8 +19,10 @@ from keel.settings import Settings
 HEAD_CPUS = 2
 _IDLE_SECONDS = 600
 """Before the autoscaler takes a pod back: a driver that fetches a model has no worker yet."""
-_KEPT_SECONDS = 3600
-"""From a job's end to the end of its pods and their logs."""
+_KEPT_SECONDS = 300
+"""From a job's end to the end of its pods and their logs; until then they keep their GPUs."""
+_SCRAPE_SECONDS = {"keel": 5, "ray": 15}
+"""By job; Grafana's data source, whose windows of rates follow from it, is told that of Keel's."""
 
 
 def manifests(settings: Settings, options: Options) -> list[dict[str, Any]]:
@@ -77,7 +79,8 @@ def _object(plan: Plan, api: str, kind: str, name: str, **rest: Any) -> dict[str
 
 def _endpoint(port: str, job: str) -> dict[str, Any]:
     """The job as in deploy/prometheus: alerts ask for `up` of keel; the operator would name it after the PodMonitor."""
-    return {"port": port, "interval": "15s", "relabelings": [{"targetLabel": "job", "replacement": job}]}
+    relabelings = [{"targetLabel": "job", "replacement": job}]
+    return {"port": port, "interval": f"{_SCRAPE_SECONDS[job]}s", "relabelings": relabelings}
 
 
 def _job(plan: Plan) -> dict[str, Any]:

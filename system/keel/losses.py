@@ -28,8 +28,3 @@ def why(error: BaseException, deadline: float) -> str:
     if isinstance(error, TimeoutError):
         return f"did not answer within {deadline:.0f} s"
     return "lost its weights" if isinstance(error, ObjectLostError) else "died"
-
-
-def last_line(error: BaseException) -> str:
-    """What an error says, without the traceback that Ray puts before it."""
-    return str(error).strip().splitlines()[-1]

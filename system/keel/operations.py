@@ -78,10 +78,10 @@ def scale(
         typer.echo(json.dumps(counts, indent=2))
         return
     table = Table("role", "wanted", "present", "")
-    for role, wanted in counts["desired"].items():
+    for role, count in counts["desired"].items():
         present = counts["actual"].get(role, 0)
-        left = f"{wanted - present} pending" if wanted > present else f"{present - wanted} to end"
-        table.add_row(role, str(wanted), str(present), left if wanted != present else "")
+        left = f"{count - present} pending" if count > present else f"{present - count} to end"
+        table.add_row(role, str(count), str(present), left if count != present else "")
     console.print(table)
 
 
@@ -147,7 +147,6 @@ def _address(given: str | None) -> str | None:
 
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
     where = standing.control_of(run_directory)
-    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
     from keel import control
 
     return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})

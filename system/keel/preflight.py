@@ -129,10 +129,12 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 def check_memory(cluster: ClusterSettings) -> None:
     """Free memory, and shared memory for the embedded Ray's object store; a cluster to join is named as Ray does."""
-    if "http" in (address := cluster.address_to_join or "").partition("://")[0]:
+    scheme, found, _ = (address := cluster.address_to_join or "").partition("://")
+    if found:
+        what = "where jobs are submitted (keel submit --address)" if "http" in scheme else "no address of a cluster"
         raise ConfigError(
-            f"cluster.address or RAY_ADDRESS={address}: is where jobs are submitted (keel submit --address); expected"
-            " HOST:PORT of the cluster itself, or local for an embedded Ray"
+            f"cluster.address or RAY_ADDRESS={address}: is {what}; expected HOST:PORT of the cluster itself, or local"
+            " for an embedded Ray"
         )
     available = psutil.virtual_memory().available
     if available < cluster.min_memory_bytes:

@@ -22,3 +22,9 @@ def _shown(character: str) -> str:
     if character.isprintable():
         return character
     return " " if unicodedata.category(character) == "Zs" else repr(character)[1:-1]
+
+
+def last_line(text: str) -> str:
+    """What an error says in the end, without the traceback that Ray puts before it."""
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "no reason given"

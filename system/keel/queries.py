@@ -114,9 +114,11 @@ def increase(name: str, by: tuple[str, ...] | None = None, **equal: str) -> Expr
 def events(name: str, by: tuple[str, ...] | None = None) -> Expression:
     """What a counter counted in the last minute, where that is anything.
 
-    `increase` would miss the first one: a counter with a label does not exist before it.
+    `increase` would miss the first one: a counter with a label does not exist before it. One that was not there for
+    less than ten minutes, as after a scrape that failed, has counted nothing anew.
     """
-    return _aggregated("sum", _metric(name, "counter"), "({0} - ({0} offset 1m or 0 * {0}))", by, {}).above_zero()
+    before = "(last_over_time({0}[10m] offset 1m) or 0 * {0})"
+    return _aggregated("sum", _metric(name, "counter"), f"({{0}} - {before})", by, {}).above_zero()
 
 
 def peak(name: str, by: tuple[str, ...] | None = None) -> Expression:

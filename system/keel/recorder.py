@@ -97,12 +97,13 @@ class Recorder(Observer):
                 self.display.doing(f"{who} comes up")
 
     def tick(self) -> None:
+        """Each second, also while a step takes long: an alert waits five minutes for little memory."""
         self.metrics.add(self.occupancy.drain())
+        self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
 
     def step(self, step: int) -> None:
         self.furthest = max(self.furthest, step)
         self.tick()
-        self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
         self.tracking.report()
         line = self.metrics.record(step, time.time())
         share = {"largest_share": largest_share(self._before, line)} if self._before else {}

@@ -8,6 +8,7 @@ RUN_DIR/scale.json            desired and actual; a resumed run starts with the 
 
 import asyncio
 import json
+import threading
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ def configured(settings: Settings, directory: Path) -> dict[str, int]:
 
 
 def has_run(directory: Path) -> bool:
-    """Whether the run was up once, with whatever counts."""
+    """Whether the run was up once, or was scaled while it started."""
     return (directory / "scale.json").is_file()
 
 
@@ -43,11 +44,18 @@ class Scaling:
     """The counts of one run, over all gangs it has."""
 
     def __init__(
-        self, settings: Settings, directory: Path, pools: Mapping[str, Pool], link: ControlLink, observer: Observer
+        self,
+        settings: Settings,
+        directory: Path,
+        pools: Mapping[str, Pool],
+        link: ControlLink,
+        observer: Observer,
+        asked_to_stop: threading.Event,
     ) -> None:
         self.settings, self.pools, self.observer = settings, pools, observer
-        self._path, self._link = directory / "scale.json", link
-        self._written: Any = None
+        self._path, self._link, self._asked_to_stop = directory / "scale.json", link, asked_to_stop
+        self._wanted = dict(link.desired)
+        self._written: dict[str, dict[str, int]] = {}
         self._spare: Room | None = None
         self._requested = False
 
@@ -58,11 +66,7 @@ class Scaling:
     @property
     def stopping(self) -> bool:
         """Somebody asked the run to end."""
-        return self._link.stopping
-
-    def stop(self) -> None:
-        """Ask the run to end, from inside it."""
-        self._link.stopping = True
+        return self._link.stopping or self._asked_to_stop.is_set()
 
     @property
     def groups_per_batch(self) -> int:
@@ -80,17 +84,23 @@ class Scaling:
         starting = asyncio.ensure_future(start)
         try:
             while not (await asyncio.wait([starting], timeout=_POLL_SECONDS))[0]:
+                self.observer.tick()
+                self.observer.set({"workers": {"learner": 0.0}})
                 await self._link.exchange(self._serving(ranks=0))
+                if self.desired != self._wanted:
+                    self._record(ranks=0)
                 if self.stopping:
                     return None
             return await starting
         finally:
             starting.cancel()
             await asyncio.wait([starting])
+            if not starting.cancelled() and self.stopping and (error := starting.exception()):
+                self.observer.event("start_failed", reason=str(error))
 
     async def follow(self, gang: Gang, buffer: cluster.RemoteBuffer, controller: Controller) -> None:
         """Do what is wanted, once a second, until it is cancelled."""
-        self._record(gang)
+        self._record(gang.room.ranks)
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             self.observer.tick()
@@ -102,7 +112,7 @@ class Scaling:
                 await self._resize(buffer)
             if self.stopping or await self._ranks_can_change(gang.room.ranks):
                 controller.leave()
-            self._record(gang)
+            self._record(gang.room.ranks)
 
     async def _resize(self, buffer: cluster.RemoteBuffer) -> None:
         deadline = self.settings.deadlines.score_seconds
@@ -132,20 +142,17 @@ class Scaling:
     def _serving(self, ranks: int) -> dict[str, int]:
         return {role: pool.serving for role, pool in self.pools.items()} | {"learner": ranks}
 
-    def _record(self, gang: Gang) -> None:
+    def _record(self, ranks: int) -> None:
         """Write what is wanted and what there is, when it changed; ask the autoscaler for what is missing."""
-        counts = {"desired": dict(self.desired), "actual": self._serving(gang.room.ranks)}
+        counts = {"desired": dict(self.desired), "actual": self._serving(ranks)}
         if counts == self._written:
             return
-        other = self._written is not None and self._written["desired"] != counts["desired"]
-        if other:
+        if other := counts["desired"] != self._wanted:
             self.observer.event("scale", **counts)
         if other if self._requested else counts["desired"] != counts["actual"]:
             self._requested = True  # it holds what it was asked for last, also where fewer are wanted now
             cluster.request(self.settings, self.desired)
-        self._written = counts
+        self._wanted, self._written = counts["desired"], counts
         durable.write_json(self._path, counts)
-        ranks = float(gang.room.ranks)
-        self.observer.set(
-            {"workers": {"learner": ranks}, "workers_desired": {"learner": float(self.desired["learner"])}}
-        )
+        desired = float(self.desired["learner"])
+        self.observer.set({"workers": {"learner": float(ranks)}, "workers_desired": {"learner": desired}})

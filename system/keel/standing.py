@@ -1,6 +1,7 @@
 """Where a run stands, from the files of its directory alone: no model, no Ray, answered at once."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,16 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def control_of(directory: Path) -> dict[str, str]:
-    """How the control actor of a run is reached: its control.json. Raises ConfigError when there is none."""
+    """How the control actor of a run is reached: its control.json. Raises ConfigError when there is none.
+
+    Sets how Ray authenticates in this process, which it reads when it is imported: Keel's modules that do come after.
+    """
     path = directory / "control.json"
     if not path.is_file():
         raise ConfigError(f"RUN_DIR={directory}: no control.json in it; expected the directory of a live run")
-    return json.loads(path.read_text(encoding="utf8"))
+    where = json.loads(path.read_text(encoding="utf8"))
+    os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])
+    return where
 
 
 def _state(directory: Path, steps: int | None, committed: list[int], event: dict[str, Any] | None) -> str:

@@ -3,7 +3,6 @@
 stop --> control actor --> the run, within a second --> the step under way, a checkpoint, the end of its process
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ def stop(directory: Path) -> dict[str, Any]:
     """Where the run stands when it has ended. Raises ConfigError where none is alive, NotStopped."""
     found = _alive(directory)
     by = config.load(directory / "config.yaml").deadlines
-    _ask(directory)
+    _ask(directory, by.load_seconds + _HEARD_SECONDS)
     patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
     deadline = time.monotonic() + patience
     with errors.status(f"step {found['step']}: waiting for the step under way and a checkpoint"):
@@ -49,20 +48,19 @@ def _alive(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _ask(directory: Path) -> None:
-    """Until it is heard: a run that starts has no control actor yet, or its file names that of an earlier process."""
-    deadline = time.monotonic() + _HEARD_SECONDS
+def _ask(directory: Path, seconds: float) -> None:
+    """Until it is heard: a run that starts has no control actor yet."""
+    deadline = time.monotonic() + seconds
     while True:
         try:
             where = standing.control_of(directory)
-            os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])  # read when Ray is imported, so first
             from keel import control
 
             control.ask_to_stop(directory, where)
             return
-        except ConfigError:
+        except ConfigError as error:
             if not durable.held(directory):  # it has ended by itself
                 return
             if time.monotonic() > deadline:
-                raise
+                raise NotStopped(f"{directory}: has not answered for {seconds:.0f} s ({error})") from None
             time.sleep(_POLL_SECONDS)

@@ -1,5 +1,6 @@
 """What a finished run shows: first against last evaluation, two answers before and after, and where to go next."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from keel import checkpoint, evaluate, frontier_picture
 from keel.diagnostics import Estimate, per_completion
 from keel.printable import printable
 from keel.settings import Settings
+from keel.terminal import from_here
 
 _UNITS = {
     "kl_nats": "KL to reference (nats)",
@@ -33,14 +35,14 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
         console.print(_answer(first, last, row, steps[0], steps[-1]), soft_wrap=True)
     newest = checkpoint.latest(directory)
     console.print(
-        f"Run      {_short(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)", soft_wrap=True
+        f"Run      {from_here(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)", soft_wrap=True
     )
     console.print(
-        f"Policy   {_short(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)",
+        f"Policy   {from_here(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)",
         soft_wrap=True,
     )
     console.print(f"Time     {seconds:.0f} s in this process")
-    console.print("Next     " + _next(config_path), soft_wrap=True)
+    console.print("Next     " + _next(directory, settings, config_path), soft_wrap=True)
 
 
 def draw_frontier(directory: Path, settings: Settings) -> str | None:
@@ -50,7 +52,7 @@ def draw_frontier(directory: Path, settings: Settings) -> str | None:
         return None
     gold = "gold" if any(reward.name == "gold" for reward in settings.rewards) else None
     frontier_picture.draw({settings.run.name: rows}, directory / "frontier.png", "proxy", gold)
-    return _short(directory / "frontier.png")
+    return from_here(directory / "frontier.png")
 
 
 def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> None:
@@ -64,7 +66,7 @@ def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> No
     console.print(table)
     left_out = ", ".join(f"{count} {reason}" for reason, count in done["dropped"].items()) or "none"
     console.print(f"Rows     {done['rows']} for training; left out: {left_out}", soft_wrap=True)
-    console.print(f"Model    {_short(directory / 'model')}  (step {done['model_step']})", soft_wrap=True)
+    console.print(f"Model    {from_here(directory / 'model')}  (step {done['model_step']})", soft_wrap=True)
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
@@ -78,7 +80,7 @@ def show_labels(console: Console, directory: Path, done: Mapping[str, Any]) -> N
     )
     console.print(f"Left out {left_out}", soft_wrap=True)
     console.print(
-        f"File     {_short(directory / 'pairs.parquet')}  (TRL's columns prompt, chosen, rejected)", soft_wrap=True
+        f"File     {from_here(directory / 'pairs.parquet')}  (TRL's columns prompt, chosen, rejected)", soft_wrap=True
     )
     console.print(f"Time     {done['seconds']:.0f} s")
 
@@ -103,7 +105,7 @@ def show_evaluation(console: Console, directory: Path, found: Mapping[str, Any])
         )
     for k, value in found.get("pass_at_k", {}).items():
         console.print(f"pass@{k}   {_interval(_estimate(value))} of {found['pass_prompts']} prompts")
-    console.print(f"Files    {_short(directory)}  (evaluation.arrow: every answer; evaluation.json)", soft_wrap=True)
+    console.print(f"Files    {from_here(directory)}  (evaluation.arrow: every answer; evaluation.json)", soft_wrap=True)
 
 
 def _estimate(value: Mapping[str, float]) -> Estimate:
@@ -173,16 +175,11 @@ def _signed(value: Estimate) -> str:
     return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def _short(path: Path) -> str:
-    try:
-        here = Path.cwd()
-    except FileNotFoundError:  # the folder of a job: Ray may take it away once the last actor has gone
-        return str(path)
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _next(config_path: str) -> str:
+def _next(directory: Path, settings: Settings, config_path: str) -> str:
+    """From the run's own config.yaml: what was given may have been changed by overrides, or by a pipeline."""
     other = Path(config_path).with_name("quickstart-maxent.yaml")
     if Path(config_path).name == "quickstart.yaml" and other.exists():
         return f"keel train {other}  (the same run regularised by entropy: watch KL and the answers)"
-    return f"keel train {config_path} run.name=another run.seed=1"
+    beside = f"run.directory={from_here(directory.parent)}/{{name}}"  # a resumed run's names that run alone
+    changes = ["run.name=another", beside, f"run.seed={settings.run.seed + 1}"]
+    return shlex.join(["keel", "train", from_here(directory / "config.yaml"), *changes])

@@ -1,6 +1,7 @@
 """The terminal as Keel writes to it: whatever is printed is shown, nothing in it is obeyed."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,3 +23,12 @@ class Terminal(Console):
 
 console = Terminal(width=None if sys.stdout.isatty() else 120)
 errors = Terminal(stderr=True)
+
+
+def from_here(path: Path) -> str:
+    """A path as it is typed in this folder, where it lies below it."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # the folder of a job: Ray may take it away once the last actor has gone
+        return str(path)
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

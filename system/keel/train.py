@@ -66,14 +66,17 @@ def run(prepared: Prepared, display: Display) -> Outcome:
     """
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
+    asked_to_stop = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: asked_to_stop.set())  # batch systems send it before a time limit
     directory.mkdir(parents=True, exist_ok=True)
     with durable.lock(directory):
-        saved = _run_alone(prepared, display)
+        saved = _run_alone(prepared, display, asked_to_stop)
     return Outcome(directory, saved.version, not saved.over(settings), time.monotonic() - started)
 
 
-def _run_alone(prepared: Prepared, display: Display) -> "Saved":
+def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Event) -> "Saved":
     settings, directory = prepared.settings, prepared.directory
+    (directory / "control.json").unlink(missing_ok=True)  # nobody is to ask the actor of an earlier process
     with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
         new = not checkpoint.committed(directory) and not scaling.has_run(directory)
         counts = scaling.configured(settings, directory)
@@ -95,7 +98,7 @@ def _run_alone(prepared: Prepared, display: Display) -> "Saved":
         if not new:
             display.doing(_STARTING)
             display.note(ray.enter_context(cluster.joined(settings, counts, degraded=True)))
-        return asyncio.run(_Run(prepared, recorder).to_the_end(saved))
+        return asyncio.run(_Run(prepared, recorder, asked_to_stop).to_the_end(saved))
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _newest(recorder: Recorder) -> Saved:
 class _Run:
     """The pools of a run, and one learner gang and buffer after the other."""
 
-    def __init__(self, prepared: Prepared, recorder: Recorder) -> None:
+    def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
         self.generators = cluster.generators(self.settings, prepared.policy_folder, prepared.given(), recorder)
         self.scorers = cluster.scorers(self.settings, prepared.reference_folder, recorder)
@@ -144,7 +147,7 @@ class _Run:
         link = ControlLink(self.settings, prepared.directory, desired)
         self.room: gang.Room | None = None
         self.has_run = False
-        self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder)
+        self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder, asked_to_stop)
         recorder.reference = next((pool for pool in self.scorers if pool.pool.role == "reference"), None)
 
     def _pools(self) -> list[Pool]:
@@ -156,7 +159,6 @@ class _Run:
         Returns where it ended: at its last step, or where it was asked to stop.
         """
         _end_on_signals()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self.scaling.stop)  # as batch systems announce
         losses = 0
         try:
             while not saved.over(self.settings):

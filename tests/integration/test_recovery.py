@@ -114,6 +114,19 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
     assert len(lines) == STEPS and max(line["staleness_max_versions"] for line in lines) == 1
 
 
+@pytest.mark.parametrize(
+    ("address", "reason"), [("127.0.0.1:1", "Connection refused"), ("head", "invalid literal"), ("auto", "any running")]
+)
+def test_a_cluster_that_cannot_be_joined_is_one_line(
+    write_config: Start, keel: Start, tmp_path: Path, address: str, reason: str
+) -> None:
+    run = tmp_path / "nowhere" / "run"
+    config = write_config("nowhere", run={"directory": str(run)}, cluster={"address": address})
+    line = refusal(keel, "train", config)
+    assert f"cluster.address={address}: cannot be joined (" in line and reason in line, line
+    assert not (run / "config.yaml").exists()
+
+
 def check_a_stop_while_it_starts(keel: Start, process: Any, run: Path) -> None:
     wait(process, (run / "control.json").is_file, "somebody who hears")
     began = time.monotonic()

@@ -26,6 +26,7 @@ from keel.config import ConfigError
 from keel.pipeline_settings import PipelineSettings, StageEntry
 from keel.section import Section
 from keel.stage_settings import COMMANDS
+from keel.terminal import from_here
 
 _NOT_CONTENT = {"metrics", "tracking", "cluster", "deadlines"}
 _PATHS = ("source", "model", "against", "MODEL")
@@ -92,7 +93,10 @@ def run(stages: list[Planned], console: Console) -> None:
         title = f"[{number}/{len(stages)}] {stage.entry.name}: keel {stage.entry.command} {stage.entry.config}"
         if stage.done:
             seconds = json.loads((stage.directory / "done.json").read_text(encoding="utf8"))["seconds"]
-            console.print(f"{title}  cached, nothing it depends on changed ({stage.directory}, {seconds:.0f} s saved)")
+            console.print(
+                f"{title}  cached, nothing it depends on changed ({from_here(stage.directory)}, {seconds:.0f} s saved)",
+                soft_wrap=True,
+            )
             continue
         console.rule(title)
         started = time.monotonic()
@@ -106,7 +110,7 @@ def run(stages: list[Planned], console: Console) -> None:
             )
         seconds = round(time.monotonic() - started, 1)
         durable.write_json(stage.directory / "done.json", {"key": stage.key, "seconds": seconds})
-        console.print(f"{stage.entry.name} done in {seconds:.0f} s: {stage.directory}", soft_wrap=True)
+        console.print(f"{stage.entry.name} done in {seconds:.0f} s: {from_here(stage.directory)}", soft_wrap=True)
 
 
 def _filled(value: Any, places: dict[str, str]) -> Any:
