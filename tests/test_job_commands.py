@@ -308,7 +308,7 @@ def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
     write_run(run)
     lock = durable.lock(run)
 
-    def end(directory: Path) -> None:
+    def end(directory: Path, seconds: float) -> None:
         durable.append_json(directory / "events.jsonl", {"event": last_event, "time": 5.0})
         lock.close()
 
