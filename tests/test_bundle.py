@@ -215,3 +215,36 @@ def test_every_setting_that_may_be_a_path_is_known() -> None:
         walk(command)
     assert len(seen) > 20 and found - bundle.WRITTEN <= bundle.PATHS, found - bundle.WRITTEN
     assert {"model", "source", "ca_file", "against", "runs"} <= found, found
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "secret.jsonl").write_text("{}")
+    tree = {"prompts": {"source": "prompts"}}
+    real = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "secret.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    gathered = bundle.gather(tree, tmp_path)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"secret.jsonl: Permission denied; expected files that can be read"):
+        gathered.write(tmp_path / "bundle.zip", "", 10**9)
+    listed = Path.iterdir
+
+    def refuse_folder(path: Path) -> Any:
+        if path.name == "prompts":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse_folder)
+    with pytest.raises(ConfigError, match=r"prompts: Permission denied; expected files that can be read"):
+        bundle.gather(tree, tmp_path)
+
+
+def test_a_module_that_is_no_python_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "odd_rewards.py").write_bytes(b"x = 1\0")
+    with pytest.raises(ConfigError, match=r"odd_rewards.py: .*null bytes.*; expected a module"):
+        bundle.gather({"rewards": [{"source": "odd_rewards:reward"}]}, tmp_path)

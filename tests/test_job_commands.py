@@ -21,7 +21,7 @@ import yaml
 from ray.job_submission import JobDetails
 
 from fakes import settings_for
-from keel import checkpoint, cli, config, durable, job_server, jobs, standing, stopping
+from keel import checkpoint, cli, config, control, durable, job_server, jobs, standing, stopping
 from keel.config import ConfigError
 from runs import Writer
 
@@ -248,6 +248,32 @@ def test_a_silent_log_is_followed_as_long_as_the_server_answers(
     with pytest.raises(requests.ConnectTimeout):
         jobs.follow(server, job, said.append)  # type: ignore[arg-type]
     assert said == ["a line\n"] and asked == 3
+    asked = -1000
+    server.end(job, "FAILED", 1)
+    assert jobs.follow(server, job, said.append).state == "FAILED"  # type: ignore[arg-type]
+
+
+def test_a_run_that_has_begun_and_cannot_be_asked_can_be_ended(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = submit(capsys)["job"]
+    server.jobs[job]["status"] = "RUNNING"
+    line = keel(capsys, "stop", "mine", "--address", ADDRESS, code=2)
+    assert line.endswith(f"; or --now, which ends {job} as it is\n")
+
+
+def test_a_question_that_is_not_taken_keeps_its_own_error(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(capsys)
+    attempt = jobs.attempts(server)[0]  # type: ignore[arg-type]
+
+    def refuse(**options: Any) -> str:
+        raise requests.ReadTimeout("gone")
+
+    monkeypatch.setattr(server, "submit_job", refuse)
+    with pytest.raises(requests.ReadTimeout):
+        jobs.on_cluster(server, attempt, ["status", "mine"])  # type: ignore[arg-type]
 
 
 def test_stop_now_ends_the_job_and_what_is_not_alive_is_refused(
@@ -325,6 +351,33 @@ def test_a_run_that_ends_before_it_can_be_asked_to_has_ended(tmp_path: Path, mon
     lock = durable.lock(run)
     monkeypatch.setattr(standing, "control_of", lambda directory: lock.close() or _no_control(directory))
     assert stopping.stop(run)["state"] == "stopped"
+
+
+def test_a_stop_that_nobody_hears_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    write_run(run)
+    monkeypatch.setattr(stopping, "_STARTS_SECONDS", 0.0)
+    with durable.lock(run), pytest.raises(stopping.NotStopped, match=r"has not answered for 0 s \(.*no control.json"):
+        stopping.stop(run)
+
+
+def test_a_cluster_of_another_ray_says_which_and_is_not_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked = tmp_path / "run", []
+    write_run(run)
+    where = {"address": "head:6379", "namespace": "mine", "actor": "control", "authentication": "disabled"}
+    durable.write_json(run / "control.json", where)
+
+    def init(address: str, **options: Any) -> None:
+        asked.append(address)
+        raise RuntimeError("Version mismatch: The cluster was started with:\n  Ray: 2.1\nThis process:\n  Ray: 2.2\n")
+
+    monkeypatch.setattr(control, "reach", lambda address: None)
+    monkeypatch.setattr(control.ray, "init", init)
+    with durable.lock(run), pytest.raises(ConfigError, match=r"Version mismatch: .* Ray: 2.1 This process: Ray: 2.2"):
+        stopping.stop(run)
+    assert asked == ["head:6379"]
 
 
 def _no_control(directory: Path) -> None:

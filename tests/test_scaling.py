@@ -75,7 +75,7 @@ class Seen(Observer):
         self.events.append((name, values))
 
 
-def starting(
+def scaling_of(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     link: Any,
@@ -100,9 +100,9 @@ def test_a_stop_breaks_off_a_start_and_waits_for_its_end(tmp_path: Path, monkeyp
         return "never"
 
     seen = Seen()
-    assert asyncio.run(starting(tmp_path, monkeypatch, link, seen).unless_stopped(start())) is None
+    assert asyncio.run(scaling_of(tmp_path, monkeypatch, link, seen).unless_stopped(start())) is None
     assert ended == [True]
-    assert seen.ticks == 2 and seen.gauges == {"workers": {"learner": 0.0}}, "what passes is counted while it passes"
+    assert seen.ticks == 2 and seen.gauges == {"workers": {"learner": 0.0}, "workers_desired": {"learner": 2.0}}
     assert link.told == [{"generator": 1, "learner": 0}] * 2
 
 
@@ -113,7 +113,7 @@ def test_a_start_that_nobody_stops_comes_to_its_own_end(tmp_path: Path, monkeypa
             raise error
         return "up"
 
-    scaling = starting(tmp_path, monkeypatch, Link(exchanges=None))
+    scaling = scaling_of(tmp_path, monkeypatch, Link(exchanges=None))
     assert asyncio.run(scaling.unless_stopped(start(None))) == "up"
     with pytest.raises(LearnerLost, match="no room"):
         asyncio.run(scaling.unless_stopped(start(LearnerLost("no room"))))
@@ -127,7 +127,7 @@ def test_a_buffer_that_does_not_size_its_batches_is_lost(tmp_path: Path, monkeyp
             assert groups_per_batch == settings_for().groups_per_batch_of(1)
             await asyncio.sleep(60)
 
-    scaling = starting(tmp_path, monkeypatch, Link(exchanges=None), deadlines={"score_seconds": 0.05})
+    scaling = scaling_of(tmp_path, monkeypatch, Link(exchanges=None), deadlines={"score_seconds": 0.05})
     gang: Any = SimpleNamespace(room=SimpleNamespace(ranks=2))
     buffer: Any = Buffer()
     with pytest.raises(BufferLost, match="waited 0 s for the buffer to size batches anew"):
@@ -144,7 +144,7 @@ def test_a_signal_stops_a_start_and_an_error_of_it_is_kept(tmp_path: Path, monke
         finally:
             raise LearnerLost("no room")
 
-    scaling = starting(tmp_path, monkeypatch, Link(exchanges=None), seen, asked)
+    scaling = scaling_of(tmp_path, monkeypatch, Link(exchanges=None), seen, asked)
     assert asyncio.run(scaling.unless_stopped(start())) is None
     assert scaling.stopping and seen.events == [("start_failed", {"reason": "no room"})]
 
@@ -153,7 +153,7 @@ def test_counts_that_are_wanted_during_a_start_are_kept(tmp_path: Path, monkeypa
     asked: list[Mapping[str, int]] = []
     monkeypatch.setattr(cluster, "request", lambda settings, counts: asked.append(dict(counts)))
     link, seen = Link(exchanges=None), Seen()
-    scaling = starting(tmp_path, monkeypatch, link, seen)
+    scaling = scaling_of(tmp_path, monkeypatch, link, seen)
 
     async def start() -> str:
         await asyncio.sleep(0.03)

@@ -31,7 +31,8 @@ STUBS = {
     "srun": SRUN,
     "scontrol": 'case "$1" in show) echo node1; echo node2; echo node3;; esac',
     "ray": "",
-    "python": 'echo "${NODES:-3}"',
+    # of the nodes, when both steps have come to Ray
+    "python": 'case "$*" in *secrets*) ;; *) until [ "$(grep -c "^srun --overlap" "$CALLS")" -ge 2 ]; do /bin/sleep 0.02; done;; esac; echo "${NODES:-3}"',
     "sleep": 'exec /bin/sleep "${SLEEP_SECONDS:-$1}"',
     "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; trap "echo stopped >>$CALLS; [ -n \\"$DEAF\\" ] || exit 130" USR1; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
 }
@@ -132,6 +133,19 @@ def test_a_step_that_takes_too_long_is_ended_before_the_limit_and_queued_again(t
     assert job.wait(timeout=60) == 130
     ends = [call for call in calls(tmp_path) if call in ("stopped", "ended", "scontrol requeue 123456")]
     assert ends == ["stopped", "ended", "scontrol requeue 123456"]
+
+
+def test_the_limit_while_nodes_join_queues_again(tmp_path: Path) -> None:
+    job = started(tmp_path, "run.yaml", NODES="2", SLEEP_SECONDS="0.2")
+    wait_for(tmp_path, "python -c import ray")
+    job.send_signal(signal.SIGUSR1)
+    joined = tmp_path / "joined"
+    joined.write_text("#!/bin/bash\necho 3\n")
+    joined.chmod(0o755)
+    joined.replace(tmp_path / "bin" / "python")
+    assert job.wait(timeout=60) == 1
+    assert "scontrol requeue 123456" in calls(tmp_path)
+    assert not any(call.startswith("keel") for call in calls(tmp_path))
 
 
 def test_nodes_that_do_not_join_end_the_job(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Arm:
 
 def load(directory: Path) -> Arm:
     """A run from its directory, finished or not. Raises ConfigError, one line, when it has nothing to compare."""
-    stored = config.written(directory, f"run {directory}")
+    stored = config.stored_config(directory, f"run {directory}")
     try:
         settings = yaml.safe_load(stored.read_text(encoding="utf8"))
         lines = durable.read_json_lines(directory / "metrics.jsonl")

@@ -40,7 +40,7 @@ def settings_of(settings: Settings, directory: Path) -> Settings:
 
 
 def folder_for(settings: Settings) -> Path | None:
-    """Where the files go: in a cluster beside the run directory, which its nodes share; None: this machine's /tmp.
+    """Where the files go: in a cluster beside the run directory, which its nodes share; None: this machine's own place.
 
     Raises ConfigError where nothing can be written.
     """
@@ -52,7 +52,10 @@ def folder_for(settings: Settings) -> Path | None:
 
 
 def run(settings: Settings, display: Display) -> Rates:
-    """Rates of this machine or cluster; the files of the run are removed. Raises whatever a run raises."""
+    """Rates of this machine or cluster; the files of the run are removed. Raises whatever a run raises.
+
+    What another node still holds open on shared storage stays: it is no reason to lose what was measured.
+    """
     if beside := folder_for(settings):
         beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="keel-plan-", dir=beside, ignore_cleanup_errors=True) as folder:

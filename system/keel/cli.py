@@ -71,7 +71,7 @@ def prefer(config_path: Config, overrides: Overrides = None, address: Address = 
 @app.command()
 def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
     """Go on from the last committed checkpoint of a run."""
-    stored = config.written(run_directory, f"RUN_DIR={run_directory}")
+    stored = config.stored_config(run_directory, f"RUN_DIR={run_directory}")
     own = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
     command = command_of(config.read(stored))
     _COMMANDS[command](str(stored), own)

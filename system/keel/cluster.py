@@ -10,7 +10,6 @@ go actor -> object store -> actor.
 
 import contextlib
 import os
-import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from keel import capacity, room
 from keel.actor_settings import ClusterSettings
 from keel.buffer import RolloutBuffer
 from keel.config import ConfigError
+from keel.control import reach
 from keel.generate import VllmGenerator
 from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
@@ -34,7 +34,6 @@ from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
 from keel.worker import Spawn
 
-_CONNECT_SECONDS = 30.0
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 
 
@@ -51,12 +50,11 @@ def connect(settings: Settings) -> str:
     if address := cluster.address_to_join:
         named = "cluster.address" if cluster.address else "RAY_ADDRESS"
         try:
-            if address != "auto":  # Ray itself would try for minutes, and then take the process down
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+            if address != "auto":
+                reach(address)
             ray.init(address=address, **common)
         except (OSError, RuntimeError, ValueError, AuthenticationError) as error:  # Ray has no class for it
-            reason = f"cannot be joined ({last_line(str(error))})"
+            reason = f"cannot be joined ({' '.join(str(error).split())})"
             raise ConfigError(f"{named}={address}: {reason}; expected HOST:PORT of a Ray that runs, or local") from None
         return f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address} ({named}={address})"
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.

@@ -97,11 +97,11 @@ def parse_as(model: type[Model], tree: dict[str, Any]) -> Model:
         raise ConfigError(_one_line(error, model)) from None
 
 
-def written(directory: Path, called: str, of: str = "a run") -> Path:
-    """The config.yaml in a run's directory. Raises ConfigError, with what the directory was `called`, for none."""
+def stored_config(directory: Path, name: str, kind: str = "a run") -> Path:
+    """The config.yaml in a run's directory. Raises ConfigError for none, where `name` is the directory's."""
     path = directory / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"{called}: no config.yaml in it; expected the directory of {of}")
+        raise ConfigError(f"{name}: no config.yaml in it; expected the directory of {kind}")
     return path
 
 

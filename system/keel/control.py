@@ -28,6 +28,10 @@ class ScaleError(ValueError):
     """Counts that a run cannot have."""
 
 
+class AnotherRay(ConfigError):
+    """The cluster of a run has another version of Ray or Python than this process."""
+
+
 class Control:
     """Wanted and present workers by role. The run makes a new one when it is lost."""
 
@@ -109,18 +113,27 @@ def ask_to_stop(run_directory: Path, where: Mapping[str, str]) -> None:
     _ask(run_directory, where, lambda actor: actor.stop.remote())
 
 
+def reach(address: str) -> None:
+    """Raises OSError or ValueError where nobody listens: Ray itself tries for minutes, and then ends the process."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+
+
 def _ask(run_directory: Path, where: Mapping[str, str], call: Callable[[Any], Any]) -> dict[str, Any]:
     nobody = f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
     try:
-        host, _, port = where["address"].rpartition(":")
-        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()  # Ray itself would try for long
+        reach(where["address"])
         ray.init(where["address"], namespace=where["namespace"], log_to_driver=False, logging_level="CRITICAL")
         return ray.get(call(ray.get_actor(where["actor"])), timeout=_ANSWER_SECONDS)
     except ScaleError as error:
         raise ConfigError(str(error.cause if isinstance(error, RayTaskError) else error)) from None
     except AuthenticationError as error:
         raise ConfigError(f"{nobody}, and Ray's token for it: {error.message.splitlines()[0]}") from None
-    except (OSError, RuntimeError, ValueError, RayActorError, GetTimeoutError):  # also: no such actor, another Ray
+    except (OSError, ValueError, RayActorError, GetTimeoutError):  # ValueError: no such actor
         raise ConfigError(nobody) from None
+    except RuntimeError as error:
+        raise AnotherRay(
+            f"RUN_DIR={run_directory}: its Ray cannot be joined ({' '.join(str(error).split())})"
+        ) from None
     finally:
         ray.shutdown()

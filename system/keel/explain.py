@@ -114,7 +114,7 @@ def _advice(timeline: Mapping[str, float], roles: Sequence[Role], max_staleness:
 def _to_shorten(name: str, share: float) -> str:
     if name in _OPTION:
         own = "works" if name == LEARNER else "is what the learner waits for"
-        return f"{name} {own} {share:.0%} of the time: raise its count (keel scale RUN_DIR {_OPTION[name]} N)"
+        return f"{name} {own} {share:.0%} of the time: raise its count (keel scale RUN {_OPTION[name]} N)"
     if name in _SETTING:
         return f"{name} takes {share:.0%} of the time: raise {_SETTING[name]}"
     if name == "start":

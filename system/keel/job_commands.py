@@ -170,8 +170,8 @@ def _stop_there(address: str, run: str) -> dict[str, Any]:
             asked = ["stop", attempt.directory, "--json"]
             try:
                 answer = jobs.on_cluster(client, attempt, asked, seconds=float("inf"))  # it has the run's own deadlines
-            except ConfigError as error:  # it has not come to its run directory yet
-                raise ConfigError(f"{error}; {attempt.job} is {attempt.state}: --now ends it as it is") from None
+            except ConfigError as error:  # it has not come to its run directory yet, or is a stage
+                raise ConfigError(f"{error}; or --now, which ends {attempt.job} as it is") from None
             jobs.ended(client, attempt.job)
     return json.loads(answer) | {"job": attempt.job}
 

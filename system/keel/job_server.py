@@ -32,8 +32,8 @@ class Client(JobSubmissionClient):
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         # urllib3 sends all of a body within the time it has for connecting
-        first = _UPLOAD_SECONDS if options.get("data") else _CONNECT_SECONDS
-        return super()._do_request(method, endpoint, timeout=(first, _ANSWER_SECONDS), **options)
+        sending = _UPLOAD_SECONDS if options.get("data") else _CONNECT_SECONDS
+        return super()._do_request(method, endpoint, timeout=(sending, _ANSWER_SECONDS), **options)
 
     def submit_job(self, **job: Any) -> str:  # type: ignore[override]  # by name alone
         """The id of the job. Raises RuntimeError as Ray does, but where there is no agent only after two minutes."""

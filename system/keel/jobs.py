@@ -163,7 +163,9 @@ def follow(client: Client, job: str, say: Callable[[str], None]) -> Attempt:
         coming = asyncio.ensure_future(anext(lines, None))
         while True:
             if not (await asyncio.wait([coming], timeout=_SILENCE_SECONDS))[0]:
-                await asyncio.to_thread(client.get_job_info, job)  # has a deadline, which the open connection has not
+                # the open connection has no deadline, and outlives a node without power
+                if (await asyncio.to_thread(client.get_job_info, job)).status.value in _OVER:
+                    return
             elif (text := await coming) is None:
                 return
             else:

@@ -71,7 +71,7 @@ def measured(runs: Sequence[Path]) -> Rates:
 
 
 def _see(directory: Path, seen: _Seen) -> None:
-    settings = config.load(config.written(directory, f"--from {directory}", of="an online run"))
+    settings = config.load(config.stored_config(directory, f"--from {directory}", kind="an online run"))
     lines = durable.read_json_lines(directory / "metrics.jsonl")
     pairs = [pair for pair in pairwise(lines) if not _evaluates(settings, pair[1]["step"]) and not _begins(pair)]
     if not pairs:

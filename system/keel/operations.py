@@ -112,7 +112,7 @@ def _explain(run_directory: Path, last: int) -> dict[str, Any]:
     from keel import durable
     from keel import explain as explaining
 
-    settings = config.load(config.written(run_directory, f"RUN_DIR={run_directory}"))
+    settings = config.load(config.stored_config(run_directory, f"RUN_DIR={run_directory}"))
     try:
         lines = durable.read_json_lines(run_directory / "metrics.jsonl")
         return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))
@@ -147,6 +147,7 @@ def _address(given: str | None) -> str | None:
 
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
     where = standing.control_of(run_directory)
+    standing.authenticate_as(where)
     from keel import control
 
     return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})

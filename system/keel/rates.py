@@ -34,9 +34,9 @@ class _LineRates(Section):
         [], description="measured durations over their mean; drawn from, if given"
     )
 
-    def seconds(self, sequences: float, waves: float = 1.0) -> float:
+    def seconds(self, sequences: float, passes: float = 1.0) -> float:
         """Mean of a batch."""
-        return self.fixed_seconds * waves + self.sequence_seconds * sequences
+        return self.fixed_seconds * passes + self.sequence_seconds * sequences
 
 
 class StageRates(_LineRates):

@@ -37,7 +37,7 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
 
     Raises ConfigError for a step whose rows, or the rows between it and a checkpoint, are not there.
     """
-    stored = config.written(run_directory, f"RUN_DIR={run_directory}", of="an online run")
+    stored = config.stored_config(run_directory, f"RUN_DIR={run_directory}", kind="an online run")
     settings = config.load(stored, [f"run.directory={run_directory}", "metrics.port=0"])
     start = max((version for version in checkpoint.steps(run_directory) if version < step), default=0)
     rows = [_rows(run_directory, number, ("rollouts",)) for number in range(start + 1, step)]

@@ -35,8 +35,8 @@ def configured(settings: Settings, directory: Path) -> dict[str, int]:
     return capacity.configured(settings)
 
 
-def has_run(directory: Path) -> bool:
-    """Whether the run was up once, or was scaled while it started."""
+def has_counts(directory: Path) -> bool:
+    """Whether an earlier process of the run was up, or was scaled while it started."""
     return (directory / "scale.json").is_file()
 
 
@@ -85,7 +85,7 @@ class Scaling:
         try:
             while not (await asyncio.wait([starting], timeout=_POLL_SECONDS))[0]:
                 self.observer.tick()
-                self.observer.set({"workers": {"learner": 0.0}})
+                self._show(ranks=0)
                 await self._link.exchange(self._serving(ranks=0))
                 if self.desired != self._wanted:
                     self._record(ranks=0)
@@ -154,5 +154,8 @@ class Scaling:
             cluster.request(self.settings, self.desired)
         self._wanted, self._written = counts["desired"], counts
         durable.write_json(self._path, counts)
+        self._show(ranks)
+
+    def _show(self, ranks: int) -> None:
         desired = float(self.desired["learner"])
         self.observer.set({"workers": {"learner": float(ranks)}, "workers_desired": {"learner": desired}})

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def of(directory: Path) -> dict[str, Any]:
     `state`: live (a process works on it), ended, stopped (as it was asked to) or broken off; a number that the run has
     not written is null.
     """
-    tree = config.read(config.written(directory, f"RUN_DIR={directory}"))
+    tree = config.read(config.stored_config(directory, f"RUN_DIR={directory}"))
     if not isinstance(tree.get("run"), dict) or "name" not in tree["run"]:
         raise ConfigError(f"RUN_DIR={directory}: its config.yaml is no run's own; expected the directory of a run")
     command = command_of(tree)
@@ -54,16 +55,16 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def control_of(directory: Path) -> dict[str, str]:
-    """How the control actor of a run is reached: its control.json. Raises ConfigError when there is none.
-
-    Sets how Ray authenticates in this process, which it reads when it is imported: Keel's modules that do come after.
-    """
+    """How the control actor of a run is reached: its control.json. Raises ConfigError when there is none."""
     path = directory / "control.json"
     if not path.is_file():
         raise ConfigError(f"RUN_DIR={directory}: no control.json in it; expected the directory of a live run")
-    where = json.loads(path.read_text(encoding="utf8"))
+    return json.loads(path.read_text(encoding="utf8"))
+
+
+def authenticate_as(where: Mapping[str, str]) -> None:
+    """Let this process authenticate as the Ray of a run does, by its control.json: before it imports Ray."""
     os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])
-    return where
 
 
 def _state(directory: Path, steps: int | None, committed: list[int], event: dict[str, Any] | None) -> str:

@@ -12,6 +12,8 @@ from keel.config import ConfigError
 from keel.terminal import errors
 
 _HEARD_SECONDS = 60.0
+_STARTS_SECONDS = 600.0
+"""Until a run that starts can hear: it reads its newest checkpoint and joins Ray before."""
 _POLL_SECONDS = 0.5
 
 
@@ -23,7 +25,7 @@ def stop(directory: Path) -> dict[str, Any]:
     """Where the run stands when it has ended. Raises ConfigError where none is alive, NotStopped."""
     found = _alive(directory)
     by = config.load(directory / "config.yaml").deadlines
-    _ask(directory, by.load_seconds + _HEARD_SECONDS)
+    _ask(directory, _STARTS_SECONDS)
     patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
     deadline = time.monotonic() + patience
     with errors.status(f"step {found['step']}: waiting for the step under way and a checkpoint"):
@@ -54,11 +56,14 @@ def _ask(directory: Path, seconds: float) -> None:
     while True:
         try:
             where = standing.control_of(directory)
+            standing.authenticate_as(where)
             from keel import control
 
             control.ask_to_stop(directory, where)
             return
         except ConfigError as error:
+            if type(error) is not ConfigError:  # trying again helps nothing
+                raise
             if not durable.held(directory):  # it has ended by itself
                 return
             if time.monotonic() > deadline:

@@ -78,7 +78,7 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
     settings, directory = prepared.settings, prepared.directory
     (directory / "control.json").unlink(missing_ok=True)  # nobody is to ask the actor of an earlier process
     with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
-        new = not checkpoint.committed(directory) and not scaling.has_run(directory)
+        new = not checkpoint.committed(directory) and not scaling.has_counts(directory)
         counts = scaling.configured(settings, directory)
         if new:  # Ray first: what its cluster can never hold leaves nothing behind
             display.doing(_STARTING)

@@ -66,7 +66,7 @@ def check(run_directory: Path) -> Report:
 
 def _settings(own: Audit) -> Settings | None:
     """Settings of the run; None, and a finding, where its file is damaged."""
-    path = config.written(own.directory, f"RUN_DIR={own.directory}", of="an online run")
+    path = config.stored_config(own.directory, f"RUN_DIR={own.directory}", kind="an online run")
     try:
         tree = config.read(path)
         command = command_of(tree)

@@ -134,11 +134,11 @@ def check_a_stop_while_it_starts(keel: Start, process: Any, run: Path) -> None:
     print(f"stopped while it started in {time.monotonic() - began:.1f} s")
     assert code == 0 and f"stopped, as asked, at step 0 of {STEPS}; go on with: keel resume {run}" in said, said + err
     check_stopped_before_the_first_step(process, run)
-    (run / "control.json").unlink()
 
 
 def check_a_signal_while_it_starts(process: Any, run: Path) -> None:
     """What a batch system sends before its time limit."""
+    wait(process, lambda: not (run / "control.json").exists(), "what led to the earlier process to go")
     wait(process, (run / "control.json").is_file, "somebody who hears")
     process.send_signal(signal.SIGUSR1)
     check_stopped_before_the_first_step(process, run)
