@@ -87,7 +87,10 @@ def test_an_agent_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(job_server, "_AGENT_SECONDS", 0.0)
     with (
         serving([_NO_AGENT, _TAKEN]) as address,
-        pytest.raises(job_server.JobError, match="No available agent"),
+        pytest.raises(
+            job_server.JobError,
+            match="No available agent .*: another Ray on the head's machine .*--dashboard-agent-listen-port",
+        ),
         job_server.cluster(address) as client,
     ):
         client.submit_job(**JOB)

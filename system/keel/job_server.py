@@ -21,6 +21,10 @@ _UPLOAD_SECONDS = 3600.0
 _AGENT_SECONDS = 120.0
 _POLL_SECONDS = 1.0
 _NO_AGENT = "No available agent to submit job"
+_WHY_NONE = (
+    "another Ray on the head's machine may have had its agent's port, 52365, when the head was started; expected"
+    " ray start --head with another --dashboard-agent-listen-port"
+)
 
 
 class JobError(RuntimeError):
@@ -43,8 +47,10 @@ class Client(JobSubmissionClient):
             try:
                 return super().submit_job(**job)
             except RuntimeError as error:
-                if _NO_AGENT not in str(error) or time.monotonic() > began + _AGENT_SECONDS:
+                if _NO_AGENT not in str(error):
                     raise
+                if time.monotonic() > began + _AGENT_SECONDS:
+                    raise RuntimeError(f"{_NO_AGENT}: {_WHY_NONE}") from None
             if not told:
                 errors.print("waiting for the agent of the cluster's head, which starts jobs", soft_wrap=True)
                 told = True

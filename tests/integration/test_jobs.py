@@ -40,6 +40,7 @@ def address(pace_of_cluster: Path) -> Iterator[str]:
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="kj", dir="/tmp") as folder:  # short: sockets lie in it
         options = {"port": 0, "dashboard-host": "127.0.0.1", "dashboard-port": port, "num-cpus": 6}
+        options["dashboard-agent-listen-port"] = free_port()  # without one of its own no job starts beside another Ray
         options |= {"object-store-memory": 2**27, "temp-dir": folder}
         environment = os.environ | {
             "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",

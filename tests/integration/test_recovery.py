@@ -114,9 +114,7 @@ def test_a_live_run_is_scaled_without_a_pause_beyond_the_cluster_and_resumes_as_
     assert len(lines) == STEPS and max(line["staleness_max_versions"] for line in lines) == 1
 
 
-@pytest.mark.parametrize(
-    ("address", "reason"), [("127.0.0.1:1", "Connection refused"), ("head", "invalid literal"), ("auto", "any running")]
-)
+@pytest.mark.parametrize(("address", "reason"), [("127.0.0.1:1", "Connection refused"), ("head", "invalid literal")])
 def test_a_cluster_that_cannot_be_joined_is_one_line(
     write_config: Start, keel: Start, tmp_path: Path, address: str, reason: str
 ) -> None:

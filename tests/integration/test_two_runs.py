@@ -32,6 +32,7 @@ def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # a job runs the cluster's python
     monkeypatch.setenv("RAY_worker_niceness", "0")
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
+    dashboard["dashboard_agent_listen_port"] = free_port()  # without one of its own no job starts beside another Ray
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27, **dashboard})
     for _ in range(2):
         cluster.add_node(num_cpus=4, object_store_memory=2**27)
