@@ -89,7 +89,7 @@ def test_an_agent_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         serving([_NO_AGENT, _TAKEN]) as address,
         pytest.raises(
             job_server.JobError,
-            match="No available agent .*: another Ray on the head's machine .*--dashboard-agent-listen-port",
+            match=r"No available agent .*: another Ray on the head's machine .*--dashboard-agent-listen-port",
         ),
         job_server.cluster(address) as client,
     ):
