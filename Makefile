@@ -26,10 +26,9 @@ train: setup  ## run the quickstart: label, reward model, RL, evaluation; cached
 test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" leaves out all on the real stack
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: setup  ## run every test: also twenty steps of every objective on the real stack, and a short chaos run
+test-all: setup  ## run every test: also twenty steps of every objective, and a short chaos run, on the real stack
 	$(BIN)/python -m pytest -n 2 -m "not integration" $(ARGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(MARKS)" tests/integration $(ARGS)
-	$(BIN)/python -m pytest tests/chaos $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(MARKS)" tests/chaos tests/integration $(ARGS)
 
 chaos: setup  ## a real run through a hundred faults; ARGS="--faults 20 --seed 1 --staleness 1"
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)

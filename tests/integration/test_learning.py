@@ -29,8 +29,7 @@ EVERY = {name: arm for name, arm in {**ARMS, **CRITIC_ARMS}.items() if name != "
 
 
 OF_EACH_FAMILY = {
-    *("kl", "entropy_sequence_sum", "reinforce_pp", "grpo", "gspo", "lco_kl", "dpo", "simpo", "kto", "optidice_kl"),
-    *("best_of_n", "ppo", "eapo"),
+    *("kl", "entropy_sequence_sum", "grpo", "lco_kl", "dpo", "kto", "optidice_kl", "best_of_n", "ppo"),
 }
 
 

@@ -171,6 +171,7 @@ def test_nucleus_sampling_stops_at_the_parity_test(write_config: Start, keel: St
     assert "parity.max_gap_nats=0.1" in message and "sampling.top_p=0.5" in message, err
 
 
+@pytest.mark.exhaustive  # test_recovery.py ends a run by another fault
 def test_a_run_whose_rewards_fail_stops_and_says_why(write_config: Start, keel: Start, tmp_path: Path) -> None:
     reward = [{"name": "broken", "source": "rewards:not_a_number"}]
     config = write_config("failing", rewards=reward, run={"name": "x", "directory": str(tmp_path / "failing" / "run")})
