@@ -7,10 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import AsyncIterator, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import requests
 import yaml
 from ray.job_submission import JobDetails
 
+import tools
 from fakes import settings_for
 from keel import checkpoint, cli, config, control, durable, job_server, jobs, standing, stopping
 from keel.config import ConfigError
@@ -334,7 +334,7 @@ def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
     write_run(run)
     lock = durable.lock(run)
 
-    def end(directory: Path, seconds: float) -> None:
+    def end(directory: Path) -> None:
         durable.append_json(directory / "events.jsonl", {"event": last_event, "time": 5.0})
         lock.close()
 
@@ -444,8 +444,7 @@ def test_the_environment_names_the_address_as_for_ray(
 # ---- addresses where no job server is, by real sockets
 
 
-@contextlib.contextmanager
-def serving(status: int, body: bytes) -> Iterator[str]:
+def serving(status: int, body: bytes) -> contextlib.AbstractContextManager[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
@@ -454,14 +453,7 @@ def serving(status: int, body: bytes) -> Iterator[str]:
 
         def log_message(self, format: str, *arguments: Any) -> None: ...
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{http.server_port}"
-        finally:
-            http.shutdown()
-            thread.join()
+    return tools.served(Handler)
 
 
 @pytest.mark.parametrize(

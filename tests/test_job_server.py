@@ -5,13 +5,14 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+import tools
 from keel import job_server
 
 _NO_AGENT = (500, "No available agent to submit job, please try again later.")
@@ -64,15 +65,11 @@ def serving(submissions: list[tuple[int, str]], uploads: list[int] | None = None
 
         def log_message(self, format: str, *arguments: Any) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever)
-        thread.start()
+    with tools.served(Handler) as address:
         try:
-            yield f"http://127.0.0.1:{http.server_port}"
+            yield address
         finally:
             over.set()
-            http.shutdown()
-            thread.join()
 
 
 def test_a_head_without_its_agent_is_waited_for_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:

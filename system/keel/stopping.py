@@ -25,7 +25,7 @@ def stop(directory: Path) -> dict[str, Any]:
     """Where the run stands when it has ended. Raises ConfigError where none is alive, NotStopped."""
     found = _alive(directory)
     by = config.load(directory / "config.yaml").deadlines
-    _ask(directory, _STARTS_SECONDS)
+    _ask(directory)
     patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
     deadline = time.monotonic() + patience
     with errors.status(f"step {found['step']}: waiting for the step under way and a checkpoint"):
@@ -50,9 +50,9 @@ def _alive(directory: Path) -> dict[str, Any]:
     return found
 
 
-def _ask(directory: Path, seconds: float) -> None:
+def _ask(directory: Path) -> None:
     """Until it is heard: a run that starts has no control actor yet."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _STARTS_SECONDS
     while True:
         try:
             where = standing.control_of(directory)
@@ -67,5 +67,5 @@ def _ask(directory: Path, seconds: float) -> None:
             if not durable.held(directory):  # it has ended by itself
                 return
             if time.monotonic() > deadline:
-                raise NotStopped(f"{directory}: has not answered for {seconds:.0f} s ({error})") from None
+                raise NotStopped(f"{directory}: has not answered for {_STARTS_SECONDS:.0f} s ({error})") from None
             time.sleep(_POLL_SECONDS)
