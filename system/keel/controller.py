@@ -12,7 +12,7 @@ Only protocols are known here, not Ray, torch or vLLM, so all of it runs in a un
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -258,13 +258,22 @@ class Controller:
         self, seconds: float, awaitable: Awaitable[Result], whom: str, error: type[Exception] = Stalled
     ) -> Result:
         """Await with a deadline whose passing says who waited for whom."""
-        try:
-            async with asyncio.timeout(seconds) as limit:
-                return await awaitable
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise error(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}") from None
+
+        def late() -> Exception:
+            return error(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}")
+
+        return await within(seconds, awaitable, late)
+
+
+async def within(seconds: float, awaitable: Awaitable[Result], late: Callable[[], Exception]) -> Result:
+    """Await with a deadline. Raises what `late` makes when it passes; a TimeoutError of the awaited stays one."""
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await awaitable
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise late() from None
 
 
 @contextlib.asynccontextmanager

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from keel import capacity, cluster, durable
 from keel.control import ControlLink
-from keel.controller import Controller
+from keel.controller import Controller, within
 from keel.gang import Gang, room_for
 from keel.parts import Observer
 from keel.pool import Pool
@@ -54,8 +54,7 @@ class Scaling:
     ) -> None:
         self.settings, self.pools, self.observer = settings, pools, observer
         self._path, self._link, self._asked_to_stop = directory / "scale.json", link, asked_to_stop
-        self._wanted = dict(link.desired)
-        self._written: dict[str, dict[str, int]] = {}
+        self._written = {"desired": dict(link.desired)}
         self._spare: Room | None = None
         self._requested = False
 
@@ -87,7 +86,7 @@ class Scaling:
                 self.observer.tick()
                 self._show(ranks=0)
                 await self._link.exchange(self._serving(ranks=0))
-                if self.desired != self._wanted:
+                if self.desired != self._written["desired"]:
                     self._record(ranks=0)
                 if self.stopping:
                     return None
@@ -116,13 +115,8 @@ class Scaling:
 
     async def _resize(self, buffer: cluster.RemoteBuffer) -> None:
         deadline = self.settings.deadlines.score_seconds
-        try:
-            async with asyncio.timeout(deadline) as limit:
-                await buffer.resize(self.groups_per_batch)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise BufferLost(f"waited {deadline:.0f} s for the buffer to size batches anew") from None
+        late = f"waited {deadline:.0f} s for the buffer to size batches anew"
+        await within(deadline, buffer.resize(self.groups_per_batch), lambda: BufferLost(late))
 
     async def _ranks_can_change(self, present: int) -> bool:
         """Fewer ranks always; more once Ray has found room for them beside the present ones."""
@@ -147,12 +141,12 @@ class Scaling:
         counts = {"desired": dict(self.desired), "actual": self._serving(ranks)}
         if counts == self._written:
             return
-        if other := counts["desired"] != self._wanted:
+        if other := counts["desired"] != self._written["desired"]:
             self.observer.event("scale", **counts)
         if other if self._requested else counts["desired"] != counts["actual"]:
             self._requested = True  # it holds what it was asked for last, also where fewer are wanted now
             cluster.request(self.settings, self.desired)
-        self._wanted, self._written = counts["desired"], counts
+        self._written = counts
         durable.write_json(self._path, counts)
         self._show(ranks)
 
