@@ -13,6 +13,7 @@ import yaml
 from keel import config, durable, evaluate
 from keel.config import ConfigError
 from keel.diagnostics import per_completion
+from keel.printable import one_line
 
 Prompt = tuple[int, str]
 """prompt_id and text: the row of the prompt source, and what stood in it."""
@@ -60,7 +61,7 @@ def load(directory: Path) -> Arm:
         steps = [int(row["step"]) for row in evaluate.frontier(directory)]
         batches = [evaluate.load(directory, step) for step in steps]
     except (OSError, ValueError, yaml.YAMLError) as error:  # Arrow's and JSON's errors are ValueErrors
-        raise ConfigError(f"run {directory}: {' '.join(str(error).split())}; expected the files of a run") from None
+        raise ConfigError(f"run {directory}: {one_line(error)}; expected the files of a run") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"run {directory}: config.yaml has no settings in it; expected the directory of a run")
     if not batches:

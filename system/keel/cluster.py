@@ -28,7 +28,7 @@ from keel.generate import VllmGenerator
 from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
 from keel.pool import Pool
-from keel.printable import last_line
+from keel.printable import last_line, one_line
 from keel.protocols import AddReceipt, Batch, BufferLost, BuildFailed, LoadReceipt, Sampling, StageReceipt, WorkerLost
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
@@ -54,7 +54,7 @@ def connect(settings: Settings) -> str:
                 reach(address)
             ray.init(address=address, **common)
         except (OSError, RuntimeError, ValueError, AuthenticationError) as error:  # Ray has no class for it
-            reason = f"cannot be joined ({' '.join(str(error).split())})"
+            reason = f"cannot be joined ({one_line(error)})"
             raise ConfigError(f"{named}={address}: {reason}; expected HOST:PORT of a Ray that runs, or local") from None
         return f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address} ({named}={address})"
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.

@@ -17,6 +17,7 @@ from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, 
 
 from keel import durable
 from keel.config import ConfigError
+from keel.printable import one_line
 from keel.settings import Settings
 
 AUTHENTICATION = "RAY_AUTH_MODE"
@@ -132,8 +133,6 @@ def _ask(run_directory: Path, where: Mapping[str, str], call: Callable[[Any], An
     except (OSError, ValueError, RayActorError, GetTimeoutError):  # ValueError: no such actor
         raise ConfigError(nobody) from None
     except RuntimeError as error:
-        raise AnotherRay(
-            f"RUN_DIR={run_directory}: its Ray cannot be joined ({' '.join(str(error).split())})"
-        ) from None
+        raise AnotherRay(f"RUN_DIR={run_directory}: its Ray cannot be joined ({one_line(error)})") from None
     finally:
         ray.shutdown()

@@ -15,6 +15,7 @@ from keel import config, endpoint, extension, http_rewards, models, reward_model
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
+from keel.printable import one_line
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.reward_settings import RewardSettings
@@ -158,7 +159,7 @@ def check_context(policy: Path, settings: Settings) -> None:
     try:
         known = AutoConfig.from_pretrained(policy, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise ConfigError(f"policy.model={policy}: config.json cannot be read ({reason})") from None
     positions = getattr(known, "max_position_embeddings", None)
     needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
@@ -197,7 +198,7 @@ def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
         try:
             values = function(**score.arguments(probe))
         except Exception as error:  # the user's code may raise anything; here it is bad input
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise ConfigError(
                 f"{setting}: raised {type(error).__name__} ({reason}) on a sample; expected"
                 " function(prompts, completions, completion_ids, **columns) -> list of numbers"

@@ -24,6 +24,11 @@ def _shown(character: str) -> str:
     return " " if unicodedata.category(character) == "Zs" else repr(character)[1:-1]
 
 
+def one_line(error: object) -> str:
+    """All that an error says, its line ends and runs of spaces one space each."""
+    return " ".join(str(error).split())
+
+
 def last_line(text: str) -> str:
     """What an error says in the end, without the traceback that Ray puts before it."""
     lines = text.strip().splitlines()

@@ -16,6 +16,7 @@ from typing import Any
 
 from keel.config import ConfigError
 from keel.examples import Completion, content
+from keel.printable import one_line
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _HARDEST_GRADE = 20.0
@@ -86,7 +87,7 @@ def _dataset(task: str, size: int, seed: int, options: str) -> Any:
     try:
         return gym.create_dataset(task, size=size, seed=seed, **json.loads(options))
     except (ValueError, TypeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         problem = f"prompts.options: task={task} size={size} {options}: {reason}"
         raise ConfigError(f"{problem}; expected a reasoning-gym task and its options") from None
 

@@ -8,6 +8,7 @@ from keel.algorithms.preferences import Preference
 from keel.algorithms.weighting import WeightedLikelihood
 from keel.config import ConfigError
 from keel.objective_settings import CustomObjectiveSettings
+from keel.printable import one_line
 from keel.settings import Settings
 
 OBJECTIVES: dict[str, Build] = {
@@ -33,7 +34,7 @@ def build(settings: Settings) -> Objective:
     except ConfigError:
         raise
     except Exception as error:  # the user's code may raise anything; here it is bad input
-        reason = f"{type(error).__name__} {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__} {one_line(error)}"
         raise ConfigError(
             f"objective.source={by.source}: raised {reason} when built; check objective.options"
         ) from None

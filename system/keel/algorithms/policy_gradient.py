@@ -25,6 +25,7 @@ from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
 from keel.config import ConfigError
 from keel.objective_settings import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
+from keel.printable import one_line
 from keel.settings import Settings
 
 _WHITENED = {"reinforce_pp": "population", "reinforce_pp_baseline": "population", "gae": "sample"}
@@ -58,7 +59,7 @@ class PolicyGradient(Objective):
         try:
             _checked(own(np.array([0.0, 1.0, 0.5]), np.array([0, 0, 1])), 3, self.by.advantage)
         except Exception as error:  # the user's code may raise anything; here it is bad input
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise ConfigError(f"{setting}: fails on 3 rewards of 2 prompts ({reason})") from None
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
