@@ -1,6 +1,7 @@
 """A run that is alive: what its files say while it goes on, what commands answer, and how it is ended."""
 
 import json
+import random
 import signal
 import socket
 import time
@@ -21,9 +22,12 @@ Start = Callable[..., Any]
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Of a range that no client gets a port from, nor Ray's workers or a gang: nobody has it before it is used."""
+    while True:
+        with socket.socket() as probe:
+            port = random.randrange(3000, 6000)
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def events_of(run: Path, *names: str, since: float = 0.0, **fields: Any) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ import os
 import time
 from pathlib import Path
 
+import ray
+
 PACE = "KEEL_TEST_PACE"
 
 
@@ -34,8 +36,18 @@ def low_ids_or_none(completions: list[str], completion_ids: list[list[int]], **c
 
 
 def paced(completions: list[str], completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """The share of low ids, after the seconds that the file named by PACE holds: a run that lasts while it is scaled."""
-    file = Path(os.environ.get(PACE, ""))
-    if file.is_file():
-        time.sleep(float(file.read_text()))
+    """The share of low ids, after the seconds that the file named by PACE holds, or when it is gone: a run that lasts
+    while something is done to it. Not in the check before a run, which has no Ray yet."""
+    began = time.monotonic()
+    while (left := began + _pace_seconds() - time.monotonic()) > 0:
+        time.sleep(min(left, 0.05))
     return share_of_low_ids(completions, completion_ids)
+
+
+def _pace_seconds() -> float:
+    if not ray.is_initialized():
+        return 0.0
+    try:
+        return float(Path(os.environ[PACE]).read_text() or "inf")  # empty while it is written
+    except FileNotFoundError:
+        return 0.0

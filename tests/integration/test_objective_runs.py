@@ -15,7 +15,9 @@ pytestmark = pytest.mark.timeout(600)
 Start = Callable[..., Any]
 
 
-def test_everything_that_adapts_goes_on_after_a_kill(write_config: Start, keel: Start, tmp_path: Path) -> None:
+def test_everything_that_adapts_goes_on_after_a_kill(
+    write_config: Start, keel: Start, tmp_path: Path, pace: Path
+) -> None:
     """Critic with PopArt, reward normaliser, dual KL, dynamic sampling, a new reference every two steps."""
     changes: dict[str, Any] = {
         "run": {"steps": 6},
@@ -31,17 +33,22 @@ def test_everything_that_adapts_goes_on_after_a_kill(write_config: Start, keel: 
         },
         "regulariser": {"kl": {"coefficient": 0.05, "controller": {"kind": "dual", "target_nats": 1.0}}},
         "reference": {"threads": 1, "dtype": "float32", "ref_policy": "previous", "iteration_steps": 2},
-        "rewards": [{"name": "low", "source": "rewards:mostly_even"}],
+        "rewards": [
+            {"name": "low", "source": "rewards:mostly_even"},
+            {"name": "pace", "source": "rewards:paced", "role": "monitor"},
+        ],
         "buffer": {"groups_per_step": 2, "dynamic_sampling_refills": 2},
     }
     runs = {name: tmp_path / name / "run" for name in ("whole", "broken")}
     whole = write_config("whole", **with_directory(runs["whole"], changes))
     code, _, err = finish(keel("train", str(whole)))
     assert code == 0, err
+    pace.write_text("1.0")  # or the run could end before it is killed
     process = keel("train", str(write_config("broken", **with_directory(runs["broken"], changes))))
     broken = runs["broken"]
     wait_for(lambda: len(metrics_of(broken)) >= 4 and checkpoint.latest(broken) is not None, 200, "four steps")
     kill(process)
+    pace.unlink()
     assert len(metrics_of(broken)) < 6
     code, _, err = finish(keel("resume", str(broken)))
     assert code == 0, err

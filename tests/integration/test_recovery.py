@@ -19,7 +19,7 @@ from test_runs import metrics_of
 from keel import checkpoint, durable, schema
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
-STEPS = 240
+STEPS = 2000
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_can_be_made_again(

@@ -47,18 +47,24 @@ def same_policy(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Start, tmp_path: Path) -> None:
+def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Start, tmp_path: Path, pace: Path) -> None:
     """Also the newcomer's run, every file is there; and a tracker's, which sees every step once and changes nothing."""
     changes: dict[str, Any] = {"run": {"steps": 5}, "checkpoint": {"every_steps": 2}, "evaluation": {"every_steps": 2}}
+    changes["rewards"] = [
+        {"name": "distinct", "source": "keel.examples:distinct_token_ratio"},
+        {"name": "low", "source": "rewards:paced", "role": "monitor"},
+    ]
     whole = write_config("whole", **with_directory(tmp_path / "whole" / "run", changes))
     code, out, err = finish(keel("train", str(whole)))
     assert code == 0, err
     tracked = changes | {"tracking": {"trackers": ["tensorboard"]}}
     broken = write_config("broken", **with_directory(tmp_path / "broken" / "run", tracked))
+    pace.write_text("1.0")  # or the run could end before it is killed
     process = keel("train", str(broken))
     run = tmp_path / "broken" / "run"
     wait_for(lambda: len(metrics_of(run)) >= 3 and checkpoint.latest(run) is not None, 200, "three steps")
     kill(process)
+    pace.unlink()
     assert len(metrics_of(run)) < 5
     code, resumed_out, err = finish(keel("resume", str(run)))
     assert code == 0, err
@@ -100,7 +106,7 @@ def check_files(run: Path, out: str) -> None:
         assert schema.digest(content) == line["xxh3_128"]
         batch = pa.ipc.open_file(content).read_all()
         assert batch.num_rows == line["rows"] == 4
-        assert {"reward", "reward_distinct", "reference_logprobs", "completion_logprobs"} <= set(batch.schema.names)
+        assert {"reward", "reward_distinct", "reward_low", "reference_logprobs", "completion_logprobs"} <= set(batch.schema.names)
     policy = checkpoint.latest(run) / "policy"
     model = AutoModelForCausalLM.from_pretrained(policy)
     assert weights.checkpoint_shapes(policy) == {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -136,11 +142,15 @@ def is_generator(process: psutil.Process) -> bool:
         return False
 
 
-def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start, tmp_path: Path) -> None:
+def test_late_samples_two_generators_two_ranks(
+    write_config: Start, keel: Start, tmp_path: Path, pace: Path
+) -> None:
     """max_staleness 1 with ZeRO-2 on two ranks: bounded, corrected, finished; the page is served meanwhile."""
+    pace.write_text("2.0")
     config = write_config(
         "late",
         run={"name": "late", "steps": 4, "directory": str(tmp_path / "late" / "run")},
+        rewards=[{"name": "low", "source": "rewards:paced"}],
         buffer={"groups_per_step": 2, "max_staleness": 1},
         generators={"count": 2, "threads": 1, "kv_cache_bytes": 2**26, "dtype": "float32"},
         learners={"count": 2, "threads": 1, "precision": "fp32", "zero_stage": 2, "learning_rate": 1e-3},
@@ -152,7 +162,7 @@ def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start,
         lines.append(line)
         if found := re.search(r"http://\S+/metrics", line):
             address = found.group()
-        if "step 2/4" in line:
+        if "step 2/4" in line:  # the page is read while the scorer rests
             page = urllib.request.urlopen(address, timeout=10).read().decode()
     code, _, err = finish(process)
     assert code == 0, err
@@ -160,7 +170,7 @@ def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start,
     assert steps[0]["staleness_max_versions"] == 0
     assert max(line["staleness_max_versions"] for line in steps) == 1
     assert 'keel_steps_total{run="late"} 2.0' in page
-    assert 'keel_reward_component{reward="distinct",run="late"}' in page
+    assert 'keel_reward_component{reward="low",run="late"}' in page
 
 
 def test_nucleus_sampling_stops_at_the_parity_test(write_config: Start, keel: Start) -> None:

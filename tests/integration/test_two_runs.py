@@ -15,13 +15,14 @@ import psutil
 import pytest
 import ray
 from conftest import finish, wait_for
-from live import check_intact, free_port, last_step, wait
+from live import check_intact, free_port, wait
 from ray.cluster_utils import Cluster
 
 import keel as package
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 STEPS = 4
+ONE_GENERATOR = 'keel_workers{role="generator",run="twin"} 1.0'
 Start = Callable[..., Any]
 
 
@@ -48,10 +49,15 @@ def endpoint_of(process: Any) -> str:
     raise AssertionError(f"no endpoint: {process.stderr.read()}")
 
 
+def page_of(endpoint: str) -> str:
+    with urllib.request.urlopen(endpoint, timeout=30) as reply:
+        return str(reply.read().decode())
+
+
 def test_two_runs_at_once_do_not_touch_each_other(
     cluster: Cluster, write_config: Start, keel: Start, tmp_path: Path, pace: Path
 ) -> None:
-    pace.write_text("0.5")
+    pace.write_text("600")  # both wait in their first step until there are two
     runs = [tmp_path / name / "run" for name in ("one", "two")]
     configs = [
         write_config(
@@ -70,10 +76,9 @@ def test_two_runs_at_once_do_not_touch_each_other(
     processes = [here, job]
     endpoints = [endpoint_of(process) for process in processes]
     assert len(set(endpoints)) == 2
-    for process, run in zip(processes, runs, strict=True):
-        wait(process, lambda run=run: last_step(run) >= 1, "a step")
-    pages = [urllib.request.urlopen(endpoint, timeout=30).read().decode() for endpoint in endpoints]
-    assert all('keel_workers{role="generator",run="twin"} 1.0' in page for page in pages)
+    for process, endpoint in zip(processes, endpoints, strict=True):
+        wait(process, lambda endpoint=endpoint: ONE_GENERATOR in page_of(endpoint), "a generator")
+    assert [ONE_GENERATOR in page_of(endpoint) for endpoint in endpoints] == [True, True]
     pace.unlink()
     for process in processes:
         code, _, err = finish(process)
