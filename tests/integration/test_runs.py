@@ -106,7 +106,9 @@ def check_files(run: Path, out: str) -> None:
         assert schema.digest(content) == line["xxh3_128"]
         batch = pa.ipc.open_file(content).read_all()
         assert batch.num_rows == line["rows"] == 4
-        assert {"reward", "reward_distinct", "reward_low", "reference_logprobs", "completion_logprobs"} <= set(batch.schema.names)
+        assert {"reward", "reward_distinct", "reward_low", "reference_logprobs", "completion_logprobs"} <= set(
+            batch.schema.names
+        )
     policy = checkpoint.latest(run) / "policy"
     model = AutoModelForCausalLM.from_pretrained(policy)
     assert weights.checkpoint_shapes(policy) == {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -142,9 +144,7 @@ def is_generator(process: psutil.Process) -> bool:
         return False
 
 
-def test_late_samples_two_generators_two_ranks(
-    write_config: Start, keel: Start, tmp_path: Path, pace: Path
-) -> None:
+def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start, tmp_path: Path, pace: Path) -> None:
     """max_staleness 1 with ZeRO-2 on two ranks: bounded, corrected, finished; the page is served meanwhile."""
     pace.write_text("2.0")
     config = write_config(

@@ -14,6 +14,8 @@ from keel import checkpoint, durable, reward_models, schema
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 Start = Callable[..., Any]
+EPOCHS, STEPS = 20, 160
+"""A step takes some hundredths of a second: enough of them that a run can be killed amid them."""
 TIMES = ("time", "step_seconds", "free_memory_bytes", "learner_seconds_total", "checkpoints_total")
 
 
@@ -59,7 +61,7 @@ def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_mo
         )
     runs = {}
     for name in ("whole", "broken"):
-        config = write(tmp_path / name, tiny_model, source, checkpoint={"every_steps": 3})
+        config = write(tmp_path / name, tiny_model, source, checkpoint={"every_steps": 3}, training={"epochs": EPOCHS})
         runs[name] = run = tmp_path / name / "run"
         process = keel(command, str(config))
         course = run if command == "sft" else run / "members" / "0"
@@ -75,12 +77,12 @@ def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_mo
         code, _, err = finish(process)
         assert code == 0, err
     courses = [run if command == "sft" else run / "members" / "0" for run in runs.values()]
-    assert numbers(courses[0]) == numbers(courses[1]) and len(numbers(courses[0])) == 16
+    assert numbers(courses[0]) == numbers(courses[1]) and len(numbers(courses[0])) == STEPS
     assert [durable.digest(run / "model" / "model.safetensors") for run in runs.values()] == [
         durable.digest(runs["whole"] / "model" / "model.safetensors")
     ] * 2
     evaluations = [durable.read_json_lines(course / "evaluations.jsonl") for course in courses]
-    assert evaluations[0] == evaluations[1] and [line["step"] for line in evaluations[0]] == [0, 16]
+    assert evaluations[0] == evaluations[1] and [line["step"] for line in evaluations[0]] == [0, STEPS]
     assert evaluations[0][-1]["loss"] < evaluations[0][0]["loss"]
 
 
