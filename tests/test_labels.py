@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from scipy import special, stats
 
-from keel import config, labels, schema
+from keel import config, durable, labels, schema
 from keel.config import ConfigError
+from keel.progress import ONLINE, PlainProgress
+from keel.protocols import Sampling
 from keel.stage_settings import LabelSettings, NoiseSettings
 from keel.stages import label as stage
 from rollouts import generated, prompts, referenced, rollouts, scored
@@ -262,3 +265,12 @@ def test_a_run_without_usable_rollouts_is_one_line(tmp_path: Path) -> None:
 def test_rollouts_can_be_read_by_a_reference_again(tmp_path: Path) -> None:
     batch = stage._rollouts([run_with(tmp_path / "a", rollouts([0, 1]))])
     referenced(batch)
+
+
+def test_two_processes_do_not_label_into_one_directory(tmp_path: Path) -> None:
+    settings = settings_for()
+    draws = Sampling(1.0, 1.0, 8, ())
+    prepared = stage.Prepared(settings, settings.sampling_run(), tmp_path, None, None, None, rollouts([0]), draws)
+    with durable.lock(tmp_path), pytest.raises(ConfigError, match="another process works on it"):
+        stage.run(prepared, PlainProgress(Console(), 1, ONLINE))
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

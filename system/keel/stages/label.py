@@ -101,13 +101,22 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
-    """Sample (unless there are rollouts), judge, pair, write; what stage.json says. Not again once it is finished."""
+    """Sample (unless there are rollouts), judge, pair, write; what stage.json says. Not again once it is finished.
+
+    Raises ConfigError for a directory another process works on, NoPairs, JudgeFailed, or what a part raised.
+    """
     started = time.monotonic()
-    directory, settings = prepared.directory, prepared.settings
+    directory = prepared.directory
     if done := course.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
     directory.mkdir(parents=True, exist_ok=True)
+    with durable.lock(directory):
+        return _label(prepared, display, started)
+
+
+def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
+    directory, settings = prepared.directory, prepared.settings
     durable.write(directory / "config.yaml", config.dump(settings).encode())
     display.note(cluster.connect(prepared.sampling))
     try:
