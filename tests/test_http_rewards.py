@@ -146,13 +146,13 @@ def test_a_redirect_is_not_followed(serve: Serve) -> None:
 
 @pytest.mark.parametrize("place", ["header", "body"])
 def test_the_deadline_is_of_the_whole_attempt(serve: Serve, place: str) -> None:
-    """A byte every 50 ms: no single read takes long, the reply would take more than 3 s."""
-    whole = reply(GOOD + b" " * 60)
+    """A byte every 50 ms: no single read takes long, the reply would take more than 10 s."""
+    whole = reply(GOOD + b" " * 200)
     start = 0 if place == "header" else whole.index(b"\r\n\r\n") + 4
     pieces = [whole[:start], *(whole[place : place + 1] for place in range(start, len(whole)))]
     began = time.monotonic()
     assert asked(serve(*pieces, pause_seconds=0.05), timeout_seconds=0.4, retries=1) == "http_timeout"
-    assert 0.8 <= time.monotonic() - began < 2.5
+    assert 0.8 <= time.monotonic() - began < 8
     assert len(serve.requests) == 2  # type: ignore[attr-defined]
 
 
@@ -160,7 +160,7 @@ def test_a_server_that_takes_nothing_runs_into_the_deadline(serve: Serve) -> Non
     with socket.create_server(("127.0.0.1", 0), backlog=1) as silent:
         began = time.monotonic()
         assert asked(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_seconds=0.3) == "http_timeout"
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 8
 
 
 def test_the_deadline_holds_while_a_name_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_the_deadline_holds_while_a_name_is_looked_up(monkeypatch: pytest.Monkey
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     began = time.monotonic()
     assert asked("http://rewards.invalid/", timeout_seconds=0.3) == "http_timeout"
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 8
     released.set()
 
 
@@ -234,10 +234,10 @@ def test_a_certificate_is_checked(serve: Serve, certificate: tuple[Path, ssl.SSL
 
 def test_the_deadline_holds_under_tls(serve: Serve, certificate: tuple[Path, ssl.SSLContext]) -> None:
     path, context = certificate
-    url = serve(*[bytes([byte]) for byte in reply(GOOD)], pause_seconds=0.05, tls=context)
+    url = serve(*[bytes([byte]) for byte in reply(GOOD + b" " * 200)], pause_seconds=0.05, tls=context)
     began = time.monotonic()
     assert asked(url, ca_file=str(path), timeout_seconds=0.4) == "http_timeout"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8
 
 
 @pytest.mark.parametrize(

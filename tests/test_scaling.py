@@ -159,7 +159,9 @@ def test_counts_that_are_wanted_during_a_start_are_kept(tmp_path: Path, monkeypa
         await asyncio.sleep(0.03)
         assert not (tmp_path / "scale.json").exists(), "nothing changed yet"
         link.desired = {"generator": 1, "learner": 1}
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(30):
+            while not (tmp_path / "scale.json").exists():
+                await asyncio.sleep(0.01)
         return "up"
 
     assert asyncio.run(scaling.unless_stopped(start())) == "up"

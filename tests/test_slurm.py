@@ -22,8 +22,8 @@ for each in "$@"; do
 done
 [ "$tasks" = "$nodes" ] || { echo "srun: cannot honor $tasks tasks on $nodes nodes" >&2; exit 1; }
 case "$*" in
-  *hostname*) echo "10.0.0.1 fe80::1";;
-  *) trap "echo srun ended >>$CALLS; exit" TERM; sleep 60 & wait;;
+  *hostname*) LOG; echo "10.0.0.1 fe80::1";;
+  *) trap "echo srun ended >>$CALLS; exit" TERM; LOG; sleep 60 & wait;;
 esac
 """
 """Like srun, it takes the job's number of tasks where it is told none; one a node is what the script wants."""
@@ -34,7 +34,7 @@ STUBS = {
     # of the nodes, when both steps have come to Ray
     "python": 'case "$*" in *secrets*) ;; *) until [ "$(grep -c "^srun --overlap" "$CALLS")" -ge 2 ]; do /bin/sleep 0.02; done;; esac; echo "${NODES:-3}"',
     "sleep": 'exec /bin/sleep "${SLEEP_SECONDS:-$1}"',
-    "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; trap "echo stopped >>$CALLS; [ -n \\"$DEAF\\" ] || exit 130" USR1; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
+    "keel": 'trap "echo ended >>$CALLS; exit 130" TERM; trap "echo stopped >>$CALLS; [ -n \\"$DEAF\\" ] || exit 130" USR1; LOG; [ -n "$LONG" ] || exit "${CODE:-0}"; while :; do /bin/sleep 0.05; done',
 }
 
 
@@ -51,11 +51,11 @@ def nothing_left() -> Iterator[None]:
 
 
 def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """The script on three nodes; every stub appends a line to `calls`."""
+    """The script on three nodes; every stub appends a line to `calls`, one that a signal ends when it can hear it."""
     (folder / "bin").mkdir()
     for name, body in STUBS.items():
-        log = "" if name == "sleep" else f'echo "{name} $*" >>"$CALLS"\n'
-        (folder / "bin" / name).write_text(f"#!/bin/bash\n{log}{body}\n")
+        script = body if "LOG" in body or name == "sleep" else f"LOG\n{body}"
+        (folder / "bin" / name).write_text("#!/bin/bash\n" + script.replace("LOG", f'echo "{name} $*" >>"$CALLS"'))
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
     slurm |= {"SLURM_NTASKS": "3", "SLURM_CPUS_ON_NODE": "16", "SLURM_JOB_CPUS_PER_NODE": "16,8(x2)"}
@@ -118,7 +118,6 @@ def test_the_time_limit_stops_and_queues_again_and_scancel_ends(
 ) -> None:
     job = started(tmp_path, "run.yaml", LONG="yes")
     wait_for(tmp_path, "keel train")
-    time.sleep(0.3)  # the stub's trap
     job.send_signal(sent)
     assert job.wait(timeout=60) == 130
     assert [call for call in calls(tmp_path) if call in ("stopped", "ended")] == ends
@@ -128,7 +127,6 @@ def test_the_time_limit_stops_and_queues_again_and_scancel_ends(
 def test_a_step_that_takes_too_long_is_ended_before_the_limit_and_queued_again(tmp_path: Path) -> None:
     job = started(tmp_path, "run.yaml", LONG="yes", DEAF="yes", SLEEP_SECONDS="1")
     wait_for(tmp_path, "keel train")
-    time.sleep(0.3)  # the stub's trap
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == 130
     ends = [call for call in calls(tmp_path) if call in ("stopped", "ended", "scontrol requeue 123456")]
