@@ -99,7 +99,7 @@ def run(folder: Path, seed: int, kinds: list[str], staleness: int, steps: int, c
     """One run through the faults to its end, then its files' own evidence."""
     account = Account(seed, staleness, steps)
     started = time.monotonic()
-    arena = Arena(folder, tiny.write(folder / "tiny"), steps, staleness, pace_seconds=0.8)
+    arena = Arena(folder, tiny.write(folder / "tiny"), steps, staleness, pace_seconds=1.5)
     try:
         mistreat(arena, kinds, random.Random(seed), console, account)
         arena.hurry()
