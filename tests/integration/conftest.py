@@ -17,7 +17,7 @@ import yaml
 import keel as package
 from keel import doctor, tiny
 
-RUN_SECONDS = 400
+RUN_SECONDS = 600
 AUTHENTICATION = "RAY_AUTH_MODE"
 os.environ[AUTHENTICATION] = "disabled"
 """Before Ray is imported: all Rays of this process are of one mind. Commands that it starts do not inherit it."""

@@ -14,7 +14,7 @@ from conftest import finish, wait_for
 
 from keel import durable
 
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 400
 ENDS_WITHIN_SECONDS = 10
 LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own agents end a minute after their raylet, having tried to tell a GCS that is gone; they hold nothing."""

@@ -23,7 +23,7 @@ import keel as package
 from keel import checkpoint, durable
 from keel.jobs import LIMIT_BYTES
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 STEPS = 60
 BINARIES = Path(sys.executable).parent
 

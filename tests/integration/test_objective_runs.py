@@ -11,7 +11,7 @@ from test_runs import metrics_of, policy_of, rollouts_of
 
 from keel import durable
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 Start = Callable[..., Any]
 
 

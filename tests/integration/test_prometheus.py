@@ -24,7 +24,7 @@ from test_runs import is_generator
 from keel import dashboards, doctor, durable, schema
 from keel.metric_table import PREFIX, TABLE
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 RUN = "observed"
 STEPS = 50
 GENERATORS = 2

@@ -12,12 +12,13 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from conftest import finish, kill, wait_for
+from conftest import finish, kill
+from live import last_step, wait
 from safetensors.torch import load_file
 
 from keel import checkpoint, durable, schema, weights
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
 Start = Callable[..., Any]
 ADAPTING: dict[str, Any] = {
@@ -76,7 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Star
     tracked = ADAPTING | {"tracking": {"trackers": ["tensorboard"]}}
     pace.write_text("1.0")  # or the run could end before it is killed
     process = keel("train", str(write_config("broken", **with_directory(broken, tracked))))
-    wait_for(lambda: len(metrics_of(broken)) >= 4 and checkpoint.latest(broken) is not None, 200, "four steps")
+    wait(process, lambda: last_step(broken) >= 4 and checkpoint.latest(broken), "four steps")
     kill(process)
     pace.unlink()
     assert len(metrics_of(broken)) < 6
@@ -156,7 +157,7 @@ def test_a_killed_generator_is_replaced_and_changes_nothing(write_config: Start,
     rough = write_config("rough", **with_directory(tmp_path / "rough" / "run", changes))
     process = keel("train", str(rough))
     run = tmp_path / "rough" / "run"
-    wait_for(lambda: len(metrics_of(run)) >= 1, 200, "one step")
+    wait(process, lambda: last_step(run) >= 1, "one step")
     victims = [child for child in psutil.Process(process.pid).children(recursive=True) if is_generator(child)]
     assert victims, "no generator process found"
     victims[0].send_signal(signal.SIGKILL)

@@ -17,7 +17,7 @@ from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettin
 from keel.stages import evaluate, label, likelihood
 from keel.stages import reward as reward_stage
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 ARCHITECTURES = [("llama", True), ("gpt_neox", False)]
 NAMES = [name for name, _ in ARCHITECTURES]
 POLICIES = [f"{name}-{stage}" for name in NAMES for stage in ("sft", "prefer")]

@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import finish, kill, wait_for
+from conftest import finish, kill
+from live import last_step, wait
 
 from keel import checkpoint, durable, reward_models, schema
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 Start = Callable[..., Any]
 EPOCHS, STEPS = 20, 160
 """A step takes some hundredths of a second: enough of them that a run can be killed amid them."""
@@ -66,11 +67,7 @@ def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_mo
         process = keel(command, str(config))
         course = run if command == "sft" else run / "members" / "0"
         if name == "broken":
-            wait_for(
-                lambda course=course: len(numbers(course)) >= 5 and checkpoint.latest(course) is not None,
-                200,
-                "5 steps",
-            )
+            wait(process, lambda course=course: last_step(course) >= 5 and checkpoint.latest(course), "5 steps")
             kill(process)
             assert not (run / "stage.json").exists()
             process = keel("resume", str(run))

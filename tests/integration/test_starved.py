@@ -16,7 +16,7 @@ from live import answer, last_step, more_steps, wait
 from keel import durable
 from keel.explain import largest_share
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 ROLES = {
     "generator": ("VllmGenerator", "--generators"),
     "reference": ("ReferenceScorer", "--reference"),

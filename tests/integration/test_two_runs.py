@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 import keel as package
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 STEPS = 4
 ONE_GENERATOR = 'keel_workers{role="generator",run="twin"} 1.0'
 Start = Callable[..., Any]
