@@ -15,7 +15,7 @@ import pytest
 from conftest import wait_for
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
-PATIENCE_SECONDS = 60
+PATIENCE_SECONDS = 120
 Samples = list[tuple[float, float]]
 """(Unix time, value), in order."""
 
