@@ -2,6 +2,8 @@
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +181,10 @@ def test_no_except_without_a_name() -> None:
     for name, tree in modules().items():
         handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]
         assert all(handler.type is not None for handler in handlers), name
+
+
+@pytest.mark.parametrize("name", ["score", "buffer", "control"])
+def test_actors_that_compute_nothing_start_without_torch(name: str) -> None:
+    """Two seconds of processor time and 190 MB of a scorer whose rewards are functions."""
+    code = f"import sys, keel.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import batch as batching
 from keel import extension, http_rewards, schema, stored
 from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
@@ -57,6 +56,8 @@ class ReferenceScorer:
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
         import torch
+
+        from keel import batch as batching
 
         started = time.monotonic()
         lengths = schema.lengths(batch, "completion_tokens")
