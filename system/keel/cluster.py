@@ -35,6 +35,8 @@ from keel.settings import Settings
 from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
+_STARTS = 3
+_LATE = "node timed out during startup"
 
 
 def connect(settings: Settings) -> str:
@@ -60,14 +62,26 @@ def connect(settings: Settings) -> str:
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.
     asked = sum(by.count * by.threads for by in capacity.workers(settings).values())
     cpus = cluster.cpus or max(os.cpu_count() or 1, 2 * asked)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=cluster.object_store_bytes,
-        **common,
-    )
-    return f"Ray: an embedded one on this machine, which promises {cpus} CPUs"
+    tries = embedded(num_cpus=cpus, object_store_memory=cluster.object_store_bytes, **common)
+    late = f" (it came up at try {tries}: this machine is busy)" if tries > 1 else ""
+    return f"Ray: an embedded one on this machine, which promises {cpus} CPUs{late}"
+
+
+def embedded(**options: Any) -> int:
+    """`ray.init` of a Ray of this process, without a dashboard; how many tries it took.
+
+    Its raylet gives an agent of its own, a Python program, 15 s to come up, and dies when that is late
+    (ray-project/ray#65983), as on a machine that loads several models. Nothing has begun then, so it is tried again;
+    what the late try started besides idles until this process ends.
+    """
+    for number in range(1, _STARTS + 1):
+        try:
+            ray.init(address="local", include_dashboard=False, **options)
+            return number
+        except Exception as error:  # Ray has no class for it
+            if number == _STARTS or _LATE not in str(error):
+                raise
+    raise AssertionError("unreachable")
 
 
 def disconnect() -> None:

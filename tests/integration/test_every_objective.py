@@ -13,7 +13,7 @@ from arms import ARMS, CRITIC_ARMS
 from probe import Probe, meeting_point
 from test_learner import rollouts, settings
 
-from keel import config
+from keel import cluster, config
 from keel.settings import Settings
 
 pytestmark = pytest.mark.timeout(120)
@@ -31,7 +31,7 @@ def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """(flavour, ranks) -> Probe actors; made once each."""
     folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find probe.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
+    cluster.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made: dict[tuple[str, int], list[Any]] = {}
 
     def gang(flavour: str, ranks: int) -> list[Any]:

@@ -13,7 +13,7 @@ import ray
 import torch
 from probe import meeting_point
 
-from keel import config, schema, weights
+from keel import cluster, config, schema, weights
 from keel.learn import DeepSpeedLearner
 from keel.settings import Settings
 
@@ -25,7 +25,7 @@ SAMPLES, GROUPS = 4, 3
 @pytest.fixture(scope="module")
 def small_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    cluster.embedded(num_cpus=4, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
 

@@ -99,7 +99,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find rewards and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
-    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
+    cluster.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made = Stack(folder, tree, tiny_model)
     yield made
     made.runner.close()

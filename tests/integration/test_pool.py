@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from keel import gang
+from keel import cluster, gang
 from keel.actor_settings import DeadlineSettings, LearnerSettings, WorkerSettings
 from keel.parts import Observer
 from keel.pool import NoWorkers, Pool
@@ -26,7 +26,7 @@ LIMITS = DeadlineSettings(start_seconds=60, generate_seconds=20, score_seconds=2
 @pytest.fixture(scope="module", autouse=True)
 def four_cpus() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import a test
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    cluster.embedded(num_cpus=4, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -15,7 +15,7 @@ from probe import meeting_point
 from rank import Rank
 from test_learner import rollouts, settings
 
-from keel import config
+from keel import cluster, config
 from keel.protocols import NotFinite
 from keel.settings import Settings
 
@@ -47,7 +47,7 @@ class Ranks:
 def gangs(tiny_model: Path) -> Iterator[dict[int, Ranks]]:
     folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find rank.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=2**27, runtime_env=here)
+    cluster.embedded(num_cpus=4, object_store_memory=2**27, runtime_env=here)
     yield {ranks: Ranks(tiny_model, ranks) for ranks in (1, 2)}
     ray.shutdown()
 

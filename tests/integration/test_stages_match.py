@@ -12,7 +12,7 @@ import ray
 import torch
 from torch.nn.functional import logsigmoid
 
-from keel import config, reward_models
+from keel import cluster, config, reward_models
 from keel.gang import Gang, LearnerGang
 from keel.learn_reward import RewardModelLearner
 from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings
@@ -42,7 +42,7 @@ WORDS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ray() -> Iterator[None]:
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+    cluster.embedded(num_cpus=6, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
 

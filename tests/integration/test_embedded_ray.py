@@ -1,0 +1,39 @@
+"""An embedded Ray whose own agent comes up too late for its raylet, as on a machine that is busy, is tried again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keel as package
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+LATE_ONCE = """
+import os, time
+from pathlib import Path
+
+once = Path(os.environ["KEEL_TEST_LATE"])
+if b"dashboard/agent.py" in Path("/proc/self/cmdline").read_bytes() and once.exists():
+    once.unlink()
+    time.sleep(17)  # its raylet waits 15
+"""
+START = """
+import ray
+from keel import cluster
+
+tries = cluster.embedded(num_cpus=1, object_store_memory=2**27, log_to_driver=False, logging_level="ERROR")
+print(tries, ray.get(ray.remote(lambda: "works").remote()))
+"""
+
+
+def test_an_agent_that_comes_too_late_costs_a_try(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LATE_ONCE)  # Python imports it at its start
+    once = tmp_path / "once"
+    once.touch()
+    paths = os.pathsep.join([str(tmp_path), str(Path(package.__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": paths, "KEEL_TEST_LATE": str(once)}
+    done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "works"] and not once.exists()
