@@ -1,7 +1,7 @@
 """A run that is alive: what its files say while it goes on, what commands answer, and how it is ended."""
 
 import json
-import random
+import os
 import signal
 import socket
 import time
@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 from conftest import finish, wait_for
+from ray.cluster_utils import Cluster
 
 from keel import durable
 
@@ -22,12 +23,27 @@ Start = Callable[..., Any]
 
 
 def free_port() -> int:
-    """Of a range that no client gets a port from, nor Ray's workers or a gang: nobody has it before it is used."""
+    """Of a range that no client gets a port from, nor Ray's workers or a gang; never the same one, of no other process."""
     while True:
+        port = next(_PORTS)
         with socket.socket() as probe:
-            port = random.randrange(3000, 6000)
             if probe.connect_ex(("127.0.0.1", port)) != 0:
                 return port
+
+
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_PORTS = iter(range(3000 + 1000 * _WORKER, 4000 + 1000 * _WORKER))
+
+
+def add_node(cluster: Cluster, **options: Any) -> None:
+    """The first is the head. Tried again where its agent came up too late, as `keel.cluster.embedded` does."""
+    for last in (False, False, True):
+        try:
+            cluster.add_node(object_store_memory=2**27, **options)
+            return
+        except Exception as error:
+            if last or "node timed out during startup" not in str(error):
+                raise
 
 
 def events_of(run: Path, *names: str, since: float = 0.0, **fields: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import finish
-from live import check_intact, events_of, last_step, more_steps, wait
+from live import add_node, check_intact, events_of, last_step, more_steps, wait
 from ray.cluster_utils import Cluster
 
 import keel as package
@@ -17,7 +17,6 @@ import keel as package
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 NODES = {"learner": {"num_cpus": 3}, "generator": {"num_cpus": 1, "num_gpus": 1}}
 """What the node of a role promises. The GPU is a mere number, which draws the generator there and keeps others away."""
-STORE_BYTES = 2**27
 CLASSES = {
     "generator": "VllmGenerator",
     "reference": "ReferenceScorer",
@@ -32,15 +31,11 @@ def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without CPUs, which has the driver and the buffer, a node for the generator and one for the others."""
     paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
-    for role in NODES:
-        add_node(cluster, role)
+    cluster = Cluster()
+    for node in ({"num_cpus": 0}, *NODES.values()):
+        add_node(cluster, **node)
     yield cluster
     cluster.shutdown()
-
-
-def add_node(cluster: Cluster, role: str) -> None:
-    cluster.add_node(**NODES[role], object_store_memory=STORE_BYTES)
 
 
 def kill_node_of(role: str) -> set[str]:
@@ -75,7 +70,7 @@ def test_a_run_outlives_the_nodes_of_its_generator_and_of_its_learner(
         hit = time.time()
         held = kill_node_of(role)
         assert held == ({"generator"} if role == "generator" else {"learner", "reference", "scorer"}), held
-        add_node(cluster, role)
+        add_node(cluster, **NODES[role])
         check_lost_and_back(process, run, held, hit)
     pace.unlink()
     code, _, err = finish(process)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 import test_pool
-from live import refusal
+from live import add_node, refusal
 from ray._raylet import PlacementGroupID
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import (
@@ -34,7 +34,6 @@ from keel.room import Room
 from keel.worker import Spawn
 
 pytestmark = pytest.mark.timeout(120)
-STORE_BYTES = 2**27
 HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 
 
@@ -42,8 +41,9 @@ HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 def cluster() -> Iterator[Cluster]:
     """Two CPUs on the head; four CPUs and four GPUs, which are mere numbers, on the other node."""
     os.environ["PYTHONPATH"] = os.pathsep.join(HERE)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": STORE_BYTES})
-    cluster.add_node(num_cpus=4, num_gpus=4, resources={"fast": 2}, object_store_memory=STORE_BYTES)
+    cluster = Cluster()
+    add_node(cluster, num_cpus=2)
+    add_node(cluster, num_cpus=4, num_gpus=4, resources={"fast": 2})
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     modules = [sys.modules[__name__], test_pool]
     for module in modules:

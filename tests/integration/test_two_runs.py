@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 from conftest import finish, wait_for
-from live import check_intact, free_port, wait
+from live import add_node, check_intact, free_port, wait
 from ray.cluster_utils import Cluster
 
 import keel as package
@@ -34,9 +34,9 @@ def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     monkeypatch.setenv("RAY_worker_niceness", "0")
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
     dashboard["dashboard_agent_listen_port"] = free_port()  # without one of its own no job starts beside another Ray
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 2**27, **dashboard})
-    for _ in range(2):
-        cluster.add_node(num_cpus=4, object_store_memory=2**27)
+    cluster = Cluster()
+    for node in ({"num_cpus": 0, **dashboard}, {"num_cpus": 4}, {"num_cpus": 4}):
+        add_node(cluster, **node)
     yield cluster
     cluster.shutdown()
 
