@@ -6,6 +6,7 @@ One joins the cluster from here, the other is submitted to it as a job.
 import os
 import re
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,10 +36,12 @@ def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
     dashboard["dashboard_agent_listen_port"] = free_port()  # without one of its own no job starts beside another Ray
     cluster = Cluster()
-    for node in ({"num_cpus": 0, **dashboard}, {"num_cpus": 4}, {"num_cpus": 4}):
-        add_node(cluster, **node)
-    yield cluster
-    cluster.shutdown()
+    # A job is given the address of the cluster that was started last with the same folder, be it another one (Ray 2.60).
+    with tempfile.TemporaryDirectory(prefix="kt", dir="/tmp") as folder:  # short: sockets lie in it
+        for node in ({"num_cpus": 0, "temp_dir": folder, **dashboard}, {"num_cpus": 4}, {"num_cpus": 4}):
+            add_node(cluster, **node)
+        yield cluster
+        cluster.shutdown()
 
 
 def endpoint_of(process: Any) -> str:
