@@ -36,7 +36,7 @@ from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 _STARTS = 3
-_LATE = "node timed out during startup"
+LATE = "node timed out during startup"
 
 
 def connect(settings: Settings) -> str:
@@ -68,18 +68,23 @@ def connect(settings: Settings) -> str:
 
 
 def embedded(**options: Any) -> int:
-    """`ray.init` of a Ray of this process, without a dashboard; how many tries it took.
+    """`ray.init` of a Ray of this process, without a dashboard; how many tries it took."""
+    return tried(lambda: ray.init(address="local", include_dashboard=False, **options))
 
-    Its raylet gives an agent of its own, a Python program, 15 s to come up, and dies when that is late
+
+def tried(start: Callable[[], Any]) -> int:
+    """Start a node of Ray, again where its agent came up too late; how many tries it took.
+
+    A raylet gives an agent of its own, a Python program, 15 s to come up, and dies when that is late
     (ray-project/ray#65983), as on a machine that loads several models. Nothing has begun then, so it is tried again;
     what the late try started besides idles until this process ends.
     """
     for number in range(1, _STARTS + 1):
         try:
-            ray.init(address="local", include_dashboard=False, **options)
+            start()
             return number
         except Exception as error:  # Ray has no class for it
-            if number == _STARTS or _LATE not in str(error):
+            if number == _STARTS or LATE not in str(error):
                 raise
     raise AssertionError("unreachable")
 

@@ -14,6 +14,7 @@ from conftest import finish, wait_for
 from ray.cluster_utils import Cluster
 
 from keel import durable
+from keel.cluster import tried
 
 PATIENCE_SECONDS = 400
 ENDS_WITHIN_SECONDS = 10
@@ -36,14 +37,8 @@ _PORTS = iter(range(3000 + 1000 * _WORKER, 4000 + 1000 * _WORKER))
 
 
 def add_node(cluster: Cluster, **options: Any) -> None:
-    """The first is the head. Tried again where its agent came up too late, as `keel.cluster.embedded` does."""
-    for last in (False, False, True):
-        try:
-            cluster.add_node(object_store_memory=2**27, **options)
-            return
-        except Exception as error:
-            if last or "node timed out during startup" not in str(error):
-                raise
+    """The first is the head. Tried again where its agent came up too late."""
+    tried(lambda: cluster.add_node(object_store_memory=2**27, **options))
 
 
 def events_of(run: Path, *names: str, since: float = 0.0, **fields: Any) -> list[dict[str, Any]]:

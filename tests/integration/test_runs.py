@@ -137,7 +137,7 @@ def check_files(run: Path, out: str) -> None:
         content = (run / "rollouts" / line["file"]).read_bytes()
         assert schema.digest(content) == line["xxh3_128"]
         batch = pa.ipc.open_file(content).read_all()
-        assert batch.num_rows == line["rows"] and batch.num_rows in (2, 4)  # a group may be dropped
+        assert batch.num_rows == line["rows"] == 2 * len(line["tickets"])  # a uniform group is dropped
         assert {"reward", "reward_even", "reward_low", "reference_logprobs", "completion_logprobs"} <= set(
             batch.schema.names
         )
