@@ -23,14 +23,16 @@ ROLES = {
     "scorer": ("RewardScorer", "--scorers"),
     "learner": ("DeepSpeedLearner", "--learners"),
 }
-STOPPED_SECONDS, RUNNING_SECONDS = 1.2, 0.06
+STOPPED_STEPS, RUNNING_STEPS = 4.0, 0.25
+"""How long an actor stands and runs, in steps of this machine: whatever else a step needs is over while it stands."""
 STEPS = 4
 Start = Callable[..., Any]
 
 
 @contextmanager
-def starved(process: Any, class_name: str) -> Iterator[None]:
+def starved(process: Any, class_name: str, seconds_per_step: float) -> Iterator[None]:
     """The actors of a class run for a moment now and then."""
+    stopped, running = STOPPED_STEPS * seconds_per_step, RUNNING_STEPS * seconds_per_step
     children = psutil.Process(process.pid).children(recursive=True)
     actors = [each for each in children if " ".join(each.cmdline()).startswith(f"ray::{class_name}")]
     assert actors, class_name
@@ -38,7 +40,7 @@ def starved(process: Any, class_name: str) -> Iterator[None]:
 
     def throttle() -> None:
         while not over.is_set():
-            for number, seconds in ((signal.SIGSTOP, STOPPED_SECONDS), (signal.SIGCONT, RUNNING_SECONDS)):
+            for number, seconds in ((signal.SIGSTOP, stopped), (signal.SIGCONT, running)):
                 for actor in actors:
                     actor.send_signal(number)
                 over.wait(seconds)
@@ -67,9 +69,10 @@ def test_explain_names_the_role_that_is_starved(write_config: Start, keel: Start
         evaluation={"every_steps": 0},
     )
     process = keel("train", str(config))
-    wait(process, lambda: last_step(run) >= 2, "two steps")
+    wait(process, lambda: last_step(run) >= 2 + STEPS, "steps at full speed")
+    unhindered = answer(keel, "explain", run, "--last", STEPS)["seconds_per_step"]
     for role, (class_name, option) in ROLES.items():
-        with starved(process, class_name):
+        with starved(process, class_name, unhindered):
             more_steps(process, run, 1)
             more_steps(process, run, STEPS)
             found = answer(keel, "explain", run, "--last", STEPS)

@@ -17,6 +17,7 @@ import pytest
 import ray
 from conftest import finish, wait_for
 from live import add_node, check_intact, free_port, wait
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 import keel as package
@@ -36,10 +37,12 @@ def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": free_port()}
     dashboard["dashboard_agent_listen_port"] = free_port()  # without one of its own no job starts beside another Ray
     cluster = Cluster()
-    # A job is given the address of the cluster that was started last with the same folder, be it another one (Ray 2.60).
+    # A job is given the address that lies in the folder of its cluster, or that of any cluster here where there is none
+    # (Ray 2.60), as there is none in a folder of one's own: Cluster writes it into the one that all share.
     with tempfile.TemporaryDirectory(prefix="kt", dir="/tmp") as folder:  # short: sockets lie in it
         for node in ({"num_cpus": 0, "temp_dir": folder, **dashboard}, {"num_cpus": 4}, {"num_cpus": 4}):
             add_node(cluster, **node)
+        write_ray_address(cluster.address, folder)
         yield cluster
         cluster.shutdown()
 
