@@ -28,7 +28,7 @@ KINDS = [
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_survives_nine_faults_unchanged(tmp_path: Path) -> None:
-    account = chaos.run(tmp_path, seed=0, kinds=KINDS, staleness=0, steps=200, console=Console())
+    account = chaos.run(tmp_path, seed=0, kinds=KINDS, staleness=0, steps=100, console=Console())
     assert [record.kind for record in account.records] == KINDS
     assert (account.lost, account.trained_twice) == (0, 0)
     assert account.findings == []
