@@ -213,7 +213,7 @@ class Run:
 
     async def finish(self) -> None:
         """Run to the end; no test waits longer than this."""
-        await asyncio.wait_for(self.controller.run(), 10)
+        await asyncio.wait_for(self.controller.run(), 60)
 
     def entries(self, *kinds: str) -> list[Any]:
         return [entry for entry in self.log if entry[0] in kinds]

@@ -39,16 +39,16 @@ def _children_seconds() -> float:
 
 @pytest.mark.parametrize("arguments", QUICK, ids=lambda arguments: arguments[0])
 def test_answers_that_need_no_model_come_quickly(tmp_path: Path, arguments: list[str]) -> None:
-    """Half a second to one on an idle machine; twice that is allowed, and is less than torch alone would add.
+    """Half a second to one on an idle machine; a slow one gets five. The next test holds what they import.
 
     Of the processor, because the machine may be busy, and the best of a few runs; nothing is written.
     """
     seconds: list[float] = []
-    while len(seconds) < 8 and min(seconds, default=3.0) >= 2.0:
+    while len(seconds) < 8 and min(seconds, default=9.0) >= 5.0:
         code, out, err, took = keel(*arguments, folder=tmp_path)
         assert (code, err) == (0, "") and out
         seconds.append(took)
-    assert min(seconds) < 2.0, seconds
+    assert min(seconds) < 5.0, seconds
     assert list(tmp_path.iterdir()) == []
 
 

@@ -268,7 +268,7 @@ async def test_a_finished_run_does_not_wait_for_rows_nobody_trains_on(tmp_path: 
         generator=hang,
         learner=lambda tickets, version: until_two_hang() if version == 2 else None,
     )
-    await asyncio.wait_for(run.controller.run(), 2)
+    await asyncio.wait_for(run.controller.run(), 60)
     assert run.entries("evaluation")[-1] == ("evaluation", 2)
     await nothing_left(run)
 

@@ -175,7 +175,8 @@ def server() -> Iterator[str]:
     ],
 )
 def test_http_endpoint(server: str, path: str, reason: str | None, calls: int) -> None:
-    answer, failures = scored(reward(kind="http", source=server + path, timeout_seconds=0.3, retries=2))
+    seconds = 0.3 if path == "/slow" else 10.0
+    answer, failures = scored(reward(kind="http", source=server + path, timeout_seconds=seconds, retries=2))
     assert Handler.calls == calls
     if reason is None:
         assert answer.column("reward").to_pylist() == [len(text) for text in answer.column("completion").to_pylist()]

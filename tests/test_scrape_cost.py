@@ -11,13 +11,13 @@ P99_MILLISECONDS = 50
 def test_a_scrape_beside_64_actors_takes_less_than_50_milliseconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Best of three, of every scrape and of all: other work on the machine makes one slower, nothing makes it faster."""
+    """Best of six, of every scrape and of all: other work on the machine makes one slower, nothing makes it faster."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     sys.modules.pop("scrape_cost", None)
     import scrape_cost
 
     costs = []
-    for attempt in range(3):
+    for attempt in range(6):
         folder = tmp_path / str(attempt)
         folder.mkdir()
         costs.append(scrape_cost.measure(folder, actors=64, scrapes=100, tries=3))

@@ -280,7 +280,7 @@ def test_a_blocked_tracker_holds_neither_the_run_nor_another_one(
     tmp_path: Path, made: Made, gate: threading.Event
 ) -> None:
     made.replace("wandb", lambda step: gate.wait(60))
-    own = Told(tmp_path, "wandb", "mlflow", finish_seconds=0.5)
+    own = Told(tmp_path, "wandb", "mlflow", finish_seconds=5.0)
     steps = tracking.QUEUE_JOBS + 10
     own.tracking.begin(0)
     until(lambda: len(made.trackers) == 2)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
+from keel import tracking
 from keel.metrics import RunMetrics
 from keel.tracking import Tracking
 
@@ -73,6 +74,7 @@ class Run:
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tracking, "_INTERRUPTED_SECONDS", 60.0)  # libraries are imported meanwhile
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE", "TRACKIO_DIR", "WANDB_DIR", "WANDB_MODE"):
         monkeypatch.setenv(name, "")  # so that it is put back as it was
         monkeypatch.delenv(name)

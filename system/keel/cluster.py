@@ -35,7 +35,7 @@ from keel.settings import Settings
 from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
-_STARTS = 3
+_STARTS = 5
 LATE = "node timed out during startup"
 
 

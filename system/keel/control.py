@@ -21,7 +21,7 @@ from keel.printable import one_line
 from keel.settings import Settings
 
 AUTHENTICATION = "RAY_AUTH_MODE"
-_ANSWER_SECONDS = 30.0
+_ANSWER_SECONDS = 60.0
 _MOST_WORKERS = 1024
 
 

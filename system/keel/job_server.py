@@ -15,7 +15,7 @@ from keel.config import ConfigError
 from keel.printable import last_line
 from keel.terminal import errors
 
-_CONNECT_SECONDS = 10.0
+_CONNECT_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0
 _UPLOAD_SECONDS = 3600.0
 _AGENT_SECONDS = 120.0

@@ -27,9 +27,9 @@ PROCESSES = {
     "control": "Control",
 }
 GROUPS_PER_STEP = 2
-DEADLINE_SECONDS = 12
+DEADLINE_SECONDS = 40
 """A generator batch, a score, a learner step: what hangs longer is lost."""
-RECOVERY_SECONDS = 180
+RECOVERY_SECONDS = 900
 
 
 class Arena:
@@ -59,7 +59,7 @@ class Arena:
         tree["evaluation"] = {"every_steps": 0}
         tree["failures"] = {"retries": 8, "max_rebuilds": 1000, "degrade_after_seconds": 60, "max_failed_ratio": 1.0}
         tree["deadlines"] = {f"{what}_seconds": DEADLINE_SECONDS for what in ("generate", "score", "step", "load")}
-        tree["deadlines"]["start_seconds"] = 120
+        tree["deadlines"]["start_seconds"] = 600
         path.write_text(yaml.safe_dump(tree))
         return path
 
@@ -119,8 +119,8 @@ class Arena:
         for each in signals:
             self.process.send_signal(each)
             time.sleep(0.3)
-        self.process.wait(60)
-        _, alive = psutil.wait_procs(started, timeout=30)
+        self.process.wait(180)
+        _, alive = psutil.wait_procs(started, timeout=180)
         assert not alive, f"left behind: {[each.cmdline()[:1] for each in alive if each.is_running()]}"
 
     def kill_all(self) -> None:

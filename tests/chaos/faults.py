@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from arena import DEADLINE_SECONDS, RECOVERY_SECONDS, Arena
+from arena import RECOVERY_SECONDS, Arena
 from reward_server import WAYS
 
 from keel import checkpoint
@@ -20,6 +20,7 @@ from keel import checkpoint
 Outcome = tuple[str, float]
 Fault = Callable[[Arena, random.Random], Outcome]
 KILL, STOP = psutil.Process.kill, psutil.Process.suspend
+PAUSE_SECONDS = 3
 
 
 def struck(role: str, blow: Callable[[psutil.Process], None], over: Callable[[Arena, str, float], float]) -> Fault:
@@ -67,7 +68,7 @@ def paused(arena: Arena, choices: random.Random) -> Outcome:
     victim = choices.choice(arena.victims(role))
     hit = time.time()
     victim.suspend()
-    time.sleep(DEADLINE_SECONDS / 4)
+    time.sleep(PAUSE_SECONDS)
     victim.resume()
     resumed = time.time()
     arena.wait_for_step(resumed)

@@ -26,11 +26,11 @@ KINDS = [
 
 @pytest.mark.integration
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(2700)
 def test_a_run_survives_nine_faults_unchanged(tmp_path: Path) -> None:
     account = chaos.run(tmp_path, seed=0, kinds=KINDS, staleness=0, steps=100, console=Console())
     assert [record.kind for record in account.records] == KINDS
     assert (account.lost, account.trained_twice) == (0, 0)
     assert account.findings == []
     assert account.differences == []  # weights, rollouts, metrics: bit for bit
-    assert statistics.median(record.seconds for record in account.records) < 120
+    assert statistics.median(record.seconds for record in account.records) < 300

@@ -17,7 +17,9 @@ import yaml
 import keel as package
 from keel import doctor, tiny
 
-RUN_SECONDS = 600
+RUN_SECONDS = 1500
+TEST_SECONDS = 1800
+"""Far beyond what they take (minutes at most): a machine may be slow, and a test stalls where the next one loads a model."""
 AUTHENTICATION = "RAY_AUTH_MODE"
 os.environ[AUTHENTICATION] = "disabled"
 """Before Ray is imported: all Rays of this process are of one mind. Commands that it starts do not inherit it."""
@@ -28,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if str(item.path).startswith(here):
             item.add_marker(pytest.mark.integration)
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
     # Long files first, or one process ends with them while the other has nothing left: few tests are long tests.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from keel import durable
 from keel.cluster import tried
 
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 1200
 ENDS_WITHIN_SECONDS = 10
 LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own agents end a minute after their raylet, having tried to tell a GCS that is gone; they hold nothing."""
@@ -34,6 +34,14 @@ def free_port() -> int:
 
 _WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 _PORTS = iter(range(3000 + 1000 * _WORKER, 4000 + 1000 * _WORKER))
+
+
+def title_of(process: psutil.Process) -> str:
+    """Its command line, as one text; empty where it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def add_node(cluster: Cluster, **options: Any) -> None:
@@ -92,7 +100,7 @@ def check_intact(keel: Start, run: Path) -> Any:
 def end(process: Any, *signals: signal.Signals) -> None:
     """Signals to the driver alone; it says how to go on, and nothing that it started is left."""
     started = psutil.Process(process.pid).children(recursive=True)
-    titles = {each.pid: " ".join(each.cmdline()) for each in started}
+    titles = {each.pid: title_of(each) for each in started}
     began = time.monotonic()
     for each in signals:
         process.send_signal(each)

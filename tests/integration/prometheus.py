@@ -15,7 +15,7 @@ import pytest
 from conftest import wait_for
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "prometheus" / "prometheus.yml"
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 400
 Samples = list[tuple[float, float]]
 """(Unix time, value), in order."""
 
@@ -100,7 +100,7 @@ class Prometheus:
             return False
 
     def page(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{self.address}{path}", timeout=60) as answer:
             return answer.read().decode()
 
     def api(self, path: str, **parameters: Any) -> Any:

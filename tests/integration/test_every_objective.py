@@ -16,8 +16,6 @@ from test_learner import rollouts, settings
 from keel import cluster, config
 from keel.settings import Settings
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def configured(arm: dict[str, Any], **learners: Any) -> Settings:
     tree = settings(**learners).model_dump(mode="json")

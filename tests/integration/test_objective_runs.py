@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import finish
 from test_runs import metrics_of, policy_of, rollouts_of
 
 from keel import durable
 
-pytestmark = pytest.mark.timeout(900)
 Start = Callable[..., Any]
 
 

@@ -19,7 +19,6 @@ from keel import cluster, config
 from keel.protocols import NotFinite
 from keel.settings import Settings
 
-pytestmark = pytest.mark.timeout(120)
 Tensors = dict[str, torch.Tensor]
 
 

@@ -13,12 +13,11 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import finish, kill
-from live import last_step, wait
+from live import last_step, title_of, wait
 from safetensors.torch import load_file
 
 from keel import checkpoint, durable, schema, weights
 
-pytestmark = pytest.mark.timeout(900)
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
 Start = Callable[..., Any]
 ADAPTING: dict[str, Any] = {
@@ -75,7 +74,7 @@ def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Star
     code, out, err = finish(keel("train", str(write_config("whole", **with_directory(whole, ADAPTING)))))
     assert code == 0, err
     tracked = ADAPTING | {"tracking": {"trackers": ["tensorboard"]}}
-    pace.write_text("1.0")  # or the run could end before it is killed
+    pace.write_text("3.0")  # or the run could end before it is killed
     process = keel("train", str(write_config("broken", **with_directory(broken, tracked))))
     wait(process, lambda: last_step(broken) >= 4 and checkpoint.latest(broken), "four steps")
     kill(process)
@@ -170,10 +169,7 @@ def test_a_killed_generator_is_replaced_and_changes_nothing(write_config: Start,
 
 
 def is_generator(process: psutil.Process) -> bool:
-    try:
-        return "VllmGenerator" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+    return "VllmGenerator" in title_of(process)
 
 
 def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start, tmp_path: Path, pace: Path) -> None:

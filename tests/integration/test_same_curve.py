@@ -11,7 +11,7 @@ from test_runs import metrics_of
 
 from keel import schema
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.exhaustive]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 CURVE_STEPS = 60
 LOSS_TOLERANCE = 1e-5
 

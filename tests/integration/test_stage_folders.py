@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import RUN_SECONDS
 
 from keel import models, preflight, reward_models, tiny
 from keel.reward_models import ScoredText
@@ -17,7 +18,7 @@ from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettin
 from keel.stages import evaluate, label, likelihood
 from keel.stages import reward as reward_stage
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 ARCHITECTURES = [("llama", True), ("gpt_neox", False)]
 NAMES = [name for name, _ in ARCHITECTURES]
 POLICIES = [f"{name}-{stage}" for name in NAMES for stage in ("sft", "prefer")]
@@ -121,7 +122,7 @@ def answers(work: Work) -> dict[str, Any]:
     path = work.folder / "job.json"
     path.write_text(json.dumps(job))
     command = [sys.executable, str(Path(__file__).with_name("pooling.py")), str(path)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, env=os.environ)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return json.loads(answer.stdout.splitlines()[-1])
 

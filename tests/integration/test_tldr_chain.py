@@ -18,7 +18,7 @@ from test_runs import metrics_of, rollouts_of, same_policy
 from keel import checkpoint, durable, reward_models, tiny
 from keel.reward_models import ScoredText
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow, pytest.mark.exhaustive]  # test_stage_runs.py: other files
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # test_stage_runs.py: other files
 CONFIGS = Path(__file__).parents[2] / "configs" / "tldr"
 END, PADDING = "<|endoftext|>", "<|padding|>"
 TOPICS = ["cats", "dogs", "rain", "snow", "love", "work", "cars", "food", "time", "money", "music", "sleep"]

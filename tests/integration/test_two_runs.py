@@ -16,13 +16,13 @@ import psutil
 import pytest
 import ray
 from conftest import finish, wait_for
-from live import add_node, check_intact, free_port, wait
+from live import add_node, check_intact, free_port, title_of, wait
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 import keel as package
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = pytest.mark.slow
 STEPS = 4
 ONE_GENERATOR = 'keel_workers{role="generator",run="twin"} 1.0'
 Start = Callable[..., Any]
@@ -105,9 +105,6 @@ def check_nothing_is_left(cluster: Cluster) -> None:
         assert there["object_store_memory"] == free["object_store_memory"], (there, free)
     finally:
         ray.shutdown()
-    left = [
-        " ".join(each.cmdline())
-        for each in psutil.Process().children(recursive=True)
-        if re.match(r"ray::(Vllm|Reference|Reward|DeepSpeed|Rollout|Control)", " ".join(each.cmdline()))
-    ]
+    titles = map(title_of, psutil.Process().children(recursive=True))
+    left = [each for each in titles if re.match(r"ray::(Vllm|Reference|Reward|DeepSpeed|Rollout|Control)", each)]
     assert not left, left

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import RUN_SECONDS
 from safetensors.torch import load_file
 
 from keel import models, tiny, weights
@@ -28,7 +29,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         for seed, role in ((1, "start"), (2, "target")):
             tiny.write(folder / f"{architecture}-{tied}" / role, architecture, tied, seed)
     command = [sys.executable, str(SCRIPT), str(folder)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS)
     assert answer.returncode == 0, answer.stderr[-2000:]
     return json.loads(answer.stdout.splitlines()[-1])
 
