@@ -134,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         type(self).calls += 1
         if self.path == "/slow":
-            self.server.patience.wait(3)  # type: ignore[attr-defined]
+            self.server.patience.wait(60)  # type: ignore[attr-defined]
         if self.path == "/drop":
             return  # and the connection is closed
         if self.path == "/down" or (self.path == "/flaky" and self.calls == 1):
@@ -175,7 +175,7 @@ def server() -> Iterator[str]:
     ],
 )
 def test_http_endpoint(server: str, path: str, reason: str | None, calls: int) -> None:
-    seconds = 0.3 if path == "/slow" else 10.0
+    seconds = 2.0 if path == "/slow" else 10.0
     answer, failures = scored(reward(kind="http", source=server + path, timeout_seconds=seconds, retries=2))
     assert Handler.calls == calls
     if reason is None:
