@@ -37,18 +37,26 @@ def _children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+@pytest.fixture(scope="module")
+def torch_seconds() -> float:
+    """Of the processor, for the import of torch on this machine."""
+    before = _children_seconds()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=120)
+    return _children_seconds() - before
+
+
 @pytest.mark.parametrize("arguments", QUICK, ids=lambda arguments: arguments[0])
-def test_answers_that_need_no_model_come_quickly(tmp_path: Path, arguments: list[str]) -> None:
-    """Half a second to one on an idle machine; a slow one gets five. The next test holds what they import.
+def test_answers_that_need_no_model_come_quickly(tmp_path: Path, arguments: list[str], torch_seconds: float) -> None:
+    """Half a second to one, less than torch alone would add: two on the machine where this was measured.
 
     Of the processor, because the machine may be busy, and the best of a few runs; nothing is written.
     """
     seconds: list[float] = []
-    while len(seconds) < 8 and min(seconds, default=9.0) >= 5.0:
+    while len(seconds) < 8 and min(seconds, default=torch_seconds) >= torch_seconds:
         code, out, err, took = keel(*arguments, folder=tmp_path)
         assert (code, err) == (0, "") and out
         seconds.append(took)
-    assert min(seconds) < 5.0, seconds
+    assert min(seconds) < torch_seconds, seconds
     assert list(tmp_path.iterdir()) == []
 
 

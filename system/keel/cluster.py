@@ -36,7 +36,7 @@ from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 _STARTS = 5
-LATE = "node timed out during startup"
+_LATE = "node timed out during startup"
 
 
 def connect(settings: Settings) -> str:
@@ -84,7 +84,7 @@ def tried(start: Callable[[], Any]) -> int:
             start()
             return number
         except Exception as error:  # Ray has no class for it
-            if number == _STARTS or LATE not in str(error):
+            if number == _STARTS or _LATE not in str(error):
                 raise
     raise AssertionError("unreachable")
 

@@ -33,4 +33,4 @@ def test_a_run_survives_nine_faults_unchanged(tmp_path: Path) -> None:
     assert (account.lost, account.trained_twice) == (0, 0)
     assert account.findings == []
     assert account.differences == []  # weights, rollouts, metrics: bit for bit
-    assert statistics.median(record.seconds for record in account.records) < 300
+    assert statistics.median(record.seconds for record in account.records) < 120

@@ -21,7 +21,7 @@ from test_runs import metrics_of
 
 import keel as package
 from keel import checkpoint, durable
-from keel.cluster import LATE
+from keel.cluster import tried
 from keel.jobs import LIMIT_BYTES
 
 pytestmark = pytest.mark.slow
@@ -51,27 +51,23 @@ def address(pace_of_cluster: Path) -> Iterator[str]:
         }
         environment.pop("PYTHONPATH", None)
         command = [BINARIES / "ray", "start", "--head", "--block", "--disable-usage-stats"]
-        process = start_head(
-            [*map(str, command), *(f"--{name}={value}" for name, value in options.items())], environment
-        )
+        arguments = [*map(str, command), *(f"--{name}={value}" for name, value in options.items())]
+        url = f"http://127.0.0.1:{port}"
+        heads: list[subprocess.Popen[str]] = []
+
+        def start_head() -> None:
+            out: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            heads.append(subprocess.Popen(arguments, env=environment, start_new_session=True, **out))
+            wait_for(lambda: heads[-1].poll() is not None or answers(url), PATIENCE_SECONDS, "a job server")
+            if heads[-1].poll() is not None:
+                raise RuntimeError(heads[-1].communicate()[0])
+
         try:
-            url = f"http://127.0.0.1:{port}"
-            while not comes_up(process, url):
-                assert LATE in process.communicate()[0]  # as in keel.cluster.tried
-                process = start_head(process.args, environment)
+            tried(start_head)
             yield url
         finally:
-            kill(process)
-
-
-def start_head(command: Any, environment: dict[str, str]) -> subprocess.Popen[str]:
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **out)
-
-
-def comes_up(process: subprocess.Popen[str], url: str) -> bool:
-    wait_for(lambda: process.poll() is not None or answers(url), PATIENCE_SECONDS, "a job server")
-    return process.poll() is None
+            for head in heads:
+                kill(head)
 
 
 def answers(url: str) -> bool:

@@ -125,11 +125,11 @@ async def test_where_nobody_serves_the_wait_ends_and_says_for_what() -> None:
     pool = pool_of(1, WorkerSettings(threads=2, gpus=1, resources={"fast": 1}), log, impatient(3.0))
     with pytest.raises(
         NoWorkers,
-        match=r"generator-0 waited \d+ s for room \(2 CPUs and 1 GPU and 1 fast\) and nobody else serves;"
+        match=r"generator-0 waited [3-9] s for room \(2 CPUs and 1 GPU and 1 fast\) and nobody else serves;"
         r" free are 2, 2 CPUs and 0, 0 GPUs and 2, 0 fast on 2 nodes",
     ):
         await pool.ready()
-    assert log.told[-1] == ("generator-0", "gave up") and len(log.told) >= 2
+    assert log.told[-1] == ("generator-0", "gave up") and len(log.told) > 2
     pool.stop()
     remove_placement_group(other)
 
@@ -227,7 +227,7 @@ async def test_a_gang_goes_where_its_resources_are_and_tells_what_it_waits_for()
     log = Waits()
     with pytest.raises(
         LearnerLost,
-        match=r"no node has room for one learner rank \(2 CPUs and 1 fast\); waited \d+ s;"
+        match=r"no node has room for one learner rank \(2 CPUs and 1 fast\); waited [1-9] s;"
         r" free are 2, 0 CPUs and 0, 0 fast on 2 nodes",
     ):
         await gang.largest_room(learners, 1, 1.0, 1.0, log)

@@ -26,12 +26,10 @@ from keel.metric_table import PREFIX, TABLE
 
 pytestmark = pytest.mark.slow
 RUN = "observed"
-STEPS = 50
+STEPS = 60
 GENERATORS = 2
-GAP_SECONDS = 20.0
-"""Scrapes come every second, and may fail for a while beside an engine that starts."""
 UP = 'up{job="keel"} == 1'
-"""A scrape that took too long ends every series until the next one."""
+"""A scrape that took too long, as beside an engine that starts, ends every series until the next one."""
 ROLES = {"generator", "reference", "scorer", "learner"}
 STAGES = {"generate", "score", "accept", "take", "step", "publish", "load", "checkpoint"}
 
@@ -50,8 +48,15 @@ class Observed:
     """Of Prometheus."""
 
 
+@pytest.fixture
+def observed_run(started: Observed) -> Observed:
+    """The run of this file, of which the newest scrape has all series."""
+    started.prometheus.wait_until(UP)
+    return started
+
+
 @pytest.fixture(scope="module")
-def observed_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Observed]:
+def started(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterator[Observed]:
     """A paced run with two generators, a gold reward and a Prometheus, some steps after its start."""
     program("prometheus")
     folder = tmp_path_factory.mktemp("observed")
@@ -149,7 +154,6 @@ LABELS = {
 
 
 def test_every_series_of_such_a_run_is_there(observed_run: Observed) -> None:
-    observed_run.prometheus.wait_until(UP)
     found: dict[str, list[dict[str, str]]] = {}
     for series in observed_run.prometheus.query(f'{{__name__=~"{PREFIX}.+"}}'):
         found.setdefault(series.name.removeprefix(PREFIX), []).append(series.labels)
@@ -194,9 +198,10 @@ def moments_of(steps: Samples) -> tuple[float, float]:
 
 
 def test_busy_and_idle_seconds_are_those_of_all_that_serve(observed_run: Observed) -> None:
-    """Over the time that the run itself counted, which is about that of Prometheus' clock."""
+    """Over the wall time by Prometheus' clock within some per cent, and exactly over the time the run itself counted."""
     prometheus = observed_run.prometheus
-    (wanted,) = prometheus.query('keel_workers{role="generator"}[12s]')
+    prometheus.wait_until("keel_steps_total >= 28", PATIENCE_SECONDS)
+    (wanted,) = prometheus.query('keel_workers{role="generator"}[40s]')
     (first, _), (last, _) = wanted.samples[0], wanted.samples[-1]
     counted = f"{{__name__=~'keel_(busy|idle|phase)_seconds_total'}}[{round((last - first) * 1000) + 1}ms]"
     seconds = {"run": 0.0} | dict.fromkeys(ROLES, 0.0)
@@ -204,17 +209,16 @@ def test_busy_and_idle_seconds_are_those_of_all_that_serve(observed_run: Observe
         by_time = dict(series.samples)
         seconds[series.labels.get("role", "run")] += by_time[last] - by_time.get(first, 0.0)
     assert seconds["run"] == pytest.approx(last - first, abs=5.0)  # written down once a second, if not late
-    prometheus.wait_until(UP)
-    workers = {series.labels["role"]: series.value for series in prometheus.query("keel_workers")}
+    workers = {series.labels["role"]: series.value for series in prometheus.query("keel_workers", time=last)}
     assert workers == dict.fromkeys(ROLES, 1.0) | {"generator": GENERATORS}
     for role, serving in workers.items():
         assert seconds[role] / seconds["run"] == pytest.approx(serving, rel=0.02), (role, seconds)
+        assert seconds[role] / (last - first) == pytest.approx(serving, rel=0.15), (role, seconds)
 
 
 def test_every_expression_of_the_dashboards_is_answered(observed_run: Observed) -> None:
     """And with something, unless it compares, or asks for a series that such a run has not."""
     prometheus = observed_run.prometheus
-    prometheus.wait_until(UP)
     there = {series.name for series in prometheus.query(f'{{__name__=~"{PREFIX}.+"}}')}
     empty = []
     for dashboard in dashboards.DASHBOARDS:
@@ -242,7 +246,6 @@ def test_every_rule_is_evaluated_and_none_pages_for_a_healthy_run(observed_run: 
 
 def test_a_lost_generator_is_seen_and_every_series_goes_on(observed_run: Observed) -> None:
     prometheus = observed_run.prometheus
-    prometheus.wait_until(UP)
     before = prometheus.query(f'{{__name__=~"{PREFIX}.+"}}')
     began = before[0].samples[-1][0]
     observed_run.pace.write_text("8.0")  # or the run could end before a slow machine has another generator
@@ -257,8 +260,10 @@ def test_a_lost_generator_is_seen_and_every_series_goes_on(observed_run: Observe
     ended = prometheus.query("keel_steps_total[60s]")[0].samples[-1][0]
     window = f"{round(ended - began)}s"
     after = {key_of(each): each for each in prometheus.query(f'{{__name__=~"{PREFIX}.+"}}[{window}]', time=ended)}
+    scrapes = [moment for moment, _ in after[key_of(steps)].samples]
+    assert len(scrapes) > 4, scrapes
     for series in before:
-        check_goes_on(after[key_of(series)], began, ended)
+        check_goes_on(after[key_of(series)], scrapes)
     prometheus.wait_until(UP)
     lost = prometheus.query("keel_workers_lost_total")
     assert [(each.labels["role"], each.value) for each in lost] == [("generator", 1)]
@@ -268,10 +273,9 @@ def key_of(series: Series) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(series.labels.items()))
 
 
-def check_goes_on(series: Series, began: float, ended: float) -> None:
-    times = [moment for moment, _ in series.samples]
-    gaps = [late - early for early, late in itertools.pairwise([began, *times, ended])]
-    assert max(gaps) <= GAP_SECONDS, (series.labels, max(gaps))
+def check_goes_on(series: Series, scrapes: list[float]) -> None:
+    """It is in every scrape; a counter never falls."""
+    assert [moment for moment, _ in series.samples] == scrapes, series.labels
     if series.name.endswith("_total"):
         values = [value for _, value in series.samples]
         assert values == sorted(values), series.labels
