@@ -6,6 +6,7 @@ from collections.abc import Container, Iterator
 
 import pytest
 
+import leaks
 import process_state
 from remaining import Remaining
 
@@ -25,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.get_closest_marker("integration") is None, item.path not in slow))
 
 
+OF_A_TEST = ("warning filter", "signal SIGALRM")
+"""pytest and pytest-timeout have other ones for each test, so larger scopes see them change."""
 _told: set[str] = set()
 """What has failed a test of this process already: its module and the session are not to blame."""
 
@@ -33,7 +36,7 @@ def watched(where: str, told: Container[str] = (), without: tuple[str, ...] = ()
     """Fails with a line for everything that is not as it was, but for what a smaller scope has told."""
     before = process_state.snapshot()
     yield
-    left = process_state.left_behind(before)
+    left = leaks.left_behind(before)
     lines = [line for name, line in left.items() if name not in told and not name.startswith(without)]
     _told.update(left)
     if lines:
@@ -42,14 +45,12 @@ def watched(where: str, told: Container[str] = (), without: tuple[str, ...] = ()
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_leaves_no_trace() -> Iterator[None]:
-    yield from watched(
-        "a fixture of the session", _told, without=("warning filter",)
-    )  # pytest has other ones for each test
+    yield from watched("a fixture of the session", _told, OF_A_TEST)  # pytest has other ones for each test
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _module_leaves_no_trace(_session_leaves_no_trace: None, request: pytest.FixtureRequest) -> Iterator[None]:
-    yield from watched(f"a fixture of {request.node.name}", _told, without=("warning filter",))
+    yield from watched(f"a fixture of {request.node.name}", _told, OF_A_TEST)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
         return (yield)
     before = process_state.snapshot()
     report = yield
-    left = process_state.left_behind_by_import(before)
+    left = leaks.left_behind_by_import(before, collector.path)
     if left and report.outcome == "passed":
         report.outcome = "failed"
         report.longrepr = f"importing {collector.name} left the process changed:\n" + "\n".join(left.values())
