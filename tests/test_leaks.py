@@ -32,7 +32,7 @@ LEAKS = {
     "import builtins; builtins.input = print": "sys builtin input: ",
     "import sys, types; sys.modules['made_up'] = types.ModuleType('made_up')": "module made_up: absent -> ",
     "import sys; del sys.modules['json']": "module json: ",
-    "import pathlib, sys; here = pathlib.Path(__file__).parent / 'its'; here.mkdir(); (here / 'mine.py').touch(); sys.path.insert(0, str(here)); import mine": "module mine: absent -> ",
+    "import pathlib, sys; here = pathlib.Path(__file__).parents[1] / 'its'; here.mkdir(exist_ok=True); (here / 'mine.py').touch(); sys.path.insert(0, str(here)); import mine": "module mine: absent -> ",
     "import logging; logging.getLogger().setLevel('DEBUG')": "logger root: ",
     "import logging; logging.getLogger('mine').propagate = False": "logger mine: ",
     "import logging; logging.getLogger('mine').addHandler(logging.NullHandler())": "logger mine: ",
