@@ -15,8 +15,8 @@ from process_state import Group, Names, State, file_of, made_by_a_test, snapshot
 
 PLAIN = (str, bytes, int, float, bool, tuple, list, dict, set, frozenset, type(None), MethodType)
 ENDING = ("thread ", "child process ")
-ENDS_WITHIN_SECONDS = 5.0
-"""A thread or process that was told to end may take this long."""
+ENDS_WITHIN_SECONDS = 60.0
+"""A thread or process that was told to end may take this long: Ray's do, on a busy machine."""
 OF_PYTHON = (".__warningregistry__",)
 """Names that Python itself puts into a module."""
 OF_LIBRARIES = {

@@ -63,7 +63,7 @@ HEAD = "import keel.algorithms.kinds, keel.room, keel.schema, keel.worker, numpy
 def outcome(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, code: str) -> pytest.RunResult:
     """Of a test file under this conftest.py, in a process of its own."""
     monkeypatch.setenv("LC_ALL", "C")
-    pytester.makeconftest((HERE / "conftest.py").read_text())
+    pytester.makeconftest((HERE / "conftest.py").read_text() + "\nleaks.ENDS_WITHIN_SECONDS = 1.0\n")
     pytester.makepyfile(test_it=code)
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\nmarkers = ['slow', 'exhaustive', 'integration']\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *sys.path]))
