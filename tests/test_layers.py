@@ -31,6 +31,7 @@ LAYERS = [
         "ledger",
         "buffer",
         "layer_patterns",
+        "size_names",
         "twin_sizes",
         "twins",
         "batch",

@@ -9,62 +9,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from keel import size_names
 from keel.layer_patterns import Values
 
 VOCABULARY = 128
 WINDOW = 16
 POSITIONS = 512
 
-_WIDTHS = ("hidden_size", "n_embd", "d_model", "emb_dim")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads", "decoder_attention_heads")
-_HEADS += ("num_decoder_attention_heads",)
-_OTHER_HEADS = ("encoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads", "linear_num_heads")
-_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads")
-_HEAD_WIDTHS = ("head_dim", "kv_channels", "d_head", "dim_head", "attention_head_dim", "swa_head_dim", "d_kv")
-_OTHER_WIDTHS = ("attention_hidden_size", "embedding_dim", "embedding_size", "input_embedding_size", "lru_width")
-_OTHER_WIDTHS += ("output_embedding_size", "word_embed_proj_dim")
-_INNER_WIDTHS = ("intermediate_size", "intermediate_size_mlp", "moe_intermediate_size", "n_inner", "d_inner", "d_ff")
-_INNER_WIDTHS += ("dim_ff", "dff", "ffn_dim", "ffn_hidden_size", "feed_forward_size", "expert_ffn_hidden_size")
-_INNER_WIDTHS += ("encoder_ffn_dim", "decoder_ffn_dim", "dense_intermediate_size", "prefix_dense_intermediate_size")
-_INNER_WIDTHS += ("shared_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
-_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions", "seq_length")
-_LENGTHS += ("context_length", "model_max_length")
-WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_window_size", "local_attention")
-WINDOWS += ("attention_chunk_size", "mamba_chunk_size", "chunk_size", "block_size", "keep_window_size", "floor_scale")
-WINDOWS += ("rel_extent", "local_attn_chunk_length", "lsh_attn_chunk_length")
-"""Lengths along the sequence at which a layer changes what it does: a row must be longer than each of them."""
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-_EXPERT_GROUPS = ("n_group", "num_expert_group")
-_SSM_HEADS = (
-    ("mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
-    ("mamba_num_heads", "mamba_head_dim", "n_groups"),
-    ("n_mamba_heads", "mamba_headdim", "mamba_ngroups"),
-)
-_AT_MOST = {
-    "block_multiple_of": 16,
-    "centroid_intermediate_top_k": 4,
-    "hidden_size_per_layer_input": 16,
-    "index_block_size": 4,
-    "index_head_dim": 16,
-    "index_n_heads": 2,
-    "index_topk": 8,
-    "index_topk_blocks": 2,
-    "indexer_budget": 8,
-    "indexer_head_dim": 16,
-    "linear_head_dim": 16,
-    "mamba_d_state": 16,
-    "moe_latent_size": 32,
-    "num_centroids": 16,
-    "ple_embed_dim": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "router_hidden_size": 32,
-    "ssm_state_size": 16,
-    "state_size": 16,
-    "zero_expert_num": 2,
-}
-"""Sizes and selections that hold for themselves: no other size follows from them."""
 
 _REFUSED_PARTS = ("_name_or_path", "output_attentions")
 """What a nested configuration writes and does not read."""
@@ -72,18 +23,26 @@ _REFUSED_PARTS = ("_name_or_path", "output_attentions")
 
 def small(values: Values) -> Values:
     """The settings of small sizes for a configuration's settings. Raises ValueError where it names no width."""
-    width, heads = _first(values, _WIDTHS), _first(values, _HEADS)
+    width, heads = _first(values, size_names.WIDTHS), _first(values, size_names.HEADS)
     if width is None:
         raise ValueError("it names no hidden size")
     few, head = few_heads(heads or 4), _head_width(values)
     narrow = few * head
-    changes: Values = {name: narrow for name in _WIDTHS if values.get(name)}
-    changes |= {name: few_heads(values[name]) for name in _HEADS + _OTHER_HEADS if _is_size(values.get(name))}
+    changes: Values = {name: narrow for name in size_names.WIDTHS if values.get(name)}
+    changes |= {
+        name: few_heads(values[name])
+        for name in size_names.HEADS + size_names.OTHER_HEADS
+        if _is_size(values.get(name))
+    }
     changes |= _attention(values, width // (heads or 4), head, heads)
-    changes |= {name: _related(values[name], width, narrow) for name in _OTHER_WIDTHS if _is_size(values.get(name))}
-    changes |= {name: _inner(name, values[name], width, narrow) for name in _INNER_WIDTHS if values.get(name)}
+    changes |= {
+        name: _related(values[name], width, narrow) for name in size_names.OTHER_WIDTHS if _is_size(values.get(name))
+    }
+    changes |= {name: _inner(name, values[name], width, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
     changes |= _experts(values) | _recurrent(values, width, narrow) | _linear_attention(values) | _vocabularies(values)
-    limits = _AT_MOST | dict.fromkeys(WINDOWS, WINDOW) | dict.fromkeys(_LENGTHS, POSITIONS)
+    limits = (
+        size_names.AT_MOST | dict.fromkeys(size_names.WINDOWS, WINDOW) | dict.fromkeys(size_names.LENGTHS, POSITIONS)
+    )
     limits |= {name: 16 for name in values if name.endswith("rank") and name not in changes}
     changes |= {name: min(values[name], most) for name, most in limits.items() if _is_size(values.get(name))}
     for name in ("attn_config", "ffn_config"):  # MPT's and DBRX's
@@ -128,10 +87,10 @@ def _head_width(values: Values) -> int:
 def _attention(values: Values, derived: int, head: int, heads: int | None) -> Values:
     """Heads of keys and values, widths of heads, the part of a head that is rotated."""
     changes: Values = {}
-    for name in _KEY_HEADS:
+    for name in size_names.KEY_HEADS:
         if _is_size(values.get(name)):
             changes[name] = _few_key_heads(values[name], heads or values[name])
-    for name in _HEAD_WIDTHS:
+    for name in size_names.HEAD_WIDTHS:
         if _is_size(values.get(name)):
             changes[name] = head if values[name] == derived else 2 * head
     if _is_size(values.get("rotary_dim")):
@@ -166,17 +125,17 @@ def _inner(name: str, size: Any, width: int, narrow: int) -> Any:
 
 def _experts(values: Values) -> Values:
     """A few experts with the same form of routing: one, some or all of them a token, in groups or not."""
-    experts, changes = _first(values, _EXPERTS), {}
+    experts = _first(values, size_names.EXPERTS)
     if experts is None:
         return {}
-    groups = _first(values, _EXPERT_GROUPS) or 1
+    groups = _first(values, size_names.EXPERT_GROUPS) or 1
     few = min(experts, 8 if groups > 1 else 4)
-    changes |= {name: few for name in _EXPERTS if _is_size(values.get(name))}
-    for name in _EXPERTS_A_TOKEN:
+    changes: Values = {name: few for name in size_names.EXPERTS if _is_size(values.get(name))}
+    for name in size_names.EXPERTS_A_TOKEN:
         if _is_size(values.get(name)):
             changes[name] = few if values[name] == experts else min(values[name], 2)
     if groups > 1:
-        changes |= {name: 2 for name in _EXPERT_GROUPS if _is_size(values.get(name))}
+        changes |= {name: 2 for name in size_names.EXPERT_GROUPS if _is_size(values.get(name))}
         changes["topk_group"] = 2 if values.get("topk_group") == groups else 1
     return changes
 
@@ -185,7 +144,7 @@ def _recurrent(values: Values, width: int, narrow: int) -> Values:
     """State space layers: heads times their width is the inner width, groups divide heads."""
     expand = values.get("mamba_expand") or values.get("expand") or 1
     inner, changes = int(expand * narrow), {}
-    for heads, head, groups in _SSM_HEADS:
+    for heads, head, groups in size_names.SSM_HEADS:
         if not _is_size(values.get(heads)):
             continue
         most = min(values[heads], 8 if head in values else 2)
@@ -206,8 +165,8 @@ def _recurrent(values: Values, width: int, narrow: int) -> Values:
 
 def _linear_attention(values: Values) -> Values:
     """Gated delta rules: as many or more heads of values than of keys."""
-    key_heads, value_heads = values.get("linear_num_key_heads"), values.get("linear_num_value_heads")
-    if not (_is_size(key_heads) and _is_size(value_heads)):
+    key_heads, value_heads = (_first(values, (f"linear_num_{kind}_heads",)) for kind in ("key", "value"))
+    if key_heads is None or value_heads is None:
         return {}
     few = min(key_heads, 2)
     widths = values.get("linear_key_head_dim"), values.get("linear_value_head_dim")
@@ -220,13 +179,15 @@ def _linear_attention(values: Values) -> Values:
 
 
 def _vocabularies(values: Values) -> Values:
-    names = ("vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input")
-    return {name: min(values[name], VOCABULARY) for name in names if _is_size(values.get(name))}
+    listed = ("vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input")
+    return {name: min(values[name], VOCABULARY) for name in listed if _is_size(values.get(name))}
 
 
 def _nested(values: Values, width: int, narrow: int, heads: int | None) -> Values:
-    changes = {name: _few_key_heads(values[name], heads or 4) for name in _KEY_HEADS if _is_size(values.get(name))}
-    inner = {name: _inner(name, values[name], width, narrow) for name in _INNER_WIDTHS if values.get(name)}
+    changes = {
+        name: _few_key_heads(values[name], heads or 4) for name in size_names.KEY_HEADS if _is_size(values.get(name))
+    }
+    inner = {name: _inner(name, values[name], width, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
     return changes | inner | _experts(values)
 
 

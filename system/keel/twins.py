@@ -9,9 +9,9 @@ import copy
 import math
 from typing import Any
 
-from keel import layer_patterns, twin_sizes
+from keel import layer_patterns, size_names, twin_sizes
 from keel.layer_patterns import LayerError, Values
-from keel.twin_sizes import WINDOW, WINDOWS
+from keel.twin_sizes import WINDOW
 
 FIRST_ORDINARY_TOKEN = 16
 """Special tokens of a twin have smaller ids: every id from here to the vocabulary's end is an ordinary token."""
@@ -114,7 +114,7 @@ def row_tokens(config: Any) -> int:
     Linear attention cuts rows into chunks of 64 tokens in transformers' own code, whatever the configuration says.
     """
     values = text_config(config).to_dict()
-    longest = max([WINDOW] + [values[name] for name in WINDOWS if isinstance(values.get(name), int)])
+    longest = max([WINDOW] + [values[name] for name in size_names.WINDOWS if isinstance(values.get(name), int)])
     return max(3 * longest, 80 if any(name.startswith("linear_") for name in values) else 0)
 
 
@@ -151,7 +151,7 @@ def _rotary(text: Any, values: Values, longest_row: int | None) -> Values:
     settings = copy.deepcopy(values.get("rope_parameters"))
     changes: Values = {"rope_parameters": settings} if isinstance(settings, dict) else {}
     for part in twin_sizes.rotary_settings(changes):
-        kind = part.get("rope_type", part.get("type", "default"))
+        kind = str(part.get("rope_type", part.get("type", "default")))
         if kind == "default":
             _resize(part, values)
             continue
