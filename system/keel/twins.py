@@ -52,15 +52,15 @@ def twin(config: Any, longest_row: int | None = None) -> Any:
         raise TwinError(f"{text.model_type}: its small configuration is refused ({_one_line(error)})") from None
 
 
-def build(config: Any, seed: int = 0) -> Any:
-    """A random fp32 causal language model of a twin, in evaluation mode.
+def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
+    """A random fp32 model of a twin, in evaluation mode; `architecture` is its class, or a causal language model's.
 
     Weights are spread further than at initialization: at its usual 0.02 attention is uniform and caps are never
     reached, so that a lost window or cap would hardly show. Raises TwinError where it cannot be built.
     """
     import torch
 
-    architecture = text_architecture(config)
+    architecture = architecture or text_architecture(config)
     if architecture is None:
         raise TwinError(f"{config.model_type}: transformers has no causal language model of it")
     try:
