@@ -63,7 +63,12 @@ LEARNING = (
     curves("Learning rate", "learning_rate", unit=Unit("sci")),
     curves("Clipped and truncated", "clip_ratio", "truncated_weight_ratio"),
     curves("Coefficients", "kl_coefficient", "entropy_coefficient"),
-    curves("Gap between learner and sampler", "gap_nats", note="Large: the sampler does not hold what is trained."),
+    curves(
+        "Gap between learner and sampler",
+        "gap_nats",
+        "fresh_gap_nats",
+        note="Large: the sampler does not hold what is trained.",
+    ),
     curves("Importance weight", "importance_weight"),
     curves("Spread", "reward_std", "advantage_std"),
     curves("Terms inside the reward", "reward_kl_term", "reward_entropy_term", "shaping_term"),
