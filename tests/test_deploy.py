@@ -11,6 +11,8 @@ from hatchling.builders.wheel import WheelBuilder
 from keel import cli, deploy_commands
 from manifests import made
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 REPOSITORY = Path(__file__).parent.parent
 COMMITTED = REPOSITORY / "deploy" / "grafana"
 

@@ -27,6 +27,8 @@ from keel.settings import Settings
 from keel.terminal import Terminal
 from rollouts import generated, prompts
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
 """Also half surrogate pairs, NUL and everything else that Python's text can hold."""
 HOSTILE = [

@@ -25,6 +25,8 @@ from keel import checkpoint, cli, config, control, durable, job_server, jobs, st
 from keel.config import ConfigError
 from runs import Writer
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 ADDRESS = "http://head:8265"
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE")
 

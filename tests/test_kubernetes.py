@@ -18,6 +18,8 @@ from keel.config import ConfigError
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from manifests import CPU, EXAMPLES, GPU, ON_STORAGE, ROOT, cluster_of, made, templates
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 GI = 2**30
 
 

@@ -16,6 +16,8 @@ from keel.reward_settings import EnsembleSettings
 from keel.settings import Settings
 from rollouts import generated, prompts
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 SECRET = "sk-live-4f9a"
 TEMPLATE = "Bearer ${REWARD_TOKEN}"
 

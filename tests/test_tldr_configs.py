@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from keel import cli, config
 from keel.stage_settings import RewardModelSettings, SupervisedSettings
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 FOLDER = Path(__file__).parent.parent / "configs" / "tldr"
 ARMS = sorted(FOLDER.glob("rloo-*.yaml"))
 FILES = sorted(FOLDER.glob("*.yaml"))

@@ -437,6 +437,8 @@ def test_verifying_imports_nothing_that_computes(original: Path) -> None:
 import sys
 from pathlib import Path
 from keel import verify
+
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 verify.compare(Path({str(original)!r}), Path({str(original)!r}))
 verify.check(Path({str(original)!r}))
 print(sorted({{"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}} & set(sys.modules)))

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import finish
+from commands import finish
 from live import add_node, check_intact, events_of, last_step, more_steps, title_of, wait
 from ray.cluster_utils import Cluster
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import rewards
 import yaml
-from conftest import finish, kill, start_keel, wait_for
+from commands import finish, kill, start_keel, wait_for
 from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, free_port, last_step, refusal
 from test_runs import metrics_of
 

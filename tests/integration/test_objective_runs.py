@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import finish
+from commands import finish
 from test_runs import metrics_of, policy_of, rollouts_of
 
 from keel import durable

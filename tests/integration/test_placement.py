@@ -52,7 +52,6 @@ def cluster() -> Iterator[Cluster]:
         ray.cloudpickle.unregister_pickle_by_value(module)
     ray.shutdown()
     cluster.shutdown()
-    os.environ.pop("PYTHONPATH")
 
 
 @pytest.fixture(autouse=True)

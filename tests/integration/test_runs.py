@@ -12,7 +12,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from conftest import finish, kill
+from commands import finish, kill
 from live import last_step, title_of, wait
 from safetensors.torch import load_file
 
