@@ -13,6 +13,7 @@ from keel import commits, durable, reads
 from keel.config import ConfigError
 
 _MANIFEST, _COMMIT = "MANIFEST.json", "COMMIT"
+_DAMAGED = "damaged-"
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -94,18 +95,24 @@ def steps(run_directory: Path) -> list[int]:
     return sorted(int(name[1]) for path, name in named.items() if name and reads.is_there(path / _COMMIT))
 
 
+def lost(run_directory: Path) -> tuple[int, str] | None:
+    """The newest commit that other files of the run know of, and which of them, where it is neither there nor aside."""
+    known, source = commits.newest_known(run_directory)
+    if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / "stage.json"):
+        return None  # in this order: a live run commits meanwhile; a finished stage has deleted its own
+    names = [path.name for path in reads.entries(run_directory / "checkpoints") if path.name.startswith(_DAMAGED)]
+    aside = [_STEP.fullmatch(name.removeprefix(_DAMAGED)) for name in names]
+    return None if any(int(name[1]) >= known for name in aside if name) else (known, source)
+
+
 def check_known(run_directory: Path) -> None:
     """The newest commit that the run's own files know of is there, or was put aside. Raises ConfigError."""
-    known, source = commits.newest_known(run_directory)
-    folder = run_directory / "checkpoints"
-    if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / "stage.json"):
-        return  # in this order: a live run commits meanwhile; a finished stage has deleted its own
-    names = [path.name.removeprefix("damaged-") for path in reads.entries(folder) if path.name.startswith("damaged-")]
-    if not any(int(name[1]) >= known for name in map(_STEP.fullmatch, names) if name):
+    if missing := lost(run_directory):
+        known, source = missing
         raise ConfigError(
             f"run.directory={run_directory}: {source} knows of a commit at step {known}, which checkpoints/ does not"
             " hold; expected it where it was (a link, a mount, a moved folder?), or another run.name to begin again; to"
-            f" go on without it: mkdir -p {folder / f'damaged-step-{known:06d}'}"
+            f" go on without it: mkdir -p {run_directory}/checkpoints/{_DAMAGED}step-{known:06d}"
         )
 
 
@@ -135,7 +142,7 @@ def newest_intact(run_directory: Path) -> tuple[Path | None, dict[str, Any] | No
 def _put_aside(run_directory: Path, newer_than: Path) -> None:
     for path in committed(run_directory):
         if path.name > newer_than.name:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"{_DAMAGED}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             durable.sync_directory(path.parent)

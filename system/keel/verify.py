@@ -149,6 +149,8 @@ def _checkpoints(
     settings: Settings,
 ) -> None:
     """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
+    if missing := checkpoint.lost(own.directory):
+        own.fault("checkpoints", f"the commit of step {missing[0]}, which {missing[1]} knows of", "none")
     last_of = {line["step"]: line["tickets"][-1] for line in manifest}
     recorded = {line["step"]: _counters(line) for line in lines}
     for step in steps:
