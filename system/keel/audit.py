@@ -206,7 +206,7 @@ def _staleness(own: Audit, file: str, batch: pa.RecordBatch, step: int, most: in
 def _strangers(own: Audit, known: set[int], progress: Progress) -> None:
     """Files of steps that have no line: the last step's, when the kill came between file and line."""
     following = max(known, default=0) + 1
-    for path in sorted((own.directory / "rollouts").glob("step-*.arrow")):
+    for path in _named(own.directory / "rollouts", "step-*.arrow"):
         file = f"rollouts/{path.name}"
         number = path.stem.removeprefix("step-")
         step = int(number) if number.isdecimal() else -1
@@ -216,10 +216,14 @@ def _strangers(own: Audit, known: set[int], progress: Progress) -> None:
             own.fault("rollouts/MANIFEST.jsonl", f"a line for {file}", "none")
 
 
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return [path for path in reads.entries(folder) if path.match(pattern)]
+
+
 def _segments(own: Audit, last_trained: int) -> None:
     """Accepted batches in buffer/: each is what was written; how many groups of them are still to be trained."""
     waiting = set()
-    for path in sorted((own.directory / "buffer").glob("*.arrow")):
+    for path in _named(own.directory / "buffer", "*.arrow"):
         try:
             segment = segments.read(path)
         except FileNotFoundError:

@@ -3,6 +3,7 @@
 checkpoints/step-000010/    policy/  learner/  state.json  MANIFEST.json  COMMIT
 """
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -151,18 +152,24 @@ def _put_aside(run_directory: Path, newer_than: Path) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
     check(path)
-    return reads.read_json(path / "state.json")
+    right = _files(path / _MANIFEST)["state.json"]
+    state = path / "state.json"
+    return json.loads(reads.settled(state, lambda: reads.read(state), lambda found: durable.digest_of(found) == right))
 
 
 def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
     """Every file that a manifest names, or those below a path in it, is there as it was. Raises CheckpointError."""
     try:
-        files = {name: expected for name, expected in _files(folder / manifest).items() if name.startswith(below)}
+        wrong = reads.settled(folder / manifest, lambda: _wrong(folder, manifest, below), lambda found: not found)
     except (FileNotFoundError, ValueError) as error:  # torn or missing
         raise CheckpointError(f"{folder.name}: its manifest cannot be read ({error})") from error
-    wrong = [name for name in sorted(files) if not _is_intact(folder / name, files[name])]
     if wrong:
         raise CheckpointError(f"{folder.name}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
+
+
+def _wrong(folder: Path, manifest: str, below: str) -> list[str]:
+    files = _files(folder / manifest)
+    return [name for name in sorted(files) if name.startswith(below) and not _is_intact(folder / name, files[name])]
 
 
 def _files(manifest: Path) -> dict[str, str]:

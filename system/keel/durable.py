@@ -224,6 +224,11 @@ def held(directory: Path) -> bool:
     return False
 
 
+def digest_of(content: Any) -> str:
+    """xxh3-128 of a bytes-like object."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def digest(path: Path, expected: str | None = None) -> str:
     """xxh3-128 of a file, read in pieces; one that is not the expected is made again, from the disk."""
     return settled(path, lambda: _digest(path), lambda found: expected in (None, found))

@@ -37,7 +37,7 @@ def audit_evaluations(own: Audit, settings: Settings, committed: Sequence[int]) 
         if missing := sorted(due - set(steps)) if sure >= 0 else []:
             own.fault("frontier.arrow", f"rows of steps {sorted(due)}", f"none of {missing}")
     own.test("frontier.arrow", "steps in order, each once", sorted(set(steps)), steps)
-    files = {path.stem: path for path in sorted((own.directory / "evaluations").glob("step-*.arrow"))}
+    files = {path.stem: path for path in reads.entries(own.directory / "evaluations") if path.match("step-*.arrow")}
     for row, step in zip(rows, steps, strict=False):
         name = f"step-{step:06d}"
         if name in files:

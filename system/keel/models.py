@@ -41,8 +41,8 @@ def locate(model: str, setting: str) -> Path:
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
     if not (folder / "ensemble.json").is_file():  # its members are checked where they are opened
-        check_harmless(folder, f"{setting}={model}")
         check_intact(folder, f"{setting}={model}")
+        check_harmless(folder, f"{setting}={model}")
     return folder
 
 

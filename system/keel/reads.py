@@ -62,9 +62,10 @@ def settled(
 
 def uncache(path: Path) -> None:
     """Have the next read of a file come from the disk, where the system can be asked for that."""
-    if hasattr(os, "posix_fadvise") and is_there(path):
-        with naming_a_failed_read(path), path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(FileNotFoundError), naming_a_failed_read(path), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,20 @@ class Report:
 
 
 def check(run_directory: Path) -> Report:
-    """Check every file of an online run against the others. Raises ConfigError for a folder that is none."""
+    """Check every file of an online run against the others.
+
+    Where something is found all is looked at once more, past the cache: that look counts. Raises ConfigError for a
+    folder that is no online run, ReadFailed where a file cannot be read.
+    """
+    report = _check(run_directory)
+    if report.findings:
+        for path in reads.files(run_directory):
+            reads.uncache(path)
+        report = _check(run_directory)
+    return report
+
+
+def _check(run_directory: Path) -> Report:
     own = Audit(run_directory)
     settings = _settings(own)
     if settings:
@@ -172,8 +185,8 @@ def _checkpoints(
             if not totals.get(name, -math.inf) >= value:
                 own.fault(f"{file}/state.json", f"{name} at least {value}, as metrics.jsonl", totals.get(name))
         own.counts["checkpoints"] += 1
-    for path in sorted((own.directory / "checkpoints").glob("step-*")):
-        if not (path / "COMMIT").exists():
+    for path in reads.entries(own.directory / "checkpoints"):
+        if path.name.startswith("step-") and not reads.is_there(path / "COMMIT"):
             own.notes.append(
                 f"checkpoints/{path.name}: has no COMMIT, so it does not count; its deletion was interrupted"
             )

@@ -68,12 +68,16 @@ def _keep(path: Path, content: pa.Buffer) -> None:
 
 def _kept(path: Path) -> bytes | None:
     """What is in the cache; None: nothing is, or it is damaged. Raises ReadFailed."""
-    try:
-        expected = reads.read_json(path.with_suffix(".json"))["xxh3_128"]
-        content = reads.settled(path, lambda: reads.read(path), lambda found: schema.digest(found) == expected)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return content if schema.digest(content) == expected else None
+
+    def look() -> bytes | None:
+        try:
+            expected = reads.read_json(path.with_suffix(".json"))["xxh3_128"]
+            content = reads.read(path)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return content if schema.digest(content) == expected else None
+
+    return reads.settled(path, look, lambda found: found is not None) if reads.is_there(path) else None
 
 
 def _key(settings: Settings, folder: str, parts: Sequence[pa.RecordBatch]) -> str:
