@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import ledger, schema, segments
+from keel import durable, ledger, schema, segments
 from keel.protocols import AddReceipt
 
 
@@ -184,7 +184,7 @@ class RolloutBuffer:
         return {"version": self.version, "taken": self.taken, "next_ticket": self._after_taken}
 
     async def found(self) -> dict[str, Any]:
-        """What the start found on disk: `groups` it can deliver again, and what was `damaged` and deleted, by name."""
+        """What the start found on disk: `groups` it can deliver again, and what was `damaged`, by name."""
         return {"groups": self._deliverable, "damaged": self._damaged}
 
     async def waiting(self) -> str:
@@ -248,13 +248,13 @@ class RolloutBuffer:
         return next((g for g in groups if oldest <= g.versions[0] and g.versions[1] <= trained_from), None)
 
     def _restore(self) -> list[str]:
-        """Read accepted batches back; what is damaged is deleted, and its tickets are generated again."""
+        """Read accepted batches back; what is damaged is moved aside, and its tickets are generated again."""
         damaged = ledger.cut_back(self.directory, self.version)
         for path in segments.paths(self.directory):
             try:
                 segment = segments.read(path)
             except segments.SegmentError:
-                path.unlink()
+                durable.move_aside(self.directory, path)
                 damaged.append(path.name)
                 continue
             for ticket, group in segment.groups():

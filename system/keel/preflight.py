@@ -13,6 +13,7 @@ import pyarrow as pa
 import yaml
 
 from keel import (
+    checkpoint,
     config,
     endpoint,
     extension,
@@ -143,6 +144,7 @@ def check_directory(directory: Path, settings: Section) -> None:
     there = next(each for each in (directory, *directory.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
+    checkpoint.check_known(directory)
     if not stored.exists():
         return
     if not isinstance(settings, COMMANDS[command := command_of(config.read(stored))]):

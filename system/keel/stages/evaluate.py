@@ -129,7 +129,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     by = prepared.settings.evaluation
     found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
     found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}
-    prepared.directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(prepared.directory)
     durable.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
     durable.write_json(prepared.directory / "evaluation.json", found)
     return found

@@ -182,14 +182,16 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
             state = await course.restore(plan, learner, recorder)
             await course.run(plan, learner, recorder, state, plan.model)
             course.finish(plan, "member", started, evaluations=state.evaluations, model_step=course.kept(plan, state))
-    members = [course.finished(plan.directory) or {} for plan in plans]
+    ended = [course.finished(plan.directory) or {} for plan in plans]
     folders = [plan.model for plan in plans]
     learner.stop()
     display.doing("scoring held-out pairs")
-    found = await _judge(prepared, folders, display)
-    _assemble(prepared.directory / "model", folders)
+    target = prepared.directory / "model"
+    members = _assemble(target, folders)  # the members themselves are marked as finished: they stay as they are
+    found = await _judge(prepared, members, display)
+    durable.replace_folder(_aside(target), target)
     durable.write_json(prepared.directory / "report.json", found)
-    first = {name: members[0][name] for name in ("evaluations", "model_step")}
+    first = {name: ended[0][name] for name in ("evaluations", "model_step")}
     whole = dataclasses.replace(plans[0], directory=prepared.directory)
     return course.finish(whole, "reward", started, **first, report=found)
 
@@ -197,7 +199,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
 def _course(prepared: Prepared, member: int) -> Course:
     rows = prepared.rows
     directory = prepared.directory / "members" / str(member)
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(directory)
     return Course(
         settings=prepared.settings,
         directory=directory,
@@ -238,14 +240,19 @@ async def _scores(
     ).astype(float)
 
 
-def _assemble(target: Path, folders: Sequence[Path]) -> None:
-    """The artefact: the one model, or all members beside ensemble.json."""
-    aside = target.with_name(".model.tmp")
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _assemble(target: Path, folders: Sequence[Path]) -> list[Path]:
+    """The artefact before it counts: the one model, or all members beside ensemble.json. Folders of its models."""
+    aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     if len(folders) == 1:
         shutil.copytree(folders[0], aside)
-    else:
-        for number, folder in enumerate(folders):
-            shutil.copytree(folder, aside / f"member-{number}")
-        reward_models.write_ensemble(aside, [f"member-{number}" for number in range(len(folders))])
-    durable.replace_folder(aside, target)
+        return [aside]
+    names = [f"member-{number}" for number in range(len(folders))]
+    for name, folder in zip(names, folders, strict=True):
+        shutil.copytree(folder, aside / name)
+    reward_models.write_ensemble(aside, names)
+    return [aside / name for name in names]
