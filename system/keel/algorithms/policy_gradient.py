@@ -85,9 +85,22 @@ class PolicyGradient(Objective):
             **self._judge_values(values, targets),
         }
         if self.whitened != "none":
-            flat = advantages.whiten(flat, ddof=1 if self.whitened == "sample" else 0)
+            weighed = self.kl_coefficient.value * self.kl.in_reward * schema.row_sums(logprobs, lengths)
+            size = advantages.magnitude(scores, weighed, row_penalty, row_bonus, *values.values())
+            flat = self._whiten(flat, lengths, size)
         target_columns, old = self._normalised(targets, values)
         return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old)
+
+    def _whiten(self, flat: np.ndarray, lengths: np.ndarray, size: float) -> np.ndarray:
+        """Whitened over tokens where advantages differ between those of a completion, else over completions.
+
+        One action has one vote: over tokens, long completions would decide what the mean of the step is.
+        """
+        entropy = self.by.entropy_advantage
+        by_token = self.by.by_token or (entropy is not None and entropy.coefficient > 0)
+        values = flat if by_token else flat[np.cumsum(lengths) - 1]
+        white = advantages.whiten(values, ddof=1 if self.whitened == "sample" else 0, size=size)
+        return white if by_token else np.repeat(white, lengths)
 
     def _advantages(
         self, batch: pa.RecordBatch, parts: tuple[np.ndarray, ...], values: dict[str, np.ndarray]
@@ -242,7 +255,7 @@ class PolicyGradient(Objective):
         found: dict[str, Any] = super().coefficients()
         if self.by.normalise_reward:
             state = self.moments
-            found |= {"normaliser_mean": state.mean, "normaliser_std": (state.square_sum / state.count) ** 0.5}
+            found |= {"normaliser_mean": state.mean, "normaliser_std": state.deviation}
         if self.by.critic and self.by.critic.popart:
             found["popart_mean"] = {head: art.mean for head, art in self.popart.items()}
             found["popart_std"] = {head: art.deviation for head, art in self.popart.items()}

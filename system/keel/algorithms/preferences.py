@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from keel import schema
 from keel.algorithms import elicitation
+from keel.algorithms.advantages import vary
 from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.elicitation import Candidates, Pairs
 from keel.algorithms.objective import Objective, finished
@@ -239,11 +240,15 @@ class Preference(Objective):
             own = np.flatnonzero((seen.tickets == ticket) & np.isfinite(seen.judged))
             ranked: list[int] = []  # of rewards no further apart than min_margin only the first
             for row in own[np.argsort(-seen.judged[own], kind="stable")]:
-                if not ranked or seen.judged[ranked[-1]] - seen.judged[row] > self.by.pairs.min_margin:
+                if not ranked or self._differ(seen.judged[[ranked[-1], row]]):
                     ranked.append(int(row))
             if len(ranked) > 1:
                 losses.append(ranking_loss(scores[torch.tensor(ranked)], self.by.target_margin))
         return torch.stack(losses).mean()
+
+    def _differ(self, judged: np.ndarray) -> bool:
+        """Whether of two rewards the first is larger by more than min_margin, and by more than rounding."""
+        return bool(judged[0] - judged[1] > self.by.pairs.min_margin) and vary(judged)
 
     @torch.no_grad()
     def _watched(self, rows: Sequences, chosen: Tensor, rejected: Tensor) -> dict[str, float]:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from scipy import optimize, special
 
 from keel import schema
-from keel.algorithms import elicitation
+from keel.algorithms import advantages, elicitation
 from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.objective import Objective
 from keel.objective_settings import WeightedLikelihoodSettings
@@ -33,11 +33,11 @@ def soft_chi2(x: np.ndarray) -> np.ndarray:
 
 def divergence_weights(rewards: np.ndarray, form: str, temperature: float) -> np.ndarray:
     """w of one prompt's samples, mean 1: rewards [k] -> [k]. A group of one, or of equal rewards, has weights 1."""
+    if not advantages.vary(rewards):
+        return np.ones(len(rewards))
     if form == "kl":
         return len(rewards) * special.softmax(rewards / temperature)
     weights = {"chi2": chi2, "soft_chi2": soft_chi2}[form]
-    if np.ptp(rewards) == 0:
-        return np.ones(len(rewards))
 
     def excess(nu: float) -> float:
         return float(weights((rewards - nu) / temperature).mean() - 1)
@@ -89,10 +89,10 @@ class WeightedLikelihood(Objective):
         )
 
     def _weights(self, rewards: np.ndarray, batch: pa.RecordBatch, rows: np.ndarray, version: int) -> np.ndarray:
-        if self.by.weights == "uniform":
-            return np.ones(len(rewards))
         if self.by.weights == "best_of_n":
             return len(rewards) * (np.arange(len(rewards)) == rewards.argmax())
+        if self.by.weights == "uniform" or not advantages.vary(rewards):
+            return np.ones(len(rewards))
         if self.by.weights == "rejection":
             etas = self.by.rejection_temperatures
             stage = min(version // self.by.stage_steps, len(etas) - 1)
