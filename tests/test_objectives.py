@@ -172,7 +172,7 @@ def test_kl_before_and_after_the_baseline_differ() -> None:
 
 def test_zero_coefficients_change_no_bit() -> None:
     none = objective().weigh(ROLLOUT, Measured()).advantages
-    for form in ("sequence_sum", "sequence_mean"):
+    for form in ("sequence_sum", "sequence_mean_exact", "sequence_mean_naive"):
         zero = (
             objective(regulariser={"entropy": {"form": form, "coefficient": 0.0}}).weigh(ROLLOUT, Measured()).advantages
         )

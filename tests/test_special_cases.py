@@ -54,7 +54,8 @@ def policy_gradient(**by: Any) -> dict[str, Any]:
         (preference("dpo", pairs={"length_penalty": 0.0, "min_margin": 0.0}), preference("dpo")),
         (preference("dpo", pairs={"finished_only": True}), preference("dpo")),  # all are
         ({"regulariser": {"entropy": {"form": "sequence_sum", "coefficient": 0.0}}}, {}),
-        ({"regulariser": {"entropy": {"form": "sequence_mean", "coefficient": 0.0}}}, {}),
+        ({"regulariser": {"entropy": {"form": "sequence_mean_exact", "coefficient": 0.0}}}, {}),
+        ({"regulariser": {"entropy": {"form": "sequence_mean_naive", "coefficient": 0.0}}}, {}),
         ({"regulariser": {"entropy": {"form": "token_bonus", "coefficient": 0.0}}}, {}),
         ({"regulariser": {"entropy": {"monitor": True}}}, {}),
         ({"regulariser": {"kl": {"coefficient": 0.0}}}, {}),

@@ -208,6 +208,8 @@ class Settings(Section):
                 "regulariser.kl.order=after_baseline: the KL is part of the reward before"
                 f" {getattr(objective, 'advantage', 'your objective')} sees it; expected before_baseline"
             )
+        if getattr(objective, "by_token", False):
+            self.regulariser.entropy.check_paid_by_token(f"objective.advantage={getattr(objective, 'advantage', '')}")
         if isinstance(objective, LogitsConvexitySettings):
             if kl.exact:
                 raise ValueError(

@@ -44,6 +44,7 @@ class Objective:
         self.max_tokens = settings.sampling.max_tokens
         self.needs = frozenset(settings.needed_columns())
         self.epochs: int = settings.objective.epochs
+        self.reduction: str = getattr(settings.objective, "reduction", "sequence_sum")
         self.kl_coefficient = coefficients.coefficient(self.kl.controller, self.kl.coefficient, sign=1.0)
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
@@ -126,8 +127,11 @@ class Objective:
         return regularisers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
 
     def reduce(self, terms: Tensor, rows: Rows, credit: Credit) -> Tensor:
-        """Sum of terms ([N] tokens or [B] rows) divided by counts of the whole step, as `reduction` says."""
-        match getattr(self.settings.objective, "reduction", "sequence_sum"):
+        """Sum of terms ([N] tokens or [B] rows) divided by counts of the whole step, as `reduction` says.
+
+        Surrogate and regularisers pass through the same one, so a coefficient means the same at every length.
+        """
+        match self.reduction:
             case "sequence_mean":
                 return (terms / rows.lengths[rows.row_of_item]).sum() / credit.num_rows
             case "token_mean":

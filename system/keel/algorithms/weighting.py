@@ -52,6 +52,10 @@ def effective_samples(weights: np.ndarray) -> float:
     return float(weights.sum() ** 2 / np.square(weights).sum())
 
 
+_REDUCTIONS = {"sum": "sequence_sum", "average": "sequence_mean", "token_mean": "token_mean"}
+"""How regularisers in the loss are reduced: as the likelihood is."""
+
+
 class WeightedLikelihood(Objective):
     """Likelihood of the samples, each weighted by what its reward says within its prompt."""
 
@@ -61,6 +65,7 @@ class WeightedLikelihood(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, WeightedLikelihoodSettings)
         self.by: WeightedLikelihoodSettings = settings.objective
+        self.reduction = _REDUCTIONS[self.by.likelihood]
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         rewards, tickets = self.rewards(batch), batch.column("ticket").to_numpy()
