@@ -216,6 +216,7 @@ class DeepSpeedLearner:
             reference=stored("reference_logprobs"),
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
+            stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device),
         )
 
     def _forward(self, micro: batching.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:

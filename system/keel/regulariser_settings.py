@@ -86,6 +86,14 @@ class KLSettings(Section):
     def in_loss(self) -> bool:
         return self.coefficient > 0 and self.placement == "loss"
 
+    def check_stored(self, stored_ratio: float) -> None:
+        """Raises ValueError for a weight pi/sampler of completions that no known policy sampled."""
+        if stored_ratio > 0 and self.importance_weighted:
+            raise ValueError(
+                f"regulariser.kl.importance_weighted=true: no known policy sampled the stored completions"
+                f" (sampling.stored_ratio={stored_ratio}), so there is no ratio to weigh by; expected false"
+            )
+
     @property
     def exact(self) -> bool:
         return self.in_loss and self.estimator == "exact"

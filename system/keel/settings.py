@@ -252,6 +252,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _stored_completions_fit(self) -> Self:
         ratio = self.sampling.stored_ratio
+        self.regulariser.kl.check_stored(ratio)
         for reward in self.train_rewards:
             if reward.kind == "stored" and ratio < 1:
                 raise ValueError(

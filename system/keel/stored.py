@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from keel import schema
 from keel.config import ConfigError
 from keel.protocols import Sampling
 from keel.sources import Row
@@ -21,7 +22,7 @@ _PROBLEMS = {
     "equal": "equal completions",
     "different_prompts": "completions of different conversations",
 }
-NAME = "stored"
+NAME = schema.STORED
 """What the column `generator` says of these rows."""
 
 

@@ -80,7 +80,8 @@ class WeightedLikelihood(Objective):
         weights *= len(weights) / weights.sum()  # rejection keeps different numbers of each prompt's
         share = {"sum": 1.0, "average": 1 / lengths, "token_mean": len(lengths) / lengths.sum()}[self.by.likelihood]
         per_token = np.repeat(weights * share, lengths)
-        group = len(rewards) / len(best)
+        sampled = tickets[schema.sampled(batch)]  # of stored completions it is not known what they were chosen from
+        group = len(sampled) / max(len(np.unique(sampled)), 1)
         return Credit(
             advantages=per_token,
             num_rows=len(rewards),
@@ -89,7 +90,7 @@ class WeightedLikelihood(Objective):
                 "effective_samples": float(np.mean(effective)),
                 "accepted_ratio": float(np.mean(accepted)),
                 "best_reward": float(np.mean(best)),
-                "best_of_n_kl_nats": elicitation.best_of_n_kl(round(group)),
+                **({"best_of_n_kl_nats": elicitation.best_of_n_kl(round(group))} if group else {}),
             },
         )
 
