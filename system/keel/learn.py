@@ -69,9 +69,13 @@ class DeepSpeedLearner:
         by = getattr(self.settings.objective, "critic", None)
         if by is None:
             return None
-        trunk = models.load_trunk(Path(self._folder_of("critic")), dtype) if by.trunk == "own" else None
+        folder = Path(self._folder_of("critic"))
+        trunk = models.load_trunk(folder, dtype) if by.trunk == "own" else None
         hidden = (trunk if trunk is not None else policy.model).config.hidden_size
-        return Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
+        critic = Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
+        if trunk is not None and (head := models.score_head(folder)):
+            critic.start_from(*head)
+        return critic
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
         """One version: `objective.epochs` optimizer updates on the batch.

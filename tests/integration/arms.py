@@ -33,7 +33,7 @@ SAFE = {
 EAPO = {
     **PPO,
     "entropy_advantage": {"gae_lambda": 0.5, "coefficient": 0.002},
-    "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01},
+    "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01, "clip": None},
 }
 DAPO = {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28, "reduction": "token_mean", "epochs": 2}
 
@@ -76,9 +76,9 @@ ARMS: dict[str, Arm] = {
     "reinforce": policy_gradient(advantage="none", whiten="population"),
     "reinforce_pp": policy_gradient(advantage="reinforce_pp"),
     "reinforce_pp_baseline": policy_gradient(advantage="reinforce_pp_baseline"),
-    "grpo": policy_gradient(in_loss("k3"), advantage="grpo", reduction="sequence_mean", clip_low=0.2, clip_high=0.2),
+    "grpo": policy_gradient(in_loss("k3"), advantage="grpo", reduction="sequence_mean", clip_low=0.2, clip_high=0.28),
     "dr_grpo": policy_gradient(advantage="dr_grpo", reduction="constant"),
-    "gspo": policy_gradient(level="sequence_mean", correction="sequence", clip_low=0.2, clip_high=0.2, epochs=2),
+    "gspo": policy_gradient(level="sequence_mean", correction="sequence", clip_low=0.15, clip_high=0.2, epochs=2),
     "dapo": {**policy_gradient(NONE, **DAPO), "shaping": {"overlong_buffer_tokens": 2}},
     "lco_mse": convex("mse"),
     "lco_log_cosh": convex("log_cosh", epochs=2),
