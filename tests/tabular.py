@@ -175,7 +175,7 @@ POLICY_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rloo_after": ({"correction": "sequence"}, {"kl": {"coefficient": 0.3, "order": "after_baseline"}}),
     "grpo": ({"advantage": "grpo", "reduction": "sequence_mean", **CLIP}, token_kl("k3")),
     "dr_grpo": ({"advantage": "dr_grpo", "reduction": "constant"}, token_kl("k2")),
-    "gspo": ({"level": "sequence_mean", "correction": "sequence", "clip_low": 0.05, "clip_high": 0.05}, {}),
+    "gspo": ({"level": "sequence_mean", "correction": "sequence", "clip_low": 0.05, "clip_high": 0.08}, {}),
     "sequence": ({"level": "sequence", "correction": "none", **CLIP}, KL_REWARD),
     "reinforce_pp": ({"advantage": "reinforce_pp", "discount": 0.9, **CLIP}, KL_REWARD),
     "reinforce_pp_baseline": ({"advantage": "reinforce_pp_baseline", "reduction": "token_mean"}, KL_REWARD),

@@ -10,8 +10,11 @@ import numpy as np
 
 GroupAdvantage = Callable[[np.ndarray], np.ndarray]
 
-ROUNDING = float(np.finfo(np.float32).eps)
-"""Relative precision of float32, in which rewards, log-probs and values are computed and stored."""
+ROUNDING = 2 * float(np.finfo(np.float32).eps)
+"""Relative distance of two numbers that are one unit in the last place of float32 to either side of a third.
+
+Rewards, log-probs and values are computed and stored in float32.
+"""
 
 
 def vary(values: np.ndarray, size: float = 0.0) -> bool:

@@ -107,15 +107,16 @@ class RunningMoments:
     def normalise(self, values: np.ndarray) -> np.ndarray:
         """Take the values in, then return them with the mean removed and divided by the deviation. [n] -> [n].
 
-        Exactly 0 while all rewards so far differ by rounding alone.
+        Exactly 0 where they differ from the mean by rounding alone.
         """
         delta, total = float(values.mean()) - self.mean, self.count + len(values)
         self.square_sum += float(values.var()) * len(values) + delta**2 * self.count * len(values) / total
         self.mean += delta * len(values) / total
         self.count = total
-        if self.deviation <= ROUNDING * max(abs(self.mean), magnitude(values)):
+        apart = values - self.mean
+        if magnitude(apart) <= ROUNDING * max(abs(self.mean), magnitude(values)):
             return np.zeros(len(values))
-        return (values - self.mean) / self.deviation
+        return apart / self.deviation
 
     def state(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean, "square_sum": self.square_sum}

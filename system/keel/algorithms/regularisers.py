@@ -84,8 +84,8 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """k3 = exp(-x) - 1 + x of each token, nats (GRPO, 2402.03300). [N] -> [N].
 
     On policy its gradient is that of KL(ref, pi), which agrees with KL(pi, ref) to first order near ref only. Below
-    x = -MAX_LOG_RATIO it goes on as the tangent there, so its slope 1 - exp(-x) has the sign of x everywhere: a clamp
-    alone would leave the slope 1 of `+ x`, which pushes what the policy has lost further away.
+    x = -MAX_LOG_RATIO it continues as the tangent there, so its slope has the sign of x everywhere: a clamp alone would
+    leave the slope 1 of `+ x`, which pushes a token that the policy has lost further away.
     """
     x = logprobs - reference
     exponent = (-x).clamp(max=MAX_LOG_RATIO)
