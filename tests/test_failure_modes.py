@@ -150,7 +150,7 @@ def place_entropies(logits: torch.Tensor) -> torch.Tensor:
 
 
 def per_answer(flat: torch.Tensor) -> list[list[float]]:
-    return [flat[CHAIN_ROWS == row].tolist() for row in range(len(CHAIN_LENGTHS))]
+    return [flat[row == CHAIN_ROWS].tolist() for row in range(len(CHAIN_LENGTHS))]
 
 
 CHAIN_BATCH = pa.record_batch(

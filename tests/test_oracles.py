@@ -125,7 +125,7 @@ APART = torch.linspace(-100.0, 100.0, 401, dtype=torch.float64)
 @pytest.mark.parametrize("estimator", list(regularisers.KL_LOSSES))
 def test_no_estimator_pulls_away_from_the_reference(estimator: str, dtype: torch.dtype) -> None:
     """The slope has the sign of x wherever x is, and values are finite, not negative and fall towards x = 0."""
-    x = APART.to(dtype).requires_grad_()
+    x = APART.clone().to(dtype).requires_grad_()
     values = regularisers.KL_LOSSES[estimator](x, torch.zeros_like(x))
     (slope,) = torch.autograd.grad(values.sum(), x)
     assert torch.isfinite(values).all() and torch.isfinite(slope).all()

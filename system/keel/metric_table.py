@@ -52,7 +52,10 @@ TABLE: list[Metric] = [
             "policy_entropy_nats",
             "Mean over sampled tokens of the learner's full-vocabulary entropy; absent when not computed.",
         ),
-        ("stored_logprob_nats", "Mean over stored completions of log pi(y), summed over tokens, as a generator read it."),
+        (
+            "stored_logprob_nats",
+            "Mean over stored completions of log pi(y), summed over tokens.",
+        ),
         ("stored_token_logprob_nats", "Mean over stored completions of log pi(y)/|y|."),
         (
             "stored_log_ratio_nats",

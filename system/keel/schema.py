@@ -172,7 +172,7 @@ def completion_lengths(batch: pa.RecordBatch) -> np.ndarray:
 
 
 def sampled(batch: pa.RecordBatch) -> np.ndarray:
-    """bool [rows]: completions that a policy sampled. Of the others -log pi is no entropy and log pi - log ref no KL."""
+    """bool [rows]: completions that a policy sampled. Of others -log pi is no entropy and log pi - log ref no KL."""
     if "completion_logprobs" not in batch.schema.names:
         return np.zeros(batch.num_rows, bool)
     if "generator" not in batch.schema.names:

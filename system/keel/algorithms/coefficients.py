@@ -75,7 +75,7 @@ class Proportional(Fixed):
 class Dual(Proportional):
     """Dual ascent on the log of the coefficient: c *= exp(clip(rate (nats/target - 1), -1, 1)), so c stays positive.
 
-    A step changes c by a factor e at most, up or down: one step of wild samples neither removes a term nor makes it all.
+    A step changes c by a factor e at most, up or down: one step of wild samples cannot remove a term.
 
     sign +1: a budget, the coefficient grows while nats are above it (target KL; FLAC's divergence budget, 2602.12829).
     sign -1: a floor, it grows while nats are below it (target entropy, as SAC's temperature, 1812.05905).

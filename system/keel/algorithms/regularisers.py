@@ -8,8 +8,8 @@ Where a term lives decides its gradient (in the reward: detached, through the ad
                                   k3_k2 in the loss            k3's value, k2's gradient
                                   exact in the loss            sum_a pi(a) log pi(a)/ref(a), the same without noise
     entropy                       -log pi(y) in the reward     exact gradient of the sequence entropy
-                                  -(log pi(y) + 1) / |y|       the same of E[-log pi(y) / |y|]: a temperature that depends
-                                                               on y leaves the 1 in place
+                                  -(log pi(y) + 1) / |y|       the same of E[-log pi(y) / |y|]: where the temperature
+                                                               depends on y, the 1 does not cancel
                                   -log pi(y) / |y|             no gradient of an objective: the naive online analogue
                                   mean_t H_t in the loss       its first part: no credit for reaching uncertain states
 
