@@ -261,7 +261,9 @@ def value_of_kl(own: Objective, lengths: list[int]) -> float:
         reference=-each,
     )
     credit = Credit(np.zeros(len(each)), len(lengths), len(each))
-    return own.loss(rows, Outputs(torch.zeros_like(each)), credit).sums["kl_loss_nats"]
+    return own.loss(rows, Outputs(torch.zeros_like(each), vocabulary=torch.zeros_like(each)), credit).sums[
+        "kl_loss_nats"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,27 @@ def test_kl_in_the_loss_is_reduced_like_the_likelihood(likelihood: str, expected
     credit = own.weigh(batch, Measured())
     terms = np.repeat([0.5, 2.0], [5, 1])
     assert (credit.advantages * terms).sum() / credit.num_rows == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [
+        ({"kind": "preference", "loss": "dpo"}, (5 * 0.5 + 2.0) / 2),
+        ({"kind": "preference", "loss": "cpo"}, (5 * 0.5 + 2.0) / 2),
+        *[
+            ({"kind": "preference", "loss": loss}, (0.5 + 2.0) / 2)
+            for loss in ("simpo", "simpo_hinge", "simpo_plackett_luce", "ipo_average", "orpo")
+        ],
+        ({"level": "sequence", "correction": "none"}, (5 * 0.5 + 2.0) / 2),
+        ({"level": "sequence_mean", "correction": "none"}, (0.5 + 2.0) / 2),
+        ({"kind": "logits_convexity"}, (5 * 0.5 + 2.0) / 6),
+    ],
+)
+def test_kl_in_the_loss_weighs_a_token_as_the_objective_does(by: dict[str, Any], expected: float) -> None:
+    """Summed beside sums of log-probs, averaged beside averages; GSPO's ratio is such an average."""
+    own = objective(objective=by, regulariser={"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}})
+    assert own.reduction in ("sequence_sum", "sequence_mean", "token_mean")
+    assert value_of_kl(own, [5, 1]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_pairs_of_one_prompt_know_their_margin() -> None:

@@ -155,9 +155,9 @@ class Objective:
         return regularisers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
 
     def reduce(self, terms: Tensor, rows: Rows, credit: Credit) -> Tensor:
-        """Sum of terms ([N] tokens or [B] rows) divided by counts of the whole step, as `reduction` says.
+        """Sum of terms [N] divided by counts of the whole step, as `reduction` says.
 
-        Surrogate and regularisers pass through the same one, so a coefficient means the same at every length.
+        Surrogate and regularisers weigh a token alike, so a coefficient means the same at every length.
         """
         match self.reduction:
             case "sequence_mean":

@@ -39,6 +39,8 @@ class PolicyGradient(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PolicyGradientSettings)
         self.by: PolicyGradientSettings = settings.objective
+        if self.by.level == "sequence_mean":  # a geometric mean has the slope of a token mean, and so have regularisers
+            self.reduction = "sequence_mean"
         auto = _WHITENED.get(self.by.advantage, "none")
         self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
         self.group = advantages.GROUP.get(self.by.advantage)
@@ -196,7 +198,7 @@ class PolicyGradient(Objective):
         weight, clamped_weights = self._importance_weight(old - rows.sampler, rows)
         terms, clipped, clamped = self._terms_of(logprobs - old, weight, rows)
         num_terms = credit.num_tokens if self.by.level == "token" else credit.num_rows
-        loss = self.reduce(terms, rows, credit)
+        loss = self.reduce(terms, rows, credit) if self.by.level == "token" else terms.sum() / credit.num_rows
         sums = {
             "policy_loss": loss.item(),
             "clip_ratio": clipped / num_terms,

@@ -107,6 +107,10 @@ PAIR_LOSSES: dict[str, tuple[Score, Callable[[Tensor, PreferenceSettings], Tenso
 RANKING_SCORES: dict[str, Score] = {"dpo_plackett_luce": log_ratio, "simpo_plackett_luce": mean_logprob}
 
 
+_AVERAGES = ("ipo_average", "simpo", "simpo_hinge", "simpo_plackett_luce", "orpo")
+"""Losses of log-probs per token: regularisers beside them are per token, too."""
+
+
 def pair_logits(rows: Sequences, chosen: Tensor, rejected: Tensor, by: PreferenceSettings) -> Tensor:
     """u of each pair [P]; pessimism as in pessimistic DPO: + c Gamma_w - c Gamma_l (2312.11456)."""
     score = PAIR_LOSSES[by.loss][0](rows)
@@ -156,6 +160,8 @@ class Preference(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PreferenceSettings)
         self.by: PreferenceSettings = settings.objective
+        if self.by.loss in _AVERAGES:
+            self.reduction = "sequence_mean"
         self._members = {f"reward_{reward.name}": reward.weight for reward in settings.train_rewards}
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
