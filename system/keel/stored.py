@@ -3,7 +3,7 @@
 A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
 demonstration: `completion`, or the last message of `messages`. Texts, or conversations of which the last message
 counts. In an online run the generators still take part: they say how likely the policy of now finds these tokens, so
-KL, staleness and the parity gap mean what they mean online.
+staleness and the parity gap mean what they mean online. KL and entropy do not: see diagnostics.py.
 """
 
 import json
