@@ -32,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import durable, ledger, schema, segments
+from keel.algorithms.advantages import vary
 from keel.protocols import AddReceipt
 
 
@@ -225,7 +226,7 @@ class RolloutBuffer:
         if scored.sum() < self.min_samples:
             return "too_few_samples"
         rewards = batch.column("reward").to_numpy(zero_copy_only=False)
-        return "uniform_rewards" if self._refilled < self.refills and np.ptp(rewards[scored]) == 0 else None
+        return "uniform_rewards" if self._refilled < self.refills and not vary(rewards[scored]) else None
 
     def _absorb(self, tickets: list[int]) -> list[int]:
         """Take what is already on disk for these tickets; the tickets still to be generated."""

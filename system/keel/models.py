@@ -239,6 +239,19 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     )
 
 
+def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
+    """Trained head [1, H] of a causal reward model and what it subtracts; None for a model without one."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if "score.weight" in file.keys():  # noqa: SIM118 a safetensors file is no mapping
+                weight = file.get_tensor("score.weight")
+                offset = (read_config(folder, str(folder)).get("keel_reward") or {}).get("offset", 0.0)
+                return (weight, float(offset)) if len(weight) == 1 else None
+    return None
+
+
 _NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
 """Parts of the names under which configurations keep what is random in training: units, layers or routing."""
 

@@ -3,7 +3,7 @@
 A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
 demonstration: `completion`, or the last message of `messages`. Texts, or conversations of which the last message
 counts. In an online run the generators still take part: they say how likely the policy of now finds these tokens, so
-KL, staleness and the parity gap mean what they mean online.
+staleness and the parity gap mean what they mean online. KL and entropy do not: see diagnostics.py.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from keel import schema
 from keel.config import ConfigError
 from keel.protocols import Sampling
 from keel.sources import Row
@@ -21,7 +22,7 @@ _PROBLEMS = {
     "equal": "equal completions",
     "different_prompts": "completions of different conversations",
 }
-NAME = "stored"
+NAME = schema.STORED
 """What the column `generator` says of these rows."""
 
 
