@@ -24,6 +24,10 @@ LAYERS = [
     + ["algorithms.convexity", "algorithms.kinds"],
     [
         "checkpoint",
+        "model_files",
+        "chat_text",
+        "model_text",
+        "end_tokens",
         "sources",
         "stored",
         "prompts",

@@ -70,7 +70,7 @@ class DeepSpeedLearner:
         if by is None:
             return None
         trunk = models.load_trunk(Path(self._folder_of("critic")), dtype) if by.trunk == "own" else None
-        hidden = (trunk if trunk is not None else policy.model).config.hidden_size
+        hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
         return Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
 
     def step(self, batch: pa.RecordBatch) -> StepReport:

@@ -2,16 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keel import checkpoint
+from keel import checkpoint, model_files
 from keel.config import ConfigError
 from keel.networks import Policy
+from keel.printable import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WHEELS = {
@@ -52,10 +52,12 @@ def check_harmless(folder: Path, named: str) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{named}: holds adapter_config.json; expected whole weights, the adapter merged into them")
-    if not any(folder.glob("*.safetensors")):
+    if not model_files.weight_files(folder):
         pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
         found = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
-        raise ConfigError(f"{named}: {found}; expected *.safetensors")
+        found = f"its weights are in another format ({others[0]})" if others else found
+        raise ConfigError(f"{named}: {found}; expected *.safetensors: model.safetensors, or shards and their index")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     tree = read_config(folder, named)
@@ -78,7 +80,10 @@ def read_config(folder: Path, named: str) -> dict[str, Any]:
 
 
 def locate_policy(model: str, setting: str) -> Path:
-    """Folder of a causal language model, as `locate`. Raises ConfigError for a reward model or an encoder, too."""
+    """Folder of a causal language model, as `locate`.
+
+    Raises ConfigError for a reward model, an encoder, a model of images and text, and one that lacks a weight, too.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = locate(model, setting)
@@ -86,7 +91,47 @@ def locate_policy(model: str, setting: str) -> Path:
     known = ["an ensemble"] if ensemble else read_config(folder, f"{setting}={model}").get("architectures")
     if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
+    _check_text_alone(folder, f"{setting}={model}")
+    model_files.parameter_shapes(folder)  # all of them are there
     return folder
+
+
+def model_config(folder: Path, named: str) -> Any:
+    """A folder's configuration as transformers reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{named}: config.json cannot be read ({one_line(error)[:200]})") from None
+
+
+def vocabulary(folder: Path, named: str) -> int:
+    """Rows of a model's embedding. Raises ConfigError where its configuration has no such number."""
+    size = getattr(model_config(folder, named).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{named}: config.json has no vocab_size; expected a language model")
+    return size
+
+
+def _check_text_alone(folder: Path, named: str) -> None:
+    """The model reads text and nothing else. Raises ConfigError for one of a family that reads images or sound, too.
+
+    Its text model alone has other parameter names than the checkpoint, so samplers could not take what is trained.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = model_config(folder, named)
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
+            f" its own (model_type={inner.model_type})"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} has no causal language model; expected one that has"
+        )
 
 
 def _from_hub(model: str, setting: str) -> Path:
@@ -163,17 +208,6 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
-def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the generation config's, else the tokenizer's end token."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        if configured is not None:
-            return tuple(configured) if isinstance(configured, Iterable) else (configured,)
-    return (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
-
-
 def load_policy(folder: Path, dtype: str) -> Policy:
     """A causal language model with dropout off: sampler, learner and reference must be the same function."""
     from transformers import AutoModelForCausalLM
@@ -207,7 +241,8 @@ def without_dropout(folder: Path) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
     return config

@@ -84,6 +84,8 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
             display.doing(_STARTING)
             display.note(ray.enter_context(cluster.joined(settings, counts)))
         durable.write(directory / "config.yaml", config.dump(settings).encode())
+        for line in prepared.notes:
+            display.note(line)
         recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
         saved = _newest(recorder)
         if saved.over(settings):
