@@ -43,9 +43,10 @@ def behind_answers(text: ModelText, stop: Sequence[int], conversational: bool) -
 def decide(
     folder: Path, text: ModelText, vocabulary: int, configured: Sequence[int] | None = None, named: str = "policy.model"
 ) -> EndTokens:
-    """End tokens of the model in a folder; `configured`: `sampling.stop_token_ids`, which decides alone where it is set.
+    """End tokens of the model in a folder; `configured`, `sampling.stop_token_ids`, decides alone where it is set.
 
-    Raises ConfigError for a token beyond the model's vocabulary.
+    Of the files' ids those count that the tokenizer has as special tokens; generation_config.json, where its author
+    wrote it (transformers copies defaults), may name any. Raises ConfigError for a token beyond the vocabulary.
     """
     sources = {
         _TEMPLATE: [number for number in [text.chat.frame.end] if number is not None],
@@ -53,7 +54,9 @@ def decide(
         **{file: _of_file(folder / file) for file in _FILES},
     }
     names = named_tokens(text.tokenizer)
-    usable = {what: [n for n in ids if n in names and n < vocabulary] for what, ids in sources.items()}
+    written = set(sources[_FILES[0]]) if _is_written(folder / _FILES[0]) else set()
+    known = set(names) | written
+    usable = {what: [n for n in ids if n in known and n < vocabulary] for what, ids in sources.items()}
     _check(sources, names, vocabulary, configured, f"{named}={folder}")
     stop = (
         tuple(configured) if configured is not None else tuple(dict.fromkeys(n for ids in usable.values() for n in ids))
@@ -65,13 +68,23 @@ def decide(
     return EndTokens(stop, chat, plain, tuple(notes))
 
 
-def _of_file(path: Path) -> list[int]:
-    """eos_token_id of a configuration file, its text_config included: one id, a list, or nothing."""
+def _read(path: Path) -> Mapping[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return []
-    blocks = [tree, tree.get("text_config")] if isinstance(tree, Mapping) else []
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _is_written(path: Path) -> bool:
+    """A person wrote the generation config; transformers marks what it copied from a model's configuration."""
+    return not _read(path).get("_from_model_config", False)
+
+
+def _of_file(path: Path) -> list[int]:
+    """eos_token_id of a configuration file, its text_config included: one id, a list, or nothing."""
+    tree = _read(path)
+    blocks = [tree, tree.get("text_config")]
     values = [block.get("eos_token_id") for block in blocks if isinstance(block, Mapping)]
     ids = [number for value in values for number in (value if isinstance(value, list) else [value])]
     return list(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))

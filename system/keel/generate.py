@@ -78,8 +78,8 @@ class VllmGenerator:
         self._expected = model_files.parameter_shapes(Path(folder))
         self._text = ModelText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), template_options)
         self._files = contextlib.ExitStack()  # as long as the engine
-        served = self._files.enter_context(model_files.served(Path(folder)))
-        self._engine: Any = LLM(**engine_arguments(str(served), settings, max_model_tokens))
+        folder = str(self._files.enter_context(model_files.served(Path(folder))))
+        self._engine: Any = LLM(**engine_arguments(folder, settings, max_model_tokens))
         torch.set_num_threads(settings.threads)  # vLLM may have set 1
 
     def generate(

@@ -48,11 +48,11 @@ def headers(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield name, tuple(entry["shape"])
 
 
-def parameter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(folder: Path, named: str = "") -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter of the folder's language model, as it is published; no weights are read.
 
     Buffers and the copy of a tied head are none. Raises ConfigError for a file that lacks a parameter, or holds it in
-    another shape: transformers would draw it at random.
+    another shape: transformers would draw it at random. `named`: the setting and its value.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -60,18 +60,25 @@ def parameter_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):  # its head is tied as the configuration says, whatever the file repeats
-        named = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
-    options = {"trust_remote_code": False, "use_safetensors": True, "device_map": "meta", "dtype": torch.float32}
-    try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
-    except RuntimeError as error:  # shapes that differ
-        raise ConfigError(f"{folder}: its weights are not those of config.json ({_last_line(error)})") from None
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            f"{folder}: {len(missing)} parameters of the model are not in its weights ({missing[0]}); expected all"
-        )
-    _check_tied(folder, set(named), {name for name, _ in loaded.named_parameters()})
-    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in named})
+        own = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    named = named or str(folder)
+    for what, names in (("missing", report["missing_keys"]), ("of another shape", report["mismatched_keys"])):
+        for name in sorted(str(key if isinstance(key, str) else key[0]) for key in names)[:1]:
+            raise ConfigError(
+                f"{named}: its weights are not those of config.json: {len(names)} parameters are {what} ({name});"
+                " expected all of them"
+            )
+    _check_tied(folder, named, set(own), {name for name, _ in loaded.named_parameters()})
+    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in own})
     return {name: tuple(tensor.shape) for name, tensor in published.items()}
 
 
@@ -79,13 +86,9 @@ def num_parameters(folder: Path) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(folder).values())
 
 
-def _last_line(error: Exception) -> str:
-    return next(iter(reversed(str(error).splitlines())), type(error).__name__)
-
-
-def _check_tied(folder: Path, named: set[str], held: set[str]) -> None:
+def _check_tied(folder: Path, named: str, own: set[str], held: set[str]) -> None:
     """A second copy of a tied weight equals the first. Raises ConfigError: samplers would read one, learners both."""
-    copies = held - named
+    copies = held - own
     if not copies:
         return
     import torch
@@ -100,7 +103,7 @@ def _check_tied(folder: Path, named: set[str], held: set[str]) -> None:
     for name in sorted(copies & set(tensors)):
         if not any(torch.equal(tensors[name], tensor) for tensor in inputs):
             raise ConfigError(
-                f"{folder}: config.json ties {name} to the embedding, but its weights hold another one; expected"
+                f"{named}: config.json ties {name} to the embedding, but its weights hold another one; expected"
                 " tie_word_embeddings=false, or weights without it"
             )
 

@@ -95,11 +95,12 @@ class ModelText:
             self._last_prompt = (prompt, self._ids(prompt))
         first = self._last_prompt[1]
         both = self._ids(prompt + text)
-        if both[: len(first)] == first:
+        unknown = getattr(self.tokenizer, "unk_token_id", None)  # may stand for more than the border leaves
+        if both[: len(first)] == first and first[-1:] != [unknown]:
             return both[len(first) :]
         for anchor in _ANCHORS:  # a token would join both: the border stays
             first, both = self._ids(anchor), self._ids(anchor + text)
-            if first and both[: len(first)] == first:
+            if first and both[: len(first)] == first and unknown not in first:
                 return both[len(first) :]
         return self._ids(text)
 

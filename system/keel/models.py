@@ -56,8 +56,9 @@ def check_harmless(folder: Path, named: str) -> None:
         pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
         others = sorted(path.name for path in folder.glob("*.safetensors"))
         found = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
-        found = f"its weights are in another format ({others[0]})" if others else found
-        raise ConfigError(f"{named}: {found}; expected *.safetensors: model.safetensors, or shards and their index")
+        if others:
+            found = f"{others[0]} is not in transformers' layout (model.safetensors, or shards and their index)"
+        raise ConfigError(f"{named}: {found}; expected *.safetensors")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     tree = read_config(folder, named)
@@ -92,7 +93,7 @@ def locate_policy(model: str, setting: str) -> Path:
     if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
     _check_text_alone(folder, f"{setting}={model}")
-    model_files.parameter_shapes(folder)  # all of them are there
+    model_files.parameter_shapes(folder, f"{setting}={model}")  # all of them are there
     return folder
 
 
