@@ -38,8 +38,10 @@ class Frame:
 
     lead: str = ""
     """White space between the prompt and the answer."""
+    tail: str | None = None
+    """Everything behind the answer that a conversation ends with; None: unknown."""
     closing: str = ""
-    """Everything behind the answer."""
+    """What closes the answer: the tail, or what would stand there if the conversation went on."""
     end: int | None = None
     """The token that closes the turn."""
     markers: frozenset[int] = frozenset()
@@ -87,13 +89,12 @@ class ChatText:
 
     def _cut(self, whole: str, start: int, content: str) -> Turn:
         """The text in three: what stands before `start`, the answer, what is written behind it."""
-        rest, closing = whole[start:], self.frame.closing
-        stop = len(rest) - len(closing)
-        if not closing or not rest.endswith(closing):
-            said = content.strip()
-            stop = rest.find(said) + len(said) if said in rest else len(rest)
+        rest, frame, said = whole[start:], self.frame, content.strip()
+        stop = rest.find(said) + len(said) if said in rest else len(rest)
+        if frame.tail is not None and rest.endswith(frame.tail):
+            stop = len(rest) - len(frame.tail)
         behind = rest[stop:]
-        return Turn(whole[:start], rest[:stop], behind if behind.strip() else closing or behind)
+        return Turn(whole[:start], rest[:stop], frame.closing if behind == frame.tail else behind)
 
     @functools.cached_property
     def frame(self) -> Frame:
@@ -106,12 +107,12 @@ class ChatText:
         if whole is None or _SAID not in whole:
             return Frame()
         lead = whole[len(prompt) : whole.index(_SAID)] if prompt is not None and whole.startswith(prompt) else ""
-        closing = whole[whole.index(_SAID) + len(_SAID) :]
+        closing = tail = whole[whole.index(_SAID) + len(_SAID) :]
         markers = self._named(history or whole)
         end = next(iter(self._named(closing)), None)
         if end is None and history is not None and _SAID in history:
             closing, end = self._closed_by_what_follows(history, closing)
-        return Frame("" if lead.strip() else lead, closing, end, frozenset(markers))
+        return Frame("" if lead.strip() else lead, tail, closing, end, frozenset(markers))
 
     def _closed_by_what_follows(self, history: str, closing: str) -> tuple[str, int | None]:
         """End of a turn in a template that closes it only where another follows, or by the next one's header."""

@@ -110,18 +110,27 @@ class ModelText:
         """What completions say: all of it but control tokens (ends, beginnings, padding, headers of turns).
 
         Special tokens that are part of an answer (<think>, tool tags) stay. Of an answer in a conversation (`chat`) the
-        space that the template writes in front of every answer is left out: the text is the message's content.
+        space that the template writes around every answer is left out: the text is the message's content.
         """
+        rows = list(rows)
         control = self.control_tokens | set(stop)
         first, before = self._anchor
         kept = [[*first, *(number for number in row if number not in control)] for row in rows]
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         texts = self.tokenizer.batch_decode(kept, **options)
-        lead = self.chat.frame.lead
+        said = zip(texts, rows, chat, strict=True)
         return [
-            text[len(before) :].removeprefix(lead if conversational else "")
-            for text, conversational in zip(texts, chat, strict=True)
+            self._content(text[len(before) :], row) if of_chat else text[len(before) :] for text, row, of_chat in said
         ]
+
+    def _content(self, text: str, row: Sequence[int]) -> str:
+        """An answer without the white space between its prompt, itself and its end token."""
+        frame = self.chat.frame
+        text = text.removeprefix(frame.lead)
+        if frame.end is None or list(row[-1:]) != [frame.end]:
+            return text
+        behind = frame.closing.partition(named_tokens(self.tokenizer)[frame.end])[0]
+        return text if behind.strip() else text.removesuffix(behind)
 
     @functools.cached_property
     def control_tokens(self) -> frozenset[int]:
