@@ -127,9 +127,12 @@ def load(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{folder}: {len(missing)} parameters are not in its weights ({missing[0]}); expected all")
+    model.eval()
     own = getattr(model.config, "keel_reward", None) or {}
     if model.config.get_text_config().pad_token_id is None:
         size = model.config.get_text_config().vocab_size
