@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = Mapping[str, Any]
-_ASKED, _SAID, _ASKED_AGAIN = "Kquestion1", "Kanswer2", "Kquestion3"
-"""Contents no template has in itself."""
+_ASKED, _SAID, _ASKED_AGAIN = "719271719", "825382825", "936493936"
+"""Contents that no template has in itself, and that none changes by its filters."""
 _TAG = re.compile(r"<[^<>\s]+>$")
 
 
