@@ -25,6 +25,10 @@ LAYERS = [
     [
         "commits",
         "checkpoint",
+        "model_files",
+        "chat_text",
+        "model_text",
+        "end_tokens",
         "sources",
         "stored",
         "prompts",

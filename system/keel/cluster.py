@@ -226,7 +226,8 @@ def generators(
 ) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
     by = settings.generators
-    spawn = Spawn(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}"))
+    options = settings.policy.chat_template_options
+    spawn = Spawn(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}", options))
     return GeneratorPool(
         _pool("generator", spawn, by.count, settings, observer), settings.deadlines.generate_seconds, given
     )

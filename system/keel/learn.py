@@ -82,7 +82,7 @@ class DeepSpeedLearner:
             return None
         folder = Path(self._folder_of("critic"))
         trunk = models.load_trunk(folder, dtype) if by.trunk == "own" else None
-        hidden = (trunk if trunk is not None else policy.model).config.hidden_size
+        hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
         critic = Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
         if trunk is not None and (head := models.score_head(folder)):
             critic.start_from(*head)

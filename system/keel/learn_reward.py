@@ -70,7 +70,9 @@ class RewardModelLearner:
         dtype = "float32" if by.learners.precision == "fp32" else "bfloat16"
         seed = by.run.seed * 1000 + member
         self._engine = Engine(by.learners, self.ranks, self.steps)
-        model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed).to(self._engine.device)
+        options = by.policy.chat_template_options
+        model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed, options)
+        model = model.to(self._engine.device)
         self._engine.drive(model, optimisation.adamw(by.learners, [{"params": list(model.parameters())}]))
         self.version = 0
 

@@ -3,16 +3,21 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keel import checkpoint, durable, reads
+from keel import (
+    checkpoint,
+    durable,
+    model_files,
+    reads,
+)
 from keel.config import ConfigError
 from keel.networks import Policy
+from keel.printable import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WHEELS = {
@@ -65,9 +70,12 @@ def check_harmless(folder: Path, named: str) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{named}: holds adapter_config.json; expected whole weights, the adapter merged into them")
-    if not any(folder.glob("*.safetensors")):
+    if not model_files.weight_files(folder):
         pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
         found = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
+        if others:
+            found = f"{others[0]} is not in transformers' layout (model.safetensors, or shards and their index)"
         raise ConfigError(f"{named}: {found}; expected *.safetensors")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -91,7 +99,10 @@ def read_config(folder: Path, named: str) -> dict[str, Any]:
 
 
 def locate_policy(model: str, setting: str) -> Path:
-    """Folder of a causal language model, as `locate`. Raises ConfigError for a reward model or an encoder, too."""
+    """Folder of a causal language model, as `locate`.
+
+    Raises ConfigError for a reward model, an encoder, a model of images and text, and one that lacks a weight, too.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = locate(model, setting)
@@ -99,7 +110,47 @@ def locate_policy(model: str, setting: str) -> Path:
     known = ["an ensemble"] if ensemble else read_config(folder, f"{setting}={model}").get("architectures")
     if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
+    _check_text_alone(folder, f"{setting}={model}")
+    model_files.parameter_shapes(folder, f"{setting}={model}")  # all of them are there
     return folder
+
+
+def model_config(folder: Path, named: str) -> Any:
+    """A folder's configuration as transformers reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{named}: config.json cannot be read ({one_line(error)[:200]})") from None
+
+
+def vocabulary(folder: Path, named: str) -> int:
+    """Rows of a model's embedding. Raises ConfigError where its configuration has no such number."""
+    size = getattr(model_config(folder, named).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{named}: config.json has no vocab_size; expected a language model")
+    return size
+
+
+def _check_text_alone(folder: Path, named: str) -> None:
+    """The model reads text and nothing else. Raises ConfigError for one of a family that reads images or sound, too.
+
+    Its text model alone has other parameter names than the checkpoint, so samplers could not take what is trained.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = model_config(folder, named)
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
+            f" its own (model_type={inner.model_type})"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} has no causal language model; expected one that has"
+        )
 
 
 def _from_hub(model: str, setting: str) -> Path:
@@ -197,17 +248,6 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         AttributeError,
     ) as error:  # damaged, or it needs code
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
-
-
-def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the generation config's, else the tokenizer's end token."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        if configured is not None:
-            return tuple(configured) if isinstance(configured, Iterable) else (configured,)
-    return (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
 
 
 def load_policy(folder: Path, dtype: str) -> Policy:

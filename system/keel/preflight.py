@@ -1,7 +1,7 @@
 """Everything that can be known to fail is found here, before Ray starts and before anything is written."""
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import yaml
 from keel import (
     checkpoint,
     config,
+    end_tokens,
     endpoint,
     extension,
     forward_contract,
@@ -28,6 +29,8 @@ from keel import (
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
+from keel.end_tokens import EndTokens
+from keel.model_text import ModelText
 from keel.printable import one_line
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -64,7 +67,8 @@ class Prepared:
     def given(self) -> StoredCompletions | None:
         """Completions that come with the prompts, where the run trains on any."""
         ratio = self.settings.sampling.stored_ratio
-        return StoredCompletions(ratio, self.tokenizer, self.sampling) if ratio > 0 else None
+        options = self.settings.policy.chat_template_options
+        return StoredCompletions(ratio, self.tokenizer, self.sampling, options) if ratio > 0 else None
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -80,28 +84,76 @@ def prepare(settings: Settings) -> Prepared:
     policy = models.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")
+    ends = check_text(policy, settings, tokenizer, settings.sampling.stop_token_ids)
     prompts = Prompts(settings, tokenizer)
+    check_token_ids(policy, prompts.largest_token, settings)
     check_rewards(settings, prompts.batch([0, 1]))
     reference = None
     if settings.reference:
         name = settings.reference.model
         reference = str(models.locate_policy(name, "reference.model") if name else policy)
-    stop = settings.sampling.stop_token_ids
     sampling = Sampling(
         temperature=settings.sampling.temperature,
         top_p=settings.sampling.top_p,
         max_tokens=settings.sampling.max_tokens,
-        stop_token_ids=tuple(stop) if stop is not None else models.end_tokens(policy, tokenizer),
+        stop_token_ids=ends.stop,
     )
     folders = learner_folders(settings, policy, reference)
-    notes = check_passes(settings, policy, folders)
-    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders, tuple(notes))
+    notes = (*ends.notes, *check_passes(settings, policy, folders))
+    place = (settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
+    prepared = Prepared(*place, notes)
+    check_stored(prepared)
+    return prepared
 
 
 def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -> list[str]:
     """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
     named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
     return forward_contract.require(named, settings.max_model_tokens)
+
+
+def check_text(
+    policy: Path, settings: Settings | Section, tokenizer: Any, stop: list[int] | None, named: str = "policy.model"
+) -> EndTokens:
+    """Where texts end, as the model and its tokenizer say; options are some that the chat template reads.
+
+    Raises ConfigError.
+    """
+    options = settings.policy.chat_template_options  # type: ignore[union-attr]
+    check_template_options(options, tokenizer, "policy.chat_template_options")
+    vocabulary = models.vocabulary(policy, f"{named}={policy}")
+    return end_tokens.decide(policy, ModelText(tokenizer, options), vocabulary, stop, named)
+
+
+def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str) -> None:
+    """Every option occurs in the chat template: one that does not would change nothing. Raises ConfigError."""
+    template = tokenizer.chat_template
+    text = "".join(template.values()) if isinstance(template, dict) else template or ""
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            why = "does not read it" if text else "is not there"
+            raise ConfigError(f"{setting}.{name}: the chat template {why}; expected an option of the template")
+
+
+def check_token_ids(policy: Path, largest: int, settings: Section) -> None:
+    """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
+    vocabulary = models.vocabulary(policy, f"policy.model={policy}")
+    if largest >= vocabulary:
+        source = settings.prompts.source  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"policy.model={policy}: its tokenizer makes token {largest} of a text of {source}, beyond the model's"
+            f" vocabulary of {vocabulary}; expected the model's own tokenizer, or other texts"
+        )
+
+
+def check_stored(prepared: Prepared) -> None:
+    """Completions that come with the prompts hold only tokens that the model has. Raises ConfigError."""
+    policy, settings, completions = Path(prepared.policy_folder), prepared.settings, prepared.given()
+    largest = max(prepared.tokenizer.get_vocab().values())
+    if completions is None or largest < models.vocabulary(policy, f"policy.model={policy}"):
+        return
+    prompts = prepared.prompts.batch(range(prepared.prompts.counts["train"]))
+    check_token_ids(policy, max(max(ids) for ids in completions.tokens(prompts) if ids), settings)
 
 
 def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:
@@ -133,7 +185,7 @@ def check_vocabulary(own: Path, other: Path, setting: str) -> None:
 
 
 def _vocabulary(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text(encoding="utf8"))["vocab_size"])
+    return models.vocabulary(folder, str(folder))
 
 
 def check_directory(directory: Path, settings: Section) -> None:
@@ -183,13 +235,7 @@ def check_memory(cluster: ClusterSettings) -> None:
 
 def check_context(policy: Path, settings: Settings) -> None:
     """Prompt and completion fit the model's positions."""
-    from transformers import AutoConfig
-
-    try:
-        known = AutoConfig.from_pretrained(policy, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = one_line(error)[:200]
-        raise ConfigError(f"policy.model={policy}: config.json cannot be read ({reason})") from None
+    known = models.model_config(policy, f"policy.model={policy}").get_text_config()
     positions = getattr(known, "max_position_embeddings", None)
     needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
     if positions is not None and needed > positions:
@@ -210,6 +256,9 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
             forward_contract.check_scores(member, setting)
+            reward_models.check_tokens(member, setting)
+            tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
+            check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":
         http_rewards.check(reward, setting)
 

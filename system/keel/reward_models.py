@@ -10,7 +10,7 @@ cut has no end token behind it. `keel_reward` in config.json holds what transfor
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keel import durable, models
+from keel import durable, model_files, models
 from keel.config import ConfigError
 from keel.reward_text import RewardText, ScoredText
 
@@ -67,7 +67,7 @@ def check_head(folder: Path, setting: str) -> None:
     known = models.read_config(folder, f"{setting}={folder}").get("architectures") or ["no architecture"]
     found = [
         (name, file.get_slice(name).get_shape()[0])
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in model_files.weight_files(folder)
         for file in [safe_open(path, "pt")]
         for name in _HEADS
         if name in file.keys()  # noqa: SIM118 a safetensors file is no mapping
@@ -123,31 +123,39 @@ class RewardModel(nn.Module):
         return found
 
 
-def load(folder: Path) -> RewardModel:
-    """A trained reward model, frozen, in fp32."""
+def load(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
+    """A trained reward model, frozen, in fp32. `options` of its chat template beside those it was trained with."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{folder}: {len(missing)} parameters are not in its weights ({missing[0]}); expected all")
+    model.eval()
     own = getattr(model.config, "keel_reward", None) or {}
     if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = spare_token(tokenizer)
-    text = RewardText(tokenizer, is_encoder(model.config), own.get("max_tokens") or limit(model.config))
+        size = model.config.get_text_config().vocab_size
+        model.config.get_text_config().pad_token_id = spare_token(tokenizer, size)
+    options = {**own.get("chat_template_options", {}), **(options or {})}
+    text = RewardText(tokenizer, is_encoder(model.config), own.get("max_tokens") or limit(model.config), options)
     return RewardModel(model.requires_grad_(False), text, own.get("offset", 0.0))
 
 
-def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
+def start(
+    folder: Path, dtype: str, max_tokens: int, seed: int, options: Mapping[str, Any] | None = None
+) -> RewardModel:
     """A reward model to train: the folder's trunk, a new head N(0, 1/sqrt(H + 1)) as in 2403.17031, no dropout."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = models.without_dropout(folder)
     config.num_labels, config.problem_type = 1, "regression"  # vLLM would put a sigmoid on a single label otherwise
-    text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)))
+    text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)), options)
     if not text.encoder:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer)
+        inner = config.get_text_config()
+        inner.pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer, inner.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of heads with more than one layer
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -187,18 +195,35 @@ def limit(config: Any) -> int:
     return positions - (text.pad_token_id + 1 if config.model_type in _COUNT_BEHIND_PADDING else 0)
 
 
-def spare_token(tokenizer: Any) -> int:
-    """A token to pad with that ends no text: the tokenizer's own, another special one, or the last one."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer.pad_token_id
+def spare_token(tokenizer: Any, vocabulary: int = _NO_LIMIT) -> int:
+    """A token to pad with that ends no text: the tokenizer's own, another special one, or the last one.
+
+    One that the model has: a tokenizer may name a pad token beyond the embedding.
+    """
+    beyond = {number for number in tokenizer.get_vocab().values() if number >= vocabulary}
+    pad, ends = tokenizer.pad_token_id, {tokenizer.eos_token_id} | beyond
+    if pad is not None and pad not in ends:
+        return int(pad)
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}  # Pythia names no pad
-    named = (added | set(tokenizer.all_special_ids)) - {tokenizer.eos_token_id}
-    return min(named) if named else max(set(tokenizer.get_vocab().values()) - {tokenizer.eos_token_id})
+    named = (added | set(tokenizer.all_special_ids)) - ends
+    return min(named) if named else max(set(tokenizer.get_vocab().values()) - ends)
+
+
+def check_tokens(folder: Path, setting: str) -> None:
+    """The model has every token that its tokenizer makes of a text. Raises ConfigError; a pad token is no text."""
+    vocabulary, tokenizer = models.vocabulary(folder, f"{setting}={folder}"), models.load_tokenizer(folder, setting)
+    largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"{setting}={folder}: its tokenizer has token {largest}, beyond the model's vocabulary of {vocabulary};"
+            " expected the model's own tokenizer"
+        )
 
 
 def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:
     """A folder that transformers and vLLM load, not centred."""
-    model.model.config.keel_reward = {"offset": 0.0, "max_tokens": model.text.max_tokens}
+    own = {"offset": 0.0, "max_tokens": model.text.max_tokens}
+    model.model.config.keel_reward = own | ({"chat_template_options": o} if (o := model.text.options) else {})
     model.model.save_pretrained(folder, state_dict=named)
     model.text.tokenizer.save_pretrained(folder)
 
@@ -249,8 +274,10 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
 class Ensemble:
     """All members of an artefact."""
 
-    def __init__(self, folder: Path, setting: str, device: str = "cpu") -> None:
-        self.models = [load(member).to(device) for member in members(folder, setting)]
+    def __init__(
+        self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.models = [load(member, options).to(device) for member in members(folder, setting)]
 
     def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:
         """float64 [members, texts], NaN where a text is too long."""

@@ -231,7 +231,8 @@ def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.Re
 
     torch.set_num_threads(threads)
     setting = f"rewards.{reward.name}.source"
-    ensemble = reward_models.Ensemble(models.locate(reward.source, setting), setting, device)
+    folder, options = models.locate(reward.source, setting), reward.chat_template_options
+    ensemble = reward_models.Ensemble(folder, setting, device, options)
     return lambda batch: ensemble.scores(reward_models.from_batch(batch))
 
 

@@ -12,8 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import schema
+from keel import (
+    end_tokens,
+    schema,
+)
 from keel.config import ConfigError
+from keel.model_text import ModelText
 from keel.protocols import Sampling
 from keel.sources import Row
 
@@ -29,6 +33,11 @@ NAME = schema.STORED
 def completions(columns: Mapping[str, Any]) -> list[str]:
     """Texts of one row, chosen before rejected. Raises KeyError or TypeError when the columns are not there."""
     return [text if isinstance(text, str) else _last(text) for text in _given(columns)]
+
+
+def _answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+    """Texts of one row, or the whole last messages (thoughts, tool calls): what a chat template is given."""
+    return [answer if isinstance(answer, str) else answer[-1] for answer in _given(columns)]
 
 
 def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
@@ -69,10 +78,11 @@ def is_stored(ticket: int, ratio: float) -> bool:
 class StoredCompletions:
     """Prompt rows -> tokens of the completions they come with; nothing for rows that are to be sampled."""
 
-    def __init__(self, ratio: float, tokenizer: Any, sampling: Sampling) -> None:
-        self.ratio, self.tokenizer, self.sampling = ratio, tokenizer, sampling
-        stop, own = sampling.stop_token_ids, getattr(tokenizer, "eos_token_id", None)
-        self.end = [own] if own in stop else list(stop[:1])  # of several end tokens the tokenizer's own
+    def __init__(
+        self, ratio: float, tokenizer: Any, sampling: Sampling, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`options`: of the chat template."""
+        self.ratio, self.sampling, self.text = ratio, sampling, ModelText(tokenizer, options)
 
     def __call__(self, prompts: pa.RecordBatch) -> list[list[int]] | None:
         """Tokens of each row, the end token behind them, cut at the budget; [] where the row is to be sampled.
@@ -86,16 +96,21 @@ class StoredCompletions:
 
     def tokens(self, prompts: pa.RecordBatch) -> list[list[int]]:
         """Tokens of each row's completion, cut at the budget; an end token behind those that ended."""
-        rows = zip(prompts.column("prompt_columns").to_pylist(), prompts.column("sample").to_pylist(), strict=True)
-        return [self.encode(json.loads(columns))[sample] for columns, sample in rows]
+        names = ("prompt", "prompt_messages", "prompt_columns", "sample")
+        rows = zip(*(prompts.column(name).to_pylist() for name in names), strict=True)
+        return [
+            self.encode(json.loads(columns), prompt, json.loads(messages))[sample]
+            for prompt, messages, columns, sample in rows
+        ]
 
-    def encode(self, columns: Mapping[str, Any]) -> list[list[int]]:
-        """Tokens of every completion of one row, cut at the budget."""
-        pairs = zip(completions(columns), finished(columns), strict=True)
-        return [[*self._ids(text), *(self.end if ended else [])][: self.sampling.max_tokens] for text, ended in pairs]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(self, columns: Mapping[str, Any], prompt: str, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Tokens of every completion of one row behind its prompt (`messages` of a conversation), cut at the budget."""
+        stop, budget = self.sampling.stop_token_ids, self.sampling.max_tokens
+        end = end_tokens.behind_answers(self.text, stop, bool(messages))
+        return [
+            self.text.answer_ids(prompt, messages, answer, finished=ended, stop=stop, end=end)[:budget]
+            for answer, ended in zip(_answers(columns), finished(columns), strict=True)
+        ]
 
 
 def check(rows: Sequence[Row], samples: int, source: str) -> None:

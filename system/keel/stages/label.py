@@ -52,6 +52,8 @@ class Prepared:
     prompts: pa.RecordBatch | None
     rollouts: pa.RecordBatch | None
     draws: Sampling
+    notes: tuple[str, ...] = ()
+    """What the stage says first: where its texts end."""
 
     @property
     def completions(self) -> int:
@@ -68,7 +70,7 @@ def prepare(settings: LabelSettings) -> Prepared:
     online = settings.sampling_run()
     preflight.check_reward_source(settings.judge, "judge.source")
     folder = prompts = rollouts = None
-    stop: tuple[int, ...] = tuple(settings.sampling.stop_token_ids or ())
+    stop, notes = tuple[int, ...](settings.sampling.stop_token_ids or ()), tuple[str, ...]()
     if settings.policy:
         located = models.locate_policy(settings.policy.model, "policy.model")
         preflight.check_context(located, online)
@@ -76,19 +78,21 @@ def prepare(settings: LabelSettings) -> Prepared:
         source = Prompts(online, tokenizer)
         count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
         prompts, folder = source.batch(range(count)), str(located)
+        preflight.check_token_ids(located, source.largest_token, settings)
         preflight.check_rewards(online, prompts)
-        stop = stop or models.end_tokens(located, tokenizer)
+        ends = preflight.check_text(located, settings, tokenizer, settings.sampling.stop_token_ids)
+        stop, notes = ends.stop, ends.notes
     else:
         rollouts = _rollouts(settings.runs)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
-        forward_contract.require({"reference.model": reference}, online.max_model_tokens)
         if folder is not None:
             preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
+        notes += tuple(forward_contract.require({"reference.model": reference}, online.max_model_tokens))
     by = settings.sampling
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
-    return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws)
+    return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws, notes)
 
 
 def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
@@ -129,6 +133,8 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
     durable.write(directory / "config.yaml", config.dump(settings).encode())
+    for line in prepared.notes:
+        display.note(line)
     display.note(cluster.connect(prepared.sampling))
     try:
         batch = asyncio.run(_scored(prepared, display))

@@ -11,7 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from keel import cluster, durable, models, reads, schema
+from keel import (
+    cluster,
+    durable,
+    model_files,
+    models,
+    reads,
+    schema,
+)
 from keel.failures import retrying
 from keel.recorder import Display
 from keel.settings import Settings
@@ -84,7 +91,7 @@ def _key(settings: Settings, folder: str, parts: Sequence[pa.RecordBatch]) -> st
     """Hash of the model's files, the rows' tokens and the arithmetic."""
     assert settings.reference is not None
     hasher = xxhash.xxh3_128(settings.reference.dtype.encode())
-    for path in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
+    for path in [Path(folder) / "config.json", *model_files.weight_files(Path(folder))]:
         hasher.update(durable.digest(path).encode())
     for batch in parts:
         for name in ("prompt_tokens", "completion_tokens"):

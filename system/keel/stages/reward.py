@@ -121,6 +121,8 @@ class Prepared:
     reference: Sequence[ScoredText]
     """What scores 0 on average in the end; empty: nothing does."""
     steps: int
+    notes: tuple[str, ...] = ()
+    """What the stage says first: where its texts end."""
 
 
 def prepare(settings: RewardModelSettings) -> Prepared:
@@ -138,9 +140,13 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     reward_models.check_trunk(trunk, settings.policy.model)
     forward_contract.check_scores(folder, "policy.model")
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
-    rows = PairRows(settings, RewardText(tokenizer, reward_models.is_encoder(trunk), limit))
+    reward_models.check_tokens(folder, "policy.model")
+    encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
+    preflight.check_template_options(options, tokenizer, "policy.chat_template_options")
+    rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))
     steps = settings.training.steps(len(rows.train))
-    return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps)
+    notes = () if encoder else preflight.check_text(folder, settings, tokenizer, None).notes
+    return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps, notes)
 
 
 def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText]:
@@ -161,6 +167,8 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Train all members to the end; what stage.json says. A finished stage is not run again."""
+    for line in prepared.notes:
+        display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
     return course.conduct(
         *place, prepared.settings.learning(prepared.steps), functools.partial(_train, prepared), display

@@ -37,7 +37,8 @@ class OfflineRows:
         self.samples = settings.sampling.samples_per_prompt
         self.rows_per_step = settings.buffer.groups_per_step
         sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
-        self._completions = StoredCompletions(1.0, tokenizer, sampling)
+        self._completions = StoredCompletions(1.0, tokenizer, sampling, settings.policy.chat_template_options)
+        self.largest_token = 0
         rows = sources.read(settings.prompts)
         stored.check_shape(rows, self.samples, settings.prompts.source)
         usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
@@ -54,8 +55,10 @@ class OfflineRows:
 
     def _problem(self, max_tokens: int) -> Callable[[Row], str | None]:
         def of(row: Row) -> str | None:
-            lengths = [len(ids) for ids in self._completions.encode(json.loads(row.further))]
-            return "too_long" if max(lengths) > max_tokens else None
+            messages = [] if isinstance(row.prompt, str) else row.prompt
+            rows = self._completions.encode(json.loads(row.further), row.text, messages)
+            self.largest_token = max(self.largest_token, *(max(ids, default=0) for ids in rows))
+            return "too_long" if max(len(ids) for ids in rows) > max_tokens else None
 
         return of
 
