@@ -8,7 +8,6 @@ Every mistake becomes a ConfigError of one line that names the source and the li
 """
 
 import difflib
-import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from keel import extension
 from keel.config import ConfigError
 from keel.prompt_settings import PromptSettings
 
@@ -158,7 +158,7 @@ def _call(prompts: PromptSettings) -> list[Any]:
     if not module or not name.isidentifier():
         raise wrong(prompts, "expected python:module:function")
     try:
-        function = importlib.import_module(module).__dict__.get(name)
+        function = extension.import_module(module).__dict__.get(name)
         if not callable(function):
             raise wrong(prompts, f"module {module} has no function {name}; expected python:module:function")
         _check_options(function, prompts)
