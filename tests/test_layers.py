@@ -63,6 +63,7 @@ LAYERS = [
         "weights",
         "generate",
         "http_rewards",
+        "reward_functions",
         "score",
         "export",
         "optimisation",

@@ -268,10 +268,10 @@ def scorers(settings: Settings, reference_folder: str | None, observer: Observer
     """The reference policy first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     by = settings.scorers
-    rewards = (settings.rewards, settings.ensemble, by.threads)
-    spawn = Spawn(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus))
+    rewards, seconds = (settings.rewards, settings.ensemble, by.threads), settings.deadlines.score_seconds
+    spawn = Spawn(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus, seconds))
     scorer = _pool("scorer", spawn, by.count, settings, observer)
-    return [*pools, ScorerPool(scorer, settings.deadlines.score_seconds)]
+    return [*pools, ScorerPool(scorer, seconds)]
 
 
 def _pool(role: str, spawn: Spawn, count: int, settings: Settings, observer: Observer | None) -> Pool:

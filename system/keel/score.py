@@ -19,12 +19,15 @@ from keel import extension, http_rewards, schema, stored
 from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
 from keel.protocols import LoadReceipt, StageReceipt
+from keel.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
 from keel.reward_settings import EnsembleSettings, RewardSettings
 
 Values = Sequence[float | None]
 Failure = str
 """Why a reward could not be computed: a short fixed word, it becomes a metric label."""
 _LABEL_CHARACTERS = 64
+_SHARE_OF_DEADLINE = 0.9
+"""Of the time for a batch, how much async functions have: behind it the scorer itself would be given up."""
 
 
 class ReferenceScorer:
@@ -79,16 +82,28 @@ class RewardScorer:
     """Appends every configured reward, the one the objective sees, and why a sample has none."""
 
     def __init__(
-        self, rewards: Sequence[RewardSettings], ensemble: EnsembleSettings, threads: int, name: str, gpus: float = 0
+        self,
+        rewards: Sequence[RewardSettings],
+        ensemble: EnsembleSettings,
+        threads: int,
+        name: str,
+        gpus: float = 0,
+        seconds: float = 600,
     ) -> None:
+        """`seconds`: the deadline of a call from outside; async functions end before it, or their samples fail."""
         self.name = name
         self.ensemble = ensemble
         self.rewards = rewards
         spread = [spread_names(reward, num_members(reward)) for reward in rewards]
         own = [name for reward, names in zip(rewards, spread, strict=True) for name in (reward.name, *names)]
         self.adds = pa.schema([schema.reward_field(name) for name in own] + list(schema.SCORE))
+        self._functions = {reward.name: load_function(reward) for reward in rewards if reward.kind == "rule"}
+        self._seconds = _SHARE_OF_DEADLINE * seconds
+        self._loop = EventLoop()
         self._compute = {
-            reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu") for reward in rewards
+            reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu")
+            for reward in rewards
+            if reward.kind != "rule"
         }
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
@@ -98,8 +113,9 @@ class RewardScorer:
         failure: list[str | None] = [None] * batch.num_rows
         columns: dict[str, Any] = {}
         failures: Counter[str] = Counter()
+        results = self._results(batch)
         for reward in self.rewards:
-            result = self._compute[reward.name](batch)
+            result = results[reward.name]
             if isinstance(result, np.ndarray):
                 columns |= _spread(reward, result)
                 result = of_members(reward, result, batch.column("ticket").to_numpy()).tolist()
@@ -122,6 +138,14 @@ class RewardScorer:
         }
         scored = schema.append(batch, schema.build(self.adds, columns))
         return scored, StageReceipt(batch.num_rows, 0, seconds, self.name, dict(failures))
+
+    def _results(self, batch: pa.RecordBatch) -> dict[str, Values | Failure | np.ndarray]:
+        """What every reward says of the batch; async functions are at work while all the others are computed."""
+        calls = Calls(self._functions, lambda: arguments(batch), self._loop, self._seconds)
+        results: dict[str, Values | Failure | np.ndarray] = {
+            name: compute(batch) for name, compute in self._compute.items()
+        }
+        return results | {name: values_or_reason(outcome) for name, outcome in calls.finish().items()}
 
     def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
@@ -193,17 +217,19 @@ def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
     }
 
 
-def _rule(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
-    function = extension.load(reward.source, f"rewards.{reward.name}.source")
+def load_function(reward: RewardSettings) -> Callable[..., Any]:
+    """The function of a rule. Raises ConfigError."""
+    return extension.load(reward.source, f"rewards.{reward.name}.source")
 
-    def compute(batch: pa.RecordBatch) -> Values | Failure:
-        try:
-            return [None if value is None else float(value) for value in function(**arguments(batch))]
-        except Exception as error:  # the user's code may raise anything; the samples fail and are counted
-            name = type(error).__name__  # whatever the code, and what it called, made of it
-            return name if len(name) <= _LABEL_CHARACTERS and name.isascii() and name.isidentifier() else "Exception"
 
-    return compute
+def values_or_reason(outcome: Outcome) -> Values | Failure:
+    """The numbers of a function, or one word: `timeout`, `not_numbers`, or the name of what it raised."""
+    if isinstance(outcome, list):
+        return outcome
+    if isinstance(outcome, Late | WrongAnswer):
+        return LATE if isinstance(outcome, Late) else "not_numbers"
+    name = type(outcome).__name__  # whatever the code, and what it called, made of it
+    return name if len(name) <= _LABEL_CHARACTERS and name.isascii() and name.isidentifier() else "Exception"
 
 
 def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
@@ -248,7 +274,6 @@ def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.R
 
 
 _SCORERS: dict[str, Callable[[RewardSettings, int, str], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]] = {
-    "rule": _rule,
     "reference": _reference,
     "http": _http,
     "model": _model,

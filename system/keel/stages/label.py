@@ -70,6 +70,7 @@ def prepare(settings: LabelSettings) -> Prepared:
         stop = stop or models.end_tokens(located, tokenizer)
     else:
         rollouts = _rollouts(settings.runs)
+        preflight.check_rewards(online, rollouts)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
