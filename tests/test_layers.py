@@ -24,6 +24,8 @@ LAYERS = [
     + ["algorithms.convexity", "algorithms.kinds"],
     [
         "checkpoint",
+        "row_columns",
+        "layouts",
         "sources",
         "stored",
         "prompts",

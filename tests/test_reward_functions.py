@@ -145,7 +145,10 @@ def test_what_is_async() -> None:
 )
 def test_what_one_async_function_raises_fails_its_samples_alone(name: str, reason: str) -> None:
     scorer = score.RewardScorer(
-        [reward("judge"), reward(name, role="monitor"), reward("meets_slow"), reward("slow")], EnsembleSettings(), 1, "s"
+        [reward("judge"), reward(name, role="monitor"), reward("meets_slow"), reward("slow")],
+        EnsembleSettings(),
+        1,
+        "s",
     )
     for _ in range(2):  # also after one that ended the loop's thread
         EVENTS.clear()
@@ -305,7 +308,9 @@ def test_preflight_says_it_in_one_short_line(answer: Any, words: str) -> None:
         if hasattr(answer, "__next__"):
             continue  # of which only the first call gets anything
         run = settings(rewards=[reward(name)])
-        with pytest.raises(ConfigError, match=rf"^rewards\.{name}\.source={__name__}:{name}: returned .*{words}") as caught:
+        with pytest.raises(
+            ConfigError, match=rf"^rewards\.{name}\.source={__name__}:{name}: returned .*{words}"
+        ) as caught:
             preflight.check_rewards(run, prompts([0, 1]))
         assert len(str(caught.value)) < 400
 

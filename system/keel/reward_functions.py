@@ -1,7 +1,7 @@
 """Calls of the user's reward functions, and what they return as numbers.
 
-TRL's convention: `function(prompts, completions, completion_ids, **columns)`, a plain function or an async one. All async
-functions of a batch are awaited together, while the plain ones run; all of them have one deadline.
+TRL's convention: `function(prompts, completions, completion_ids, **columns)`, a plain function or an async one. All
+async functions of a batch are awaited together, while the plain ones run; all of them have one deadline.
 """
 
 import asyncio
@@ -146,7 +146,7 @@ class Calls:
         seconds: float,
         strict: bool = False,
     ) -> None:
-        """`arguments` is called for every function: what one does to its lists, no other sees. `strict`: of `numbers`."""
+        """`arguments` is called for every function: what one does to its lists, no other sees. `strict`: `numbers`."""
         self._functions, self._arguments, self._loop = functions, arguments, loop
         self._strict = strict
         self._ends = time.monotonic() + seconds

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import extension, http_rewards, schema, stored
+from keel import extension, http_rewards, row_columns, schema, stored
 from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
+from keel.layouts import ANSWERS
 from keel.protocols import LoadReceipt, StageReceipt
 from keel.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
 from keel.reward_settings import EnsembleSettings, RewardSettings
@@ -207,13 +208,16 @@ def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray,
 
 
 def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
-    """Keyword arguments of a reward function: TRL's names, and every further column of the prompt source."""
-    further = [json.loads(row) for row in batch.column("prompt_columns").to_pylist()]
-    return {
+    """Keyword arguments of a reward function: TRL's names, and every further column of the prompt source.
+
+    A column of one of TRL's names is not handed on: the name means what was sampled.
+    """
+    further = [row_columns.from_json(row) for row in batch.column("prompt_columns").to_pylist()]
+    names = [name for name in (further[0] if further else {}) if name != ANSWERS]
+    return {name: [row[name] for row in further] for name in names} | {
         "prompts": batch.column("prompt").to_pylist(),
         "completions": batch.column("completion").to_pylist(),
         "completion_ids": batch.column("completion_tokens").to_pylist(),
-        **{key: [row[key] for row in further] for key in (further[0] if further else {})},
     }
 
 
@@ -244,7 +248,7 @@ def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[p
 
 def _http(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
     call = http_rewards.caller(reward, f"rewards.{reward.name}.source")
-    return lambda batch: call(arguments(batch), batch.num_rows)
+    return lambda batch: call(row_columns.for_http(arguments(batch)), batch.num_rows)
 
 
 def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], np.ndarray]:

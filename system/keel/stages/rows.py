@@ -38,7 +38,7 @@ class OfflineRows:
         self.rows_per_step = settings.buffer.groups_per_step
         sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
         self._completions = StoredCompletions(1.0, tokenizer, sampling)
-        rows = sources.read(settings.prompts)
+        rows = sources.read(settings.prompts, self.samples)
         stored.check_shape(rows, self.samples, settings.prompts.source)
         usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)
@@ -54,7 +54,10 @@ class OfflineRows:
 
     def _problem(self, max_tokens: int) -> Callable[[Row], str | None]:
         def of(row: Row) -> str | None:
-            lengths = [len(ids) for ids in self._completions.encode(json.loads(row.further))]
+            columns = json.loads(row.further)
+            if stored.is_bad_demonstration(columns):
+                return "label_false"
+            lengths = [len(ids) for ids in self._completions.encode(columns)]
             return "too_long" if max(lengths) > max_tokens else None
 
         return of
