@@ -25,6 +25,7 @@ LAYERS = [
     [
         "checkpoint",
         "row_columns",
+        "conversations",
         "layouts",
         "sources",
         "stored",

@@ -343,3 +343,65 @@ def test_late_is_an_outcome_of_its_own(loop: EventLoop) -> None:
     found = Calls({"own": own, "never": functools.partial(never, completions=[])}, dict, loop, 0.2).finish()
     assert isinstance(found["never"], Late) and isinstance(found["own"], TimeoutError)
     assert [score.values_or_reason(found[name]) for name in ("own", "never")] == ["TimeoutError", "timeout"]
+
+
+# ---- the columns they get
+
+
+def test_columns_arrive_as_they_are(tmp_path: Any) -> None:
+    """NaN and bytes too where a function names them; null and text over HTTP."""
+    import pyarrow.parquet as pq
+
+    from keel import row_columns, sources
+    from keel.prompt_settings import PromptSettings
+
+    table = pa.table(
+        {
+            "prompt": ["a", "b"],
+            "score": [math.nan, -math.inf],
+            "image": [{"bytes": b"\x89PNG\xff"}, {"bytes": b""}],
+            "raw": [b"1", b"2"],
+            "prompts": ["not", "these"],
+            "completions": [1, 2],
+            "completion_ids": [[1], [2]],
+        }
+    )
+    pq.write_table(table, tmp_path / "d.parquet")
+
+    def read(*names: str) -> dict[str, Any]:
+        rows = sources.read(PromptSettings(source=str(tmp_path / "d.parquet")), 0, lambda: frozenset(names))
+        batch = generated(prompts([0]))
+        index = batch.schema.get_field_index("prompt_columns")
+        further = pa.array([row.further for row in rows])
+        return score.arguments(batch.set_column(index, batch.schema.field(index), further))
+
+    given = read("image", "answer")
+    assert math.isnan(given["score"][0]) and given["score"][1] == -math.inf
+    assert given["image"] == [{"bytes": b"\x89PNG\xff"}, {"bytes": b""}] and "raw" not in given
+    assert set(given) == {"score", "image", "prompts", "completions", "completion_ids"}
+    assert given["completions"] == generated(prompts([0])).column("completion").to_pylist()  # not the data set's
+    assert row_columns.for_http(given)["score"] == [None, None]
+    assert row_columns.for_http(given)["image"] == [{"bytes": "iVBOR/8="}, {"bytes": ""}]
+    assert "image" not in read()
+
+
+def test_the_names_functions_ask_for() -> None:
+    from keel.row_columns import asked_columns
+
+    rewards = [reward("slow"), reward("judge"), RewardSettings(name="absent", source="no_such_module:f")]
+    assert asked_columns(rewards) == {"completions", "answer", "columns"}
+    assert asked_columns([RewardSettings(name="http", kind="http", source="http://x")]) == set()
+
+
+def test_a_column_that_a_function_asks_for_and_nobody_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    from keel import sources
+    from keel.prompt_settings import PromptSettings
+
+    module = types.ModuleType("rows_for_a_test")
+    module.rows = lambda: [{"prompt": "a", "image": object()}]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with pytest.raises(ConfigError, match="column image holds a object, which no reward function can be given"):
+        sources.read(PromptSettings(source="python:rows_for_a_test:rows"), 0, lambda: frozenset(["image"]))

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from keel import extension, layouts
 from keel.config import ConfigError
+from keel.conversations import holds, turns
 from keel.layouts import ANSWERS, Layout
 from keel.prompt_settings import PromptSettings
 from keel.row_columns import Asked, Unreadable, is_json, no_columns, to_json
@@ -99,7 +100,7 @@ def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, 
     if samples or "prompt" not in layout.roles or "prompt" in layout.named or not beside:
         return layout
     column = layout.roles["prompt"]
-    held = [layouts.holds(layouts.turns(row.get(layout.conversation(row))), row.get(column)) for _, row in raw]
+    held = [holds(turns(row.get(layout.conversation(row))), row.get(column)) for _, row in raw]
     texts = [isinstance(row.get(column), str) for _, row in raw]
     if any(held) and all(texts):
         if not all(held):

@@ -16,6 +16,7 @@ import pyarrow as pa
 from keel.config import ConfigError
 from keel.layouts import ANSWERS
 from keel.protocols import Sampling
+from keel.row_columns import from_json
 from keel.sources import Row
 
 _PROBLEMS = {
@@ -43,8 +44,8 @@ def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
 
 def _given(columns: Mapping[str, Any]) -> list[Any]:
     """Texts or conversations of one row, as the source has them."""
-    if ANSWERS in columns:
-        return columns[ANSWERS]["given"]
+    if packed := columns.get(ANSWERS):
+        return packed["given"]
     if "chosen" in columns:
         return [columns["chosen"], columns["rejected"]]
     if "responses" in columns:
@@ -54,8 +55,8 @@ def _given(columns: Mapping[str, Any]) -> list[Any]:
 
 def finished(columns: Mapping[str, Any]) -> list[bool]:
     """Whether each completion of a row ended by itself: all, but those that `keel label` marked as cut."""
-    if ANSWERS in columns:
-        return columns[ANSWERS]["finished"]
+    if packed := columns.get(ANSWERS):
+        return packed["finished"]
     if "chosen" in columns:
         return [columns.get("chosen_finished") is not False, columns.get("rejected_finished") is not False]
     return [True] * len(_given(columns))
@@ -63,8 +64,8 @@ def finished(columns: Mapping[str, Any]) -> list[bool]:
 
 def rewards(columns: Mapping[str, Any]) -> list[float]:
     """Rewards of one row: its own, or 1 for chosen and 0 for rejected."""
-    if ANSWERS in columns:
-        return [float(value) for value in columns[ANSWERS]["rewards"]]
+    if packed := columns.get(ANSWERS):
+        return [float(value) for value in packed["rewards"]]
     if "chosen" in columns:
         return [1.0, 0.0]
     return [float(value) for value in columns["rewards"]] if "responses" in columns else [0.0]
@@ -72,7 +73,8 @@ def rewards(columns: Mapping[str, Any]) -> list[float]:
 
 def is_bad_demonstration(columns: Mapping[str, Any]) -> bool:
     """Whether the row is an answer that its label calls bad (an unpaired preference)."""
-    return ANSWERS in columns and columns[ANSWERS]["rewards"] == [0.0] and columns[ANSWERS]["labeled"]
+    packed = columns.get(ANSWERS)
+    return bool(packed) and packed["labeled"] and packed["rewards"] == [0.0]
 
 
 def is_stored(ticket: int, ratio: float) -> bool:
@@ -128,7 +130,7 @@ def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
     """Completions are there, as many as wanted, and all of one form. Raises ConfigError."""
     forms: dict[tuple[bool, ...], str] = {}
     for row in rows:
-        columns = json.loads(row.further)
+        columns = from_json(row.further)
         try:
             texts, values = completions(columns), rewards(columns)
             conversations = {not isinstance(text, str) for text in _given(columns)}
@@ -177,8 +179,8 @@ def unusable(columns: Mapping[str, Any]) -> str | None:
 
     None: it is fine.
     """
-    if ANSWERS in columns and columns[ANSWERS]["problem"]:
-        return columns[ANSWERS]["problem"]
+    if (packed := columns.get(ANSWERS)) and packed["problem"]:
+        return packed["problem"]
     given = [text for text in _given(columns) if not isinstance(text, str)]
     if any(text[:-1] != given[0][:-1] for text in given):
         return "different_prompts"

@@ -9,6 +9,7 @@ all members        scored as they were written: reference set, held-out pairs
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from keel.recorder import Display
 from keel.reward_functions import describe
 from keel.reward_models import RewardText, ScoredText
 from keel.reward_settings import RewardSettings
+from keel.row_columns import from_json
 from keel.sources import Row
 from keel.stage_settings import RewardModelSettings
 from keel.stages import course, sampled
@@ -79,9 +81,9 @@ class PairRows:
         column = self.settings.margin_column
         if column is None:
             return self.settings.margin
-        value = json.loads(row.further).get(column)
-        if not isinstance(value, int | float):
-            shown = value if value is None else describe(value)
+        value = from_json(row.further).get(column)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            shown = value if isinstance(value, float | None) else describe(value)
             raise ConfigError(f"margin_column={column}: {row.place} has {shown} there; expected a number")
         return self.settings.margin + value
 
