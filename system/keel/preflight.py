@@ -31,9 +31,10 @@ from keel.algorithms import kinds
 from keel.config import ConfigError
 from keel.end_tokens import EndTokens
 from keel.model_text import ModelText
-from keel.printable import one_line
+from keel.printable import one_line, printable
 from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
 from keel.reward_settings import RewardSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -264,28 +265,38 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
 
 
 def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
-    """Call every reward function once, on two real prompts, to see that it answers one value for each."""
+    """Call every reward function once, on two real prompts, to see that it answers one number for each."""
     text = "Yes, of course. I am glad to help you."
-    sample = prompts.slice(0, 2)
-    columns = {"completion": [text] * 2, "completion_tokens": [[1, 2, 3]] * 2}
+    names = [name for name in schema.PROMPT.names if name in prompts.schema.names]
+    sample = schema.concat([prompts.slice(0, 2).select(names)])
+    columns = {"completion": [text] * sample.num_rows, "completion_tokens": [[1, 2, 3]] * sample.num_rows}
     probe = schema.append(sample, pa.RecordBatch.from_pydict(columns))
-    for reward in settings.rewards:
-        if reward.kind != "rule":
-            continue
-        function = extension.load(reward.source, f"rewards.{reward.name}.source")
-        setting = f"rewards.{reward.name}.source={reward.source}"
-        try:
-            values = function(**score.arguments(probe))
-        except Exception as error:  # the user's code may raise anything; here it is bad input
-            reason = one_line(error)
-            raise ConfigError(
-                f"{setting}: raised {type(error).__name__} ({reason}) on a sample; expected"
-                " function(prompts, completions, completion_ids, **columns) -> list of numbers"
-            ) from None
-        if not isinstance(values, list | tuple) or len(values) != 2:
-            given = len(values) if isinstance(values, list | tuple) else type(values).__name__
-            raise ConfigError(f"{setting}: returned {given} values for 2 completions; expected one for each")
-        try:
-            score.checked(reward.name, values, 2)
-        except (ValueError, TypeError, OverflowError):
-            raise ConfigError(f"{setting}: returned {values!r}; expected numbers or None") from None
+    rules = {reward.name: reward for reward in settings.rewards if reward.kind == "rule"}
+    functions = {name: score.load_function(reward) for name, reward in rules.items()}
+    loop = EventLoop()
+    try:
+        seconds = settings.deadlines.score_seconds
+        outcomes = Calls(functions, lambda: score.arguments(probe), loop, seconds, strict=True).finish()
+    finally:
+        loop.close()
+    for name, outcome in outcomes.items():
+        if problem := _wrong(outcome, probe.num_rows, settings.deadlines.score_seconds):
+            raise ConfigError(f"rewards.{name}.source={rules[name].source}: {problem}")
+
+
+def _wrong(outcome: Outcome, rows: int, seconds: float) -> str | None:
+    """What is wrong with what a reward function did on a sample; None: nothing."""
+    if isinstance(outcome, WrongAnswer):
+        return f"returned {outcome}"
+    if isinstance(outcome, Late):
+        return f"had not ended after {seconds:g} s on a sample; expected an answer within deadlines.score_seconds"
+    if isinstance(outcome, Exception | SystemExit):
+        reason = printable(one_line(outcome), 200)
+        name = printable(type(outcome).__name__, 60)
+        return (
+            f"raised {name} ({reason}) on a sample; expected"
+            " function(prompts, completions, completion_ids, **columns) -> list of numbers"
+        )
+    if len(outcome) != rows:
+        return f"returned {len(outcome)} values for {rows} completions; expected one for each"
+    return None

@@ -84,6 +84,7 @@ def prepare(settings: LabelSettings) -> Prepared:
         stop, notes = ends.stop, ends.notes
     else:
         rollouts = _rollouts(settings.runs)
+        preflight.check_rewards(online, rollouts)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))

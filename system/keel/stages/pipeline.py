@@ -57,7 +57,7 @@ class Planned:
         return (self.directory / "done.json").is_file()
 
     def command(self) -> list[str]:
-        base = [sys.executable, "-m", "keel", self.entry.command]
+        base = [sys.executable, "-P", "-m", "keel", self.entry.command]  # -P: nothing of the current directory
         if self.entry.command == "evaluate":
             assert self.model is not None
             output = ["--config", str(self.config_path), "--output", str(self.directory)]

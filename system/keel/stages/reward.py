@@ -9,6 +9,7 @@ all members        scored as they were written: reference set, held-out pairs
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ from keel.learn_reward import PAIR, RewardModelLearner
 from keel.metrics import RunMetrics
 from keel.prompt_settings import PromptSettings
 from keel.recorder import Display
+from keel.reward_functions import describe
 from keel.reward_models import RewardText, ScoredText
 from keel.reward_settings import RewardSettings
+from keel.row_columns import from_json
 from keel.sources import Row
 from keel.stage_settings import RewardModelSettings
 from keel.stages import course, sampled
@@ -55,12 +58,12 @@ class PairRows:
     def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.settings, self.text = settings, text
-        rows = sources.read(settings.prompts)
+        rows = sources.read(settings.prompts, 2)
         stored.check_shape(rows, 2, settings.prompts.source)
         by = settings.completions
         usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
         self.digest = digest_of(usable)
-        self.pairs = [texts(row) for row in usable]
+        self.pairs = [best_first(row) for row in usable]
         self.margins = [self._margin(row) for row in usable]
         identities = [json.dumps(row.prompt) for row in usable]
         self.held_out, self.train = prompts.split(identities, settings.prompts, settings.run.seed)
@@ -69,6 +72,9 @@ class PairRows:
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
 
     def _problem(self, row: Row) -> str | None:
+        first, second = stored.rewards(json.loads(row.further))
+        if first == second:
+            return "tie"
         found = [self.text.tokens(text, cut=False) for text in texts(row)]
         return None if all(found) else "too_long"
 
@@ -76,9 +82,10 @@ class PairRows:
         column = self.settings.margin_column
         if column is None:
             return self.settings.margin
-        value = json.loads(row.further).get(column)
-        if not isinstance(value, int | float):
-            raise ConfigError(f"margin_column={column}: {row.place} has {value!r} there; expected a number")
+        value = from_json(row.further).get(column)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            shown = value if isinstance(value, float | None) else describe(value)
+            raise ConfigError(f"margin_column={column}: {row.place} has {shown} there; expected a number")
         return self.settings.margin + value
 
     def step(self, version: int, member: int) -> pa.RecordBatch:
@@ -108,6 +115,12 @@ def texts(row: Row) -> list[ScoredText]:
     messages = [] if isinstance(row.prompt, str) else row.prompt
     ended = zip(stored.completions(columns), stored.finished(columns), strict=True)
     return [ScoredText(row.text, messages, completion, finished) for completion, finished in ended]
+
+
+def best_first(row: Row) -> list[ScoredText]:
+    """The two completions of a row, the one with the higher reward first."""
+    pair, values = texts(row), stored.rewards(json.loads(row.further))
+    return pair if values[0] > values[1] else pair[::-1]
 
 
 @dataclass(frozen=True)
@@ -153,7 +166,7 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
     """Up to `centre.max_rows` texts of the reference set, in an order of the seed."""
     by = settings.centre
     if by.source is not None:
-        own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt))
+        own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
         stored.check_shape(own, 1, by.source)
         found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
         if not found:
