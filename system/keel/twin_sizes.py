@@ -17,6 +17,8 @@ WINDOW = 16
 POSITIONS = 512
 
 
+NESTED = ("attn_config", "ffn_config")
+"""Parts of one model's configuration, MPT's and DBRX's, rather than configurations of models of their own."""
 _REFUSED_PARTS = ("_name_or_path", "output_attentions")
 """What a nested configuration writes and does not read."""
 
@@ -49,7 +51,7 @@ def small(values: Values) -> Values:
     )
     limits |= {name: 16 for name in values if name.endswith("rank") and name not in changes}
     changes |= {name: min(values[name], most) for name, most in limits.items() if _is_size(values.get(name))}
-    for name in ("attn_config", "ffn_config"):  # MPT's and DBRX's
+    for name in NESTED:
         if isinstance(values.get(name), dict):
             parts = {key: value for key, value in values[name].items() if key not in _REFUSED_PARTS}
             changes[name] = parts | _nested(parts, wide, narrow, heads)
@@ -192,7 +194,7 @@ def _nested(values: Values, wide: int, narrow: int, heads: int | None) -> Values
         name: _few_key_heads(values[name], heads or 4) for name in size_names.KEY_HEADS if _is_size(values.get(name))
     }
     inner = {name: _inner(name, values[name], wide, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
-    return changes | inner | _experts(values)
+    return changes | inner | _experts(values) | {name: narrow for name in size_names.WIDTHS if values.get(name)}
 
 
 def _of_family(values: Values) -> Values:

@@ -53,7 +53,7 @@ def twin(config: Any, longest_row: int | None = None) -> Any:
 
 def _smaller(config: Any, longest_row: int | None) -> Any:
     values = {name: value for name, value in config.to_dict().items() if name not in _NOT_KEPT}
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    parts = {name: getattr(config, name, None) for name in config.sub_configs if name not in twin_sizes.NESTED}
     sized = {name: part for name, part in parts.items() if part is not None and twin_sizes.width(part.to_dict())}
     if twin_sizes.width(values):
         values |= layer_patterns.cut(values, MOST_LAYERS)
