@@ -35,6 +35,8 @@ LAYERS = [
         "twin_sizes",
         "twins",
         "batch",
+        "attention_masks",
+        "states_to_logits",
         "networks",
         "models",
         "anchors",
@@ -62,6 +64,7 @@ LAYERS = [
         "quiet",
         "reward_text",
         "reward_models",
+        "forward_contract",
     ],
     [
         "weights",
@@ -78,7 +81,7 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["capacity", "preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"]
+    + ["capacity", "preflight", "parts", "failures", "parity", "controller", "audit", "evaluation_audit", "verify"]
     + ["rates", "measurement", "plan", "splits", "footprint"],
     [
         "losses",
@@ -91,7 +94,6 @@ LAYERS = [
         "gang",
         "scaling",
         "recorder",
-        "parity",
         "train",
         "replay",
         "terminal",

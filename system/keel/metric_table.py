@@ -93,6 +93,7 @@ TABLE: list[Metric] = [
         ("importance_weight", "Mean truncated importance weight learner/sampler."),
         ("truncated_weight_ratio", "Share of importance weights at their cap."),
         ("gap_nats", "Mean over tokens of |learner - sampler| log-prob at the start of the step."),
+        ("fresh_gap_nats", "The same over tokens that the version under training sampled; parity.max_step_gap_nats."),
         ("staleness_mean_versions", "Mean over the step's tokens of versions behind the learner."),
         ("staleness_max_versions", "Largest number of versions a token of the step was behind."),
         ("buffer_groups", "Groups waiting in the buffer after the step's were taken."),

@@ -203,11 +203,17 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     )
 
 
+_NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+"""Parts of the names under which configurations keep what is random in training: units, layers or routing."""
+
+
 def without_dropout(folder: Path) -> Any:
+    """The configuration of a folder's model, its pass in training made the one in evaluation."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for name, value in config.to_dict().items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if any(noise in name for noise in _NOISE) and isinstance(value, float):
+                setattr(part, name, 0.0)
     return config

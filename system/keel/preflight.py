@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,18 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import config, endpoint, extension, http_rewards, models, reward_models, schema, score, tracking
+from keel import (
+    config,
+    endpoint,
+    extension,
+    forward_contract,
+    http_rewards,
+    models,
+    reward_models,
+    schema,
+    score,
+    tracking,
+)
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
@@ -23,6 +35,13 @@ from keel.section import Section
 from keel.settings import Settings
 from keel.stage_settings import COMMANDS, command_of
 from keel.stored import StoredCompletions
+
+_SETTINGS = {
+    "reference": "reference.model",
+    "teacher": "objective.dense.teacher",
+    "critic": "objective.critic.model",
+}
+"""The setting that names each model beside the policy."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,8 @@ class Prepared:
     sampling: Sampling
     learner_folders: dict[str, str]
     """Models beside the policy inside the learner: reference, teacher, critic."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of the run before it starts, a line each."""
 
     def given(self) -> StoredCompletions | None:
         """Completions that come with the prompts, where the run trains on any."""
@@ -72,7 +93,14 @@ def prepare(settings: Settings) -> Prepared:
         stop_token_ids=tuple(stop) if stop is not None else models.end_tokens(policy, tokenizer),
     )
     folders = learner_folders(settings, policy, reference)
-    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
+    notes = check_passes(settings, policy, folders)
+    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders, tuple(notes))
+
+
+def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -> list[str]:
+    """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
+    named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
+    return forward_contract.require(named, settings.max_model_tokens)
 
 
 def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:
@@ -90,10 +118,9 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))
         if own != other:
-            setting = {"teacher": "objective.dense.teacher", "critic": "objective.critic.model"}.get(
-                name, "reference.model"
+            raise ConfigError(
+                f"{_SETTINGS[name]}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}"
             )
-            raise ConfigError(f"{setting}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}")
     return found
 
 
@@ -179,7 +206,8 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     if reward.kind == "rule":
         extension.load(reward.source, setting)
     if reward.kind == "model":
-        reward_models.members(models.locate(reward.source, setting), setting)
+        for member in reward_models.members(models.locate(reward.source, setting), setting):
+            forward_contract.check_scores(member, setting)
     if reward.kind == "http":
         http_rewards.check(reward, setting)
 

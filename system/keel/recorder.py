@@ -67,6 +67,9 @@ class Recorder(Observer):
         self.finished |= name == "objective_finished"
         durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
 
+    def note(self, text: str) -> None:
+        self.display.note(text)
+
     def doing(self, what: str) -> None:
         self.occupancy.doing(what.replace(" ", "_"))
         self.display.doing(what)

@@ -36,7 +36,8 @@ class ReferenceScorer:
     def __init__(self, folder: str, settings: ReferenceSettings, temperature: float, name: str) -> None:
         import torch
 
-        from keel import models
+        from keel import batch as batching
+        from keel import forward_contract, models
 
         torch.set_num_threads(settings.threads)
         self.adds = schema.REFERENCE
@@ -45,6 +46,10 @@ class ReferenceScorer:
         self.temperature = temperature
         self._device = torch.device("cuda" if settings.gpus else "cpu")
         self._policy = models.load_frozen(Path(folder), settings.dtype, self._device)
+        shared = forward_contract.verdict(Path(folder)).shared
+        self._budget = batching.Budget(
+            settings.tokens_per_batch, settings.shared_prompt_tokens if shared else 0, head_chunk_tokens=512
+        )
 
     def load(self, folder: str) -> LoadReceipt:
         """Be another policy from now on: a new iteration's reference. version -1: a folder, not a published version."""
@@ -61,10 +66,7 @@ class ReferenceScorer:
 
         started = time.monotonic()
         lengths = schema.lengths(batch, "completion_tokens")
-        budget = batching.Budget(
-            self.settings.tokens_per_batch, self.settings.shared_prompt_tokens, head_chunk_tokens=512
-        )
-        plan = batching.plan(batch, ranks=1, budget=budget)
+        plan = batching.plan(batch, ranks=1, budget=self._budget)
         flat = np.empty(int(lengths.sum()), np.float32)
         with torch.inference_mode():
             for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):

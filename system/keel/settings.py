@@ -4,7 +4,7 @@ Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel sch
 `*_settings.py` and `config.py` only.
 """
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -79,6 +79,10 @@ class CheckpointSettings(Section):
 
 class ParitySettings(Section):
     max_gap_nats: float = Field(0.1, gt=0, description="mean |learner - sampler| log-prob the start-up test allows")
+    max_step_gap_nats: float = Field(
+        0.5, gt=0, description="the same of a later step, over the tokens that the version under training sampled"
+    )
+    on_step_gap: Literal["warn", "stop"] = Field("stop", description="what a step with a larger gap does to the run")
 
 
 class Settings(Section):

@@ -80,6 +80,8 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
     with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
         new = not checkpoint.committed(directory) and not scaling.has_counts(directory)
         counts = scaling.configured(settings, directory)
+        for line in prepared.notes:
+            display.note(line)
         if new:  # Ray first: what its cluster can never hold leaves nothing behind
             display.doing(_STARTING)
             display.note(ray.enter_context(cluster.joined(settings, counts)))
@@ -265,9 +267,12 @@ class _Run:
         )
         controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
         await controller.sync()
-        samples = math.ceil(learner.room.ranks / parts.held_out.num_rows)  # every rank needs a row
-        probe = self.prepared.prompts.held_out(samples).slice(0, max(parity.PROMPTS, learner.room.ranks))
-        await parity.test(controller, probe, settings, recorder)
+        recorder.doing("parity test")
+        samples = settings.sampling.samples_per_prompt
+        prompts = min(parity.num_prompts(samples, learner.room.ranks), parts.held_out.num_rows)
+        samples = max(samples, math.ceil(learner.room.ranks / prompts))  # every rank needs a row
+        probe = self.prepared.prompts.held_out(samples).slice(0, prompts * samples)
+        parity.judge_start(await controller.compare(await controller.generate(probe)), settings, recorder)
         return controller
 
 

@@ -66,15 +66,15 @@ def _smaller(config: Any, longest_row: int | None) -> Any:
     return type(config)(**{name: value for name, value in values.items() if name not in _RECOMPUTED})
 
 
-def build(config: Any, seed: int = 0) -> Any:
-    """A random fp32 causal language model of a twin, in evaluation mode.
+def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
+    """A random fp32 model of a twin, in evaluation mode; `architecture` is its class, or a causal language model's.
 
     Weights are spread further than at initialization: at its usual 0.02 attention is uniform and caps are never
     reached, so that a lost window or cap would hardly show. Raises TwinError where it cannot be built.
     """
     import torch
 
-    architecture = text_architecture(config)
+    architecture = architecture or text_architecture(config)
     if architecture is None:
         raise TwinError(f"{config.model_type}: transformers has no causal language model of it")
     try:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, durable, evaluation_report, models, preflight, schema
+from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -72,6 +72,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
+        forward_contract.require({"reference.model": reference}, settings.max_model_tokens)
         preflight.check_vocabulary(folder, Path(reference), "reference.model")
     _check_ensembles(settings)
     ends = tuple(stop or models.end_tokens(Path(other or folder), tokenizer))

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, config, durable, labels, models, preflight, schema
+from keel import cluster, config, durable, forward_contract, labels, models, preflight, schema
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -73,6 +73,7 @@ def prepare(settings: LabelSettings) -> Prepared:
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
+        forward_contract.require({"reference.model": reference}, online.max_model_tokens)
         if folder is not None:
             preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
     by = settings.sampling

@@ -39,6 +39,8 @@ class Prepared:
     others: dict[str, str]
     """Models beside the policy inside the learner."""
     rows: OfflineRows
+    notes: tuple[str, ...] = ()
+    """What a user should know of the stage before it starts, a line each."""
 
     @property
     def name(self) -> str:
@@ -69,7 +71,8 @@ def prepare(settings: PolicyStage) -> Prepared:
         reference = str(models.locate_policy(name, "reference.model") if name else folder)
         others = preflight.learner_folders(draft, folder, reference)
     learning = settings.learning(settings.training.steps(rows.num_training))
-    return Prepared(settings, learning, directory, str(folder), reference, others, rows)
+    notes = preflight.check_passes(learning, folder, others)
+    return Prepared(settings, learning, directory, str(folder), reference, others, rows, tuple(notes))
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
@@ -80,6 +83,8 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, learning, rows = prepared.settings, prepared.learning, prepared.rows
+    for line in prepared.notes:
+        display.note(line)
     completed: Callable[[pa.RecordBatch], pa.RecordBatch] = lambda batch: batch  # noqa: E731
     if prepared.reference_folder:
         logprobs = await ReferenceLogprobs.read(learning, prepared.reference_folder, rows, display)

@@ -21,6 +21,7 @@ import pyarrow as pa
 from keel import (
     durable,
     endpoint,
+    forward_contract,
     gang,
     models,
     preflight,
@@ -135,6 +136,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     tokenizer = models.load_tokenizer(folder, "policy.model")
     trunk = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     reward_models.check_trunk(trunk, settings.policy.model)
+    forward_contract.check_scores(folder, "policy.model")
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
     rows = PairRows(settings, RewardText(tokenizer, reward_models.is_encoder(trunk), limit))
     steps = settings.training.steps(len(rows.train))
