@@ -61,7 +61,9 @@ PUBLIC: dict[str, dict[str, Any]] = {
     },
     "Arcee AFM 4.5B": {
         "model_type": "arcee",
-        **_llama_like(2560, 18432, 36, 20, 4, vocab_size=128004, head_dim=128, bos_token_id=128000, eos_token_id=128001),
+        **_llama_like(
+            2560, 18432, 36, 20, 4, vocab_size=128004, head_dim=128, bos_token_id=128000, eos_token_id=128001
+        ),
         "rope_scaling": {
             "rope_type": "yarn",
             "factor": 20.0,
@@ -231,7 +233,10 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20,
     },
     # Phi
-    "Phi 1.5": {"model_type": "phi", **_llama_like(2048, 8192, 24, 32, 32, partial_rotary_factor=0.5, vocab_size=51200)},
+    "Phi 1.5": {
+        "model_type": "phi",
+        **_llama_like(2048, 8192, 24, 32, 32, partial_rotary_factor=0.5, vocab_size=51200),
+    },
     "Phi 2": {"model_type": "phi", **_llama_like(2560, 10240, 32, 32, 32, partial_rotary_factor=0.4, vocab_size=51200)},
     "Phi 3 mini 4k": {
         "model_type": "phi3",
@@ -311,7 +316,11 @@ PUBLIC: dict[str, dict[str, Any]] = {
     },
     # Cohere
     "Command R": {"model_type": "cohere", **_llama_like(8192, 22528, 40, 64, 64), "rope_theta": 8000000.0},
-    "Command R+": {"model_type": "cohere", **_llama_like(12288, 33792, 64, 96, 8, use_qk_norm=True), "logit_scale": 0.833},
+    "Command R+": {
+        "model_type": "cohere",
+        **_llama_like(12288, 33792, 64, 96, 8, use_qk_norm=True),
+        "logit_scale": 0.833,
+    },
     "Command R7B": {
         "model_type": "cohere2",
         **_llama_like(4096, 14336, 32, 32, 8, head_dim=128, logit_scale=0.25, sliding_window=4096, rope_theta=50000),
@@ -515,7 +524,10 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "model_type": "nemotron",
         **_llama_like(3072, 9216, 32, 24, 8, vocab_size=256000, head_dim=128, partial_rotary_factor=0.5),
     },
-    "OLMo 1B": {"model_type": "olmo", **_llama_like(2048, 8192, 16, 16, 16, vocab_size=50304, tie_word_embeddings=True)},
+    "OLMo 1B": {
+        "model_type": "olmo",
+        **_llama_like(2048, 8192, 16, 16, 16, vocab_size=50304, tie_word_embeddings=True),
+    },
     "OLMo 7B": {"model_type": "olmo", **_llama_like(4096, 11008, 32, 32, 32, vocab_size=50304, clip_qkv=8.0)},
     "OLMo 2 7B": {"model_type": "olmo2", **_llama_like(4096, 11008, 32, 32, 32, vocab_size=100352, rope_theta=500000)},
     "OLMo 3 7B": {

@@ -28,6 +28,8 @@ _LAST = ("moe_layer_end_index",)
 _PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
 _STEPS = ("decoder_sparse_step", "moe_layer_interval", "moe_layer_freq", "full_attention_interval")
 _CYCLES = ("block_types",)
+_OTHER_FIRST_LAYER = ("modernbert", "modernbert-decoder")
+"""Families whose code, not their configuration, makes the first layer another one than the rest of its type."""
 
 Values = dict[str, Any]
 Layers = Sequence[int]
@@ -109,6 +111,8 @@ def _columns(values: Values, count: int) -> Iterator[Column]:
     yield from _periodic(values, count)
     if str(values.get("model_type")).startswith("zamba"):
         yield _shared_blocks(values)
+    if values.get("model_type") in _OTHER_FIRST_LAYER:
+        yield Column([layer == 0 for layer in range(count)], lambda layers: {})
 
 
 def _listed(values: Values, count: int) -> Iterator[Column]:

@@ -88,6 +88,7 @@ SSM_HEADS = (
 AT_MOST = {
     "block_multiple_of": 16,
     "centroid_intermediate_top_k": 4,
+    "encoder_hash_byte_group_vocab": 512,
     "hidden_size_per_layer_input": 16,
     "index_block_size": 4,
     "index_head_dim": 16,

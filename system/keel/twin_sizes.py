@@ -17,15 +17,21 @@ WINDOW = 16
 POSITIONS = 512
 
 
+NESTED = ("attn_config", "ffn_config")
+"""Parts of one model's configuration, MPT's and DBRX's, rather than configurations of models of their own."""
 _REFUSED_PARTS = ("_name_or_path", "output_attentions")
 """What a nested configuration writes and does not read."""
 
 
+def width(values: Values) -> int | None:
+    """The width of the model; None where the settings name none."""
+    return _first(values, size_names.WIDTHS)
+
+
 def small(values: Values) -> Values:
-    """The settings of small sizes for a configuration's settings. Raises ValueError where it names no width."""
-    width, heads = _first(values, size_names.WIDTHS), _first(values, size_names.HEADS)
-    if width is None:
-        raise ValueError("it names no hidden size")
+    """The settings of small sizes for a configuration's settings, which name a width."""
+    wide, heads = width(values), _first(values, size_names.HEADS)
+    assert wide is not None
     few, head = few_heads(heads or 4), _head_width(values)
     narrow = few * head
     changes: Values = {name: narrow for name in size_names.WIDTHS if values.get(name)}
@@ -34,21 +40,21 @@ def small(values: Values) -> Values:
         for name in size_names.HEADS + size_names.OTHER_HEADS
         if _is_size(values.get(name))
     }
-    changes |= _attention(values, width // (heads or 4), head, heads)
+    changes |= _attention(values, wide // (heads or 4), head, heads)
     changes |= {
-        name: _related(values[name], width, narrow) for name in size_names.OTHER_WIDTHS if _is_size(values.get(name))
+        name: _related(values[name], wide, narrow) for name in size_names.OTHER_WIDTHS if _is_size(values.get(name))
     }
-    changes |= {name: _inner(name, values[name], width, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
-    changes |= _experts(values) | _recurrent(values, width, narrow) | _linear_attention(values) | _vocabularies(values)
+    changes |= {name: _inner(name, values[name], wide, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
+    changes |= _experts(values) | _recurrent(values, wide, narrow) | _linear_attention(values) | _vocabularies(values)
     limits = (
         size_names.AT_MOST | dict.fromkeys(size_names.WINDOWS, WINDOW) | dict.fromkeys(size_names.LENGTHS, POSITIONS)
     )
     limits |= {name: 16 for name in values if name.endswith("rank") and name not in changes}
     changes |= {name: min(values[name], most) for name, most in limits.items() if _is_size(values.get(name))}
-    for name in ("attn_config", "ffn_config"):  # MPT's and DBRX's
+    for name in NESTED:
         if isinstance(values.get(name), dict):
             parts = {key: value for key, value in values[name].items() if key not in _REFUSED_PARTS}
-            changes[name] = parts | _nested(parts, width, narrow, heads)
+            changes[name] = parts | _nested(parts, wide, narrow, heads)
     return changes | _of_family(values | changes)
 
 
@@ -111,14 +117,14 @@ def _few_key_heads(key_heads: int, heads: int) -> int:
     return few if key_heads == heads else 1 if key_heads == 1 else max(1, few // 2)
 
 
-def _related(size: int, width: int, narrow: int) -> int:
-    return narrow if size == width else 2 * narrow if size > width else narrow // 2
+def _related(size: int, wide: int, narrow: int) -> int:
+    return narrow if size == wide else 2 * narrow if size > wide else narrow // 2
 
 
-def _inner(name: str, size: Any, width: int, narrow: int) -> Any:
+def _inner(name: str, size: Any, wide: int, narrow: int) -> Any:
     if isinstance(size, list):
-        return [_inner(name, part, width, narrow) for part in size]
-    if size == width:
+        return [_inner(name, part, wide, narrow) for part in size]
+    if size == wide:
         return narrow
     return narrow // 2 if "moe" in name or "expert" in name else 2 * narrow
 
@@ -140,7 +146,7 @@ def _experts(values: Values) -> Values:
     return changes
 
 
-def _recurrent(values: Values, width: int, narrow: int) -> Values:
+def _recurrent(values: Values, wide: int, narrow: int) -> Values:
     """State space layers: heads times their width is the inner width, groups divide heads."""
     expand = values.get("mamba_expand") or values.get("expand") or 1
     inner, changes = int(expand * narrow), {}
@@ -155,11 +161,11 @@ def _recurrent(values: Values, width: int, narrow: int) -> Values:
             changes[groups] = 2 if values[groups] > 1 and changes[heads] % 2 == 0 else 1
     if _is_size(values.get("mamba_d_ssm")):
         changes["mamba_d_ssm"] = inner
-    if values.get("intermediate_size") == expand * width and "expand" in values:
+    if values.get("intermediate_size") == expand * wide and "expand" in values:
         changes["intermediate_size"] = inner
     for name in ("time_step_rank", "mamba_dt_rank"):
         if _is_size(values.get(name)):
-            changes[name] = math.ceil(narrow / 16) if values[name] == math.ceil(width / 16) else 2
+            changes[name] = math.ceil(narrow / 16) if values[name] == math.ceil(wide / 16) else 2
     return changes
 
 
@@ -183,12 +189,12 @@ def _vocabularies(values: Values) -> Values:
     return {name: min(values[name], VOCABULARY) for name in listed if _is_size(values.get(name))}
 
 
-def _nested(values: Values, width: int, narrow: int, heads: int | None) -> Values:
+def _nested(values: Values, wide: int, narrow: int, heads: int | None) -> Values:
     changes = {
         name: _few_key_heads(values[name], heads or 4) for name in size_names.KEY_HEADS if _is_size(values.get(name))
     }
-    inner = {name: _inner(name, values[name], width, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
-    return changes | inner | _experts(values)
+    inner = {name: _inner(name, values[name], wide, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
+    return changes | inner | _experts(values) | {name: narrow for name in size_names.WIDTHS if values.get(name)}
 
 
 def _of_family(values: Values) -> Values:

@@ -16,7 +16,7 @@ from keel.twin_sizes import WINDOW
 FIRST_ORDINARY_TOKEN = 16
 """Special tokens of a twin have smaller ids: every id from here to the vocabulary's end is an ordinary token."""
 MOST_LAYERS = 6
-MOST_PARAMETERS = 4_000_000
+MOST_PARAMETERS = 16_000_000
 
 _RECOMPUTED = ("qk_head_dim", "attention_layers", "layers_num_experts", "num_query_groups", "hybrid_layer_ids")
 _NOT_KEPT = ("quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map")
@@ -34,22 +34,36 @@ def text_config(config: Any) -> Any:
 
 
 def twin(config: Any, longest_row: int | None = None) -> Any:
-    """A configuration of the same class with small sizes and everything that changes the computed function.
+    """A configuration with small sizes and everything that changes the computed function, of the class that is loaded.
 
-    `longest_row`: tokens of the longest row of a run. Rotary embeddings that change beyond a length (longrope,
-    dynamic) do so within the twin's rows only if they do within the run's. Raises TwinError when none can be made.
+    Of an image family that is the whole model where transformers lists it as a causal language model (Gemma 3), else
+    the language model. `longest_row`: tokens of the longest row of a run. Rotary embeddings that change beyond a
+    length (longrope, dynamic) do so within the twin's rows only if they do within the run's. Raises TwinError when
+    none can be made.
     """
-    text = text_config(config)
-    values = {name: value for name, value in text.to_dict().items() if name not in _NOT_KEPT}
+    whole = text_architecture(config)
+    loaded = config if getattr(whole, "config_class", None) is type(config) else text_config(config)
     try:
-        values |= layer_patterns.cut(values, MOST_LAYERS)
-        values |= twin_sizes.small(values) | _without_dropout(values) | _special_tokens(values)
-        values |= _rotary(text, values, longest_row)
-        return type(text)(**{name: value for name, value in values.items() if name not in _RECOMPUTED})
+        return _smaller(loaded, longest_row)
     except LayerError as error:
-        raise TwinError(f"{text.model_type}: {error}") from None
+        raise TwinError(f"{loaded.model_type}: {error}") from None
     except _REFUSALS as error:
-        raise TwinError(f"{text.model_type}: its small configuration is refused ({_one_line(error)})") from None
+        raise TwinError(f"{loaded.model_type}: its small configuration is refused ({_one_line(error)})") from None
+
+
+def _smaller(config: Any, longest_row: int | None) -> Any:
+    values = {name: value for name, value in config.to_dict().items() if name not in _NOT_KEPT}
+    parts = {name: getattr(config, name, None) for name in config.sub_configs if name not in twin_sizes.NESTED}
+    sized = {name: part for name, part in parts.items() if part is not None and twin_sizes.width(part.to_dict())}
+    if twin_sizes.width(values):
+        values |= layer_patterns.cut(values, MOST_LAYERS)
+        values |= twin_sizes.small(values)
+        values |= _rotary(config, values, longest_row)
+    elif not sized:
+        raise ValueError("it names no hidden size")
+    values |= _without_dropout(values) | _special_tokens(values)
+    values |= {name: _smaller(part, longest_row) for name, part in sized.items()}
+    return type(config)(**{name: value for name, value in values.items() if name not in _RECOMPUTED})
 
 
 def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
@@ -66,12 +80,12 @@ def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
-                model = architecture._from_config(config)
+                model = architecture._from_config(copy.deepcopy(config))
             size = sum(parameter.numel() for parameter in model.parameters())
             if size > MOST_PARAMETERS:
                 raise TwinError(f"{config.model_type}: its twin has {size:,} parameters, over {MOST_PARAMETERS:,}")
             torch.manual_seed(seed)
-            model = architecture._from_config(config, dtype=torch.float32).eval()
+            model = architecture._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
             _spread(model)
     except _REFUSALS as error:
         raise TwinError(f"{config.model_type}: its twin cannot be built ({_one_line(error)})") from None
@@ -79,9 +93,10 @@ def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
 
 
 def text_architecture(config: Any) -> Any:
-    """Transformers' causal language model class of a text configuration; None where it has none.
+    """The class as which AutoModelForCausalLM loads a model folder of this configuration; None where it has none.
 
-    Classes of image families' language models may be listed under the name of the whole family alone.
+    None for most image families (LLaVA, Mistral 3, Qwen-VL): their text configuration alone names a class, too, but
+    one whose parameters are called differently than the checkpoint's, so that all of them would stay random.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
