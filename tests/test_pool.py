@@ -329,7 +329,9 @@ def test_a_worker_waits_for_room_only_so_long_when_nobody_serves(world: World) -
     world.room = lambda index, attempt: 5000.0
 
     async def work() -> None:
-        with pytest.raises(NoWorkers, match=r"generator-0 waited 200 s for room \(1 CPU\) and nobody else serves; nothing"):
+        with pytest.raises(
+            NoWorkers, match=r"generator-0 waited 200 s for room \(1 CPU\) and nobody else serves; nothing"
+        ):
             await pool_of(world, 1).ready()
         assert now() == pytest.approx(200)
 
@@ -598,7 +600,9 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", [lambda: died(), lambda: FOREVER, lambda: task_error(ValueError("wrong digest"))], ids=["death", "hang", "own"]
+    "what",
+    [lambda: died(), lambda: FOREVER, lambda: task_error(ValueError("wrong digest"))],
+    ids=["death", "hang", "own"],
 )
 def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World, what: Any) -> None:
     log, failed = Log(), []
