@@ -28,6 +28,8 @@ from keel.reward_text import RewardText, ScoredText
 ENSEMBLE = "ensemble.json"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _NO_LIMIT = 1 << 30
+_FIELDS = "completion_fields"
+"""Column of what a stored answer's message has beside its content; sampled completions have none."""
 _COUNT_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 """Families that number positions from the padding token's id on."""
 
@@ -257,6 +259,7 @@ def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:
         "prompt_messages": [json.dumps(list(text.messages), ensure_ascii=False) for text in scored],
         "completion": [text.completion for text in scored],
         "finish_reason": reasons,
+        _FIELDS: [json.dumps(dict(text.fields), ensure_ascii=False) for text in scored],
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -265,7 +268,11 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
     """Rollout columns -> texts."""
     names = ("prompt", "prompt_messages", "completion", "finish_reason")
     rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-    return [ScoredText(prompt, json.loads(said), answer, reason == "stop") for prompt, said, answer, reason in rows]
+    further = batch.column(_FIELDS).to_pylist() if _FIELDS in batch.schema.names else ["{}"] * batch.num_rows
+    return [
+        ScoredText(prompt, json.loads(said), answer, reason == "stop", json.loads(fields))
+        for (prompt, said, answer, reason), fields in zip(rows, further, strict=True)
+    ]
 
 
 class Ensemble:
