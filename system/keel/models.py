@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from keel import checkpoint, model_files
+from keel import end_tokens as ends
 from keel.config import ConfigError
+from keel.model_text import ModelText
 from keel.networks import Policy
 from keel.printable import one_line
 
@@ -205,6 +207,11 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         AttributeError,
     ) as error:  # damaged, or it needs code
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion, as `end_tokens.decide` says."""
+    return ends.decide(folder, ModelText(tokenizer), vocabulary(folder, str(folder))).stop
 
 
 def load_policy(folder: Path, dtype: str) -> Policy:

@@ -101,7 +101,9 @@ class StoredCompletions:
         }
         return [encoded[row[:3]][row[3]] for row in rows]
 
-    def encode(self, columns: Mapping[str, Any], prompt: str, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    def encode(
+        self, columns: Mapping[str, Any], prompt: str = "", messages: Sequence[Mapping[str, Any]] = ()
+    ) -> list[list[int]]:
         """Tokens of every completion of one row behind its prompt (`messages` of a conversation), cut at the budget."""
         stop, budget = self.sampling.stop_token_ids, self.sampling.max_tokens
         end = end_tokens.behind_answers(self.text, stop, bool(messages))
