@@ -95,6 +95,7 @@ class ModelText:
 
     def _behind(self, prompt: str, text: str) -> list[int]:
         """Ids of a text behind a prompt, whose own ids stay what they are."""
+        prompt = self._from_last_marker(prompt)
         if self._last_prompt[0] != prompt:
             self._last_prompt = (prompt, self._ids(prompt))
         first = self._last_prompt[1]
@@ -107,6 +108,11 @@ class ModelText:
             if first and both[: len(first)] == first and unknown not in first:
                 return both[len(first) :]
         return self._ids(text)
+
+    def _from_last_marker(self, prompt: str) -> str:
+        """The end of a rendered prompt from its last header on: what stands before changes no ids behind."""
+        starts = [prompt.rfind(self._names[number]) for number in self.chat.frame.markers]
+        return prompt[max([0, *starts]) :]
 
     # ---- to text
 
