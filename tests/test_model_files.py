@@ -258,6 +258,11 @@ def test_an_image_family_is_refused_by_name(architectures: Any, tmp_path: Path) 
         models.locate_policy(str(folder), "policy.model")
 
 
+def test_an_image_family_is_refused_as_a_reward_model_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^rewards.r.source=.*model_type=gemma3 reads more than text"):
+        reward_models.check_tokens(composite(tmp_path / "m"), "rewards.r.source")
+
+
 def test_a_model_without_a_language_model_is_refused_by_name(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "m")
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))

@@ -140,6 +140,14 @@ def test_a_model_that_is_not_there_is_one_line(model: str, message: str) -> None
     assert str(caught.value).startswith(f"policy.model={model}: ") and "\n" not in str(caught.value)
 
 
+def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "m")
+    tokenizer = models.load_tokenizer(folder, "policy.model")
+    assert models.end_tokens(folder, tokenizer) == (tiny.SPECIAL.index("<|im_end|>"),)
+    (folder / "generation_config.json").unlink()
+    assert models.end_tokens(folder, tokenizer) == (tokenizer.eos_token_id,)
+
+
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "m")
     (folder / "tokenizer.json").unlink()

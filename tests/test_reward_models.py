@@ -32,6 +32,8 @@ from keel.networks import Critic
 from keel.objective_settings import CriticSettings
 from keel.reward_models import RewardModel, RewardText, ScoredText
 from keel.reward_settings import RewardSettings
+from keel.sources import Row
+from keel.stages.reward import texts
 from test_prompts import BOS, word_tokenizer
 from vocabularies import CHATML, CLOSES, ends_every_text, family
 
@@ -516,3 +518,16 @@ def test_a_pad_token_beyond_the_embedding_pads_nothing(trunks: dict[str, Path], 
     model = reward_models.start(tmp_path / "m", "float32", 40, 0)
     assert model.model.config.pad_token_id < 320
     assert np.isfinite(model.scores([text(), text("fine")])).all()
+
+
+def test_thoughts_of_a_stored_message_are_read_too() -> None:
+    """As the policy's own training reads them; also on the way through the scorer."""
+    words, messages = family("qwen 3"), [{"role": "user", "content": "how are you"}]
+    thought = text(
+        "fine", messages=messages, fields={"role": "assistant", "content": "fine", "reasoning_content": "why"}
+    )
+    found = RewardText(words, False, 1000).tokens(thought)
+    assert found is not None and words.decode(found[0]).endswith("<think>\nwhy\n</think>\n\nfine<|im_end|>\n")
+    assert reward_models.from_batch(reward_models.as_batch([thought])) == [thought]
+    row = Row("line 1", messages, json.dumps({"messages": [*messages, dict(thought.fields)]}))
+    assert texts(row) == [ScoredText("how are you", messages, "fine", True, thought.fields)]

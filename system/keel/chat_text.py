@@ -53,10 +53,13 @@ class ChatText:
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None) -> None:
         self.tokenizer, self.options = tokenizer, dict(options or {})
+        self._last: tuple[list[Message], str] = ([], "")
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text up to where the assistant begins to speak."""
-        return self._apply(messages, add_generation_prompt=True)
+        if self._last[0] != list(messages) or not messages:  # several answers to one conversation come in a row
+            self._last = list(messages), self._apply(messages, add_generation_prompt=True)
+        return self._last[1]
 
     def _apply(self, messages: Sequence[Message], **further: Any) -> str:
         text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **further, **self.options)

@@ -78,12 +78,16 @@ class ModelText:
 
     def without_end(self, content: str, stop: Collection[int]) -> tuple[str, int | None]:
         """The text without an end token that it brings, and that token."""
-        names = named_tokens(self.tokenizer)
+        names = self._names
         ends = [self.chat.frame.end, getattr(self.tokenizer, "eos_token_id", None), *stop]
         for number in ends:
             if number in names and content.rstrip().endswith(names[number]):
                 return content.rstrip().removesuffix(names[number]), number
         return content, None
+
+    @functools.cached_property
+    def _names(self) -> dict[int, str]:
+        return named_tokens(self.tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -91,6 +95,7 @@ class ModelText:
 
     def _behind(self, prompt: str, text: str) -> list[int]:
         """Ids of a text behind a prompt, whose own ids stay what they are."""
+        prompt = self._from_last_marker(prompt)
         if self._last_prompt[0] != prompt:
             self._last_prompt = (prompt, self._ids(prompt))
         first = self._last_prompt[1]
@@ -103,6 +108,11 @@ class ModelText:
             if first and both[: len(first)] == first and unknown not in first:
                 return both[len(first) :]
         return self._ids(text)
+
+    def _from_last_marker(self, prompt: str) -> str:
+        """The end of a rendered prompt from its last header on: what stands before changes no ids behind."""
+        starts = [prompt.rfind(self._names[number]) for number in self.chat.frame.markers]
+        return prompt[max([0, *starts]) :]
 
     # ---- to text
 
@@ -129,7 +139,7 @@ class ModelText:
         text = text.removeprefix(frame.lead)
         if frame.end is None or list(row[-1:]) != [frame.end]:
             return text
-        behind = frame.closing.partition(named_tokens(self.tokenizer)[frame.end])[0]
+        behind = frame.closing.partition(self._names[frame.end])[0]
         return text if behind.strip() else text.removesuffix(behind)
 
     @functools.cached_property

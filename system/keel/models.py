@@ -13,9 +13,12 @@ from keel import (
     checkpoint,
     durable,
     model_files,
+    model_files
+from keel import end_tokens as ends,
     reads,
 )
 from keel.config import ConfigError
+from keel.model_text import ModelText
 from keel.networks import Policy
 from keel.printable import one_line
 
@@ -103,15 +106,17 @@ def locate_policy(model: str, setting: str) -> Path:
 
     Raises ConfigError for a reward model, an encoder, a model of images and text, and one that lacks a weight, too.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     folder = locate(model, setting)
     ensemble = not (folder / "config.json").is_file()
     known = ["an ensemble"] if ensemble else read_config(folder, f"{setting}={model}").get("architectures")
-    if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if known and not set(known) & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
-    _check_text_alone(folder, f"{setting}={model}")
-    model_files.parameter_shapes(folder, f"{setting}={model}")  # all of them are there
+    config = check_text_alone(folder, named := f"{setting}={model}")
+    if type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"{named}: model_type={config.model_type} has no causal language model; expected another")
+    model_files.parameter_shapes(folder, named)  # all of them are there
     return folder
 
 
@@ -133,13 +138,12 @@ def vocabulary(folder: Path, named: str) -> int:
     return size
 
 
-def _check_text_alone(folder: Path, named: str) -> None:
-    """The model reads text and nothing else. Raises ConfigError for one of a family that reads images or sound, too.
+def check_text_alone(folder: Path, named: str) -> Any:
+    """The configuration of a model that reads text and nothing else.
 
-    Its text model alone has other parameter names than the checkpoint, so samplers could not take what is trained.
+    Raises ConfigError for one of a family that reads images or sound, too: its text model alone has other parameter
+    names than the checkpoint, so samplers could not take what is trained.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     config = model_config(folder, named)
     inner = config.get_text_config()
     if inner is not config:
@@ -147,10 +151,7 @@ def _check_text_alone(folder: Path, named: str) -> None:
             f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
             f" its own (model_type={inner.model_type})"
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ConfigError(
-            f"{named}: model_type={config.model_type} has no causal language model; expected one that has"
-        )
+    return config
 
 
 def _from_hub(model: str, setting: str) -> Path:
@@ -248,6 +249,11 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         AttributeError,
     ) as error:  # damaged, or it needs code
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion, as `end_tokens.decide` says."""
+    return ends.decide(folder, ModelText(tokenizer), vocabulary(folder, str(folder))).stop
 
 
 def load_policy(folder: Path, dtype: str) -> Policy:

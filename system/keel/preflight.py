@@ -168,6 +168,8 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     found = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
     if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
         raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
+    if "critic" in found:
+        models.check_text_alone(Path(found["critic"]), f"objective.critic.model={found['critic']}")
     found |= {"reference": reference} if reference else {}
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))

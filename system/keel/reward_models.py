@@ -28,6 +28,8 @@ from keel.reward_text import RewardText, ScoredText
 ENSEMBLE = "ensemble.json"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _NO_LIMIT = 1 << 30
+_FIELDS = "completion_fields"
+"""Column of what a stored answer's message has beside its content; sampled completions have none."""
 _COUNT_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 """Families that number positions from the padding token's id on."""
 
@@ -210,7 +212,11 @@ def spare_token(tokenizer: Any, vocabulary: int = _NO_LIMIT) -> int:
 
 
 def check_tokens(folder: Path, setting: str) -> None:
-    """The model has every token that its tokenizer makes of a text. Raises ConfigError; a pad token is no text."""
+    """The model reads text alone, and has every token that its tokenizer makes of one. Raises ConfigError.
+
+    A pad token is no text: many tokenizers name one that the embedding has not.
+    """
+    models.check_text_alone(folder, f"{setting}={folder}")
     vocabulary, tokenizer = models.vocabulary(folder, f"{setting}={folder}"), models.load_tokenizer(folder, setting)
     largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
     if largest >= vocabulary:
@@ -260,6 +266,7 @@ def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:
         "prompt_messages": [json.dumps(list(text.messages), ensure_ascii=False) for text in scored],
         "completion": [text.completion for text in scored],
         "finish_reason": reasons,
+        _FIELDS: [json.dumps(dict(text.fields), ensure_ascii=False) for text in scored],
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -268,7 +275,11 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
     """Rollout columns -> texts."""
     names = ("prompt", "prompt_messages", "completion", "finish_reason")
     rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-    return [ScoredText(prompt, json.loads(said), answer, reason == "stop") for prompt, said, answer, reason in rows]
+    further = batch.column(_FIELDS).to_pylist() if _FIELDS in batch.schema.names else ["{}"] * batch.num_rows
+    return [
+        ScoredText(prompt, json.loads(said), answer, reason == "stop", json.loads(fields))
+        for (prompt, said, answer, reason), fields in zip(rows, further, strict=True)
+    ]
 
 
 class Ensemble:

@@ -1,7 +1,7 @@
 """What a reward model reads: prompt and completion as one text, in one form for training and scoring."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from keel.model_text import ModelText
@@ -17,6 +17,8 @@ class ScoredText:
     completion: str
     finished: bool
     """It ended by itself."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of the answer's message, beside role and content: thoughts, tool calls."""
 
 
 class RewardText:
@@ -73,7 +75,7 @@ class RewardText:
 
         content, brought = self.text.without_end(text.completion, ())
         try:
-            turn = self.text.chat.scored(text.messages, {"role": "assistant", "content": content})
+            turn = self.text.chat.scored(text.messages, {**text.fields, "role": "assistant", "content": content})
         except TemplateError:
             return None
         ended = text.finished or brought is not None

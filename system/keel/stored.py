@@ -41,7 +41,7 @@ def completions(columns: Mapping[str, Any]) -> list[str]:
     return [text if isinstance(text, str) else _last(text) for text in _given(columns)]
 
 
-def _answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+def answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
     """Texts of one row, or the whole last messages (thoughts, tool calls): what a chat template is given."""
     return [answer if isinstance(answer, str) else answer[-1] for answer in _given(columns)]
 
@@ -115,19 +115,22 @@ class StoredCompletions:
     def tokens(self, prompts: pa.RecordBatch) -> list[list[int]]:
         """Tokens of each row's completion, cut at the budget; an end token behind those that ended."""
         names = ("prompt", "prompt_messages", "prompt_columns", "sample")
-        rows = zip(*(prompts.column(name).to_pylist() for name in names), strict=True)
-        return [
-            self.encode(json.loads(columns), prompt, json.loads(messages))[sample]
-            for prompt, messages, columns, sample in rows
-        ]
+        rows = list(zip(*(prompts.column(name).to_pylist() for name in names), strict=True))
+        encoded = {
+            (prompt, messages, columns): self.encode(json.loads(columns), prompt, json.loads(messages))
+            for prompt, messages, columns in dict.fromkeys(row[:3] for row in rows)
+        }
+        return [encoded[row[:3]][row[3]] for row in rows]
 
-    def encode(self, columns: Mapping[str, Any], prompt: str, messages: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    def encode(
+        self, columns: Mapping[str, Any], prompt: str = "", messages: Sequence[Mapping[str, Any]] = ()
+    ) -> list[list[int]]:
         """Tokens of every completion of one row behind its prompt (`messages` of a conversation), cut at the budget."""
         stop, budget = self.sampling.stop_token_ids, self.sampling.max_tokens
         end = end_tokens.behind_answers(self.text, stop, bool(messages))
         return [
             self.text.answer_ids(prompt, messages, answer, finished=ended, stop=stop, end=end)[:budget]
-            for answer, ended in zip(_answers(columns), finished(columns), strict=True)
+            for answer, ended in zip(answers(columns), finished(columns), strict=True)
         ]
 
 

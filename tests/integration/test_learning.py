@@ -15,9 +15,8 @@ import ray
 import yaml
 from arms import ARMS, CRITIC_ARMS
 
-from keel import cluster, config, doctor, end_tokens, gang, models
+from keel import cluster, config, doctor, gang, models
 from keel.controller import Controller
-from keel.model_text import ModelText
 from keel.parts import Observer, Parts
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -53,8 +52,7 @@ class Stack:
         settings = self.settings(EVERY["kl"])
         tokenizer = models.load_tokenizer(model, "policy.model")
         self.prompts = Prompts(settings, tokenizer)
-        ends = end_tokens.decide(model, ModelText(tokenizer), len(tokenizer))
-        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, ends.stop)
+        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, models.end_tokens(model, tokenizer))
         self.generators = cluster.generators(settings, str(model))
         self.scorers = cluster.scorers(settings, str(model))
         self.runner = asyncio.Runner()  # one loop for all objectives: the pools live in it

@@ -113,8 +113,11 @@ def texts(row: Row) -> list[ScoredText]:
     """Every completion of a row behind its prompt."""
     columns = json.loads(row.further)
     messages = [] if isinstance(row.prompt, str) else row.prompt
-    ended = zip(stored.completions(columns), stored.finished(columns), strict=True)
-    return [ScoredText(row.text, messages, completion, finished) for completion, finished in ended]
+    said = zip(stored.completions(columns), stored.answers(columns), stored.finished(columns), strict=True)
+    return [
+        ScoredText(row.text, messages, completion, finished, {} if isinstance(answer, str) else dict(answer))
+        for completion, answer, finished in said
+    ]
 
 
 def best_first(row: Row) -> list[ScoredText]:
