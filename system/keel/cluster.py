@@ -9,6 +9,7 @@ go actor -> object store -> actor.
 """
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +52,7 @@ def connect(settings: Settings) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve the run
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": settings.run.name}
-    common |= {"job_config": _search_path()} if RAY_JOB_CONFIG_JSON_ENV_VAR not in os.environ else {}
+    common |= {} if _was_uploaded() else {"job_config": _search_path()}
     cluster: ClusterSettings = settings.cluster
     if address := cluster.address_to_join:
         named = "cluster.address" if cluster.address else "RAY_ADDRESS"
@@ -82,13 +83,19 @@ class _Behind(list[str]):
 
 
 def _search_path() -> JobConfig:
-    """Workers look for modules where this process does, and in its current directory last.
-
-    Not inside a Ray job: its workers have the folder that was uploaded, in which no installed module has a namesake.
-    """
+    """Workers look for modules where this process does, and in its current directory last."""
     here = os.path.abspath(os.curdir)
     places = [place for place in sys.path if os.path.isabs(place) and place != here]
     return JobConfig(_py_driver_sys_path=_Behind(reversed(places)))
+
+
+def _was_uploaded() -> bool:
+    """Whether this is a Ray job with a folder that was uploaded (`keel submit`), which its workers have anyway.
+
+    No module in it has an installed namesake.
+    """
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 def embedded(**options: Any) -> int:

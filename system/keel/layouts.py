@@ -129,8 +129,9 @@ class Layout:
         """The answers as stored.py reads them; None where it finds the same under TRL's names."""
         first = next((name for name in _CANONICAL if name in self.names), None)
         same = all(self.roles[role] == role for role in self.kind) and first == self.kind[0]
-        raw = [columns.get(role) for role in self.kind] if same else []
-        raw = raw[0] if self.kind == ("responses", "rewards") and raw else raw
+        raw: Any = [columns.get(role) for role in self.kind]
+        if self.kind == ("responses", "rewards"):
+            raw = raw[0]
         if same and raw == given and problem is None and "label" not in self.roles:
             return None
         flags = ["chosen_finished", "rejected_finished"] if self.kind[0] == "chosen" else [""] * len(given)

@@ -84,14 +84,15 @@ def _number(value: Any, place: int, answer: Any, strict: bool) -> float | None:
     except (OverflowError, ValueError):  # ValueError: a signaling NaN of Decimal
         if strict:
             raise WrongAnswer(f"{inside} {describe(value)} beyond any float; {_SIGNATURE} completion") from None
-        return math.copysign(math.inf, 1 if own > 0 else -1) if isinstance(own, Real) else math.nan
+        return (math.inf if own > 0 else -math.inf) if isinstance(own, int) else math.nan
 
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether a call makes a coroutine: an async function, a partial of one, or an object with an async call."""
     while isinstance(function, functools.partial):
         function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+    call = None if isinstance(function, type) else getattr(function, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 class EventLoop:

@@ -10,6 +10,7 @@
 """
 
 import base64
+import functools
 import inspect
 import json
 import math
@@ -101,10 +102,14 @@ def _held(row: Mapping[str, Any], asked: Asked, left_out: dict[str, str]) -> dic
     held: dict[str, Any] = {}
     for name, value in row.items():
         try:
-            held[name] = _plain(value, lambda name=name: name in asked())
+            held[name] = _plain(value, functools.partial(_is_asked, name, asked))
         except _NoJson as error:
             left_out.setdefault(name, str(error))
     return held
+
+
+def _is_asked(name: str, asked: Asked) -> bool:
+    return name in asked()
 
 
 def _plain(value: Any, with_bytes: Callable[[], bool], depth: int = 0) -> Any:
