@@ -109,7 +109,7 @@ def test_beside_stored_completions_the_sampled_ones_steer_as_if_they_were_alone(
 def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
     """Loss and metric sums of a step with a KL and an entropy term in the loss; columns: with the sampler's log-probs."""
     kl = {"placement": "loss", "estimator": "k2", "coefficient": 0.2}
-    own = objective(
+    built = objective(
         objective=PREFER,
         sampling={"stored_ratio": RATIOS[kind], "samples_per_prompt": 2},
         regulariser={"kl": kl, "entropy": {"form": "token_bonus", "coefficient": 0.3}},
@@ -122,7 +122,7 @@ def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
     )
     if not columns:
         batch = batch.drop_columns(["completion_logprobs"])
-    credit = own.credited(batch, Measured(sampler.numpy()))
+    credit = built.credited(batch, Measured(sampler.numpy()))
     rows = Rows(
         advantages=torch.from_numpy(credit.advantages),
         lengths=torch.from_numpy(lengths).double(),
@@ -132,7 +132,7 @@ def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
         stored=torch.from_numpy(~schema.sampled(batch)),
     )
     entropies = torch.arange(1.0, len(sampler) + 1, dtype=torch.float64)
-    terms = own.loss(rows, Outputs(sampler, entropies), credit)
+    terms = built.loss(rows, Outputs(sampler, entropies), credit)
     return terms.loss.item(), dict(terms.sums)
 
 
@@ -166,9 +166,9 @@ def test_an_offline_stage_calls_nothing_kl() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kl_of_best_of_n_is_that_of_samples(kind: str) -> None:
     """n is the number of samples a prompt; of stored completions it is not known what they were chosen from."""
-    own = objective(
+    built = objective(
         objective={"kind": "weighted_likelihood", "weights": "best_of_n"},
         sampling={"stored_ratio": RATIOS[kind], "samples_per_prompt": 2},
     )
-    metrics = own.weigh(rollout(kind), Measured()).metrics
+    metrics = built.weigh(rollout(kind), Measured()).metrics
     assert metrics.get("best_of_n_kl_nats") == (None if kind == "stored" else pytest.approx(math.log(2) - 0.5))
