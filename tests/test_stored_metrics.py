@@ -1,6 +1,7 @@
 """Completions that came with the prompts: what the policy thinks of them is no KL and no entropy, and moves nothing."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from keel import diagnostics, schema
-from keel.algorithms.credit import Measured, Outputs, Rows
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.learn import DeepSpeedLearner
 from rollouts import generated, prompts, referenced, scored
 from tabular import objective
 
@@ -161,6 +163,26 @@ def test_an_offline_stage_calls_nothing_kl() -> None:
     _, sums = losses("stored", columns=False)
     assert {"log_ratio_loss", "teacher_forced_entropy_nats"} <= set(sums)
     assert not {"kl_loss", "kl_loss_nats", "policy_entropy_nats"} & set(sums)
+
+
+def test_the_learner_hands_on_which_rows_are_stored() -> None:
+    """Of the rows of a micro-batch, in its order; nothing where all rows are of one kind."""
+    for kind, expected in (("mixed", [True, False]), ("sampled", None), ("stored", None)):
+        batch = rollout(kind)
+        lengths = schema.completion_lengths(batch)
+        places = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+        micro = SimpleNamespace(
+            rows=np.array([2, 1]),
+            items=np.concatenate([places[2], places[1]]),
+            row_of_item=torch.repeat_interleave(torch.arange(2), torch.from_numpy(lengths[[2, 1]])),
+        )
+        learner = SimpleNamespace(
+            settings=SimpleNamespace(sampling=SimpleNamespace(stored_ratio=RATIOS[kind])), device="cpu"
+        )
+        credit = Credit(np.zeros(int(lengths.sum())), 4, int(lengths.sum()))
+        rows = DeepSpeedLearner._rows(learner, batch, micro, credit, None)  # type: ignore[arg-type]
+        assert (None if rows.stored is None else rows.stored.tolist()) == expected
+        assert rows.sampler is not None and rows.sampler.tolist() == pytest.approx([*SAMPLER[2], *SAMPLER[1]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
