@@ -117,7 +117,7 @@ def test_kl_control_has_a_window_and_hacks_when_its_coefficient_is_too_small() -
     assert trained("none", 0.0)[4] > 0.999
 
 
-# ---- answers of 1 to 6 tokens: at each place the policy goes on or ends, at the budget of 6 it is cut
+# ---- answers of 1 to 6 tokens: at each place the policy continues or ends, at the budget of 6 it is cut
 
 PLACES = 6
 CHAIN_STEPS = 300
@@ -164,7 +164,7 @@ CHAIN_BATCH = pa.record_batch(
         "reference_logprobs": pa.array(per_answer(token_logprobs(CHAIN_REFERENCE)), pa.list_(pa.float64())),
     }
 )
-"""Every answer once, from a sampler to whom all are alike."""
+"""Every answer once, from a sampler that gives all the same probability."""
 
 
 def chain_objective(arm: str, temperature: float, **objective: Any) -> Any:
@@ -178,11 +178,11 @@ def chain_objective(arm: str, temperature: float, **objective: Any) -> Any:
     return kinds.build(config.parse(tree))
 
 
-def chain_loss(own: Any, logits: torch.Tensor) -> torch.Tensor:
+def chain_loss(built: Any, logits: torch.Tensor) -> torch.Tensor:
     """The step's loss as an expectation under the policy of now, its gradient the exact one of the objective."""
     lengths, rows = torch.from_numpy(CHAIN_LENGTHS).double(), torch.from_numpy(CHAIN_ROWS)
     flat = token_logprobs(logits)
-    credit = own.weigh(CHAIN_BATCH, Measured(flat.detach().numpy()))
+    credit = built.weigh(CHAIN_BATCH, Measured(flat.detach().numpy()))
     weights = sequence_logprobs(logits).detach().exp() * len(lengths)  # pi / sampler
     # a bonus is a mean over sampled tokens: the tokens of each answer as often as the policy gives it
     credit = dataclasses.replace(credit, num_tokens=float(weights @ lengths))
@@ -193,20 +193,20 @@ def chain_loss(own: Any, logits: torch.Tensor) -> torch.Tensor:
         sampler=torch.from_numpy(np.concatenate(CHAIN_BATCH.column("completion_logprobs").to_pylist())),
         reference=token_logprobs(CHAIN_REFERENCE),
     )
-    entropies = place_entropies(logits)[CHAIN_STATES] * weights[rows] if own.needs_entropy else None
-    return own.loss(made, Outputs(flat, entropies), credit).loss
+    entropies = place_entropies(logits)[CHAIN_STATES] * weights[rows] if built.needs_entropy else None
+    return built.loss(made, Outputs(flat, entropies), credit).loss
 
 
 @functools.cache
 def trained_chain(arm: str, temperature: float) -> np.ndarray:
     """The probability of each answer that this arm's objective leads to from the reference."""
-    own = chain_objective(arm, temperature)
+    built = chain_objective(arm, temperature)
     logits = CHAIN_REFERENCE.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], betas=(0.9, 0.9), eps=1e-30)
     for step in range(CHAIN_STEPS):
         optimizer.param_groups[0]["lr"] = 0.3 * (1 - step / CHAIN_STEPS) ** 3 + 1e-4
         optimizer.zero_grad()
-        chain_loss(own, logits).backward()
+        chain_loss(built, logits).backward()
         optimizer.step()
     return sequence_logprobs(logits.detach()).exp().numpy()
 
@@ -252,10 +252,10 @@ CHAIN_ARMS += ["entropy_token"]
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("arm", CHAIN_ARMS)
 def test_with_answers_of_many_lengths_every_arm_reaches_its_own_optimum(arm: str, temperature: float) -> None:
-    found = trained_chain(arm, temperature)
-    assert found == pytest.approx(chain_optimum(arm, temperature), abs=2e-4)
+    result = trained_chain(arm, temperature)
+    assert result == pytest.approx(chain_optimum(arm, temperature), abs=2e-4)
     for other in set(CHAIN_ARMS) - {arm}:
-        assert np.abs(found - chain_optimum(other, temperature)).max() > 0.02, other
+        assert np.abs(result - chain_optimum(other, temperature)).max() > 0.02, other
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -286,17 +286,17 @@ def test_entropy_in_the_reward_has_the_gradient_of_its_objective(advantage: str,
     """Finite differences of E[s - (beta/|y|) S] at random policies; the naive form misses grad beta E[1/|y|]."""
     at = torch.from_numpy(np.random.default_rng(seed).normal(size=PLACES))
     factor = {"rloo": 7 / 6}.get(advantage, 1.0)  # k / (k - 1), which sampling cancels and enumeration keeps
-    found = {}
+    result = {}
     for arm in CHAIN_ARMS[1:4]:
         logits = at.clone().requires_grad_()
-        own = chain_objective(arm, 0.8, advantage=advantage)
-        (slope,) = torch.autograd.grad(chain_loss(own, logits), logits)
-        found[arm] = (-slope / factor).numpy()
+        built = chain_objective(arm, 0.8, advantage=advantage)
+        (slope,) = torch.autograd.grad(chain_loss(built, logits), logits)
+        result[arm] = (-slope / factor).numpy()
     for arm in ("entropy_sequence_sum", "entropy_sequence_mean_exact"):
         numeric = numeric_gradient(lambda logits, arm=arm: expected_objective(arm, 0.8, logits), at)
-        assert found[arm] == pytest.approx(numeric, abs=1e-8)
+        assert result[arm] == pytest.approx(numeric, abs=1e-8)
     inverse = 1 / torch.from_numpy(CHAIN_LENGTHS).double()
     missing = numeric_gradient(lambda logits: 0.8 * sequence_logprobs(logits).exp() @ inverse, at)
-    difference = found["entropy_sequence_mean_naive"] - found["entropy_sequence_mean_exact"]
+    difference = result["entropy_sequence_mean_naive"] - result["entropy_sequence_mean_exact"]
     assert difference == pytest.approx(missing, abs=1e-8)
     assert np.abs(missing).max() > 0.01

@@ -84,12 +84,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("penalty", [0.1, 1 / 3, 1e6 + 0.1])
-@pytest.mark.parametrize("by", KINDS.values(), ids=KINDS)
-def test_completions_that_are_all_cut_and_score_alike_teach_nothing(by: dict[str, Any], penalty: float) -> None:
+@pytest.mark.parametrize("blocks", KINDS.values(), ids=KINDS)
+def test_completions_that_are_all_cut_and_score_alike_teach_nothing(blocks: dict[str, Any], penalty: float) -> None:
     """Reward 0, a penalty for the missing end: -0.1 throughout has a deviation of 1e-17, and every advantage was +-1."""
-    own = objective(objective=by, shaping={"missing_end_penalty": penalty})
+    built = objective(objective=blocks, shaping={"missing_end_penalty": penalty})
     for _ in range(3):  # running moments have seen such steps before
-        credit = own.weigh(cut([0.0] * 8), Measured())
+        credit = built.weigh(cut([0.0] * 8), Measured())
         assert credit.advantages.tolist() == [0.0] * sum(LENGTHS)
     assert credit.metrics["uniform_groups"] == 3
 
@@ -97,17 +97,17 @@ def test_completions_that_are_all_cut_and_score_alike_teach_nothing(by: dict[str
 @pytest.mark.parametrize("rewards", SAME.values(), ids=SAME)
 @pytest.mark.parametrize("advantage", ["reinforce_pp", "reinforce_pp_baseline", "none", "grpo"])
 def test_equal_rewards_of_any_size_teach_nothing(advantage: str, rewards: np.ndarray) -> None:
-    own = objective(objective={"advantage": advantage, "whiten": "population"})
-    assert own.weigh(cut(rewards), Measured()).advantages.tolist() == [0.0] * sum(LENGTHS)
+    built = objective(objective={"advantage": advantage, "whiten": "population"})
+    assert built.weigh(cut(rewards), Measured()).advantages.tolist() == [0.0] * sum(LENGTHS)
 
 
-@pytest.mark.parametrize("by", [{"advantage": "gae", "gae_lambda": 1.0}, {"advantage": "value_baseline"}])
+@pytest.mark.parametrize("blocks", [{"advantage": "gae", "gae_lambda": 1.0}, {"advantage": "value_baseline"}])
 @pytest.mark.parametrize("reward", [-0.1, 1e6 + 0.1])
-def test_a_critic_that_is_right_up_to_rounding_leaves_nothing_to_whiten(by: dict[str, Any], reward: float) -> None:
+def test_a_critic_that_is_right_up_to_rounding_leaves_nothing_to_whiten(blocks: dict[str, Any], reward: float) -> None:
     """Values come in float32: next to the reward, they miss it by 1e-8 of its size."""
-    own = objective(objective={**by, "critic": {}})
+    built = objective(objective={**blocks, "critic": {}})
     values = np.resize(nearly(reward), sum(LENGTHS))[:, None]
-    credit = own.weigh(cut([reward] * 8), Measured(values=values))
+    credit = built.weigh(cut([reward] * 8), Measured(values=values))
     assert credit.advantages.tolist() == [0.0] * sum(LENGTHS)
     assert credit.metrics["explained_variance"] == {"value": 0.0}
 
@@ -119,8 +119,10 @@ def test_kl_of_a_policy_that_is_still_the_reference_is_not_blown_up() -> None:
     cuts = np.cumsum(LENGTHS)[:-1]
     rows = [part.tolist() for part in np.split(logprobs + noise, cuts)]
     batch = rollout(rows, [0.5] * 8, TICKETS, [part.tolist() for part in np.split(logprobs, cuts)])
-    own = objective(objective={"advantage": "none", "whiten": "population"}, regulariser={"kl": {"coefficient": 0.05}})
-    assert own.weigh(batch, Measured()).advantages.tolist() == [0.0] * sum(LENGTHS)
+    built = objective(
+        objective={"advantage": "none", "whiten": "population"}, regulariser={"kl": {"coefficient": 0.05}}
+    )
+    assert built.weigh(batch, Measured()).advantages.tolist() == [0.0] * sum(LENGTHS)
 
 
 def test_running_moments_of_equal_rewards_are_no_scale() -> None:
@@ -129,8 +131,8 @@ def test_running_moments_of_equal_rewards_are_no_scale() -> None:
         for _ in range(50):
             assert moments.normalise(np.full(16, value)).tolist() == [0.0] * 16
         assert moments.deviation <= 1e-9 * abs(value)
-        found = moments.normalise(value + np.array([0.0, 1.0]))
-        assert found[1] - found[0] == pytest.approx(1 / moments.deviation, rel=1e-6)  # a first difference is one
+        result = moments.normalise(value + np.array([0.0, 1.0]))
+        assert result[1] - result[0] == pytest.approx(1 / moments.deviation, rel=1e-6)  # a first difference is one
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4, 1e8])
@@ -164,44 +166,44 @@ def test_equal_rewards_have_equal_weights(form: str, rewards: np.ndarray) -> Non
 
 @pytest.mark.parametrize("weights", ["kl", "chi2", "soft_chi2", "rejection", "uniform"])
 def test_likelihood_weights_of_equal_rewards_are_those_of_supervised_training(weights: str) -> None:
-    by = {"kind": "weighted_likelihood", "weights": weights, "temperature": 1e-9, "rejection_temperatures": [1e-9]}
-    found = objective(objective=by).weigh(cut(nearly(0.3)), Measured()).advantages
-    assert found == pytest.approx(1 / np.repeat(LENGTHS, LENGTHS), rel=1e-12)
+    blocks = {"kind": "weighted_likelihood", "weights": weights, "temperature": 1e-9, "rejection_temperatures": [1e-9]}
+    result = objective(objective=blocks).weigh(cut(nearly(0.3)), Measured()).advantages
+    assert result == pytest.approx(1 / np.repeat(LENGTHS, LENGTHS), rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "simpo_plackett_luce", "kto"])
 @pytest.mark.parametrize("rewards", SAME.values(), ids=SAME)
 def test_rewards_that_differ_by_rounding_are_ties(loss: str, rewards: np.ndarray) -> None:
-    by = {"kind": "preference", "loss": loss}
+    blocks = {"kind": "preference", "loss": loss}
     batch = cut(rewards)
-    credit = objective(objective=by).weigh(batch, Measured(np.full(sum(LENGTHS), -1.0)))
+    credit = objective(objective=blocks).weigh(batch, Measured(np.full(sum(LENGTHS), -1.0)))
     assert credit.advantages.tolist() == [0.0] * sum(LENGTHS)
     assert credit.counts == {"pairs_dropped_total": {"tie": 3.0}}
 
 
 def test_a_ranking_leaves_out_what_differs_by_rounding() -> None:
     """0.3 and 0.1 + 0.2 are one place of the ranking; 0.5 is another."""
-    by = {"kind": "preference", "loss": "simpo_plackett_luce", "beta": 2.0}
-    found = objective(objective=by).weigh(rollout([[-1.0]] * 3, [0.3, 0.1 + 0.2, 0.5]), Measured(np.full(3, -1.0)))
-    assert found.metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-12)
+    blocks = {"kind": "preference", "loss": "simpo_plackett_luce", "beta": 2.0}
+    result = objective(objective=blocks).weigh(rollout([[-1.0]] * 3, [0.3, 0.1 + 0.2, 0.5]), Measured(np.full(3, -1.0)))
+    assert result.metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-12)
 
 
 def test_members_without_an_opinion_are_centred_to_nothing() -> None:
     members = np.array([nearly(1 / 3)[:4], [1.0, np.nan, 3.0, 2.0], [np.nan] * 4])
-    found = elicitation.centre(members, np.zeros(4))
-    assert found[0].tolist() == [0.0] * 4
-    assert found[1] == pytest.approx([-1.0, np.nan, 1.0, 0.0], nan_ok=True)
-    assert np.isnan(found[2]).all()
+    result = elicitation.centre(members, np.zeros(4))
+    assert result[0].tolist() == [0.0] * 4
+    assert result[1] == pytest.approx([-1.0, np.nan, 1.0, 0.0], nan_ok=True)
+    assert np.isnan(result[2]).all()
 
 
 def test_dynamic_sampling_replaces_groups_that_differ_by_rounding() -> None:
-    own = object.__new__(buffer.RolloutBuffer)
-    own.min_samples, own.refills, own._refilled = 2, 1, 0
+    built = object.__new__(buffer.RolloutBuffer)
+    built.min_samples, built.refills, built._refilled = 2, 1, 0
     scored_rows = np.ones(3, bool)
     one, up, down = nearly(1 / 3)[:3].tolist()
 
     def refusal(rewards: list[float]) -> str | None:
-        return own._refusal(scored(generated(prompts([0], samples=3)), rewards), scored_rows)
+        return built._refusal(scored(generated(prompts([0], samples=3)), rewards), scored_rows)
 
     assert refusal([one, up, down]) == refusal([one, one, one]) == "uniform_rewards"
     assert refusal([one, one, one * 1.001]) is None
@@ -210,8 +212,8 @@ def test_dynamic_sampling_replaces_groups_that_differ_by_rounding() -> None:
 def test_groups_of_one_are_not_uniform() -> None:
     tickets = np.array([0, 1, 1, 2, 3, 3])
     assert advantages.num_uniform_groups(np.array([1.0, 0.1 + 0.2, 0.3, 5.0, 1.0, 2.0]), tickets) == 1
-    own = objective(objective={"advantage": "reinforce_pp"}, sampling={"samples_per_prompt": 1})
-    credit = own.weigh(rollout([[-1.0]] * 4, [1.0, 2.0, 3.0, 3.0], tickets=[0, 1, 2, 3]), Measured())
+    built = objective(objective={"advantage": "reinforce_pp"}, sampling={"samples_per_prompt": 1})
+    credit = built.weigh(rollout([[-1.0]] * 4, [1.0, 2.0, 3.0, 3.0], tickets=[0, 1, 2, 3]), Measured())
     assert credit.metrics["uniform_groups"] == 0
 
 
@@ -223,47 +225,51 @@ def test_groups_of_one_are_not_uniform() -> None:
 def test_advantages_of_completions_are_whitened_over_completions(advantage: str, whiten: str) -> None:
     """One action, one vote: a completion of four tokens weighs no more in mean and deviation than one of one."""
     rewards = np.array([1.0, 4.0, -2.0, 0.5, 0.0, 3.0, 7.0, -1.0])
-    by: dict[str, Any] = {"advantage": advantage, "whiten": whiten}
+    blocks: dict[str, Any] = {"advantage": advantage, "whiten": whiten}
     values = np.zeros((sum(LENGTHS), 1))
     if advantage == "value_baseline":
-        by["critic"] = {}
+        blocks["critic"] = {}
     raw = advantages.by_ticket(advantages.rloo, rewards, np.array(TICKETS)) if advantage == "rloo" else rewards
     expected = (raw - raw.mean()) / raw.std(ddof=int(whiten == "sample"))
-    found = objective(objective=by).weigh(cut(rewards), Measured(values=values))
-    assert found.advantages == pytest.approx(np.repeat(expected, LENGTHS), abs=1e-12)
+    result = objective(objective=blocks).weigh(cut(rewards), Measured(values=values))
+    assert result.advantages == pytest.approx(np.repeat(expected, LENGTHS), abs=1e-12)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.02])
 def test_with_an_entropy_advantage_that_weighs_something_tokens_are_whitened(coefficient: float) -> None:
     rewards = [1.0, 4.0, -2.0, 0.5, 0.0, 3.0, 7.0, -1.0]
-    by = {"advantage": "none", "whiten": "population"}
+    blocks = {"advantage": "none", "whiten": "population"}
     entropy = {"entropy_advantage": {"critic": False, "coefficient": coefficient}}
-    plain, found = (objective(objective=each).weigh(cut(rewards), Measured()) for each in (by, {**by, **entropy}))
+    plain, result = (
+        objective(objective=block).weigh(cut(rewards), Measured()) for block in (blocks, {**blocks, **entropy})
+    )
     if coefficient == 0:
-        assert found.advantages.tobytes() == plain.advantages.tobytes()
+        assert result.advantages.tobytes() == plain.advantages.tobytes()
     else:
-        assert (found.advantages.mean(), found.advantages.std()) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
+        assert (result.advantages.mean(), result.advantages.std()) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
 
 
 # ---- a term of the loss is reduced as what it regularises
 
 
-def value_of_kl(own: Objective, lengths: list[int]) -> float:
+def value_of_kl(built: Objective, lengths: list[int]) -> float:
     """kl_loss_nats at x = log pi - log ref = 1 for every token of the first completion, 2 for the others."""
     from keel.algorithms.credit import Credit, Outputs, Rows
 
-    each = torch.repeat_interleave(torch.tensor([1.0, *[2.0] * (len(lengths) - 1)]), torch.tensor(lengths)).double()
+    log_ratios = torch.repeat_interleave(
+        torch.tensor([1.0, *[2.0] * (len(lengths) - 1)]), torch.tensor(lengths)
+    ).double()
     rows = Rows(
-        advantages=torch.zeros_like(each),
+        advantages=torch.zeros_like(log_ratios),
         lengths=torch.tensor(lengths).double(),
         row_of_item=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
-        sampler=torch.zeros_like(each),
-        reference=-each,
+        sampler=torch.zeros_like(log_ratios),
+        reference=-log_ratios,
     )
-    credit = Credit(np.zeros(len(each)), len(lengths), len(each))
-    return own.loss(rows, Outputs(torch.zeros_like(each), vocabulary=torch.zeros_like(each)), credit).sums[
-        "kl_loss_nats"
-    ]
+    credit = Credit(np.zeros(len(log_ratios)), len(lengths), len(log_ratios))
+    return built.loss(
+        rows, Outputs(torch.zeros_like(log_ratios), vocabulary=torch.zeros_like(log_ratios)), credit
+    ).sums["kl_loss_nats"]
 
 
 @pytest.mark.parametrize(
@@ -273,17 +279,17 @@ def value_of_kl(own: Objective, lengths: list[int]) -> float:
 def test_kl_in_the_loss_is_reduced_like_the_likelihood(likelihood: str, expected: float) -> None:
     """k2 is 1/2 and 2 nats^2 a token, on completions of 5 tokens and 1; the likelihood's own weights say the same."""
     kl = {"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}}
-    by = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": likelihood}
-    own = objective(objective=by, regulariser=kl)
-    assert value_of_kl(own, [5, 1]) == pytest.approx(expected, abs=1e-12)
+    blocks = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": likelihood}
+    built = objective(objective=blocks, regulariser=kl)
+    assert value_of_kl(built, [5, 1]) == pytest.approx(expected, abs=1e-12)
     batch = rollout([[-1.0] * 5, [-1.0]], [0.0, 0.0])
-    credit = own.weigh(batch, Measured())
+    credit = built.weigh(batch, Measured())
     terms = np.repeat([0.5, 2.0], [5, 1])
     assert (credit.advantages * terms).sum() / credit.num_rows == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("by", "expected"),
+    ("blocks", "expected"),
     [
         ({"kind": "preference", "loss": "dpo"}, (5 * 0.5 + 2.0) / 2),
         ({"kind": "preference", "loss": "cpo"}, (5 * 0.5 + 2.0) / 2),
@@ -296,11 +302,13 @@ def test_kl_in_the_loss_is_reduced_like_the_likelihood(likelihood: str, expected
         ({"kind": "logits_convexity"}, (5 * 0.5 + 2.0) / 6),
     ],
 )
-def test_kl_in_the_loss_weighs_a_token_as_the_objective_does(by: dict[str, Any], expected: float) -> None:
+def test_kl_in_the_loss_weighs_a_token_as_the_objective_does(blocks: dict[str, Any], expected: float) -> None:
     """Summed beside sums of log-probs, averaged beside averages; GSPO's ratio is such an average."""
-    own = objective(objective=by, regulariser={"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}})
-    assert own.reduction in ("sequence_sum", "sequence_mean", "token_mean")
-    assert value_of_kl(own, [5, 1]) == pytest.approx(expected, abs=1e-12)
+    built = objective(
+        objective=blocks, regulariser={"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}}
+    )
+    assert built.reduction in ("sequence_sum", "sequence_mean", "token_mean")
+    assert value_of_kl(built, [5, 1]) == pytest.approx(expected, abs=1e-12)
 
 
 def test_pairs_of_one_prompt_know_their_margin() -> None:

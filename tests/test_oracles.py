@@ -175,6 +175,34 @@ def test_the_slope_of_weighted_k3_is_that_of_its_value(ratio: float) -> None:
         assert numeric == pytest.approx(slope.item(), rel=1e-6, abs=1e-9 * abs(value(at).item()) / 1e-6)
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3_k2"])
+@pytest.mark.parametrize(
+    ("blocks", "cap"),
+    [({"correction_cap": 3.0}, 3.0), ({}, 2.0), ({"kind": "preference"}, regularisers.MAX_WEIGHT)],
+)
+def test_the_weight_of_the_kl_is_cut_at_the_cap_of_the_objective(
+    estimator: str, blocks: dict[str, Any], cap: float
+) -> None:
+    """pi / sampler = e^-1, e^.5 and e^5, of which the last is above every cap; slope and value x = 2 times the weight."""
+    kl = {"placement": "loss", "estimator": estimator, "coefficient": 1.0, "importance_weighted": True}
+    built = objective(objective=blocks, regulariser={"kl": kl})
+    logprobs = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+    sampler = logprobs.detach() - torch.tensor([-1.0, 0.5, 5.0], dtype=torch.float64)
+    rows = Rows(
+        advantages=torch.zeros(3, dtype=torch.float64),
+        lengths=torch.ones(3, dtype=torch.float64),
+        row_of_item=torch.arange(3),
+        sampler=sampler,
+        reference=logprobs.detach() - 2.0,
+    )
+    tokens = built._kl_tokens(rows, Outputs(logprobs))
+    weights = np.minimum(np.exp([-1.0, 0.5, 5.0]), cap)
+    value = 2.0 if estimator == "k2" else np.exp(-2.0) - 1 + 2
+    assert tokens.tolist() == pytest.approx((weights * value).tolist(), rel=1e-12)
+    (slope,) = torch.autograd.grad(tokens.sum(), logprobs)
+    assert slope.tolist() == pytest.approx((weights * 2.0).tolist(), rel=1e-12)
+
+
 LENGTHS = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
 SCORES = torch.tensor([1.0, 0.3, -0.2], dtype=torch.float64)
 

@@ -114,9 +114,9 @@ def test_the_dual_controller_is_bounded_alike_in_both_directions(nats: float, si
     settings = ControllerSettings(kind="dual", target_nats=3.0, rate=rate, minimum=1e-30, maximum=1e30)
 
     def factor(seen: float, direction: float) -> float:
-        own = coefficients.coefficient(settings, 0.4, direction)
-        own.update(Observation(seen, 500, 0.0, 0.0, 0.0))
-        return float(own.value / 0.4)
+        controller = coefficients.coefficient(settings, 0.4, direction)
+        controller.update(Observation(seen, 500, 0.0, 0.0, 0.0))
+        return float(controller.value / 0.4)
 
     expected = np.exp(sign * np.clip(rate * (nats / 3 - 1), -1, 1))
     assert factor(nats, sign) == pytest.approx(expected, rel=1e-12)
@@ -129,9 +129,9 @@ def test_the_dual_controller_is_bounded_alike_in_both_directions(nats: float, si
 def test_zieglers_controller_moves_by_a_fifth_at_most(completions: int) -> None:
     """Also when a step has more completions than the horizon, which would turn the coefficient's sign."""
     for nats, step in ((1e9, 0.2), (-1e9, -0.2), (3.3, 0.1)):
-        own = coefficients.coefficient(ControllerSettings(kind="proportional", target_nats=3.0), 0.4, 1.0)
-        own.update(Observation(nats, completions, 0.0, 0.0, 0.0))
-        assert own.value == pytest.approx(0.4 * (1 + step * min(1.0, completions / 10_000)), rel=1e-9)
+        controller = coefficients.coefficient(ControllerSettings(kind="proportional", target_nats=3.0), 0.4, 1.0)
+        controller.update(Observation(nats, completions, 0.0, 0.0, 0.0))
+        assert controller.value == pytest.approx(0.4 * (1 + step * min(1.0, completions / 10_000)), rel=1e-9)
 
 
 def safe_after(updates: int) -> Objective:

@@ -1,6 +1,7 @@
 """Completions that came with the prompts: what the policy thinks of them is no KL and no entropy, and moves nothing."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from keel import diagnostics, schema
-from keel.algorithms.credit import Measured, Outputs, Rows
+from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.learn import DeepSpeedLearner
 from rollouts import generated, prompts, referenced, scored
 from tabular import objective
 
@@ -109,7 +111,7 @@ def test_beside_stored_completions_the_sampled_ones_steer_as_if_they_were_alone(
 def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
     """Loss and metric sums of a step with a KL and an entropy term in the loss; columns: with the sampler's log-probs."""
     kl = {"placement": "loss", "estimator": "k2", "coefficient": 0.2}
-    own = objective(
+    built = objective(
         objective=PREFER,
         sampling={"stored_ratio": RATIOS[kind], "samples_per_prompt": 2},
         regulariser={"kl": kl, "entropy": {"form": "token_bonus", "coefficient": 0.3}},
@@ -122,7 +124,7 @@ def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
     )
     if not columns:
         batch = batch.drop_columns(["completion_logprobs"])
-    credit = own.credited(batch, Measured(sampler.numpy()))
+    credit = built.credited(batch, Measured(sampler.numpy()))
     rows = Rows(
         advantages=torch.from_numpy(credit.advantages),
         lengths=torch.from_numpy(lengths).double(),
@@ -132,7 +134,7 @@ def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
         stored=torch.from_numpy(~schema.sampled(batch)),
     )
     entropies = torch.arange(1.0, len(sampler) + 1, dtype=torch.float64)
-    terms = own.loss(rows, Outputs(sampler, entropies), credit)
+    terms = built.loss(rows, Outputs(sampler, entropies), credit)
     return terms.loss.item(), dict(terms.sums)
 
 
@@ -163,12 +165,32 @@ def test_an_offline_stage_calls_nothing_kl() -> None:
     assert not {"kl_loss", "kl_loss_nats", "policy_entropy_nats"} & set(sums)
 
 
+def test_the_learner_hands_on_which_rows_are_stored() -> None:
+    """Of the rows of a micro-batch, in its order; nothing where all rows are of one kind."""
+    for kind, expected in (("mixed", [True, False]), ("sampled", None), ("stored", None)):
+        batch = rollout(kind)
+        lengths = schema.completion_lengths(batch)
+        places = np.split(np.arange(lengths.sum()), np.cumsum(lengths)[:-1])
+        micro = SimpleNamespace(
+            rows=np.array([2, 1]),
+            items=np.concatenate([places[2], places[1]]),
+            row_of_item=torch.repeat_interleave(torch.arange(2), torch.from_numpy(lengths[[2, 1]])),
+        )
+        learner = SimpleNamespace(
+            settings=SimpleNamespace(sampling=SimpleNamespace(stored_ratio=RATIOS[kind])), device="cpu"
+        )
+        credit = Credit(np.zeros(int(lengths.sum())), 4, int(lengths.sum()))
+        rows = DeepSpeedLearner._rows(learner, batch, micro, credit, None)  # type: ignore[arg-type]
+        assert (None if rows.stored is None else rows.stored.tolist()) == expected
+        assert rows.sampler is not None and rows.sampler.tolist() == pytest.approx([*SAMPLER[2], *SAMPLER[1]])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_kl_of_best_of_n_is_that_of_samples(kind: str) -> None:
     """n is the number of samples a prompt; of stored completions it is not known what they were chosen from."""
-    own = objective(
+    built = objective(
         objective={"kind": "weighted_likelihood", "weights": "best_of_n"},
         sampling={"stored_ratio": RATIOS[kind], "samples_per_prompt": 2},
     )
-    metrics = own.weigh(rollout(kind), Measured()).metrics
+    metrics = built.weigh(rollout(kind), Measured()).metrics
     assert metrics.get("best_of_n_kl_nats") == (None if kind == "stored" else pytest.approx(math.log(2) - 0.5))

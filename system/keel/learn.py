@@ -232,6 +232,7 @@ class DeepSpeedLearner:
             return column(schema.ragged(batch, name)[0]) if name in batch.schema.names else None
 
         lengths = schema.lengths(batch, "completion_tokens")[micro.rows]
+        mixed = 0 < self.settings.sampling.stored_ratio < 1
         return Rows(
             advantages=column(credit.advantages),
             lengths=torch.from_numpy(lengths.astype(np.float32)).to(self.device),
@@ -241,7 +242,7 @@ class DeepSpeedLearner:
             reference=stored("reference_logprobs"),
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
-            stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device),
+            stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 
     def _forward(self, micro: batching.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:

@@ -43,7 +43,10 @@ TABLE: list[Metric] = [
         ("reward_std", "Standard deviation of the reward over the step's completions."),
         ("regularised_reward", "Mean reward plus the regularisers that live in it: what the advantage is made of."),
         ("reward_kl_term", "Mean KL term inside the reward: minus coefficient times nats."),
-        ("reward_entropy_term", "Mean entropy term inside the reward: coefficient times nats."),
+        (
+            "reward_entropy_term",
+            "Mean entropy term inside the reward: coefficient times nats (sequence_mean_exact: less coefficient/|y|).",
+        ),
         ("kl_nats", "Mean over sampled completions of sum_t log pi_sampler - log pi_ref (k1, on every run)."),
         ("kl_k3_nats", "Mean over sampled completions of sum_t k3, never negative."),
         ("entropy_nats", "Mean over sampled completions of -log pi(y)/|y| under the sampler (sampled estimate)."),
