@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import pickle
 import resource
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, durable, learner_state, models, reads, references, schema, segments, tiny, verify
+from keel import checkpoint, cli, durable, learner_state, models, reads, references, schema, segments, tiny, verify
 from keel.buffer import RolloutBuffer
 from keel.config import ConfigError
 from keel.reads import ReadFailed
@@ -256,3 +257,15 @@ def test_a_policy_of_a_checkpoint_and_a_reference_are_read_only_as_they_were_wri
             models.locate(str(folder), "policy.model")
         copy = shutil.copytree(folder, tmp_path / f"copy-{folder.name}", ignore=shutil.ignore_patterns("MANIFEST.json"))
         assert models.locate(str(copy), "policy.model") == copy
+
+
+def test_a_failed_read_ends_a_command_with_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with failing("state.json", FAILURES["EIO"]), pytest.raises(ReadFailed, match="Input/output error") as caught:
+        checkpoint.newest_intact(made)
+    error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a learner rank or the buffer
+    with pytest.raises(SystemExit, match=r"^1$"):
+        cli._fail_run(error)
+    path = made / NEWEST / "state.json"
+    assert (
+        capsys.readouterr().err == f"keel: ReadFailed: [Errno 5] Input/output error; it was left as it is: '{path}'\n"
+    )

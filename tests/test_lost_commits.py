@@ -1,6 +1,8 @@
 """A run whose commits are gone is refused in one line, and nothing of it changes; what is undone is moved aside."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,9 +207,6 @@ def test_damaged_lines_are_moved_aside_as_they_are(tmp_path: Path) -> None:
 
 
 def test_files_of_a_run_on_two_disks_are_moved_aside(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
     real, path = os.rename, run / "rollouts" / "step-000005.arrow"
     content = path.read_bytes()
 
@@ -228,7 +227,7 @@ async def test_a_stage_whose_commits_are_gone_is_refused(
 ) -> None:
     plan = course_of(tmp_path / "stage", every=1, checkpoints=2)
     plan.directory.mkdir()
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match=r"^$"):
         await Run(plan, FakeTrainee(HELD_OUT, killed_at=6)).finish()
     lose(plan.directory / "checkpoints")
     (plan.directory / ({"events.jsonl", "metrics.jsonl"} - {source}).pop()).unlink()

@@ -13,7 +13,7 @@ from typing import Any
 from keel import commits, durable, reads
 from keel.config import ConfigError
 
-_MANIFEST, _COMMIT = "MANIFEST.json", "COMMIT"
+_MANIFEST, _COMMIT, _STAGE = "MANIFEST.json", "COMMIT", "stage.json"
 _DAMAGED = "damaged-"
 _STEP = re.compile(r"step-(\d+)")
 
@@ -63,10 +63,29 @@ def trained(folder: Path) -> Path:
     """The model of a run directory: a stage's, or the policy of the newest checkpoint; any other folder is itself."""
     if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         return folder
-    if (folder / "model").is_dir() and (folder / "stage.json").is_file():  # of a finished stage
+    if (folder / "model").is_dir() and (folder / _STAGE).is_file():  # of a finished stage
         return folder / "model"
     newest = latest(folder)
     return newest / "policy" if newest else folder
+
+
+def stage(directory: Path) -> dict[str, Any] | None:
+    """What a finished stage says of itself; None: it has not finished.
+
+    Raises ConfigError where what it left is not what it wrote.
+    """
+    path = directory / _STAGE
+    if not reads.is_there(path):
+        return None
+    try:
+        if reads.is_there(directory / _MANIFEST):
+            check(directory)
+        return reads.read_json(path)
+    except (CheckpointError, ValueError) as error:
+        raise ConfigError(
+            f"run.directory={directory}: finished, by {_STAGE}, but not as it was written: {error}; expected what"
+            f" {_MANIFEST} names, or another run.name to run it again"
+        ) from None
 
 
 def check_model(folder: Path) -> None:
@@ -83,7 +102,7 @@ def check_model(folder: Path) -> None:
 
 
 def _markers(folder: Path) -> list[Path]:
-    return [folder / "stage.json", folder / _COMMIT]
+    return [folder / _STAGE, folder / _COMMIT]
 
 
 def folder_of(run_directory: Path, step: int) -> Path:
@@ -99,7 +118,7 @@ def steps(run_directory: Path) -> list[int]:
 def lost(run_directory: Path) -> tuple[int, str] | None:
     """The newest commit that other files of the run know of, and which of them, where it is neither there nor aside."""
     known, source = commits.newest_known(run_directory)
-    if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / "stage.json"):
+    if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / _STAGE):
         return None  # in this order: a live run commits meanwhile; a finished stage has deleted its own
     names = [path.name for path in reads.entries(run_directory / "checkpoints") if path.name.startswith(_DAMAGED)]
     aside = [_STEP.fullmatch(name.removeprefix(_DAMAGED)) for name in names]

@@ -56,7 +56,7 @@ def settled(
     uncache(path)
     second = look()
     if not sound(second) and not (same(first, second) if same else first == second):
-        raise ReadFailed(errno.EIO, "it reads differently each time; nothing was changed", str(path))
+        raise ReadFailed(errno.EIO, "it reads differently each time; it was left as it is", str(path))
     return second
 
 
@@ -76,12 +76,12 @@ def naming_a_failed_read(path: Path) -> Iterator[None]:
     except (FileNotFoundError, ReadFailed):
         raise
     except OSError as error:
-        raise ReadFailed(error.errno, f"{error.strerror or error}; nothing was changed", str(path)) from error
+        raise ReadFailed(error.errno, f"{error.strerror or error}; it was left as it is", str(path)) from error
 
 
 def check_length(path: Path, length: int, size: int) -> None:
     if length < size:
-        raise ReadFailed(errno.EIO, f"{length} of its {size} bytes were read; nothing was changed", str(path))
+        raise ReadFailed(errno.EIO, f"{length} of its {size} bytes were read; it was left as it is", str(path))
 
 
 def is_there(path: Path) -> bool:

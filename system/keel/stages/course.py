@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, endpoint, reads
+from keel import checkpoint, cluster, config, durable, endpoint
 from keel.config import ConfigError
 from keel.controller import Stalled
 from keel.gang import Gang
@@ -262,22 +262,8 @@ def check_rows(directory: Path, stored: str, digest: str) -> None:
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """What a stage that reached its end says of itself; None: it has not.
-
-    Raises ConfigError where what it left is not what it wrote.
-    """
-    path = directory / "stage.json"
-    if not reads.is_there(path):
-        return None
-    try:
-        if reads.is_there(directory / "MANIFEST.json"):
-            checkpoint.check(directory)
-        return reads.read_json(path)
-    except (checkpoint.CheckpointError, ValueError) as error:
-        raise ConfigError(
-            f"run.directory={directory}: finished, by stage.json, but not as it was written: {error}; expected what"
-            " MANIFEST.json names, or another run.name to run it again"
-        ) from None
+    """What a stage that reached its end says of itself; None: it has not. Raises ConfigError, as `checkpoint.stage`."""
+    return checkpoint.stage(directory)
 
 
 def mark(directory: Path, names: Sequence[str], summary: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 from rich.console import Console
 
-from keel import __version__, config, durable
+from keel import __version__, checkpoint, config, durable
 from keel.config import ConfigError
 from keel.pipeline_settings import PipelineSettings, StageEntry
 from keel.section import Section
@@ -92,6 +92,7 @@ def run(stages: list[Planned], console: Console) -> None:
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.entry.name}: keel {stage.entry.command} {stage.entry.config}"
         if stage.done:
+            checkpoint.stage(stage.directory)  # which refuses one that is damaged
             seconds = json.loads((stage.directory / "done.json").read_text(encoding="utf8"))["seconds"]
             console.print(
                 f"{title}  cached, nothing it depends on changed ({from_here(stage.directory)}, {seconds:.0f} s saved)",
