@@ -8,10 +8,11 @@ import pytest
 
 import leaks
 import process_state
-from remaining import Remaining
+from remaining import LongFilesFirst, Remaining
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(LongFilesFirst())
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Remaining(config))
 
@@ -20,10 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("exhaustive"):  # make test runs none that CI leaves out: CI calls make test
             item.add_marker(pytest.mark.slow)
-    # The real stack first and its slow files before the others, or one process ends with them while the other has
-    # nothing left. Nothing else is put in order: the rest is as pytest-randomly left it.
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.get_closest_marker("integration") is None, item.path not in slow))
 
 
 OF_A_TEST = ("warning filter", "signal SIGALRM")
@@ -45,7 +42,7 @@ def watched(where: str, told: Container[str] = (), without: tuple[str, ...] = ()
 
 @pytest.fixture(scope="session", autouse=True)
 def _session_leaves_no_trace() -> Iterator[None]:
-    yield from watched("a fixture of the session", _told, OF_A_TEST)  # pytest has other ones for each test
+    yield from watched("a fixture of the session", _told, OF_A_TEST)
 
 
 @pytest.fixture(scope="module", autouse=True)

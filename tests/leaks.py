@@ -4,6 +4,7 @@ A test that leaves something changed makes another one pass or fail by the order
 every test, every module, the session, and the import of every test file.
 """
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,10 @@ from process_state import Group, Names, State, file_of, made_by_a_test, snapshot
 
 PLAIN = (str, bytes, int, float, bool, tuple, list, dict, set, frozenset, type(None), MethodType)
 ENDING = ("thread ", "child process ")
-ENDS_WITHIN_SECONDS = 5.0
-"""A thread or process that was told to end may take this long."""
-CACHES: set[str] = set()
-"""Names that Keel gives itself when it first needs them."""
+ENDS_WITHIN_SECONDS = 60.0
+"""A thread or process that was told to end may take this long: Ray's do, on a busy machine."""
+OF_PYTHON = (".__warningregistry__",)
+"""Names that Python itself puts into a module."""
 OF_LIBRARIES = {
     "ray": {"environment RAY_CLIENT_MODE", "sys path", "sys excepthook", "logging record factory"},
     "deepspeed": {"environment PYTORCH_NVML_BASED_CUDA_CHECK"},
@@ -28,11 +29,9 @@ OF_LIBRARIES = {
         "environment TILELANG_CLEANUP_TEMP_FILES",
         "environment LD_LIBRARY_PATH",
         "sys path",
-        "sys meta_path",
     },
     "ray.autoscaler._private.local.node_provider": {"logger filelock"},
     "keel.http_rewards": {"logger httpx", "logger httpcore"},
-    "six": {"sys meta_path"},
 }
 """What a library changes when it is first imported, and needs for as long as the process has it: nothing to put back."""
 
@@ -114,7 +113,13 @@ def arrived(group: str, name: Any, old: Any, new: Any, before: State, libraries:
     if group in ("thread", "child process"):
         return old is not ABSENT  # the end of something
     if group == "Keel":
-        return old is ABSENT and (isinstance(new, (ModuleType, dict)) or name in CACHES)
+        return old is ABSENT and (isinstance(name, Names) or isinstance(new, ModuleType) or name.endswith(OF_PYTHON))
+    if (group, name) == ("signal", "SIGALRM"):  # pytest-timeout looks no longer at a test that failed
+        return new == signal.SIG_DFL
+    if (group, name) == ("sys", "meta_path"):  # libraries put finders for their own parts there
+        return bool(libraries) and not any(
+            made_by_a_test(type(finder).__module__) for finder in new if finder not in old
+        )
     if group in ("torch", "numpy", "Ray"):
         return old is ABSENT and not (group == "Ray" and new is True)
     return False

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
+
 Group = dict[Any, Any]
 State = dict[str, Group]
 
@@ -117,7 +119,7 @@ def interpreter() -> Group:
         **{f"builtin {name}": getattr(builtins, name) for name in ("__import__", "open", "print", "input", "exit")},
         "argv": list(sys.argv),
         "path": list(sys.path),
-        "meta_path": [id(finder) for finder in sys.meta_path],
+        "meta_path": list(sys.meta_path),
         "path_hooks": list(sys.path_hooks),
         "recursion limit": sys.getrecursionlimit(),
         "switch interval": sys.getswitchinterval(),
@@ -171,16 +173,22 @@ def threads() -> Group:
 
 
 def children() -> Group:
-    found = {}
-    for task in Path("/proc/self/task").glob("*/children"):
-        for number in task.read_text().split() if task.exists() else ():
-            try:
-                command = Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except FileNotFoundError:  # it ended just now
-                continue
-            if command and not any(helper in command for helper in HELPERS):  # without one: ended, not yet waited for
-                found[f"{number} {command[:120]}"] = True
-    return found
+    """Processes of this one that run."""
+    try:
+        os.waitid(
+            os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        )  # looks, and takes none from those that wait for them
+    except ChildProcessError:  # there is none
+        return {}
+    commands = {}
+    for process in psutil.Process().children():
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:  # it ended just now, or nothing has waited for it yet
+            continue
+        if command and not any(helper in command for helper in HELPERS):
+            commands[f"{process.pid} {command[:120]}"] = True
+    return commands
 
 
 def torch() -> Group:

@@ -2,19 +2,44 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
 
 import pytest
 
 EVERY_SECONDS = 30.0
 FIRST_SHARE = 0.05
+LONG_SECONDS = 120.0
 UNIT_SECONDS = 0.15
 """What a test takes that has no line below, on one of two cores."""
 SECONDS = {
-    "integration/": 10.0,
+    "chaos/": 400.0,
+    "integration/": 30.0,
+    "integration/test_dead_nodes": 150.0,
+    "integration/test_embedded_ray": 45.0,
+    "integration/test_every_objective": 2.5,
+    "integration/test_jobs": 120.0,
+    "integration/test_learning": 8.0,
+    "integration/test_objective_runs": 80.0,
+    "integration/test_placement": 8.0,
+    "integration/test_pool": 5.0,
+    "integration/test_predictions": 150.0,
+    "integration/test_prometheus": 20.0,
+    "integration/test_recovery": 90.0,
+    "integration/test_resharding": 4.0,
+    "integration/test_runs": 80.0,
+    "integration/test_same_curve": 150.0,
+    "integration/test_stage_folders": 8.0,
+    "integration/test_stage_runs": 60.0,
+    "integration/test_stages_match": 40.0,
+    "integration/test_starved": 150.0,
+    "integration/test_tldr_chain": 60.0,
+    "integration/test_two_runs": 200.0,
+    "integration/test_weight_sync": 5.0,
 }
-"""What a test of a file or a folder takes. A few tests of the real stack take longer than a thousand others: counted
-alone they would promise hours. `pytest --durations=0` measures; what has changed a little may stay."""
+"""About what a test of a folder or a file takes. A few tests of the real stack take longer than a thousand others: by
+their number alone they would promise hours. Only how they compare matters; `pytest --durations=0` measures."""
 PATTERN = re.compile("|".join(re.escape(name) for name in sorted(SECONDS, key=len, reverse=True)))
 
 
@@ -22,6 +47,20 @@ def cost(test: str) -> float:
     """Seconds that a test takes, by its name; its file before its folder."""
     known = PATTERN.search(test)
     return SECONDS[known[0]] if known else UNIT_SECONDS
+
+
+class LongFilesFirst:
+    """Files of many minutes begin first, or one process ends with such a file while the other has nothing left.
+
+    Nothing else is put in order: among files of about the same time, and in each, the order is as it was.
+    """
+
+    @pytest.hookimpl(trylast=True)  # of the tests that were chosen
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        seconds: Counter[Path] = Counter()
+        for item in items:
+            seconds[item.path] += cost(item.nodeid)
+        items.sort(key=lambda item: -(seconds[item.path] // LONG_SECONDS))
 
 
 class Remaining:

@@ -32,7 +32,7 @@ LEAKS = {
     "import builtins; builtins.input = print": "sys builtin input: ",
     "import sys, types; sys.modules['made_up'] = types.ModuleType('made_up')": "module made_up: absent -> ",
     "import sys; del sys.modules['json']": "module json: ",
-    "import pathlib, sys; pathlib.Path('mine.py').touch(); sys.path.insert(0, '.'); import mine": "module mine: absent -> ",
+    "import pathlib, sys; here = pathlib.Path(__file__).parents[1] / 'its'; here.mkdir(exist_ok=True); (here / 'mine.py').touch(); sys.path.insert(0, str(here)); import mine": "module mine: absent -> ",
     "import logging; logging.getLogger().setLevel('DEBUG')": "logger root: ",
     "import logging; logging.getLogger('mine').propagate = False": "logger mine: ",
     "import logging; logging.getLogger('mine').addHandler(logging.NullHandler())": "logger mine: ",
@@ -63,7 +63,7 @@ HEAD = "import keel.algorithms.kinds, keel.room, keel.schema, keel.worker, numpy
 def outcome(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, code: str) -> pytest.RunResult:
     """Of a test file under this conftest.py, in a process of its own."""
     monkeypatch.setenv("LC_ALL", "C")
-    pytester.makeconftest((HERE / "conftest.py").read_text())
+    pytester.makeconftest((HERE / "conftest.py").read_text() + "\nleaks.ENDS_WITHIN_SECONDS = 1.0\n")
     pytester.makepyfile(test_it=code)
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\nmarkers = ['slow', 'exhaustive', 'integration']\n")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *sys.path]))

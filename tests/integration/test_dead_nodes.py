@@ -27,7 +27,7 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(restored_process: None, pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without CPUs, which has the driver and the buffer, a node for the generator and one for the others."""
     paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))

@@ -19,6 +19,8 @@ from keel import cluster, config
 from keel.protocols import NotFinite
 from keel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 
 
