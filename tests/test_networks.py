@@ -52,7 +52,8 @@ def moved(module: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("trunk", "trains_policy", "trains_own"), [("shared", True, False), ("detached", False, False), ("own", False, True)]
+    ("trunk", "trains_policy", "trains_own"),
+    [("shared", True, False), ("detached", False, False), ("own", False, True)],
 )
 @pytest.mark.parametrize("softmin", [None, 0.3])
 def test_a_critic_trains_its_heads_and_the_trunk_it_says(
@@ -162,7 +163,9 @@ def test_as_many_pieces_are_kept_as_fit(policy: Policy, bytes_: int, pieces: int
 
 @pytest.mark.parametrize("kept", [1, 2, 4, 9])
 @pytest.mark.parametrize("pieces", [1, 4])
-def test_pieces_that_are_not_kept_are_made_again_and_nothing_else_changes(policy: Policy, pieces: int, kept: int) -> None:
+def test_pieces_that_are_not_kept_are_made_again_and_nothing_else_changes(
+    policy: Policy, pieces: int, kept: int
+) -> None:
     """Forward every piece once, backward again those before the last `kept`; without gradients never again."""
     micro, calls = step_of((5, 1, 4)), [0]
     states = policy.states(micro).detach()

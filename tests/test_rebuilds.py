@@ -80,7 +80,9 @@ def test_a_step_between_losses_starts_the_count_again(tmp_path: Path, monkeypatc
     assert run.attempts == 5
 
 
-def test_what_cannot_be_built_the_first_time_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_built_the_first_time_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of(tmp_path, [BuildFailed("no such model")], 3, monkeypatch, has_run=False)
     with pytest.raises(BuildFailed, match="no such model"):
         asyncio.run(run.to_the_end(Saved(None, {})))

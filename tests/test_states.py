@@ -205,4 +205,3 @@ def test_totals_of_no_checkpoint_are_none(tmp_path: Path) -> None:
     counted(metrics, 2.0)
     metrics.restore({})
     assert metrics.totals["steps_total"] == 0.0 and metrics.totals["samples_failed_total"] == {}
-

@@ -70,7 +70,9 @@ def test_two_models_of_a_stage_have_the_same_vocabulary(model: Path, tmp_path: P
     other = beside(model, tmp_path / "other", more)
     for own, second in ((model, other), (other, model)):
         if more:
-            with pytest.raises(ConfigError, match=rf"reference\.model={second}: \d+ tokens in its vocabulary; expected"):
+            with pytest.raises(
+                ConfigError, match=rf"reference\.model={second}: \d+ tokens in its vocabulary; expected"
+            ):
                 preflight.check_vocabulary(own, second, "reference.model")
         else:
             preflight.check_vocabulary(own, second, "reference.model")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import ray
-import test_pool
 from live import add_node, refusal
 from ray._raylet import PlacementGroupID
 from ray.cluster_utils import Cluster
@@ -22,9 +21,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from test_pool import LIMITS, Log, Worker, ask
 
 import keel as package
+import test_pool
 from keel import gang, generate, room
 from keel.actor_settings import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.capacity import bundles
@@ -32,6 +31,7 @@ from keel.pool import NoWorkers, Pool
 from keel.protocols import LearnerLost, WorkerLost
 from keel.room import Room
 from keel.worker import Spawn
+from test_pool import LIMITS, Log, Worker, ask
 
 HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 
@@ -142,7 +142,7 @@ async def test_where_others_serve_a_worker_waits_as_long_as_it_takes() -> None:
     await asyncio.sleep(4.0)
     assert len(pool._coming) == 1 and not any(task.done() for task in pool._coming.values())
     assert len(log.told) > 3 and len({said[0] for said in log.told[-3:]}) == 1
-    with pytest.raises(WorkerLost):
+    with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     await ask(pool)  # whichever of the two got the room that came free
     assert [name for name, _ in log.events].count("worker_lost") == 1
@@ -157,7 +157,7 @@ async def test_nothing_stays_behind_when_workers_go() -> None:
     await pool.ready()
     await until(lambda: pool.serving == 3)
     assert len(granted()) == 3
-    with pytest.raises(WorkerLost):
+    with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     await until(lambda: pool.serving == 3)
     assert len(granted()) == 3

@@ -206,7 +206,9 @@ def session(directory: Path, size: int, seed: int, names: list[str]) -> tuple[Wo
     copy_tree(directory / "tree", modules=new)
     if new:
         shutil.copytree(directory / "tree" / PACKAGE, directory / "unchanged")
-    shutil.copytree(directory / "unchanged", directory / "tree" / PACKAGE, dirs_exist_ok=True)  # an earlier call broke off
+    shutil.copytree(
+        directory / "unchanged", directory / "tree" / PACKAGE, dirs_exist_ok=True
+    )  # an earlier call broke off
     groups = [group for group in groups if group.name in names or not names]
     database = WorkDB(directory / "session.sqlite", WorkDB.Mode.create)
     if new:
@@ -253,7 +255,7 @@ def report(database: WorkDB, groups: list[Group]) -> None:
             killed = sum(result.is_killed for result in results)
             total = [total[0] + killed, total[1] + len(results)]
             if results:
-                print(f"{group.name:12} {str(path.relative_to(PACKAGE)):36} {killed:4} of {len(results):4} killed")
+                print(f"{group.name:12} {path.relative_to(PACKAGE)!s:36} {killed:4} of {len(results):4} killed")
     print(
         f"{total[0]} of {total[1]} killed ({total[0] / max(1, total[1]):.1%}), {len(database.pending_work_items)} to do"
     )

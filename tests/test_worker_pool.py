@@ -1,6 +1,7 @@
 """A pool on actors of this process and a clock that jumps: who gets a call, who is lost, who comes back, and when."""
 
 import asyncio
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from types import SimpleNamespace
@@ -227,7 +228,7 @@ def test_a_worker_that_never_comes_up_is_tried_as_often_as_restarts_say(world: W
         run(pool.ready())
     starts = world.starts[0]
     assert len(starts) == restarts + 1
-    waits = [later - earlier - 0.25 for earlier, later in zip(starts, starts[1:], strict=False)]
+    waits = [later - earlier - 0.25 for earlier, later in itertools.pairwise(starts)]
     assert waits == pytest.approx([2.0**number for number in range(restarts)])
     assert world.killed == [(0, attempt) for attempt in range(1, restarts + 2)] and world.released == restarts + 1
 
@@ -329,7 +330,9 @@ def test_a_worker_waits_for_room_only_so_long_when_nobody_serves(world: World) -
     world.room = lambda index, attempt: 5000.0
 
     async def work() -> None:
-        with pytest.raises(NoWorkers, match=r"generator-0 waited 200 s for room \(1 CPU\) and nobody else serves; nothing"):
+        with pytest.raises(
+            NoWorkers, match=r"generator-0 waited 200 s for room \(1 CPU\) and nobody else serves; nothing"
+        ):
             await pool_of(world, 1).ready()
         assert now() == pytest.approx(200)
 
@@ -598,7 +601,9 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", [lambda: died(), lambda: FOREVER, lambda: task_error(ValueError("wrong digest"))], ids=["death", "hang", "own"]
+    "what",
+    [lambda: died(), lambda: FOREVER, lambda: task_error(ValueError("wrong digest"))],
+    ids=["death", "hang", "own"],
 )
 def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World, what: Any) -> None:
     log, failed = Log(), []
