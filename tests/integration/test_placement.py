@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+import test_pool
 from live import add_node, refusal
 from ray._raylet import PlacementGroupID
 from ray.cluster_utils import Cluster
@@ -21,9 +22,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from test_pool import LIMITS, Log, Worker, ask
 
 import keel as package
-import test_pool
 from keel import gang, generate, room
 from keel.actor_settings import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.capacity import bundles
@@ -31,7 +32,6 @@ from keel.pool import NoWorkers, Pool
 from keel.protocols import LearnerLost, WorkerLost
 from keel.room import Room
 from keel.worker import Spawn
-from test_pool import LIMITS, Log, Worker, ask
 
 HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 
@@ -190,6 +190,7 @@ async def test_a_worker_that_was_to_retire_when_the_pool_ends_is_ended_with_it()
     pool.stop()
     await asyncio.gather(*calls, return_exceptions=True)
     await until(lambda: not granted())
+    assert pool.serving == 0
 
 
 def test_a_driver_that_is_killed_leaves_no_room_behind(cluster: Cluster) -> None:
