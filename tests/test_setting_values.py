@@ -83,7 +83,7 @@ def test_a_bound_is_kept_at_the_number_itself(block: str, name: str, bound: str,
     outside = value - step if bound in ("gt", "ge") else value + step
     refused = [outside] + [value] * (bound in ("gt", "lt"))
     for number in refused:
-        with pytest.raises(ValidationError, match="should be (less|greater) than"):
+        with pytest.raises(ValidationError, match=r"should be (less|greater) than"):
             adapter.validate_python(number)
     if bound in ("ge", "le"):
         assert adapter.validate_python(value) == value
