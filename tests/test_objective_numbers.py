@@ -109,7 +109,7 @@ def test_what_is_not_said_has_these_values() -> None:
 
 @pytest.mark.parametrize("values", [np.zeros((2, 1)), np.zeros(3), np.array([0.0, np.nan]), np.array([np.inf, 0.0])])
 def test_a_credit_that_is_none_is_refused(values: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="credit: advantages .*; expected 2 finite numbers, one a token"):
+    with pytest.raises(ValueError, match=r"credit: advantages .*; expected 2 finite numbers, one a token"):
         Credit(values, 1, 2).checked(2)
     fine = Credit(np.array([1.0, -1.0]), 1, 2)
     assert fine.checked(2) is fine
