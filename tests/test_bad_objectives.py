@@ -1,5 +1,6 @@
 """Settings of objectives that cannot work, in one line each; and steps whose comparisons fail are counted."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("blocks", "expected"), BAD, ids=[expected.split(":")[0] for _, expected in BAD])
 def test_a_mistake_is_one_line_that_names_it(blocks: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="^" + re.escape(expected)) as caught:
         config.parse(tree(**blocks))
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)

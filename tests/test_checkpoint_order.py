@@ -177,7 +177,7 @@ def test_a_manifest_that_is_none_is_damage(tmp_path: Path, content: str | None) 
         (path / "MANIFEST.json").unlink()
     else:
         (path / "MANIFEST.json").write_text(content)
-    with pytest.raises(CheckpointError, match="^step-000003: "):
+    with pytest.raises(CheckpointError, match=r"^step-000003: "):
         checkpoint.check(path)
 
 

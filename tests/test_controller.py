@@ -257,7 +257,7 @@ async def test_a_cancelled_run_leaves_nothing_behind(tmp_path: Path) -> None:
     while run.generator.busy < 2:
         await asyncio.sleep(0)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError, match=r"\A\Z"):
         await task
     await nothing_left(run)
 

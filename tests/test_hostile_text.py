@@ -152,7 +152,7 @@ def test_a_command_line_with_escapes_ends_with_one_line(
             [text],
         ):
             monkeypatch.setattr(sys, "argv", ["keel", *arguments])
-            with pytest.raises(SystemExit) as stop:
+            with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
                 cli.main()
             output = capfd.readouterr()
             assert stop.value.code == 2 and output.out == ""

@@ -187,5 +187,5 @@ def test_zero_coefficients_change_no_bit() -> None:
 
 def test_missing_columns_are_a_broken_invariant() -> None:
     own = objective(regulariser={"kl": {"coefficient": 0.05}})
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="reference_logprobs"):
         own.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]), Measured())

@@ -191,7 +191,7 @@ def test_a_stage_in_a_list_is_filled_in(project: Project) -> None:
 
 
 def line_of(project: Project, stages: list[dict[str, Any]]) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         project.plan(stages)
     assert "\n" not in str(caught.value)
     return str(caught.value)

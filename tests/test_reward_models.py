@@ -296,7 +296,8 @@ def test_all_of_a_head_is_a_function_of_the_seed(trunks: dict[str, Path], tmp_pa
 def test_a_text_as_long_as_the_limit_can_be_read(trunks: dict[str, Path], tmp_path: Path) -> None:
     model = reward_models.start(write_roberta(tmp_path / "r", trunks), "float32", 1000, seed=0)
     count = model.text.max_tokens
-    model(torch.full((1, count), 5), torch.tensor([count]), torch.tensor([count]))
+    scores = model(torch.full((1, count), 5), torch.tensor([count]), torch.tensor([count]))
+    assert scores.shape == (1,) and bool(scores.isfinite().all())
 
 
 # ---- folders
@@ -355,7 +356,7 @@ def two_outputs(folder: Path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         reward_models.members(folder, "rewards.proxy.source")
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"rewards.proxy.source={folder}")
     return str(caught.value)

@@ -150,7 +150,7 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("first", "place", "reason"), [(0, 1, "empty"), (1, 1, "equal"), (2, 1, "too_long")])
 def test_unusable_rows_are_refused_with_their_place(tmp_path: Path, first: int, place: int, reason: str) -> None:
     path = jsonl(tmp_path / "p.jsonl", UNUSABLE[first:])
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"line {place} is not usable \({reason}\)") as caught:
         preferences(path, completions={"unusable": "refuse"})
     assert str(caught.value) == (
         f"prompts.source={path}: line {place} is not usable ({reason}); expected another row, or completions.unusable=drop"

@@ -1,6 +1,7 @@
 """A pool on actors of this process and a clock that jumps: who gets a call, who is lost, who comes back, and when."""
 
 import asyncio
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from types import SimpleNamespace
@@ -227,7 +228,7 @@ def test_a_worker_that_never_comes_up_is_tried_as_often_as_restarts_say(world: W
         run(pool.ready())
     starts = world.starts[0]
     assert len(starts) == restarts + 1
-    waits = [later - earlier - 0.25 for earlier, later in zip(starts, starts[1:], strict=False)]
+    waits = [later - earlier - 0.25 for earlier, later in itertools.pairwise(starts)]
     assert waits == pytest.approx([2.0**number for number in range(restarts)])
     assert world.killed == [(0, attempt) for attempt in range(1, restarts + 2)] and world.released == restarts + 1
 
