@@ -9,14 +9,8 @@ from typing import Any
 
 import torch
 
-from keel import (
-    checkpoint,
-    durable,
-    model_files,
-    model_files
-from keel import end_tokens as ends,
-    reads,
-)
+from keel import checkpoint, durable, model_files, reads
+from keel import end_tokens as ends
 from keel.config import ConfigError
 from keel.model_text import ModelText
 from keel.networks import Policy
