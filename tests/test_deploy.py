@@ -20,7 +20,7 @@ COMMITTED = REPOSITORY / "deploy" / "grafana"
 def deploy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     """Exit code of `keel deploy`."""
     monkeypatch.setattr(sys, "argv", ["keel", "deploy", *arguments])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
         cli.main()
     return stop.value.code
 

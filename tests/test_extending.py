@@ -299,7 +299,7 @@ SETTINGS = ["objective.source", "objective.advantage", "regulariser.terms.mine.s
 )
 def test_a_wrong_name_is_refused_and_names_the_setting(setting: str, source: str, reason: str) -> None:
     by = with_source(setting, source)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         if setting.startswith("rewards"):
             preflight.check_reward_source(by.rewards[0], setting)
         else:

@@ -26,7 +26,7 @@ GI = 2**30
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Exit code of `keel deploy kubernetes`."""
     monkeypatch.setattr(sys, "argv", ["keel", "deploy", "kubernetes", *arguments])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
         cli.main()
     assert isinstance(stop.value.code, int)
     return stop.value.code

@@ -201,8 +201,6 @@ def test_empty_source(tmp_path: Path, content: bytes) -> None:
             b'{"prompt": [{"role": "user", "content": "you"}, {"role": "assistant", "content": "be"}]}',
             "line 3: column prompt ends with an assistant's message; expected a user's last",
         ),
-        (b'{"prompt": "hello", "score": NaN}', "line 3: further columns: Out of range float values"),
-        (b'{"prompt": "hello", "prompts": 1}', "column prompts: reward functions use that name"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line(tmp_path: Path, line: bytes, expected: str) -> None:

@@ -51,7 +51,7 @@ def test_the_arms_differ_in_their_regulariser_alone() -> None:
         (0.05, "none", 0.0),
         (0.0, "none", 0.0),
         (0.0, "sequence_sum", 0.01),
-        (0.0, "sequence_mean", 0.5),
+        (0.0, "sequence_mean_naive", 0.5),
         (0.0, "token_bonus", 0.01),
     }
 

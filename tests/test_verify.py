@@ -371,7 +371,7 @@ def test_who_made_a_row_and_how_long_it_took_is_no_difference(original: Path, ru
 
 def keel(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["keel", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
         cli.main()
     assert isinstance(stop.value.code, int)
     return stop.value.code
