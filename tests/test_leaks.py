@@ -37,6 +37,7 @@ LEAKS = {
     "import logging; logging.getLogger('mine').propagate = False": "logger mine: ",
     "import logging; logging.getLogger('mine').addHandler(logging.NullHandler())": "logger mine: ",
     "import logging; logging.getLogger('root_handler').root.handlers[0].setFormatter(logging.Formatter())": "logger root: ",
+    "from ray._private import ray_logging; ray_logging.setup_logger('ERROR', '%(message)s')": "logger root: ",  # ray.init
     "import logging; logging.disable(logging.WARNING)": "logging disabled up to: 0 -> 30",
     "import logging; logging.setLogRecordFactory(lambda *a, **k: logging.LogRecord(*a, **k))": "logging record factory: ",
     "import logging; logging.captureWarnings(True)": "logging captured warnings: False -> True",
@@ -113,3 +114,35 @@ def test_what_is_put_back_is_no_leak(pytester: pytest.Pytester, monkeypatch: pyt
     tests.append("def test_imported():\n    import ray, torch, transformers, datasets, deepspeed\n    assert ray\n")
     result = outcome(pytester, monkeypatch, "\n\n".join(tests))
     result.assert_outcomes(passed=len(tests))
+
+
+MODULE = """
+import process_state, pytest, ray
+from ray._private import ray_logging
+
+@pytest.fixture(scope="module", autouse=True)
+def started(_module_leaves_no_trace):
+    before = process_state.snapshot()
+    ray_logging.setup_logger("ERROR", "%(message)s")  # as ray.init does
+    yield
+    process_state.restore(before)
+
+def test_it(): assert not ray.is_initialized()
+"""
+AFTER = """
+import logging
+
+def test_format(caplog):
+    logging.getLogger("some").warning("text")
+    assert "some:" in caplog.text
+"""
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_a_module_that_starts_ray_leaves_the_next_one_its_log_format(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, restored: bool
+) -> None:
+    """Ray formats every handler of its logger anew, also those that pytest has hung there for `caplog`."""
+    pytester.makepyfile(test_next=AFTER)
+    result = outcome(pytester, monkeypatch, MODULE if restored else MODULE.replace("process_state.restore(before)", ""))
+    result.assert_outcomes(passed=2) if restored else result.assert_outcomes(passed=1, failed=1, errors=1)
