@@ -213,8 +213,8 @@ def test_thoughts_that_a_template_drops_are_trained_as_they_were_written(answer:
 def test_an_option_of_the_template_changes_prompt_and_answer(
     options: dict[str, Any], prompt_ends: str, said: str
 ) -> None:
-    _, _, before, found = in_chat(family("qwen 3"), "Paris", **options)
-    assert before.endswith(prompt_ends) and found == said
+    _, _, before, behind = in_chat(family("qwen 3"), "Paris", **options)
+    assert before.endswith(prompt_ends) and behind == said
 
 
 def test_fields_of_a_stored_message_reach_the_template() -> None:

@@ -60,11 +60,11 @@ def parameter_shapes(folder: Path, named: str = "") -> dict[str, tuple[int, ...]
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):  # its head is tied as the configuration says, whatever the file repeats
-        own = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
+        parameters = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
     named = named or str(folder)
     loaded = _loaded(folder, named, AutoModelForCausalLM)
-    _check_tied(folder, named, set(own), {name for name, _ in loaded.named_parameters()})
-    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in own})
+    _check_tied(folder, named, set(parameters), {name for name, _ in loaded.named_parameters()})
+    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in parameters})
     return {name: tuple(tensor.shape) for name, tensor in published.items()}
 
 
@@ -106,9 +106,9 @@ def num_parameters(folder: Path) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(folder).values())
 
 
-def _check_tied(folder: Path, named: str, own: set[str], held: set[str]) -> None:
+def _check_tied(folder: Path, named: str, parameters: set[str], held: set[str]) -> None:
     """A second copy of a tied weight equals the first. Raises ConfigError: samplers would read one, learners both."""
-    copies = held - own
+    copies = held - parameters
     if not copies:
         return
     import torch
