@@ -31,6 +31,22 @@ def batch_of(groups: list[tuple[int, list[int]]]) -> pa.RecordBatch:
     )
 
 
+def places_of(micro: batching.MicroBatch) -> torch.Tensor:
+    """[U, T] positions; those of a sequence that is one row are what a model counts by itself."""
+    if micro.layout is None:
+        return torch.arange(micro.tokens.shape[1]).expand_as(micro.tokens)
+    return micro.layout.places
+
+
+def visible(micro: batching.MicroBatch) -> torch.Tensor:
+    """bool [U, T, T]: what a causal mask of places leaves of the layout's rows."""
+    assert micro.layout is not None
+    sequences, places = torch.arange(len(micro.tokens)), torch.arange(micro.tokens.shape[1])
+    indices = (sequences[:, None, None], places[None, :, None], places[None, None, :])
+    causal = micro.layout.places[:, None, :] <= micro.layout.places[:, :, None]
+    return micro.layout.same_row(*indices) & causal
+
+
 GROUPS = st.lists(
     st.tuples(st.integers(1, 9), st.lists(st.integers(1, 7), min_size=2, max_size=4)), min_size=1, max_size=6
 )
@@ -69,7 +85,7 @@ def test_tensors_equal_a_naive_loop(groups: list[tuple[int, list[int]]], shared:
         assert flat[micro.items].tolist() == micro.targets.tolist()
         own = [token for row in micro.rows for token in completions[row]]
         assert micro.targets.tolist() == own
-        tokens, places = micro.tokens.flatten(), micro.places.flatten()
+        tokens, places = micro.tokens.flatten(), places_of(micro).flatten()
         cursor = 0
         for number, row in enumerate(micro.rows):
             sequence = prompts[row] + completions[row]
@@ -87,16 +103,15 @@ def test_packed_rows_see_their_prompt_and_themselves_only() -> None:
     batch = batch_of([(2, [2, 1])])
     units = batching.plan(batch, 1, Budget(64, 64, 8)).micro_batches[0][0]
     micro = batching.tensors(batch, units)
-    assert micro.places.tolist() == [[0, 1, 2, 3, 2]]
+    assert places_of(micro).tolist() == [[0, 1, 2, 3, 2]]
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert micro.mask is not None
-    assert torch.equal(micro.mask[0, 0], torch.tensor(expected, dtype=torch.bool))
+    assert torch.equal(visible(micro)[0], torch.tensor(expected, dtype=torch.bool))
 
 
 def test_rows_on_their_own_need_no_mask() -> None:
     batch = batch_of([(2, [2, 1]), (3, [1, 1])])
     plan = batching.plan(batch, 1, Budget(64, 0, 8))
-    assert all(batching.tensors(batch, units).mask is None for units in plan.micro_batches[0])
+    assert all(batching.tensors(batch, units).layout is None for units in plan.micro_batches[0])
 
 
 def test_packing_stops_at_its_limit() -> None:
@@ -169,18 +184,19 @@ def test_a_packed_token_sees_its_own_prompt_and_completion_alone(
                 copy += row is None and within == 0
                 copies.append(copy)
                 expected = within + (prompt_lengths[ticket] if row is not None else 0)
-                assert micro.places[number, place] == expected
-            if micro.mask is None:
+                assert places_of(micro)[number, place] == expected
+            if micro.layout is None:
                 assert len(unit) == 1
                 continue
+            mask = visible(micro)[number]
             for query in range(real):
                 for key in range(real):
                     own_prompt = copies[query] == copies[key] and sequence[key][1] is None
                     own_completion = sequence[query][1] is not None and sequence[query][1] == sequence[key][1]
                     expected_mask = key <= query and (own_prompt or own_completion)
-                    assert bool(micro.mask[number, 0, query, key]) == expected_mask, (query, key)
-            assert not micro.mask[number, 0, :real, real:].any()  # nobody sees the padding
-            assert micro.mask[number, 0].any(-1).all()  # and a row of the mask without any place would be NaN
+                    assert bool(mask[query, key]) == expected_mask, (query, key)
+            assert not mask[:real, real:].any()  # no token sees the padding
+            assert mask.any(-1).all()  # and a row of the mask without any place would be NaN
 
 
 def test_units_fill_sequences_first_fit() -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["printable", "protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
     + ["prompt_settings", "actor_settings", "metrics_settings", "tracking_settings", "settings", "course_settings"]
-    + ["stage_settings", "pipeline_settings", "config", "extension", "durable"],
+    + ["stage_settings", "pipeline_settings", "config", "extension", "reads", "durable"],
     [
         "algorithms",
         *(
@@ -23,18 +23,28 @@ LAYERS = [
     + [f"algorithms.{name}" for name in ("objective", "elicitation", "policy_gradient", "preferences", "weighting")]
     + ["algorithms.convexity", "algorithms.kinds"],
     [
+        "commits",
         "checkpoint",
         "model_files",
         "chat_text",
         "model_text",
         "end_tokens",
+        "row_columns",
+        "conversations",
+        "layouts",
         "sources",
         "stored",
         "prompts",
         "segments",
         "ledger",
         "buffer",
+        "layer_patterns",
+        "size_names",
+        "twin_sizes",
+        "twins",
         "batch",
+        "attention_masks",
+        "states_to_logits",
         "networks",
         "models",
         "anchors",
@@ -62,11 +72,13 @@ LAYERS = [
         "quiet",
         "reward_text",
         "reward_models",
+        "forward_contract",
     ],
     [
         "weights",
         "generate",
         "http_rewards",
+        "reward_functions",
         "score",
         "export",
         "optimisation",
@@ -78,7 +90,7 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["capacity", "preflight", "parts", "failures", "controller", "audit", "evaluation_audit", "verify"]
+    + ["capacity", "preflight", "parts", "failures", "parity", "controller", "audit", "evaluation_audit", "verify"]
     + ["rates", "measurement", "plan", "splits", "footprint"],
     [
         "losses",
@@ -91,7 +103,6 @@ LAYERS = [
         "gang",
         "scaling",
         "recorder",
-        "parity",
         "train",
         "replay",
         "terminal",

@@ -45,7 +45,7 @@ def tree(tmp_path: Path, model: Path) -> dict[str, Any]:
 def refused(tree: dict[str, Any], **blocks: Any) -> str:
     """The one line for these blocks changed; the run directory is still absent."""
     merged = {**tree, **{k: {**tree.get(k, {}), **v} if isinstance(v, dict) else v for k, v in blocks.items()}}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         preflight.prepare(config.parse(merged))
     assert "\n" not in str(caught.value)
     assert not Path(tree["run"]["directory"]).exists()

@@ -64,7 +64,7 @@ def numbered(path: Path, count: int) -> Path:
 
 def one_line(source: object, tokenizer: Any = PLAIN, **options: Any) -> str:
     """The error of a broken source."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         Prompts(settings_for(source, **options), tokenizer)
     message = str(caught.value)
     assert "\n" not in message

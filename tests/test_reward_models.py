@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from transformers import (
 
 from keel import models, reward_models, score, tiny
 from keel.config import ConfigError
+from keel.learn import DeepSpeedLearner
+from keel.networks import Critic
+from keel.objective_settings import CriticSettings
 from keel.reward_models import RewardModel, RewardText, ScoredText
 from keel.reward_settings import RewardSettings
 from keel.sources import Row
@@ -292,7 +296,8 @@ def test_all_of_a_head_is_a_function_of_the_seed(trunks: dict[str, Path], tmp_pa
 def test_a_text_as_long_as_the_limit_can_be_read(trunks: dict[str, Path], tmp_path: Path) -> None:
     model = reward_models.start(write_roberta(tmp_path / "r", trunks), "float32", 1000, seed=0)
     count = model.text.max_tokens
-    model(torch.full((1, count), 5), torch.tensor([count]), torch.tensor([count]))
+    scores = model(torch.full((1, count), 5), torch.tensor([count]), torch.tensor([count]))
+    assert scores.shape == (1,) and bool(scores.isfinite().all())
 
 
 # ---- folders
@@ -351,7 +356,7 @@ def two_outputs(folder: Path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         reward_models.members(folder, "rewards.proxy.source")
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"rewards.proxy.source={folder}")
     return str(caught.value)
@@ -381,6 +386,58 @@ def test_an_ensemble_is_all_its_members(trunks: dict[str, Path], tmp_path: Path)
     shutil.copytree(trunks["decoder"], folder / "member-1")
     with pytest.raises(ConfigError, match=r"member-1: LlamaForCausalLM has no score head"):
         reward_models.members(folder, "rewards.proxy.source")
+
+
+# ---- a critic that starts from one
+
+
+def critic_from(folder: Path, **settings: Any) -> Critic:
+    """The critic that a learner builds beside a policy, on a trunk of its own from this folder."""
+    objective = SimpleNamespace(critic=CriticSettings(**settings))
+    learner = SimpleNamespace(
+        settings=SimpleNamespace(objective=objective),
+        objective=SimpleNamespace(heads=["value", "entropy"]),
+        _folder_of=lambda name: str(folder),
+    )
+    critic = DeepSpeedLearner._critic(learner, None, "float32")  # type: ignore[arg-type]
+    assert critic is not None
+    return critic
+
+
+def test_a_critic_keeps_the_head_of_the_reward_model_it_starts_from(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """Value of the last state = score of the text, the subtracted offset included; the entropy's head is a new one."""
+    model = trained(trunks["decoder"], tmp_path / "reward")
+    reward_models.centre(tmp_path / "reward", 0.75)
+    critic = critic_from(tmp_path / "reward")
+    ids, lengths, _ = model.padded([([5, 6, 7, 8], 4)])
+    with torch.no_grad():
+        states = critic.trunk(input_ids=ids).last_hidden_state[0]
+        score = reward_models.load(tmp_path / "reward")(ids, lengths, lengths)
+        assert critic.heads[0][0](states)[-1].item() == pytest.approx(score.item(), abs=1e-6)
+        assert abs(critic.heads[1][0](states)[-1].item() - score.item()) > 1e-3
+    assert critic.heads[0][0].bias.item() == -0.75
+    assert critic.heads[0][0].weight.requires_grad
+
+
+def test_twin_heads_start_beside_each_other(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """Equal ones would stay equal; both are closer to the trained head than a new head is."""
+    model = trained(trunks["decoder"], tmp_path / "reward")
+    trained_head = model.model.score.weight.detach()
+    first, second = critic_from(tmp_path / "reward", softmin_temperature=0.3).heads[0]
+    assert torch.equal(first.weight, trained_head)
+    apart = (second.weight - trained_head).norm().item()
+    assert 0 < apart < 0.3 * trained_head.norm().item()
+
+
+def test_other_heads_and_other_models_get_new_heads(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """A head with layers of its own has no place for it; a language model and several outputs have none to keep."""
+    model = trained(trunks["decoder"], tmp_path / "reward")
+    head = critic_from(tmp_path / "reward", head="mlp").heads[0][0]
+    assert head.weight.shape != model.model.score.weight.shape and head.bias.item() == 0
+    assert models.score_head(trunks["decoder"]) is None
+    assert models.score_head(two_outputs(tmp_path / "two")) is None
+    plain = critic_from(trunks["decoder"]).heads[0][0]
+    assert not torch.equal(plain.weight, model.model.score.weight)
 
 
 def test_a_reward_model_that_lacks_a_weight_is_no_reward_model(trunks: dict[str, Path], tmp_path: Path) -> None:

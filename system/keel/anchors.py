@@ -1,12 +1,13 @@
 """What a vocabulary term reads beside the policy: frozen models, and the policy as it was when the step began."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from keel import models
 from keel.algorithms.credit import Credit, Rows, VocabularyTerm
@@ -16,15 +17,16 @@ from keel.networks import Piece, Policy, in_precision
 
 @dataclass(frozen=True)
 class FrozenView:
-    """A micro-batch as a model sees it that nobody trains: its states, and the head that reads them."""
+    """A micro-batch as a frozen model sees it: its states, and what makes logits of them."""
 
     states: Tensor
     """[N, H]."""
-    head: nn.Module
+    read: Callable[[Tensor], Tensor]
+    """States [n, H] -> logits [n, V]."""
 
     @torch.no_grad()
     def logits(self, places: Tensor, temperature: float) -> Tensor:
-        return in_precision(self.head(self.states[places]), temperature)
+        return in_precision(self.read(self.states[places]), temperature)
 
 
 def vocabulary_piece(
@@ -55,7 +57,7 @@ class Anchors:
         self.term, self.dtype, self.device = term, dtype, device
         names = term.models - {"old"} if term is not None else frozenset()
         self._frozen = {name: models.load_frozen(Path(folder(name)), dtype, device) for name in names}
-        self._old: tuple[dict[bytes, Tensor], nn.Module] | None = None
+        self._old: tuple[dict[bytes, Tensor], Callable[[Tensor], Tensor]] | None = None
 
     def renew_reference(self, folder: str) -> None:
         """Read the reference from another folder, where there is one here."""
@@ -70,7 +72,8 @@ class Anchors:
         """
         if self.term is not None and "old" in self.term.models:
             states = {micro.items.tobytes(): policy.states(micro) for micro in micro_batches}
-            self._old = states, copy.deepcopy(policy.head).requires_grad_(False)
+            head = copy.deepcopy(policy.head).requires_grad_(False)
+            self._old = states, functools.partial(policy.logits, head=head)
 
     def piece(self, micro: MicroBatch, rows: Rows, credit: Credit, temperature: float) -> Piece | None:
         """The term of this micro-batch, to be read together with the policy's own logits; None without a term."""
@@ -83,8 +86,8 @@ class Anchors:
 
     @torch.no_grad()
     def _views(self, micro: MicroBatch) -> dict[str, FrozenView]:
-        views = {name: FrozenView(frozen.states(micro), frozen.head) for name, frozen in self._frozen.items()}
+        views = {name: FrozenView(frozen.states(micro), frozen.logits) for name, frozen in self._frozen.items()}
         if self._old is not None:
-            states, head = self._old
-            views["old"] = FrozenView(states[micro.items.tobytes()], head)
+            states, read = self._old
+            views["old"] = FrozenView(states[micro.items.tobytes()], read)
         return views

@@ -14,6 +14,7 @@ Shapes: U units, B rows in them, T padded tokens, N completion tokens (flat, row
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +28,30 @@ Unit = np.ndarray
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Which tokens of a sequence belong to one row, where several rows share it; each tensor is int64 [U, T]."""
+
+    places: Tensor
+    """Position of a token in its own row: in its prompt, or behind that in its completion; 0 for padding."""
+    prompts: Tensor
+    """Number of the token's prompt in the sequence; -1 for padding."""
+    completions: Tensor
+    """0 for a token of the prompt itself, k for its k-th completion; -1 for padding."""
+
+    def to(self, device: torch.device) -> "Layout":
+        return Layout(self.places.to(device), self.prompts.to(device), self.completions.to(device))
+
+    def same_row(self, sequence: Any, query: Any, key: Any) -> Any:
+        """bool of (sequence, query, key) indices that broadcast: the key is in the query's prompt or completion.
+
+        It says nothing of order: a causal mask of places does.
+        """
+        prompt = self.prompts[sequence, query] == self.prompts[sequence, key]
+        completion = self.completions[sequence, key]
+        return prompt & ((completion == 0) | (completion == self.completions[sequence, query]))
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Rows that go through the model together."""
 
@@ -34,10 +59,8 @@ class MicroBatch:
     """[B] row numbers in the record batch."""
     tokens: Tensor
     """int64 [U, T], a prompt and then its completions, then the next one's, zeros behind."""
-    places: Tensor
-    """int64 [U, T] position of each token in its own prompt and completion."""
-    mask: Tensor | None
-    """bool [U, 1, T, T] who may look at whom; None: plain causal, every unit is one row."""
+    layout: Layout | None
+    """Which tokens belong together; None: every sequence is one row, and a causal model needs to be told nothing."""
     positions: Tensor
     """int64 [N], index into U * T of the token that predicts each completion token."""
     targets: Tensor
@@ -167,7 +190,7 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
         int(completion_lengths[unit].sum() + prompt_lengths[unit[o]].sum())
         for unit, o in zip(units, opens, strict=True)
     )
-    tokens, places = np.zeros((len(units), width), np.int64), np.zeros((len(units), width), np.int64)
+    tokens, places = np.zeros((2, len(units), width), np.int64)
     groups, segments = np.full((2, len(units), width), -1)  # which prompt; 0 the prompt itself, k its k-th completion
     positions, items = [], []
     for u, unit in enumerate(units):
@@ -190,8 +213,7 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
     return MicroBatch(
         rows=rows,
         tokens=torch.from_numpy(tokens),
-        places=torch.from_numpy(places),
-        mask=_mask(torch.from_numpy(groups), torch.from_numpy(segments)) if len(rows) > len(units) else None,
+        layout=Layout(*map(torch.from_numpy, (places, groups, segments))) if len(rows) > len(units) else None,
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(completions[flat_items].astype(np.int64)),
         items=flat_items,
@@ -203,11 +225,3 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
 def _opens(units: list[Unit], tickets: np.ndarray) -> list[np.ndarray]:
     """bool of each unit's rows: a prompt stands before this one, because the row before it is another prompt's."""
     return [np.diff(tickets[unit], prepend=tickets[unit[0]] - 1) != 0 for unit in units]
-
-
-def _mask(groups: Tensor, segments: Tensor) -> Tensor:
-    """bool [U, 1, T, T]: causal, and only into one's own prompt or completion; padding sees itself."""
-    group = groups[:, :, None] == groups[:, None, :]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()
-    return (causal & group & ((key == 0) | (key == query)))[:, None]

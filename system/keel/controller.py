@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from keel import metrics
+from keel import metrics, parity
 from keel.failures import FailureWatch, retrying
 from keel.parts import Observer, Parts
 from keel.protocols import (
@@ -214,6 +214,9 @@ class Controller:
         except NotFinite as error:
             await self._within(self._grace, self.observer.quarantine(self.version + 1, batch, str(error)), "quarantine")
             raise
+        if problem := parity.judge_step(report.version, report.metrics, self.settings, self.observer):
+            await self._within(self._grace, self.observer.quarantine(report.version, batch, problem), "quarantine")
+            raise parity.ParityError(problem)
         assert report.version == self.version + 1, (report.version, self.version)
         self.version = report.version
         self.observer.set({"learner_version": float(report.version)})

@@ -7,6 +7,7 @@ step:  measure   log-probs and values of the whole step under the current weight
        adapt     coefficients that move with what the step saw
 """
 
+import functools
 import json
 import time
 from collections import defaultdict
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from keel import batch as batching
-from keel import diagnostics, models, optimisation, schema, weights
+from keel import diagnostics, forward_contract, models, optimisation, schema, weights
 from keel.algorithms import kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
 from keel.engine import Engine, join_gang
+from keel.forward_contract import Verdict
 from keel.networks import Critic, Learnable, Piece, Policy
 from keel.protocols import LoadReceipt, NotFinite, StepReport, Weights
 from keel.settings import Settings
@@ -59,19 +61,32 @@ class DeepSpeedLearner:
         module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
         rate = module.critic.by.learning_rate if module.critic is not None else None
         self._engine.drive(module, optimisation.optimizer(learners, module, rate))
+        verdicts = [forward_contract.verdict(folder, settings.max_model_tokens) for folder in self._folders()]
+        self._verdict = functools.reduce(Verdict.both, verdicts)
         frozen_dtype = settings.reference.dtype if settings.reference else dtype
         self._anchors = Anchors(self.objective.vocabulary, self._folder_of, frozen_dtype, self.device)
 
     def _folder_of(self, name: str) -> str:
         return self.others.get(name, self.folder)
 
+    def _folders(self) -> set[Path]:
+        """Folders of all models that read this rank's micro-batches."""
+        critic = getattr(self.settings.objective, "critic", None)
+        names = set(self.objective.vocabulary.models - {"old"}) if self.objective.vocabulary is not None else set()
+        names |= {"critic"} if critic is not None and critic.trunk == "own" else set()
+        return {Path(self.folder), *(Path(self._folder_of(name)) for name in names)}
+
     def _critic(self, policy: Policy, dtype: str) -> Critic | None:
         by = getattr(self.settings.objective, "critic", None)
         if by is None:
             return None
-        trunk = models.load_trunk(Path(self._folder_of("critic")), dtype) if by.trunk == "own" else None
+        folder = Path(self._folder_of("critic"))
+        trunk = models.load_trunk(folder, dtype) if by.trunk == "own" else None
         hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
-        return Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
+        critic = Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
+        if trunk is not None and (head := models.score_head(folder)):
+            critic.start_from(*head)
+        return critic
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
         """One version: `objective.epochs` optimizer updates on the batch.
@@ -105,9 +120,8 @@ class DeepSpeedLearner:
         self.objective.adapt(seen)
         self.version += 1
         metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | sums | coefficients
-        metrics |= {
-            name: first[name] for name in first if name == "gap_nats"
-        }  # later updates move away from the sampler on purpose
+        # later updates move away from the sampler on purpose
+        metrics |= {name: first[name] for name in ("gap_nats", "fresh_gap_nats") if name in first}
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
         metrics |= {"micro_batches": float(len(plan.real[self.rank])), "trained_tokens": float(credit.num_tokens)}
         return StepReport(self.version, labelled(metrics), credit.counts, credit.finished)
@@ -121,6 +135,8 @@ class DeepSpeedLearner:
     ) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; metric sums added over all ranks."""
         sums: dict[str, float] = defaultdict(float)
+        fresh = self._fresh(batch)
+        num_fresh = int(fresh.sum())
         for micro, chunks in self._micro_batches(batch, plan):
             rows = self._rows(batch, micro, credit, old)
             piece = self._anchors.piece(micro, rows, credit, self.settings.sampling.temperature)
@@ -133,8 +149,17 @@ class DeepSpeedLearner:
                 if rows.sampler is not None:
                     difference = (outputs.logprobs.detach() - rows.sampler).abs()
                     sums["gap_nats"] += difference.sum().item() / credit.num_tokens
+                    if num_fresh:
+                        own_tokens = torch.from_numpy(fresh[micro.items]).to(self.device)
+                        sums["fresh_gap_nats"] += difference[own_tokens].sum().item() / num_fresh
         sums = self._engine.sum_named(sums)
         return sums | {"grad_norm": self._engine.update(self.version + 1, sums["loss"], sums)}
+
+    def _fresh(self, batch: pa.RecordBatch) -> np.ndarray:
+        """bool [tokens] of completion tokens that were sampled under the weights of now; all False for stored rows."""
+        if "weight_versions" not in batch.schema.names:
+            return np.zeros(int(schema.lengths(batch, "completion_tokens").sum()), bool)
+        return schema.ragged(batch, "weight_versions")[0] == self.version
 
     def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
         """|learner - sampler| log-prob of the stored completion tokens: mean and largest, nats."""
@@ -185,12 +210,12 @@ class DeepSpeedLearner:
         self._anchors.renew_reference(folder)
 
     def _plan(self, batch: pa.RecordBatch) -> batching.Plan:
-        by = self.settings.learners
+        learners, verdict = self.settings.learners, self._verdict
         budget = batching.Budget(
-            by.tokens_per_batch,
-            by.shared_prompt_tokens,
-            by.head_chunk_tokens,
-            min(by.packed_tokens, by.tokens_per_batch),
+            learners.tokens_per_batch,
+            learners.shared_prompt_tokens if verdict.shared else 0,
+            learners.head_chunk_tokens,
+            min(learners.packed_tokens, learners.tokens_per_batch) if verdict.packed else 0,
         )
         return batching.plan(batch, self.ranks, budget)
 
@@ -207,6 +232,7 @@ class DeepSpeedLearner:
             return column(schema.ragged(batch, name)[0]) if name in batch.schema.names else None
 
         lengths = schema.lengths(batch, "completion_tokens")[micro.rows]
+        mixed = 0 < self.settings.sampling.stored_ratio < 1
         return Rows(
             advantages=column(credit.advantages),
             lengths=torch.from_numpy(lengths.astype(np.float32)).to(self.device),
@@ -216,6 +242,7 @@ class DeepSpeedLearner:
             reference=stored("reference_logprobs"),
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
+            stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 
     def _forward(self, micro: batching.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:

@@ -140,7 +140,7 @@ class RewardModelLearner:
         if self.rank == 0:
             Path(folder).mkdir(parents=True)
             reward_models.write(Path(folder), model, named)
-            durable.sync_directory(Path(folder))
+            durable.sync_tree(Path(folder))
 
     def _passes(self, batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, bool, tuple[Tensor, Tensor, Tensor]]]:
         """(pair numbers, real, inputs) of this rank's passes; equally many on every rank, the last ones filler."""

@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keel import checkpoint, model_files
+from keel import checkpoint, durable, model_files, reads
 from keel import end_tokens as ends
 from keel.config import ConfigError
 from keel.model_text import ModelText
@@ -42,8 +43,20 @@ def locate(model: str, setting: str) -> Path:
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
     if not (folder / "ensemble.json").is_file():  # its members are checked where they are opened
+        check_intact(folder, f"{setting}={model}")
         check_harmless(folder, f"{setting}={model}")
     return folder
+
+
+def check_intact(folder: Path, named: str) -> None:
+    """A model that Keel wrote into a run directory is still what was written. Raises ConfigError."""
+    try:
+        checkpoint.check_model(folder)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(
+            f"{named}: {error}, by the MANIFEST.json that was written with it; expected the model as it was written"
+            " (one that was changed on purpose: a copy outside the run directory)"
+        ) from None
 
 
 def check_harmless(folder: Path, named: str) -> None:
@@ -165,12 +178,31 @@ def _from_wheel(name: str, setting: str) -> Path:
     if source.is_dir():
         return source
     target = cache_directory() / "models" / f"{name}-{wheel.version}"
-    if not (target / "config.json").is_file():
+    if not _is_converted(target):
         _convert_gguf(source, target)
     return target
 
 
+def _manifest_of(target: Path) -> str:
+    """Name of the manifest beside a converted model."""
+    return f"{target.name}.MANIFEST.json"
+
+
+def _is_converted(target: Path) -> bool:
+    """The model is in the cache as it was written; of one without a manifest (earlier versions) no file is empty."""
+    if not (target / "config.json").is_file():
+        return False
+    if not reads.is_there(target.parent / _manifest_of(target)):
+        return all(path.stat().st_size for path in reads.files(target))
+    try:
+        checkpoint.check(target.parent, _manifest_of(target))
+    except checkpoint.CheckpointError:
+        return False
+    return True
+
+
 def _convert_gguf(source: Path, target: Path) -> None:
+    """A converted model in the cache, in place of a damaged one: folder, then the manifest beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     aside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -184,10 +216,14 @@ def _convert_gguf(source: Path, target: Path) -> None:
     )
     if hasattr(model.config, "quantization_config"):  # the saved weights are plain; the loader would look for GGUF
         del model.config.quantization_config
+    durable.make_folder(target.parent)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    if not target.exists():  # another process may have been first
-        aside.rename(target)
+    if _is_converted(target):  # another process was first
+        shutil.rmtree(aside)
+        return
+    durable.replace_folder(aside, target)
+    checkpoint.seal(target.parent, [target.name], _manifest_of(target))
 
 
 def load_tokenizer(folder: Path, setting: str) -> Any:
@@ -243,12 +279,30 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     )
 
 
+def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
+    """Trained head [1, H] of a causal reward model and what it subtracts; None for a model without one."""
+    from safetensors import safe_open
+
+    for path in model_files.weight_files(folder):
+        with safe_open(path, "pt") as file:
+            if "score.weight" in file.keys():  # noqa: SIM118 a safetensors file is no mapping
+                weight = file.get_tensor("score.weight")
+                offset = (read_config(folder, str(folder)).get("keel_reward") or {}).get("offset", 0.0)
+                return (weight, float(offset)) if len(weight) == 1 else None
+    return None
+
+
+_NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+"""Parts of the names under which configurations keep what is random in training: units, layers or routing."""
+
+
 def without_dropout(folder: Path) -> Any:
+    """The configuration of a folder's model, its pass in training made the one in evaluation."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            if any(noise in name for noise in _NOISE) and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from keel import attention_masks
 from keel.algorithms import critics
 from keel.batch import MicroBatch
 from keel.objective_settings import CriticSettings
+from keel.states_to_logits import logits_of
 
 Piece = Callable[[Tensor, int, int], Tensor]
 """Something of each token that reads the whole vocabulary: logits [n, V] in fp32 at the temperature, the places start
@@ -105,16 +107,23 @@ def in_precision(logits: Tensor, temperature: float) -> Tensor:
 def hidden_states(trunk: Any, micro: MicroBatch) -> Tensor:
     """Last hidden state before each completion token, [N, H].
 
-    Tokens are right-padded: a causal model never lets a completion see the padding after it, so rows on their
-    own need no mask; packed rows bring theirs.
+    Tokens are right-padded: a causal model never lets a completion see the padding after it, so rows on their own
+    need neither mask nor positions, which would only make a model build a dense mask. Rows that share a sequence
+    bring their positions; the 2-D mask of ones says that these are no packing of transformers' own.
     """
     device = next(trunk.parameters()).device
-    hidden = trunk(
-        input_ids=micro.tokens.to(device),
-        attention_mask=None if micro.mask is None else micro.mask.to(device),
-        position_ids=micro.places.to(device),
-        use_cache=False,
-    ).last_hidden_state
+    tokens = micro.tokens.to(device)
+    if micro.layout is None:
+        hidden = trunk(input_ids=tokens, use_cache=False).last_hidden_state
+    else:
+        layout = micro.layout.to(device)
+        with attention_masks.of_rows(layout):
+            hidden = trunk(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                position_ids=layout.places,
+                use_cache=False,
+            ).last_hidden_state
     return hidden.flatten(0, 1)[micro.positions.to(device)]
 
 
@@ -152,8 +161,20 @@ class Policy(nn.Module):
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
+    @property
+    def trunk(self) -> nn.Module:
+        """The model up to its last hidden states; Llama 4 names another attribute for it than the one it has."""
+        return self.model.base_model if self.model.base_model is not self.model else self.model.model
+
     def states(self, micro: MicroBatch) -> Tensor:
-        return hidden_states(self.model.base_model, micro)
+        return hidden_states(self.trunk, micro)
+
+    def logits(self, states: Tensor, head: nn.Module | None = None) -> Tensor:
+        """Logits [n, V] of states [n, H] as the family makes them: its own code behind the trunk, not the head alone.
+
+        Granite divides, Cohere multiplies, Gemma 2 caps. `head`: in place of the model's output head.
+        """
+        return logits_of(self.model, self.trunk, states, {self.head: head} if head is not None else {})
 
     def forward(
         self, micro: MicroBatch, temperature: float, head_chunks: int = 1, entropy: bool = True
@@ -195,7 +216,7 @@ class Policy(nn.Module):
         start: int,
         kept: list[Tensor | None],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        logits = self.head(states)
+        logits = self.logits(states)
         logprobs, entropies = TokenLogprobs.apply(logits, targets, temperature, entropy, kept)
         if piece is None:
             return logprobs, entropies, None
@@ -227,12 +248,25 @@ class Critic(nn.Module):
 
     def __init__(self, by: CriticSettings, trunk: Any, hidden: int, heads: Sequence[str]) -> None:
         super().__init__()
-        self.by, self.trunk = by, trunk
+        self.by, self.trunk, self.names = by, trunk, tuple(heads)
         twin = by.softmin_temperature is not None
         self.heads = nn.ModuleList(
             nn.ModuleList(ValueHead(hidden, by.head) for _ in range(2 if twin and head == "value" else 1))
             for head in heads
         )
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, offset: float) -> None:
+        """Begin the linear heads of the value as a reward model's: weight [1, H], scores w h - offset.
+
+        Of twins the second is moved by a tenth of a new head's size: equal ones would get equal gradients for ever.
+        """
+        for name, members in zip(self.names, self.heads, strict=True):
+            if name == "value" and self.by.head == "linear":
+                for number, member in enumerate(members):
+                    apart = 0.1 * number * torch.randn_like(member.weight) / (weight.shape[1] + 1) ** 0.5
+                    member.weight.copy_(weight.to(member.weight) + apart)
+                    member.bias.fill_(-offset)
 
     def forward(self, micro: MicroBatch, states: Tensor) -> Tensor:
         """[N, K]; two heads of a value are joined by a soft minimum."""

@@ -1,9 +1,13 @@
-"""The start-up test: learner and sampler give the same tokens the same log-probs."""
+"""Learner and sampler give the same tokens the same log-probs: at the start of a run, and at every step after it.
 
-import pyarrow as pa
+The start is judged on several samples of a prompt, in the micro-batches that training makes. Later steps are judged on
+the tokens that the version under training sampled itself: importance weights would hide what drifts apart there.
+"""
 
-from keel.controller import Controller
-from keel.recorder import Recorder
+import math
+from collections.abc import Mapping
+
+from keel.parts import Observer
 from keel.settings import Settings
 
 PROMPTS = 8
@@ -13,18 +17,40 @@ class ParityError(RuntimeError):
     """Learner and sampler disagree on the log-probs of the same tokens."""
 
 
-async def test(controller: Controller, probe: pa.RecordBatch, settings: Settings, recorder: Recorder) -> None:
-    """Learner and generator give the same tokens the same log-probs, or there is nothing to train on."""
-    recorder.doing("parity test")
-    gap = await controller.compare(await controller.generate(probe))
+def num_prompts(samples: int, ranks: int) -> int:
+    """Prompts of the start-up test: about PROMPTS rows, at least two prompts, and a row for each rank."""
+    return max(2, math.ceil(PROMPTS / samples), math.ceil(ranks / samples))
+
+
+def judge_start(gap: Mapping[str, float], settings: Settings, observer: Observer) -> None:
+    """Hold the gap of the start-up test to its bound. Raises ParityError with the likely cause."""
     mean, bound = gap["gap_mean_nats"], settings.parity.max_gap_nats
-    recorder.event("parity", **gap)
-    recorder.display.note(f"parity: learner and sampler differ by {mean:.4f} nats a token (bound {bound})")
+    observer.event("parity", **gap)
+    observer.note(f"parity: learner and sampler differ by {mean:.4f} nats a token (bound {bound})")
     if not mean <= bound:
         raise ParityError(
             f"learner and sampler log-probs differ by {mean:.3f} nats a token on average (largest"
             f" {gap['gap_max_nats']:.3f}); parity.max_gap_nats={bound}. Likely cause: {_likely_cause(settings)}"
         )
+
+
+def judge_step(step: int, metrics: Mapping[str, float], settings: Settings, observer: Observer) -> str | None:
+    """What is wrong with a step whose gap passes its bound and ends the run; a warning is told and gives None.
+
+    A step without a token of its own version (all are late) is not judged.
+    """
+    gap, bound = metrics.get("fresh_gap_nats"), settings.parity.max_step_gap_nats
+    if gap is None or gap <= bound:
+        return None
+    problem = (
+        f"step {step}: learner and sampler log-probs of the step's own tokens differ by {gap:.3f} nats a token;"
+        f" parity.max_step_gap_nats={bound}. Likely cause: {_likely_cause(settings)}"
+    )
+    observer.event("parity", step=step, gap_mean_nats=gap)
+    if settings.parity.on_step_gap == "stop":
+        return problem
+    observer.note(f"warning: {problem}")
+    return None
 
 
 def _likely_cause(settings: Settings) -> str:
@@ -37,4 +63,4 @@ def _likely_cause(settings: Settings) -> str:
         return (
             "bfloat16 arithmetic on a model that does not bear it; try generators.dtype=float32 learners.precision=fp32"
         )
-    return "the two load different weights, or the model scales its logits in a way the learner does not know"
+    return "the two load different weights, or vLLM computes this family otherwise than transformers"

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pyarrow as pa
 import yaml
 
 from keel import (
+    checkpoint,
     config,
     end_tokens,
     endpoint,
     extension,
+    forward_contract,
     http_rewards,
     model_files,
     models,
@@ -29,14 +32,22 @@ from keel.algorithms import kinds
 from keel.config import ConfigError
 from keel.end_tokens import EndTokens
 from keel.model_text import ModelText
-from keel.printable import one_line
+from keel.printable import one_line, printable
 from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
 from keel.reward_settings import RewardSettings
 from keel.section import Section
 from keel.settings import Settings
 from keel.stage_settings import COMMANDS, command_of
 from keel.stored import StoredCompletions
+
+_SETTINGS = {
+    "reference": "reference.model",
+    "teacher": "objective.dense.teacher",
+    "critic": "objective.critic.model",
+}
+"""The setting that names each model beside the policy."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Prepared:
     learner_folders: dict[str, str]
     """Models beside the policy inside the learner: reference, teacher, critic."""
     notes: tuple[str, ...] = ()
-    """What the run says first: where its texts end."""
+    """What a user should know of the run before it starts, a line each."""
 
     def given(self) -> StoredCompletions | None:
         """Completions that come with the prompts, where the run trains on any."""
@@ -90,10 +101,17 @@ def prepare(settings: Settings) -> Prepared:
         stop_token_ids=ends.stop,
     )
     folders = learner_folders(settings, policy, reference)
+    notes = (*ends.notes, *check_passes(settings, policy, folders))
     place = (settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
-    prepared = Prepared(*place, ends.notes)
+    prepared = Prepared(*place, notes)
     check_stored(prepared)
     return prepared
+
+
+def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -> list[str]:
+    """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
+    named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
+    return forward_contract.require(named, settings.max_model_tokens)
 
 
 def check_text(
@@ -159,10 +177,9 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))
         if own != other:
-            setting = {"teacher": "objective.dense.teacher", "critic": "objective.critic.model"}.get(
-                name, "reference.model"
+            raise ConfigError(
+                f"{_SETTINGS[name]}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}"
             )
-            raise ConfigError(f"{setting}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}")
     return found
 
 
@@ -185,6 +202,7 @@ def check_directory(directory: Path, settings: Section) -> None:
     there = next(each for each in (directory, *directory.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
+    checkpoint.check_known(directory)
     if not stored.exists():
         return
     if not isinstance(settings, COMMANDS[command := command_of(config.read(stored))]):
@@ -244,6 +262,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
             reward_models.check_readable(member, setting)
+            forward_contract.check_scores(member, setting)
             tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
             check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":
@@ -251,28 +270,38 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
 
 
 def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
-    """Call every reward function once, on two real prompts, to see that it answers one value for each."""
+    """Call every reward function once, on two real prompts, to see that it answers one number for each."""
     text = "Yes, of course. I am glad to help you."
-    sample = prompts.slice(0, 2)
-    columns = {"completion": [text] * 2, "completion_tokens": [[1, 2, 3]] * 2}
+    names = [name for name in schema.PROMPT.names if name in prompts.schema.names]
+    sample = schema.concat([prompts.slice(0, 2).select(names)])
+    columns = {"completion": [text] * sample.num_rows, "completion_tokens": [[1, 2, 3]] * sample.num_rows}
     probe = schema.append(sample, pa.RecordBatch.from_pydict(columns))
-    for reward in settings.rewards:
-        if reward.kind != "rule":
-            continue
-        function = extension.load(reward.source, f"rewards.{reward.name}.source")
-        setting = f"rewards.{reward.name}.source={reward.source}"
-        try:
-            values = function(**score.arguments(probe))
-        except Exception as error:  # the user's code may raise anything; here it is bad input
-            reason = one_line(error)
-            raise ConfigError(
-                f"{setting}: raised {type(error).__name__} ({reason}) on a sample; expected"
-                " function(prompts, completions, completion_ids, **columns) -> list of numbers"
-            ) from None
-        if not isinstance(values, list | tuple) or len(values) != 2:
-            given = len(values) if isinstance(values, list | tuple) else type(values).__name__
-            raise ConfigError(f"{setting}: returned {given} values for 2 completions; expected one for each")
-        try:
-            score.checked(reward.name, values, 2)
-        except (ValueError, TypeError, OverflowError):
-            raise ConfigError(f"{setting}: returned {values!r}; expected numbers or None") from None
+    rules = {reward.name: reward for reward in settings.rewards if reward.kind == "rule"}
+    functions = {name: score.load_function(reward) for name, reward in rules.items()}
+    loop = EventLoop()
+    try:
+        seconds = settings.deadlines.score_seconds
+        outcomes = Calls(functions, lambda: score.arguments(probe), loop, seconds, strict=True).finish()
+    finally:
+        loop.close()
+    for name, outcome in outcomes.items():
+        if problem := _wrong(outcome, probe.num_rows, settings.deadlines.score_seconds):
+            raise ConfigError(f"rewards.{name}.source={rules[name].source}: {problem}")
+
+
+def _wrong(outcome: Outcome, rows: int, seconds: float) -> str | None:
+    """What is wrong with what a reward function did on a sample; None: nothing."""
+    if isinstance(outcome, WrongAnswer):
+        return f"returned {outcome}"
+    if isinstance(outcome, Late):
+        return f"had not ended after {seconds:g} s on a sample; expected an answer within deadlines.score_seconds"
+    if isinstance(outcome, Exception | SystemExit):
+        reason = printable(one_line(outcome), 200)
+        name = printable(type(outcome).__name__, 60)
+        return (
+            f"raised {name} ({reason}) on a sample; expected"
+            " function(prompts, completions, completion_ids, **columns) -> list of numbers"
+        )
+    if len(outcome) != rows:
+        return f"returned {len(outcome)} values for {rows} completions; expected one for each"
+    return None

@@ -18,6 +18,23 @@ class PolicySettings(Section):
     )
 
 
+class ColumnSettings(Section):
+    """Which column of the source is what; null: recognised by the layouts of docs/stages.md."""
+
+    prompt: str | None = Field(None, description="text or messages that are answered")
+    system: str | None = Field(None, description="system message of a row; makes a text prompt a conversation")
+    input: str | None = Field(None, description="text put behind the prompt after an empty line (alpaca)")
+    messages: str | None = Field(None, description="a conversation; its last message is the answer, where it is one")
+    completion: str | None = Field(None, description="the answer of a demonstration")
+    chosen: str | None = Field(None, description="the preferred answer")
+    rejected: str | None = Field(None, description="the other answer")
+    responses: str | None = Field(None, description="a list of answers")
+    rewards: str | None = Field(None, description="a list of their rewards")
+    label: str | None = Field(
+        None, description="true or false: whether the answer is a good one (unpaired preferences)"
+    )
+
+
 class PromptSettings(Section):
     source: str = Field(
         description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function"
@@ -25,6 +42,7 @@ class PromptSettings(Section):
     split: str = Field("train", description="split of a Hugging Face dataset")
     options: Options = Field({}, description="python: keyword arguments of the function")
     column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
+    columns: ColumnSettings = Field(ColumnSettings(), description="columns by what they are, where names differ")
     system_prompt: str | None = Field(
         None, description="system message put before every prompt; makes it conversational"
     )

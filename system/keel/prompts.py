@@ -18,6 +18,7 @@ from keel.chat_text import ChatText
 from keel.config import ConfigError
 from keel.model_text import ModelText
 from keel.prompt_settings import PromptSettings
+from keel.row_columns import asked_columns
 from keel.settings import Settings
 from keel.sources import Row, read, wrong
 
@@ -39,9 +40,13 @@ class Prompts:
         self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row] | None = None
     ) -> None:
         """`rows`: of the source, where they were read and checked before."""
-        given, rows = rows is not None, read(settings.prompts) if rows is None else list(rows)
+        given, samples = rows is not None, settings.sampling.samples_per_prompt
+        if rows is None:
+            asked = functools.partial(asked_columns, settings.rewards)
+            rows = read(settings.prompts, samples if settings.sampling.stored_ratio > 0 else 0, asked)
+        rows = list(rows)
         if settings.sampling.stored_ratio > 0 and not given:
-            stored.check(rows, settings.sampling.samples_per_prompt, settings.prompts.source)
+            stored.check(rows, samples, settings.prompts.source)
         tokens = _tokenize(rows, settings, tokenizer)
         lengths = np.array([len(ids) for ids in tokens])
         kept = np.arange(len(rows))

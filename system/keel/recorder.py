@@ -67,6 +67,9 @@ class Recorder(Observer):
         self.finished |= name == "objective_finished"
         durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
 
+    def note(self, text: str) -> None:
+        self.display.note(text)
+
     def doing(self, what: str) -> None:
         self.occupancy.doing(what.replace(" ", "_"))
         self.display.doing(what)
@@ -165,7 +168,7 @@ class Recorder(Observer):
         assert self.learner
         folder = references.folder_of(self.directory, step)
         await self.learner.export(str(references.begin(folder)))
-        references.commit(folder)
+        await asyncio.to_thread(references.commit, folder)  # as a checkpoint's
         await self.renew(str(folder))
 
     async def refer_to(self, folder: Path | None) -> None:

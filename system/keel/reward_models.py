@@ -49,6 +49,7 @@ def members(folder: Path, setting: str) -> list[Path]:
                 f"{setting}={folder}: {name} of its {len(names)} members is missing; expected all of them"
             )
         check_head(folder / name, setting)
+        models.check_intact(folder / name, f"{setting}={folder}")
     return [folder / name for name in names]
 
 
@@ -235,7 +236,10 @@ def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:
 
 
 def centre(folder: Path, offset: float) -> None:
-    """Subtract a number from all scores of a written model: in its head's bias, or by config.json where it has none."""
+    """Subtract a number from all scores of a written model: in its head's bias, or by config.json where it has none.
+
+    In place, so not of a model that a marker vouches for.
+    """
     weights, path = folder / "model.safetensors", folder / "config.json"
     tensors = load_file(weights) if weights.is_file() else {}
     tree = json.loads(path.read_text(encoding="utf8"))
@@ -248,7 +252,10 @@ def centre(folder: Path, offset: float) -> None:
 
 
 def write_ensemble(folder: Path, names: Sequence[str]) -> None:
-    (folder / ENSEMBLE).write_text(json.dumps({"members": list(names)}, indent=2) + "\n", encoding="utf8")
+    """The file that makes folders an ensemble, once all of them are on the disk."""
+    for name in names:
+        durable.sync_tree(folder / name)
+    durable.write_json(folder / ENSEMBLE, {"members": list(names)})
 
 
 def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:

@@ -4,7 +4,7 @@ Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel sch
 `*_settings.py` and `config.py` only.
 """
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -79,6 +79,10 @@ class CheckpointSettings(Section):
 
 class ParitySettings(Section):
     max_gap_nats: float = Field(0.1, gt=0, description="mean |learner - sampler| log-prob the start-up test allows")
+    max_step_gap_nats: float = Field(
+        0.5, gt=0, description="the same of a later step, over the tokens that the version under training sampled"
+    )
+    on_step_gap: Literal["warn", "stop"] = Field("stop", description="what a step with a larger gap does to the run")
 
 
 class Settings(Section):
@@ -208,6 +212,8 @@ class Settings(Section):
                 "regulariser.kl.order=after_baseline: the KL is part of the reward before"
                 f" {getattr(objective, 'advantage', 'your objective')} sees it; expected before_baseline"
             )
+        if getattr(objective, "by_token", False):
+            self.regulariser.entropy.check_paid_by_token(f"objective.advantage={getattr(objective, 'advantage', '')}")
         if isinstance(objective, LogitsConvexitySettings):
             if kl.exact:
                 raise ValueError(
@@ -250,6 +256,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _stored_completions_fit(self) -> Self:
         ratio = self.sampling.stored_ratio
+        self.regulariser.kl.check_stored(ratio)
         for reward in self.train_rewards:
             if reward.kind == "stored" and ratio < 1:
                 raise ValueError(

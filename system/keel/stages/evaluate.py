@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, durable, evaluation_report, models, preflight, schema
+from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema
 from keel.config import ConfigError
+from keel.conversations import turns
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
@@ -80,6 +81,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
         preflight.check_vocabulary(folder, Path(reference), "reference.model")
+        notes += tuple(forward_contract.require({"reference.model": reference}, settings.max_model_tokens))
     _check_ensembles(settings)
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
     place = (settings, directory, str(folder), other, given, reference, prompts, draws, others, judge)
@@ -109,8 +111,8 @@ def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling, setti
     """Held-out rows with the answers of a column as completions, in the generators' columns. Raises ConfigError."""
     rows = prompts.held_out()
     further = [json.loads(columns) for columns in rows.column("prompt_columns").to_pylist()]
-    answers = [columns.get(column) for columns in further]
-    answers = [answer[-1]["content"] if isinstance(answer, list) and answer else answer for answer in answers]
+    answers = [turns(columns.get(column)) for columns in further]
+    answers = [answer[-1].get("content") if _is_conversation(answer) else answer for answer in answers]
     texts = [answer if isinstance(answer, str) else None for answer in answers]
     if not all(texts):
         missing = sum(not text for text in texts)
@@ -123,6 +125,10 @@ def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling, setti
     said = zip(texts, *(rows.column(name).to_pylist() for name in ("prompt", "prompt_messages")), strict=True)
     tokens = [completions.encode({"completion": text}, *(p, json.loads(m)))[0] for text, p, m in said]
     return schema.append(rows, schema.given(tokens, [str(text) for text in texts]))
+
+
+def _is_conversation(answer: Any) -> bool:
+    return isinstance(answer, list) and bool(answer) and isinstance(answer[-1], dict)
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     by = prepared.settings.evaluation
     found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
     found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}
-    prepared.directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(prepared.directory)
     durable.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
     durable.write_json(prepared.directory / "evaluation.json", found)
     return found

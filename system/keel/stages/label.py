@@ -16,7 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, config, durable, labels, models, preflight, schema
+from keel import (
+    cluster,
+    config,
+    durable,
+    forward_contract,
+    labels,
+    models,
+    preflight,
+    reads,
+    schema,
+)
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -74,11 +84,13 @@ def prepare(settings: LabelSettings) -> Prepared:
         stop, notes = ends.stop, ends.notes
     else:
         rollouts = _rollouts(settings.runs)
+        preflight.check_rewards(online, rollouts)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
         if folder is not None:
             preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
+        notes += tuple(forward_contract.require({"reference.model": reference}, online.max_model_tokens))
     by = settings.sampling
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
     return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws, notes)
@@ -92,7 +104,7 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
         if not files:
             raise ConfigError(f"runs={run}: no rollouts/step-*.arrow in it; expected the directory of a run")
         for file in files:
-            batch = schema.from_bytes(file.read_bytes())
+            batch = schema.from_bytes(reads.read(file))
             if missing := [name for name in _ROLLOUT if name not in batch.schema.names]:
                 raise ConfigError(
                     f"runs={run}: {file.name} has no column {missing[0]}; expected rollouts of this version"
@@ -114,7 +126,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     if done := course.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(directory)
     with durable.lock(directory):
         return _label(prepared, display, started)
 
@@ -136,7 +148,9 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(found.table, aside)
+    durable.sync_file(aside)
     aside.rename(directory / "pairs.parquet")
+    durable.sync_directory(directory)
     margins = np.abs(found.table.column("score_chosen").to_numpy() - found.table.column("score_rejected").to_numpy())
     summary = {
         "stage": "label",
@@ -148,7 +162,7 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         "truncated_ratio": float(1 - np.mean([r == "stop" for r in batch.column("finish_reason").to_pylist()])),
         "seconds": round(time.monotonic() - started, 1),
     }
-    durable.write_json(directory / "stage.json", summary)
+    course.mark(directory, ["completions.arrow", "pairs.parquet"], summary)
     (directory / "sampled.arrow").unlink(missing_ok=True)
     return summary
 
@@ -177,7 +191,7 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     path = prepared.directory / "sampled.arrow"
     if path.is_file():
         display.note(f"sampled before: {path}")
-        return schema.from_bytes(path.read_bytes())
+        return schema.from_bytes(reads.read(path))
     samplers = sampled.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()

@@ -40,7 +40,7 @@ class Prepared:
     """Models beside the policy inside the learner."""
     rows: OfflineRows
     notes: tuple[str, ...] = ()
-    """What the stage says first: where its texts end."""
+    """What a user should know of the stage before it starts, a line each."""
 
     @property
     def name(self) -> str:
@@ -73,7 +73,8 @@ def prepare(settings: PolicyStage) -> Prepared:
         reference = str(models.locate_policy(name, "reference.model") if name else folder)
         others = preflight.learner_folders(draft, folder, reference)
     learning = settings.learning(settings.training.steps(rows.num_training))
-    return Prepared(settings, learning, directory, str(folder), reference, others, rows, ends.notes)
+    notes = (*ends.notes, *preflight.check_passes(learning, folder, others))
+    return Prepared(settings, learning, directory, str(folder), reference, others, rows, notes)
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""Table of docs/models.md: which passes through the model are the model's own, for every family of transformers.
+
+Usage: python benchmarks/model_families.py [--write] [--families NAME ...] [--seconds N]
+
+Prints the table; with --write, puts it into docs/models.md. A family is tried with the configurations of public models
+in public_models.py, else with the defaults of its own class, always as a twin of small sizes. What cannot be built is a
+row with the reason. Takes about two minutes on one core; --seconds bounds that, and what is left is listed as not tried.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from public_models import PUBLIC
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+START, END = "<!-- table: python benchmarks/model_families.py --write -->\n", "<!-- end of the table -->"
+HEAD = "| family | tried with | alone | shared | packed | note |\n|---|---|---|---|---|---|\n"
+FAMILY_SECONDS = 30
+DEFAULTS = "its class's defaults"
+NOT_TEXT = ("musicgen", "musicgen_melody", "whisper", "trocr", "moshi", "gemma4_assistant", "gemma4_unified_assistant")
+"""Listed as causal language models, but of sound or images, or drafts that read another model's states."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one configuration: yes or no for every pass, or why there is none."""
+
+    family: str
+    tried: str
+    passes: tuple[str, str, str]
+    note: str
+
+
+class TooLong(Exception):
+    """A family took longer than FAMILY_SECONDS."""
+
+
+def families() -> list[str]:
+    """Every family that transformers lists as a causal language model of text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(NOT_TEXT), key=str.lower)
+
+
+def configurations(family: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Public models of a family and their settings, else the defaults of its class, as a decoder."""
+    public = [(name, settings) for name, settings in PUBLIC.items() if settings["model_type"] == family]
+    yield from public or [(DEFAULTS, {"model_type": family})]
+
+
+def outcome(family: str, tried: str, settings: dict[str, Any]) -> Outcome:
+    """Try one configuration. Any error of the family's own code is its note, never the end of the table."""
+    from transformers import CONFIG_MAPPING
+
+    from keel import forward_contract
+    from keel.twins import TwinError
+
+    try:
+        config = CONFIG_MAPPING[family].from_dict(
+            {key: value for key, value in settings.items() if key != "model_type"}
+        )
+        if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder and tried == DEFAULTS:
+            config.is_decoder, tried = True, f"{DEFAULTS}, as a decoder"
+        with _limit(FAMILY_SECONDS):
+            verdict = forward_contract.of_config(config)
+    except TwinError as error:
+        return Outcome(family, tried, ("-", "-", "-"), f"cannot be built: {_short(str(error).partition(': ')[2])}")
+    except Exception as error:  # whatever a family's code raises is what the table is there to say
+        return Outcome(family, tried, ("-", "-", "-"), f"does not run: {type(error).__name__}: {_short(str(error))}")
+    passes = tuple("yes" if passed else "no" for passed in (verdict.alone, verdict.shared, verdict.packed))
+    return Outcome(family, tried, passes, _short("; ".join(sorted(set(verdict.reasons.values())))))
+
+
+class _limit:
+    """Raise TooLong in this thread after so many seconds."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        self.before = signal.signal(signal.SIGALRM, self._stop)
+        signal.alarm(self.seconds)
+
+    def __exit__(self, *_: Any) -> None:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, self.before)
+
+    def _stop(self, *_: int | FrameType | None) -> None:
+        raise TooLong(f"took over {self.seconds} s")
+
+
+def _short(text: str) -> str:
+    """One line without what differs from machine to machine or would break a table."""
+    line = re.sub(r"differ by up to [\d.e+-]+ nats", "differ", " ".join(text.split()))
+    return re.sub(r"[|<>]", " ", line)[:160]
+
+
+def outcomes(wanted: list[str], seconds: float) -> list[Outcome]:
+    """Try all configurations of these families, within so many seconds."""
+    start, results = time.monotonic(), []
+    for family in wanted:
+        for tried, settings in configurations(family):
+            if time.monotonic() - start > seconds:
+                results.append(Outcome(family, tried, ("-", "-", "-"), f"not tried within {seconds:.0f} s"))
+                continue
+            results.append(outcome(family, tried, settings))
+            print(f"{time.monotonic() - start:6.1f} s  {family}: {' '.join(results[-1].passes)}", file=sys.stderr)
+    return results
+
+
+def rows(results: list[Outcome]) -> list[str]:
+    """Lines of the table: configurations of a family with the same outcome share one."""
+    together: dict[tuple[str, tuple[str, str, str], str], list[str]] = {}
+    for result in results:
+        together.setdefault((result.family, result.passes, result.note), []).append(result.tried)
+    return [
+        f"| {family} | {', '.join(tried)} | {' | '.join(passes)} | {note} |"
+        for (family, passes, note), tried in together.items()
+    ]
+
+
+def summary(results: list[Outcome]) -> str:
+    """How many families take the fast passes, how many one row a sequence, how many are refused."""
+    passes = {family: {result.passes for result in results if result.family == family} for family in families()}
+    fast = [family for family, seen in passes.items() if seen == {("yes", "yes", "yes")}]
+    refused = [family for family, seen in passes.items() if any(each[0] == "no" for each in seen)]
+    unbuilt = [family for family, seen in passes.items() if seen and all(each[0] == "-" for each in seen)]
+    slower = len([family for family, seen in passes.items() if seen]) - len(fast) - len(refused) - len(unbuilt)
+    return (
+        f"{len(fast)} families pass all three, {slower} read one row a sequence in at least one form of theirs,"
+        f" {len(refused)} are refused in at least one, {len(unbuilt)} cannot be built small.\n\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    parser.add_argument("--families", nargs="*", help="only these")
+    parser.add_argument("--seconds", type=float, default=600.0, help="stop trying after so long")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    results = outcomes(options.families or families(), options.seconds)
+    table = summary(results) + HEAD + "\n".join(rows(results)) + "\n"
+    if options.write:
+        page = PAGE.read_text(encoding="utf8")
+        before, after = page.split(START)[0], page.split(END)[1]
+        PAGE.write_text(before + START + table + END + after, encoding="utf8")
+    else:
+        print(table, end="")
+
+
+if __name__ == "__main__":
+    main()

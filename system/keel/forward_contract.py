@@ -1,0 +1,259 @@
+"""The forward contract: Keel's log-probs of a row are those of the model's own plain forward, for every family.
+
+    alone    rows of different lengths in one padded batch         a family that fails this is refused
+    shared   samples of a prompt behind one copy of it             else: one row a sequence
+    packed   rows of different prompts in one sequence             else: one row a sequence
+
+Each is tried on rows longer than any window of the model, in training mode (which is the learner's), against the model
+reading the same row on its own in evaluation mode. Weights are random and logits far from uniform, so a token that a
+row must not see changes its numbers by much more than rounding does.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from keel import batch as batching
+from keel import durable, models, reward_models, schema, twins
+from keel.config import ConfigError
+from keel.networks import Policy
+from keel.printable import one_line
+from keel.reward_text import RewardText
+from keel.twins import TwinError
+
+TOLERANCE = 1e-3
+"""Largest difference of two log-probs, in units of their spread over tokens, that counts as rounding."""
+_SEEDS = (0, 1, 2)
+_EDITION = 1
+"""Of what is tried: verdicts of another edition are made again."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which passes of Keel's give the numbers of a family's own forward; where one does not, why."""
+
+    alone: bool = True
+    shared: bool = True
+    packed: bool = True
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What is wrong with each pass that fails."""
+
+    def both(self, other: "Verdict") -> "Verdict":
+        """What holds for two models that read the same micro-batches."""
+        return Verdict(
+            self.alone and other.alone,
+            self.shared and other.shared,
+            self.packed and other.packed,
+            {**other.reasons, **self.reasons},
+        )
+
+
+def check(model: Any, tokens_per_row: int, seed: int = 0) -> Verdict:
+    """Compare Keel's passes with the forward of a language model (transformers' ...ForCausalLM, fp32, on a CPU).
+
+    `tokens_per_row`: some rows are longer than this. The model's mode is put back; its weights are left alone.
+    """
+    training = model.training
+    rows = _rows(model.config.get_text_config().vocab_size, tokens_per_row, seed)
+    try:
+        expected = _plain(model.eval(), rows)
+        spread = float(np.std(expected))
+        assert np.isfinite(spread), model.config.model_type
+        model.train()
+        reasons = {}
+        for name, budget in _budgets(rows).items():
+            reason = _difference(functools.partial(_through_keel, model, rows, budget), expected, spread)
+            if reason:
+                reasons[name] = reason
+    finally:
+        model.train(training)
+    return Verdict("alone" not in reasons, "shared" not in reasons, "packed" not in reasons, reasons)
+
+
+def _rows(vocabulary: int, tokens_per_row: int, seed: int) -> pa.RecordBatch:
+    """Prompts with several completions, of unlike lengths; the longest prompt alone is longer than a window."""
+    rng = np.random.default_rng(seed)
+    ids = (min(twins.FIRST_ORDINARY_TOKEN, vocabulary - 1), vocabulary)
+    lengths = [(tokens_per_row + 5, (9, 3, 14)), (7, (5, tokens_per_row, 2)), (11, (6, 4))]
+    tickets, prompts, completions = [], [], []
+    for ticket, (prompt, answers) in enumerate(lengths):
+        tokens = rng.integers(*ids, prompt)
+        for answer in answers:
+            tickets.append(ticket)
+            prompts.append(tokens)
+            completions.append(rng.integers(*ids, answer))
+    return pa.record_batch(
+        {
+            "ticket": pa.array(tickets, pa.int64()),
+            "prompt_tokens": pa.array(prompts, schema.TOKENS),
+            "completion_tokens": pa.array(completions, schema.TOKENS),
+        }
+    )
+
+
+def _budgets(rows: pa.RecordBatch) -> dict[str, batching.Budget]:
+    tokens = int(schema.lengths(rows, "prompt_tokens").sum() + schema.lengths(rows, "completion_tokens").sum())
+    every = rows.num_rows * tokens  # one pass, whatever its padding
+    return {
+        "alone": batching.Budget(every, 0, 16),
+        "shared": batching.Budget(every, tokens, 16),
+        "packed": batching.Budget(every, tokens, 16, packed_tokens=tokens),
+    }
+
+
+@torch.no_grad()
+def _plain(model: Any, rows: pa.RecordBatch) -> np.ndarray:
+    """float64 log-probs of all completion tokens, each row read by the model on its own."""
+    found = []
+    pairs = zip(*(rows.column(name).to_pylist() for name in ("prompt_tokens", "completion_tokens")), strict=True)
+    for prompt, completion in pairs:
+        logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+        found.append(logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(found).numpy()
+
+
+@torch.no_grad()
+def _through_keel(model: Any, rows: pa.RecordBatch, budget: batching.Budget) -> np.ndarray:
+    """The same through the micro-batches that training makes."""
+    policy = Policy(model)
+    flat = np.zeros(int(schema.lengths(rows, "completion_tokens").sum()))
+    plan = batching.plan(rows, ranks=1, budget=budget)
+    for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
+        micro = batching.tensors(rows, units)
+        flat[micro.items] = policy(micro, 1.0, chunks, entropy=False)[0].double().numpy()
+    return flat
+
+
+def _difference(through: Callable[[], np.ndarray], expected: np.ndarray, spread: float) -> str:
+    """Why a pass is not the model's own; empty where it is."""
+    try:
+        found = through()
+    except Exception as error:  # what a family's code makes of arguments that it does not know
+        return f"{type(error).__name__}: {one_line(error)[:120]}"
+    largest = float(np.abs(found - expected).max())
+    if largest <= TOLERANCE * spread:  # False for NaN
+        return ""
+    return f"log-probs differ by up to {largest:.2g} nats"
+
+
+def of_config(config: Any, longest_row: int | None = None) -> Verdict:
+    """The verdict on a configuration, from a small model with the same layers. Raises TwinError: there is none.
+
+    `longest_row`: tokens of the longest row of a run, for rotary embeddings that change beyond a length.
+    """
+    small = twins.twin(config, longest_row)
+    return of_seeds(lambda seed: twins.build(small, seed), twins.row_tokens(small))
+
+
+def of_seeds(build: Callable[[int], Any], tokens_per_row: int, seeds: Sequence[int] = _SEEDS) -> Verdict:
+    """What holds with the weights and rows of any one seed: a wrong pass is wrong with all, rounding that flips a
+    discrete choice (an expert, a top-k of keys) is not."""
+    verdicts = []
+    for seed in seeds:
+        verdicts.append(check(build(seed), tokens_per_row, seed))
+        if not verdicts[-1].reasons:
+            return verdicts[-1]
+    held = {name: any(getattr(verdict, name) for verdict in verdicts) for name in ("alone", "shared", "packed")}
+    reasons = {name: verdicts[0].reasons.get(name, "") for name, holds in held.items() if not holds}
+    return Verdict(**held, reasons=reasons)
+
+
+def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
+    """The verdict on the model of a folder, from the cache or made now, in about a second.
+
+    Where no twin of the configuration can be made, the model itself is tried.
+    """
+    config = models.without_dropout(folder)
+    path = models.cache_directory() / "forward_contract" / f"{_key(config, longest_row)}.json"
+    if path.is_file():
+        return Verdict(**json.loads(path.read_text(encoding="utf8")))
+    try:
+        result = of_config(config, longest_row)
+    except TwinError:
+        tokens = twins.row_tokens(config)  # a window that is longer than every row of the run never matters
+        result = check(models.load_policy(folder, "float32").model, min(tokens, longest_row or tokens))
+    durable.write_json(path, dataclasses.asdict(result))
+    return result
+
+
+def _key(config: Any, longest_row: int | None) -> str:
+    """Digest of all that a verdict depends on."""
+    packages = {name: version(name) for name in ("transformers", "torch")}
+    content = {"config": config.to_dict(), "longest_row": longest_row, "packages": packages, "edition": _EDITION}
+    return schema.digest(json.dumps(content, sort_keys=True, default=str).encode())
+
+
+def require(folders: Mapping[str, Path | str], longest_row: int) -> list[str]:
+    """Hold the models of these folders (by the setting that names each) to the contract.
+
+    Returns a line for each that takes one row a sequence. Raises ConfigError for one that fails alone.
+    """
+    notes = []
+    settings = {str(folder): setting for setting, folder in reversed(list(folders.items()))}  # the first that names it
+    for folder, setting in settings.items():
+        result = verdict(Path(folder), longest_row)
+        family = models.read_config(Path(folder), setting).get("model_type")
+        if not result.alone:
+            raise ConfigError(
+                f"{setting}={folder}: the log-probs that Keel computes for {family} are not the model's own"
+                f" ({result.reasons['alone']}); expected a family that docs/models.md does not list as refused"
+            )
+        failing = [name for name in ("shared", "packed") if name in result.reasons]
+        if failing:
+            notes.append(f"{setting}: {family} takes one row a sequence ({failing[0]}: {result.reasons[failing[0]]})")
+    return notes
+
+
+def check_scores(folder: Path, setting: str) -> None:
+    """Hold a sequence classifier to the contract: scores in a padded batch are those of its own forward, row by row.
+
+    Raises ConfigError for a family whose scores are not.
+    """
+    config = models.without_dropout(folder)
+    path = models.cache_directory() / "forward_contract" / f"scores-{_key(config, None)}.json"
+    if path.is_file():
+        reason = json.loads(path.read_text(encoding="utf8"))["reason"]
+    else:
+        reason = _score_difference(config)
+        durable.write_json(path, {"reason": reason})
+    if reason:
+        raise ConfigError(
+            f"{setting}={folder}: the scores that Keel computes for {config.model_type} are not the model's own"
+            f" ({reason}); expected another family of sequence classifiers"
+        )
+
+
+def _score_difference(config: Any) -> str:
+    """Why scores of a small classifier like this one are not its own; empty where they are, or where none is made."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    try:
+        small = twins.twin(config)
+        small.num_labels, small.get_text_config().pad_token_id = 1, 0
+        model = twins.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
+    except TwinError:
+        return ""  # the start of training and scoring loads the model itself, and fails there where it must
+    rng, tokens = np.random.default_rng(0), twins.row_tokens(small)
+    ids = (twins.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
+    rows = [rng.integers(*ids, length).tolist() for length in (tokens + 5, 9, 3, tokens)]
+    expected = np.array([_own_score(model, row) for row in rows])
+    text = RewardText(SimpleNamespace(model_input_names=()), reward_models.is_encoder(config), tokens + 5)
+    reward = reward_models.RewardModel(model, text, 0.0)
+    inputs = reward.padded([(row, len(row)) for row in rows])
+    with torch.no_grad():
+        return _difference(lambda: reward(*inputs).double().numpy(), expected, float(np.std(expected)))
+
+
+def _own_score(model: Any, row: list[int]) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=torch.tensor([row])).logits[0, 0])
