@@ -284,7 +284,7 @@ def test_a_model_without_a_language_model_is_refused_by_name(tmp_path: Path) -> 
 
 def test_sizes_are_those_of_the_text_model(tmp_path: Path) -> None:
     folder = composite(tmp_path / "m")
-    assert models.vocabulary(folder, "m") == 96
+    assert model_files.vocabulary(folder, "m") == 96
     config = AutoConfig.from_pretrained(folder)
     assert reward_models.limit(config) == config.text_config.max_position_embeddings
     config.text_config.attention_dropout = 0.5

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from keel.config import ConfigError
+from keel.printable import one_line
 
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -145,3 +146,37 @@ def served(folder: Path) -> Iterator[Path]:
             if path.name not in others and path.name != INDEX:
                 (Path(view) / path.name).symlink_to(path.resolve())
         yield Path(view)
+
+
+def model_config(folder: Path, named: str) -> Any:
+    """A folder's configuration as transformers reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{named}: config.json cannot be read ({one_line(error)[:200]})") from None
+
+
+def vocabulary(folder: Path, named: str) -> int:
+    """Rows of a model's embedding. Raises ConfigError where its configuration has no such number."""
+    size = getattr(model_config(folder, named).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{named}: config.json has no vocab_size; expected a language model")
+    return size
+
+
+def check_text_alone(folder: Path, named: str) -> Any:
+    """The configuration of a model that reads text and nothing else.
+
+    Raises ConfigError for one of a family that reads images or sound, too: its text model alone has other parameter
+    names than the checkpoint, so samplers could not take what is trained.
+    """
+    config = model_config(folder, named)
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
+            f" its own (model_type={inner.model_type})"
+        )
+    return config

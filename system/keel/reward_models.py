@@ -216,9 +216,12 @@ def check_readable(folder: Path, setting: str) -> None:
 
     A pad token is no text: many tokenizers name one that the embedding has not.
     """
-    models.check_text_alone(folder, f"{setting}={folder}")
+    model_files.check_text_alone(folder, f"{setting}={folder}")
     model_files.check_whole(folder, f"{setting}={folder}")
-    vocabulary, tokenizer = models.vocabulary(folder, f"{setting}={folder}"), models.load_tokenizer(folder, setting)
+    vocabulary, tokenizer = (
+        model_files.vocabulary(folder, f"{setting}={folder}"),
+        models.load_tokenizer(folder, setting),
+    )
     largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
     if largest >= vocabulary:
         raise ConfigError(
