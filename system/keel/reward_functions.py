@@ -84,7 +84,8 @@ def _number(value: Any, place: int, answer: Any, strict: bool) -> float | None:
     except (OverflowError, ValueError):  # ValueError: a signaling NaN of Decimal
         if strict:
             raise WrongAnswer(f"{inside} {describe(value)} beyond any float; {_SIGNATURE} completion") from None
-        return (math.inf if own > 0 else -math.inf) if isinstance(own, int) else math.nan
+        number: Any = own  # Real and Decimal are no types of mypy's that an int could be
+        return (math.inf if number > 0 else -math.inf) if isinstance(number, int) else math.nan
 
 
 def is_async(function: Callable[..., Any]) -> bool:
