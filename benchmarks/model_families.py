@@ -66,7 +66,9 @@ def outcome(family: str, tried: str, settings: dict[str, Any]) -> Outcome:
     from keel.twins import TwinError
 
     try:
-        config = CONFIG_MAPPING[family].from_dict({key: value for key, value in settings.items() if key != "model_type"})
+        config = CONFIG_MAPPING[family].from_dict(
+            {key: value for key, value in settings.items() if key != "model_type"}
+        )
         if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder and tried == DEFAULTS:
             config.is_decoder, tried = True, f"{DEFAULTS}, as a decoder"
         with _limit(FAMILY_SECONDS):

@@ -60,35 +60,55 @@ def parameter_shapes(folder: Path, named: str = "") -> dict[str, tuple[int, ...]
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):  # its head is tied as the configuration says, whatever the file repeats
-        own = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
-    loaded, report = AutoModelForCausalLM.from_pretrained(
+        parameters = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
+    named = named or str(folder)
+    loaded = _loaded(folder, named, AutoModelForCausalLM)
+    _check_tied(folder, named, set(parameters), {name for name, _ in loaded.named_parameters()})
+    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in parameters})
+    return {name: tuple(tensor.shape) for name, tensor in published.items()}
+
+
+def _loaded(folder: Path, named: str, kind: Any) -> Any:
+    """The model without its numbers. Raises ConfigError where the weights are not those of the configuration."""
+    loaded, report = kind.from_pretrained(
         folder,
-        config=config,
         device_map="meta",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         trust_remote_code=False,
         use_safetensors=True,
     )
-    named = named or str(folder)
     for what, names in (("missing", report["missing_keys"]), ("of another shape", report["mismatched_keys"])):
         for name in sorted(str(key if isinstance(key, str) else key[0]) for key in names)[:1]:
             raise ConfigError(
                 f"{named}: its weights are not those of config.json: {len(names)} parameters are {what} ({name});"
                 " expected all of them"
             )
-    _check_tied(folder, named, set(own), {name for name, _ in loaded.named_parameters()})
-    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in own})
-    return {name: tuple(tensor.shape) for name, tensor in published.items()}
+    return loaded
+
+
+def check_whole(folder: Path, named: str) -> None:
+    """A language model or a reward model holds all of its parameters. Raises ConfigError.
+
+    Of other models, a trunk without its head, nothing is known: the head is to be trained.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture = next(iter(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []), "")
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        parameter_shapes(folder, named)
+    elif architecture.endswith("ForSequenceClassification"):
+        _loaded(folder, named, AutoModelForSequenceClassification)
 
 
 def num_parameters(folder: Path) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(folder).values())
 
 
-def _check_tied(folder: Path, named: str, own: set[str], held: set[str]) -> None:
+def _check_tied(folder: Path, named: str, parameters: set[str], held: set[str]) -> None:
     """A second copy of a tied weight equals the first. Raises ConfigError: samplers would read one, learners both."""
-    copies = held - own
+    copies = held - parameters
     if not copies:
         return
     import torch

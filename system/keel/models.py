@@ -283,7 +283,7 @@ def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
     """Trained head [1, H] of a causal reward model and what it subtracts; None for a model without one."""
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in model_files.weight_files(folder):
         with safe_open(path, "pt") as file:
             if "score.weight" in file.keys():  # noqa: SIM118 a safetensors file is no mapping
                 weight = file.get_tensor("score.weight")

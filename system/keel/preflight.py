@@ -20,6 +20,7 @@ from keel import (
     extension,
     forward_contract,
     http_rewards,
+    model_files,
     models,
     reward_models,
     schema,
@@ -169,7 +170,9 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
         raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
     if "critic" in found:
-        models.check_text_alone(Path(found["critic"]), f"objective.critic.model={found['critic']}")
+        critic, value = Path(found["critic"]), f"objective.critic.model={found['critic']}"
+        models.check_text_alone(critic, value)
+        model_files.check_whole(critic, value)
     found |= {"reference": reference} if reference else {}
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))
@@ -258,8 +261,8 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
         extension.load(reward.source, setting)
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
+            reward_models.check_readable(member, setting)
             forward_contract.check_scores(member, setting)
-            reward_models.check_tokens(member, setting)
             tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
             check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":

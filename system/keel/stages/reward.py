@@ -156,7 +156,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     reward_models.check_trunk(trunk, settings.policy.model)
     forward_contract.check_scores(folder, "policy.model")
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
-    reward_models.check_tokens(folder, "policy.model")
+    reward_models.check_readable(folder, "policy.model")
     encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
     preflight.check_template_options(options, tokenizer, "policy.chat_template_options")
     rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))
