@@ -69,7 +69,10 @@ def configuration(root: Path = ROOT) -> tuple[list[str], list[Group]]:
 
 
 def texts(tree: ast.Module) -> Iterator[ast.AST]:
-    """Nodes in which a change means nothing to a program: annotations, descriptions, messages."""
+    """Nodes in which a change means nothing to a program: annotations, decorators, descriptions, messages.
+
+    Also zip's `strict`, which notices a mistake of the programmer and changes nothing where there is none.
+    """
     for node in ast.walk(tree):
         match node:
             case ast.arg(annotation=note) | ast.AnnAssign(annotation=note) if note is not None:
@@ -78,7 +81,7 @@ def texts(tree: ast.Module) -> Iterator[ast.AST]:
                 yield from filter(None, [*node.decorator_list, node.returns])
             case ast.ClassDef():
                 yield from node.decorator_list
-            case ast.keyword(arg="description", value=value):
+            case ast.keyword(arg="description" | "strict", value=value):
                 yield value
             case ast.Raise(exc=ast.Call(args=messages)):
                 yield from messages
