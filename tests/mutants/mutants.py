@@ -161,7 +161,7 @@ def run_tests(tests: Iterable[str], seconds: float, output: Path) -> tuple[str, 
             import pytest
 
             for name in tests:  # one after the other: whatever the first file notices need not wait for the others
-                arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+                arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
                 if code := int(pytest.main([*arguments, str(Path("tests") / name)])):
                     break
         finally:
