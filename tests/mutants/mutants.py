@@ -12,6 +12,7 @@ What is changed and which tests belong to it: mutants.toml. The working tree its
 import argparse
 import ast
 import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -137,9 +138,9 @@ def copy_tree(target: Path, *, modules: bool) -> None:
 
 def preload(tree: Path) -> None:
     """Import what every test run would import, but for the code under test, and look for that in the copy."""
-    sys.dont_write_bytecode = True  # two mutants within a second and of one size look alike to the byte code cache
     paths = [str(tree / "system"), str(tree / "tests")]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.path[:0] = paths
     for name in PRELOADED:
         importlib.import_module(name)
@@ -178,6 +179,12 @@ def run_tests(tests: Iterable[str], seconds: float, output: Path) -> tuple[str, 
     return "timeout", time.monotonic() - began
 
 
+def write(path: Path, text: str) -> None:
+    """A module's text, and no byte code of another: two of a second and a size look alike to the cache."""
+    path.write_text(text, encoding="utf8")
+    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+
 def judge(tree: Path, spec: MutationSpec, tests: Iterable[str], seconds: float) -> WorkResult:
     """Change the module in the copy, run the tests, and put the module back."""
     path = tree / spec.module_path
@@ -186,10 +193,10 @@ def judge(tree: Path, spec: MutationSpec, tests: Iterable[str], seconds: float) 
     assert changed is not None, spec
     output = tree.parent / "output.txt"
     try:
-        path.write_text(changed, encoding="utf8")
+        write(path, changed)
         ended, _ = run_tests(tests, seconds, output)
     finally:
-        path.write_text(source, encoding="utf8")
+        write(path, source)
     outcome = TestOutcome.SURVIVED if ended == "passed" else TestOutcome.KILLED
     last = [line for line in output.read_text(encoding="utf8", errors="replace").splitlines() if line.strip()][-1:]
     return WorkResult(WorkerOutcome.NORMAL, f"{ended}: {''.join(last)}", outcome, difference(source, changed))
