@@ -216,9 +216,8 @@ def session(directory: Path, size: int, seed: int, names: list[str]) -> tuple[Wo
     copy_tree(directory / "tree", modules=new)
     if new:
         shutil.copytree(directory / "tree" / PACKAGE, directory / "unchanged")
-    shutil.copytree(
-        directory / "unchanged", directory / "tree" / PACKAGE, dirs_exist_ok=True
-    )  # an earlier call broke off
+    shutil.rmtree(directory / "tree" / PACKAGE)  # an earlier call may have ended in between
+    shutil.copytree(directory / "unchanged", directory / "tree" / PACKAGE)
     groups = [group for group in groups if group.name in names or not names]
     database = WorkDB(directory / "session.sqlite", WorkDB.Mode.create)
     if new:
