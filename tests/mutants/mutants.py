@@ -160,9 +160,16 @@ def run_tests(tests: Iterable[str], seconds: float, output: Path) -> tuple[str, 
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             import pytest
+            from hypothesis import Phase, settings
 
+            phases = (
+                Phase.explicit,
+                Phase.generate,
+            )  # that there is an example is enough: no smaller one is looked for
+            settings.register_profile("mutants", settings.get_profile("ci"), phases=phases)
             for name in tests:  # one after the other: whatever the first file notices need not wait for the others
                 arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+                arguments += ["--hypothesis-profile=mutants", "--tb=no"]
                 if code := int(pytest.main([*arguments, str(Path("tests") / name)])):
                     break
         finally:
