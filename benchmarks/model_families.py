@@ -4,7 +4,7 @@ Usage: python benchmarks/model_families.py [--write] [--families NAME ...] [--se
 
 Prints the table; with --write, puts it into docs/models.md. A family is tried with the configurations of public models
 in public_models.py, else with the defaults of its own class, always as a twin of small sizes. What cannot be built is a
-row with the reason. Takes about two minutes on one core; --seconds bounds that, and what is left is listed as not tried.
+row with the reason. It takes about two minutes on one core; --seconds bounds that: what is left is listed as not tried.
 """
 
 import argparse

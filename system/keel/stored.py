@@ -3,7 +3,8 @@
 A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
 demonstration: `completion`, or the last message of `messages`; under other names they are where layouts.py put them.
 Texts, or conversations of which the last message counts. In an online run the generators still take part: they say how
-likely the policy of now finds these tokens, so KL, staleness and the parity gap mean what they mean online.
+likely the policy of now finds these tokens, so staleness and the parity gap mean what they mean online. KL and entropy
+do not: see diagnostics.py.
 """
 
 import json
@@ -13,8 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from keel import (
+    end_tokens,
+    schema,
+)
 from keel.config import ConfigError
 from keel.layouts import ANSWERS
+from keel.model_text import ModelText
 from keel.protocols import Sampling
 from keel.row_columns import from_json
 from keel.sources import Row
@@ -26,13 +32,18 @@ _PROBLEMS = {
     "several_messages": "several messages of the assistant in its last turn",
 }
 _COLUMNS = ("chosen", "rejected", "responses", "rewards", "completion", "messages")
-NAME = "stored"
+NAME = schema.STORED
 """What the column `generator` says of these rows."""
 
 
 def completions(columns: Mapping[str, Any]) -> list[str]:
     """Texts of one row, chosen before rejected. Raises KeyError or TypeError when the columns are not there."""
     return [text if isinstance(text, str) else _last(text) for text in _given(columns)]
+
+
+def answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+    """Texts of one row, or the whole last messages (thoughts, tool calls): what a chat template is given."""
+    return [answer if isinstance(answer, str) else answer[-1] for answer in _given(columns)]
 
 
 def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
@@ -85,10 +96,11 @@ def is_stored(ticket: int, ratio: float) -> bool:
 class StoredCompletions:
     """Prompt rows -> tokens of the completions they come with; nothing for rows that are to be sampled."""
 
-    def __init__(self, ratio: float, tokenizer: Any, sampling: Sampling) -> None:
-        self.ratio, self.tokenizer, self.sampling = ratio, tokenizer, sampling
-        stop, own = sampling.stop_token_ids, getattr(tokenizer, "eos_token_id", None)
-        self.end = [own] if own in stop else list(stop[:1])  # of several end tokens the tokenizer's own
+    def __init__(
+        self, ratio: float, tokenizer: Any, sampling: Sampling, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`options`: of the chat template."""
+        self.ratio, self.sampling, self.text = ratio, sampling, ModelText(tokenizer, options)
 
     def __call__(self, prompts: pa.RecordBatch) -> list[list[int]] | None:
         """Tokens of each row, the end token behind them, cut at the budget; [] where the row is to be sampled.
@@ -102,16 +114,24 @@ class StoredCompletions:
 
     def tokens(self, prompts: pa.RecordBatch) -> list[list[int]]:
         """Tokens of each row's completion, cut at the budget; an end token behind those that ended."""
-        rows = zip(prompts.column("prompt_columns").to_pylist(), prompts.column("sample").to_pylist(), strict=True)
-        return [self.encode(json.loads(columns))[sample] for columns, sample in rows]
+        names = ("prompt", "prompt_messages", "prompt_columns", "sample")
+        rows = list(zip(*(prompts.column(name).to_pylist() for name in names), strict=True))
+        encoded = {
+            (prompt, messages, columns): self.encode(json.loads(columns), prompt, json.loads(messages))
+            for prompt, messages, columns in dict.fromkeys(row[:3] for row in rows)
+        }
+        return [encoded[row[:3]][row[3]] for row in rows]
 
-    def encode(self, columns: Mapping[str, Any]) -> list[list[int]]:
-        """Tokens of every completion of one row, cut at the budget."""
-        pairs = zip(completions(columns), finished(columns), strict=True)
-        return [[*self._ids(text), *(self.end if ended else [])][: self.sampling.max_tokens] for text, ended in pairs]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(
+        self, columns: Mapping[str, Any], prompt: str = "", messages: Sequence[Mapping[str, Any]] = ()
+    ) -> list[list[int]]:
+        """Tokens of every completion of one row behind its prompt (`messages` of a conversation), cut at the budget."""
+        stop, budget = self.sampling.stop_token_ids, self.sampling.max_tokens
+        end = end_tokens.behind_answers(self.text, stop, bool(messages))
+        return [
+            self.text.answer_ids(prompt, messages, answer, finished=ended, stop=stop, end=end)[:budget]
+            for answer, ended in zip(answers(columns), finished(columns), strict=True)
+        ]
 
 
 def check(rows: Sequence[Row], samples: int, source: str) -> None:
@@ -185,6 +205,13 @@ def unusable(columns: Mapping[str, Any]) -> str | None:
     if any(text[:-1] != given[0][:-1] for text in given):
         return "different_prompts"
     texts = [text.strip() for text in completions(columns)]
-    if not all(texts):
+    further = [_further(answer) for answer in answers(columns)]
+    if not all(text or fields for text, fields in zip(texts, further, strict=True)):
         return "empty"
-    return "equal" if len(set(texts)) < len(texts) else None
+    return "equal" if len(set(zip(texts, further, strict=True))) < len(texts) else None
+
+
+def _further(answer: str | Mapping[str, Any]) -> str:
+    """What a message says beside its content: thoughts, tool calls."""
+    fields = {} if isinstance(answer, str) else {k: v for k, v in answer.items() if k not in ("role", "content") and v}
+    return json.dumps(fields, sort_keys=True) if fields else ""
