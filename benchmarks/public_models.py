@@ -146,7 +146,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     },
-    "Qwen 1.5 7B, window on": {
+    "Qwen 1.5 7B with its window": {
         "model_type": "qwen2",
         **_llama_like(4096, 11008, 32, 32, 32, vocab_size=151936, rope_theta=1000000.0),
         "use_sliding_window": True,

@@ -20,7 +20,7 @@ from public_models import PUBLIC
 SAMPLE = [
     "Llama 3.1 8B",
     "Mistral 7B v0.1",
-    "Qwen 1.5 7B, window on",
+    "Qwen 1.5 7B with its window",
     "Gemma 2 9B",
     "Phi 2",
     "Phi 3 mini 128k",
@@ -195,7 +195,7 @@ def test_every_family_of_transformers_has_a_twin_or_a_reason(family: str) -> Non
         ("Phi 3 mini 4k", "sliding_window", None),
         ("Gemma 3 1B", "sliding_window", 512),
         ("Command R7B", "sliding_window", 512),
-        ("Qwen 1.5 7B, window on", "sliding_window", 512),
+        ("Qwen 1.5 7B with its window", "sliding_window", 512),
         ("GPT-OSS 20B", "sliding_window", 512),
         ("Exaone 4 32B", "sliding_window", 512),
         ("GPT-Neo 1.3B", "window_size", 512),
