@@ -2,20 +2,22 @@
 #
 #   PYTHON=python3.12   the interpreter .venv is made with (default: python3 if it is 3.11 or 3.12)
 #   TARGET=gpu          install requirements/gpu.txt in place of cpu.txt
-#   MARKS="..."         which tests of tests/integration make test-all runs; CI: "not exhaustive"
+#   MARKS="..."         which of the slow tests make test-rest and test-all run; CI: "not exhaustive"
 #   CONFIG=file.yaml    the pipeline that `make train` runs
 #   ARGS="..."          added to the command of train, test, chaos, lint or types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all chaos lint types pins clean
+.PHONY: help setup train test test-rest test-all chaos lint types pins clean
 
 CONFIG ?= configs/pipeline.yaml
 ARGS ?=
-MARKS ?= integration
+MARKS ?= slow
 BIN := .venv/bin
+# Two processes, a file of tests to each at a time: what a file starts for all its tests is started once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 setup:  ## make .venv with the pinned packages; does nothing when it is there
 	@PYTHON="$(PYTHON)" ./requirements/setup.sh $(TARGET)
@@ -23,12 +25,15 @@ setup:  ## make .venv with the pinned packages; does nothing when it is there
 train: setup  ## run the quickstart: label, reward model, RL, evaluation; cached
 	$(BIN)/keel pipeline $(CONFIG) $(ARGS)
 
-test: setup  ## run the tests but the slow ones; ARGS="-m 'not integration'" leaves out all on the real stack
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: setup  ## run the tests but the slow ones, in about ten minutes; ARGS="--randomly-seed=N": in that order again
+	$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: setup  ## run every test: also twenty steps of every objective, and a short chaos run, on the real stack
-	$(BIN)/python -m pytest -n 2 -m "not integration" $(ARGS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(MARKS)" tests/chaos tests/integration $(ARGS)
+test-rest: setup  ## run the slow tests: stages, jobs, recovery, every objective and a short chaos run on the real stack
+	$(PYTEST) -m "slow and ($(MARKS))" $(ARGS)
+
+test-all:  ## run every test once: make test, then make test-rest
+	$(MAKE) test
+	$(MAKE) test-rest
 
 chaos: setup  ## a real run through a hundred faults; ARGS="--faults 20 --seed 1 --staleness 1"
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)

@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,14 @@ class HeadOnly(nn.Module):
 
     def __init__(self, size: Size, dtype: torch.dtype) -> None:
         super().__init__()
+        self.base_model = nn.Identity()
         self.head = nn.Linear(size.hidden, size.vocabulary, bias=False, dtype=dtype)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.base_model(input_ids).last_hidden_state))
 
 
 class Work:

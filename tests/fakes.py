@@ -1,4 +1,8 @@
-"""In-process parts of a run that check what they are given. The buffer in between is the real one."""
+"""In-process parts of a run that check what they are given. The buffer in between is the real one.
+
+Every call gives way to the other tasks before it does anything, as a call to an actor does, and those for which
+others must wait (publish, load, renew, save) give way long enough for whatever need not wait to overtake them.
+"""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -19,6 +23,17 @@ SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=5, stop_token_ids=(1,
 HELD_OUT = 3
 DIGESTS = ["zero", "one", "two", "three", "four", "five", "six"]
 Hook = Callable[[list[int], int], Any]
+
+
+async def a_turn() -> None:
+    """Whoever can go on goes on, once."""
+    await asyncio.sleep(0)
+
+
+async def many_turns() -> None:
+    """Whoever can go on does so until it waits for this one."""
+    for _ in range(60):
+        await asyncio.sleep(0)
 
 
 def settings_for(steps: int = 4, staleness: int = 0, retries: int = 2, **blocks: Any) -> Settings:
@@ -50,11 +65,12 @@ class FakeGenerator:
         self.busy = 0
 
     async def generate(self, prompts: pa.RecordBatch, sampling: Sampling) -> tuple[pa.RecordBatch, StageReceipt]:
+        version = self.version  # of now: whoever is loaded meanwhile answers with the weights it started with
+        await a_turn()
         assert prompts.schema.equals(schema.PROMPT), prompts.schema
         assert sampling == SAMPLING
         tickets = tuple(dict.fromkeys(prompts.column("ticket").to_pylist()))
         held_out = prompts.num_rows == HELD_OUT
-        version = self.version
         self.attempts[tickets] = attempt = self.attempts.get(tickets, 0) + 1
         seeds = prompts.column("seed").to_pylist()
         assert self.seeds.setdefault(tickets, seeds) == seeds  # a retry asks for the same rows
@@ -71,6 +87,7 @@ class FakeGenerator:
     async def load(self, weights: Any) -> Sequence[LoadReceipt]:
         version, digest = weights
         assert version == self.version + 1 or version == self.version == 0
+        await many_turns()
         self.version = version
         self.log.append(("loaded", version))
         return [LoadReceipt(version, digest, 100, 0.1)] * 2
@@ -84,6 +101,7 @@ class FakeScorer:
         self.calls = 0
 
     async def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
+        await a_turn()
         schema.check(batch)
         assert batch.schema.names == [*schema.PROMPT.names, *schema.GENERATE.names], batch.schema.names
         tickets = batch.column("ticket").to_pylist()
@@ -103,6 +121,7 @@ class FakeLearner:
         self.log, self.hook, self.version = log, hook, version
 
     async def step(self, batch: pa.RecordBatch) -> StepReport:
+        await many_turns()
         schema.check(batch)
         assert "reference_logprobs" in batch.schema.names
         tickets = list(dict.fromkeys(batch.column("ticket").to_pylist()))
@@ -118,10 +137,12 @@ class FakeLearner:
         return StepReport(self.version, metrics)
 
     async def publish(self) -> tuple[Any, LoadReceipt]:
+        await many_turns()
         digest = DIGESTS[self.version]
         return (self.version, digest), LoadReceipt(self.version, digest, 100, 0.1)
 
     async def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
+        await a_turn()
         return {"gap_mean_nats": 0.0, "gap_max_nats": 0.0}
 
     async def save(self, directory: str) -> None:
@@ -157,15 +178,19 @@ class Listener(Observer):
 
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
         assert batch.num_rows == HELD_OUT
+        await many_turns()
         self.log.append(("evaluation", step))
 
     async def quarantine(self, step: int, batch: pa.RecordBatch, reason: str) -> None:
+        await many_turns()
         self.log.append(("quarantined", step, *dict.fromkeys(batch.column("ticket").to_pylist())))
 
     async def iteration(self, step: int) -> None:
+        await many_turns()
         self.log.append(("iteration", step))
 
     async def checkpoint(self, step: int) -> None:
+        await many_turns()
         self.log.append(("checkpoint", step))
 
 
@@ -209,6 +234,7 @@ class Run:
         self.controller = Controller(settings, parts, SAMPLING, self.observer, version)
 
     async def _fetch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        await a_turn()
         return batch
 
     async def finish(self) -> None:

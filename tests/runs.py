@@ -20,7 +20,7 @@ import xxhash
 
 import rollouts
 from fakes import settings_for
-from keel import checkpoint, config, durable, evaluate, schema
+from keel import checkpoint, config, durable, evaluate, ledger, schema
 from keel.buffer import RolloutBuffer
 from keel.metrics import RunMetrics
 from keel.settings import Settings
@@ -76,17 +76,15 @@ class Writer:
         asyncio.run(self._train())
 
     async def _train(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(self.directory)
         durable.write(self.directory / "config.yaml", config.dump(self.settings).encode())
-        saved = checkpoint.latest(self.directory)
-        state = checkpoint.read_state(saved) if saved else None
+        saved, state, damaged = checkpoint.newest_intact(self.directory)
+        assert damaged == []
         version = state["version"] if state else 0
         if version == self.settings.run.steps:
             return
         durable.keep_steps(self.directory / "metrics.jsonl", version)
-        for path in (self.directory / "rollouts").glob("step-*.arrow"):
-            if int(path.stem.removeprefix("step-")) > version:
-                path.unlink()
+        ledger.undo(self.directory, version)
         self.metrics = RunMetrics(self.settings.run.name, self.directory / "metrics.jsonl")
         self.trained = "nothing"
         if saved and state:

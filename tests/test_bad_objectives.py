@@ -1,5 +1,6 @@
 """Settings of objectives that cannot work, in one line each; and steps whose comparisons fail are counted."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regulariser": kl("reward", "k1", controller={"kind": "dual"})}, "regulariser.kl.controller.target_nats=null: kind=dual steers towards it; expected a number of nats"),
     ({"regulariser": kl("reward", "k1", controller={"kind": "safe", "target_nats": 1.0})}, "regulariser.kl.controller.target_nats=1.0: kind=safe ignores it; expected dual, or null"),
     ({"regulariser": kl("reward", "k1", coefficient=0.0, controller={"kind": "safe"})}, "regulariser.kl.coefficient=0.0: controller.kind=safe starts from it; expected more"),
+    # entropies over |y|
+    *[
+        ({"regulariser": entropy(form=form), "objective": by}, f"regulariser.entropy.form={form}: objective.advantage={by['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
+        for form in ("sequence_mean_exact", "sequence_mean_naive")
+        for by in ({"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, {"advantage": "gae", "critic": {}})
+    ],
+    ({"regulariser": entropy(form="sequence_mean")}, "regulariser.entropy.form='sequence_mean': two forms were meant by it; expected sequence_mean_naive (reward R - (beta/|y|) S, what it was) or sequence_mean_exact ("),
+    ({"sampling": {"stored_ratio": 0.5}, "objective": PREFER, "regulariser": kl("loss", "k2", importance_weighted=True)}, "regulariser.kl.importance_weighted=true: no known policy sampled the stored completions (sampling.stored_ratio=0.5), so there is no ratio to weigh by; expected false"),
     ({"regulariser": {"entropy": {"coefficient": 0.1}}}, "regulariser.entropy.coefficient=0.1: form=none ignores it; expected a form, or 0"),
     # regularisers an objective cannot take
     ({"objective": PREFER, "regulariser": kl("reward", "k1")}, "regulariser.kl.placement=reward: objective.kind=preference has no gradient that is linear in the reward"),
@@ -118,7 +127,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("blocks", "expected"), BAD, ids=[expected.split(":")[0] for _, expected in BAD])
 def test_a_mistake_is_one_line_that_names_it(blocks: dict[str, Any], expected: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match="^" + re.escape(expected)) as caught:
         config.parse(tree(**blocks))
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)

@@ -230,9 +230,11 @@ async def test_a_new_size_splits_what_opens_from_now_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, -1, 9])
 async def test_sizes_that_never_fit_are_refused(tmp_path: Path, size: int) -> None:
     buffer = buffer_in(tmp_path, step=4, staleness=1)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=f"^{size}$"):
         await buffer.resize(size)
+    assert buffer.groups_per_batch == 2
     await buffer.resize(8)
+    assert buffer.groups_per_batch == 8
 
 
 async def test_waiting_names_tickets_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

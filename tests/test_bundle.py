@@ -177,7 +177,7 @@ def test_too_much_is_refused_by_what_it_is_compressed_naming_the_largest(tmp_pat
     assert weights * 0.5 < size < weights + 10**6
     found.write(tmp_path / "fits.zip", "", size + 1)
     for limit in (size, 10**5):
-        with pytest.raises(ConfigError) as refused:
+        with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as refused:
             found.write(tmp_path / "refused.zip", "", limit)
         line = str(refused.value)
         assert line.startswith(f"CONFIG: more to upload than the {limit / 1e6:.1f} MB Ray takes") and "\n" not in line

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 
 import pytest
 
@@ -260,6 +261,6 @@ def test_amounts_in_words() -> None:
     ],
 )
 def test_settings_that_ray_or_vllm_would_refuse(block: str, values: dict[str, object], line: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError, match=re.escape(line)) as refused:
         config.parse(tree(**{block: values}))
     assert str(refused.value) == line

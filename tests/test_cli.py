@@ -66,6 +66,8 @@ def test_answers_that_need_no_model_import_no_heavy_library(tmp_path: Path, argu
 import sys
 sys.argv = ["keel", *{arguments!r}]
 from keel import cli
+
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 cli.app(standalone_mode=False)
 assert "typer" in sys.modules
 sys.stderr.write(" ".join(sorted({HEAVY!r} & set(sys.modules))))

@@ -314,7 +314,7 @@ def test_the_order_of_prompts_in_a_file_changes_nothing(
 
 
 def refusal(*directories: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         compare.run(list(directories), Console(file=io.StringIO()), as_json=False, picture=None)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -22,7 +22,7 @@ def tree(**blocks: Any) -> dict[str, Any]:
 
 
 def message(changed: dict[str, Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         config.parse(changed)
     assert "\n" not in str(caught.value)
     return str(caught.value)

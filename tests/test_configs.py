@@ -33,3 +33,13 @@ def test_the_quickstarts_differ_in_their_regulariser_alone() -> None:
     one, other = (config.load(FOLDER / f"{name}.yaml").model_dump() for name in ("quickstart", "quickstart-maxent"))
     assert {name for name in one if one[name] != other[name]} == {"run", "regulariser"}
     assert {name for name in one["run"] if one["run"][name] != other["run"][name]} == {"name"}
+
+
+def test_eapo_is_configured_as_published() -> None:
+    """2407.18143: plain squared losses of both heads, PopArt at rate .03, lambda_H 0, no bonus in the loss."""
+    settings = config.load(FOLDER / "objectives" / "eapo.yaml")
+    critic, entropy = settings.objective.critic, settings.objective.entropy_advantage  # type: ignore[union-attr]
+    assert critic is not None and entropy is not None
+    assert (critic.clip, critic.loss, critic.popart, critic.popart_rate) == (None, "mse", True, 0.03)
+    assert (entropy.coefficient, entropy.discount, entropy.gae_lambda) == (0.02, 0.9, 0.0)
+    assert settings.regulariser.entropy.form == "none"

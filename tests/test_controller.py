@@ -31,15 +31,24 @@ async def test_a_run_takes_its_steps_in_order_and_ends(tmp_path: Path) -> None:
     run = Run(tmp_path, settings_for(steps=3, evaluation={"every_steps": 2}, checkpoint={"every_steps": 1}))
     await run.finish()
     await nothing_left(run)
-    assert run.log == [
+    learn_loop = ("evaluated", "evaluation", "stepped", "staleness", "loaded", "recorded", "checkpoint")
+    assert run.entries(*learn_loop) == [
         *[("evaluated", 0), ("evaluation", 0)],
-        *[("generated", 0, 0), ("generated", 1, 0), ("stepped", 1, 0, 1), ("staleness", 0), ("loaded", 1)],
-        *[("recorded", 1), ("checkpoint", 1)],
-        *[("generated", 2, 1), ("generated", 3, 1), ("stepped", 2, 2, 3), ("staleness", 0), ("loaded", 2)],
+        *[("stepped", 1, 0, 1), ("staleness", 0), ("loaded", 1), ("recorded", 1), ("checkpoint", 1)],
+        *[("stepped", 2, 2, 3), ("staleness", 0), ("loaded", 2)],
         *[("evaluated", 2), ("evaluation", 2), ("recorded", 2), ("checkpoint", 2)],
-        *[("generated", 4, 2), ("generated", 5, 2), ("stepped", 3, 4, 5), ("staleness", 0), ("loaded", 3)],
+        *[("stepped", 3, 4, 5), ("staleness", 0), ("loaded", 3)],
         *[("evaluated", 3), ("evaluation", 3), ("recorded", 3), ("checkpoint", 3)],
     ]
+    # the rollouts of a step come while the checkpoint before it is written, and never before its weights are loaded
+    generated = [("generated", 0, 0), ("generated", 1, 0), ("generated", 2, 1), ("generated", 3, 1)]
+    assert run.entries("generated") == [*generated, ("generated", 4, 2), ("generated", 5, 2)]
+    for step in (1, 2):
+        tickets = [run.log.index(entry) for entry in run.entries("generated") if entry[2] == step]
+        assert run.log.index(("loaded", step)) < min(tickets)
+        assert max(tickets) < run.log.index(("stepped", step + 1, 2 * step, 2 * step + 1))
+    assert run.log.index(("generated", 2, 1)) < run.log.index(("checkpoint", 1))
+    assert run.log.index(("evaluation", 2)) < run.log.index(("generated", 4, 2))
 
 
 async def test_with_every_steps_0_only_the_ends_are_evaluated_and_stored(tmp_path: Path) -> None:
@@ -213,7 +222,8 @@ async def test_a_controller_that_is_asked_to_leave_ends_with_a_checkpoint(tmp_pa
     await run.finish()
     await nothing_left(run)
     assert run.entries("stepped")[-1][1] == 3
-    assert run.log[-2:] == [("recorded", 3), ("checkpoint", 3)]
+    assert run.entries("recorded", "checkpoint")[-2:] == [("recorded", 3), ("checkpoint", 3)]
+    assert run.entries("stepped", "recorded", "checkpoint")[-1] == ("checkpoint", 3)
 
 
 async def test_rows_the_learner_refuses_are_handed_on_before_the_run_ends(tmp_path: Path) -> None:
@@ -247,7 +257,7 @@ async def test_a_cancelled_run_leaves_nothing_behind(tmp_path: Path) -> None:
     while run.generator.busy < 2:
         await asyncio.sleep(0)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError, match=r"\A\Z"):
         await task
     await nothing_left(run)
 

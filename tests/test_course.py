@@ -40,7 +40,7 @@ class FakeTrainee:
     def _step(self, batch: pa.RecordBatch) -> StepReport:
         assert batch.column("version").to_pylist() == [self.version]  # the rows of this step and no other
         if self.version + 1 == self.killed_at:
-            raise Killed
+            raise Killed(f"at step {self.killed_at}")
         self.version += 1
         metrics = {
             "loss": 1 / self.version,
@@ -202,7 +202,7 @@ async def test_a_resumed_course_is_the_uninterrupted_one(tmp_path: Path, patienc
         plan.directory.mkdir()
     whole = Run(plans[0], FakeTrainee(losses))
     expected = await whole.finish()
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match=f"at step {killed_at}"):
         await Run(plans[1], FakeTrainee(losses, killed_at)).finish()
     resumed = Run(plans[1], FakeTrainee(losses))
     assert await resumed.finish() == expected

@@ -11,6 +11,8 @@ from hatchling.builders.wheel import WheelBuilder
 from keel import cli, deploy_commands
 from manifests import made
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 REPOSITORY = Path(__file__).parent.parent
 COMMITTED = REPOSITORY / "deploy" / "grafana"
 
@@ -18,7 +20,7 @@ COMMITTED = REPOSITORY / "deploy" / "grafana"
 def deploy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     """Exit code of `keel deploy`."""
     monkeypatch.setattr(sys, "argv", ["keel", "deploy", *arguments])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
         cli.main()
     return stop.value.code
 

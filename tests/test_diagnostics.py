@@ -182,5 +182,5 @@ def test_changes_are_paired_by_prompt() -> None:
 
 
 def test_changes_of_other_prompts_are_refused() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"^$"):
         evaluate.changes(held_out([1.0] * 4, 0.5), held_out([1.0] * 4, 0.5, tickets=(0, 1, 3, 2)))

@@ -91,7 +91,7 @@ def test_a_login_shell_finds_the_environment(recipe: Path, tmp_path: Path) -> No
 @each_recipe
 def test_commands_are_well_formed(recipe: Path) -> None:
     for text in texts(recipe, "RUN"):
-        subprocess.run(["sh", "-n", "-c", text], check=True)
+        assert subprocess.run(["sh", "-n", "-c", text]).returncode == 0, text
 
 
 def test_the_context_is_small() -> None:

@@ -70,7 +70,7 @@ while True:
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     durable.write(path, b"old")
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="bytes-like"):
         durable.write(path, "text")
     assert path.read_bytes() == b"old"
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_named_with_the_file_and_what_is_free(tmp_path: Path) -> 
 
 
 def test_a_full_disk_is_known_by_its_text_where_a_library_has_its_own_error(tmp_path: Path) -> None:
-    with pytest.raises(DiskFull), durable.naming_a_full_disk(tmp_path / "weights"):
+    with pytest.raises(DiskFull, match="weights: no space left"), durable.naming_a_full_disk(tmp_path / "weights"):
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     with pytest.raises(RuntimeError, match="another"), durable.naming_a_full_disk(tmp_path / "weights"):
         raise RuntimeError("another error")
@@ -146,7 +146,7 @@ def test_what_did_not_fit_takes_no_space(tmp_path: Path, monkeypatch: pytest.Mon
 
     durable.write(tmp_path / "state", b"old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFull):
+    with pytest.raises(DiskFull, match="state: no space left"):
         durable.write(tmp_path / "state", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     assert (tmp_path / "state").read_bytes() == b"old"

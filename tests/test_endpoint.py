@@ -173,8 +173,8 @@ def test_the_file_of_a_run_that_failed_or_was_killed_stays_until_it_goes_on(
     settings = MetricsSettings(port=0, discovery_directory=str(shared))
 
     def ended_by(error: type[BaseException]) -> None:
-        with pytest.raises(error), endpoint.serving(settings, "mine", tmp_path, metrics.page):
-            raise error
+        with pytest.raises(error, match="in between"), endpoint.serving(settings, "mine", tmp_path, metrics.page):
+            raise error("in between")
 
     ended_by(KeyboardInterrupt)
     assert files(shared) == []

@@ -1,8 +1,6 @@
 """Every example of docs/extending.md runs as it stands there, and does what the page says."""
 
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +52,11 @@ SAMPLER = schema.ragged(STEP, "completion_logprobs")[0]
 
 
 @pytest.fixture(autouse=True)
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def files(restored_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The modules of the page, and one with mistakes, where Python finds them; forgotten afterwards."""
     for name, code in {**MODULES, "my_mistakes": BROKEN}.items():
         (tmp_path / f"{name}.py").write_text(code, encoding="utf8")
-        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in [*MODULES, "my_mistakes"]:
-        sys.modules.pop(name, None)
 
 
 def settings(*blocks: dict[str, Any]) -> Settings:
@@ -305,7 +299,7 @@ SETTINGS = ["objective.source", "objective.advantage", "regulariser.terms.mine.s
 )
 def test_a_wrong_name_is_refused_and_names_the_setting(setting: str, source: str, reason: str) -> None:
     by = with_source(setting, source)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         if setting.startswith("rewards"):
             preflight.check_reward_source(by.rewards[0], setting)
         else:

@@ -27,6 +27,8 @@ from keel.settings import Settings
 from keel.terminal import Terminal
 from rollouts import generated, prompts
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=40)
 """Also half surrogate pairs, NUL and everything else that Python's text can hold."""
 HOSTILE = [
@@ -150,7 +152,7 @@ def test_a_command_line_with_escapes_ends_with_one_line(
             [text],
         ):
             monkeypatch.setattr(sys, "argv", ["keel", *arguments])
-            with pytest.raises(SystemExit) as stop:
+            with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
                 cli.main()
             output = capfd.readouterr()
             assert stop.value.code == 2 and output.out == ""
@@ -227,8 +229,8 @@ def test_hostile_prompts_load_or_are_one_line(tmp_path: Path, text: str) -> None
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"prompt": "x", "a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", b'{"prompt": "x", "a": ' + b"9" * 5000 + b"}",
-     b'{"prompt": "\xff"}', b'{"prompt": "x", "a": NaN}', b'{"prompt": "\xed\xa0\x80"}'],
+    [b'{"prompt": "x", "a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", b'{"prompt": "\xff"}',
+     b'{"prompt": "\xed\xa0\x80"}'],
 )  # fmt: skip
 def test_rows_that_cannot_be_read_are_one_line(tmp_path: Path, content: bytes) -> None:
     for name in ("p.jsonl", "p.json"):

@@ -25,6 +25,8 @@ from keel import checkpoint, cli, config, control, durable, job_server, jobs, st
 from keel.config import ConfigError
 from runs import Writer
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 ADDRESS = "http://head:8265"
 ENVIRONMENT = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS", "RAY_AUTH_MODE")
 
@@ -132,7 +134,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
 
 def keel(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     """What a command says: standard output, or the one line of a refusal."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=r"\A\d*\Z") as ended:
         patch.setattr(sys, "argv", ["keel", *arguments])
         cli.main()
     out, err = capsys.readouterr()
@@ -245,7 +247,7 @@ def test_a_silent_log_is_followed_as_long_as_the_server_answers(
     monkeypatch.setattr(server, "tail_job_logs", silent)
     monkeypatch.setattr(jobs, "_SILENCE_SECONDS", 0.05)
     said: list[str] = []
-    with pytest.raises(requests.ConnectTimeout):
+    with pytest.raises(requests.ConnectTimeout, match="gone"):
         jobs.follow(server, job, said.append)  # type: ignore[arg-type]
     assert said == ["a line\n"] and asked == 3
     asked = -1000
@@ -272,7 +274,7 @@ def test_a_question_that_is_not_taken_keeps_its_own_error(
         raise requests.ReadTimeout("gone")
 
     monkeypatch.setattr(server, "submit_job", refuse)
-    with pytest.raises(requests.ReadTimeout):
+    with pytest.raises(requests.ReadTimeout, match="gone"):
         jobs.on_cluster(server, attempt, ["status", "mine"])  # type: ignore[arg-type]
 
 

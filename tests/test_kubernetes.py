@@ -18,13 +18,15 @@ from keel.config import ConfigError
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from manifests import CPU, EXAMPLES, GPU, ON_STORAGE, ROOT, cluster_of, made, templates
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 GI = 2**30
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Exit code of `keel deploy kubernetes`."""
     monkeypatch.setattr(sys, "argv", ["keel", "deploy", "kubernetes", *arguments])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
         cli.main()
     assert isinstance(stop.value.code, int)
     return stop.value.code

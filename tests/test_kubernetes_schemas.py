@@ -103,7 +103,9 @@ def test_kubernetes_refuses_a_wrong_pod() -> None:
     for wrong in ({"sharedMemory": "1Gi"}, {"terminationGracePeriodSeconds": "a minute"}):
         pod = dict(templates(made()["RayJob"]))["head"]["spec"] | wrong
         whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "head"}, "spec": pod}
-        with pytest.raises(kubernetes_validate.ValidationError):
+        with pytest.raises(
+            kubernetes_validate.ValidationError, match=next(iter(wrong)) + "|" + next(iter(wrong.values()))
+        ):
             kubernetes_validate.validate(whole, KUBERNETES, strict=True)
 
 

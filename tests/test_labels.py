@@ -264,7 +264,9 @@ def test_a_run_without_usable_rollouts_is_one_line(tmp_path: Path) -> None:
 
 def test_rollouts_can_be_read_by_a_reference_again(tmp_path: Path) -> None:
     batch = stage._rollouts([run_with(tmp_path / "a", rollouts([0, 1]))])
-    referenced(batch)
+    again = referenced(batch)
+    assert again.column("completion_tokens").equals(batch.column("completion_tokens"))
+    assert again.schema.names == [*batch.schema.names, "reference_logprobs"]
 
 
 def test_two_processes_do_not_label_into_one_directory(tmp_path: Path) -> None:

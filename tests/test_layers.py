@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / "system" / "keel"
 LAYERS = [
     ["printable", "protocols", "schema", "section", "reward_settings", "regulariser_settings", "objective_settings"]
     + ["prompt_settings", "actor_settings", "metrics_settings", "tracking_settings", "settings", "course_settings"]
-    + ["stage_settings", "pipeline_settings", "config", "extension", "durable"],
+    + ["stage_settings", "pipeline_settings", "config", "extension", "reads", "durable"],
     [
         "algorithms",
         *(
@@ -23,7 +23,15 @@ LAYERS = [
     + [f"algorithms.{name}" for name in ("objective", "elicitation", "policy_gradient", "preferences", "weighting")]
     + ["algorithms.convexity", "algorithms.kinds"],
     [
+        "commits",
         "checkpoint",
+        "model_files",
+        "chat_text",
+        "model_text",
+        "end_tokens",
+        "row_columns",
+        "conversations",
+        "layouts",
         "sources",
         "stored",
         "prompts",
@@ -70,6 +78,7 @@ LAYERS = [
         "weights",
         "generate",
         "http_rewards",
+        "reward_functions",
         "score",
         "export",
         "optimisation",

@@ -35,7 +35,7 @@ def test_rank_0_listens_at_a_port_that_is_still_held(two_ports: range) -> None:
     gang = MeetingPoint(two_ports)
     store = listens(gang.port)
     store.set("rank 0", "is here")
-    with pytest.raises(DistNetworkError):
+    with pytest.raises(DistNetworkError, match="EADDRINUSE"):
         listens(gang.port)
     port = gang.port
     del gang  # and with it its socket

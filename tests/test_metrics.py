@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from prometheus_client import generate_latest
@@ -119,6 +120,14 @@ EVERYTHING: list[dict[str, Any]] = [
     },
     {"objective": {"kind": "preference", "pairs": {"selection": "most_disagreeing"}}, "rewards": MEMBERS},
     {"objective": {"kind": "weighted_likelihood"}},
+    {
+        "objective": {"kind": "preference"},
+        "sampling": {"stored_ratio": 0.5, "samples_per_prompt": 2},
+        "regulariser": {
+            "kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.1},
+            "entropy": {"form": "token_bonus", "coefficient": 1},
+        },
+    },
 ]
 
 
@@ -126,6 +135,8 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names the learner takes from the rollouts and from objectives with every term switched on."""
     monkeypatch.setattr(extension, "load", lambda source, setting: lambda batch: np.zeros(batch.num_rows))
     batch = scored(referenced(generated(prompts([0, 1]))), extra={"a": [0.1, 0.2, 0.3, 0.5], "b": [0.3, 0.2, 0.1, 0.0]})
+    place = batch.schema.get_field_index("generator")
+    batch = batch.set_column(place, batch.schema.field(place), pa.array(["generator-0"] * 2 + [schema.STORED] * 2))
     sampler, lengths = schema.ragged(batch, "completion_logprobs")
     names = set(diagnostics.summarise(batch))
     for blocks in EVERYTHING:
@@ -140,6 +151,7 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             reference=torch.from_numpy(sampler.copy()),
             targets=None if credit.targets is None else torch.from_numpy(credit.targets),
             old_values=None if credit.old_values is None else torch.from_numpy(credit.old_values),
+            stored=torch.from_numpy(~schema.sampled(batch)),
         )
         outputs = Outputs(rows.sampler, rows.sampler, torch.from_numpy(values))
         sums = objective.loss(rows, outputs, credit).sums

@@ -43,16 +43,22 @@ def logs(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, requires_grad=True)
 
 
-def test_ppo_clip_oracle() -> None:
-    """P2b_ppo_clip: ratios [1.5, .6, 1.1, .5], A [1, 1, -1, -1], eps .2: losses [-1.2, -.6, 1.1, .8]."""
-    own = objective(objective={"clip_low": 0.2, "clip_high": 0.2, "correction": "none"})
+@pytest.mark.parametrize(
+    ("low", "high", "up", "down"), [(0.2, 0.2, 1.2, 0.8), (0.1, 0.4, 1.4, 0.9), (0.45, 0.15, 1.15, 0.55)]
+)
+def test_ppo_clip_oracle(low: float, high: float, up: float, down: float) -> None:
+    """P2b_ppo_clip: ratios [1.5, .6, 1.1, .5], A [1, 1, -1, -1], eps .2: losses [-1.2, -.6, 1.1, .8].
+
+    With two bounds that differ each is seen on its own side: the first loss is that of the upper, the last of the lower.
+    """
+    own = objective(objective={"clip_low": low, "clip_high": high, "correction": "none"})
     new = logs(np.log([1.5, 0.6, 1.1, 0.5]).tolist())
     terms = own.loss(
         rows([1, 1, -1, -1], [1, 1, 1, 1], [0.0] * 4, old=torch.zeros(4, dtype=torch.float64)),
         Outputs(new),
         credit(4, 4),
     )
-    assert terms.loss.item() == pytest.approx((-1.2 - 0.6 + 1.1 + 0.8) / 4, abs=1e-9)
+    assert terms.loss.item() == pytest.approx((-up - 0.6 + 1.1 + down) / 4, abs=1e-9)
     (gradient,) = torch.autograd.grad(terms.loss, new)
     assert gradient.tolist() == pytest.approx([0, -0.6 / 4, 1.1 / 4, 0], abs=1e-9)
     assert terms.sums["clip_ratio"] == pytest.approx(0.5)
@@ -94,7 +100,7 @@ def test_truncated_weights_by_token_and_by_sequence() -> None:
 
 
 def test_sequence_ratio_is_one_term_a_completion() -> None:
-    own = objective(objective={"level": "sequence", "correction": "none", "clip_low": 0.2, "clip_high": 0.2})
+    own = objective(objective={"level": "sequence", "correction": "none", "clip_low": 0.05, "clip_high": 0.2})
     old = torch.tensor([-1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
     new = logs([-0.9, -0.9, -0.9, -1.1])
     terms = own.loss(rows([1.0, 1.0], [3, 1], [0.0] * 4, old=old), Outputs(new), credit(2, 4))
@@ -172,7 +178,7 @@ def test_kl_before_and_after_the_baseline_differ() -> None:
 
 def test_zero_coefficients_change_no_bit() -> None:
     none = objective().weigh(ROLLOUT, Measured()).advantages
-    for form in ("sequence_sum", "sequence_mean"):
+    for form in ("sequence_sum", "sequence_mean_exact", "sequence_mean_naive"):
         zero = (
             objective(regulariser={"entropy": {"form": form, "coefficient": 0.0}}).weigh(ROLLOUT, Measured()).advantages
         )
@@ -181,5 +187,5 @@ def test_zero_coefficients_change_no_bit() -> None:
 
 def test_missing_columns_are_a_broken_invariant() -> None:
     own = objective(regulariser={"kl": {"coefficient": 0.05}})
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="reference_logprobs"):
         own.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]), Measured())

@@ -91,7 +91,7 @@ def test_an_override_into_a_list_of_numbers_is_one_line(tmp_path: Path, override
         "policy: {model: m}\nprompts: {source: p}\nsampling: {stop_token_ids: [1, 2]}\n"
         "rewards: [{name: a, source: 'a:b'}]"
     )
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         config.load(path, [override])
     assert "\n" not in str(caught.value) and override in str(caught.value)
 

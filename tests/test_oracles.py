@@ -12,6 +12,7 @@ from keel.algorithms.convexity import ConvexTerm
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.networks import TokenLogprobs
 from keel.objective_settings import LogitsConvexitySettings
+from keel.schema import row_sums
 from tabular import objective, rollout
 
 GAE_BATCH = rollout([[-1.0, -1.0, -1.0]], [1.5], reference=[[-1.2, -0.9, -1.4]])
@@ -114,6 +115,120 @@ def test_importance_weighted_kl_of_stale_samples(estimator: str, expected: list[
     assert sampled_gradient(loss, sampler) == pytest.approx(expected, abs=1e-9)
     unweighted = sampled_gradient(lambda log_p: regularisers.KL_LOSSES[estimator](log_p, LOG_R), sampler)
     assert unweighted != pytest.approx(expected, abs=1e-2)
+
+
+APART = torch.linspace(-100.0, 100.0, 401, dtype=torch.float64)
+"""x = log pi - log ref."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("estimator", list(regularisers.KL_LOSSES))
+def test_no_estimator_pulls_away_from_the_reference(estimator: str, dtype: torch.dtype) -> None:
+    """The slope has the sign of x wherever x is, and values are finite, not negative and fall towards x = 0."""
+    x = APART.clone().to(dtype).requires_grad_()
+    values = regularisers.KL_LOSSES[estimator](x, torch.zeros_like(x))
+    (slope,) = torch.autograd.grad(values.sum(), x)
+    assert torch.isfinite(values).all() and torch.isfinite(slope).all()
+    assert (slope.sign() == x.sign()).all()
+    assert (values >= 0).all() and values[200] == 0
+    assert (values[:200].diff() < 0).all() and (values[200:].diff() > 0).all()
+
+
+def test_k3_continues_as_its_tangent() -> None:
+    """exp(-x) - 1 + x down to x = -20; below, the tangent there, so gradients neither jump nor vanish."""
+    x = APART.clone().requires_grad_()
+    values = regularisers.kl_k3(x, torch.zeros_like(x))
+    (slope,) = torch.autograd.grad(values.sum(), x)
+    values, near = values.detach(), APART >= -20
+    assert values[near].tolist() == pytest.approx((torch.expm1(-APART) + APART)[near].tolist(), rel=1e-12, abs=1e-12)
+    assert slope[near].tolist() == pytest.approx((1 - torch.exp(-APART))[near].tolist(), rel=1e-12, abs=1e-12)
+    top = np.exp(20.0)
+    assert slope[~near].tolist() == pytest.approx([1 - top] * int((~near).sum()), rel=1e-12)
+    tangent = top - 1 - 20 + (1 - top) * (APART[~near].numpy() + 20)
+    assert values[~near].tolist() == pytest.approx(tangent.tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize("sampler", [0.0, -3.0, -40.0, 30.0, "policy"])
+@pytest.mark.parametrize("estimator", list(regularisers.KL_LOSSES))
+def test_no_weighted_estimator_pulls_away_from_the_reference(estimator: str, sampler: float | str) -> None:
+    """Under any sampler, also where weights are cut: its log-probs are relative to the reference's 0."""
+    x = APART.clone().requires_grad_()
+    mu = APART if sampler == "policy" else torch.full_like(APART, float(sampler))
+    values = regularisers.weighted_kl(estimator, x, torch.zeros_like(x), mu, cap=2.0)
+    (slope,) = torch.autograd.grad(values.sum(), x)
+    assert torch.isfinite(values).all() and (slope.sign() == x.sign()).all()
+
+
+@pytest.mark.parametrize("ratio", [-0.3, 0.0, 0.4])
+def test_the_slope_of_weighted_k3_is_that_of_its_value(ratio: float) -> None:
+    """pi/mu k3 differentiated as a whole: (pi/mu) x, at x on both sides of -20."""
+    for x in (-60.0, -19.0, -1.0, 1e-4, 3.0):
+        at = torch.tensor([x], dtype=torch.float64)
+
+        def value(log_p: Tensor, at: Tensor = at) -> Tensor:
+            return regularisers.weighted_kl("k3", log_p, torch.zeros(1), at - ratio, cap=2.0)
+
+        numeric = (value(at + 1e-6) - value(at - 1e-6)).item() / 2e-6
+        probe = at.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(value(probe).sum(), probe)
+        assert slope.item() == pytest.approx(np.exp(ratio) * x, rel=1e-12)
+        assert numeric == pytest.approx(slope.item(), rel=1e-6, abs=1e-9 * abs(value(at).item()) / 1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3_k2"])
+@pytest.mark.parametrize(
+    ("blocks", "cap"),
+    [({"correction_cap": 3.0}, 3.0), ({}, 2.0), ({"kind": "preference"}, regularisers.MAX_WEIGHT)],
+)
+def test_the_weight_of_the_kl_is_cut_at_the_cap_of_the_objective(
+    estimator: str, blocks: dict[str, Any], cap: float
+) -> None:
+    """pi / sampler = e^-1, e^.5 and e^5, of which the last is above every cap; slope and value x = 2 times the weight."""
+    kl = {"placement": "loss", "estimator": estimator, "coefficient": 1.0, "importance_weighted": True}
+    built = objective(objective=blocks, regulariser={"kl": kl})
+    logprobs = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
+    sampler = logprobs.detach() - torch.tensor([-1.0, 0.5, 5.0], dtype=torch.float64)
+    rows = Rows(
+        advantages=torch.zeros(3, dtype=torch.float64),
+        lengths=torch.ones(3, dtype=torch.float64),
+        row_of_item=torch.arange(3),
+        sampler=sampler,
+        reference=logprobs.detach() - 2.0,
+    )
+    tokens = built._kl_tokens(rows, Outputs(logprobs))
+    weights = np.minimum(np.exp([-1.0, 0.5, 5.0]), cap)
+    value = 2.0 if estimator == "k2" else np.exp(-2.0) - 1 + 2
+    assert tokens.tolist() == pytest.approx((weights * value).tolist(), rel=1e-12)
+    (slope,) = torch.autograd.grad(tokens.sum(), logprobs)
+    assert slope.tolist() == pytest.approx((weights * 2.0).tolist(), rel=1e-12)
+
+
+LENGTHS = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)
+SCORES = torch.tensor([1.0, 0.3, -0.2], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("form", "policy", "reached", "mean_length"),
+    [
+        ("sequence_mean_naive", [0.731, 0.265, 0.004], 1.628, 1.29),
+        ("sequence_mean_exact", [0.530, 0.380, 0.090], 1.739, 1.83),
+    ],
+)
+def test_where_the_two_forms_of_a_mean_entropy_end(
+    form: str, policy: list[float], reached: float, mean_length: float
+) -> None:
+    """Answers of 1, 2 and 6 tokens, scores 1, .3, -.2, beta 2: there, and there alone, the reward is constant."""
+    p = torch.tensor(policy, dtype=torch.float64)
+    p = p / p.sum()
+    totals = p.log()
+    flat = np.repeat((totals / LENGTHS).numpy(), LENGTHS.int().numpy())
+    lengths = LENGTHS.int().numpy().astype(np.int64)
+    paid = SCORES.numpy() + 2 * row_sums(regularisers.entropy_reward(form, flat, lengths), lengths)
+    assert np.ptp(paid[:2]) < 0.02 and np.ptp(paid) < 0.1  # to the three digits of these probabilities
+    assert float(p @ (SCORES - 2 / LENGTHS * totals)) == pytest.approx(reached, abs=2e-3)
+    assert float(p @ LENGTHS) == pytest.approx(mean_length, abs=0.01)
+    other = {"sequence_mean_naive": "sequence_mean_exact", "sequence_mean_exact": "sequence_mean_naive"}[form]
+    assert np.ptp(SCORES.numpy() + 2 * row_sums(regularisers.entropy_reward(other, flat, lengths), lengths)) > 1
 
 
 def test_sequence_kl_needs_the_reward() -> None:

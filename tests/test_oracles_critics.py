@@ -106,6 +106,34 @@ def test_dual_and_proportional_controllers() -> None:
     assert own.value == pytest.approx(0.4 * (1 + 0.2 * 500 / 10_000), abs=1e-12)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("nats", [-1e9, -40.0, 0.0, 2.9, 3.0, 3.1, 40.0, 1e9])
+@pytest.mark.parametrize("rate", [0.1, 5.0])
+def test_the_dual_controller_is_bounded_alike_in_both_directions(nats: float, sign: float, rate: float) -> None:
+    """A factor e at most, up as down, for a budget as for a floor; what one step does the opposite one undoes."""
+    settings = ControllerSettings(kind="dual", target_nats=3.0, rate=rate, minimum=1e-30, maximum=1e30)
+
+    def factor(seen: float, direction: float) -> float:
+        controller = coefficients.coefficient(settings, 0.4, direction)
+        controller.update(Observation(seen, 500, 0.0, 0.0, 0.0))
+        return float(controller.value / 0.4)
+
+    expected = np.exp(sign * np.clip(rate * (nats / 3 - 1), -1, 1))
+    assert factor(nats, sign) == pytest.approx(expected, rel=1e-12)
+    assert np.exp(-1) - 1e-12 <= factor(nats, sign) <= np.exp(1) + 1e-12
+    assert factor(nats, sign) * factor(nats, -sign) == pytest.approx(1.0, rel=1e-12)
+    assert factor(nats, sign) * factor(6.0 - nats, sign) == pytest.approx(1.0, rel=1e-9)  # as far on the other side
+
+
+@pytest.mark.parametrize("completions", [1, 500, 10_000, 10**6])
+def test_zieglers_controller_moves_by_a_fifth_at_most(completions: int) -> None:
+    """Also when a step has more completions than the horizon, which would turn the coefficient's sign."""
+    for nats, step in ((1e9, 0.2), (-1e9, -0.2), (3.3, 0.1)):
+        controller = coefficients.coefficient(ControllerSettings(kind="proportional", target_nats=3.0), 0.4, 1.0)
+        controller.update(Observation(nats, completions, 0.0, 0.0, 0.0))
+        assert controller.value == pytest.approx(0.4 * (1 + step * min(1.0, completions / 10_000)), rel=1e-9)
+
+
 def safe_after(updates: int) -> Objective:
     """k2 in the loss under SAFE's controller after so many steps with 2 nats of KL and 1 of entropy per token."""
     controlled = {"coefficient": 0.1, "placement": "loss", "estimator": "k2", "controller": {"kind": "safe"}}

@@ -191,7 +191,7 @@ def test_a_stage_in_a_list_is_filled_in(project: Project) -> None:
 
 
 def line_of(project: Project, stages: list[dict[str, Any]]) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         project.plan(stages)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -244,24 +244,24 @@ class FakeProcesses:
         self.commands: list[list[str]] = []
 
     def run(self, command: list[str], *, check: bool) -> Any:
-        assert not check and command[:3] == [sys.executable, "-m", "keel"]
+        assert not check and command[:4] == [sys.executable, "-P", "-m", "keel"]
         self.commands.append(command)
         directory = self.directory(command)
         assert directory.parent.is_dir()
         directory.mkdir(exist_ok=True)
         (directory / "config.yaml").write_text("")
-        return type("Completed", (), {"returncode": self.codes.get(command[3], 0)})
+        return type("Completed", (), {"returncode": self.codes.get(command[4], 0)})
 
     @staticmethod
     def directory(command: list[str]) -> Path:
-        if command[3] == "evaluate":
+        if command[4] == "evaluate":
             return Path(command[command.index("--output") + 1])
         (written,) = [part.removeprefix("run.directory=") for part in command if part.startswith("run.directory=")]
         return Path(json.loads(written))
 
     @property
     def names(self) -> list[str]:
-        return [command[3] for command in self.commands]
+        return [command[4] for command in self.commands]
 
 
 def execute(project: Project, monkeypatch: pytest.MonkeyPatch, codes: dict[str, int] | None = None) -> FakeProcesses:
@@ -282,13 +282,13 @@ def test_every_stage_gets_its_settings_and_directory(project: Project, monkeypat
     for name, command in zip(NAMES, processes.commands, strict=True):
         assert str(FakeProcesses.directory(command)) == directories[name]
         assert f"run.name=p-{name}" in command
-    assert label[4] == "label.yaml" or Path(label[4]) == project.root / "label.yaml"
+    assert label[5] == "label.yaml" or Path(label[5]) == project.root / "label.yaml"
     assert f'prompts.source="{directories["label"]}/pairs.parquet"' in reward
     assert f'rewards.proxy.source="{directories["reward"]}"' in train
-    assert evaluate[4] == directories["train"] and f'rewards.proxy.source="{directories["reward"]}"' in evaluate
+    assert evaluate[5] == directories["train"] and f'rewards.proxy.source="{directories["reward"]}"' in evaluate
     assert Path(evaluate[evaluate.index("--config") + 1]) == project.root / "train.yaml"
     for name, command in zip(NAMES[:3], processes.commands, strict=False):  # which load as they were planned
-        settings = config.load_as(pipeline.COMMANDS[name], command[4], command[5:])
+        settings = config.load_as(pipeline.COMMANDS[name], command[5], command[6:])
         assert settings.run_directory == directories[name]  # type: ignore[attr-defined]
 
 

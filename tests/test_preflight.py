@@ -45,7 +45,7 @@ def tree(tmp_path: Path, model: Path) -> dict[str, Any]:
 def refused(tree: dict[str, Any], **blocks: Any) -> str:
     """The one line for these blocks changed; the run directory is still absent."""
     merged = {**tree, **{k: {**tree.get(k, {}), **v} if isinstance(v, dict) else v for k, v in blocks.items()}}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         preflight.prepare(config.parse(merged))
     assert "\n" not in str(caught.value)
     assert not Path(tree["run"]["directory"]).exists()
@@ -70,11 +70,11 @@ def test_stop_tokens_come_from_the_setting_the_generation_config_or_the_tokenize
     folder = tiny.write(tmp_path / "model")
     generation = folder / "generation_config.json"
     generation.write_text(json.dumps({"eos_token_id": [2, 7]}))
-    assert stop() == (2, 7)
+    assert stop() == (2, 7)  # 2 is also what the chat template and the tokenizer end with
     assert stop(stop_token_ids=[9]) == (9,)
     assert stop(stop_token_ids=[]) == ()
     generation.write_text(json.dumps({"eos_token_id": 7}))
-    assert stop() == (7,)
+    assert set(stop()) == {2, 7}  # a file that forgets the template's own end of a turn no longer hides it
     generation.unlink()
     assert stop() == (tiny.SPECIAL.index("<|im_end|>"),)
 

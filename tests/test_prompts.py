@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from keel import config
 from keel.config import ConfigError
 from keel.prompts import Prompts
+from vocabularies import ends_every_text, family
 
 WORDS = ["<unk>", "<s>", "<sys>", "<user>", "<bot>", "hello", "world", "be", "kind", "how", "are", "you"]
 UNK, BOS, SYS, USER, BOT, HELLO, WORLD, BE, KIND, HOW, ARE, YOU = range(12)
@@ -63,7 +64,7 @@ def numbered(path: Path, count: int) -> Path:
 
 def one_line(source: object, tokenizer: Any = PLAIN, **options: Any) -> str:
     """The error of a broken source."""
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         Prompts(settings_for(source, **options), tokenizer)
     message = str(caught.value)
     assert "\n" not in message
@@ -202,3 +203,35 @@ def test_a_template_that_refuses_a_role_is_quoted(tmp_path: Path) -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     message = one_line(numbered(tmp_path, 5), word_tokenizer(template + "hello"), system_prompt="be kind")
     assert "line 1: the chat template refuses it: System role not supported" in message
+
+
+@pytest.mark.parametrize("front", [None, "<s>"])
+@pytest.mark.parametrize("kind", ["mistral", "llama 2"])
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt(kind: str, front: str | None, tmp_path: Path) -> None:
+    """Plain or a conversation: a completion follows. What it puts in front stays."""
+    asked = [[{"role": "user", "content": f"What is {n}?"}] for n in range(4)]
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": p} for p in [*asked, *(f"What is {n}?" for n in range(4))]])
+    plain = [row["prompt_tokens"] for row in every_row(Prompts(settings_for(source), family(kind)))]
+    tokenizer = ends_every_text(family(kind), front)
+    rows = [row["prompt_tokens"] for row in every_row(Prompts(settings_for(source), tokenizer))]
+    assert rows[:4] == plain[:4]
+    assert rows[4:] == [([tokenizer.bos_token_id] if front else []) + ids for ids in plain[4:]]
+
+
+def test_options_of_the_template_from_a_file_or_the_command_line(tmp_path: Path) -> None:
+    tokenizer = family("qwen 3")
+    source = jsonl(tmp_path / "a.jsonl", [{"prompt": [{"role": "user", "content": str(n)}]} for n in range(4)])
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"policy: {{model: tiny}}\nprompts: {{source: {source}, held_out: 2}}\n"
+        "rewards: [{name: length, source: 'tests:length'}]\n"
+    )
+    found = [
+        Prompts(config.load(path, changes), tokenizer)
+        for changes in ([], ["policy.chat_template_options={enable_thinking: false}"])
+    ]
+    short, long = ([len(row["prompt_tokens"]) for row in every_row(prompts)] for prompts in found)
+    thought = len(tokenizer("<think>\n\n</think>\n\n")["input_ids"])
+    assert long == [length + thought for length in short]
+    names = {prompts.held_out().schema.metadata[b"keel.tokenizer"] for prompts in found}
+    assert len(names) == 2  # rows of one are not taken for those of the other

@@ -129,6 +129,6 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         has_run=True,
         _room_for=room_for,
     )
-    with pytest.raises(BuildFailed):
+    with pytest.raises(BuildFailed, match="the end of this test"):
         await _Run._start(cast(_Run, own), Saved(None, {}), contextlib.ExitStack())
     assert asked == [True]

@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import (
     AutoModel,
@@ -23,10 +25,17 @@ from transformers import (
     RobertaModel,
 )
 
-from keel import models, reward_models, tiny
+from keel import models, reward_models, score, tiny
 from keel.config import ConfigError
+from keel.learn import DeepSpeedLearner
+from keel.networks import Critic
+from keel.objective_settings import CriticSettings
 from keel.reward_models import RewardModel, RewardText, ScoredText
+from keel.reward_settings import RewardSettings
+from keel.sources import Row
+from keel.stages.reward import texts
 from test_prompts import BOS, word_tokenizer
+from vocabularies import CHATML, CLOSES, ends_every_text, family
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "how", "are", "you", "fine", "thanks", "and", "well"]
 CLS, SEP, HOW, ARE, YOU, FINE, THANKS, AND, WELL = 2, 3, 5, 6, 7, 8, 9, 10, 11
@@ -287,7 +296,8 @@ def test_all_of_a_head_is_a_function_of_the_seed(trunks: dict[str, Path], tmp_pa
 def test_a_text_as_long_as_the_limit_can_be_read(trunks: dict[str, Path], tmp_path: Path) -> None:
     model = reward_models.start(write_roberta(tmp_path / "r", trunks), "float32", 1000, seed=0)
     count = model.text.max_tokens
-    model(torch.full((1, count), 5), torch.tensor([count]), torch.tensor([count]))
+    scores = model(torch.full((1, count), 5), torch.tensor([count]), torch.tensor([count]))
+    assert scores.shape == (1,) and bool(scores.isfinite().all())
 
 
 # ---- folders
@@ -346,7 +356,7 @@ def two_outputs(folder: Path) -> Path:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         reward_models.members(folder, "rewards.proxy.source")
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"rewards.proxy.source={folder}")
     return str(caught.value)
@@ -376,3 +386,149 @@ def test_an_ensemble_is_all_its_members(trunks: dict[str, Path], tmp_path: Path)
     shutil.copytree(trunks["decoder"], folder / "member-1")
     with pytest.raises(ConfigError, match=r"member-1: LlamaForCausalLM has no score head"):
         reward_models.members(folder, "rewards.proxy.source")
+
+
+# ---- a critic that starts from one
+
+
+def critic_from(folder: Path, **settings: Any) -> Critic:
+    """The critic that a learner builds beside a policy, on a trunk of its own from this folder."""
+    objective = SimpleNamespace(critic=CriticSettings(**settings))
+    learner = SimpleNamespace(
+        settings=SimpleNamespace(objective=objective),
+        objective=SimpleNamespace(heads=["value", "entropy"]),
+        _folder_of=lambda name: str(folder),
+    )
+    critic = DeepSpeedLearner._critic(learner, None, "float32")  # type: ignore[arg-type]
+    assert critic is not None
+    return critic
+
+
+def test_a_critic_keeps_the_head_of_the_reward_model_it_starts_from(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """Value of the last state = score of the text, the subtracted offset included; the entropy's head is a new one."""
+    model = trained(trunks["decoder"], tmp_path / "reward")
+    reward_models.centre(tmp_path / "reward", 0.75)
+    critic = critic_from(tmp_path / "reward")
+    ids, lengths, _ = model.padded([([5, 6, 7, 8], 4)])
+    with torch.no_grad():
+        states = critic.trunk(input_ids=ids).last_hidden_state[0]
+        score = reward_models.load(tmp_path / "reward")(ids, lengths, lengths)
+        assert critic.heads[0][0](states)[-1].item() == pytest.approx(score.item(), abs=1e-6)
+        assert abs(critic.heads[1][0](states)[-1].item() - score.item()) > 1e-3
+    assert critic.heads[0][0].bias.item() == -0.75
+    assert critic.heads[0][0].weight.requires_grad
+
+
+def test_twin_heads_start_beside_each_other(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """Equal ones would stay equal; both are closer to the trained head than a new head is."""
+    model = trained(trunks["decoder"], tmp_path / "reward")
+    trained_head = model.model.score.weight.detach()
+    first, second = critic_from(tmp_path / "reward", softmin_temperature=0.3).heads[0]
+    assert torch.equal(first.weight, trained_head)
+    apart = (second.weight - trained_head).norm().item()
+    assert 0 < apart < 0.3 * trained_head.norm().item()
+
+
+def test_other_heads_and_other_models_get_new_heads(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """A head with layers of its own has no place for it; a language model and several outputs have none to keep."""
+    model = trained(trunks["decoder"], tmp_path / "reward")
+    head = critic_from(tmp_path / "reward", head="mlp").heads[0][0]
+    assert head.weight.shape != model.model.score.weight.shape and head.bias.item() == 0
+    assert models.score_head(trunks["decoder"]) is None
+    assert models.score_head(two_outputs(tmp_path / "two")) is None
+    plain = critic_from(trunks["decoder"]).heads[0][0]
+    assert not torch.equal(plain.weight, model.model.score.weight)
+
+
+def test_a_reward_model_that_lacks_a_weight_is_no_reward_model(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would draw it at random, and score with it."""
+    trained(trunks["decoder"], tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if "layers.1.mlp.up_proj" not in n}, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 parameters are not in its weights \(model.layers.1.mlp.up_proj.weight\)"):
+        reward_models.load(tmp_path / "m")
+
+
+# ---- one text with what is sampled
+
+
+@pytest.mark.parametrize("name", [name for name in CLOSES if CLOSES[name] not in (None, "vicuna")])
+@pytest.mark.parametrize("brings", [False, True])
+def test_a_reward_model_reads_its_templates_whole_text(name: str, brings: bool) -> None:
+    words = family(name)
+    messages, answer = [{"role": "user", "content": "how are you"}], "Paris is it."
+    said = answer + str(CLOSES[name]) * brings
+    whole = words.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
+    found = RewardText(words, False, 1000).tokens(text(said, messages=messages))
+    if name == "vicuna":  # which closes a turn only where another follows
+        whole += str(CLOSES[name])
+    assert found is not None and found[0] == words(whole, add_special_tokens=False)["input_ids"]
+    cut = RewardText(words, False, 1000).tokens(text(answer, messages=messages, finished=False))
+    assert cut is not None and words.decode(cut[0], clean_up_tokenization_spaces=False).endswith(answer)
+
+
+def test_an_answer_that_its_template_does_not_repeat_is_read_as_it_was_written() -> None:
+    """Not left unscored: thoughts that the template drops, or words that it changes."""
+    words = family("r1")
+    messages = [{"role": "user", "content": "how are you"}]
+    found = RewardText(words, False, 1000).tokens(text("why\n</think>fine", messages=messages))
+    assert found is not None and words.decode(found[0]).endswith("<|Assistant|><think>\nwhy\n</think>fine<|end|>")
+    loud = family("chatml")
+    loud.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
+    found = RewardText(loud, False, 1000).tokens(text("fine", messages=messages))
+    assert found is not None and loud.decode(found[0]).endswith("fine<|im_end|>\n")
+
+
+def test_no_end_token_behind_a_cut_answer_of_a_tokenizer_that_puts_one_everywhere() -> None:
+    words = ends_every_text(family("mistral"), "<s>")
+    reads, end = RewardText(words, False, 1000), words.eos_token_id
+    whole, cut = reads.tokens(text()), reads.tokens(text(finished=False))
+    assert whole is not None and cut is not None
+    assert whole[0] == [*cut[0], end] and end not in cut[0] and cut[0][0] == words.bos_token_id
+
+
+def test_options_of_the_template_are_kept_with_the_model(tmp_path: Path) -> None:
+    """One text for training and scoring; a scorer's own options come on top."""
+    trunk = tiny.write(tmp_path / "trunk")
+    template = (trunk / "chat_template.jinja").read_text().replace("assistant\n", "assistant{{ mood }}\n")
+    (trunk / "chat_template.jinja").write_text(template)
+    model = reward_models.start(trunk, "float32", 100, 0, {"mood": "!"})
+    named = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
+    reward_models.write(tmp_path / "m", model, named)
+    messages = [{"role": "user", "content": "how are you"}]
+    loaded = reward_models.load(tmp_path / "m")
+    assert loaded.text.options == {"mood": "!"}
+    assert loaded.text.tokens(text(messages=messages)) == model.text.tokens(text(messages=messages))
+    other = reward_models.load(tmp_path / "m", {"mood": "?"})
+    assert other.text.options == {"mood": "?"}
+    sampling = {"name": "r", "kind": "model", "source": str(tmp_path / "m"), "chat_template_options": {"mood": "?"}}
+    compute = score._SCORERS["model"](RewardSettings(**sampling), 1, "cpu")
+    assert (
+        compute(reward_models.as_batch([text(messages=messages)]))[0][0] == other.scores([text(messages=messages)])[0]
+    )
+
+
+def test_a_pad_token_beyond_the_embedding_pads_nothing(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """Common in public models: a <pad> added to the tokenizer alone."""
+    tokenizer = AutoTokenizer.from_pretrained(trunks["decoder"])
+    tokenizer.add_special_tokens({"pad_token": "<filler>"})
+    assert tokenizer.pad_token_id == 320
+    shutil.copytree(trunks["decoder"], tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    reward_models.check_tokens(tmp_path / "m", "policy.model")
+    model = reward_models.start(tmp_path / "m", "float32", 40, 0)
+    assert model.model.config.pad_token_id < 320
+    assert np.isfinite(model.scores([text(), text("fine")])).all()
+
+
+def test_thoughts_of_a_stored_message_are_read_too() -> None:
+    """As the policy's own training reads them; also on the way through the scorer."""
+    words, messages = family("qwen 3"), [{"role": "user", "content": "how are you"}]
+    thought = text(
+        "fine", messages=messages, fields={"role": "assistant", "content": "fine", "reasoning_content": "why"}
+    )
+    found = RewardText(words, False, 1000).tokens(thought)
+    assert found is not None and words.decode(found[0]).endswith("<think>\nwhy\n</think>\n\nfine<|im_end|>\n")
+    assert reward_models.from_batch(reward_models.as_batch([thought])) == [thought]
+    row = Row("line 1", messages, json.dumps({"messages": [*messages, dict(thought.fields)]}))
+    assert texts(row) == [ScoredText("how are you", messages, "fine", True, thought.fields)]

@@ -114,7 +114,7 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: tuple[int, int]
 ) -> None:
     stage = Stage(tmp_path, monkeypatch)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match=f"at step {killed[1]}"):
         await stage.train(FakeGang(LOSSES, killed))
     gang = FakeGang(LOSSES)
     await stage.train(gang)
@@ -136,7 +136,7 @@ async def test_a_killed_member_with_patience_is_trained_to_its_end(
 ) -> None:
     training = {"rows_per_step": 5, "evaluate_every_steps": 1, "patience": 2}
     stage = Stage(tmp_path, monkeypatch, training=training)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match="at step 2"):
         await stage.train(FakeGang(LOSSES, killed=(0, 2)))
     await stage.train(FakeGang(LOSSES))
     assert stage.judged == [["4", "4"]]
@@ -156,7 +156,7 @@ async def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeyp
 
 async def test_dropped_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match="at step 4"):
         await stage.train(FakeGang(LOSSES, killed=(0, 4)))
     await stage.train(FakeGang(LOSSES))
     assert stage.metrics.totals["rows_dropped_total"] == {"empty": 1.0}

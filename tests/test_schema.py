@@ -53,9 +53,9 @@ def test_append_grows_to_the_right_and_leaves_its_input_alone() -> None:
     assert after.schema.names == [*names, "reference_logprobs"] and before.schema.names == names
     assert after.select(names).equals(before)
     assert after.schema.metadata == before.schema.metadata
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="reference_logprobs"):
         schema.append(after, schema.build(schema.REFERENCE, {"reference_logprobs": [[-1.0]] * 4}))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"\(4, 3\)"):
         schema.append(before, schema.build(schema.REFERENCE, {"reference_logprobs": [[-1.0]] * 3}))
 
 
@@ -166,9 +166,13 @@ def test_check_refuses_empty_completions_and_ids_outside_the_vocabulary() -> Non
 def test_check_accepts_every_stage_slices_and_failed_samples() -> None:
     first = prompts([0, 1, 2])
     for batch in (first, generated(first), referenced(generated(first)), rollouts([0, 1, 2], failed=[(1, 0)])):
-        schema.check(batch)
-        schema.check(batch.slice(1, 3))
-    schema.check(scored(referenced(generated(first)), extra={"gold": [None, 1.0, 2.0, 3.0, 4.0, 5.0]}))
+        for rows in (batch, batch.slice(1, 3)):
+            before = rows.to_pylist()
+            schema.check(rows)
+            assert rows.num_rows > 0 and rows.to_pylist() == before
+    monitored = scored(referenced(generated(first)), extra={"gold": [None, 1.0, 2.0, 3.0, 4.0, 5.0]})
+    schema.check(monitored)
+    assert monitored.column("reward_gold").null_count == 1
 
 
 def test_bytes_round_trip_and_every_flipped_bit_changes_the_digest() -> None:

@@ -16,6 +16,8 @@ from keel.reward_settings import EnsembleSettings
 from keel.settings import Settings
 from rollouts import generated, prompts
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 SECRET = "sk-live-4f9a"
 TEMPLATE = "Bearer ${REWARD_TOKEN}"
 
@@ -31,7 +33,7 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 
 def refused(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         config.load(path, overrides)
     error = caught.value
     assert error.__context__ is None or error.__suppress_context__  # a traceback shows no more than the line
@@ -146,7 +148,7 @@ def test_a_secret_in_the_file_is_refused_and_not_shown(tmp_path: Path, reward: d
     line = refused(path)
     assert SECRET not in line and line.startswith("rewards.0.")
     judge = {**tree(**reward)["rewards"][0], "role": "judge"}
-    with pytest.raises(ConfigError) as label:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as label:
         config.parse_as(Settings, tree() | {"rewards": [tree()["rewards"][0], judge]})
     assert SECRET not in str(label.value)
 

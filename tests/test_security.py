@@ -129,9 +129,9 @@ def test_weights_that_are_a_pickle_are_refused(folder: Path, marker: Path, name:
     with pytest.raises(ConfigError, match="its weights are a pickle"):
         reward_models.members(folder, "rewards.mine.source")
     for load in (models.load_policy, models.load_trunk):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             load(folder, "float32")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         reward_models.load(folder)
 
 
@@ -152,9 +152,9 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, marker: Path, f
     (folder / "model.safetensors").unlink()
     save_file({"score.weight": torch.zeros(1, 4)}, folder / "other.safetensors")  # as if there were weights
     for load in (models.load_policy, models.load_trunk):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             load(folder, "float32")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         reward_models.load(folder)
 
 
@@ -305,7 +305,10 @@ def test_the_metrics_are_for_this_machine_alone(tmp_path: Path) -> None:
         assert b"keel_" in urllib.request.urlopen(url, timeout=5).read()
         for address in others:
             port = int(url.removesuffix("/metrics").rpartition(":")[2])
-            with pytest.raises(ConnectionRefusedError), socket.create_connection((address, port), timeout=5):
+            with (
+                pytest.raises(ConnectionRefusedError, match="refused"),
+                socket.create_connection((address, port), timeout=5),
+            ):
                 pass
     if not others:
         pytest.skip("this machine has no address but loopback")

@@ -72,9 +72,8 @@ def write_folder_of_files(path: Path) -> Path:
 
 
 def write_module(path: Path) -> str:
-    module = types.ModuleType("prompts_for_a_test")
-    module.rows = lambda: ROWS  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
+    (path / "prompts_for_a_test.py").write_text(f"def rows():\n    return {ROWS!r}\n")
+    sys.path.insert(0, str(path))
     return "python:prompts_for_a_test:rows"
 
 
@@ -83,7 +82,9 @@ OTHERS = [write_folder_of_files, write_module]
 
 
 @pytest.mark.parametrize("write", [*FILES, *OTHERS], ids=lambda write: write.__name__)
-def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path, monkeypatch: Any, write: Any) -> None:
+def test_every_kind_of_source_gives_the_same_rows(
+    restored_process: None, tmp_path: Path, monkeypatch: Any, write: Any
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     found = every_row(Prompts(settings_for(write(tmp_path)), PLAIN))
     assert [row["prompt"] for row in found] == ["hello world", "how are you", "be kind"]
@@ -200,8 +201,6 @@ def test_empty_source(tmp_path: Path, content: bytes) -> None:
             b'{"prompt": [{"role": "user", "content": "you"}, {"role": "assistant", "content": "be"}]}',
             "line 3: column prompt ends with an assistant's message; expected a user's last",
         ),
-        (b'{"prompt": "hello", "score": NaN}', "line 3: further columns: Out of range float values"),
-        (b'{"prompt": "hello", "prompts": 1}', "column prompts: reward functions use that name"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line(tmp_path: Path, line: bytes, expected: str) -> None:

@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2}
+CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def trained(own: Objective, step: Table = STEP) -> tuple[np.ndarray, float, torch.Tensor]:
@@ -54,12 +54,13 @@ def policy_gradient(**by: Any) -> dict[str, Any]:
         (preference("dpo", pairs={"length_penalty": 0.0, "min_margin": 0.0}), preference("dpo")),
         (preference("dpo", pairs={"finished_only": True}), preference("dpo")),  # all are
         ({"regulariser": {"entropy": {"form": "sequence_sum", "coefficient": 0.0}}}, {}),
-        ({"regulariser": {"entropy": {"form": "sequence_mean", "coefficient": 0.0}}}, {}),
+        ({"regulariser": {"entropy": {"form": "sequence_mean_exact", "coefficient": 0.0}}}, {}),
+        ({"regulariser": {"entropy": {"form": "sequence_mean_naive", "coefficient": 0.0}}}, {}),
         ({"regulariser": {"entropy": {"form": "token_bonus", "coefficient": 0.0}}}, {}),
         ({"regulariser": {"entropy": {"monitor": True}}}, {}),
         ({"regulariser": {"kl": {"coefficient": 0.0}}}, {}),
         ({"regulariser": token_kl("k2") | {"kl": token_kl("k2")["kl"] | {"coefficient": 0.0}}}, {}),
-        (policy_gradient(**CLIP), policy_gradient(clip_low=0.2, clip_high=0.2, correction_cap=2.0)),
+        (policy_gradient(**CLIP), policy_gradient(clip_low=0.2, clip_high=0.28, correction_cap=2.0)),
         (policy_gradient(advantage="dr_grpo"), policy_gradient(advantage="group_mean")),
         (policy_gradient(advantage="none", discount=0.5), policy_gradient(advantage="none", gae_lambda=0.5)),
     ],

@@ -1,6 +1,7 @@
 """Rows that offline stages train on: which are used, in which order, and what every step sees of them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("first", "place", "reason"), [(0, 1, "empty"), (1, 1, "equal"), (2, 1, "too_long")])
 def test_unusable_rows_are_refused_with_their_place(tmp_path: Path, first: int, place: int, reason: str) -> None:
     path = jsonl(tmp_path / "p.jsonl", UNUSABLE[first:])
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=rf"line {place} is not usable \({reason}\)") as caught:
         preferences(path, completions={"unusable": "refuse"})
     assert str(caught.value) == (
         f"prompts.source={path}: line {place} is not usable ({reason}); expected another row, or completions.unusable=drop"
@@ -276,3 +277,54 @@ def test_pairs_of_a_prompt_are_held_out_together(tmp_path: Path) -> None:
     held_out = {place % 6 for place in found.held_out.tolist()}
     assert len(held_out) == 3 and {place % 6 for place in found.train.tolist()} == set(range(6)) - held_out
     assert len(found.train) == 9 and np.array_equal(np.sort(found.train), found.train)
+
+
+# ---- pairs and demonstrations that come in other forms
+
+
+def test_a_ranking_of_two_is_a_pair_with_the_better_one_first(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n} ", "responses": [f"{n}", f"{n} {n}"], "rewards": [0.0, 1.0] if n % 2 else [2.0, -1.0]}
+        for n in range(8)
+    ]
+    found = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
+    for n, (better, worse) in enumerate(found.pairs):
+        assert (len(better.completion) > len(worse.completion)) == bool(n % 2)
+
+
+def test_a_tie_is_no_pair(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} ", "responses": [f"{n}", f"{n} {n}"], "rewards": [1.0, n % 5]} for n in range(10)]
+    found = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
+    assert found.dropped == {"tie": 2} and len(found.pairs) == 8
+
+
+def test_a_margin_is_finite(tmp_path: Path) -> None:
+    path = spaced(tmp_path / "p.jsonl", 8, gap=lambda n: math.nan if n == 3 else 1.0)
+    with pytest.raises(ConfigError, match="margin_column=gap: line 4 has nan there; expected a number"):
+        reward_pairs(path, margin_column="gap")
+
+
+def test_answers_labeled_bad_are_no_demonstrations(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "completion": f"{n} {n}", "label": n % 3 > 0} for n in range(12)]
+    found = demonstrations(jsonl(tmp_path / "d.jsonl", rows))
+    assert found.dropped == {"label_false": 4}
+    assert {n for part in found.everything() for n in said(part)} == {n for n in range(12) if n % 3}
+
+
+def test_demonstrations_of_ultrafeedback_are_its_messages(tmp_path: Path) -> None:
+    """The prompt text beside them is in them, and is read once."""
+    rows = []
+    for n in range(8):
+        asked = [{"role": "user", "content": f"{n}"}]
+        chosen, rejected = (
+            [*asked, {"role": "assistant", "content": f"{n} {n}"}],
+            [*asked, {"role": "assistant", "content": "1"}],
+        )
+        rows.append({"prompt": f"{n}", "chosen": chosen, "rejected": rejected, "messages": chosen})
+    path = jsonl(tmp_path / "u.jsonl", rows)
+    for row in demonstrations(path, CHAT, prompts={"max_tokens": 20}).step(0).to_pylist():
+        assert json.loads(row["prompt_messages"]) == [{"role": "user", "content": row["prompt"]}]
+        assert row["completion"] == f"{row['prompt']} {row['prompt']}"
+    for number, row in enumerate(preferences(path, CHAT, prompts={"max_tokens": 20}).step(0).to_pylist()):
+        assert row["completion"] == ("1" if number % 2 else f"{row['prompt']} {row['prompt']}")
+        assert json.loads(row["prompt_messages"]) == [{"role": "user", "content": row["prompt"]}]

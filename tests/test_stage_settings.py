@@ -27,7 +27,7 @@ def training(**blocks: Any) -> dict[str, Any]:
 
 
 def message(model: type[Section], tree: dict[str, Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         config.parse_as(model, tree)
     assert "\n" not in str(caught.value)
     return str(caught.value)

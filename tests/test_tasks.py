@@ -1,6 +1,7 @@
 """Prompts and rewards of keel.tasks, through the libraries themselves."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -123,7 +124,7 @@ def test_rows_the_library_does_not_know_fail() -> None:
     ],
 )
 def test_bad_options_are_one_line(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
         read("reasoning_gym_prompts", **options)
     assert message in str(error.value) and "\n" not in str(error.value) and str(error.value).startswith("prompts.")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -356,7 +357,7 @@ def test_a_package_that_is_missing_is_named_before_anything_starts(
     for folder_of_that_name in (False, True):  # where runs of the library left their files
         if folder_of_that_name:
             (tmp_path / "wandb").mkdir()
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=re.escape(expected)) as caught:
             tracking.check(settings)
         assert str(caught.value) == expected
     (tmp_path / "wandb" / "__init__.py").write_text("raise ImportError")
@@ -428,7 +429,7 @@ async def test_a_stage_tells_its_trackers_also_when_it_is_resumed(tmp_path: Path
     plan = course_of(tmp_path, steps=4, checkpoints=2)
     tracked = plan.settings.model_copy(update={"tracking": TrackingSettings(trackers=["wandb"])})
     plan = dataclasses.replace(plan, settings=tracked)
-    with pytest.raises(Killed):
+    with pytest.raises(Killed, match="at step 4"):
         await Course(plan, FakeTrainee([5.0, 4.0, 3.0, 2.0, 1.0], killed_at=4)).finish()
     await Course(plan, FakeTrainee([5.0, 4.0, 3.0, 2.0, 1.0])).finish()
     broken, whole = made.trackers

@@ -371,7 +371,7 @@ def test_who_made_a_row_and_how_long_it_took_is_no_difference(original: Path, ru
 
 def keel(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["keel", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
         cli.main()
     assert isinstance(stop.value.code, int)
     return stop.value.code
@@ -437,6 +437,8 @@ def test_verifying_imports_nothing_that_computes(original: Path) -> None:
 import sys
 from pathlib import Path
 from keel import verify
+
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 verify.compare(Path({str(original)!r}), Path({str(original)!r}))
 verify.check(Path({str(original)!r}))
 print(sorted({{"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}} & set(sys.modules)))

@@ -2,8 +2,8 @@
 
 Each finding names a file, what its place in the run demands and what is there. A state that `kill -9` may leave at any
 moment is none: those are notes. How far the run was sure of itself is its newest committed checkpoint; what lies
-behind that is done again by a resumed run, which first cuts metrics.jsonl back, then deletes rollout files, then cuts
-the manifest back.
+behind that is done again by a resumed run, which first cuts metrics.jsonl back, then moves rollout files aside, then
+cuts the manifest back.
 """
 
 from collections import Counter
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, ledger, schema, segments
+from keel import durable, ledger, reads, schema, segments
 from keel.prompts import seed_of
 from keel.settings import Settings
 
 _COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
 UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)
-"""What reading an Arrow file that is none raises."""
+"""What content that is no Arrow file raises; not what a failed read of it does (ReadFailed)."""
 
 
 _NUMBERS = ("steps", "rows", "largest_staleness_versions", "tickets_trained")
@@ -68,7 +68,7 @@ class Audit:
         lines, damaged = durable.sound_lines(path, fields)
         for number in damaged:
             self.fault(file, f"line {number}: a JSON object with {', '.join(fields)}", "something else")
-        if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        if reads.is_there(path) and (content := reads.read(path)) and not content.endswith(b"\n"):
             self.notes.append(f"{file}: its last line was cut off, which the next start removes")
         return lines
 
@@ -97,7 +97,7 @@ class Progress:
 
     @property
     def cut_back(self) -> bool:
-        """A resumed run may have begun to delete what it did after its checkpoint."""
+        """A resumed run may have begun to move aside what it did after its checkpoint."""
         return self.recorded == self.committed
 
 
@@ -164,12 +164,13 @@ def _rollout(own: Audit, line: ledger.Line, settings: Settings, progress: Progre
     path = own.directory / file
     if not path.is_file():
         if step > progress.committed and progress.cut_back:
-            own.notes.append(f"{file}: deleted by a resumed run, which trains this step again")
+            own.notes.append(f"{file}: moved aside by a resumed run, which trains this step again")
         else:
             own.fault(file, "the rows this step trained on", "no file")
         return
-    content = path.read_bytes()
-    if schema.digest(content) != line["xxh3_128"]:
+    right = line["xxh3_128"]
+    content = reads.settled(path, lambda: reads.read(path), lambda found: schema.digest(found) == right)
+    if schema.digest(content) != right:
         own.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
         return
     batch = own.arrow(file, content)
@@ -205,7 +206,7 @@ def _staleness(own: Audit, file: str, batch: pa.RecordBatch, step: int, most: in
 def _strangers(own: Audit, known: set[int], progress: Progress) -> None:
     """Files of steps that have no line: the last step's, when the kill came between file and line."""
     following = max(known, default=0) + 1
-    for path in sorted((own.directory / "rollouts").glob("step-*.arrow")):
+    for path in _named(own.directory / "rollouts", "step-*.arrow"):
         file = f"rollouts/{path.name}"
         number = path.stem.removeprefix("step-")
         step = int(number) if number.isdecimal() else -1
@@ -215,10 +216,14 @@ def _strangers(own: Audit, known: set[int], progress: Progress) -> None:
             own.fault("rollouts/MANIFEST.jsonl", f"a line for {file}", "none")
 
 
+def _named(folder: Path, pattern: str) -> list[Path]:
+    return [path for path in reads.entries(folder) if path.match(pattern)]
+
+
 def _segments(own: Audit, last_trained: int) -> None:
     """Accepted batches in buffer/: each is what was written; how many groups of them are still to be trained."""
     waiting = set()
-    for path in sorted((own.directory / "buffer").glob("*.arrow")):
+    for path in _named(own.directory / "buffer", "*.arrow"):
         try:
             segment = segments.read(path)
         except FileNotFoundError:

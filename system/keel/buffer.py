@@ -31,7 +31,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import ledger, schema, segments
+from keel import durable, ledger, schema, segments
+from keel.algorithms.advantages import vary
 from keel.protocols import AddReceipt
 
 
@@ -184,7 +185,7 @@ class RolloutBuffer:
         return {"version": self.version, "taken": self.taken, "next_ticket": self._after_taken}
 
     async def found(self) -> dict[str, Any]:
-        """What the start found on disk: `groups` it can deliver again, and what was `damaged` and deleted, by name."""
+        """What the start found on disk: `groups` it can deliver again, and what was `damaged`, by name."""
         return {"groups": self._deliverable, "damaged": self._damaged}
 
     async def waiting(self) -> str:
@@ -225,7 +226,7 @@ class RolloutBuffer:
         if scored.sum() < self.min_samples:
             return "too_few_samples"
         rewards = batch.column("reward").to_numpy(zero_copy_only=False)
-        return "uniform_rewards" if self._refilled < self.refills and np.ptp(rewards[scored]) == 0 else None
+        return "uniform_rewards" if self._refilled < self.refills and not vary(rewards[scored]) else None
 
     def _absorb(self, tickets: list[int]) -> list[int]:
         """Take what is already on disk for these tickets; the tickets still to be generated."""
@@ -248,13 +249,13 @@ class RolloutBuffer:
         return next((g for g in groups if oldest <= g.versions[0] and g.versions[1] <= trained_from), None)
 
     def _restore(self) -> list[str]:
-        """Read accepted batches back; what is damaged is deleted, and its tickets are generated again."""
+        """Read accepted batches back; what is damaged is moved aside, and its tickets are generated again."""
         damaged = ledger.cut_back(self.directory, self.version)
         for path in segments.paths(self.directory):
             try:
                 segment = segments.read(path)
             except segments.SegmentError:
-                path.unlink()
+                durable.move_aside(self.directory, path)
                 damaged.append(path.name)
                 continue
             for ticket, group in segment.groups():

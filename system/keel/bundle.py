@@ -196,8 +196,9 @@ def _place(name: str, here: Path) -> Path | None:
     """File or folder of a module of the user's own; None: it is installed, Python's or Keel's, or not there."""
     if name in sys.stdlib_module_names or name in ("keel", "__main__"):
         return None
-    # one search, as an import does it: a folder here without __init__.py is no module where one is installed
-    spec: ModuleSpec | None = PathFinder.find_spec(name, [str(here), *sys.path]) or importlib.util.find_spec(name)
+    # one search, as an import does it: what lies here comes last, behind everything that is installed
+    places = [*(place for place in sys.path if place not in ("", str(here))), str(here)]
+    spec: ModuleSpec | None = PathFinder.find_spec(name, places) or importlib.util.find_spec(name)
     if spec is None:
         return None
     folders = list(spec.submodule_search_locations or [])

@@ -4,12 +4,18 @@ checkpoints/step-000010/    policy/  learner/  state.json  MANIFEST.json  COMMIT
 """
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import durable
+from keel import commits, durable, reads
+from keel.config import ConfigError
+
+_MANIFEST, _COMMIT, _STAGE = "MANIFEST.json", "COMMIT", "stage.json"
+_DAMAGED = "damaged-"
+_STEP = re.compile(r"step-(\d+)")
 
 
 class CheckpointError(RuntimeError):
@@ -20,20 +26,26 @@ def begin(run_directory: Path, step: int) -> Path:
     """An empty folder to write a checkpoint into; a reader never looks at it."""
     aside = run_directory / "checkpoints" / f".step-{step:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    durable.make_folder(aside)
     return aside
 
 
 def commit(aside: Path, state: Mapping[str, Any]) -> Path:
-    """Make the folder a checkpoint: state, manifest with digests, COMMIT, rename."""
+    """Make the folder a checkpoint: state, manifest with digests of what is on the disk, COMMIT, rename."""
     durable.write_json(aside / "state.json", state)
-    durable.write_json(aside / "MANIFEST.json", {"files": digests(aside)})
-    durable.write(aside / "COMMIT", b"")
+    seal(aside)
+    durable.write(aside / _COMMIT, b"")
     target = aside.with_name(aside.name.removeprefix(".").removesuffix(".tmp"))
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
-    durable.sync_directory(target.parent)
+    durable.swap_folder(aside, target)
+    durable.sync_directory(target.parent.parent)  # an interrupted start may have made checkpoints/ and no more
     return target
+
+
+def seal(folder: Path, names: Iterable[str] = (), manifest: str = _MANIFEST) -> None:
+    """Have all files of a folder, or those under these names in it, on the disk, then a manifest of their digests."""
+    for path in [folder / name for name in names] or [folder]:
+        durable.sync_tree(path)
+    durable.write_json(folder / manifest, {"files": digests(folder, names)})
 
 
 def latest(run_directory: Path) -> Path | None:
@@ -51,10 +63,46 @@ def trained(folder: Path) -> Path:
     """The model of a run directory: a stage's, or the policy of the newest checkpoint; any other folder is itself."""
     if (folder / "config.json").is_file() or not (folder / "config.yaml").is_file():
         return folder
-    if (folder / "model").is_dir() and (folder / "stage.json").is_file():  # of a finished stage
+    if (folder / "model").is_dir() and (folder / _STAGE).is_file():  # of a finished stage
         return folder / "model"
     newest = latest(folder)
     return newest / "policy" if newest else folder
+
+
+def stage(directory: Path) -> dict[str, Any] | None:
+    """What a finished stage says of itself; None: it has not finished.
+
+    Raises ConfigError where what it left is not what it wrote.
+    """
+    path = directory / _STAGE
+    if not reads.is_there(path):
+        return None
+    try:
+        if reads.is_there(directory / _MANIFEST):
+            check(directory)
+        return reads.read_json(path)
+    except (CheckpointError, ValueError) as error:
+        raise ConfigError(
+            f"run.directory={directory}: finished, by {_STAGE}, but not as it was written: {error}; expected what"
+            f" {_MANIFEST} names, or another run.name to run it again"
+        ) from None
+
+
+def check_model(folder: Path) -> None:
+    """The model in a run directory is what was written there. Raises CheckpointError.
+
+    A stage's model lies beside stage.json, a member of an ensemble one deeper, a policy beside COMMIT; a manifest
+    beside these names its files. Any other model has none that would tell.
+    """
+    folder = folder.resolve()
+    for top in (folder, *folder.parents[:2]):
+        marked = top.parent.name == "references" if top == folder else any(map(reads.is_there, _markers(top)))
+        if marked and reads.is_there(top / _MANIFEST):
+            check(top, below="" if top == folder else f"{folder.relative_to(top)}/")
+
+
+def _markers(folder: Path) -> list[Path]:
+    return [folder / _STAGE, folder / _COMMIT]
 
 
 def folder_of(run_directory: Path, step: int) -> Path:
@@ -62,16 +110,39 @@ def folder_of(run_directory: Path, step: int) -> Path:
 
 
 def steps(run_directory: Path) -> list[int]:
-    """Steps of the committed checkpoints, oldest first."""
-    found = (path.parent.name for path in (run_directory / "checkpoints").glob("step-*/COMMIT"))
-    return sorted(int(name.removeprefix("step-")) for name in found)
+    """Steps of the committed checkpoints, oldest first. Raises ReadFailed: a listing that failed is not none."""
+    named = {path: _STEP.fullmatch(path.name) for path in reads.entries(run_directory / "checkpoints")}
+    return sorted(int(name[1]) for path, name in named.items() if name and reads.is_there(path / _COMMIT))
+
+
+def lost(run_directory: Path) -> tuple[int, str] | None:
+    """The newest commit that other files of the run know of, and which of them, where it is neither there nor aside."""
+    known, source = commits.newest_known(run_directory)
+    if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / _STAGE):
+        return None  # in this order: a live run commits meanwhile; a finished stage has deleted its own
+    names = [path.name for path in reads.entries(run_directory / "checkpoints") if path.name.startswith(_DAMAGED)]
+    aside = [_STEP.fullmatch(name.removeprefix(_DAMAGED)) for name in names]
+    return None if any(int(name[1]) >= known for name in aside if name) else (known, source)
+
+
+def check_known(run_directory: Path) -> None:
+    """The newest commit that the run's own files know of is there, or was put aside. Raises ConfigError."""
+    if missing := lost(run_directory):
+        known, source = missing
+        raise ConfigError(
+            f"run.directory={run_directory}: {source} knows of a commit at step {known}, which checkpoints/ does not"
+            " hold; expected it where it was (a link, a mount, a moved folder?), or another run.name to begin again; to"
+            f" go on without it: mkdir -p {run_directory}/checkpoints/{_DAMAGED}step-{known:06d}"
+        )
 
 
 def newest_intact(run_directory: Path) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
     """The newest checkpoint whose files are all as they were written, its state, and the names of damaged newer ones.
 
-    Those are put aside as `damaged-step-N`. Raises CheckpointError when there are checkpoints and none is intact.
+    Those are put aside as `damaged-step-N`. Raises CheckpointError when there are checkpoints and none is intact,
+    ConfigError when one that the run knows of is gone, ReadFailed when it cannot be said: then nothing has changed.
     """
+    check_known(run_directory)
     damaged: list[str] = []
     for path in reversed(committed(run_directory)):
         try:
@@ -82,56 +153,78 @@ def newest_intact(run_directory: Path) -> tuple[Path | None, dict[str, Any] | No
         _put_aside(run_directory, newer_than=path)
         return path, state, damaged
     if damaged:
-        raise CheckpointError(f"no intact checkpoint: {'; '.join(damaged)}; without checkpoints/ the run starts anew")
+        raise CheckpointError(
+            f"no intact checkpoint: {'; '.join(damaged)}; expected copies of them, or another run.name to begin again"
+        )
     return None, None, []
 
 
 def _put_aside(run_directory: Path, newer_than: Path) -> None:
     for path in committed(run_directory):
         if path.name > newer_than.name:
-            aside = path.with_name(f"damaged-{path.name}")
+            aside = path.with_name(f"{_DAMAGED}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+            durable.sync_directory(path.parent)
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
     check(path)
-    return json.loads((path / "state.json").read_text())
+    right = _files(path / _MANIFEST)["state.json"]
+    state = path / "state.json"
+    return json.loads(reads.settled(state, lambda: reads.read(state), lambda found: durable.digest_of(found) == right))
 
 
-def check(path: Path) -> None:
-    """Every file of a folder is the one that its manifest names. Raises CheckpointError."""
+def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
+    """Every file that a manifest names, or those below a path in it, is there as it was. Raises CheckpointError."""
     try:
-        manifest = json.loads((path / "MANIFEST.json").read_text())["files"]
-        found = digests(path)
-        wrong = sorted(name for name in manifest if found.get(name) != manifest[name])
-    except (OSError, ValueError, KeyError) as error:  # a torn or missing manifest
-        raise CheckpointError(f"{path.name}: its manifest cannot be read ({error})") from error
+        wrong = reads.settled(folder / manifest, lambda: _wrong(folder, manifest, below), lambda found: not found)
+    except (FileNotFoundError, ValueError) as error:  # torn or missing
+        raise CheckpointError(f"{folder.name}: its manifest cannot be read ({error})") from error
     if wrong:
-        raise CheckpointError(f"{path.name}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
+        raise CheckpointError(f"{folder.name}: {len(wrong)} files are missing or changed, for instance {wrong[0]}")
+
+
+def _wrong(folder: Path, manifest: str, below: str) -> list[str]:
+    files = _files(folder / manifest)
+    return [name for name in sorted(files) if name.startswith(below) and not _is_intact(folder / name, files[name])]
+
+
+def _files(manifest: Path) -> dict[str, str]:
+    """Digests by name. Raises ValueError for a manifest that has none."""
+    tree = reads.read_json(manifest)
+    files = tree.get("files") if isinstance(tree, dict) else None
+    if not isinstance(files, dict):
+        raise ValueError("it names no files")
+    return files
+
+
+def _is_intact(path: Path, expected: str) -> bool:
+    try:
+        return durable.digest(path, expected) == expected
+    except FileNotFoundError:
+        return False
 
 
 def state_of(run_directory: Path, step: int) -> dict[str, Any]:
     """state.json of a committed checkpoint, the other files unseen."""
-    return json.loads((folder_of(run_directory, step) / "state.json").read_text())
+    return reads.read_json(folder_of(run_directory, step) / "state.json")
 
 
 def prune(run_directory: Path, keep: int) -> None:
     """Delete all but the newest checkpoints, and what an earlier deletion left."""
-    for path in (run_directory / "checkpoints").glob("step-*"):
-        if not (path / "COMMIT").exists():
+    for path in reads.entries(run_directory / "checkpoints"):
+        if _STEP.fullmatch(path.name) and not reads.is_there(path / _COMMIT):
             shutil.rmtree(path)
     for path in committed(run_directory)[:-keep]:
-        (path / "COMMIT").unlink()  # from here on it does not exist for a reader
+        (path / _COMMIT).unlink()  # from here on it does not exist for a reader
+        durable.sync_directory(path)  # nor after a power cut
         shutil.rmtree(path)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """xxh3-128 of every file but the manifest and the marker."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {
-        str(path.relative_to(folder)): durable.digest(path)
-        for path in files
-        if path.name not in ("MANIFEST.json", "COMMIT")
-    }
+def digests(folder: Path, names: Iterable[str] = ()) -> dict[str, str]:
+    """xxh3-128 of every file, or those under these names, but the manifest and the marker."""
+    places = [folder / name for name in names] or [folder]
+    named = {str(path.relative_to(folder)): path for place in places for path in reads.files(place)}
+    return {name: durable.digest(named[name]) for name in sorted(named) if name not in (_MANIFEST, _COMMIT)}

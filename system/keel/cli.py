@@ -269,7 +269,6 @@ def _train(settings: Settings, config_path: str) -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
-    sys.path.insert(0, str(Path.cwd()))  # rewards and objectives beside the configuration, as with python -m keel
     try:
         code = app(standalone_mode=False)  # the code of a typer.Exit, and 130 of Ctrl-C, come back as a value
     except config.ConfigError as error:

@@ -9,14 +9,18 @@ go actor -> object store -> actor.
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import AuthenticationError, ObjectLostError, RayTaskError
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel import capacity, room
@@ -48,6 +52,7 @@ def connect(settings: Settings) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets anything else on the machine starve the run
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": settings.run.name}
+    common |= {} if _was_uploaded() else {"job_config": _search_path()}
     cluster: ClusterSettings = settings.cluster
     if address := cluster.address_to_join:
         named = "cluster.address" if cluster.address else "RAY_ADDRESS"
@@ -65,6 +70,32 @@ def connect(settings: Settings) -> str:
     tries = embedded(num_cpus=cpus, object_store_memory=cluster.object_store_bytes, **common)
     late = f" (it came up at try {tries}: this machine is busy)" if tries > 1 else ""
     return f"Ray: an embedded one on this machine, which promises {cpus} CPUs{late}"
+
+
+class _Behind(list[str]):
+    """Directories that a worker puts in front of its path one after the other: the last of them comes first there.
+
+    Ray extends this list by the current directory, which would come first of all, in front of installed code.
+    """
+
+    def extend(self, paths: Iterable[str]) -> None:
+        self[:0] = paths
+
+
+def _search_path() -> JobConfig:
+    """Workers look for modules where this process does, and in its current directory last."""
+    here = os.path.abspath(os.curdir)
+    places = [place for place in sys.path if os.path.isabs(place) and place != here]
+    return JobConfig(_py_driver_sys_path=_Behind(reversed(places)))
+
+
+def _was_uploaded() -> bool:
+    """Whether this is a Ray job with a folder that was uploaded (`keel submit`), which its workers have anyway.
+
+    No module in it has an installed namesake.
+    """
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 def embedded(**options: Any) -> int:
@@ -226,7 +257,8 @@ def generators(
 ) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
     by = settings.generators
-    spawn = Spawn(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}"))
+    options = settings.policy.chat_template_options
+    spawn = Spawn(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}", options))
     return GeneratorPool(
         _pool("generator", spawn, by.count, settings, observer), settings.deadlines.generate_seconds, given
     )
@@ -244,10 +276,10 @@ def scorers(settings: Settings, reference_folder: str | None, observer: Observer
     """The reference policy first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     by = settings.scorers
-    rewards = (settings.rewards, settings.ensemble, by.threads)
-    spawn = Spawn(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus))
+    rewards, seconds = (settings.rewards, settings.ensemble, by.threads), settings.deadlines.score_seconds
+    spawn = Spawn(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus, seconds))
     scorer = _pool("scorer", spawn, by.count, settings, observer)
-    return [*pools, ScorerPool(scorer, settings.deadlines.score_seconds)]
+    return [*pools, ScorerPool(scorer, seconds)]
 
 
 def _pool(role: str, spawn: Spawn, count: int, settings: Settings, observer: Observer | None) -> Pool:

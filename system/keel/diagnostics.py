@@ -16,7 +16,8 @@ def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
 
     reward, reward_<name>; length_tokens; sequence_entropy_nats = -S and entropy_nats = -S/|y| (sampled estimates at the
     sampling temperature); kl_nats = S - S_ref (k1 over the completion); finished_ratio (1: ended with an end token).
-    Completions that nobody sampled have no entropy and no KL.
+    Completions that no policy sampled have no entropy and no KL, hence NaN: where there are stored ones, the same
+    numbers of them are stored_logprob_nats, stored_token_logprob_nats and stored_log_ratio_nats.
     """
     lengths = schema.completion_lengths(batch)
     values = {
@@ -35,13 +36,20 @@ def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
 
 def _of_logprobs(batch: pa.RecordBatch, lengths: np.ndarray) -> dict[str, np.ndarray]:
     logprobs, _ = schema.ragged(batch, "completion_logprobs")
-    surprise = -schema.row_sums(logprobs, lengths)
-    values = {"sequence_entropy_nats": surprise, "entropy_nats": surprise / lengths}
+    totals, sampled = schema.row_sums(logprobs, lengths), schema.sampled(batch)
+    of_samples = {"sequence_entropy_nats": -totals, "entropy_nats": -totals / lengths}
+    of_stored = {"stored_logprob_nats": totals, "stored_token_logprob_nats": totals / lengths}
     if "reference_logprobs" in batch.schema.names:
         reference, _ = schema.ragged(batch, "reference_logprobs")
-        values["kl_nats"] = regularisers.sequence_kl(logprobs, reference, lengths)
-        values["kl_k3_nats"] = schema.row_sums(regularisers.token_k3(logprobs, reference), lengths)
-    return values
+        of_samples["kl_nats"] = regularisers.sequence_kl(logprobs, reference, lengths)
+        of_samples["kl_k3_nats"] = schema.row_sums(regularisers.token_k3(logprobs, reference), lengths)
+        of_stored["stored_log_ratio_nats"] = of_samples["kl_nats"]
+    if sampled.all():
+        return of_samples
+    stored = np.array([name == schema.STORED for name in batch.column("generator").to_pylist()])
+    of_samples["sampled_length_tokens"] = lengths.astype(np.float64)
+    parts = [(of_samples, sampled), (of_stored, stored)]
+    return {name: np.where(rows, value, np.nan) for part, rows in parts if rows.any() for name, value in part.items()}
 
 
 def summarise(batch: pa.RecordBatch) -> Mapping[str, float]:

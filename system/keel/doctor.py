@@ -139,7 +139,7 @@ def _self_test() -> Check:
     with tempfile.TemporaryDirectory(prefix="keel-doctor-") as name:
         folder = Path(name)
         config = self_test_config(folder, str(tiny.write(folder / "model")))
-        command = [sys.executable, "-m", "keel", "train", str(config)]
+        command = [sys.executable, "-P", "-m", "keel", "train", str(config)]  # -P: nothing of the current directory
         try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=SELF_TEST_SECONDS)
         except subprocess.TimeoutExpired:

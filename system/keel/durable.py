@@ -1,4 +1,9 @@
-"""Files that are whole or absent: write aside, fsync, rename."""
+"""Files that are whole or absent: write aside, fsync, rename.
+
+What a marker vouches for (COMMIT, stage.json, a line of a manifest) is on the disk before the marker is: files, their
+folders, the marker, the folder of the marker. What a run has no more use for, and nothing replaced yet, is moved into
+`.aside/` of the run directory.
+"""
 
 import contextlib
 import errno
@@ -13,6 +18,11 @@ from typing import IO, Any
 import xxhash
 
 from keel.config import ConfigError
+from keel.reads import check_length, entries, is_there, naming_a_failed_read, read, settled
+
+ASIDE = ".aside"
+_ASIDE_BYTES = 2**26
+"""Of a JSON-lines file in `.aside/`: lines cut off before these go."""
 
 
 class DiskFull(OSError):
@@ -23,7 +33,8 @@ def write(path: Path, content: Any) -> None:
     """Put bytes at a path so that a reader sees the old file, no file, or all of it. Raises DiskFull."""
     aside = path.with_name(f".{path.name}.tmp")
     with naming_a_full_disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            make_folder(path.parent)
         try:
             with aside.open("wb") as file:
                 file.write(content)
@@ -55,28 +66,33 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def append_json(path: Path, value: Mapping[str, Any]) -> None:
     """Append one JSON line, in place of a last line that a crash cut off."""
-    if path.exists() and not _ends_whole(path):
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    new = not is_there(path)
+    if not new and not _ends_whole(path):
+        os.truncate(path, read(path).rfind(b"\n") + 1)
     with naming_a_full_disk(path), path.open("a", encoding="utf8") as file:
         file.write(json.dumps(value) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    if new:
+        sync_directory(path.parent)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON-lines file; a line cut off by a crash is not one of them. Missing file: none."""
-    if not path.exists():
+    if not is_there(path):
         return []
-    text = path.read_text(encoding="utf8")
+    text = read(path).decode("utf8")
     whole = text[: text.rfind("\n") + 1]
     return [json.loads(line) for line in whole.splitlines()]
 
 
 def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
+    with naming_a_failed_read(path), path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
-        return file.read() in (b"", b"\n")
+        end = file.read()
+    check_length(path, len(end), min(size, 1))
+    return end in (b"", b"\n")
 
 
 def sound_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], list[int]]:
@@ -84,9 +100,21 @@ def sound_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, 
 
     The end of the file without a newline was cut off by a crash: it is neither.
     """
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    parsed = [_parse(text, fields) for text in whole]
+    parsed = [line for _, line in _lines(path, fields)]
     return [line for line in parsed if line], [number for number, line in enumerate(parsed, 1) if not line]
+
+
+def _lines(path: Path, fields: Mapping[str, type]) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """Every whole line as it stands there, and what it says; None where that is nothing."""
+
+    def look() -> list[tuple[bytes, dict[str, Any] | None]]:
+        content = read(path) if is_there(path) else b""
+        return [(text, _parse(text, fields)) for text in content.split(b"\n")[:-1]]
+
+    def grown(first: list[Any], second: list[Any]) -> bool:
+        return second[: len(first)] == first  # a live run appends
+
+    return settled(path, look, lambda lines: all(line for _, line in lines), same=grown)
 
 
 def _parse(text: bytes, fields: Mapping[str, type]) -> dict[str, Any] | None:
@@ -98,26 +126,75 @@ def _parse(text: bytes, fields: Mapping[str, type]) -> dict[str, Any] | None:
     return line if typed else None
 
 
-def keep_steps(path: Path, last_step: int) -> list[str]:
+def keep_steps(path: Path, last_step: int, aside: Path | None = None) -> list[str]:
     """Cut a JSON-lines file back to the lines of steps up to `last_step`: what a resumed run has really done.
 
-    Lines that are damaged are left out; their names.
+    What is cut, and lines that are damaged, go into a file of the folder `aside` (`.aside/` beside it). The names of
+    the damaged ones.
     """
-    lines, damaged = sound_lines(path, {"step": int})
-    if path.exists():
-        write(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step).encode())
-    return [f"{path.name} line {number}" for number in damaged]
+    if not is_there(path):
+        return []
+    lines = _lines(path, {"step": int})
+    kept = [line is not None and line["step"] <= last_step for _, line in lines]
+    cut = b"".join(text + b"\n" for (text, _), keep in zip(lines, kept, strict=True) if not keep)
+    if cut:
+        _append_aside((aside or path.parent / ASIDE) / path.name, cut)
+    content = b"".join(text + b"\n" for (text, _), keep in zip(lines, kept, strict=True) if keep)
+    if cut or not _ends_whole(path):
+        write(path, content)
+    return [f"{path.name} line {number}" for number, (_, line) in enumerate(lines, 1) if not line]
+
+
+def _append_aside(aside: Path, lines: bytes) -> None:
+    earlier = read(aside) if is_there(aside) else b""
+    if len(earlier) > _ASIDE_BYTES:
+        earlier = earlier[earlier.index(b"\n", -_ASIDE_BYTES) + 1 :]
+    write(aside, earlier + lines)
+
+
+def move_aside(run_directory: Path, path: Path) -> None:
+    """Put a file of a run into its `.aside/`, in place of an earlier one of its name. Readers do not look there."""
+    aside = run_directory / ASIDE / path.relative_to(run_directory)
+    make_folder(aside.parent)
+    try:
+        path.rename(aside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        write(aside, read(path))  # a folder of the run may be a link to another disk
+        path.unlink()
+    sync_directory(aside.parent)
+    sync_directory(path.parent)
 
 
 def replace_folder(aside: Path, target: Path) -> None:
-    """Put a folder at a path; the one that was there is moved away first and removed last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    """Put a folder at a path once all of it is on the disk, in place of the one that was there."""
+    sync_tree(aside)
+    swap_folder(aside, target)
+
+
+def swap_folder(aside: Path, target: Path) -> None:
+    """Put a folder that is on the disk at a path; the one that was there is moved away first and removed last."""
+    bring_back(target)
+    old = _moved_away(target)
+    if is_there(target):
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     aside.rename(target)
     sync_directory(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def bring_back(target: Path) -> None:
+    """Undo what an interrupted `swap_folder` did: a folder that was moved away, and not replaced, is back."""
+    old = _moved_away(target)
+    if is_there(old) and not is_there(target):
+        old.rename(target)
+        sync_directory(target.parent)
+
+
+def _moved_away(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def lock(directory: Path) -> IO[str]:
@@ -147,13 +224,55 @@ def held(directory: Path) -> bool:
     return False
 
 
-def digest(path: Path) -> str:
-    """xxh3-128 of a file, read in pieces."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
+def digest_of(content: Any) -> str:
+    """xxh3-128 of a bytes-like object."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def digest(path: Path, expected: str | None = None) -> str:
+    """xxh3-128 of a file, read in pieces; one that is not the expected is made again, from the disk."""
+    return settled(path, lambda: _digest(path), lambda found: expected in (None, found))
+
+
+def _digest(path: Path) -> str:
+    hasher, length = xxhash.xxh3_128(), 0
+    with naming_a_failed_read(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         while block := file.read(1 << 24):
             hasher.update(block)
+            length += len(block)
+    check_length(path, length, size)
     return hasher.hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it; the entry of each, and of one that was there, is on the disk."""
+    missing = [each for each in (path, *path.parents) if not each.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in [path, *missing[1:]]:
+        with contextlib.suppress(PermissionError):  # a folder above the run's may be closed to its owner
+            sync_directory(made.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have every file below a folder, and every folder, on the disk."""
+    for path in entries(folder):
+        if path.is_dir():
+            sync_tree(path)
+        else:
+            sync_file(path)
+    sync_directory(folder)
+
+
+def sync_file(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDWR)  # some network file systems write out only what is open for writing
+    except PermissionError:
+        descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(directory: Path) -> None:

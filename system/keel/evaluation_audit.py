@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import schema
+from keel import reads, schema
 from keel.audit import UNREADABLE, Audit
 from keel.settings import Settings
 
@@ -24,8 +24,9 @@ def audit_evaluations(own: Audit, settings: Settings, committed: Sequence[int]) 
     sure = max(committed, default=-1)
     rows: list[dict[str, Any]] = []
     path = own.directory / "frontier.arrow"
+    content = _content(path) if reads.is_there(path) else None
     try:
-        rows = schema.from_bytes(path.read_bytes()).to_pylist() if path.exists() else []
+        rows = schema.from_bytes(content).to_pylist() if content is not None else []
         steps = [int(row["step"]) for row in rows]
     except (*UNREADABLE, KeyError, TypeError) as error:
         own.fault("frontier.arrow", "an Arrow file with one row an evaluation", f"{type(error).__name__}: {error}")
@@ -36,7 +37,7 @@ def audit_evaluations(own: Audit, settings: Settings, committed: Sequence[int]) 
         if missing := sorted(due - set(steps)) if sure >= 0 else []:
             own.fault("frontier.arrow", f"rows of steps {sorted(due)}", f"none of {missing}")
     own.test("frontier.arrow", "steps in order, each once", sorted(set(steps)), steps)
-    files = {path.stem: path for path in sorted((own.directory / "evaluations").glob("step-*.arrow"))}
+    files = {path.stem: path for path in reads.entries(own.directory / "evaluations") if path.match("step-*.arrow")}
     for row, step in zip(rows, steps, strict=False):
         name = f"step-{step:06d}"
         if name in files:
@@ -49,10 +50,23 @@ def audit_evaluations(own: Audit, settings: Settings, committed: Sequence[int]) 
             own.fault("frontier.arrow", f"a row for evaluations/{name}.arrow", "none")
 
 
+def _content(path: Path) -> bytes:
+    """Bytes of an Arrow file; where they are none they were read twice. Raises ReadFailed."""
+    return reads.settled(path, lambda: reads.read(path), _is_arrow)
+
+
+def _is_arrow(content: bytes) -> bool:
+    try:
+        schema.from_bytes(content).validate(full=True)
+    except UNREADABLE:
+        return False
+    return True
+
+
 def _evaluation(own: Audit, path: Path, row: Mapping[str, Any], again: bool) -> None:
     """One evaluation against its row of the frontier; `again`: it may have been written anew by a resumed run."""
     file = f"evaluations/{path.name}"
-    batch = own.arrow(file, path.read_bytes())
+    batch = own.arrow(file, _content(path))
     if batch is None:
         return
     own.counts["evaluations"] += 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keel import config
+from keel import config, durable
 from keel.models import DTYPES
 from keel.printable import printable
 from keel.settings import Settings
@@ -17,16 +17,20 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Settings, version: int) -> None:
-    """Write a folder that `from_pretrained` and vLLM load, with the tokenizer and template of the start model."""
+    """Write a folder that `from_pretrained` and vLLM load, with the tokenizer and template of the start model.
+
+    All of it is on the disk when this returns: nobody but the machine that wrote it can have it put there.
+    """
     target.mkdir(parents=True)
     for pattern in _COPIED:
         for path in source.glob(pattern):
-            if not path.name.endswith(".safetensors.index.json"):
+            if not path.name.endswith(".safetensors.index.json") and path.name != "MANIFEST.json":  # of other files
                 shutil.copy(path, target / path.name)
     dtype = DTYPES[settings.generators.dtype]
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in named.items()}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "README.md").write_text(_card(settings, version), encoding="utf8")
+    durable.sync_tree(target)
 
 
 def _card(settings: Settings, version: int) -> str:

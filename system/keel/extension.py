@@ -1,7 +1,12 @@
 """The user's own code, named in the configuration as module:name."""
 
+import contextlib
 import importlib
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from keel.config import ConfigError
@@ -12,10 +17,38 @@ def load(source: str, setting: str) -> Callable[..., Any]:
     """The function or class at module:name. Raises ConfigError, naming the setting, when it cannot be imported."""
     module, _, name = source.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(import_module(module), name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         reason = one_line(error)
-        raise ConfigError(f"{setting}={source}: cannot be imported ({reason}); expected module:name") from None
+        raise ConfigError(
+            f"{setting}={source}: cannot be imported ({reason}); expected module:name{shadowed(module)}"
+        ) from None
     if not callable(found):
         raise ConfigError(f"{setting}={source}: a {type(found).__name__}; expected a function or a class")
     return found
+
+
+def import_module(name: str) -> ModuleType:
+    """Import a module that the configuration names, the current directory being the last place where it is looked for.
+
+    Only here does the current directory get onto the path: commands that load no code of the user's never look there,
+    and a file there cannot stand in for an installed module, or for one of Python's own.
+    """
+    with contextlib.suppress(FileNotFoundError):  # the current directory was removed
+        here = os.getcwd()
+        if name.partition(".")[0] != "keel" and here not in sys.path:
+            sys.path.append(here)
+    importlib.invalidate_caches()  # the file may be younger than the last look into its folder
+    return importlib.import_module(name)
+
+
+def shadowed(name: str) -> str:
+    """A hint where the current directory has a module of that name, and another was imported; else nothing."""
+    top = name.partition(".")[0]
+    loaded = getattr(sys.modules.get(top), "__file__", None)
+    with contextlib.suppress(FileNotFoundError):
+        here = Path.cwd()
+        beside = next((path for path in (here / f"{top}.py", here / top / "__init__.py") if path.is_file()), None)
+        if loaded and beside and Path(loaded).resolve() != beside.resolve():
+            return f" ({top} is {loaded}; {beside} needs another name)"
+    return ""

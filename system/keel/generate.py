@@ -5,9 +5,10 @@ each GPU inside the generator's room; it refuses CPUs, and no such engine was ru
 thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import schema, stored, weights
+from keel import model_files, schema, stored, weights
 from keel.actor_settings import GeneratorSettings
+from keel.model_text import ModelText
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
 
 
@@ -55,7 +57,14 @@ def engine_arguments(folder: str, settings: GeneratorSettings, max_model_tokens:
 class VllmGenerator:
     """One vLLM engine on one model folder. Not thread-safe: one call at a time, as a Ray actor gives it."""
 
-    def __init__(self, folder: str, settings: GeneratorSettings, max_model_tokens: int, name: str) -> None:
+    def __init__(
+        self,
+        folder: str,
+        settings: GeneratorSettings,
+        max_model_tokens: int,
+        name: str,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
         os.environ |= environment(settings)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -66,8 +75,10 @@ class VllmGenerator:
         self.name = name
         self.dtype = settings.dtype
         self.version = 0
-        self._expected = weights.checkpoint_shapes(Path(folder))
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self._expected = model_files.parameter_shapes(Path(folder))
+        self._text = ModelText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), template_options)
+        self._files = contextlib.ExitStack()  # as long as the engine
+        folder = str(self._files.enter_context(model_files.served(Path(folder))))
         self._engine: Any = LLM(**engine_arguments(folder, settings, max_model_tokens))
         torch.set_num_threads(settings.threads)  # vLLM may have set 1
 
@@ -95,7 +106,9 @@ class VllmGenerator:
             for output, known in zip(outputs, given, strict=True)
         ]
         seconds = time.monotonic() - started
-        batch = schema.append(prompts, self._columns(completions, seconds))
+        columns = self._columns(completions, seconds)
+        texts = self._texts(prompts, completions, sampling)
+        batch = schema.append(prompts, schema.build(schema.GENERATE, {**columns, "completion": texts}))
         schema.check(batch)
         tokens = int(schema.lengths(batch, "completion_tokens").sum())
         return batch, StageReceipt(batch.num_rows, tokens, seconds, self.name)
@@ -106,25 +119,24 @@ class VllmGenerator:
         self.version = new.version
         return receipt
 
-    def _columns(self, completions: list["_Completion"], seconds: float) -> pa.RecordBatch:
+    def _texts(self, prompts: pa.RecordBatch, completions: list["_Completion"], sampling: Sampling) -> list[str]:
+        chat = [messages != "[]" for messages in prompts.column("prompt_messages").to_pylist()]
+        return self._text.texts([completion.tokens for completion in completions], sampling.stop_token_ids, chat)
+
+    def _columns(self, completions: list["_Completion"], seconds: float) -> dict[str, Any]:
         tokens = [completion.tokens for completion in completions]
         lengths = np.array([len(row) for row in tokens])
         logprobs = [value for completion in completions for value in completion.logprobs]
         versions = np.full(int(lengths.sum()), self.version)
-        return schema.build(
-            schema.GENERATE,
-            {
-                "completion_tokens": tokens,
-                "completion_logprobs": schema.from_ragged(np.array(logprobs, np.float32), lengths, schema.NATS),
-                "weight_versions": schema.from_ragged(versions, lengths, schema.TOKENS),
-                "completion": self._tokenizer.batch_decode(tokens, skip_special_tokens=True),
-                "finish_reason": pa.array([c.finish_reason for c in completions]).dictionary_encode().cast(
-                    schema.GENERATE.field("finish_reason").type
-                ),
-                "generator": [stored.NAME if completion.given else self.name for completion in completions],
-                "generate_seconds": [seconds] * len(tokens),
-            },
-        )  # fmt: skip
+        reasons = pa.array([completion.finish_reason for completion in completions]).dictionary_encode()
+        return {
+            "completion_tokens": tokens,
+            "completion_logprobs": schema.from_ragged(np.array(logprobs, np.float32), lengths, schema.NATS),
+            "weight_versions": schema.from_ragged(versions, lengths, schema.TOKENS),
+            "finish_reason": reasons.cast(schema.GENERATE.field("finish_reason").type),
+            "generator": [stored.NAME if completion.given else self.name for completion in completions],
+            "generate_seconds": [seconds] * len(tokens),
+        }
 
 
 @dataclass(frozen=True)

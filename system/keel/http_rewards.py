@@ -31,6 +31,10 @@ REASONS = (
 """All reasons there are: they become metric labels."""
 
 
+for _client in ("httpx", "httpcore"):  # they log what a server says of the request, which may be its headers
+    logging.getLogger(_client).setLevel(logging.WARNING)
+
+
 class _Unusable(Exception):
     """A reply that came and says nothing; its argument is one of REASONS."""
 
@@ -42,8 +46,6 @@ def caller(reward: RewardSettings, setting: str) -> Callable[[Mapping[str, Any],
     attempts after growing waits. Raises ConfigError for a URL, certificate file or variable that is not there.
     """
     tls = check(reward, setting)
-    for client in ("httpx", "httpcore"):  # they log what a server says of the request, which may be its headers
-        logging.getLogger(client).setLevel(logging.WARNING)
 
     def call(body: Mapping[str, Any], rows: int) -> list[float | None] | str:
         content = json.dumps(body).encode()

@@ -80,9 +80,13 @@ class DeepSpeedLearner:
         by = getattr(self.settings.objective, "critic", None)
         if by is None:
             return None
-        trunk = models.load_trunk(Path(self._folder_of("critic")), dtype) if by.trunk == "own" else None
-        hidden = (trunk if trunk is not None else policy.model).config.hidden_size
-        return Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
+        folder = Path(self._folder_of("critic"))
+        trunk = models.load_trunk(folder, dtype) if by.trunk == "own" else None
+        hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
+        critic = Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
+        if trunk is not None and (head := models.score_head(folder)):
+            critic.start_from(*head)
+        return critic
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
         """One version: `objective.epochs` optimizer updates on the batch.
@@ -228,6 +232,7 @@ class DeepSpeedLearner:
             return column(schema.ragged(batch, name)[0]) if name in batch.schema.names else None
 
         lengths = schema.lengths(batch, "completion_tokens")[micro.rows]
+        mixed = 0 < self.settings.sampling.stored_ratio < 1
         return Rows(
             advantages=column(credit.advantages),
             lengths=torch.from_numpy(lengths.astype(np.float32)).to(self.device),
@@ -237,6 +242,7 @@ class DeepSpeedLearner:
             reference=stored("reference_logprobs"),
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
+            stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 
     def _forward(self, micro: batching.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:

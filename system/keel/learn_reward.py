@@ -70,7 +70,9 @@ class RewardModelLearner:
         dtype = "float32" if by.learners.precision == "fp32" else "bfloat16"
         seed = by.run.seed * 1000 + member
         self._engine = Engine(by.learners, self.ranks, self.steps)
-        model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed).to(self._engine.device)
+        options = by.policy.chat_template_options
+        model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed, options)
+        model = model.to(self._engine.device)
         self._engine.drive(model, optimisation.adamw(by.learners, [{"params": list(model.parameters())}]))
         self.version = 0
 
@@ -138,7 +140,7 @@ class RewardModelLearner:
         if self.rank == 0:
             Path(folder).mkdir(parents=True)
             reward_models.write(Path(folder), model, named)
-            durable.sync_directory(Path(folder))
+            durable.sync_tree(Path(folder))
 
     def _passes(self, batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, bool, tuple[Tensor, Tensor, Tensor]]]:
         """(pair numbers, real, inputs) of this rank's passes; equally many on every rank, the last ones filler."""

@@ -4,9 +4,7 @@ learner/   block-00000.safetensors ...   master weights and moments: whole fp32 
            index.json                    format, version, Adam's steps, the tensors of every block; written last
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keel import durable
+from keel import durable, reads
 from keel.checkpoint import CheckpointError
 
 FORMAT = 1
@@ -53,7 +51,7 @@ def blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
 
 def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
     """Write this rank's share of the blocks, one at a time; in memory is one block a rank. Collective."""
-    folder.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(folder)
     planned = list(blocks(parts.shapes).items())
     for first in range(0, len(planned), ranks):
         # all blocks of a round are gathered before any is written: so the ranks write at the same time
@@ -66,8 +64,7 @@ def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
         if own:
             path = folder / planned[first + rank][0]
             save_file(own, path)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            durable.sync_file(path)
 
 
 def write_index(folder: Path, version: int, parts: Parts) -> None:
@@ -79,8 +76,8 @@ def write_index(folder: Path, version: int, parts: Parts) -> None:
 def read(folder: Path, parts: Parts) -> int:
     """Scatter every tensor; the version.
 
-    Raises CheckpointError for a file that is missing or damaged and for other parameters than the learner's, before
-    anything is changed.
+    Raises CheckpointError for a file that is missing or damaged and for other parameters than the learner's, and
+    ReadFailed for one that cannot be read, before anything is changed.
     """
     index = _index(folder)
     _check_names(folder / INDEX, index, parts.shapes)
@@ -98,9 +95,11 @@ def read(folder: Path, parts: Parts) -> int:
 def _index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
+        index = reads.read_json(path)
+    except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if not isinstance(index, dict) or not {"format", "version", "adam_steps", "blocks"} <= index.keys():
+        raise CheckpointError(f"{path}: no index of blocks")
     if index["format"] != FORMAT:
         raise CheckpointError(f"{path}: format {index['format']}; expected {FORMAT}")
     return index
@@ -126,7 +125,18 @@ def _check_shapes(path: Path, file: Any, names: list[str], shapes: Mapping[str, 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(path, "pt") as file:
+        with reads.naming_a_failed_read(path), _open(path) as file:
             yield file
-    except (OSError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _open(path: Path) -> Any:
+    """A block; one that is none is opened once more, past the cache."""
+    with path.open("rb"):
+        pass  # safetensors calls every file that it cannot open a missing one
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError:
+        reads.uncache(path)
+        return safe_open(path, "pt")

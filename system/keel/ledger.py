@@ -9,16 +9,18 @@ A dropped ticket belongs to the first step whose last ticket is greater. So a li
 of them, never from when that was known, and trained and dropped together are 0, 1, 2, ... without a gap.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from keel import durable, schema
+from keel import durable, reads, schema
 
 Line = dict[str, Any]
 FIELDS: Mapping[str, type] = {"step": int, "file": str, "rows": int, "xxh3_128": str, "tickets": list, "dropped": dict}
+_FILE = re.compile(r"step-(\d+)\.arrow")
 
 
 def path_of(run_directory: Path) -> Path:
@@ -43,6 +45,13 @@ def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: M
     return content.size
 
 
+def undo(run_directory: Path, last_step: int) -> None:
+    """Move the rollout files of later steps aside: those steps are made again."""
+    for path in reads.entries(run_directory / "rollouts"):
+        if (name := _FILE.fullmatch(path.name)) and int(name[1]) > last_step:
+            durable.move_aside(run_directory, path)
+
+
 def cut_back(run_directory: Path, last_step: int) -> list[str]:
     """Keep the lines of steps up to `last_step`, also the shorter ones of earlier versions; names of damaged lines."""
-    return durable.keep_steps(path_of(run_directory), last_step)
+    return durable.keep_steps(path_of(run_directory), last_step, run_directory / durable.ASIDE / "rollouts")

@@ -2,16 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keel import checkpoint
+from keel import checkpoint, durable, model_files, reads
+from keel import end_tokens as ends
 from keel.config import ConfigError
+from keel.model_text import ModelText
 from keel.networks import Policy
+from keel.printable import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WHEELS = {
@@ -40,8 +43,20 @@ def locate(model: str, setting: str) -> Path:
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
     if not (folder / "ensemble.json").is_file():  # its members are checked where they are opened
+        check_intact(folder, f"{setting}={model}")
         check_harmless(folder, f"{setting}={model}")
     return folder
+
+
+def check_intact(folder: Path, named: str) -> None:
+    """A model that Keel wrote into a run directory is still what was written. Raises ConfigError."""
+    try:
+        checkpoint.check_model(folder)
+    except checkpoint.CheckpointError as error:
+        raise ConfigError(
+            f"{named}: {error}, by the MANIFEST.json that was written with it; expected the model as it was written"
+            " (one that was changed on purpose: a copy outside the run directory)"
+        ) from None
 
 
 def check_harmless(folder: Path, named: str) -> None:
@@ -52,9 +67,12 @@ def check_harmless(folder: Path, named: str) -> None:
     """
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{named}: holds adapter_config.json; expected whole weights, the adapter merged into them")
-    if not any(folder.glob("*.safetensors")):
+    if not model_files.weight_files(folder):
         pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
         found = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
+        if others:
+            found = f"{others[0]} is not in transformers' layout (model.safetensors, or shards and their index)"
         raise ConfigError(f"{named}: {found}; expected *.safetensors")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -78,15 +96,56 @@ def read_config(folder: Path, named: str) -> dict[str, Any]:
 
 
 def locate_policy(model: str, setting: str) -> Path:
-    """Folder of a causal language model, as `locate`. Raises ConfigError for a reward model or an encoder, too."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    """Folder of a causal language model, as `locate`.
+
+    Raises ConfigError for a reward model, an encoder, a model of images and text, and one that lacks a weight, too.
+    """
+    from transformers.models.auto import modeling_auto
 
     folder = locate(model, setting)
     ensemble = not (folder / "config.json").is_file()
     known = ["an ensemble"] if ensemble else read_config(folder, f"{setting}={model}").get("architectures")
-    if known and not set(known) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+    if known and not set(known) & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
+    config = check_text_alone(folder, named := f"{setting}={model}")
+    if type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(f"{named}: model_type={config.model_type} has no causal language model; expected another")
+    model_files.parameter_shapes(folder, named)  # all of them are there
     return folder
+
+
+def model_config(folder: Path, named: str) -> Any:
+    """A folder's configuration as transformers reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{named}: config.json cannot be read ({one_line(error)[:200]})") from None
+
+
+def vocabulary(folder: Path, named: str) -> int:
+    """Rows of a model's embedding. Raises ConfigError where its configuration has no such number."""
+    size = getattr(model_config(folder, named).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{named}: config.json has no vocab_size; expected a language model")
+    return size
+
+
+def check_text_alone(folder: Path, named: str) -> Any:
+    """The configuration of a model that reads text and nothing else.
+
+    Raises ConfigError for one of a family that reads images or sound, too: its text model alone has other parameter
+    names than the checkpoint, so samplers could not take what is trained.
+    """
+    config = model_config(folder, named)
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
+            f" its own (model_type={inner.model_type})"
+        )
+    return config
 
 
 def _from_hub(model: str, setting: str) -> Path:
@@ -119,12 +178,31 @@ def _from_wheel(name: str, setting: str) -> Path:
     if source.is_dir():
         return source
     target = cache_directory() / "models" / f"{name}-{wheel.version}"
-    if not (target / "config.json").is_file():
+    if not _is_converted(target):
         _convert_gguf(source, target)
     return target
 
 
+def _manifest_of(target: Path) -> str:
+    """Name of the manifest beside a converted model."""
+    return f"{target.name}.MANIFEST.json"
+
+
+def _is_converted(target: Path) -> bool:
+    """The model is in the cache as it was written; of one without a manifest (earlier versions) no file is empty."""
+    if not (target / "config.json").is_file():
+        return False
+    if not reads.is_there(target.parent / _manifest_of(target)):
+        return all(path.stat().st_size for path in reads.files(target))
+    try:
+        checkpoint.check(target.parent, _manifest_of(target))
+    except checkpoint.CheckpointError:
+        return False
+    return True
+
+
 def _convert_gguf(source: Path, target: Path) -> None:
+    """A converted model in the cache, in place of a damaged one: folder, then the manifest beside it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     aside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -138,10 +216,14 @@ def _convert_gguf(source: Path, target: Path) -> None:
     )
     if hasattr(model.config, "quantization_config"):  # the saved weights are plain; the loader would look for GGUF
         del model.config.quantization_config
+    durable.make_folder(target.parent)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    if not target.exists():  # another process may have been first
-        aside.rename(target)
+    if _is_converted(target):  # another process was first
+        shutil.rmtree(aside)
+        return
+    durable.replace_folder(aside, target)
+    checkpoint.seal(target.parent, [target.name], _manifest_of(target))
 
 
 def load_tokenizer(folder: Path, setting: str) -> Any:
@@ -164,14 +246,8 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
 
 
 def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the generation config's, else the tokenizer's end token."""
-    from transformers import GenerationConfig
-
-    if (folder / "generation_config.json").is_file():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
-        if configured is not None:
-            return tuple(configured) if isinstance(configured, Iterable) else (configured,)
-    return (tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ()
+    """Ids that end a completion, as `end_tokens.decide` says."""
+    return ends.decide(folder, ModelText(tokenizer), vocabulary(folder, str(folder))).stop
 
 
 def load_policy(folder: Path, dtype: str) -> Policy:
@@ -201,6 +277,19 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     return AutoModel.from_pretrained(
         folder, config=without_dropout(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
     )
+
+
+def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
+    """Trained head [1, H] of a causal reward model and what it subtracts; None for a model without one."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if "score.weight" in file.keys():  # noqa: SIM118 a safetensors file is no mapping
+                weight = file.get_tensor("score.weight")
+                offset = (read_config(folder, str(folder)).get("keel_reward") or {}).get("offset", 0.0)
+                return (weight, float(offset)) if len(weight) == 1 else None
+    return None
 
 
 _NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")

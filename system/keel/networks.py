@@ -248,12 +248,25 @@ class Critic(nn.Module):
 
     def __init__(self, by: CriticSettings, trunk: Any, hidden: int, heads: Sequence[str]) -> None:
         super().__init__()
-        self.by, self.trunk = by, trunk
+        self.by, self.trunk, self.names = by, trunk, tuple(heads)
         twin = by.softmin_temperature is not None
         self.heads = nn.ModuleList(
             nn.ModuleList(ValueHead(hidden, by.head) for _ in range(2 if twin and head == "value" else 1))
             for head in heads
         )
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor, offset: float) -> None:
+        """Begin the linear heads of the value as a reward model's: weight [1, H], scores w h - offset.
+
+        Of twins the second is moved by a tenth of a new head's size: equal ones would get equal gradients for ever.
+        """
+        for name, members in zip(self.names, self.heads, strict=True):
+            if name == "value" and self.by.head == "linear":
+                for number, member in enumerate(members):
+                    apart = 0.1 * number * torch.randn_like(member.weight) / (weight.shape[1] + 1) ** 0.5
+                    member.weight.copy_(weight.to(member.weight) + apart)
+                    member.bias.fill_(-offset)
 
     def forward(self, micro: MicroBatch, states: Tensor) -> Tensor:
         """[N, K]; two heads of a value are joined by a soft minimum."""

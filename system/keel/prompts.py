@@ -14,8 +14,11 @@ import pyarrow as pa
 import xxhash
 
 from keel import schema, stored
+from keel.chat_text import ChatText
 from keel.config import ConfigError
+from keel.model_text import ModelText
 from keel.prompt_settings import PromptSettings
+from keel.row_columns import asked_columns
 from keel.settings import Settings
 from keel.sources import Row, read, wrong
 
@@ -37,9 +40,13 @@ class Prompts:
         self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row] | None = None
     ) -> None:
         """`rows`: of the source, where they were read and checked before."""
-        given, rows = rows is not None, read(settings.prompts) if rows is None else list(rows)
+        given, samples = rows is not None, settings.sampling.samples_per_prompt
+        if rows is None:
+            asked = functools.partial(asked_columns, settings.rewards)
+            rows = read(settings.prompts, samples if settings.sampling.stored_ratio > 0 else 0, asked)
+        rows = list(rows)
         if settings.sampling.stored_ratio > 0 and not given:
-            stored.check(rows, settings.sampling.samples_per_prompt, settings.prompts.source)
+            stored.check(rows, samples, settings.prompts.source)
         tokens = _tokenize(rows, settings, tokenizer)
         lengths = np.array([len(ids) for ids in tokens])
         kept = np.arange(len(rows))
@@ -70,6 +77,7 @@ class Prompts:
             "held_out": len(self._held_out),
             "train": len(self._train),
         }
+        self.largest_token = max((max(ids) for ids in tokens), default=0)
 
     def batch(self, tickets: Sequence[int]) -> pa.RecordBatch:
         """Prompt columns of these tickets, in their order, samples_per_prompt rows each.
@@ -153,7 +161,10 @@ def place_of(ticket: int, count: int, seed: int) -> int:
 
 def _metadata(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     vocabulary = sorted(tokenizer.get_vocab().items())
-    content = json.dumps([vocabulary, tokenizer.chat_template], sort_keys=True).encode()
+    options = settings.policy.chat_template_options
+    content = json.dumps(
+        [vocabulary, tokenizer.chat_template, *([options] if options else [])], sort_keys=True
+    ).encode()
     return {
         "keel.schema_version": schema.SCHEMA_VERSION,
         "keel.run": settings.run.name,
@@ -162,31 +173,24 @@ def _metadata(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> dict[
 
 
 def _tokenize(rows: list[Row], settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """Token ids of every prompt, a beginning-of-text token once if the tokenizer or its template has one."""
+    """Token ids of every prompt, a beginning-of-text token once if the tokenizer or its template has one.
+
+    No end token, also of a tokenizer that puts one behind every text: a completion follows.
+    """
+    text = ModelText(tokenizer, settings.policy.chat_template_options)
     tokens: list[list[int]] = [[] for _ in rows]
     plain = [place for place, row in enumerate(rows) if isinstance(row.prompt, str)]
     conversations = [place for place, row in enumerate(rows) if not isinstance(row.prompt, str)]
     if conversations:
         _require_template(rows[conversations[0]], settings, tokenizer)
-    # a template writes its own special tokens
-    for places, special in ((plain, True), (conversations, False)):
-        texts = [_render(rows[place], settings, tokenizer) for place in places]
-        encoded = _encode(texts, special, tokenizer)
-        for place, ids in zip(places, encoded, strict=True):
-            # text that was already rendered elsewhere brings its own
-            twice = special and ids[:2] == [tokenizer.bos_token_id] * 2
-            tokens[place] = ids[1:] if twice else ids
+    for places, rendered in ((plain, False), (conversations, True)):
+        texts = [_render(rows[place], settings, text.chat) for place in places]
+        for place, ids in zip(places, text.prompt_ids(texts, rendered=rendered), strict=True):
+            tokens[place] = ids
     for row, ids in zip(rows, tokens, strict=True):
         if not ids:
             raise wrong(settings.prompts, f"{row.place} is an empty prompt (no tokens); expected some text")
     return tokens
-
-
-def _encode(texts: list[str], special: bool, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    if not texts:  # which tokenizers refuse
-        return []
-    options = {"add_special_tokens": special, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **options)["input_ids"]
 
 
 def _require_template(row: Row, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -203,14 +207,14 @@ def _require_template(row: Row, settings: Settings, tokenizer: "PreTrainedTokeni
         )
 
 
-def _render(row: Row, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _render(row: Row, settings: Settings, chat: ChatText) -> str:
     """The text the model reads, up to where the assistant begins to speak."""
     if isinstance(row.prompt, str):
         return row.prompt
     from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"
 
     try:
-        return tokenizer.apply_chat_template(row.prompt, add_generation_prompt=True, tokenize=False)
+        return chat.render(row.prompt)
     except TemplateError as error:
         problem = f"{row.place}: the chat template refuses it: {error}; expected other roles"
         raise wrong(settings.prompts, problem) from None

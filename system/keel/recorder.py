@@ -168,7 +168,7 @@ class Recorder(Observer):
         assert self.learner
         folder = references.folder_of(self.directory, step)
         await self.learner.export(str(references.begin(folder)))
-        references.commit(folder)
+        await asyncio.to_thread(references.commit, folder)  # as a checkpoint's
         await self.renew(str(folder))
 
     async def refer_to(self, folder: Path | None) -> None:

@@ -6,7 +6,7 @@ RUN_DIR/references/step-000010/    the policy after step 10, Hugging Face layout
 import shutil
 from pathlib import Path
 
-from keel import checkpoint, durable
+from keel import checkpoint, durable, reads
 from keel.settings import Settings
 
 
@@ -18,21 +18,19 @@ def begin(folder: Path) -> Path:
     """Where to write a reference before it counts: a path that does not exist yet."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(aside.parent)
     return aside
 
 
 def commit(folder: Path) -> None:
     """What was written aside becomes the reference of its step, in place of what an interrupted run left there."""
     aside = folder.with_name(f".{folder.name}.tmp")
-    durable.write_json(aside / "MANIFEST.json", {"files": checkpoint.digests(aside)})
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    durable.sync_directory(folder.parent)
+    checkpoint.seal(aside)
+    durable.swap_folder(aside, folder)
 
 
 def check(folder: Path) -> None:
-    """The files are those that were written. Raises CheckpointError."""
+    """The files are those that were written. Raises CheckpointError, or ReadFailed where that cannot be said."""
     checkpoint.check(folder)
 
 
@@ -46,6 +44,6 @@ def of_version(run_directory: Path, settings: Settings, version: int) -> Path | 
 def prune(run_directory: Path, settings: Settings, oldest_version: int) -> None:
     """Delete references that no checkpoint from this version on would start with."""
     oldest = of_version(run_directory, settings, oldest_version)
-    for folder in (run_directory / "references").glob("step-*"):
-        if oldest is not None and folder.name < oldest.name:
+    for folder in reads.entries(run_directory / "references"):
+        if oldest is not None and folder.name.startswith("step-") and folder.name < oldest.name:
             shutil.rmtree(folder)

@@ -1,8 +1,9 @@
 """Settings of the regularisers: KL to the reference, entropy, terms of the user's own, and coefficients that adapt."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from keel.section import Section, Source
 
@@ -14,6 +15,8 @@ _GRADIENTS = {
     ("loss", "k1"): "its expected gradient is zero: no regularisation at all",
 }
 _RIGHT = {"reward": "k1", "loss": "k2, k3, k3_k2 or exact"}
+LENGTH_FORMS = ("sequence_mean_exact", "sequence_mean_naive")
+"""Forms of the entropy whose temperature beta/|y| depends on the completion."""
 
 
 class ControllerSettings(Section):
@@ -22,7 +25,7 @@ class ControllerSettings(Section):
     kind: Literal["fixed", "proportional", "dual", "safe"] = Field(
         "fixed",
         description="proportional: Ziegler's factor 1 + clip(error) n / horizon; dual: exponentiated dual ascent"
-        " towards target_nats; safe: PID threshold with an entropy gate (KL only)",
+        " towards target_nats, at most a factor e a step; safe: PID threshold with an entropy gate (KL only)",
     )
     target_nats: float | None = Field(None, gt=0, description="what proportional and dual steer towards")
     rate: float = Field(0.1, gt=0, description="dual: coefficient *= exp(rate * relative error)")
@@ -83,15 +86,25 @@ class KLSettings(Section):
     def in_loss(self) -> bool:
         return self.coefficient > 0 and self.placement == "loss"
 
+    def check_stored(self, stored_ratio: float) -> None:
+        """Raises ValueError for a weight pi/sampler of completions that no known policy sampled."""
+        if stored_ratio > 0 and self.importance_weighted:
+            raise ValueError(
+                f"regulariser.kl.importance_weighted=true: no known policy sampled the stored completions"
+                f" (sampling.stored_ratio={stored_ratio}), so there is no ratio to weigh by; expected false"
+            )
+
     @property
     def exact(self) -> bool:
         return self.in_loss and self.estimator == "exact"
 
 
 class EntropySettings(Section):
-    form: Literal["none", "sequence_sum", "sequence_mean", "token_bonus"] = Field(
+    form: Literal["none", "sequence_sum", "sequence_mean_exact", "sequence_mean_naive", "token_bonus"] = Field(
         "none",
-        description="-log pi(y|x) in the reward, summed or averaged; or a differentiable token bonus in the loss",
+        description="in the reward -S; -(S + 1)/|y|, whose optimum is MaxEnt's for the temperature beta/|y|; or -S/|y|,"
+        " the naive online analogue of SimPO, which ends at SimPO's fixed point; S = log pi(y|x). In the loss a"
+        " differentiable token bonus",
     )
     coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
     importance_weighted: bool = Field(
@@ -101,6 +114,17 @@ class EntropySettings(Section):
         False, description="measure the full-vocabulary entropy also where no term uses it; false: skipped entirely"
     )
     controller: ControllerSettings = ControllerSettings()
+
+    @field_validator("form", mode="before")
+    @classmethod
+    def _form_is_one_of_two(cls, value: Any) -> Any:
+        if value == "sequence_mean":
+            raise PydanticCustomError(
+                "renamed",
+                "two forms were meant by it; expected sequence_mean_naive (reward R - (beta/|y|) S, what it was) or"
+                " sequence_mean_exact (R - (beta/|y|)(S + 1), the gradient of the objective)",
+            )
+        return value
 
     @model_validator(mode="after")
     def _form_and_coefficient_agree(self) -> Self:
@@ -114,11 +138,19 @@ class EntropySettings(Section):
 
     @property
     def in_reward(self) -> bool:
-        return self.coefficient > 0 and self.form in ("sequence_sum", "sequence_mean")
+        return self.coefficient > 0 and self.form in ("sequence_sum", *LENGTH_FORMS)
 
     @property
     def in_loss(self) -> bool:
         return self.coefficient > 0 and self.form == "token_bonus"
+
+    def check_paid_by_token(self, advantage: str) -> None:
+        """Raises ValueError for a form that only a whole completion can be paid: a token does not know |y| yet."""
+        if self.in_reward and self.form in LENGTH_FORMS:
+            raise ValueError(
+                f"regulariser.entropy.form={self.form}: {advantage} pays by token, before |y| is known, which pays for"
+                " length; expected an advantage of whole completions (rloo, grpo, value_baseline), or sequence_sum"
+            )
 
 
 class TermSettings(Section):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, gang, preflight, references, schema
+from keel import checkpoint, cluster, config, durable, gang, preflight, reads, references, schema
 from keel.config import ConfigError
 from keel.preflight import Prepared
 from keel.protocols import NotFinite
@@ -53,7 +53,7 @@ def _rows(run_directory: Path, step: int, folders: tuple[str, ...]) -> pa.Record
     for folder in folders:
         path = run_directory / folder / f"step-{step:06d}.arrow"
         if path.is_file():
-            return schema.from_bytes(path.read_bytes())
+            return schema.from_bytes(reads.read(path))
     raise ConfigError(f"--step {step}: {run_directory} has no rows of step {step}; expected a step of its rollouts/")
 
 
@@ -73,6 +73,7 @@ async def _replay(
         try:
             async with asyncio.timeout(settings.deadlines.step_seconds):
                 if reference:
+                    references.check(reference)
                     await learner.renew_reference(str(reference))
                 metrics = (await learner.step(batch)).metrics
         except NotFinite as error:

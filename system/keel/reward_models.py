@@ -10,7 +10,7 @@ cut has no end token behind it. `keel_reward` in config.json holds what transfor
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keel import durable, models
+from keel import durable, model_files, models
 from keel.config import ConfigError
 from keel.reward_text import RewardText, ScoredText
 
 ENSEMBLE = "ensemble.json"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _NO_LIMIT = 1 << 30
+_FIELDS = "completion_fields"
+"""Column of what a stored answer's message has beside its content; sampled completions have none."""
 _COUNT_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
 """Families that number positions from the padding token's id on."""
 
@@ -47,6 +49,7 @@ def members(folder: Path, setting: str) -> list[Path]:
                 f"{setting}={folder}: {name} of its {len(names)} members is missing; expected all of them"
             )
         check_head(folder / name, setting)
+        models.check_intact(folder / name, f"{setting}={folder}")
     return [folder / name for name in names]
 
 
@@ -66,7 +69,7 @@ def check_head(folder: Path, setting: str) -> None:
     known = models.read_config(folder, f"{setting}={folder}").get("architectures") or ["no architecture"]
     found = [
         (name, file.get_slice(name).get_shape()[0])
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in model_files.weight_files(folder)
         for file in [safe_open(path, "pt")]
         for name in _HEADS
         if name in file.keys()  # noqa: SIM118 a safetensors file is no mapping
@@ -122,31 +125,39 @@ class RewardModel(nn.Module):
         return found
 
 
-def load(folder: Path) -> RewardModel:
-    """A trained reward model, frozen, in fp32."""
+def load(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
+    """A trained reward model, frozen, in fp32. `options` of its chat template beside those it was trained with."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-    ).eval()
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{folder}: {len(missing)} parameters are not in its weights ({missing[0]}); expected all")
+    model.eval()
     own = getattr(model.config, "keel_reward", None) or {}
     if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = spare_token(tokenizer)
-    text = RewardText(tokenizer, is_encoder(model.config), own.get("max_tokens") or limit(model.config))
+        size = model.config.get_text_config().vocab_size
+        model.config.get_text_config().pad_token_id = spare_token(tokenizer, size)
+    options = {**own.get("chat_template_options", {}), **(options or {})}
+    text = RewardText(tokenizer, is_encoder(model.config), own.get("max_tokens") or limit(model.config), options)
     return RewardModel(model.requires_grad_(False), text, own.get("offset", 0.0))
 
 
-def start(folder: Path, dtype: str, max_tokens: int, seed: int) -> RewardModel:
+def start(
+    folder: Path, dtype: str, max_tokens: int, seed: int, options: Mapping[str, Any] | None = None
+) -> RewardModel:
     """A reward model to train: the folder's trunk, a new head N(0, 1/sqrt(H + 1)) as in 2403.17031, no dropout."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     config = models.without_dropout(folder)
     config.num_labels, config.problem_type = 1, "regression"  # vLLM would put a sigmoid on a single label otherwise
-    text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)))
+    text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)), options)
     if not text.encoder:
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer)
+        inner = config.get_text_config()
+        inner.pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer, inner.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of heads with more than one layer
         model = AutoModelForSequenceClassification.from_pretrained(
@@ -186,24 +197,48 @@ def limit(config: Any) -> int:
     return positions - (text.pad_token_id + 1 if config.model_type in _COUNT_BEHIND_PADDING else 0)
 
 
-def spare_token(tokenizer: Any) -> int:
-    """A token to pad with that ends no text: the tokenizer's own, another special one, or the last one."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer.pad_token_id
+def spare_token(tokenizer: Any, vocabulary: int = _NO_LIMIT) -> int:
+    """A token to pad with that ends no text: the tokenizer's own, another special one, or the last one.
+
+    One that the model has: a tokenizer may name a pad token beyond the embedding.
+    """
+    beyond = {number for number in tokenizer.get_vocab().values() if number >= vocabulary}
+    pad, ends = tokenizer.pad_token_id, {tokenizer.eos_token_id} | beyond
+    if pad is not None and pad not in ends:
+        return int(pad)
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}  # Pythia names no pad
-    named = (added | set(tokenizer.all_special_ids)) - {tokenizer.eos_token_id}
-    return min(named) if named else max(set(tokenizer.get_vocab().values()) - {tokenizer.eos_token_id})
+    named = (added | set(tokenizer.all_special_ids)) - ends
+    return min(named) if named else max(set(tokenizer.get_vocab().values()) - ends)
+
+
+def check_tokens(folder: Path, setting: str) -> None:
+    """The model reads text alone, and has every token that its tokenizer makes of one. Raises ConfigError.
+
+    A pad token is no text: many tokenizers name one that the embedding has not.
+    """
+    models.check_text_alone(folder, f"{setting}={folder}")
+    vocabulary, tokenizer = models.vocabulary(folder, f"{setting}={folder}"), models.load_tokenizer(folder, setting)
+    largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"{setting}={folder}: its tokenizer has token {largest}, beyond the model's vocabulary of {vocabulary};"
+            " expected the model's own tokenizer"
+        )
 
 
 def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:
     """A folder that transformers and vLLM load, not centred."""
-    model.model.config.keel_reward = {"offset": 0.0, "max_tokens": model.text.max_tokens}
+    own = {"offset": 0.0, "max_tokens": model.text.max_tokens}
+    model.model.config.keel_reward = own | ({"chat_template_options": o} if (o := model.text.options) else {})
     model.model.save_pretrained(folder, state_dict=named)
     model.text.tokenizer.save_pretrained(folder)
 
 
 def centre(folder: Path, offset: float) -> None:
-    """Subtract a number from all scores of a written model: in its head's bias, or by config.json where it has none."""
+    """Subtract a number from all scores of a written model: in its head's bias, or by config.json where it has none.
+
+    In place, so not of a model that a marker vouches for.
+    """
     weights, path = folder / "model.safetensors", folder / "config.json"
     tensors = load_file(weights) if weights.is_file() else {}
     tree = json.loads(path.read_text(encoding="utf8"))
@@ -216,7 +251,10 @@ def centre(folder: Path, offset: float) -> None:
 
 
 def write_ensemble(folder: Path, names: Sequence[str]) -> None:
-    (folder / ENSEMBLE).write_text(json.dumps({"members": list(names)}, indent=2) + "\n", encoding="utf8")
+    """The file that makes folders an ensemble, once all of them are on the disk."""
+    for name in names:
+        durable.sync_tree(folder / name)
+    durable.write_json(folder / ENSEMBLE, {"members": list(names)})
 
 
 def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:
@@ -228,6 +266,7 @@ def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:
         "prompt_messages": [json.dumps(list(text.messages), ensure_ascii=False) for text in scored],
         "completion": [text.completion for text in scored],
         "finish_reason": reasons,
+        _FIELDS: [json.dumps(dict(text.fields), ensure_ascii=False) for text in scored],
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -236,14 +275,20 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
     """Rollout columns -> texts."""
     names = ("prompt", "prompt_messages", "completion", "finish_reason")
     rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-    return [ScoredText(prompt, json.loads(said), answer, reason == "stop") for prompt, said, answer, reason in rows]
+    further = batch.column(_FIELDS).to_pylist() if _FIELDS in batch.schema.names else ["{}"] * batch.num_rows
+    return [
+        ScoredText(prompt, json.loads(said), answer, reason == "stop", json.loads(fields))
+        for (prompt, said, answer, reason), fields in zip(rows, further, strict=True)
+    ]
 
 
 class Ensemble:
     """All members of an artefact."""
 
-    def __init__(self, folder: Path, setting: str, device: str = "cpu") -> None:
-        self.models = [load(member).to(device) for member in members(folder, setting)]
+    def __init__(
+        self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.models = [load(member, options).to(device) for member in members(folder, setting)]
 
     def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:
         """float64 [members, texts], NaN where a text is too long."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import special, stats
 
+from keel.algorithms.advantages import vary
 from keel.diagnostics import Estimate, estimate
 
 BINS = 10
@@ -74,8 +75,8 @@ def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, 
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Rank correlation; None where one of them does not vary."""
-    return float(stats.spearmanr(one, other).statistic) if np.ptp(one) and np.ptp(other) else None
+    """Rank correlation; None where one of them does not vary by more than rounding, which has ranks, too."""
+    return float(stats.spearmanr(one, other).statistic) if vary(one) and vary(other) else None
 
 
 def _as_json(value: Estimate) -> dict[str, float]:

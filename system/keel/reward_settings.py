@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Seconds, Section
+from keel.section import Seconds, Section, TemplateOptions
 
 ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET = re.compile(rf"([A-Za-z]{{1,10}} )?{ENVIRONMENT.pattern}")
@@ -46,6 +46,10 @@ class RewardSettings(Section):
     ensemble: MembersSettings = Field(
         MembersSettings(),
         description="model: how the members of an ensemble folder become one reward",
+    )
+    chat_template_options: TemplateOptions = Field(
+        {},
+        description="model: keywords of its tokenizer's chat template; a model of keel reward has its own",
     )
     timeout_seconds: Seconds = Field(30, description="http: deadline of one attempt, from name look-up to last byte")
     retries: int = Field(2, ge=0, description="http: further attempts after a failed one, after growing pauses")

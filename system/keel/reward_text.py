@@ -1,8 +1,10 @@
 """What a reward model reads: prompt and completion as one text, in one form for training and scoring."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from keel.model_text import ModelText
 
 
 @dataclass(frozen=True)
@@ -15,19 +17,26 @@ class ScoredText:
     completion: str
     finished: bool
     """It ended by itself."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of the answer's message, beside role and content: thoughts, tool calls."""
 
 
 class RewardText:
     """Text -> tokens of a reward model."""
 
-    def __init__(self, tokenizer: Any, encoder: bool, max_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, encoder: bool, max_tokens: int, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`options`: of the chat template."""
         self.tokenizer, self.encoder, self.max_tokens = tokenizer, encoder, max_tokens
+        self.options = dict(options or {})
+        self.text = ModelText(tokenizer, options)
 
     def tokens(self, text: ScoredText, *, cut: bool = True) -> tuple[list[int], int] | None:
         """Token ids, and where the second segment of a pair begins (their number where there is none).
 
         Too long: the prompt loses its beginning, or None where it may not (`cut`) or that is not enough. None too
-        where the chat template refuses the conversation or rewrites the answer.
+        where the chat template refuses the conversation.
         """
         found = self._pair(text) if self.encoder else self._one(text)
         if found is None:
@@ -47,37 +56,27 @@ class RewardText:
 
     def _one(self, text: ScoredText) -> tuple[list[int], int, int] | None:
         chat = bool(text.messages and self.tokenizer.chat_template)
-        found = self._chat(text) if chat else self._plain(text)
-        if found is None:
+        parts = self._chat(text) if chat else self._plain(text)
+        if parts is None:
             return None
-        before, whole = found
-        # a template writes its own special tokens
-        encoded = self.tokenizer([whole, before], add_special_tokens=not chat, verbose=False)["input_ids"]
-        ids, end = encoded[0], self.tokenizer.eos_token_id
-        if not chat and text.finished and end is not None and ids[-1:] != [end]:
-            ids = [*ids, end]
-        return ids, len(encoded[1]), len(ids)
+        before, whole = self.text.prompt_ids(parts, rendered=chat)  # no end token that the tokenizer puts behind
+        end = self.tokenizer.eos_token_id
+        if not chat and text.finished and end is not None and whole[-1:] != [end]:
+            whole = [*whole, end]
+        return whole, len(before), len(whole)
 
     def _plain(self, text: ScoredText) -> tuple[str, str]:
         said = "\n".join(message["content"] for message in text.messages) + "\n" if text.messages else text.prompt
         return said, said + text.completion
 
     def _chat(self, text: ScoredText) -> tuple[str, str] | None:
-        """None where the template refuses the conversation, or does not say the answer as it is."""
+        """Prompt, and the whole; behind an answer that was cut nothing. None where the template refuses it."""
         from jinja2 import TemplateError
 
+        content, brought = self.text.without_end(text.completion, ())
         try:
-            before, whole = self._rendered(text)
+            turn = self.text.chat.scored(text.messages, {**text.fields, "role": "assistant", "content": content})
         except TemplateError:
             return None
-        said = text.completion.strip()  # some templates strip, too
-        start = whole.find(said, len(before)) if whole.startswith(before) else whole.rfind(said)
-        if start < 0:
-            return None
-        return before, whole if text.finished else whole[: start + len(said)]  # without what comes behind an answer
-
-    def _rendered(self, text: ScoredText) -> tuple[str, str]:
-        answer = {"role": "assistant", "content": text.completion}
-        before = self.tokenizer.apply_chat_template(list(text.messages), add_generation_prompt=True, tokenize=False)
-        whole = self.tokenizer.apply_chat_template([*text.messages, answer], tokenize=False)
-        return before, whole
+        ended = text.finished or brought is not None
+        return turn.prompt, turn.prompt + turn.answer + (turn.closing if ended else "")

@@ -49,7 +49,12 @@ OVER_OPTIMISATION = (
     against("Rewards over sqrt(KL)", ROOT_KL, Query(gauge("reward_component"), "Reward")),
     curves("Entropy per token", "entropy_nats", "policy_entropy_nats", note="Towards 0: the policy repeats itself."),
     curves("Entropy per completion", "sequence_entropy_nats"),
-    curves("Completion length", "length_tokens", note="The cheapest way to a reward that likes long answers."),
+    curves(
+        "Completion length",
+        "length_tokens",
+        "sampled_length_tokens",
+        note="The cheapest way to a reward that likes long answers.",
+    ),
     curves("Completions with an end token", "finished_ratio"),
     Panel(
         "Fall from the peak",
@@ -58,16 +63,21 @@ OVER_OPTIMISATION = (
     ),
 )
 LEARNING = (
-    curves("Loss", "loss", "policy_loss", "kl_loss", "entropy_loss"),
+    curves("Loss", "loss", "policy_loss", "kl_loss", "log_ratio_loss", "entropy_loss"),
     curves("Gradient norm", "grad_norm"),
     curves("Learning rate", "learning_rate", unit=Unit("sci")),
     curves("Clipped and truncated", "clip_ratio", "truncated_weight_ratio"),
     curves("Coefficients", "kl_coefficient", "entropy_coefficient"),
-    curves("Gap between learner and sampler", "gap_nats", note="Large: the sampler does not hold what is trained."),
+    curves(
+        "Gap between learner and sampler",
+        "gap_nats",
+        "fresh_gap_nats",
+        note="Large: the sampler does not hold what is trained.",
+    ),
     curves("Importance weight", "importance_weight"),
     curves("Spread", "reward_std", "advantage_std"),
     curves("Terms inside the reward", "reward_kl_term", "reward_entropy_term", "shaping_term"),
-    curves("KL term without its coefficient", "kl_loss_nats"),
+    curves("KL term without its coefficient", "kl_loss_nats", "log_ratio_loss_nats"),
     curves("Lost signal", "uniform_groups", "clamped_log_ratios"),
     curves("Terms by name", "objective_term"),
 )
@@ -152,6 +162,10 @@ PREFERENCES = (
         "Log-probability", "chosen_logprob_nats", "rejected_logprob_nats", note="Both falling: mass goes elsewhere."
     ),
     curves("Log-ratio to the reference", "chosen_log_ratio_nats", "rejected_log_ratio_nats"),
+    curves(
+        "Stored completions", "stored_logprob_nats", "stored_log_ratio_nats", note="The policy did not sample them."
+    ),
+    curves("Stored completions, per token", "stored_token_logprob_nats", "teacher_forced_entropy_nats"),
     curves("Disagreement of the ensemble", "pair_disagreement"),
     curves("Prompts on which the ensemble agrees", "settled_ratio"),
     curves("Completions that may be best", "plausible_completions"),

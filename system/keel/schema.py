@@ -19,6 +19,8 @@ SCHEMA_VERSION = "2"
 
 TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 NATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
+STORED, GIVEN = "stored", "given"
+"""What the column `generator` says of completions that came with the prompts: read by a generator, or by none."""
 
 PROMPT = pa.schema(
     [
@@ -106,7 +108,7 @@ def given(tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> pa.RecordBat
         "weight_versions": from_ragged(zeros.astype(np.int32), lengths_, TOKENS),
         "completion": list(texts),
         "finish_reason": reasons.cast(GENERATE.field("finish_reason").type),
-        "generator": ["given"] * len(tokens),
+        "generator": [GIVEN] * len(tokens),
         "generate_seconds": [0.0] * len(tokens),
     }
     return build(GENERATE, columns)
@@ -167,6 +169,15 @@ def completion_lengths(batch: pa.RecordBatch) -> np.ndarray:
     """Tokens of each completion [rows], from whichever per-token column the batch has."""
     known = next(name for name in ("completion_tokens", "completion_logprobs") if name in batch.schema.names)
     return lengths(batch, known)
+
+
+def sampled(batch: pa.RecordBatch) -> np.ndarray:
+    """bool [rows]: completions that a policy sampled. Of others -log pi is no entropy and log pi - log ref no KL."""
+    if "completion_logprobs" not in batch.schema.names:
+        return np.zeros(batch.num_rows, bool)
+    if "generator" not in batch.schema.names:
+        return np.ones(batch.num_rows, bool)
+    return np.array([name not in (STORED, GIVEN) for name in batch.column("generator").to_pylist()], bool)
 
 
 def from_ragged(values: np.ndarray, row_lengths: np.ndarray, list_type: pa.DataType) -> pa.ListArray:

@@ -15,16 +15,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import extension, http_rewards, schema, stored
+from keel import extension, http_rewards, row_columns, schema, stored
 from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
+from keel.layouts import ANSWERS
 from keel.protocols import LoadReceipt, StageReceipt
+from keel.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
 from keel.reward_settings import EnsembleSettings, RewardSettings
 
 Values = Sequence[float | None]
 Failure = str
 """Why a reward could not be computed: a short fixed word, it becomes a metric label."""
 _LABEL_CHARACTERS = 64
+_SHARE_OF_DEADLINE = 0.9
+"""Of the time for a batch, how much async functions have: behind it the scorer itself would be given up."""
 
 
 class ReferenceScorer:
@@ -81,16 +85,28 @@ class RewardScorer:
     """Appends every configured reward, the one the objective sees, and why a sample has none."""
 
     def __init__(
-        self, rewards: Sequence[RewardSettings], ensemble: EnsembleSettings, threads: int, name: str, gpus: float = 0
+        self,
+        rewards: Sequence[RewardSettings],
+        ensemble: EnsembleSettings,
+        threads: int,
+        name: str,
+        gpus: float = 0,
+        seconds: float = 600,
     ) -> None:
+        """`seconds`: the deadline of a call from outside; async functions end before it, or their samples fail."""
         self.name = name
         self.ensemble = ensemble
         self.rewards = rewards
         spread = [spread_names(reward, num_members(reward)) for reward in rewards]
         own = [name for reward, names in zip(rewards, spread, strict=True) for name in (reward.name, *names)]
         self.adds = pa.schema([schema.reward_field(name) for name in own] + list(schema.SCORE))
+        self._functions = {reward.name: load_function(reward) for reward in rewards if reward.kind == "rule"}
+        self._seconds = _SHARE_OF_DEADLINE * seconds
+        self._loop = EventLoop()
         self._compute = {
-            reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu") for reward in rewards
+            reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu")
+            for reward in rewards
+            if reward.kind != "rule"
         }
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
@@ -100,8 +116,9 @@ class RewardScorer:
         failure: list[str | None] = [None] * batch.num_rows
         columns: dict[str, Any] = {}
         failures: Counter[str] = Counter()
+        results = self._results(batch)
         for reward in self.rewards:
-            result = self._compute[reward.name](batch)
+            result = results[reward.name]
             if isinstance(result, np.ndarray):
                 columns |= _spread(reward, result)
                 result = of_members(reward, result, batch.column("ticket").to_numpy()).tolist()
@@ -124,6 +141,14 @@ class RewardScorer:
         }
         scored = schema.append(batch, schema.build(self.adds, columns))
         return scored, StageReceipt(batch.num_rows, 0, seconds, self.name, dict(failures))
+
+    def _results(self, batch: pa.RecordBatch) -> dict[str, Values | Failure | np.ndarray]:
+        """What every reward says of the batch; async functions are at work while all the others are computed."""
+        calls = Calls(self._functions, lambda: arguments(batch), self._loop, self._seconds)
+        results: dict[str, Values | Failure | np.ndarray] = {
+            name: compute(batch) for name, compute in self._compute.items()
+        }
+        return results | {name: values_or_reason(outcome) for name, outcome in calls.finish().items()}
 
     def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
@@ -185,27 +210,32 @@ def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray,
 
 
 def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
-    """Keyword arguments of a reward function: TRL's names, and every further column of the prompt source."""
-    further = [json.loads(row) for row in batch.column("prompt_columns").to_pylist()]
-    return {
+    """Keyword arguments of a reward function: TRL's names, and every further column of the prompt source.
+
+    A column of one of TRL's names is not handed on: the name means what was sampled.
+    """
+    further = [row_columns.from_json(row) for row in batch.column("prompt_columns").to_pylist()]
+    names = [name for name in (further[0] if further else {}) if name != ANSWERS]
+    return {name: [row[name] for row in further] for name in names} | {
         "prompts": batch.column("prompt").to_pylist(),
         "completions": batch.column("completion").to_pylist(),
         "completion_ids": batch.column("completion_tokens").to_pylist(),
-        **{key: [row[key] for row in further] for key in (further[0] if further else {})},
     }
 
 
-def _rule(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
-    function = extension.load(reward.source, f"rewards.{reward.name}.source")
+def load_function(reward: RewardSettings) -> Callable[..., Any]:
+    """The function of a rule. Raises ConfigError."""
+    return extension.load(reward.source, f"rewards.{reward.name}.source")
 
-    def compute(batch: pa.RecordBatch) -> Values | Failure:
-        try:
-            return [None if value is None else float(value) for value in function(**arguments(batch))]
-        except Exception as error:  # the user's code may raise anything; the samples fail and are counted
-            name = type(error).__name__  # whatever the code, and what it called, made of it
-            return name if len(name) <= _LABEL_CHARACTERS and name.isascii() and name.isidentifier() else "Exception"
 
-    return compute
+def values_or_reason(outcome: Outcome) -> Values | Failure:
+    """The numbers of a function, or one word: `timeout`, `not_numbers`, or the name of what it raised."""
+    if isinstance(outcome, list):
+        return outcome
+    if isinstance(outcome, Late | WrongAnswer):
+        return LATE if isinstance(outcome, Late) else "not_numbers"
+    name = type(outcome).__name__  # whatever the code, and what it called, made of it
+    return name if len(name) <= _LABEL_CHARACTERS and name.isascii() and name.isidentifier() else "Exception"
 
 
 def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
@@ -220,7 +250,7 @@ def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[p
 
 def _http(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
     call = http_rewards.caller(reward, f"rewards.{reward.name}.source")
-    return lambda batch: call(arguments(batch), batch.num_rows)
+    return lambda batch: call(row_columns.for_http(arguments(batch)), batch.num_rows)
 
 
 def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], np.ndarray]:
@@ -231,7 +261,8 @@ def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.Re
 
     torch.set_num_threads(threads)
     setting = f"rewards.{reward.name}.source"
-    ensemble = reward_models.Ensemble(models.locate(reward.source, setting), setting, device)
+    folder, options = models.locate(reward.source, setting), reward.chat_template_options
+    ensemble = reward_models.Ensemble(folder, setting, device, options)
     return lambda batch: ensemble.scores(reward_models.from_batch(batch))
 
 
@@ -250,7 +281,6 @@ def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.R
 
 
 _SCORERS: dict[str, Callable[[RewardSettings, int, str], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]] = {
-    "rule": _rule,
     "reference": _reference,
     "http": _http,
     "model": _model,

@@ -51,3 +51,18 @@ def _as_written(value: dict[str, Any]) -> dict[str, Any]:
 
 Options = Annotated[dict[str, Any], AfterValidator(_as_written)]
 """Settings that only the user's own code reads."""
+_OF_RENDERING = {"conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"}
+_OF_RENDERING |= {"tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"}
+_OF_RENDERING |= {"return_assistant_tokens_mask", "tokenizer_kwargs"}
+
+
+def _of_template(value: dict[str, Any]) -> dict[str, Any]:
+    """The value if no keyword of it is one that Keel itself gives to the tokenizer."""
+    if taken := sorted(_OF_RENDERING & set(value)):
+        message = "{name} is no option of a template but how it is called; expected others"
+        raise PydanticCustomError("not_of_template", message, {"name": taken[0]})
+    return value
+
+
+TemplateOptions = Annotated[Options, AfterValidator(_of_template)]
+"""Keywords of a chat template."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, schema
+from keel import durable, reads, schema
 
 Counts = Mapping[str, Mapping[str, int]]
 """Increments of counters by metric name and label ("": none)."""
@@ -72,9 +72,13 @@ def write(run_directory: Path, segment: Segment) -> int:
 
 
 def read(path: Path) -> Segment:
-    """A segment with the metadata of its rows as they were. Raises SegmentError saying what is wrong with the file."""
-    content = path.read_bytes()
+    """A segment with the metadata of its rows as they were.
+
+    Raises SegmentError saying what is wrong with the file, ReadFailed where that cannot be said.
+    """
     name = _NAME.fullmatch(path.name)
+    right = name[3] if name else None
+    content = reads.settled(path, lambda: reads.read(path), lambda found: right in (None, schema.digest(found)))
     if not name:
         raise SegmentError(f"named {path.name}; expected segment.FIRST-LAST.DIGEST.arrow")
     if schema.digest(content) != name[3]:
@@ -95,12 +99,13 @@ def read(path: Path) -> Segment:
 
 
 def paths(run_directory: Path) -> list[Path]:
-    return sorted((run_directory / "buffer").glob("segment.*.arrow"))
+    return [path for path in reads.entries(run_directory / "buffer") if path.match("segment.*.arrow")]
 
 
 def forget(run_directory: Path, before_ticket: int) -> None:
-    """Delete segments of which every ticket lies before this one."""
-    for path in paths(run_directory):
+    """Delete segments of which every ticket lies before this one, damaged ones that were put aside, too."""
+    aside = reads.entries(run_directory / durable.ASIDE / "buffer")
+    for path in [*paths(run_directory), *aside]:
         name = _NAME.fullmatch(path.name)
         if name and int(name[2]) < before_ticket:
             path.unlink()

@@ -212,6 +212,8 @@ class Settings(Section):
                 "regulariser.kl.order=after_baseline: the KL is part of the reward before"
                 f" {getattr(objective, 'advantage', 'your objective')} sees it; expected before_baseline"
             )
+        if getattr(objective, "by_token", False):
+            self.regulariser.entropy.check_paid_by_token(f"objective.advantage={getattr(objective, 'advantage', '')}")
         if isinstance(objective, LogitsConvexitySettings):
             if kl.exact:
                 raise ValueError(
@@ -254,6 +256,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _stored_completions_fit(self) -> Self:
         ratio = self.sampling.stored_ratio
+        self.regulariser.kl.check_stored(ratio)
         for reward in self.train_rewards:
             if reward.kind == "stored" and ratio < 1:
                 raise ValueError(

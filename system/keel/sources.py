@@ -1,35 +1,36 @@
 """Where prompts come from: JSONL, Parquet, Hugging Face datasets or a Python function, all to checked rows.
 
-TRL's dataset conventions: a prompt is a string or a list of {role, content} messages; preference and
-prompt-completion rows work, their answers are further columns. Where the column `prompt` is missing it is the
-conversation in `messages` or `chosen` up to its last assistant turn. No other name is guessed.
+A prompt is a string or a list of {role, content} messages. Which column holds it, and which the answers, says
+layouts.py; all other columns are for reward functions (row_columns.py).
 
 Every mistake becomes a ConfigError of one line that names the source and the line or row.
 """
 
-import difflib
-import importlib
+import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date, time
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from keel import extension, layouts
 from keel.config import ConfigError
+from keel.conversations import holds, turns
+from keel.layouts import ANSWERS, Layout
 from keel.prompt_settings import PromptSettings
+from keel.row_columns import Asked, Unreadable, is_json, no_columns, to_json
 
 _FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _MESSAGES = "a string or a list of {role, content} messages"
+_TURN = ("role", "content")
+_MOST_DIGITS = 4000
 _SYSTEM = ("system", "developer")
-_IMPLICIT = ("messages", "chosen")
-_RESERVED = {"prompts", "completions", "completion_ids"}  # what a reward function is called with anyway
+_NAMED = " (prompts.columns.prompt=NAME)"
 
 Prompt = str | list[dict[str, Any]]
 
@@ -43,7 +44,7 @@ class Row:
     prompt: Prompt
     """Text, or messages with the system message in front."""
     further: str
-    """All columns but `prompts.column` as a JSON object, the same keys in every row."""
+    """All columns but the prompt's as a JSON object, the same keys in every row; row_columns.py reads it."""
     conversational: bool = False
     """The source gives messages, not text."""
 
@@ -56,35 +57,67 @@ class Row:
         return said[-1] if said else self.prompt[-1]["content"]
 
 
-def read(prompts: PromptSettings) -> list[Row]:
-    """All rows of `prompts.source`, at least one. Raises ConfigError."""
+def read(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -> list[Row]:
+    """All rows of `prompts.source`, at least one, with their answers where `samples` of them are wanted.
+
+    `asked`: columns that reward functions read by name. Raises ConfigError.
+    """
     raw = _open(prompts)
     if not raw:
         raise wrong(prompts, "no rows; expected one prompt a row")
     for place, columns in raw:
         if not isinstance(columns, dict) or not all(isinstance(name, str) for name in columns):
             raise wrong(prompts, f"{place} is {_describe(columns)}; expected an object with {prompts.column}")
-    names = list(dict.fromkeys(name for _, columns in raw for name in columns))
-    column = _prompt_column(names, prompts)
-    further = [name for name in names if name != prompts.column]
+    layout = _layout(raw, prompts, samples)
+    readings = [layout.read(columns) for _, columns in raw]
+    own = layout.roles.get("prompt") if "prompt" in layout.named else prompts.column
+    further = [name for name in layout.names if name != own]
+    trees = [{name: columns.get(name) for name in further} for _, columns in raw]
+    if any(reading.answers for reading in readings):
+        trees = [{**tree, ANSWERS: reading.answers} for tree, reading in zip(trees, readings, strict=True)]
+    texts = to_json(trees, asked, lambda message: wrong(prompts, message))
     rows = [
         Row(
             place,
-            _prompt(columns.get(column), f"{place}: column {column}", column == prompts.column, prompts),
-            _as_json({name: columns.get(name) for name in further}, place, "further columns", prompts),
-            isinstance(columns.get(column), list),
+            _prompt(reading.prompt, f"{place}: column {reading.column}", reading.explicit, prompts),
+            text,
+            reading.conversational,
         )
-        for place, columns in raw
+        for (place, _), reading, text in zip(raw, readings, texts, strict=True)
     ]
     for row in rows:
         _check_text(row, prompts)
     return rows
 
 
+def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, samples: int) -> Layout:
+    """The layout of all rows. Raises ConfigError."""
+    names = list(dict.fromkeys(name for _, columns in raw for name in columns))
+    layout = layouts.recognise(names, prompts, samples)
+    if label := layouts.label_column([columns for _, columns in raw], layout):
+        layout = dataclasses.replace(layout, roles={**layout.roles, "label": label})
+    beside = {"messages", "chosen"} & layout.roles.keys()
+    if samples or "prompt" not in layout.roles or "prompt" in layout.named or not beside:
+        return layout
+    column = layout.roles["prompt"]
+    held = [holds(turns(row.get(layout.conversation(row))), row.get(column)) for _, row in raw]
+    texts = [isinstance(row.get(column), str) for _, row in raw]
+    if any(held) and all(texts):
+        if not all(held):
+            other = layout.conversation(raw[0][1])
+            raise wrong(
+                prompts,
+                f"{raw[held.index(False)][0]}: column {column} is not in the conversation of {other}, elsewhere it is;"
+                f" expected prompts.columns.prompt={column} (the text alone), or rows of one form",
+            )
+        return dataclasses.replace(layout, within=True)
+    return layout
+
+
 def _check_text(row: Row, prompts: PromptSettings) -> None:
-    """All of a row can be written as UTF-8; JSON and Python also have half surrogate pairs, which cannot."""
+    """The prompt can be written as UTF-8; JSON and Python also have half surrogate pairs, which cannot."""
     try:
-        (_as_json(row.prompt, row.place, "messages", prompts) + row.further).encode()
+        json.dumps(row.prompt, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise wrong(prompts, f"{row.place}: {error}; expected text in UTF-8") from None
 
@@ -126,7 +159,7 @@ def _number(rows: Iterable[Any]) -> list[tuple[str, Any]]:
 def _read_file(path: Path, prompts: PromptSettings) -> list[tuple[str, Any]]:
     try:
         if path.suffix == ".parquet":
-            return _number(pq.read_table(path).to_pylist())
+            return _number(_rows_of(pq.read_table(path)))
         content = path.read_bytes()
     except (OSError, pa.ArrowException, ValueError, OverflowError) as error:  # not UTF-8; a date that Python has not
         raise wrong(prompts, f"cannot be read: {_one_line(error)}; expected {_FORMS}") from None
@@ -141,15 +174,20 @@ def _read_file(path: Path, prompts: PromptSettings) -> list[tuple[str, Any]]:
 def _parse(content: bytes, line: int | None, prompts: PromptSettings) -> Any:
     """The JSON value of one line of the file, or (no line number) of the whole file."""
     try:
-        value = json.loads(content.decode("utf-8-sig"))
+        value = json.loads(content.decode("utf-8-sig"), parse_int=_integer)
     except json.JSONDecodeError as error:
         problem = f"line {line or error.lineno} is not JSON: {error.msg} at character {error.colno}"
         raise wrong(prompts, f"{problem}; expected one object a line, or a list of objects in .json") from None
     except UnicodeError as error:
         raise wrong(prompts, f"line {line or 1}: {error}; expected text in UTF-8") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets without end
+    except RecursionError as error:  # brackets without end
         raise wrong(prompts, f"line {line or 1} cannot be read: {error}; expected an object of texts") from None
     return value
+
+
+def _integer(digits: str) -> int | str:
+    """A number of thousands of digits, which Python does not read, stays text."""
+    return int(digits) if len(digits) <= _MOST_DIGITS else digits
 
 
 def _call(prompts: PromptSettings) -> list[Any]:
@@ -158,7 +196,7 @@ def _call(prompts: PromptSettings) -> list[Any]:
     if not module or not name.isidentifier():
         raise wrong(prompts, "expected python:module:function")
     try:
-        function = importlib.import_module(module).__dict__.get(name)
+        function = extension.import_module(module).__dict__.get(name)
         if not callable(function):
             raise wrong(prompts, f"module {module} has no function {name}; expected python:module:function")
         _check_options(function, prompts)
@@ -192,7 +230,7 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
             if isinstance(builder, WebDataset):  # torch.load reads what is called .pth in an archive
                 raise wrong(prompts, f"an archive (.tar), which may hold pickles; expected {_FORMS}")
             builder.download_and_prepare()
-            return builder.as_dataset(split=prompts.split).to_list()
+            return _rows_of(builder.as_dataset(split=prompts.split).with_format("arrow")[:])
         found = datasets.load_from_disk(str(folder))
     except ConfigError:
         raise
@@ -201,27 +239,25 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
         where = f"cannot be loaded as a dataset with prompts.split={prompts.split}"
         raise wrong(prompts, f"{where}: {_one_line(error)}; expected {_FORMS}") from None
     if isinstance(found, datasets.Dataset):
-        return found.to_list()
+        return _rows_of(found.with_format("arrow")[:])
     if prompts.split not in found:
         problem = f"no such split in {prompts.source}; expected one of {', '.join(found)}"
         raise ConfigError(f"prompts.split={prompts.split}: {problem}")
-    return found[prompts.split].to_list()
+    return _rows_of(found[prompts.split].with_format("arrow")[:])
 
 
-def _prompt_column(names: list[str], prompts: PromptSettings) -> str:
-    """The column the prompt is read from; refuses a missing one and names a reward function cannot take."""
-    if taken := _RESERVED.intersection(names):
-        raise wrong(prompts, f"column {min(taken)}: reward functions use that name; expected another")
-    if prompts.column in names:
-        return prompts.column
-    implicit = [name for name in _IMPLICIT if name in names]
-    if prompts.column == "prompt" and implicit:
-        return implicit[0]
-    near = difflib.get_close_matches(prompts.column, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    present = ", ".join(names) or "(it has no columns)"
-    problem = f"no such column in {prompts.source}; expected one of {present}{hint}"
-    raise ConfigError(f"prompts.column={prompts.column}: {problem}")
+def _rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows of a table; a column that Python has no values for stands as Unreadable, and harms who reads it alone."""
+    columns = [_values(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> Sequence[Any]:
+    try:
+        return column.to_pylist()
+    # not UTF-8; a date that Python has not; nanoseconds; a type that only another library knows
+    except (pa.ArrowException, ValueError, OverflowError, ImportError, TypeError) as error:
+        return [Unreadable(_one_line(error))] * len(column)
 
 
 def _prompt(value: Any, where: str, explicit: bool, prompts: PromptSettings) -> Prompt:
@@ -229,7 +265,7 @@ def _prompt(value: Any, where: str, explicit: bool, prompts: PromptSettings) -> 
     if not isinstance(value, str | list):
         raise wrong(prompts, f"{where} is {_describe(value)}; expected {_MESSAGES}")
     if isinstance(value, str) and not explicit:
-        raise wrong(prompts, f"{where} is text; expected a list of messages, or a column {prompts.column}")
+        raise wrong(prompts, f"{where} is text; expected a list of messages, or a column {prompts.column}" + _NAMED)
     if isinstance(value, str) and prompts.system_prompt is None:
         messages: list[dict[str, Any]] = []
         empty = not value.strip()
@@ -252,23 +288,10 @@ def _messages(turns: list[Any], where: str, explicit: bool, prompts: PromptSetti
         if not all(isinstance(part, str) for part in parts):
             raise wrong(prompts, f"{where} has a message {_describe(turn)}; expected text `role` and `content`")
         # Arrow puts nulls where other rows have more keys; templates would take them for given
-        messages.append({key: value for key, value in turn.items() if value is not None})
+        messages.append({key: value for key, value in turn.items() if key in _TURN or is_json(value)})
     while not explicit and messages and messages[-1]["role"] == "assistant":
         messages.pop()
     own = bool(messages) and messages[0]["role"] in _SYSTEM
     if not own and prompts.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": prompts.system_prompt})
     return messages
-
-
-def _as_json(tree: Any, place: str, what: str, prompts: PromptSettings) -> str:
-    try:
-        return json.dumps(tree, ensure_ascii=False, allow_nan=False, default=_as_text)
-    except (TypeError, ValueError, RecursionError) as error:  # a type, or a NaN, that JSON has not
-        raise wrong(prompts, f"{place}: {what}: {error}; expected what JSON can hold") from None
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, date | time | Decimal):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")

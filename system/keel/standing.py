@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, durable
+from keel import checkpoint, config, durable, reads
 from keel.config import ConfigError
 from keel.stage_settings import command_of
 
@@ -81,4 +81,4 @@ def _state(directory: Path, steps: int | None, committed: list[int], event: dict
 
 def _counts(directory: Path) -> dict[str, Any]:
     path = directory / "scale.json"
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else {}
+    return reads.read_json(path) if path.is_file() else {}

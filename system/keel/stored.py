@@ -1,33 +1,49 @@
 """Completions that come with the prompts: demonstrations, preference data, scored samples, as rollouts like any other.
 
 A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
-demonstration: `completion`, or the last message of `messages`. Texts, or conversations of which the last message
-counts. In an online run the generators still take part: they say how likely the policy of now finds these tokens, so
-KL, staleness and the parity gap mean what they mean online.
+demonstration: `completion`, or the last message of `messages`; under other names they are where layouts.py put them.
+Texts, or conversations of which the last message counts. In an online run the generators still take part: they say how
+likely the policy of now finds these tokens, so staleness and the parity gap mean what they mean online. KL and entropy
+do not: see diagnostics.py.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from keel import (
+    end_tokens,
+    schema,
+)
 from keel.config import ConfigError
+from keel.layouts import ANSWERS
+from keel.model_text import ModelText
 from keel.protocols import Sampling
+from keel.row_columns import from_json
 from keel.sources import Row
 
 _PROBLEMS = {
     "empty": "an empty completion",
     "equal": "equal completions",
     "different_prompts": "completions of different conversations",
+    "several_messages": "several messages of the assistant in its last turn",
 }
-NAME = "stored"
+_COLUMNS = ("chosen", "rejected", "responses", "rewards", "completion", "messages")
+NAME = schema.STORED
 """What the column `generator` says of these rows."""
 
 
 def completions(columns: Mapping[str, Any]) -> list[str]:
     """Texts of one row, chosen before rejected. Raises KeyError or TypeError when the columns are not there."""
     return [text if isinstance(text, str) else _last(text) for text in _given(columns)]
+
+
+def answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+    """Texts of one row, or the whole last messages (thoughts, tool calls): what a chat template is given."""
+    return [answer if isinstance(answer, str) else answer[-1] for answer in _given(columns)]
 
 
 def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
@@ -39,6 +55,8 @@ def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
 
 def _given(columns: Mapping[str, Any]) -> list[Any]:
     """Texts or conversations of one row, as the source has them."""
+    if packed := columns.get(ANSWERS):
+        return packed["given"]
     if "chosen" in columns:
         return [columns["chosen"], columns["rejected"]]
     if "responses" in columns:
@@ -48,6 +66,8 @@ def _given(columns: Mapping[str, Any]) -> list[Any]:
 
 def finished(columns: Mapping[str, Any]) -> list[bool]:
     """Whether each completion of a row ended by itself: all, but those that `keel label` marked as cut."""
+    if packed := columns.get(ANSWERS):
+        return packed["finished"]
     if "chosen" in columns:
         return [columns.get("chosen_finished") is not False, columns.get("rejected_finished") is not False]
     return [True] * len(_given(columns))
@@ -55,9 +75,17 @@ def finished(columns: Mapping[str, Any]) -> list[bool]:
 
 def rewards(columns: Mapping[str, Any]) -> list[float]:
     """Rewards of one row: its own, or 1 for chosen and 0 for rejected."""
+    if packed := columns.get(ANSWERS):
+        return [float(value) for value in packed["rewards"]]
     if "chosen" in columns:
         return [1.0, 0.0]
     return [float(value) for value in columns["rewards"]] if "responses" in columns else [0.0]
+
+
+def is_bad_demonstration(columns: Mapping[str, Any]) -> bool:
+    """Whether the row is an answer that its label calls bad (an unpaired preference)."""
+    packed = columns.get(ANSWERS)
+    return bool(packed) and packed["labeled"] and packed["rewards"] == [0.0]
 
 
 def is_stored(ticket: int, ratio: float) -> bool:
@@ -68,10 +96,11 @@ def is_stored(ticket: int, ratio: float) -> bool:
 class StoredCompletions:
     """Prompt rows -> tokens of the completions they come with; nothing for rows that are to be sampled."""
 
-    def __init__(self, ratio: float, tokenizer: Any, sampling: Sampling) -> None:
-        self.ratio, self.tokenizer, self.sampling = ratio, tokenizer, sampling
-        stop, own = sampling.stop_token_ids, getattr(tokenizer, "eos_token_id", None)
-        self.end = [own] if own in stop else list(stop[:1])  # of several end tokens the tokenizer's own
+    def __init__(
+        self, ratio: float, tokenizer: Any, sampling: Sampling, options: Mapping[str, Any] | None = None
+    ) -> None:
+        """`options`: of the chat template."""
+        self.ratio, self.sampling, self.text = ratio, sampling, ModelText(tokenizer, options)
 
     def __call__(self, prompts: pa.RecordBatch) -> list[list[int]] | None:
         """Tokens of each row, the end token behind them, cut at the budget; [] where the row is to be sampled.
@@ -85,16 +114,24 @@ class StoredCompletions:
 
     def tokens(self, prompts: pa.RecordBatch) -> list[list[int]]:
         """Tokens of each row's completion, cut at the budget; an end token behind those that ended."""
-        rows = zip(prompts.column("prompt_columns").to_pylist(), prompts.column("sample").to_pylist(), strict=True)
-        return [self.encode(json.loads(columns))[sample] for columns, sample in rows]
+        names = ("prompt", "prompt_messages", "prompt_columns", "sample")
+        rows = list(zip(*(prompts.column(name).to_pylist() for name in names), strict=True))
+        encoded = {
+            (prompt, messages, columns): self.encode(json.loads(columns), prompt, json.loads(messages))
+            for prompt, messages, columns in dict.fromkeys(row[:3] for row in rows)
+        }
+        return [encoded[row[:3]][row[3]] for row in rows]
 
-    def encode(self, columns: Mapping[str, Any]) -> list[list[int]]:
-        """Tokens of every completion of one row, cut at the budget."""
-        pairs = zip(completions(columns), finished(columns), strict=True)
-        return [[*self._ids(text), *(self.end if ended else [])][: self.sampling.max_tokens] for text, ended in pairs]
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(
+        self, columns: Mapping[str, Any], prompt: str = "", messages: Sequence[Mapping[str, Any]] = ()
+    ) -> list[list[int]]:
+        """Tokens of every completion of one row behind its prompt (`messages` of a conversation), cut at the budget."""
+        stop, budget = self.sampling.stop_token_ids, self.sampling.max_tokens
+        end = end_tokens.behind_answers(self.text, stop, bool(messages))
+        return [
+            self.text.answer_ids(prompt, messages, answer, finished=ended, stop=stop, end=end)[:budget]
+            for answer, ended in zip(answers(columns), finished(columns), strict=True)
+        ]
 
 
 def check(rows: Sequence[Row], samples: int, source: str) -> None:
@@ -113,13 +150,15 @@ def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
     """Completions are there, as many as wanted, and all of one form. Raises ConfigError."""
     forms: dict[tuple[bool, ...], str] = {}
     for row in rows:
-        columns = json.loads(row.further)
+        columns = from_json(row.further)
         try:
             texts, values = completions(columns), rewards(columns)
             conversations = {not isinstance(text, str) for text in _given(columns)}
-        except (KeyError, TypeError, IndexError, ValueError):
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError):
+            nulls = [name for name in _COLUMNS if name in columns and columns[name] is None]
+            which = f" ({' and '.join(nulls)} is null)" if nulls else ""
             raise ConfigError(
-                f"prompts.source={source}: {row.place} has no completions; expected columns chosen and rejected,"
+                f"prompts.source={source}: {row.place} has no completions{which}; expected columns chosen and rejected,"
                 " responses and rewards, completion, or messages that end with an assistant's"
             ) from None
         if len(texts) != samples or len(values) != samples:
@@ -127,8 +166,10 @@ def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
                 f"prompts.source={source}: {row.place} has {len(texts)} completions and {len(values)} rewards;"
                 f" expected {samples} of each (sampling.samples_per_prompt)"
             )
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) and _is_utf8(text) for text in texts):
             raise ConfigError(f"prompts.source={source}: {row.place} has a completion that is no text; expected text")
+        if not all(map(math.isfinite, values)):
+            raise ConfigError(f"prompts.source={source}: {row.place} has a reward that is not finite; expected numbers")
         if len(conversations) > 1 or (True in conversations and not row.conversational):
             raise ConfigError(
                 f"prompts.source={source}: {row.place} mixes text and messages; expected messages in prompt and"
@@ -144,11 +185,22 @@ def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
         )
 
 
+def _is_utf8(text: str) -> bool:
+    """Whether the text can be written: JSON and Python also have half surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def unusable(columns: Mapping[str, Any]) -> str | None:
     """Why nobody should train on this row, in a word: empty or equal completions, answers to different conversations.
 
     None: it is fine.
     """
+    if (packed := columns.get(ANSWERS)) and packed["problem"]:
+        return packed["problem"]
     given = [text for text in _given(columns) if not isinstance(text, str)]
     if any(text[:-1] != given[0][:-1] for text in given):
         return "different_prompts"

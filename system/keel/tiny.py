@@ -20,7 +20,7 @@ def write(folder: Path, architecture: str = "llama", tied: bool = True, seed: in
     import torch
     from transformers import AutoModelForCausalLM
 
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(_config(architecture, len(tokenizer), tied), dtype=torch.bfloat16)
     with torch.no_grad():
@@ -55,7 +55,8 @@ def _config(architecture: str, vocabulary: int, tied: bool) -> Any:
     raise ValueError(f"architecture {architecture!r}: expected llama, qwen2, qwen3 or gpt_neox")
 
 
-def _tokenizer() -> Any:
+def make_tokenizer() -> Any:
+    """The tokenizer of all tiny models: byte-level BPE with ChatML tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

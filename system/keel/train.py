@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, cluster, config, durable, endpoint, gang, parity, references, scaling
+from keel import checkpoint, cluster, config, durable, endpoint, gang, ledger, parity, references, scaling
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.metrics import RunMetrics
@@ -68,7 +68,7 @@ def run(prepared: Prepared, display: Display) -> Outcome:
     settings, directory = prepared.settings, prepared.directory
     asked_to_stop = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: asked_to_stop.set())  # batch systems send it before a time limit
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(directory)
     with durable.lock(directory):
         saved = _run_alone(prepared, display, asked_to_stop)
     return Outcome(directory, saved.version, not saved.over(settings), time.monotonic() - started)
@@ -76,6 +76,7 @@ def run(prepared: Prepared, display: Display) -> Outcome:
 
 def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Event) -> "Saved":
     settings, directory = prepared.settings, prepared.directory
+    checkpoint.check_known(directory)
     (directory / "control.json").unlink(missing_ok=True)  # nobody is to ask the actor of an earlier process
     with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
         new = not checkpoint.committed(directory) and not scaling.has_counts(directory)
@@ -119,18 +120,16 @@ class Saved:
 
 
 def _newest(recorder: Recorder) -> Saved:
-    """The newest intact checkpoint; what a lost process or gang did after it is forgotten, and done again."""
+    """The newest intact checkpoint; what a lost process or gang did after it is moved aside, and done again."""
     path, state, damaged = checkpoint.newest_intact(recorder.directory)
     for what in damaged:
-        recorder.event("checkpoint_damaged", what=what)
+        recorder.event("checkpoint_damaged", what=what, step=state["version"] if state else 0)
         recorder.display.note(f"damaged checkpoint put aside ({what}); going on from {path and path.name}")
     saved = Saved(path, state or {})
     for what in durable.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
         recorder.event("line_damaged", what=what)
         recorder.display.note(f"{what} is damaged and was left out")
-    for rollouts in (recorder.directory / "rollouts").glob("step-*.arrow"):
-        if int(rollouts.stem.removeprefix("step-")) > saved.version:
-            rollouts.unlink()
+    ledger.undo(recorder.directory, saved.version)
     recorder.metrics.restore(saved.state.get("totals", {}))
     return saved
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, durable, metric_table, schema
+from keel import checkpoint, config, durable, metric_table, reads, schema
 from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
 from keel.config import ConfigError
 from keel.evaluation_audit import audit_evaluations
@@ -29,6 +29,8 @@ _COUNTERS = [metric.name for metric in metric_table.TABLE if metric.kind == "cou
 _LABELLED = {metric.name for metric in metric_table.TABLE if metric.labels}
 _OPERATIONAL = {metric.name for metric in metric_table.TABLE if metric.operational}
 _CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
+_ODD = (ValueError, KeyError, TypeError, AttributeError, checkpoint.CheckpointError)
+"""What content of a checkpoint raises that is not what a run writes; a failed read (ReadFailed) says nothing of it."""
 _PROVENANCE = ("generate_seconds", "score_seconds", "generator", "scorer")
 
 
@@ -44,7 +46,20 @@ class Report:
 
 
 def check(run_directory: Path) -> Report:
-    """Check every file of an online run against the others. Raises ConfigError for a folder that is none."""
+    """Check every file of an online run against the others.
+
+    Where something is found all is looked at once more, past the cache: that look counts. Raises ConfigError for a
+    folder that is no online run, ReadFailed where a file cannot be read.
+    """
+    report = _check(run_directory)
+    if report.findings:
+        for path in reads.files(run_directory):
+            reads.uncache(path)
+        report = _check(run_directory)
+    return report
+
+
+def _check(run_directory: Path) -> Report:
     own = Audit(run_directory)
     settings = _settings(own)
     if settings:
@@ -147,6 +162,8 @@ def _checkpoints(
     settings: Settings,
 ) -> None:
     """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
+    if missing := checkpoint.lost(own.directory):
+        own.fault("checkpoints", f"the commit of step {missing[0]}, which {missing[1]} knows of", "none")
     last_of = {line["step"]: line["tickets"][-1] for line in manifest}
     recorded = {line["step"]: _counters(line) for line in lines}
     for step in steps:
@@ -160,16 +177,16 @@ def _checkpoints(
             place = {"version": step, "taken": step * settings.buffer.groups_per_step}
             place |= {"next_ticket": last_of[step] + 1} if step in last_of else {}
             own.test(f"{file}/state.json", "buffer", place, {name: buffer[name] for name in place})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, checkpoint.CheckpointError) as error:
-            if (path / "COMMIT").exists():  # a live run may have deleted it meanwhile
+        except (FileNotFoundError, *_ODD) as error:
+            if reads.is_there(path / "COMMIT"):  # a live run may have deleted it meanwhile
                 own.fault(file, "the files of its MANIFEST.json", f"{type(error).__name__}: {error}")
             continue
         for name, value in recorded.get(step, {}).items():
             if not totals.get(name, -math.inf) >= value:
                 own.fault(f"{file}/state.json", f"{name} at least {value}, as metrics.jsonl", totals.get(name))
         own.counts["checkpoints"] += 1
-    for path in sorted((own.directory / "checkpoints").glob("step-*")):
-        if not (path / "COMMIT").exists():
+    for path in reads.entries(own.directory / "checkpoints"):
+        if path.name.startswith("step-") and not reads.is_there(path / "COMMIT"):
             own.notes.append(
                 f"checkpoints/{path.name}: has no COMMIT, so it does not count; its deletion was interrupted"
             )
@@ -195,7 +212,7 @@ def compare(run_directory: Path, other: Path) -> list[Finding]:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.exists() else b""
+    return reads.read(path) if reads.is_there(path) else b""
 
 
 def _same_metrics(own: Audit, other: Path) -> None:
@@ -215,8 +232,9 @@ def _same_rows(own: Audit, other: Path) -> None:
     )
     own.test("rollouts", "steps", len(expected), len(files))
     for file in (file for file in expected if file in files):
+        contents = [reads.read(directory / file) for directory in (own.directory, other)]
         try:
-            batch, right = (schema.from_bytes((directory / file).read_bytes()) for directory in (own.directory, other))
+            batch, right = (schema.from_bytes(content) for content in contents)
         except UNREADABLE as error:
             own.fault(file, "an Arrow file in both runs", f"{type(error).__name__}: {error}")
             continue

@@ -7,7 +7,6 @@ shape and dtype, and no cache of the old weights survives. The engine is then bi
 same checkpoint (tested per architecture).
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import xxhash
 
+from keel import model_files
 from keel.protocols import LoadReceipt, TensorSpec, Weights
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -57,13 +57,8 @@ def digest(specs: Iterable[TensorSpec], buffer: np.ndarray) -> str:
 
 
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Parameter names and shapes from the headers of a folder's safetensors files, nothing loaded."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return shapes
+    """Names and shapes of everything in a folder's weight files, from their headers, nothing loaded."""
+    return dict(model_files.headers(folder))
 
 
 def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -> None:

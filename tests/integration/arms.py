@@ -33,7 +33,7 @@ SAFE = {
 EAPO = {
     **PPO,
     "entropy_advantage": {"gae_lambda": 0.5, "coefficient": 0.002},
-    "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01},
+    "critic": {"trunk": "shared", "popart": True, "coefficient": 0.01, "clip": None},
 }
 DAPO = {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28, "reduction": "token_mean", "epochs": 2}
 
@@ -61,7 +61,8 @@ ARMS: dict[str, Arm] = {
     "none": policy_gradient(NONE),
     "kl": policy_gradient(),
     "entropy_sequence_sum": policy_gradient(entropy("sequence_sum", 0.002)),
-    "entropy_sequence_mean": policy_gradient(entropy("sequence_mean", 0.01)),
+    "entropy_sequence_mean_exact": policy_gradient(entropy("sequence_mean_exact", 0.01)),
+    "entropy_sequence_mean_naive": policy_gradient(entropy("sequence_mean_naive", 0.01)),
     "entropy_token": policy_gradient(entropy("token_bonus", 0.002)),
     "entropy_and_kl": policy_gradient(entropy("sequence_sum", 0.002, kl=0.01)),
     "kl_k2": policy_gradient(in_loss("k2")),
@@ -75,9 +76,9 @@ ARMS: dict[str, Arm] = {
     "reinforce": policy_gradient(advantage="none", whiten="population"),
     "reinforce_pp": policy_gradient(advantage="reinforce_pp"),
     "reinforce_pp_baseline": policy_gradient(advantage="reinforce_pp_baseline"),
-    "grpo": policy_gradient(in_loss("k3"), advantage="grpo", reduction="sequence_mean", clip_low=0.2, clip_high=0.2),
+    "grpo": policy_gradient(in_loss("k3"), advantage="grpo", reduction="sequence_mean", clip_low=0.2, clip_high=0.28),
     "dr_grpo": policy_gradient(advantage="dr_grpo", reduction="constant"),
-    "gspo": policy_gradient(level="sequence_mean", correction="sequence", clip_low=0.2, clip_high=0.2, epochs=2),
+    "gspo": policy_gradient(level="sequence_mean", correction="sequence", clip_low=0.15, clip_high=0.2, epochs=2),
     "dapo": {**policy_gradient(NONE, **DAPO), "shaping": {"overlong_buffer_tokens": 2}},
     "lco_mse": convex("mse"),
     "lco_log_cosh": convex("log_cosh", epochs=2),

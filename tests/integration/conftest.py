@@ -1,26 +1,22 @@
 """A tiny model and a configuration for the real stack: vLLM, Ray, Arrow files, DeepSpeed."""
 
 import os
-import signal
 import subprocess
-import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray  # noqa: F401 it sets up its loggers once, when it is imported: not in the middle of a module
 import rewards
 import yaml
+from commands import AUTHENTICATION, kill, start_keel
 
-import keel as package
+import process_state
 from keel import doctor, tiny
 
-RUN_SECONDS = 1500
 TEST_SECONDS = 1800
 """Far beyond what they take (minutes at most): a machine may be slow, and a test stalls where the next one loads a model."""
-AUTHENTICATION = "RAY_AUTH_MODE"
 os.environ[AUTHENTICATION] = "disabled"
 """Before Ray is imported: all Rays of this process are of one mind. Commands that it starts do not inherit it."""
 
@@ -31,16 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if str(item.path).startswith(here):
             item.add_marker(pytest.mark.integration)
             item.add_marker(pytest.mark.timeout(TEST_SECONDS))
-    # Long files first, or one process ends with them while the other has nothing left: few tests are long tests.
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    count = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, count[item.path], item.path))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def quiet_cpu() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def stack_for_a_module(_module_leaves_no_trace: None) -> Iterator[None]:
+    """Ray and DeepSpeed set variables, log levels and formats of a process that starts them, and put nothing back."""
+    before = process_state.snapshot()
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    yield
+    process_state.restore(before)
 
 
 @pytest.fixture(scope="session")
@@ -84,39 +80,3 @@ def keel() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         kill(process)
-
-
-def start_keel(*arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
-    """The command line in its own process group, in a folder; the Keel of this process, rewards of these tests."""
-    paths = [str(Path(__file__).parent), str(Path(package.__file__).parent.parent)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "keel", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={name: value for name, value in os.environ.items() if name != AUTHENTICATION}
-        | {"PYTHONPATH": os.pathsep.join(paths)},
-        cwd=folder,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error."""
-    out, err = process.communicate(timeout=RUN_SECONDS)
-    return process.returncode, out, err
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(0.2)

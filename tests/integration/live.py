@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import finish, wait_for
+from commands import finish, wait_for
 from ray.cluster_utils import Cluster
 
 from keel import durable

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import finish
+from commands import finish
 from live import add_node, check_intact, events_of, last_step, more_steps, title_of, wait
 from ray.cluster_utils import Cluster
 
@@ -27,7 +27,7 @@ Start = Callable[..., Any]
 
 
 @pytest.fixture
-def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(restored_process: None, pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head without CPUs, which has the driver and the buffer, a node for the generator and one for the others."""
     paths = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))

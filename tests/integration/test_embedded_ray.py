@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RUN_SECONDS
+from commands import RUN_SECONDS
 
 import keel as package
 

@@ -16,6 +16,8 @@ from test_learner import rollouts, settings
 from keel import cluster, config
 from keel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 
 def configured(arm: dict[str, Any], **learners: Any) -> Settings:
     tree = settings(**learners).model_dump(mode="json")

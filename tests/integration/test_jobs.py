@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import rewards
 import yaml
-from conftest import finish, kill, start_keel, wait_for
+from commands import finish, kill, start_keel, wait_for
 from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, free_port, last_step, refusal
 from test_runs import metrics_of
 
@@ -203,7 +203,7 @@ def test_rays_own_command_runs_keel_and_now_ends_it(
     package_of = urllib.request.Request(
         f"{address}/api/packages/gcs/_ray_pkg_0.zip", bytes(LIMIT_BYTES + 1), method="PUT"
     )
-    with pytest.raises(urllib.error.HTTPError):
+    with pytest.raises(urllib.error.HTTPError, match=r"HTTP Error [45]\d\d"):
         urllib.request.urlopen(package_of, timeout=60)
 
     killed = answer(keel, "submit", "config.yaml", "run.name=killed", "run.steps=1000", "--address", address)["job"]

@@ -151,6 +151,7 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+@pytest.mark.slow
 def test_every_stage_and_size_takes_the_steps_of_a_plain_loop(small_ray: None, tiny_model: Path) -> None:
     expected, norms = plain_pytorch(tiny_model)
     start, _ = plain_start(tiny_model)

@@ -5,10 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import finish
+import pytest
+from commands import finish
 from test_runs import metrics_of, policy_of, rollouts_of
 
 from keel import durable
+
+pytestmark = pytest.mark.slow
 
 Start = Callable[..., Any]
 

@@ -116,7 +116,7 @@ async def test_others_serve_while_a_lost_worker_comes_back() -> None:
     pool = pool_of(2)
     await pool.ready()
     await pool.load(1)
-    with pytest.raises(WorkerLost):
+    with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     assert [await ask(pool) for _ in range(4)] == [(1, 1)] * 4
     assert pool.serving == 1, "nobody waited for the other"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import finish
+from commands import finish
 
 from keel import durable
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import rewards
 import yaml
-from conftest import finish, kill, start_keel, wait_for
+from commands import finish, kill, start_keel, wait_for
 from live import PATIENCE_SECONDS, last_step, wait
 from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
 from test_runs import is_generator

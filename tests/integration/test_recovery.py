@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import finish, kill
+from commands import finish, kill
 from live import Start, answer, check_intact, events_of, last_step, more_steps, ranks_of, refusal, wait
 from test_runs import metrics_of
 

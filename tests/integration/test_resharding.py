@@ -19,6 +19,8 @@ from keel import cluster, config
 from keel.protocols import NotFinite
 from keel.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -36,7 +38,7 @@ class Ranks:
         """What every rank says of a step that none of them takes."""
         found = []
         for answer in [actor.step.remote(rollouts(step)) for actor in self.actors]:
-            with pytest.raises(NotFinite) as caught:
+            with pytest.raises(NotFinite, match=rf"step {step}: ") as caught:
                 ray.get(answer)
             found.append(caught.value)
         return found

@@ -12,7 +12,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from conftest import finish, kill
+from commands import finish, kill
 from live import last_step, title_of, wait
 from safetensors.torch import load_file
 
@@ -68,6 +68,7 @@ def same_policy(one: Path, other: Path) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Start, tmp_path: Path, pace: Path) -> None:
     """With all that adapts (ADAPTING). Also: every file is there; a tracker sees every step once and changes nothing."""
     whole, broken = (tmp_path / name / "run" for name in ("whole", "broken"))

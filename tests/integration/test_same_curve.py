@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import finish
+from commands import finish
 from live import Start, answer, check_intact, end, events_of, last_step, more_steps, ranks_of, refusal, wait
 from test_runs import metrics_of
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RUN_SECONDS
+from commands import RUN_SECONDS
 
 from keel import models, preflight, reward_models, tiny
 from keel.reward_models import ScoredText

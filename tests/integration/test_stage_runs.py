@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import finish, kill
+from commands import finish, kill
 from live import last_step, wait
 
 from keel import checkpoint, durable, reward_models, schema

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import finish
+from commands import finish
 from live import answer, last_step, more_steps, title_of, wait
 
 from keel import durable

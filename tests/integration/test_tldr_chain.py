@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import finish, kill, start_keel
+from commands import finish, kill, start_keel
 from test_runs import metrics_of, rollouts_of, same_policy
 
 from keel import checkpoint, durable, reward_models, tiny

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from conftest import finish, wait_for
+from commands import finish, wait_for
 from live import add_node, check_intact, free_port, title_of, wait
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import RUN_SECONDS
+from commands import RUN_SECONDS
 from safetensors.torch import load_file
 
 from keel import models, tiny, weights

@@ -10,6 +10,31 @@ import numpy as np
 
 GroupAdvantage = Callable[[np.ndarray], np.ndarray]
 
+ROUNDING = 2 * float(np.finfo(np.float32).eps)
+"""Relative distance of two numbers that are one unit in the last place of float32 to either side of a third.
+
+Rewards, log-probs and values are computed and stored in float32.
+"""
+
+
+def vary(values: np.ndarray, size: float = 0.0) -> bool:
+    """Whether values [n] differ by more than the rounding of numbers of their size.
+
+    `size`: the largest number they were computed from, where that is larger: a difference keeps the rounding of what it
+    was taken of. Compared with 0 instead, rewards of -0.1 throughout would have a deviation, of 1e-17.
+    """
+    return len(values) > 1 and float(np.ptp(values)) > ROUNDING * max(size, magnitude(values))
+
+
+def magnitude(*arrays: np.ndarray) -> float:
+    """Largest absolute value of all arrays; 0 without any."""
+    return max((float(np.abs(values).max(initial=0.0)) for values in arrays), default=0.0)
+
+
+def deviation(values: np.ndarray, ddof: int = 0, size: float = 0.0) -> float:
+    """Standard deviation of values [n]; exactly 0 where they do not `vary`."""
+    return float(values.std(ddof=ddof)) if len(values) > ddof and vary(values, size) else 0.0
+
 
 def rloo(rewards: np.ndarray) -> np.ndarray:
     """REINFORCE leave-one-out (2402.14740): A_i = R_i - mean_{j != i} R_j = k/(k-1) (R_i - mean R).
@@ -25,8 +50,9 @@ def group_mean(rewards: np.ndarray) -> np.ndarray:
     """REINFORCE with the group mean as baseline: A_i = R_i - mean R, (k-1)/k times RLOO's. [k] -> [k].
 
     With reduction `constant` this is Dr. GRPO (2503.20783): no division by the deviation, no division by length.
+    Exactly 0 where the rewards differ by rounding alone, so that nothing behind it can enlarge the rounding.
     """
-    return rewards - rewards.mean()
+    return rewards - rewards.mean() if vary(rewards) else np.zeros(len(rewards))
 
 
 def grpo(rewards: np.ndarray) -> np.ndarray:
@@ -57,8 +83,12 @@ def by_ticket(advantage: GroupAdvantage, rewards: np.ndarray, tickets: np.ndarra
 
 
 def num_uniform_groups(rewards: np.ndarray, tickets: np.ndarray) -> int:
-    """Groups whose samples all have the same reward: they teach nothing."""
-    return sum(float(np.ptp(rewards[tickets == ticket])) == 0.0 for ticket in np.unique(tickets))
+    """Groups of two or more samples whose rewards are all the same: they teach nothing.
+
+    A group of one is not counted: an advantage that takes such groups does not compare within them.
+    """
+    groups = [rewards[tickets == ticket] for ticket in np.unique(tickets)]
+    return sum(len(group) > 1 and not vary(group) for group in groups)
 
 
 def returns(rewards: np.ndarray, lengths: np.ndarray, discount: float) -> np.ndarray:
@@ -92,10 +122,10 @@ def centre_by_position(values: np.ndarray, lengths: np.ndarray, tickets: np.ndar
     return values - (np.bincount(place, values) / np.bincount(place))[place]
 
 
-def whiten(values: np.ndarray, ddof: int) -> np.ndarray:
-    """Zero mean and unit deviation over all tokens of the step; unchanged deviation where there is none.
+def whiten(values: np.ndarray, ddof: int, size: float = 0.0) -> np.ndarray:
+    """Zero mean and unit deviation over all values of the step [n]; exactly 0 where they do not `vary`.
 
     ddof 0: REINFORCE++ (2501.03262); ddof 1: PPO as in 2403.17031.
     """
-    deviation = values.std(ddof=ddof) if len(values) > ddof else 0.0
-    return (values - values.mean()) / (deviation if deviation > 0 else 1.0)
+    spread = deviation(values, ddof, size)
+    return (values - values.mean()) / spread if spread else np.zeros(len(values))

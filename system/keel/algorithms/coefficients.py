@@ -52,9 +52,9 @@ class Fixed:
 
 
 class Proportional(Fixed):
-    """Ziegler's controller (1909.08593): c *= 1 + clip(nats/target - 1, -0.2, 0.2) n / horizon.
+    """Ziegler's controller (1909.08593): c *= 1 + clip(nats/target - 1, -0.2, 0.2) min(n / horizon, 1).
 
-    n completions of the step. Linear in the error and slow by design; `Dual` has no clip.
+    n completions of the step. Linear in the error and slow by design: a step changes c by a fifth at most.
     """
 
     def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
@@ -62,7 +62,7 @@ class Proportional(Fixed):
 
     def update(self, seen: Observation) -> None:
         error = float(np.clip(self._error(seen), -0.2, 0.2))
-        self._move(1 + self.sign * error * seen.completions / self.settings.horizon_completions)
+        self._move(1 + self.sign * error * min(seen.completions / self.settings.horizon_completions, 1.0))
 
     def _error(self, seen: Observation) -> float:
         assert self.settings.target_nats is not None
@@ -73,14 +73,16 @@ class Proportional(Fixed):
 
 
 class Dual(Proportional):
-    """Dual ascent on the log of the coefficient: c *= exp(rate (nats/target - 1)), so c stays positive.
+    """Dual ascent on the log of the coefficient: c *= exp(clip(rate (nats/target - 1), -1, 1)), so c stays positive.
+
+    A step changes c by a factor e at most, up or down: one step of wild samples cannot remove a term.
 
     sign +1: a budget, the coefficient grows while nats are above it (target KL; FLAC's divergence budget, 2602.12829).
     sign -1: a floor, it grows while nats are below it (target entropy, as SAC's temperature, 1812.05905).
     """
 
     def update(self, seen: Observation) -> None:
-        self._move(math.exp(min(self.sign * self.settings.rate * self._error(seen), 1.0)))
+        self._move(math.exp(self.sign * float(np.clip(self.settings.rate * self._error(seen), -1.0, 1.0))))
 
 
 class Safe:

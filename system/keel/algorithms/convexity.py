@@ -110,8 +110,8 @@ class LogitsConvexity(Objective):
         regularised = self.regularised_rewards(batch, measured)
         late = kl if self.kl.order == "after_baseline" else 0.0
         rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularised + late, tickets) - late
-        deviation = rows.std()
-        if self.by.normalise_advantage and deviation > 0:
+        deviation = advantages.deviation(rows, size=advantages.magnitude(self.rewards(batch), kl, bonus))
+        if self.by.normalise_advantage and deviation:
             rows = rows / deviation
         return Credit(
             advantages=np.repeat(rows, lengths),
@@ -119,7 +119,7 @@ class LogitsConvexity(Objective):
             num_tokens=int(lengths.sum()),
             metrics={
                 **self.reward_metrics(regularised, kl, bonus, tickets),
-                "advantage_std": float(deviation),
+                "advantage_std": deviation,
             },
         )
 

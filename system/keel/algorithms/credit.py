@@ -45,6 +45,8 @@ class Credit:
     """bool [tokens] where the vocabulary term is computed; None: everywhere."""
     finished: bool = False
     """The objective has reached its own stopping rule: this is the last step."""
+    num_sampled_tokens: int | None = None
+    """Completion tokens of the step that a policy sampled; None: all."""
 
     def checked(self, num_tokens: int) -> "Credit":
         """Itself. Raises ValueError unless there is one finite advantage for each of the step's tokens."""
@@ -85,6 +87,8 @@ class Rows:
     """fp32 [N, K], NaN where there is none."""
     old_values: Tensor | None = None
     """fp32 [N, K]."""
+    stored: Tensor | None = None
+    """bool [B]: completions that came with the prompts; None: none of them."""
 
     def first_items(self) -> Tensor:
         """[B] place of each row's first token among the N."""

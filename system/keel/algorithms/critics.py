@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keel.algorithms.advantages import ROUNDING, deviation, magnitude
+
 
 def soft_min(heads: Tensor, temperature: float) -> Tensor:
     """V = -a (logsumexp(-V_h / a) - log H) over the last axis (SAFE, 2602.04651). [..., H] -> [...].
@@ -44,15 +46,16 @@ def _huber(error: Tensor) -> Tensor:
 
 def explained_variance(values: np.ndarray, targets: np.ndarray) -> float:
     """1 - var(target - value) / var(target): 1 predicts all, 0 no better than a constant. [tokens]; 0 if constant."""
-    spread = targets.var()
-    return float(1 - (targets - values).var() / spread) if spread > 0 else 0.0
+    spread = deviation(targets)
+    return float(1 - (targets - values).var() / spread**2) if spread else 0.0
 
 
 @dataclass
 class PopArt:
     """PopArt (1602.07714, as EAPO 2407.18143 uses it): a head works on normalised targets and its outputs are kept.
 
-        mu, nu   <- (1 - rate) old + rate * mean of targets, of their squares;   sigma = sqrt(nu - mu^2) in [1e-4, 1e6]
+        mu, nu   <- (1 - rate) old + rate * mean of targets, of their squares;   sigma = sqrt(nu - mu^2) in [1e-4, 1e6],
+                    and never below the rounding of mu: targets that are all alike are not blown up to unit size
         value    = sigma * (scale * z + shift) + mu,  z what the head's weights give
         on every update: scale' = scale sigma / sigma', shift' = (sigma shift + mu - mu') / sigma'
 
@@ -66,7 +69,8 @@ class PopArt:
 
     @property
     def deviation(self) -> float:
-        return min(max(math.sqrt(max(self.square - self.mean**2, 0.0)), 1e-4), 1e6)
+        spread = math.sqrt(max(self.square - self.mean**2, 0.0))
+        return min(max(spread, 1e-4, ROUNDING * abs(self.mean)), 1e6)
 
     def update(self, targets: np.ndarray, rate: float) -> None:
         """Move the moments towards these targets [n]; every output of the head stays what it was."""
@@ -86,19 +90,33 @@ class PopArt:
 
 @dataclass
 class RunningMoments:
-    """Mean and deviation of all rewards so far (Welford's sums over batches)."""
+    """Mean and deviation of all rewards so far (Welford's sums over batches).
 
-    count: float = 1e-4
+    It starts from nothing, where SAFE's released code starts from 1e-4 rewards of 0 and adds 1e-8 to the variance.
+    """
+
+    count: float = 0.0
     mean: float = 0.0
-    square_sum: float = 1e-4
+    square_sum: float = 0.0
+
+    @property
+    def deviation(self) -> float:
+        """Of all rewards so far; 0 before the first."""
+        return math.sqrt(self.square_sum / self.count) if self.count else 0.0
 
     def normalise(self, values: np.ndarray) -> np.ndarray:
-        """Take the values in, then return them with the mean removed and divided by the deviation. [n] -> [n]."""
+        """Take the values in, then return them with the mean removed and divided by the deviation. [n] -> [n].
+
+        Exactly 0 where they differ from the mean by rounding alone.
+        """
         delta, total = float(values.mean()) - self.mean, self.count + len(values)
         self.square_sum += float(values.var()) * len(values) + delta**2 * self.count * len(values) / total
         self.mean += delta * len(values) / total
         self.count = total
-        return (values - self.mean) / math.sqrt(self.square_sum / self.count + 1e-8)
+        apart = values - self.mean
+        if magnitude(apart) <= ROUNDING * max(abs(self.mean), magnitude(values)):
+            return np.zeros(len(values))
+        return apart / self.deviation
 
     def state(self) -> dict[str, Any]:
         return {"count": self.count, "mean": self.mean, "square_sum": self.square_sum}

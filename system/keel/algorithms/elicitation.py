@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keel.algorithms.advantages import vary
 from keel.objective_settings import PairSettings
 
 
@@ -39,9 +40,13 @@ def centre(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
     """Each member minus its mean over the prompt's completions; NaN (failed) ones stay. [M, rows] -> [M, rows]."""
     centred = members.astype(np.float64)
     for ticket in np.unique(tickets):
-        own = centred[:, tickets == ticket]
-        known = np.maximum(np.isfinite(own).sum(1, keepdims=True), 1)
-        centred[:, tickets == ticket] = own - np.nansum(own, 1, keepdims=True) / known
+        rows = tickets == ticket
+        for member in range(len(centred)):
+            values = centred[member, rows]
+            known = np.isfinite(values)
+            zero = values[known].mean() if vary(values[known]) else values[known]  # equal ones: no rounding is left
+            values[known] -= zero
+            centred[member, rows] = values
     return centred
 
 
@@ -171,8 +176,9 @@ def select(by: PairSettings, seen: Candidates) -> Pairs:
         else:
             found = CHOICES[by.selection](selected_by[rows], np.random.default_rng(seen.seeds[rows[0]]))
         for a, b in found:
-            margin = seen.judged[rows[a]] - seen.judged[rows[b]]
-            if not abs(margin) > by.min_margin:
+            judged = seen.judged[[rows[a], rows[b]]]
+            margin = judged[0] - judged[1]
+            if not (abs(margin) > by.min_margin and vary(judged)):
                 dropped["tie" if np.isfinite(margin) else "unjudged"] += 1
             else:
                 pairs.append((int(rows[a]), int(rows[b])) if margin > 0 else (int(rows[b]), int(rows[a])))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from keel import extension, schema
@@ -44,6 +45,7 @@ class Objective:
         self.max_tokens = settings.sampling.max_tokens
         self.needs = frozenset(settings.needed_columns())
         self.epochs: int = settings.objective.epochs
+        self.reduction: str = getattr(settings.objective, "reduction", "sequence_sum")
         self.kl_coefficient = coefficients.coefficient(self.kl.controller, self.kl.coefficient, sign=1.0)
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
@@ -74,8 +76,12 @@ class Objective:
         credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
         own = {name: float(values.mean()) for name, values in self.own_terms(batch).items()}
         terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **own}} if own else {}
-        selected = self.selected(batch, measured.version)
-        return dataclasses.replace(credit, selected=selected, metrics={**credit.metrics, **terms})
+        return dataclasses.replace(
+            credit,
+            selected=self.selected(batch, measured.version),
+            metrics={**credit.metrics, **terms},
+            num_sampled_tokens=int(schema.completion_lengths(batch)[schema.sampled(batch)].sum()),
+        )
 
     def assess(self, batch: pa.RecordBatch, measured: Measured) -> dict[str, float]:
         """What held-out rows say of the policy; `loss` is what early stopping watches: -log pi a token, nats."""
@@ -94,12 +100,14 @@ class Objective:
         """The micro-batch's share of the loss: surrogate, then every regulariser under its own name."""
         total, sums = self.surrogate(rows, outputs, credit)
         if self.kl.in_loss:
-            share = self.reduce(self._kl_tokens(rows, outputs), rows, credit)
-            total = total + self.kl_coefficient.value * share
-            sums |= {"kl_loss": self.kl_coefficient.value * share.item(), "kl_loss_nats": share.item()}
+            tokens = self._kl_tokens(rows, outputs)
+            total = total + self.kl_coefficient.value * self.reduce(tokens, rows, credit)
+            for name, part in self._apart("kl_loss", "log_ratio_loss", tokens, rows):
+                nats = self.reduce(part, rows, credit).item()
+                sums |= {name: self.kl_coefficient.value * nats, f"{name}_nats": nats}
         if outputs.entropies is not None:
             mean = outputs.entropies.sum() / credit.num_tokens
-            sums["policy_entropy_nats"] = mean.item()
+            sums |= self._entropies(outputs.entropies, rows, credit)
             if self.entropy.in_loss:
                 total = total - self.entropy_coefficient.value * mean
                 sums["entropy_loss"] = -self.entropy_coefficient.value * mean.item()
@@ -114,6 +122,27 @@ class Objective:
                 sums[f"objective_term/{term.name}"] = share.item()
         return LossTerms(total, sums | {"loss": total.item()})
 
+    def _apart(self, name: str, name_of_stored: str, tokens: Tensor, rows: Rows) -> list[tuple[str, Tensor]]:
+        """What a metric says of sampled completions and what its namesake says of stored ones, each [N], detached.
+
+        Which of both there are is a matter of the configuration, so all ranks and micro-batches agree.
+        """
+        tokens, ratio = tokens.detach(), self.settings.sampling.stored_ratio
+        if ratio in (0, 1):
+            return [(name_of_stored if ratio else name, tokens)]
+        stored = torch.zeros_like(tokens) if rows.stored is None else rows.stored[rows.row_of_item].to(tokens)
+        return [(name, tokens * (1 - stored)), (name_of_stored, tokens * stored)]
+
+    def _entropies(self, entropies: Tensor, rows: Rows, credit: Credit) -> dict[str, float]:
+        """Full-vocabulary entropy as a mean over sampled tokens, and over stored ones under a name of its own."""
+        names = ("policy_entropy_nats", "teacher_forced_entropy_nats")
+        sampled = credit.num_tokens if credit.num_sampled_tokens is None else credit.num_sampled_tokens
+        counts = dict(zip(names, (sampled, credit.num_tokens - sampled), strict=True))
+        if self.settings.sampling.stored_ratio == 1:
+            counts = dict.fromkeys(names, credit.num_tokens)
+        parts = self._apart(*names, entropies, rows)
+        return {name: part.sum().item() / counts[name] for name, part in parts if counts[name]}
+
     def _kl_tokens(self, rows: Rows, outputs: Outputs) -> Tensor:
         if self.kl.exact:
             assert outputs.vocabulary is not None
@@ -126,8 +155,11 @@ class Objective:
         return regularisers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
 
     def reduce(self, terms: Tensor, rows: Rows, credit: Credit) -> Tensor:
-        """Sum of terms ([N] tokens or [B] rows) divided by counts of the whole step, as `reduction` says."""
-        match getattr(self.settings.objective, "reduction", "sequence_sum"):
+        """Sum of terms [N] divided by counts of the whole step, as `reduction` says.
+
+        Surrogate and regularisers weigh a token alike, so a coefficient means the same at every length.
+        """
+        match self.reduction:
             case "sequence_mean":
                 return (terms / rows.lengths[rows.row_of_item]).sum() / credit.num_rows
             case "token_mean":
@@ -214,9 +246,14 @@ class Objective:
         return self.vocabulary.select(seeds, schema.completion_lengths(batch), version)
 
     def adapt(self, batch: pa.RecordBatch) -> None:
-        """Move the coefficients by what the step's samples say. Called once a step, with the same batch everywhere."""
-        if "completion_logprobs" not in batch.schema.names:  # of an offline stage: nobody sampled them
+        """Move the coefficients by what the step's samples say. Called once a step, with the same batch everywhere.
+
+        Stored completions move nothing: what the policy thinks of them is neither its entropy nor its KL.
+        """
+        sampled = schema.sampled(batch)
+        if not sampled.any():
             return
+        batch = batch if sampled.all() else schema.select(batch, sampled)
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         surprise = -schema.row_sums(logprobs, lengths)
         kl = np.zeros(len(lengths))

@@ -39,6 +39,8 @@ class PolicyGradient(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PolicyGradientSettings)
         self.by: PolicyGradientSettings = settings.objective
+        if self.by.level == "sequence_mean":  # a geometric mean has the slope of a token mean, and so have regularisers
+            self.reduction = "sequence_mean"
         auto = _WHITENED.get(self.by.advantage, "none")
         self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
         self.group = advantages.GROUP.get(self.by.advantage)
@@ -85,9 +87,22 @@ class PolicyGradient(Objective):
             **self._judge_values(values, targets),
         }
         if self.whitened != "none":
-            flat = advantages.whiten(flat, ddof=1 if self.whitened == "sample" else 0)
+            weighed = self.kl_coefficient.value * self.kl.in_reward * schema.row_sums(logprobs, lengths)
+            size = advantages.magnitude(scores, weighed, row_penalty, row_bonus, *values.values())
+            flat = self._whiten(flat, lengths, size)
         target_columns, old = self._normalised(targets, values)
         return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old)
+
+    def _whiten(self, flat: np.ndarray, lengths: np.ndarray, size: float) -> np.ndarray:
+        """Whitened over tokens where advantages differ between those of a completion, else over completions.
+
+        One action has one vote: over tokens, long completions would decide what the mean of the step is.
+        """
+        entropy = self.by.entropy_advantage
+        by_token = self.by.by_token or (entropy is not None and entropy.coefficient > 0)
+        values = flat if by_token else flat[np.cumsum(lengths) - 1]
+        white = advantages.whiten(values, ddof=1 if self.whitened == "sample" else 0, size=size)
+        return white if by_token else np.repeat(white, lengths)
 
     def _advantages(
         self, batch: pa.RecordBatch, parts: tuple[np.ndarray, ...], values: dict[str, np.ndarray]
@@ -183,7 +198,7 @@ class PolicyGradient(Objective):
         weight, clamped_weights = self._importance_weight(old - rows.sampler, rows)
         terms, clipped, clamped = self._terms_of(logprobs - old, weight, rows)
         num_terms = credit.num_tokens if self.by.level == "token" else credit.num_rows
-        loss = self.reduce(terms, rows, credit)
+        loss = self.reduce(terms, rows, credit) if self.by.level == "token" else terms.sum() / credit.num_rows
         sums = {
             "policy_loss": loss.item(),
             "clip_ratio": clipped / num_terms,
@@ -242,7 +257,7 @@ class PolicyGradient(Objective):
         found: dict[str, Any] = super().coefficients()
         if self.by.normalise_reward:
             state = self.moments
-            found |= {"normaliser_mean": state.mean, "normaliser_std": (state.square_sum / state.count) ** 0.5}
+            found |= {"normaliser_mean": state.mean, "normaliser_std": state.deviation}
         if self.by.critic and self.by.critic.popart:
             found["popart_mean"] = {head: art.mean for head, art in self.popart.items()}
             found["popart_std"] = {head: art.deviation for head, art in self.popart.items()}

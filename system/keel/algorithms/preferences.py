@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from keel import schema
 from keel.algorithms import elicitation
+from keel.algorithms.advantages import vary
 from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.elicitation import Candidates, Pairs
 from keel.algorithms.objective import Objective, finished
@@ -106,6 +107,10 @@ PAIR_LOSSES: dict[str, tuple[Score, Callable[[Tensor, PreferenceSettings], Tenso
 RANKING_SCORES: dict[str, Score] = {"dpo_plackett_luce": log_ratio, "simpo_plackett_luce": mean_logprob}
 
 
+_AVERAGES = ("ipo_average", "simpo", "simpo_hinge", "simpo_plackett_luce", "orpo")
+"""Losses of log-probs per token: regularisers beside them are per token, too."""
+
+
 def pair_logits(rows: Sequences, chosen: Tensor, rejected: Tensor, by: PreferenceSettings) -> Tensor:
     """u of each pair [P]; pessimism as in pessimistic DPO: + c Gamma_w - c Gamma_l (2312.11456)."""
     score = PAIR_LOSSES[by.loss][0](rows)
@@ -155,6 +160,8 @@ class Preference(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PreferenceSettings)
         self.by: PreferenceSettings = settings.objective
+        if self.by.loss in _AVERAGES:
+            self.reduction = "sequence_mean"
         self._members = {f"reward_{reward.name}": reward.weight for reward in settings.train_rewards}
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
@@ -239,11 +246,15 @@ class Preference(Objective):
             own = np.flatnonzero((seen.tickets == ticket) & np.isfinite(seen.judged))
             ranked: list[int] = []  # of rewards no further apart than min_margin only the first
             for row in own[np.argsort(-seen.judged[own], kind="stable")]:
-                if not ranked or seen.judged[ranked[-1]] - seen.judged[row] > self.by.pairs.min_margin:
+                if not ranked or self._differ(seen.judged[[ranked[-1], row]]):
                     ranked.append(int(row))
             if len(ranked) > 1:
                 losses.append(ranking_loss(scores[torch.tensor(ranked)], self.by.target_margin))
         return torch.stack(losses).mean()
+
+    def _differ(self, judged: np.ndarray) -> bool:
+        """Whether of two rewards the first is larger by more than min_margin, and by more than rounding."""
+        return bool(judged[0] - judged[1] > self.by.pairs.min_margin) and vary(judged)
 
     @torch.no_grad()
     def _watched(self, rows: Sequences, chosen: Tensor, rejected: Tensor) -> dict[str, float]:

@@ -8,6 +8,9 @@ Where a term lives decides its gradient (in the reward: detached, through the ad
                                   k3_k2 in the loss            k3's value, k2's gradient
                                   exact in the loss            sum_a pi(a) log pi(a)/ref(a), the same without noise
     entropy                       -log pi(y) in the reward     exact gradient of the sequence entropy
+                                  -(log pi(y) + 1) / |y|       the same of E[-log pi(y) / |y|]: where the temperature
+                                                               depends on y, the 1 does not cancel
+                                  -log pi(y) / |y|             no gradient of an objective: the naive online analogue
                                   mean_t H_t in the loss       its first part: no credit for reaching uncertain states
 
 Maximum entropy RLHF (2509.20265) is the entropy reward in place of the KL: KL to a uniform reference minus
@@ -52,15 +55,20 @@ def token_k3(logprobs: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def entropy_reward(form: str, logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """What one nat of coefficient adds to the reward at each token, nats. Flat [tokens] -> [tokens].
 
-    sequence_sum: -log pi, over a completion -S (MaxEnt RL proper). sequence_mean: -log pi / |y|, over a completion
-    -S/|y| (SimPO's temperature beta/|y|, online). Others add nothing.
+    sequence_sum         over a completion -S: MaxEnt RL proper.
+    sequence_mean_exact  -(S + 1)/|y|: the gradient of E[R - (beta/|y|) S] is E[(R - (beta/|y|)(S + 1)) grad S], because
+                         E[grad S / |y|] = grad E[1/|y|] is not 0. Ends at the maximum-entropy optimum for beta/|y|.
+    sequence_mean_naive  -S/|y|, without that term: ends at SimPO's fixed point R - (beta/|y|) S = const.
+    Others add nothing. Of the two means only the sum over a completion has a meaning: nothing may pay them by token.
     """
     surprise = -logprobs.astype(np.float64)
+    long = np.repeat(lengths, lengths)
     return {
         "none": np.zeros(len(surprise)),
         "token_bonus": np.zeros(len(surprise)),
         "sequence_sum": surprise,
-        "sequence_mean": surprise / np.repeat(lengths, lengths),
+        "sequence_mean_exact": (surprise - 1 / long) / long,
+        "sequence_mean_naive": surprise / long,
     }[form]
 
 
@@ -75,10 +83,13 @@ def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """k3 = exp(-x) - 1 + x of each token, nats (GRPO, 2402.03300). [N] -> [N].
 
-    On policy its gradient is that of KL(ref, pi), which agrees with KL(pi, ref) to first order near ref only.
+    On policy its gradient is that of KL(ref, pi), which agrees with KL(pi, ref) to first order near ref only. Below
+    x = -MAX_LOG_RATIO it continues as the tangent there, so its slope has the sign of x everywhere: a clamp alone would
+    leave the slope 1 of `+ x`, which pushes a token that the policy has lost further away.
     """
     x = logprobs - reference
-    return clamp(-x)[0].exp() - 1 + x
+    exponent = (-x).clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(exponent) + exponent.exp() * (-x - exponent) + x
 
 
 def kl_k3_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -94,11 +105,16 @@ def weighted_kl(estimator: str, logprobs: Tensor, reference: Tensor, sampler: Te
     """A KL loss on tokens that another policy mu sampled, so that its gradient is that of KL(pi, ref). [N] -> [N].
 
     k2, k3_k2: times min(pi/mu, cap), detached. k3: times pi/mu itself, differentiated, whole: the expectation is then
-    sum_a pi(a) k3(a) = KL(pi, ref) as a function of pi (2510.01555 on why stale samples need a weight).
+    sum_a pi(a) k3(a) = KL(pi, ref) as a function of pi (2510.01555 on why stale samples need a weight). The slope of
+    pi/mu k3 = ref/mu - pi/mu + (pi/mu) x is (pi/mu) x, and is written as that, so no clamp can turn its sign.
     """
-    ratio = clamp(logprobs - sampler)[0].exp()
-    weight = ratio if estimator == "k3" else ratio.detach().clamp(max=cap)
-    return weight * KL_LOSSES[estimator](logprobs, reference)
+    ratio = clamp(logprobs - sampler)[0].exp().detach()
+    if estimator != "k3":
+        return ratio.clamp(max=cap) * KL_LOSSES[estimator](logprobs, reference)
+    x = (logprobs - reference).detach()
+    near = ratio * (torch.expm1(-x.clamp(min=-MAX_LOG_RATIO)) + x)  # the same without cancellation
+    far = clamp(reference - sampler)[0].exp() - ratio + ratio * x
+    return torch.where(x > -MAX_LOG_RATIO, near, far) + ratio * x * (logprobs - logprobs.detach())
 
 
 class ExactKL:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from scipy import optimize, special
 
 from keel import schema
-from keel.algorithms import elicitation
+from keel.algorithms import advantages, elicitation
 from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.objective import Objective
 from keel.objective_settings import WeightedLikelihoodSettings
@@ -33,11 +33,11 @@ def soft_chi2(x: np.ndarray) -> np.ndarray:
 
 def divergence_weights(rewards: np.ndarray, form: str, temperature: float) -> np.ndarray:
     """w of one prompt's samples, mean 1: rewards [k] -> [k]. A group of one, or of equal rewards, has weights 1."""
+    if not advantages.vary(rewards):
+        return np.ones(len(rewards))
     if form == "kl":
         return len(rewards) * special.softmax(rewards / temperature)
     weights = {"chi2": chi2, "soft_chi2": soft_chi2}[form]
-    if np.ptp(rewards) == 0:
-        return np.ones(len(rewards))
 
     def excess(nu: float) -> float:
         return float(weights((rewards - nu) / temperature).mean() - 1)
@@ -52,6 +52,10 @@ def effective_samples(weights: np.ndarray) -> float:
     return float(weights.sum() ** 2 / np.square(weights).sum())
 
 
+_REDUCTIONS = {"sum": "sequence_sum", "average": "sequence_mean", "token_mean": "token_mean"}
+"""How regularisers in the loss are reduced: as the likelihood is."""
+
+
 class WeightedLikelihood(Objective):
     """Likelihood of the samples, each weighted by what its reward says within its prompt."""
 
@@ -61,6 +65,7 @@ class WeightedLikelihood(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, WeightedLikelihoodSettings)
         self.by: WeightedLikelihoodSettings = settings.objective
+        self.reduction = _REDUCTIONS[self.by.likelihood]
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         rewards, tickets = self.rewards(batch), batch.column("ticket").to_numpy()
@@ -75,7 +80,8 @@ class WeightedLikelihood(Objective):
         weights *= len(weights) / weights.sum()  # rejection keeps different numbers of each prompt's
         share = {"sum": 1.0, "average": 1 / lengths, "token_mean": len(lengths) / lengths.sum()}[self.by.likelihood]
         per_token = np.repeat(weights * share, lengths)
-        group = len(rewards) / len(best)
+        sampled = tickets[schema.sampled(batch)]  # of stored completions it is not known what they were chosen from
+        group = len(sampled) / max(len(np.unique(sampled)), 1)
         return Credit(
             advantages=per_token,
             num_rows=len(rewards),
@@ -84,15 +90,15 @@ class WeightedLikelihood(Objective):
                 "effective_samples": float(np.mean(effective)),
                 "accepted_ratio": float(np.mean(accepted)),
                 "best_reward": float(np.mean(best)),
-                "best_of_n_kl_nats": elicitation.best_of_n_kl(round(group)),
+                **({"best_of_n_kl_nats": elicitation.best_of_n_kl(round(group))} if group else {}),
             },
         )
 
     def _weights(self, rewards: np.ndarray, batch: pa.RecordBatch, rows: np.ndarray, version: int) -> np.ndarray:
-        if self.by.weights == "uniform":
-            return np.ones(len(rewards))
         if self.by.weights == "best_of_n":
             return len(rewards) * (np.arange(len(rewards)) == rewards.argmax())
+        if self.by.weights == "uniform" or not advantages.vary(rewards):
+            return np.ones(len(rewards))
         if self.by.weights == "rejection":
             etas = self.by.rejection_temperatures
             stage = min(version // self.by.stage_steps, len(etas) - 1)

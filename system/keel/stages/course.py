@@ -8,11 +8,10 @@ until the last step, or until `patience` evaluations brought no lower held-out l
 """
 
 import asyncio
-import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -123,7 +122,7 @@ def conduct(
         check_rows(directory, done["digest"], digest)
         display.note(f"{directory} holds this stage, finished")
         return done
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(directory)
     with durable.lock(directory):
         return _conduct(settings, directory, online, train, display, started)
 
@@ -210,7 +209,7 @@ async def _export(course: Course, trainee: Trainee, target: Path) -> None:
     """The model of now at `target`, whole or as it was."""
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(aside.parent)
     await call(course, trainee, "export", str(aside))
     durable.replace_folder(aside, target)
 
@@ -221,17 +220,24 @@ async def save(course: Course, trainee: Trainee, recorder: Recorder, state: Stat
     recorder.metrics.add({"checkpoints_total": 1.0})
     objective = await call(course, trainee, "state")
     checkpoint.commit(aside, {**asdict(state), "totals": recorder.metrics.totals, "objective": objective})
+    durable.append_json(
+        course.directory / "events.jsonl", {"event": "checkpoint", "time": time.time(), "step": state.version}
+    )
     checkpoint.prune(course.directory, course.settings.checkpoint.keep)
 
 
 async def restore(course: Course, trainee: Trainee, recorder: Recorder) -> State:
-    """The state of the newest checkpoint, learner and counters with it; a fresh one without."""
+    """The state of the newest checkpoint, learner and counters with it; a fresh one without.
+
+    Raises ConfigError where a commit that the stage made is gone, or its rows are other ones.
+    """
     saved, state, damaged = checkpoint.newest_intact(course.directory)
     stored = state or {"version": -1}
     for name in damaged:
         recorder.display.note(f"{name} is damaged and was put aside; {saved} is used")
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         durable.keep_steps(course.directory / name, stored["version"])
+    durable.bring_back(course.model)
     if saved is None:
         return State(digest=course.digest)
     check_rows(course.directory, stored["digest"], course.digest)
@@ -256,16 +262,21 @@ def check_rows(directory: Path, stored: str, digest: str) -> None:
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """What a stage that reached its end says of itself; None: it has not."""
-    path = directory / "stage.json"
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+    """What a stage that reached its end says of itself; None: it has not. Raises ConfigError, as `checkpoint.stage`."""
+    return checkpoint.stage(directory)
+
+
+def mark(directory: Path, names: Sequence[str], summary: Mapping[str, Any]) -> None:
+    """Write stage.json, the mark of a finished stage, once what it vouches for is on the disk and has its digests."""
+    checkpoint.seal(directory, names)
+    durable.write_json(directory / "stage.json", summary)
 
 
 def finish(course: Course, stage: str, started: float, **said: Any) -> dict[str, Any]:
-    """Write stage.json, the mark of a finished stage; checkpoints are needed no more."""
+    """Mark the stage as finished; checkpoints are needed no more."""
     summary = {"stage": stage, "steps": course.steps, "rows": course.rows, "dropped": dict(course.dropped)}
     summary |= {"digest": course.digest, **said}
     summary["seconds"] = round(time.monotonic() - started, 1)
-    durable.write_json(course.directory / "stage.json", summary)
+    mark(course.directory, [course.model.name], summary)
     shutil.rmtree(course.directory / "checkpoints", ignore_errors=True)
     return summary

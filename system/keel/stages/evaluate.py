@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema
 from keel.config import ConfigError
+from keel.conversations import turns
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
@@ -46,6 +47,8 @@ class Prepared:
     """The same with the other model's end tokens."""
     judge: str
     """Column that decides who wins and what passes."""
+    notes: tuple[str, ...] = ()
+    """What the evaluation says first: where its texts end."""
 
 
 def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
@@ -56,29 +59,33 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     folder = models.locate_policy(model, "MODEL")
     preflight.check_context(folder, settings)
     tokenizer = models.load_tokenizer(folder, "MODEL")
+    by, stop = settings.sampling, settings.sampling.stop_token_ids
+    ends = preflight.check_text(folder, settings, tokenizer, stop, "MODEL")
     prompts = Prompts(settings, tokenizer)
+    preflight.check_token_ids(folder, prompts.largest_token, settings)
     preflight.check_rewards(settings, prompts.batch([0, 1]))
-    stop = settings.sampling.stop_token_ids
-    by = settings.sampling
-    draws = Sampling(by.temperature, by.top_p, by.max_tokens, tuple(stop or models.end_tokens(folder, tokenizer)))
+    draws = Sampling(by.temperature, by.top_p, by.max_tokens, ends.stop)
+    others, notes = draws, ends.notes
     against = settings.evaluation.against
     other = given = None
     if against and against.startswith(COLUMN):
-        given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws)
+        given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws, settings)
     elif against:
         other = str(models.locate_policy(against, "evaluation.against"))
         preflight.check_context(Path(other), settings)
         _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
+        theirs = preflight.check_text(Path(other), settings, tokenizer, stop, "evaluation.against")
+        others = dataclasses.replace(draws, stop_token_ids=theirs.stop)
+        notes += tuple(f"{against}: {line}" for line in theirs.notes if theirs.notes != ends.notes)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
-        forward_contract.require({"reference.model": reference}, settings.max_model_tokens)
         preflight.check_vocabulary(folder, Path(reference), "reference.model")
+        notes += tuple(forward_contract.require({"reference.model": reference}, settings.max_model_tokens))
     _check_ensembles(settings)
-    ends = tuple(stop or models.end_tokens(Path(other or folder), tokenizer))
-    others = dataclasses.replace(draws, stop_token_ids=ends)
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
-    return Prepared(settings, directory, str(folder), other, given, reference, prompts, draws, others, judge)
+    place = (settings, directory, str(folder), other, given, reference, prompts, draws, others, judge)
+    return Prepared(*place, notes)
 
 
 def _check_ensembles(settings: Settings) -> None:
@@ -100,12 +107,12 @@ def _check_tokenizer(theirs: Any, ours: Any, against: str) -> None:
         )
 
 
-def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling) -> pa.RecordBatch:
+def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling, settings: Settings) -> pa.RecordBatch:
     """Held-out rows with the answers of a column as completions, in the generators' columns. Raises ConfigError."""
     rows = prompts.held_out()
     further = [json.loads(columns) for columns in rows.column("prompt_columns").to_pylist()]
-    answers = [columns.get(column) for columns in further]
-    answers = [answer[-1]["content"] if isinstance(answer, list) and answer else answer for answer in answers]
+    answers = [turns(columns.get(column)) for columns in further]
+    answers = [answer[-1].get("content") if _is_conversation(answer) else answer for answer in answers]
     texts = [answer if isinstance(answer, str) else None for answer in answers]
     if not all(texts):
         missing = sum(not text for text in texts)
@@ -114,13 +121,21 @@ def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling) -> pa
             " expected a text in every row"
         )
     whole = dataclasses.replace(draws, max_tokens=_PARTS)  # nobody cuts what was given
-    tokens = [StoredCompletions(1.0, tokenizer, whole).encode({"completion": text})[0] for text in texts]
+    completions = StoredCompletions(1.0, tokenizer, whole, settings.policy.chat_template_options)
+    said = zip(texts, *(rows.column(name).to_pylist() for name in ("prompt", "prompt_messages")), strict=True)
+    tokens = [completions.encode({"completion": text}, *(p, json.loads(m)))[0] for text, p, m in said]
     return schema.append(rows, schema.given(tokens, [str(text) for text in texts]))
+
+
+def _is_conversation(answer: Any) -> bool:
+    return isinstance(answer, list) and bool(answer) and isinstance(answer[-1], dict)
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Answer, score, report; what evaluation.json says."""
     started = time.monotonic()
+    for line in prepared.notes:
+        display.note(line)
     display.note(cluster.connect(prepared.settings))
     try:
         batch = asyncio.run(_rows(prepared, display))
@@ -129,7 +144,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     by = prepared.settings.evaluation
     found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
     found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}
-    prepared.directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(prepared.directory)
     durable.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
     durable.write_json(prepared.directory / "evaluation.json", found)
     return found

@@ -16,7 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, config, durable, forward_contract, labels, models, preflight, schema
+from keel import (
+    cluster,
+    config,
+    durable,
+    forward_contract,
+    labels,
+    models,
+    preflight,
+    reads,
+    schema,
+)
 from keel.config import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -42,6 +52,8 @@ class Prepared:
     prompts: pa.RecordBatch | None
     rollouts: pa.RecordBatch | None
     draws: Sampling
+    notes: tuple[str, ...] = ()
+    """What the stage says first: where its texts end."""
 
     @property
     def completions(self) -> int:
@@ -58,7 +70,7 @@ def prepare(settings: LabelSettings) -> Prepared:
     online = settings.sampling_run()
     preflight.check_reward_source(settings.judge, "judge.source")
     folder = prompts = rollouts = None
-    stop: tuple[int, ...] = tuple(settings.sampling.stop_token_ids or ())
+    stop, notes = tuple[int, ...](settings.sampling.stop_token_ids or ()), tuple[str, ...]()
     if settings.policy:
         located = models.locate_policy(settings.policy.model, "policy.model")
         preflight.check_context(located, online)
@@ -66,19 +78,22 @@ def prepare(settings: LabelSettings) -> Prepared:
         source = Prompts(online, tokenizer)
         count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
         prompts, folder = source.batch(range(count)), str(located)
+        preflight.check_token_ids(located, source.largest_token, settings)
         preflight.check_rewards(online, prompts)
-        stop = stop or models.end_tokens(located, tokenizer)
+        ends = preflight.check_text(located, settings, tokenizer, settings.sampling.stop_token_ids)
+        stop, notes = ends.stop, ends.notes
     else:
         rollouts = _rollouts(settings.runs)
+        preflight.check_rewards(online, rollouts)
     reference = None
     if settings.reference:
         reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
-        forward_contract.require({"reference.model": reference}, online.max_model_tokens)
         if folder is not None:
             preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
+        notes += tuple(forward_contract.require({"reference.model": reference}, online.max_model_tokens))
     by = settings.sampling
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
-    return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws)
+    return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws, notes)
 
 
 def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
@@ -89,7 +104,7 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
         if not files:
             raise ConfigError(f"runs={run}: no rollouts/step-*.arrow in it; expected the directory of a run")
         for file in files:
-            batch = schema.from_bytes(file.read_bytes())
+            batch = schema.from_bytes(reads.read(file))
             if missing := [name for name in _ROLLOUT if name not in batch.schema.names]:
                 raise ConfigError(
                     f"runs={run}: {file.name} has no column {missing[0]}; expected rollouts of this version"
@@ -111,7 +126,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     if done := course.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(directory)
     with durable.lock(directory):
         return _label(prepared, display, started)
 
@@ -119,6 +134,8 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
     durable.write(directory / "config.yaml", config.dump(settings).encode())
+    for line in prepared.notes:
+        display.note(line)
     display.note(cluster.connect(prepared.sampling))
     try:
         batch = asyncio.run(_scored(prepared, display))
@@ -131,7 +148,9 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(found.table, aside)
+    durable.sync_file(aside)
     aside.rename(directory / "pairs.parquet")
+    durable.sync_directory(directory)
     margins = np.abs(found.table.column("score_chosen").to_numpy() - found.table.column("score_rejected").to_numpy())
     summary = {
         "stage": "label",
@@ -143,7 +162,7 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         "truncated_ratio": float(1 - np.mean([r == "stop" for r in batch.column("finish_reason").to_pylist()])),
         "seconds": round(time.monotonic() - started, 1),
     }
-    durable.write_json(directory / "stage.json", summary)
+    course.mark(directory, ["completions.arrow", "pairs.parquet"], summary)
     (directory / "sampled.arrow").unlink(missing_ok=True)
     return summary
 
@@ -172,7 +191,7 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     path = prepared.directory / "sampled.arrow"
     if path.is_file():
         display.note(f"sampled before: {path}")
-        return schema.from_bytes(path.read_bytes())
+        return schema.from_bytes(reads.read(path))
     samplers = sampled.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()

@@ -63,7 +63,9 @@ def prepare(settings: PolicyStage) -> Prepared:
     folder = models.locate_policy(settings.policy.model, "policy.model")
     preflight.check_context(folder, draft)
     tokenizer = models.load_tokenizer(folder, "policy.model")
-    rows = OfflineRows(draft, settings.completions, tokenizer, models.end_tokens(folder, tokenizer))
+    ends = preflight.check_text(folder, settings, tokenizer, None)
+    rows = OfflineRows(draft, settings.completions, tokenizer, ends.stop)
+    preflight.check_token_ids(folder, max(rows.largest_token, rows.prompts.largest_token), settings)
     reference: str | None = None
     others: dict[str, str] = {}
     if draft.reference:
@@ -71,20 +73,20 @@ def prepare(settings: PolicyStage) -> Prepared:
         reference = str(models.locate_policy(name, "reference.model") if name else folder)
         others = preflight.learner_folders(draft, folder, reference)
     learning = settings.learning(settings.training.steps(rows.num_training))
-    notes = preflight.check_passes(learning, folder, others)
-    return Prepared(settings, learning, directory, str(folder), reference, others, rows, tuple(notes))
+    notes = (*ends.notes, *preflight.check_passes(learning, folder, others))
+    return Prepared(settings, learning, directory, str(folder), reference, others, rows, notes)
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Train to the end; what stage.json says. A finished stage is not run again."""
+    for line in prepared.notes:
+        display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
     return course.conduct(*place, prepared.learning, functools.partial(_train, prepared), display)
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, learning, rows = prepared.settings, prepared.learning, prepared.rows
-    for line in prepared.notes:
-        display.note(line)
     completed: Callable[[pa.RecordBatch], pa.RecordBatch] = lambda batch: batch  # noqa: E731
     if prepared.reference_folder:
         logprobs = await ReferenceLogprobs.read(learning, prepared.reference_folder, rows, display)

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 from rich.console import Console
 
-from keel import __version__, config, durable
+from keel import __version__, checkpoint, config, durable
 from keel.config import ConfigError
 from keel.pipeline_settings import PipelineSettings, StageEntry
 from keel.section import Section
@@ -57,7 +57,7 @@ class Planned:
         return (self.directory / "done.json").is_file()
 
     def command(self) -> list[str]:
-        base = [sys.executable, "-m", "keel", self.entry.command]
+        base = [sys.executable, "-P", "-m", "keel", self.entry.command]  # -P: nothing of the current directory
         if self.entry.command == "evaluate":
             assert self.model is not None
             output = ["--config", str(self.config_path), "--output", str(self.directory)]
@@ -92,6 +92,7 @@ def run(stages: list[Planned], console: Console) -> None:
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.entry.name}: keel {stage.entry.command} {stage.entry.config}"
         if stage.done:
+            checkpoint.stage(stage.directory)  # which refuses one that is damaged
             seconds = json.loads((stage.directory / "done.json").read_text(encoding="utf8"))["seconds"]
             console.print(
                 f"{title}  cached, nothing it depends on changed ({from_here(stage.directory)}, {seconds:.0f} s saved)",

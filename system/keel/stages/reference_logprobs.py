@@ -11,7 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from keel import cluster, durable, models, schema
+from keel import (
+    cluster,
+    durable,
+    model_files,
+    models,
+    reads,
+    schema,
+)
 from keel.failures import retrying
 from keel.recorder import Display
 from keel.settings import Settings
@@ -34,9 +41,9 @@ class ReferenceLogprobs:
         """From the cache, or through the reference scorers and into it."""
         parts = rows.everything()
         path = models.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, parts)}.arrow"
-        if path.is_file():
+        if kept := _kept(path):
             display.note(f"reference log-probs: cached ({path})")
-            return cls(schema.from_bytes(path.read_bytes()))
+            return cls(schema.from_bytes(kept))
         pool = cluster.reference(settings, folder)
         await pool.pool.ready()
 
@@ -49,7 +56,7 @@ class ReferenceLogprobs:
         found = [await sampled.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
         pool.pool.stop()
         table = schema.concat(found)
-        durable.write(path, schema.to_bytes(table))
+        _keep(path, schema.to_bytes(table))
         display.note(f"reference log-probs: {table.num_rows} completions read once, kept in {path}")
         return cls(table)
 
@@ -60,11 +67,31 @@ class ReferenceLogprobs:
         return schema.append(batch, schema.build(schema.REFERENCE, {"reference_logprobs": taken}))
 
 
+def _keep(path: Path, content: pa.Buffer) -> None:
+    """The file, then its digest beside it: Arrow has no checksum."""
+    durable.write(path, content)
+    durable.write_json(path.with_suffix(".json"), {"xxh3_128": schema.digest(content)})
+
+
+def _kept(path: Path) -> bytes | None:
+    """What is in the cache; None: nothing is, or it is damaged. Raises ReadFailed."""
+
+    def look() -> bytes | None:
+        try:
+            expected = reads.read_json(path.with_suffix(".json"))["xxh3_128"]
+            content = reads.read(path)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return content if schema.digest(content) == expected else None
+
+    return reads.settled(path, look, lambda found: found is not None) if reads.is_there(path) else None
+
+
 def _key(settings: Settings, folder: str, parts: Sequence[pa.RecordBatch]) -> str:
     """Hash of the model's files, the rows' tokens and the arithmetic."""
     assert settings.reference is not None
     hasher = xxhash.xxh3_128(settings.reference.dtype.encode())
-    for path in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
+    for path in [Path(folder) / "config.json", *model_files.weight_files(Path(folder))]:
         hasher.update(durable.digest(path).encode())
     for batch in parts:
         for name in ("prompt_tokens", "completion_tokens"):

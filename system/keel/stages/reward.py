@@ -9,6 +9,7 @@ all members        scored as they were written: reference set, held-out pairs
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,8 +39,10 @@ from keel.learn_reward import PAIR, RewardModelLearner
 from keel.metrics import RunMetrics
 from keel.prompt_settings import PromptSettings
 from keel.recorder import Display
+from keel.reward_functions import describe
 from keel.reward_models import RewardText, ScoredText
 from keel.reward_settings import RewardSettings
+from keel.row_columns import from_json
 from keel.sources import Row
 from keel.stage_settings import RewardModelSettings
 from keel.stages import course, sampled
@@ -55,12 +58,12 @@ class PairRows:
     def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.settings, self.text = settings, text
-        rows = sources.read(settings.prompts)
+        rows = sources.read(settings.prompts, 2)
         stored.check_shape(rows, 2, settings.prompts.source)
         by = settings.completions
         usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
         self.digest = digest_of(usable)
-        self.pairs = [texts(row) for row in usable]
+        self.pairs = [best_first(row) for row in usable]
         self.margins = [self._margin(row) for row in usable]
         identities = [json.dumps(row.prompt) for row in usable]
         self.held_out, self.train = prompts.split(identities, settings.prompts, settings.run.seed)
@@ -69,6 +72,9 @@ class PairRows:
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
 
     def _problem(self, row: Row) -> str | None:
+        first, second = stored.rewards(json.loads(row.further))
+        if first == second:
+            return "tie"
         found = [self.text.tokens(text, cut=False) for text in texts(row)]
         return None if all(found) else "too_long"
 
@@ -76,9 +82,10 @@ class PairRows:
         column = self.settings.margin_column
         if column is None:
             return self.settings.margin
-        value = json.loads(row.further).get(column)
-        if not isinstance(value, int | float):
-            raise ConfigError(f"margin_column={column}: {row.place} has {value!r} there; expected a number")
+        value = from_json(row.further).get(column)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            shown = value if isinstance(value, float | None) else describe(value)
+            raise ConfigError(f"margin_column={column}: {row.place} has {shown} there; expected a number")
         return self.settings.margin + value
 
     def step(self, version: int, member: int) -> pa.RecordBatch:
@@ -106,8 +113,17 @@ def texts(row: Row) -> list[ScoredText]:
     """Every completion of a row behind its prompt."""
     columns = json.loads(row.further)
     messages = [] if isinstance(row.prompt, str) else row.prompt
-    ended = zip(stored.completions(columns), stored.finished(columns), strict=True)
-    return [ScoredText(row.text, messages, completion, finished) for completion, finished in ended]
+    said = zip(stored.completions(columns), stored.answers(columns), stored.finished(columns), strict=True)
+    return [
+        ScoredText(row.text, messages, completion, finished, {} if isinstance(answer, str) else dict(answer))
+        for completion, answer, finished in said
+    ]
+
+
+def best_first(row: Row) -> list[ScoredText]:
+    """The two completions of a row, the one with the higher reward first."""
+    pair, values = texts(row), stored.rewards(json.loads(row.further))
+    return pair if values[0] > values[1] else pair[::-1]
 
 
 @dataclass(frozen=True)
@@ -121,6 +137,8 @@ class Prepared:
     reference: Sequence[ScoredText]
     """What scores 0 on average in the end; empty: nothing does."""
     steps: int
+    notes: tuple[str, ...] = ()
+    """What the stage says first: where its texts end."""
 
 
 def prepare(settings: RewardModelSettings) -> Prepared:
@@ -138,16 +156,20 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     reward_models.check_trunk(trunk, settings.policy.model)
     forward_contract.check_scores(folder, "policy.model")
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
-    rows = PairRows(settings, RewardText(tokenizer, reward_models.is_encoder(trunk), limit))
+    reward_models.check_tokens(folder, "policy.model")
+    encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
+    preflight.check_template_options(options, tokenizer, "policy.chat_template_options")
+    rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))
     steps = settings.training.steps(len(rows.train))
-    return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps)
+    notes = () if encoder else preflight.check_text(folder, settings, tokenizer, None).notes
+    return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps, notes)
 
 
 def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText]:
     """Up to `centre.max_rows` texts of the reference set, in an order of the seed."""
     by = settings.centre
     if by.source is not None:
-        own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt))
+        own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
         stored.check_shape(own, 1, by.source)
         found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
         if not found:
@@ -161,6 +183,8 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """Train all members to the end; what stage.json says. A finished stage is not run again."""
+    for line in prepared.notes:
+        display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
     return course.conduct(
         *place, prepared.settings.learning(prepared.steps), functools.partial(_train, prepared), display
@@ -182,14 +206,16 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
             state = await course.restore(plan, learner, recorder)
             await course.run(plan, learner, recorder, state, plan.model)
             course.finish(plan, "member", started, evaluations=state.evaluations, model_step=course.kept(plan, state))
-    members = [course.finished(plan.directory) or {} for plan in plans]
+    ended = [course.finished(plan.directory) or {} for plan in plans]
     folders = [plan.model for plan in plans]
     learner.stop()
     display.doing("scoring held-out pairs")
-    found = await _judge(prepared, folders, display)
-    _assemble(prepared.directory / "model", folders)
+    target = prepared.directory / "model"
+    members = _assemble(target, folders)  # the members themselves are marked as finished: they stay as they are
+    found = await _judge(prepared, members, display)
+    durable.replace_folder(_aside(target), target)
     durable.write_json(prepared.directory / "report.json", found)
-    first = {name: members[0][name] for name in ("evaluations", "model_step")}
+    first = {name: ended[0][name] for name in ("evaluations", "model_step")}
     whole = dataclasses.replace(plans[0], directory=prepared.directory)
     return course.finish(whole, "reward", started, **first, report=found)
 
@@ -197,7 +223,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
 def _course(prepared: Prepared, member: int) -> Course:
     rows = prepared.rows
     directory = prepared.directory / "members" / str(member)
-    directory.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(directory)
     return Course(
         settings=prepared.settings,
         directory=directory,
@@ -238,14 +264,19 @@ async def _scores(
     ).astype(float)
 
 
-def _assemble(target: Path, folders: Sequence[Path]) -> None:
-    """The artefact: the one model, or all members beside ensemble.json."""
-    aside = target.with_name(".model.tmp")
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _assemble(target: Path, folders: Sequence[Path]) -> list[Path]:
+    """The artefact before it counts: the one model, or all members beside ensemble.json. Folders of its models."""
+    aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     if len(folders) == 1:
         shutil.copytree(folders[0], aside)
-    else:
-        for number, folder in enumerate(folders):
-            shutil.copytree(folder, aside / f"member-{number}")
-        reward_models.write_ensemble(aside, [f"member-{number}" for number in range(len(folders))])
-    durable.replace_folder(aside, target)
+        return [aside]
+    names = [f"member-{number}" for number in range(len(folders))]
+    for name, folder in zip(names, folders, strict=True):
+        shutil.copytree(folder, aside / name)
+    reward_models.write_ensemble(aside, names)
+    return [aside / name for name in names]

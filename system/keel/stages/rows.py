@@ -37,8 +37,9 @@ class OfflineRows:
         self.samples = settings.sampling.samples_per_prompt
         self.rows_per_step = settings.buffer.groups_per_step
         sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
-        self._completions = StoredCompletions(1.0, tokenizer, sampling)
-        rows = sources.read(settings.prompts)
+        self._completions = StoredCompletions(1.0, tokenizer, sampling, settings.policy.chat_template_options)
+        self.largest_token = 0
+        rows = sources.read(settings.prompts, self.samples)
         stored.check_shape(rows, self.samples, settings.prompts.source)
         usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)
@@ -54,8 +55,13 @@ class OfflineRows:
 
     def _problem(self, max_tokens: int) -> Callable[[Row], str | None]:
         def of(row: Row) -> str | None:
-            lengths = [len(ids) for ids in self._completions.encode(json.loads(row.further))]
-            return "too_long" if max(lengths) > max_tokens else None
+            columns = json.loads(row.further)
+            if stored.is_bad_demonstration(columns):
+                return "label_false"
+            messages = [] if isinstance(row.prompt, str) else row.prompt
+            rows = self._completions.encode(columns, row.text, messages)
+            self.largest_token = max(self.largest_token, *(max(ids, default=0) for ids in rows))
+            return "too_long" if max(len(ids) for ids in rows) > max_tokens else None
 
         return of
 

@@ -1,0 +1,56 @@
+"""What the files of a run know of its commits, other than the checkpoints themselves.
+
+A checkpoints/ that is gone (a link that leads nowhere, a disk that is not mounted, a folder that was moved) looks like
+that of a run which has not committed yet. These files tell the two apart.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from keel import config, durable, reads
+from keel.config import ConfigError
+
+
+def newest_known(run_directory: Path) -> tuple[int, str]:
+    """Step of the newest commit that was made, and the file that says so; 0 where none is known of."""
+    known = {
+        "events.jsonl": _by_events(run_directory / "events.jsonl"),
+        "metrics.jsonl": _by_metrics(run_directory / "metrics.jsonl"),
+        "rollouts/MANIFEST.jsonl": _by_ledger(run_directory),
+    }
+    file = max(known, key=lambda name: known[name])
+    return known[file], file
+
+
+def _by_events(path: Path) -> int:
+    """The last commit made or gone on from; going on from an older one gave up the newer ones."""
+    lines, _ = durable.sound_lines(path, {"event": str, "step": int})
+    steps = [line["step"] for line in lines if line["event"] in ("checkpoint", "resume", "checkpoint_damaged")]
+    return steps[-1] if steps else 0
+
+
+def _by_metrics(path: Path) -> int:
+    """The step before the first line that counts the last commit."""
+    lines, _ = durable.sound_lines(path, {"step": int})
+    counts = [(line["step"], _count(line)) for line in lines]
+    before = [0.0, *(count for _, count in counts)]
+    risen = [step for (step, count), earlier in zip(counts, before, strict=False) if count > earlier]
+    return risen[-1] - 1 if risen else 0
+
+
+def _count(line: Mapping[str, Any]) -> float:
+    count = line.get("checkpoints_total", 0.0)
+    return count if isinstance(count, int | float) else 0.0
+
+
+def _by_ledger(run_directory: Path) -> int:
+    """The last commit that was due before the last rows were taken: a step waits for the commit of the one before."""
+    lines, _ = durable.sound_lines(run_directory / "rollouts" / "MANIFEST.jsonl", {"step": int})
+    if not lines or not reads.is_there(run_directory / "config.yaml"):
+        return 0
+    try:
+        every = config.read(run_directory / "config.yaml").get("checkpoint", {}).get("every_steps", 0)
+    except (ConfigError, AttributeError):  # of damage, which whoever needs the settings will name
+        return 0
+    return (lines[-1]["step"] - 1) // every * every if isinstance(every, int) and every > 0 else 0

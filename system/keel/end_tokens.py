@@ -1,0 +1,181 @@
+"""Which tokens end a completion: decided here, for every command, from all that knows of it.
+
+The chat template (what it closes an assistant's turn with), the tokenizer (its end token), generation_config.json and
+config.json often name different ones. A sample ends with any of them. Behind an answer that ended one is trained: in a
+conversation the template's, else the tokenizer's.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keel.chat_text import named_tokens
+from keel.config import ConfigError
+from keel.model_text import ModelText
+
+_TEMPLATE, _TOKENIZER = "chat template", "tokenizer"
+_FILES = ("generation_config.json", "config.json")
+
+
+@dataclass(frozen=True)
+class EndTokens:
+    """What was decided, and the lines that say so."""
+
+    stop: tuple[int, ...]
+    """A sample ends with the first of these."""
+    chat: int | None
+    """Stands behind an answer to a conversation."""
+    plain: int | None
+    """Stands behind any other."""
+    notes: tuple[str, ...]
+    """What a run says at its start: the choice, then warnings."""
+
+
+def behind_answers(text: ModelText, stop: Sequence[int], conversational: bool) -> int | None:
+    """The end token that stands behind an answer that ended: of those that stop samples; None where none does."""
+    closing, own = text.chat.frame.end, getattr(text.tokenizer, "eos_token_id", None)
+    wanted = [closing, own] if conversational else [own, closing]
+    return next((number for number in [*wanted, *stop] if number in stop), None)
+
+
+def decide(
+    folder: Path, text: ModelText, vocabulary: int, configured: Sequence[int] | None = None, named: str = "policy.model"
+) -> EndTokens:
+    """End tokens of the model in a folder; `configured`, `sampling.stop_token_ids`, decides alone where it is set.
+
+    Of the files' ids those count that the tokenizer has as special tokens; generation_config.json, where its author
+    wrote it (transformers copies defaults), may name any. Raises ConfigError for a token beyond the vocabulary.
+    """
+    sources = {
+        _TEMPLATE: [number for number in [text.chat.frame.end] if number is not None],
+        _TOKENIZER: [number for number in [text.tokenizer.eos_token_id] if number is not None],
+        **{file: _of_file(folder / file) for file in _FILES},
+    }
+    names = named_tokens(text.tokenizer)
+    written = set(sources[_FILES[0]]) if _is_written(folder / _FILES[0]) else set()
+    known = set(names) | written
+    usable = {what: [n for n in ids if n in known and n < vocabulary] for what, ids in sources.items()}
+    _check(sources, names, vocabulary, configured, f"{named}={folder}")
+    stop = (
+        tuple(configured) if configured is not None else tuple(dict.fromkeys(n for ids in usable.values() for n in ids))
+    )
+    chat, plain = (behind_answers(text, stop, conversational) for conversational in (True, False))
+    show = _shower(text)
+    notes = [_choice(stop, chat, plain, usable, show, configured, bool(text.tokenizer.chat_template))]
+    notes += [f"warning: {line}" for line in _warnings(text, sources, usable, stop, chat, show, configured)]
+    return EndTokens(stop, chat, plain, tuple(notes))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _is_written(path: Path) -> bool:
+    """A person wrote the generation config; transformers marks what it copied from a model's configuration."""
+    return not _read(path).get("_from_model_config", False)
+
+
+def _of_file(path: Path) -> list[int]:
+    """eos_token_id of a configuration file, its text_config included: one id, a list, or nothing."""
+    tree = _read(path)
+    blocks = [tree, tree.get("text_config")]
+    values = [block.get("eos_token_id") for block in blocks if isinstance(block, Mapping)]
+    ids = [number for value in values for number in (value if isinstance(value, list) else [value])]
+    return list(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
+
+
+def _check(
+    sources: Mapping[str, list[int]],
+    names: Mapping[int, str],
+    vocabulary: int,
+    configured: Sequence[int] | None,
+    model: str,
+) -> None:
+    for number in configured or ():
+        if not 0 <= number < vocabulary:
+            raise ConfigError(
+                f"sampling.stop_token_ids={list(configured or ())}: {number} is beyond the model's vocabulary of"
+                f" {vocabulary}; expected ids from 0 to {vocabulary - 1}"
+            )
+    for what in (_TEMPLATE, _TOKENIZER):
+        for number in sources[what]:
+            if configured is None and number >= vocabulary:
+                raise ConfigError(
+                    f"{model}: {names.get(number, '')} ({number}), the end token of its {what}, is beyond the model's"
+                    f" vocabulary of {vocabulary}; expected the model's own tokenizer, or sampling.stop_token_ids"
+                )
+
+
+def _shower(text: ModelText) -> Any:
+    names = named_tokens(text.tokenizer)
+
+    def show(ids: Iterable[int]) -> str:
+        return ", ".join(f"{names.get(n) or text.tokenizer.decode([n])!r} ({n})" for n in ids) or "none"
+
+    return show
+
+
+def _choice(
+    stop: Sequence[int],
+    chat: int | None,
+    plain: int | None,
+    usable: Mapping[str, list[int]],
+    show: Any,
+    configured: Sequence[int] | None,
+    template: bool,
+) -> str:
+    if not stop:
+        why = "sampling.stop_token_ids=[]" if configured is not None else "nothing names one"
+        return f"end tokens: none ({why}): completions run to their budget, and none is trained behind answers"
+    origins = {n: [what for what, ids in usable.items() if n in ids] for n in stop}
+    if configured is not None:
+        origins = {n: ["sampling.stop_token_ids"] for n in stop}
+    listed = "; ".join(f"{show([n])} of {', '.join(origins[n])}" for n in stop)
+    behind = f"trained behind answers: {show([chat if template else plain])}"
+    if template and plain != chat:
+        behind += f", without a conversation {show([plain])}"
+    return f"end tokens: {listed}; {behind}"
+
+
+def _warnings(
+    text: ModelText,
+    sources: Mapping[str, list[int]],
+    usable: Mapping[str, list[int]],
+    stop: Sequence[int],
+    chat: int | None,
+    show: Any,
+    configured: Sequence[int] | None,
+) -> Iterable[str]:
+    closing, own = text.chat.frame.end, text.tokenizer.eos_token_id
+    if configured is not None:
+        if stop and closing is not None and closing not in stop:
+            yield f"sampling.stop_token_ids leaves out {show([closing])}, with which the chat template closes a turn"
+        return
+    if not stop:
+        yield (
+            "nothing can end a completion: chat template, tokenizer, generation_config.json and config.json name no end"
+            " token; expected sampling.stop_token_ids, or a tokenizer with an end token"
+        )
+        return
+    if closing is not None and own is not None and closing != own:
+        yield (
+            f"the tokenizer's end token is {show([own])}, the chat template closes a turn with {show([closing])}:"
+            f" both end samples, {show([chat])} is trained behind answers to conversations"
+        )
+    if text.tokenizer.chat_template and closing is None:
+        yield f"the chat template closes a turn with no end token of its own: {show([chat])} is trained behind answers"
+    wanted = list(dict.fromkeys([*sources[_TEMPLATE], *sources[_TOKENIZER]]))
+    for file in _FILES:
+        if usable[file] and (absent := [n for n in wanted if n not in usable[file]]):
+            yield f"{file} names {show(usable[file])} and not {show(absent)}: all of them end samples"
+        if ignored := [n for n in sources[file] if n not in usable[file]]:
+            yield (
+                f"{file} names {ignored} as end tokens, which are no special tokens of the tokenizer: they end nothing;"
+                " expected sampling.stop_token_ids if they should"
+            )

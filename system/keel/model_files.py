@@ -1,0 +1,127 @@
+"""The files of a model folder: which of them hold its weights, and which parameters the model has.
+
+A folder may hold more than a model's parameters: another format's copy of all weights, a copy of a tied head, mask
+buffers of older versions. The files are those that transformers reads, the parameters those that the model has.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from keel.config import ConfigError
+
+INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights, in order: model.safetensors, or the shards that the index names; else none.
+
+    Raises ConfigError for an index that cannot be read, or names a file that is not there.
+    """
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if not (folder / INDEX).is_file():
+        return []
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        paths = [folder / name for name in names]
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"{folder / INDEX}: cannot be read ({reason}); expected names of files by weight") from None
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise ConfigError(f"{folder / INDEX}: {len(missing)} of its {len(paths)} files are missing: {missing[0]}")
+    return paths
+
+
+def headers(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor in the weight files, from their headers, nothing loaded."""
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                yield name, tuple(entry["shape"])
+
+
+def parameter_shapes(folder: Path, named: str = "") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of the folder's language model, as it is published; no weights are read.
+
+    Buffers and the copy of a tied head are none. Raises ConfigError for a file that lacks a parameter, or holds it in
+    another shape: transformers would draw it at random. `named`: the setting and its value.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):  # its head is tied as the configuration says, whatever the file repeats
+        own = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    named = named or str(folder)
+    for what, names in (("missing", report["missing_keys"]), ("of another shape", report["mismatched_keys"])):
+        for name in sorted(str(key if isinstance(key, str) else key[0]) for key in names)[:1]:
+            raise ConfigError(
+                f"{named}: its weights are not those of config.json: {len(names)} parameters are {what} ({name});"
+                " expected all of them"
+            )
+    _check_tied(folder, named, set(own), {name for name, _ in loaded.named_parameters()})
+    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in own})
+    return {name: tuple(tensor.shape) for name, tensor in published.items()}
+
+
+def num_parameters(folder: Path) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(folder).values())
+
+
+def _check_tied(folder: Path, named: str, own: set[str], held: set[str]) -> None:
+    """A second copy of a tied weight equals the first. Raises ConfigError: samplers would read one, learners both."""
+    copies = held - own
+    if not copies:
+        return
+    import torch
+    from safetensors import safe_open
+
+    tensors: dict[str, Any] = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            names = [n for n in file.keys() if n in copies or n.endswith(_EMBEDDINGS)]  # noqa: SIM118 no mapping
+            tensors |= {name: file.get_tensor(name) for name in names}
+    inputs = [tensor for name, tensor in tensors.items() if name not in copies]
+    for name in sorted(copies & set(tensors)):
+        if not any(torch.equal(tensors[name], tensor) for tensor in inputs):
+            raise ConfigError(
+                f"{named}: config.json ties {name} to the embedding, but its weights hold another one; expected"
+                " tie_word_embeddings=false, or weights without it"
+            )
+
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "embeddings.weight")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Path]:
+    """The folder for a reader that opens every *.safetensors where there is no index: the weights, and no other."""
+    files = weight_files(folder)
+    others = {path.name for path in folder.glob("*.safetensors")} - {path.name for path in files}
+    indexed = (folder / INDEX).is_file()
+    if not others or (indexed and files != [folder / _WHOLE]):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="keel-model-") as view:
+        for path in folder.iterdir():
+            if path.name not in others and path.name != INDEX:
+                (Path(view) / path.name).symlink_to(path.resolve())
+        yield Path(view)

@@ -1,0 +1,111 @@
+"""How often a run builds learner and buffer again: losses in a row count, and a step between them starts over."""
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fakes import settings_for
+from keel import train
+from keel.protocols import BufferLost, BuildFailed, LearnerLost
+from keel.train import Saved, _Run
+
+Script = list[Exception | int | str]
+"""What each attempt does: loses something, gets further by so many steps, or is asked to stop."""
+
+
+def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.MonkeyPatch, has_run: bool = True) -> Any:
+    """The loop around the attempts, everything they do replaced by the script; `saved` follows what was done."""
+    own: Any = object.__new__(_Run)
+    own.settings = settings_for(steps=10, failures={"max_rebuilds": rebuilds})
+    own.prepared, own.has_run = SimpleNamespace(directory=tmp_path), has_run
+    own.events, own.attempts = [], 0
+    own.recorder = SimpleNamespace(
+        furthest=0,
+        event=lambda name, **fields: own.events.append((name, fields)),
+        add=lambda values: own.events.append(("add", values)),
+        display=SimpleNamespace(note=lambda text: None),
+    )
+    own.scaling = SimpleNamespace(stopping=False, end=lambda: own.events.append(("end", {})))
+
+    async def attempt(saved: Saved) -> None:
+        await asyncio.sleep(0)
+        assert saved.version == own.recorder.furthest
+        what = script[own.attempts]
+        own.attempts += 1
+        if isinstance(what, Exception):
+            raise what
+        if isinstance(what, str):
+            own.scaling.stopping = True
+        else:
+            own.recorder.furthest += what
+            if own.recorder.furthest < 10:
+                raise LearnerLost("later")
+
+    own._go_on = attempt
+    monkeypatch.setattr(train, "_end_on_signals", lambda: None)
+    monkeypatch.setattr(train, "_newest", lambda recorder: Saved(None, {"version": recorder.furthest}))
+    return own
+
+
+LOST = [LearnerLost("the gang"), BufferLost("the buffer"), BuildFailed("a rank")]
+
+
+@pytest.mark.parametrize("rebuilds", [0, 1, 2, 3])
+@pytest.mark.parametrize("lost", LOST, ids=[type(each).__name__ for each in LOST])
+def test_so_many_losses_in_a_row_are_built_again_and_one_more_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilds: int, lost: Exception
+) -> None:
+    enough = run_of(tmp_path, [lost] * rebuilds + [10], rebuilds, monkeypatch)
+    assert asyncio.run(enough.to_the_end(Saved(None, {}))).version == 10
+    assert [fields for name, fields in enough.events if name == "rebuild"] == [{"reason": str(lost)}] * rebuilds
+    assert [fields for name, fields in enough.events if name == "add"] == [{"rebuilds_total": 1.0}] * rebuilds
+    too_many = run_of(tmp_path, [lost] * 9, rebuilds, monkeypatch)
+    with pytest.raises(type(lost), match=str(lost)):
+        asyncio.run(too_many.to_the_end(Saved(None, {})))
+    assert too_many.attempts == rebuilds + 1
+    assert too_many.events[-1] == ("end", {})  # the autoscaler is told, however it ends
+
+
+def test_a_step_between_losses_starts_the_count_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these gets one step further and is lost then: with two in a row allowed it goes on for ever."""
+    lost = LearnerLost("the gang")
+    run = run_of(tmp_path, [1, lost, 1, lost, 1, lost, 3, lost, 4], 2, monkeypatch)
+    assert asyncio.run(run.to_the_end(Saved(None, {}))).version == 10
+    run = run_of(tmp_path, [1, lost, 1, lost, lost], 2, monkeypatch)
+    with pytest.raises(LearnerLost, match="the gang"):
+        asyncio.run(run.to_the_end(Saved(None, {})))
+    assert run.attempts == 5
+
+
+def test_what_cannot_be_built_the_first_time_is_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path, [BuildFailed("no such model")], 3, monkeypatch, has_run=False)
+    with pytest.raises(BuildFailed, match="no such model"):
+        asyncio.run(run.to_the_end(Saved(None, {})))
+    assert run.attempts == 1
+    other = run_of(tmp_path, [LearnerLost("no room"), 10], 3, monkeypatch, has_run=False)
+    assert asyncio.run(other.to_the_end(Saved(None, {}))).version == 10  # what was lost is
+
+
+@pytest.mark.parametrize(
+    ("version", "finished", "over"), [(9, False, False), (10, False, True), (11, False, True), (3, True, True)]
+)
+def test_a_run_is_over_at_its_last_step_or_where_its_objective_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, finished: bool, over: bool
+) -> None:
+    run = run_of(tmp_path, [], 3, monkeypatch)
+    saved = Saved(None, {"version": version, "finished": finished})
+    assert saved.over(run.settings) == over and Saved(None, {}).version == 0
+    if over:
+        assert asyncio.run(run.to_the_end(saved)) is saved and run.attempts == 0
+
+
+def test_a_run_that_is_asked_to_stop_ends_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(tmp_path, ["stop", 10], 3, monkeypatch)
+    run.recorder.furthest = 4
+    assert asyncio.run(run.to_the_end(Saved(None, {"version": 4}))).version == 4
+    assert run.attempts == 1 and ("stopped", {"step": 4}) in run.events
