@@ -12,10 +12,11 @@ import pytest
 from keel import forward_contract
 from keel.forward_contract import Verdict
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import model_families
-from model_families import DEFAULTS, Outcome
-from public_models import PUBLIC
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import model_families
+    from model_families import DEFAULTS, Outcome
+    from public_models import PUBLIC
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf8")
