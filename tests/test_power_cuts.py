@@ -112,7 +112,7 @@ def check_run(found: Path, promised: tuple[int, int, set[int]]) -> None:
 def test_a_run_survives_a_power_cut_at_any_moment(
     scratch: Path, model: Model, every: int, keep: int, stride: int
 ) -> None:
-    """Every moment is looked at; some are audited, and from every stride-th the run goes on, to the same end."""
+    """Every moment is looked at; some are audited, and from every stride-th the run continues, to the same end."""
     by = settings(0, checkpoint={"every_steps": every, "keep": keep})
     whole = PoweredRun(scratch / "disk" / "run", by)
     disk = Disk(scratch / "disk", whole.promised)
