@@ -12,9 +12,21 @@ from remaining import LongFilesFirst, Remaining
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if randomly := sys.modules.get("pytest_randomly"):
+        randomly.entrypoint_reseeds = []  # DeepSpeed's: it would be imported, torch with it, for the lightest of tests
     config.pluginmanager.register(LongFilesFirst())
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Remaining(config))
+
+
+def seed_torch(item: pytest.Item) -> None:
+    """Like pytest-randomly's seeds of `random` and numpy: from the printed seed and the test's name."""
+    seed = item.config.getoption("randomly_seed", None)
+    if "torch" in sys.modules and isinstance(seed, int):
+        sys.modules["torch"].manual_seed((seed + zlib.crc32(item.nodeid.encode())) % 2**32)
+
+
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(tryfirst=True)(seed_torch)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,10 +63,7 @@ def _module_leaves_no_trace(_session_leaves_no_trace: None, request: pytest.Fixt
 
 
 @pytest.fixture(autouse=True)
-def _test_leaves_no_trace(_module_leaves_no_trace: None, request: pytest.FixtureRequest) -> Iterator[None]:
-    seed = request.config.getoption("randomly_seed", None)
-    if "torch" in sys.modules and isinstance(seed, int):  # pytest-randomly seeds random and numpy, not torch
-        sys.modules["torch"].manual_seed((seed + zlib.crc32(request.node.nodeid.encode())) % 2**32)
+def _test_leaves_no_trace(_module_leaves_no_trace: None) -> Iterator[None]:
     yield from watched("the test")
 
 

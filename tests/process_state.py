@@ -97,8 +97,9 @@ def process() -> Group:
         "time zone": time.tzname,
         "temporary directory": tempfile.gettempdir(),
         "socket timeout": socket.getdefaulttimeout(),
-        "multiprocessing start method": multiprocessing.get_start_method(allow_none=True),
-        "event loop policy": asyncio.events._event_loop_policy,  # get_event_loop_policy would make one
+        "multiprocessing start method": multiprocessing.get_start_method(allow_none=True)
+        or multiprocessing.get_all_start_methods()[0],
+        "event loop policy": type(asyncio.events._event_loop_policy or asyncio.DefaultEventLoopPolicy()),
         "garbage collection": (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
         "decimal context": repr(decimal.getcontext()).partition(", flags=")[0],
         **limits,

@@ -18,7 +18,7 @@ LEAKS = {
     "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))": "process RLIMIT_CORE: ",
     "import locale; locale.setlocale(locale.LC_ALL, 'C.UTF-8')": "process locale: ",
     "import os, time; os.environ['TZ'] = 'Asia/Tokyo'; time.tzset()": "process time zone: ",
-    "import asyncio; asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())": "process event loop policy: ",
+    "import asyncio; asyncio.set_event_loop_policy(type('Mine', (asyncio.DefaultEventLoopPolicy,), {})())": "process event loop policy: ",
     "import socket; socket.setdefaulttimeout(1)": "process socket timeout: None -> 1",
     "import gc; gc.disable()": "process garbage collection: ",
     "import decimal; decimal.getcontext().prec = 5": "process decimal context: ",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keel import checkpoint, durable, model_files, reads
+from keel import checkpoint, durable, model_files, reads, twins
 from keel import end_tokens as ends
 from keel.config import ConfigError
 from keel.model_text import ModelText
@@ -270,4 +270,4 @@ def without_dropout(folder: Path) -> Any:
         for name, value in part.to_dict().items():
             if any(noise in name for noise in _NOISE) and isinstance(value, float):
                 setattr(part, name, 0.0)
-    return config
+    return twins.keep_attention_caps(config)

@@ -84,8 +84,8 @@ def rewards(columns: Mapping[str, Any]) -> list[float]:
 
 def is_bad_demonstration(columns: Mapping[str, Any]) -> bool:
     """Whether the row is an answer that its label calls bad (an unpaired preference)."""
-    packed = columns.get(ANSWERS)
-    return bool(packed) and packed["labeled"] and packed["rewards"] == [0.0]
+    packed = columns.get(ANSWERS) or {"labeled": False, "rewards": []}
+    return packed["labeled"] and packed["rewards"] == [0.0]
 
 
 def is_stored(ticket: int, ratio: float) -> bool:
