@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from public_models import PUBLIC
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -201,9 +200,6 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", help="only these")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop trying after so long")
     options = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
     results = outcomes(options.families or families(), options.seconds)
     table = summary(results) + HEAD + "\n".join(rows(results)) + "\n"
     if options.write:
@@ -215,4 +211,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported
     main()

@@ -1,6 +1,7 @@
 """A twin is small and differs from its model in sizes only: layers, windows, scales, caps and rotary settings stay."""
 
 import copy
+import multiprocessing
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -402,6 +403,15 @@ def test_attention_of_no_public_model_leaves_a_setting_out(name: str) -> None:
     assert same_by_any_attention(config)
 
 
+@pytest.fixture
+def start_method() -> Iterator[None]:
+    """Progress bars of the checkpoint readers choose how processes start."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("start_method")
 @pytest.mark.parametrize("load", [models.load_policy, models.load_trunk])
 def test_a_model_with_capped_attention_is_loaded_so_that_the_cap_acts(load: Any, tmp_path: Path) -> None:
     config = public("Gemma 2 9B")
