@@ -4,10 +4,10 @@
 #   TARGET=gpu          install requirements/gpu.txt in place of cpu.txt
 #   MARKS="..."         which of the slow tests make test-rest and test-all run; CI: "not exhaustive"
 #   CONFIG=file.yaml    the pipeline that `make train` runs
-#   ARGS="..."          added to the command of train, test, chaos, lint or types
+#   ARGS="..."          added to the command of train, test, chaos, mutants, lint or types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-rest test-all chaos lint types pins clean
+.PHONY: help setup train test test-rest test-all chaos mutants lint types pins clean
 
 CONFIG ?= configs/pipeline.yaml
 ARGS ?=
@@ -37,6 +37,9 @@ test-all:  ## run every test once: make test, then make test-rest
 
 chaos: setup  ## a real run through a hundred faults; ARGS="--faults 20 --seed 1 --staleness 1"
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)
+
+mutants: setup  ## change the code in one place at a time: which unit test notices? ARGS="--sample 200 --seed 1"
+	$(BIN)/python tests/mutants/mutants.py $(ARGS)
 
 lint: setup  ## ruff: rules and format
 	$(BIN)/ruff check $(ARGS) .

@@ -113,6 +113,11 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "rope_theta": 100000000.0,
         "layer_types": [_kind for _ in range(9) for _kind in ["full_attention"] + ["sliding_attention"] * 3],
     },
+    "Ministral (class of its own)": {
+        "model_type": "ministral",
+        **_llama_like(4096, 12288, 36, 32, 8, head_dim=128, sliding_window=32768, vocab_size=131072),
+        "layer_types": [_kind for _ in range(9) for _kind in ["full_attention"] + ["sliding_attention"] * 3],
+    },
     "Ministral 3 8B": {
         "model_type": "ministral3",
         **_llama_like(4096, 14336, 34, 32, 8, head_dim=128, vocab_size=131072),
@@ -146,7 +151,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     },
-    "Qwen 1.5 7B, window on": {
+    "Qwen 1.5 7B with its window": {
         "model_type": "qwen2",
         **_llama_like(4096, 11008, 32, 32, 32, vocab_size=151936, rope_theta=1000000.0),
         "use_sliding_window": True,
@@ -693,5 +698,6 @@ PUBLIC: dict[str, dict[str, Any]] = {
     },
     "BERT as a decoder": {"model_type": "bert", "is_decoder": True},
     "RoBERTa as a decoder": {"model_type": "roberta", "is_decoder": True},
+    "X-MOD as a decoder": {"model_type": "xmod", "is_decoder": True, "default_language": "en_XX"},
     "ModernBERT decoder": {"model_type": "modernbert-decoder"},
 }

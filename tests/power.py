@@ -1,6 +1,6 @@
 """Power cuts: what a disk holds of a folder at any moment of a program that works in it.
 
-JOURNALLED: every name is as the program left it, of a file only what was synced (a file nobody synced is empty), as on
+JOURNALLED: every name is as the program left it, of a file only what was synced (an unsynced file is empty), as on
 ext4 and xfs. LETTER: a folder, too, has only the names it had when it was synced last, which is all that POSIX
 promises.
 """

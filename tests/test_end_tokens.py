@@ -31,15 +31,15 @@ def warned(ends: EndTokens) -> list[str]:
 @pytest.mark.parametrize("name", list(CLOSES))
 def test_the_template_and_the_tokenizer_both_stop_and_the_templates_is_trained(name: str, tmp_path: Path) -> None:
     tokenizer = family(name)
-    own = tokenizer.eos_token_id
-    closing = own if CLOSES[name] is None else tokenizer.convert_tokens_to_ids(CLOSES[name])
+    eos = tokenizer.eos_token_id
+    closing = eos if CLOSES[name] is None else tokenizer.convert_tokens_to_ids(CLOSES[name])
     ends = decided(tokenizer, tmp_path)
-    assert set(ends.stop) == {own, closing} and (ends.chat, ends.plain) == (closing, own)
+    assert set(ends.stop) == {eos, closing} and (ends.chat, ends.plain) == (closing, eos)
     assert ends.notes[0].startswith("end tokens: ") and "\n" not in "".join(ends.notes)
     shown = tokenizer.convert_ids_to_tokens(closing)
     assert shown in ends.notes[0]
     assert any("the chat template closes a turn with" in line for line in warned(ends)) == (
-        closing != own or CLOSES[name] is None
+        closing != eos or CLOSES[name] is None
     )
 
 
@@ -202,15 +202,15 @@ def test_stop_tokens_mean_the_same_in_training_labels_and_evaluation(
     configured: list[int] | None, expected: set[int], base: Path, tmp_path: Path
 ) -> None:
     """[]: no end token anywhere."""
-    found = [
+    prepared = [
         prepared_for(command, tree_for(command, base, tmp_path / command, stop_token_ids=configured))
         for command in ("train", "evaluate", "label")
         if (tmp_path / command).mkdir() is None
     ]
-    assert [set(sampling.stop_token_ids) for sampling in (found[0].sampling, found[1].draws, found[2].draws)] == [
-        expected
-    ] * 3
-    assert set(found[1].other_draws.stop_token_ids) == expected
+    assert [
+        set(sampling.stop_token_ids) for sampling in (prepared[0].sampling, prepared[1].draws, prepared[2].draws)
+    ] == [expected] * 3
+    assert set(prepared[1].other_draws.stop_token_ids) == expected
 
 
 @pytest.mark.parametrize("command", ["sft", "prefer"])
@@ -315,7 +315,7 @@ def test_an_option_changes_what_every_command_reads(command: str, base: Path, tm
         (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
     template = (base / "chat_template.jinja").read_text().replace("assistant\n", "assistant{{ mood }}\n")
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
-    found = []
+    lengths = []
     for mood in ("", "!"):
         tree = tree_for(command, tmp_path / "model", tmp_path)
         tree["policy"]["chat_template_options"] = {"mood": mood}
@@ -323,5 +323,5 @@ def test_an_option_changes_what_every_command_reads(command: str, base: Path, tm
         prompts = prepared.prompts if command in ("train", "evaluate") else None
         rows = prepared.prompts if command == "label" else None
         batch = rows or (prompts.held_out() if prompts else prepared.rows.held_out())
-        found.append(batch.column("prompt_tokens").to_pylist())
-    assert all(len(second) == len(first) + 1 for first, second in zip(*found, strict=True))
+        lengths.append([len(ids) for ids in batch.column("prompt_tokens").to_pylist()])
+    assert lengths[1] == [length + 1 for length in lengths[0]]

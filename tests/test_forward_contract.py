@@ -222,6 +222,13 @@ def test_a_verdict_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         forward_contract.verdict(folder, 64)
 
 
+def test_a_cache_that_cannot_be_written_to_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "file" / "cache"))
+    folder = folder_of("convolutions", tmp_path / "m")
+    assert forward_contract.verdict(folder, 64) == forward_contract.verdict(folder, 64) != Verdict()
+
+
 def test_without_a_twin_the_model_itself_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(config: Any, longest_row: int | None = None) -> Any:
         raise twins.TwinError("of no size")

@@ -90,7 +90,18 @@ LAYERS = [
         "reward_report",
     ],
     ["evaluate", "win_rates", "arms", "frontier_picture", "compare", "labels", "evaluation_report"]
-    + ["capacity", "preflight", "parts", "failures", "parity", "controller", "audit", "evaluation_audit", "verify"]
+    + [
+        "capacity",
+        "text_checks",
+        "preflight",
+        "parts",
+        "failures",
+        "parity",
+        "controller",
+        "audit",
+        "evaluation_audit",
+        "verify",
+    ]
     + ["rates", "measurement", "plan", "splits", "footprint"],
     [
         "losses",

@@ -147,6 +147,18 @@ def test_a_parameter_that_is_missing_is_one_line(name: str, shards: bool, tmp_pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("setting", ["rewards.r.source", "objective.critic.model"])
+def test_a_reward_model_that_lacks_a_weight_is_one_line(setting: str, tmp_path: Path) -> None:
+    model = reward_models.start(tiny.write(tmp_path / "trunk"), "float32", 40, 0)
+    named = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
+    reward_models.write(tmp_path / "m", model, named)
+    model_files.check_whole(tmp_path / "m", setting)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewritten(tmp_path / "m", lambda t: {n: v for n, v in t.items() if n != name})
+    with pytest.raises(ConfigError, match=rf"^{setting}: .*1 parameters are missing \({name}\)"):
+        model_files.check_whole(tmp_path / "m", setting)
+
+
 def test_a_head_that_is_missing_is_no_tied_one(tmp_path: Path) -> None:
     folder = rewritten(
         tiny.write(tmp_path / "m", tied=False), lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"}
@@ -260,7 +272,7 @@ def test_an_image_family_is_refused_by_name(architectures: Any, tmp_path: Path) 
 
 def test_an_image_family_is_refused_as_a_reward_model_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^rewards.r.source=.*model_type=gemma3 reads more than text"):
-        reward_models.check_tokens(composite(tmp_path / "m"), "rewards.r.source")
+        reward_models.check_readable(composite(tmp_path / "m"), "rewards.r.source")
 
 
 def test_a_model_without_a_language_model_is_refused_by_name(tmp_path: Path) -> None:
@@ -272,7 +284,7 @@ def test_a_model_without_a_language_model_is_refused_by_name(tmp_path: Path) -> 
 
 def test_sizes_are_those_of_the_text_model(tmp_path: Path) -> None:
     folder = composite(tmp_path / "m")
-    assert models.vocabulary(folder, "m") == 96
+    assert model_files.vocabulary(folder, "m") == 96
     config = AutoConfig.from_pretrained(folder)
     assert reward_models.limit(config) == config.text_config.max_position_embeddings
     config.text_config.attention_dropout = 0.5

@@ -197,6 +197,16 @@ def test_pieces_that_are_not_kept_are_made_again_and_nothing_else_changes(
     assert calls[0] == pieces
 
 
+def test_a_policy_keeps_its_last_piece_and_has_one_unless_it_is_told(policy: Policy) -> None:
+    micro, calls = step_of(), [0]
+    policy.head.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    assert policy.kept_pieces == 1
+    policy(micro, 1.0)[0].sum().backward()
+    assert calls[0] == 1
+    policy(micro, 1.0, 3)[0].sum().backward()
+    assert calls[0] == 1 + 3 + 2
+
+
 def test_what_nobody_asks_for_is_not_there(policy: Policy) -> None:
     micro = step_of()
     logprobs, entropies = policy(micro, 1.0, 2, entropy=False)

@@ -6,19 +6,24 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import transformers
+from pyarrow import parquet
 
+import rollouts
 from keel import checkpoint, durable, models, references, schema, segments, verify
 from keel.buffer import RolloutBuffer
 from keel.metrics import RunMetrics
 from keel.settings import Settings
-from keel.stages import course, reference_logprobs
+from keel.stages import course, label, reference_logprobs
 from power import MODELS, Disk, Model
 from runs import Writer, settings
 from test_course import FakeTrainee, Listener, course_of
+from test_labels import judged
+from test_labels import settings_for as labels_for
 from test_reward_stage import LOSSES, FakeGang, Stage
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -107,7 +112,7 @@ def check_run(found: Path, promised: tuple[int, int, set[int]]) -> None:
 def test_a_run_survives_a_power_cut_at_any_moment(
     scratch: Path, model: Model, every: int, keep: int, stride: int
 ) -> None:
-    """Every moment is looked at; some are audited, and from every stride-th the run goes on, to the same end."""
+    """Every moment is looked at; some are audited, and from every stride-th the run continues, to the same end."""
     by = settings(0, checkpoint={"every_steps": every, "keep": keep})
     whole = PoweredRun(scratch / "disk" / "run", by)
     disk = Disk(scratch / "disk", whole.promised)
@@ -212,6 +217,27 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     assert seen == {"model", "finished"}
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_labels_survive_a_power_cut_at_any_moment(scratch: Path, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    async def judge(*_: Any) -> Any:
+        return judged([["a", "b"], ["c", "d"]], [[1, 2], [4, 3]])
+
+    monkeypatch.setattr(label, "_scored", judge)
+    monkeypatch.setattr(label, "cluster", SimpleNamespace(connect=lambda _: "connected", disconnect=lambda: None))
+    prepared = SimpleNamespace(settings=labels_for(), sampling=None, directory=scratch / "disk" / "label")
+    disk = Disk(scratch / "disk")
+    with disk.followed():
+        done = label.run(cast(label.Prepared, prepared), Listener())
+    seen = set()
+    for moment in disk.moments:
+        found = disk.after_a_cut(moment, model, scratch / "found") / "label"
+        if course.finished(found):
+            assert parquet.read_table(found / "pairs.parquet").num_rows == done["pairs"] == 2, moment.operation
+            assert schema.from_bytes((found / "completions.arrow").read_bytes()).num_rows == 4
+            seen.add("finished")
+    assert seen == {"finished"}
+
+
 class GgufModel:
     """transformers' model and tokenizer of a GGUF file."""
 
@@ -252,8 +278,6 @@ def test_a_converted_model_survives_a_power_cut_at_any_moment(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_kept_log_probs_survive_a_power_cut_at_any_moment(scratch: Path, model: Model) -> None:
-    import rollouts
-
     content = schema.to_bytes(rollouts.prompts(range(3)))
     disk = Disk(scratch / "disk")
     with disk.followed():

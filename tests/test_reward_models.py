@@ -515,7 +515,7 @@ def test_a_pad_token_beyond_the_embedding_pads_nothing(trunks: dict[str, Path], 
     assert tokenizer.pad_token_id == 320
     shutil.copytree(trunks["decoder"], tmp_path / "m")
     tokenizer.save_pretrained(tmp_path / "m")
-    reward_models.check_tokens(tmp_path / "m", "policy.model")
+    reward_models.check_readable(tmp_path / "m", "policy.model")
     model = reward_models.start(tmp_path / "m", "float32", 40, 0)
     assert model.model.config.pad_token_id < 320
     assert np.isfinite(model.scores([text(), text("fine")])).all()

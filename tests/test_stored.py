@@ -154,3 +154,17 @@ def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> 
     place = rows.schema.get_field_index("generator")
     rows = rows.set_column(place, rows.schema.field(place), pa.array([stored.NAME] * 2))
     assert own.score(rows)[0].column("reward").to_pylist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ({"content": "a"}, {"content": "a"}, "equal"),
+        ({"content": "a", "reasoning_content": "x"}, {"content": "a", "reasoning_content": "y"}, None),
+        ({"content": "a", "reasoning_content": ""}, {"content": "a"}, "equal"),
+        ({"content": "", "tool_calls": [{"name": "f"}]}, {"content": "a"}, None),
+        ({"content": ""}, {"content": "a"}, "empty"),
+    ],
+)
+def test_what_a_message_says_beside_its_content_counts(chosen: Any, rejected: Any, expected: str | None) -> None:
+    assert stored.unusable({"chosen": [chosen], "rejected": [rejected]}) == expected

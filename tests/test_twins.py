@@ -1,8 +1,8 @@
 """A twin is small and differs from its model in sizes only: layers, windows, scales, caps and rotary settings stay."""
 
 import copy
+import multiprocessing
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,16 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from keel import layer_patterns, size_names, twins
+from keel import layer_patterns, models, size_names, twins
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from public_models import PUBLIC
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from public_models import PUBLIC
 
 SAMPLE = [
     "Llama 3.1 8B",
     "Mistral 7B v0.1",
-    "Qwen 1.5 7B, window on",
+    "Qwen 1.5 7B with its window",
     "Gemma 2 9B",
     "Phi 2",
     "Phi 3 mini 128k",
@@ -195,7 +196,7 @@ def test_every_family_of_transformers_has_a_twin_or_a_reason(family: str) -> Non
         ("Phi 3 mini 4k", "sliding_window", None),
         ("Gemma 3 1B", "sliding_window", 512),
         ("Command R7B", "sliding_window", 512),
-        ("Qwen 1.5 7B, window on", "sliding_window", 512),
+        ("Qwen 1.5 7B with its window", "sliding_window", 512),
         ("GPT-OSS 20B", "sliding_window", 512),
         ("Exaone 4 32B", "sliding_window", 512),
         ("GPT-Neo 1.3B", "window_size", 512),
@@ -374,3 +375,55 @@ def test_no_twin_has_a_reason() -> None:
         twins.twin(each)
     with pytest.raises(twins.TwinError, match="clip: transformers has no causal language model"):
         twins.build(CONFIG_MAPPING["clip"]())
+
+
+def same_by_any_attention(config: Any) -> bool:
+    """Whether the attention that a twin runs with gives the logits of plain (eager) attention."""
+    small = twins.twin(config)
+    eager = copy.deepcopy(small)
+    eager._attn_implementation = "eager"
+    return torch.allclose(logits(small).log_softmax(-1), logits(eager).log_softmax(-1), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Gemma 2 9B", "Gemma 3 1B", "Llama 3.1 8B", "Granite 3.3 2B"])
+def test_attention_leaves_no_setting_out(name: str) -> None:
+    """Scaled dot product attention drops Gemma 2's cap on attention logits: such a model is run without it."""
+    config = public(name)
+    if name == "Gemma 2 9B":
+        config.attn_logit_softcapping = 0.5  # so that it shows
+    assert same_by_any_attention(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "Falcon RW 1B (ALiBi)"])  # eager adds ALiBi twice
+def test_attention_of_no_public_model_leaves_a_setting_out(name: str) -> None:
+    config = public(name)
+    if getattr(config, "attn_logit_softcapping", None):
+        config.attn_logit_softcapping = 0.5
+    assert same_by_any_attention(config)
+
+
+@pytest.fixture
+def start_method() -> Iterator[None]:
+    """Progress bars of the checkpoint readers choose how processes start."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("start_method")
+@pytest.mark.parametrize("load", [models.load_policy, models.load_trunk])
+def test_a_model_with_capped_attention_is_loaded_so_that_the_cap_acts(load: Any, tmp_path: Path) -> None:
+    config = public("Gemma 2 9B")
+    config.attn_logit_softcapping = 0.5
+    small = twins.twin(config)
+    twins.build(small).save_pretrained(tmp_path)
+    loaded = load(tmp_path, "float32")
+    loaded = getattr(loaded, "model", loaded)
+    tokens = torch.arange(20, 60)[None]
+    eager = type(loaded).from_pretrained(tmp_path, attn_implementation="eager")
+    dropped = type(loaded).from_pretrained(tmp_path, attn_implementation="sdpa")
+    with torch.no_grad():
+        states = [model.eval()(input_ids=tokens)[0] for model in (loaded, eager, dropped)]
+    assert torch.allclose(states[0], states[1], atol=1e-5)
+    assert not torch.allclose(states[0], states[2], atol=1e-2)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from keel import config
-from keel.algorithms import kinds, regularisers
+from keel.algorithms import coefficients, kinds, regularisers
+from keel.algorithms.coefficients import Observation
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.regulariser_settings import ControllerSettings
 from tabular import objective, rollout
 
 RATIOS = [0.5, 0.75, 0.85, 0.95, 1.0, 1.05, 1.15, 1.25, 1.5]
@@ -122,6 +124,36 @@ def test_the_weight_of_the_surrogate_is_capped_at_its_own_number() -> None:
 def test_exponents_are_clamped_on_both_sides_of_zero(sign: float) -> None:
     found, outside = regularisers.clamp(sign * torch.tensor([0.0, 19.5, 20.0, 20.5, 300.0]))
     assert found.tolist() == [sign * each for each in (0.0, 19.5, 20.0, 20.0, 20.0)] and outside == 2
+
+
+@pytest.mark.parametrize(
+    ("nats", "exponent"), [(3.0, 0.0), (4.5, 0.5), (5.9, 0.9 + 0.2 / 3), (6.0, 1.0), (6.3, 1.0), (90.0, 1.0)]
+)
+def test_a_dual_step_multiplies_by_e_at_most(nats: float, exponent: float) -> None:
+    """rate (nats / target - 1) at rate 1 and a target of 3 nats."""
+    own = coefficients.coefficient(ControllerSettings(kind="dual", target_nats=3.0, rate=1.0), 0.4, 1.0)
+    own.update(Observation(nats, 4, 0.0, 0.0, 0.0))
+    assert own.value == pytest.approx(0.4 * math.exp(exponent), abs=1e-9)
+
+
+@pytest.mark.parametrize(("nats", "factor"), [(0.0, -0.2), (1.5, -0.2), (2.4, -0.2), (2.7, -0.1), (3.0, 0.0), (3.3, 0.1), (3.6, 0.2), (9.0, 0.2)])  # fmt: skip
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_proportional_step_is_clipped_on_both_sides(nats: float, factor: float, sign: float) -> None:
+    """1 + sign clip(nats / target - 1, -.2, .2) n / horizon, n = 50 of a horizon of 100."""
+    settings = ControllerSettings(kind="proportional", target_nats=3.0, horizon_completions=100)
+    own = coefficients.coefficient(settings, 0.4, sign)
+    own.update(Observation(nats, 50, 0.0, 0.0, 0.0))
+    assert own.value == pytest.approx(0.4 * (1 + sign * factor / 2), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["dual", "proportional"])
+def test_a_coefficient_stays_between_its_bounds(kind: str) -> None:
+    settings = ControllerSettings(kind=kind, target_nats=3.0, horizon_completions=1, minimum=0.3, maximum=0.5)  # type: ignore[arg-type]
+    for nats, bound in ((90.0, 0.5), (0.0, 0.3)):
+        own = coefficients.coefficient(settings, 0.4, 1.0)
+        for _ in range(20):
+            own.update(Observation(nats, 4, 0.0, 0.0, 0.0))
+        assert own.value == bound
 
 
 # ---- columns an objective may see

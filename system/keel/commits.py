@@ -51,6 +51,6 @@ def _by_ledger(run_directory: Path) -> int:
         return 0
     try:
         every = config.read(run_directory / "config.yaml").get("checkpoint", {}).get("every_steps", 0)
-    except (ConfigError, AttributeError):  # of damage, which whoever needs the settings will name
+    except (ConfigError, AttributeError):  # of damage, which the next reader of the settings will name
         return 0
     return (lines[-1]["step"] - 1) // every * every if isinstance(every, int) and every > 0 else 0

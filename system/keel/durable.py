@@ -255,12 +255,12 @@ def make_folder(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have every file below a folder, and every folder, on the disk."""
+    """Have every file below a folder, and every folder, on the disk; or one file."""
+    if not folder.is_dir():
+        sync_file(folder)
+        return
     for path in entries(folder):
-        if path.is_dir():
-            sync_tree(path)
-        else:
-            sync_file(path)
+        sync_tree(path)
     sync_directory(folder)
 
 

@@ -35,8 +35,8 @@ class EndTokens:
 
 def behind_answers(text: ModelText, stop: Sequence[int], conversational: bool) -> int | None:
     """The end token that stands behind an answer that ended: of those that stop samples; None where none does."""
-    closing, own = text.chat.frame.end, getattr(text.tokenizer, "eos_token_id", None)
-    wanted = [closing, own] if conversational else [own, closing]
+    closing, eos = text.chat.frame.end, getattr(text.tokenizer, "eos_token_id", None)
+    wanted = [closing, eos] if conversational else [eos, closing]
     return next((number for number in [*wanted, *stop] if number in stop), None)
 
 
@@ -152,7 +152,7 @@ def _warnings(
     show: Any,
     configured: Sequence[int] | None,
 ) -> Iterable[str]:
-    closing, own = text.chat.frame.end, text.tokenizer.eos_token_id
+    closing, eos = text.chat.frame.end, text.tokenizer.eos_token_id
     if configured is not None:
         if stop and closing is not None and closing not in stop:
             yield f"sampling.stop_token_ids leaves out {show([closing])}, with which the chat template closes a turn"
@@ -163,9 +163,9 @@ def _warnings(
             " token; expected sampling.stop_token_ids, or a tokenizer with an end token"
         )
         return
-    if closing is not None and own is not None and closing != own:
+    if closing is not None and eos is not None and closing != eos:
         yield (
-            f"the tokenizer's end token is {show([own])}, the chat template closes a turn with {show([closing])}:"
+            f"the tokenizer's end token is {show([eos])}, the chat template closes a turn with {show([closing])}:"
             f" both end samples, {show([chat])} is trained behind answers to conversations"
         )
     if text.tokenizer.chat_template and closing is None:

@@ -19,7 +19,7 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Settings, version: int) -> None:
     """Write a folder that `from_pretrained` and vLLM load, with the tokenizer and template of the start model.
 
-    All of it is on the disk when this returns: nobody but the machine that wrote it can have it put there.
+    All of it is on the disk when this returns: no other machine could have that done.
     """
     target.mkdir(parents=True)
     for pattern in _COPIED:

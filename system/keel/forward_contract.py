@@ -9,9 +9,11 @@ reading the same row on its own in evaluation mode. Weights are random and logit
 row must not see changes its numbers by much more than rounding does.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -174,16 +176,31 @@ def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
     Where no twin of the configuration can be made, the model itself is tried.
     """
     config = models.without_dropout(folder)
-    path = models.cache_directory() / "forward_contract" / f"{_key(config, longest_row)}.json"
-    if path.is_file():
-        return Verdict(**json.loads(path.read_text(encoding="utf8")))
+    key = _key(config, longest_row)
+    if (kept := _kept(key)) is not None:
+        return Verdict(**kept)
     try:
         result = of_config(config, longest_row)
     except TwinError:
         tokens = twins.row_tokens(config)  # a window that is longer than every row of the run never matters
         result = check(models.load_policy(folder, "float32").model, min(tokens, longest_row or tokens))
-    durable.write_json(path, dataclasses.asdict(result))
+    _keep(key, dataclasses.asdict(result))
     return result
+
+
+def _kept(key: str) -> dict[str, Any] | None:
+    """What an earlier process found under this key."""
+    path = models.cache_directory() / "forward_contract" / f"{key}.json"
+    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
+
+
+def _keep(key: str, result: Mapping[str, Any]) -> None:
+    """Keep a result for other processes, of which several may do so at once."""
+    path = models.cache_directory() / "forward_contract" / f"{key}.json"
+    aside = path.with_name(f"{key}.{os.getpid()}")
+    with contextlib.suppress(OSError):  # a home that cannot be written to: the next process tries the model again
+        durable.write_json(aside, result)
+        aside.rename(path)
 
 
 def _key(config: Any, longest_row: int | None) -> str:
@@ -220,13 +237,10 @@ def check_scores(folder: Path, setting: str) -> None:
     Raises ConfigError for a family whose scores are not.
     """
     config = models.without_dropout(folder)
-    path = models.cache_directory() / "forward_contract" / f"scores-{_key(config, None)}.json"
-    if path.is_file():
-        reason = json.loads(path.read_text(encoding="utf8"))["reason"]
-    else:
-        reason = _score_difference(config)
-        durable.write_json(path, {"reason": reason})
-    if reason:
+    key = f"scores-{_key(config, None)}"
+    kept = _kept(key) or {"reason": _score_difference(config)}
+    _keep(key, kept)
+    if reason := kept["reason"]:
         raise ConfigError(
             f"{setting}={folder}: the scores that Keel computes for {config.model_type} are not the model's own"
             f" ({reason}); expected another family of sequence classifiers"

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from keel.config import ConfigError
+from keel.printable import one_line
 
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
@@ -60,35 +61,55 @@ def parameter_shapes(folder: Path, named: str = "") -> dict[str, tuple[int, ...]
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):  # its head is tied as the configuration says, whatever the file repeats
-        own = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
-    loaded, report = AutoModelForCausalLM.from_pretrained(
+        parameters = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
+    named = named or str(folder)
+    loaded = _loaded(folder, named, AutoModelForCausalLM)
+    _check_tied(folder, named, set(parameters), {name for name, _ in loaded.named_parameters()})
+    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in parameters})
+    return {name: tuple(tensor.shape) for name, tensor in published.items()}
+
+
+def _loaded(folder: Path, named: str, kind: Any) -> Any:
+    """The model without its numbers. Raises ConfigError where the weights are not those of the configuration."""
+    loaded, report = kind.from_pretrained(
         folder,
-        config=config,
         device_map="meta",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         trust_remote_code=False,
         use_safetensors=True,
     )
-    named = named or str(folder)
     for what, names in (("missing", report["missing_keys"]), ("of another shape", report["mismatched_keys"])):
         for name in sorted(str(key if isinstance(key, str) else key[0]) for key in names)[:1]:
             raise ConfigError(
                 f"{named}: its weights are not those of config.json: {len(names)} parameters are {what} ({name});"
                 " expected all of them"
             )
-    _check_tied(folder, named, set(own), {name for name, _ in loaded.named_parameters()})
-    published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in own})
-    return {name: tuple(tensor.shape) for name, tensor in published.items()}
+    return loaded
+
+
+def check_whole(folder: Path, named: str) -> None:
+    """A language model or a reward model holds all of its parameters. Raises ConfigError.
+
+    Of other models, a trunk without its head, nothing is known: the head is to be trained.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    architecture = next(iter(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []), "")
+    if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        parameter_shapes(folder, named)
+    elif architecture.endswith("ForSequenceClassification"):
+        _loaded(folder, named, AutoModelForSequenceClassification)
 
 
 def num_parameters(folder: Path) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(folder).values())
 
 
-def _check_tied(folder: Path, named: str, own: set[str], held: set[str]) -> None:
+def _check_tied(folder: Path, named: str, parameters: set[str], held: set[str]) -> None:
     """A second copy of a tied weight equals the first. Raises ConfigError: samplers would read one, learners both."""
-    copies = held - own
+    copies = held - parameters
     if not copies:
         return
     import torch
@@ -125,3 +146,37 @@ def served(folder: Path) -> Iterator[Path]:
             if path.name not in others and path.name != INDEX:
                 (Path(view) / path.name).symlink_to(path.resolve())
         yield Path(view)
+
+
+def model_config(folder: Path, named: str) -> Any:
+    """A folder's configuration as transformers reads it. Raises ConfigError."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{named}: config.json cannot be read ({one_line(error)[:200]})") from None
+
+
+def vocabulary(folder: Path, named: str) -> int:
+    """Rows of a model's embedding. Raises ConfigError where its configuration has no such number."""
+    size = getattr(model_config(folder, named).get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
+        raise ConfigError(f"{named}: config.json has no vocab_size; expected a language model")
+    return size
+
+
+def check_text_alone(folder: Path, named: str) -> Any:
+    """The configuration of a model that reads text and nothing else.
+
+    Raises ConfigError for one of a family that reads images or sound, too: its text model alone has other parameter
+    names than the checkpoint, so samplers could not take what is trained.
+    """
+    config = model_config(folder, named)
+    inner = config.get_text_config()
+    if inner is not config:
+        raise ConfigError(
+            f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
+            f" its own (model_type={inner.model_type})"
+        )
+    return config

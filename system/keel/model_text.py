@@ -65,8 +65,8 @@ class ModelText:
         finished = finished or brought is not None
         if not messages:
             ids = self._behind(prompt, content)
-            own = brought if brought in stop else end
-            return ids if not finished or own is None or (ids and ids[-1] in stop) else [*ids, own]
+            last = brought if brought in stop else end
+            return ids if not finished or last is None or (ids and ids[-1] in stop) else [*ids, last]
         message = {"role": "assistant", **(answer if isinstance(answer, Mapping) else {}), "content": content}
         turn = self.chat.turn(messages, message)
         if finished and self.chat.frame.end in stop:

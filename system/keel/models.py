@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from keel import checkpoint, durable, model_files, reads
+from keel import checkpoint, durable, model_files, reads, twins
 from keel import end_tokens as ends
 from keel.config import ConfigError
 from keel.model_text import ModelText
 from keel.networks import Policy
-from keel.printable import one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WHEELS = {
@@ -107,45 +106,11 @@ def locate_policy(model: str, setting: str) -> Path:
     known = ["an ensemble"] if ensemble else read_config(folder, f"{setting}={model}").get("architectures")
     if known and not set(known) & set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         raise ConfigError(f"{setting}={model}: holds {known[0]}; expected a language model (...ForCausalLM)")
-    config = check_text_alone(folder, named := f"{setting}={model}")
+    config = model_files.check_text_alone(folder, named := f"{setting}={model}")
     if type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(f"{named}: model_type={config.model_type} has no causal language model; expected another")
     model_files.parameter_shapes(folder, named)  # all of them are there
     return folder
-
-
-def model_config(folder: Path, named: str) -> Any:
-    """A folder's configuration as transformers reads it. Raises ConfigError."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{named}: config.json cannot be read ({one_line(error)[:200]})") from None
-
-
-def vocabulary(folder: Path, named: str) -> int:
-    """Rows of a model's embedding. Raises ConfigError where its configuration has no such number."""
-    size = getattr(model_config(folder, named).get_text_config(), "vocab_size", None)
-    if not isinstance(size, int):
-        raise ConfigError(f"{named}: config.json has no vocab_size; expected a language model")
-    return size
-
-
-def check_text_alone(folder: Path, named: str) -> Any:
-    """The configuration of a model that reads text and nothing else.
-
-    Raises ConfigError for one of a family that reads images or sound, too: its text model alone has other parameter
-    names than the checkpoint, so samplers could not take what is trained.
-    """
-    config = model_config(folder, named)
-    inner = config.get_text_config()
-    if inner is not config:
-        raise ConfigError(
-            f"{named}: model_type={config.model_type} reads more than text; expected its text model as a checkpoint of"
-            f" its own (model_type={inner.model_type})"
-        )
-    return config
 
 
 def _from_hub(model: str, setting: str) -> Path:
@@ -247,7 +212,7 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
 
 def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end a completion, as `end_tokens.decide` says."""
-    return ends.decide(folder, ModelText(tokenizer), vocabulary(folder, str(folder))).stop
+    return ends.decide(folder, ModelText(tokenizer), model_files.vocabulary(folder, str(folder))).stop
 
 
 def load_policy(folder: Path, dtype: str) -> Policy:
@@ -283,7 +248,7 @@ def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
     """Trained head [1, H] of a causal reward model and what it subtracts; None for a model without one."""
     from safetensors import safe_open
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in model_files.weight_files(folder):
         with safe_open(path, "pt") as file:
             if "score.weight" in file.keys():  # noqa: SIM118 a safetensors file is no mapping
                 weight = file.get_tensor("score.weight")
@@ -305,4 +270,4 @@ def without_dropout(folder: Path) -> Any:
         for name, value in part.to_dict().items():
             if any(noise in name for noise in _NOISE) and isinstance(value, float):
                 setattr(part, name, 0.0)
-    return config
+    return twins.keep_attention_caps(config)

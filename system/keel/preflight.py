@@ -1,7 +1,6 @@
 """Everything that can be known to fail is found here, before Ray starts and before anything is written."""
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,22 +14,21 @@ import yaml
 from keel import (
     checkpoint,
     config,
-    end_tokens,
     endpoint,
     extension,
     forward_contract,
     http_rewards,
+    model_files,
     models,
     reward_models,
     schema,
     score,
+    text_checks,
     tracking,
 )
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.config import ConfigError
-from keel.end_tokens import EndTokens
-from keel.model_text import ModelText
 from keel.printable import one_line, printable
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -85,9 +83,9 @@ def prepare(settings: Settings) -> Prepared:
     policy = models.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")
-    ends = check_text(policy, settings, tokenizer, settings.sampling.stop_token_ids)
+    ends = text_checks.check_text(policy, settings, tokenizer, settings.sampling.stop_token_ids)
     prompts = Prompts(settings, tokenizer)
-    check_token_ids(policy, prompts.largest_token, settings)
+    text_checks.check_token_ids(policy, prompts.largest_token, settings)
     check_rewards(settings, prompts.batch([0, 1]))
     reference = None
     if settings.reference:
@@ -103,7 +101,7 @@ def prepare(settings: Settings) -> Prepared:
     notes = (*ends.notes, *check_passes(settings, policy, folders))
     place = (settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
     prepared = Prepared(*place, notes)
-    check_stored(prepared)
+    text_checks.check_stored(prepared.given(), prompts, policy, settings)
     return prepared
 
 
@@ -111,50 +109,6 @@ def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -
     """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
     named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
     return forward_contract.require(named, settings.max_model_tokens)
-
-
-def check_text(
-    policy: Path, settings: Settings | Section, tokenizer: Any, stop: list[int] | None, named: str = "policy.model"
-) -> EndTokens:
-    """Where texts end, as the model and its tokenizer say; options are some that the chat template reads.
-
-    Raises ConfigError.
-    """
-    options = settings.policy.chat_template_options  # type: ignore[union-attr]
-    check_template_options(options, tokenizer, "policy.chat_template_options")
-    vocabulary = models.vocabulary(policy, f"{named}={policy}")
-    return end_tokens.decide(policy, ModelText(tokenizer, options), vocabulary, stop, named)
-
-
-def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str) -> None:
-    """Every option occurs in the chat template: one that does not would change nothing. Raises ConfigError."""
-    template = tokenizer.chat_template
-    text = "".join(template.values()) if isinstance(template, dict) else template or ""
-    for name in options:
-        if not re.search(rf"\b{re.escape(name)}\b", text):
-            why = "does not read it" if text else "is not there"
-            raise ConfigError(f"{setting}.{name}: the chat template {why}; expected an option of the template")
-
-
-def check_token_ids(policy: Path, largest: int, settings: Section) -> None:
-    """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
-    vocabulary = models.vocabulary(policy, f"policy.model={policy}")
-    if largest >= vocabulary:
-        source = settings.prompts.source  # type: ignore[attr-defined]
-        raise ConfigError(
-            f"policy.model={policy}: its tokenizer makes token {largest} of a text of {source}, beyond the model's"
-            f" vocabulary of {vocabulary}; expected the model's own tokenizer, or other texts"
-        )
-
-
-def check_stored(prepared: Prepared) -> None:
-    """Completions that come with the prompts hold only tokens that the model has. Raises ConfigError."""
-    policy, settings, completions = Path(prepared.policy_folder), prepared.settings, prepared.given()
-    largest = max(prepared.tokenizer.get_vocab().values())
-    if completions is None or largest < models.vocabulary(policy, f"policy.model={policy}"):
-        return
-    prompts = prepared.prompts.batch(range(prepared.prompts.counts["train"]))
-    check_token_ids(policy, max(max(ids) for ids in completions.tokens(prompts) if ids), settings)
 
 
 def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:
@@ -169,7 +123,9 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
     if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
         raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
     if "critic" in found:
-        models.check_text_alone(Path(found["critic"]), f"objective.critic.model={found['critic']}")
+        critic, value = Path(found["critic"]), f"objective.critic.model={found['critic']}"
+        model_files.check_text_alone(critic, value)
+        model_files.check_whole(critic, value)
     found |= {"reference": reference} if reference else {}
     for name, folder in found.items():  # all of them read the policy's tokens
         own, other = _vocabulary(policy), _vocabulary(Path(folder))
@@ -188,7 +144,7 @@ def check_vocabulary(own: Path, other: Path, setting: str) -> None:
 
 
 def _vocabulary(folder: Path) -> int:
-    return models.vocabulary(folder, str(folder))
+    return model_files.vocabulary(folder, str(folder))
 
 
 def check_directory(directory: Path, settings: Section) -> None:
@@ -238,7 +194,7 @@ def check_memory(cluster: ClusterSettings) -> None:
 
 def check_context(policy: Path, settings: Settings) -> None:
     """Prompt and completion fit the model's positions."""
-    known = models.model_config(policy, f"policy.model={policy}").get_text_config()
+    known = model_files.model_config(policy, f"policy.model={policy}").get_text_config()
     positions = getattr(known, "max_position_embeddings", None)
     needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
     if positions is not None and needed > positions:
@@ -258,10 +214,10 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
         extension.load(reward.source, setting)
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
+            reward_models.check_readable(member, setting)
             forward_contract.check_scores(member, setting)
-            reward_models.check_tokens(member, setting)
             tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
-            check_template_options(reward.chat_template_options, tokenizer, where)
+            text_checks.check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":
         http_rewards.check(reward, setting)
 

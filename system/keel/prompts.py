@@ -42,7 +42,7 @@ class Prompts:
         """`rows`: of the source, where they were read and checked before."""
         given, samples = rows is not None, settings.sampling.samples_per_prompt
         if rows is None:
-            asked = functools.partial(asked_columns, settings.rewards)
+            asked = functools.cache(functools.partial(asked_columns, settings.rewards))
             rows = read(settings.prompts, samples if settings.sampling.stored_ratio > 0 else 0, asked)
         rows = list(rows)
         if settings.sampling.stored_ratio > 0 and not given:

@@ -105,8 +105,5 @@ def entries(folder: Path) -> list[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """Every file below a folder, by its path. Raises ReadFailed."""
-    found: list[Path] = []
-    for path in entries(folder):
-        found += files(path) if path.is_dir() else [path]
-    return found
+    """Every file below a folder, by its path; of a file, itself. Raises ReadFailed."""
+    return [file for path in entries(folder) for file in files(path)] if folder.is_dir() else [folder]

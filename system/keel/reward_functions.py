@@ -79,12 +79,13 @@ def _number(value: Any, place: int, answer: Any, strict: bool) -> float | None:
     inside = f"{describe(answer)}, of which number {place} is"
     if not isinstance(own, Real | Decimal):
         raise WrongAnswer(f"{inside} {describe(value)}; {_SIGNATURE} completion")
+    number: Any = own
     try:
-        return float(own)
+        return float(number)
     except (OverflowError, ValueError):  # ValueError: a signaling NaN of Decimal
         if strict:
             raise WrongAnswer(f"{inside} {describe(value)} beyond any float; {_SIGNATURE} completion") from None
-        return (math.inf if own > 0 else -math.inf) if isinstance(own, int) else math.nan
+        return (math.inf if number > 0 else -math.inf) if isinstance(number, int) else math.nan
 
 
 def is_async(function: Callable[..., Any]) -> bool:

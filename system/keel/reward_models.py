@@ -211,13 +211,17 @@ def spare_token(tokenizer: Any, vocabulary: int = _NO_LIMIT) -> int:
     return min(named) if named else max(set(tokenizer.get_vocab().values()) - ends)
 
 
-def check_tokens(folder: Path, setting: str) -> None:
-    """The model reads text alone, and has every token that its tokenizer makes of one. Raises ConfigError.
+def check_readable(folder: Path, setting: str) -> None:
+    """The model is whole, reads text alone, and has every token that its tokenizer makes of one. Raises ConfigError.
 
     A pad token is no text: many tokenizers name one that the embedding has not.
     """
-    models.check_text_alone(folder, f"{setting}={folder}")
-    vocabulary, tokenizer = models.vocabulary(folder, f"{setting}={folder}"), models.load_tokenizer(folder, setting)
+    model_files.check_text_alone(folder, f"{setting}={folder}")
+    model_files.check_whole(folder, f"{setting}={folder}")
+    vocabulary, tokenizer = (
+        model_files.vocabulary(folder, f"{setting}={folder}"),
+        models.load_tokenizer(folder, setting),
+    )
     largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
     if largest >= vocabulary:
         raise ConfigError(

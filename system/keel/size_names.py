@@ -92,7 +92,7 @@ AT_MOST = {
     "hidden_size_per_layer_input": 16,
     "index_block_size": 4,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    "index_n_heads": 16,
     "index_topk": 8,
     "index_topk_blocks": 2,
     "indexer_budget": 8,

@@ -84,8 +84,8 @@ def rewards(columns: Mapping[str, Any]) -> list[float]:
 
 def is_bad_demonstration(columns: Mapping[str, Any]) -> bool:
     """Whether the row is an answer that its label calls bad (an unpaired preference)."""
-    packed = columns.get(ANSWERS)
-    return bool(packed) and packed["labeled"] and packed["rewards"] == [0.0]
+    packed = columns.get(ANSWERS) or {"labeled": False, "rewards": []}
+    return packed["labeled"] and packed["rewards"] == [0.0]
 
 
 def is_stored(ticket: int, ratio: float) -> bool:
@@ -205,6 +205,13 @@ def unusable(columns: Mapping[str, Any]) -> str | None:
     if any(text[:-1] != given[0][:-1] for text in given):
         return "different_prompts"
     texts = [text.strip() for text in completions(columns)]
-    if not all(texts):
+    further = [_further(answer) for answer in answers(columns)]
+    if not all(text or fields for text, fields in zip(texts, further, strict=True)):
         return "empty"
-    return "equal" if len(set(texts)) < len(texts) else None
+    return "equal" if len(set(zip(texts, further, strict=True))) < len(texts) else None
+
+
+def _further(answer: str | Mapping[str, Any]) -> str:
+    """What a message says beside its content: thoughts, tool calls."""
+    fields = {} if isinstance(answer, str) else {k: v for k, v in answer.items() if k not in ("role", "content") and v}
+    return json.dumps(fields, sort_keys=True) if fields else ""

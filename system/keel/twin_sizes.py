@@ -205,8 +205,8 @@ def _of_family(values: Values) -> Values:
             return {"num_heads": heads, "head_dim": values["expand"] * values["hidden_size"] // heads, "n_groups": 2}
         case "rwkv":  # weights are divided at every such layer in evaluation: let it happen in a few layers
             return {"rescale_every": min(values["rescale_every"], 1)}
-        case "xlstm":
-            return {"num_blocks": values["num_hidden_layers"]}
+        case "xlstm":  # widths of queries and values are rounded up to multiples of 64
+            return {"num_blocks": values["num_hidden_layers"], "hidden_size": 128, "embedding_dim": 128}
         case "hrm_text":
             return {"num_layers_per_stack": None, "num_hidden_layers": 2}
         case "deepseek_v4":

@@ -33,6 +33,16 @@ def text_config(config: Any) -> Any:
     return config.get_text_config()
 
 
+def keep_attention_caps(config: Any) -> Any:
+    """The configuration, set to attention that applies its cap on attention logits where it has one (Gemma 2).
+
+    Transformers' default, scaled dot product attention, leaves the cap out without a word; vLLM applies it.
+    """
+    if getattr(text_config(config), "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+    return config
+
+
 def twin(config: Any, longest_row: int | None = None) -> Any:
     """A configuration with small sizes and everything that changes the computed function, of the class that is loaded.
 
@@ -44,7 +54,7 @@ def twin(config: Any, longest_row: int | None = None) -> Any:
     whole = text_architecture(config)
     loaded = config if getattr(whole, "config_class", None) is type(config) else text_config(config)
     try:
-        return _smaller(loaded, longest_row)
+        return keep_attention_caps(_smaller(loaded, longest_row))
     except LayerError as error:
         raise TwinError(f"{loaded.model_type}: {error}") from None
     except _REFUSALS as error:

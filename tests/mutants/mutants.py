@@ -12,6 +12,7 @@ What is changed and which tests belong to it: mutants.toml. The working tree its
 import argparse
 import ast
 import importlib
+import importlib.util
 import os
 import random
 import shutil
@@ -69,7 +70,10 @@ def configuration(root: Path = ROOT) -> tuple[list[str], list[Group]]:
 
 
 def texts(tree: ast.Module) -> Iterator[ast.AST]:
-    """Nodes in which a change means nothing to a program: annotations, descriptions, messages."""
+    """Nodes in which a change means nothing to a program: annotations, decorators, descriptions, messages.
+
+    Also zip's `strict`, which notices a mistake of the programmer and changes nothing where there is none.
+    """
     for node in ast.walk(tree):
         match node:
             case ast.arg(annotation=note) | ast.AnnAssign(annotation=note) if note is not None:
@@ -78,7 +82,7 @@ def texts(tree: ast.Module) -> Iterator[ast.AST]:
                 yield from filter(None, [*node.decorator_list, node.returns])
             case ast.ClassDef():
                 yield from node.decorator_list
-            case ast.keyword(arg="description", value=value):
+            case ast.keyword(arg="description" | "strict", value=value):
                 yield value
             case ast.Raise(exc=ast.Call(args=messages)):
                 yield from messages
@@ -134,9 +138,9 @@ def copy_tree(target: Path, *, modules: bool) -> None:
 
 def preload(tree: Path) -> None:
     """Import what every test run would import, but for the code under test, and look for that in the copy."""
-    sys.dont_write_bytecode = True  # two mutants within a second and of one size look alike to the byte code cache
     paths = [str(tree / "system"), str(tree / "tests")]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.path[:0] = paths
     for name in PRELOADED:
         importlib.import_module(name)
@@ -156,9 +160,16 @@ def run_tests(tests: Iterable[str], seconds: float, output: Path) -> tuple[str, 
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             import pytest
+            from hypothesis import Phase, settings
 
+            phases = (
+                Phase.explicit,
+                Phase.generate,
+            )  # that there is an example is enough: no smaller one is looked for
+            settings.register_profile("mutants", settings.get_profile("ci"), phases=phases)
             for name in tests:  # one after the other: whatever the first file notices need not wait for the others
-                arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+                arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:randomly"]
+                arguments += ["--hypothesis-profile=mutants", "--tb=no"]
                 if code := int(pytest.main([*arguments, str(Path("tests") / name)])):
                     break
         finally:
@@ -175,6 +186,12 @@ def run_tests(tests: Iterable[str], seconds: float, output: Path) -> tuple[str, 
     return "timeout", time.monotonic() - began
 
 
+def write(path: Path, text: str) -> None:
+    """A module's text, and no byte code of another: two of a second and a size look alike to the cache."""
+    path.write_text(text, encoding="utf8")
+    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+
 def judge(tree: Path, spec: MutationSpec, tests: Iterable[str], seconds: float) -> WorkResult:
     """Change the module in the copy, run the tests, and put the module back."""
     path = tree / spec.module_path
@@ -183,10 +200,10 @@ def judge(tree: Path, spec: MutationSpec, tests: Iterable[str], seconds: float) 
     assert changed is not None, spec
     output = tree.parent / "output.txt"
     try:
-        path.write_text(changed, encoding="utf8")
+        write(path, changed)
         ended, _ = run_tests(tests, seconds, output)
     finally:
-        path.write_text(source, encoding="utf8")
+        write(path, source)
     outcome = TestOutcome.SURVIVED if ended == "passed" else TestOutcome.KILLED
     last = [line for line in output.read_text(encoding="utf8", errors="replace").splitlines() if line.strip()][-1:]
     return WorkResult(WorkerOutcome.NORMAL, f"{ended}: {''.join(last)}", outcome, difference(source, changed))
@@ -206,9 +223,8 @@ def session(directory: Path, size: int, seed: int, names: list[str]) -> tuple[Wo
     copy_tree(directory / "tree", modules=new)
     if new:
         shutil.copytree(directory / "tree" / PACKAGE, directory / "unchanged")
-    shutil.copytree(
-        directory / "unchanged", directory / "tree" / PACKAGE, dirs_exist_ok=True
-    )  # an earlier call broke off
+    shutil.rmtree(directory / "tree" / PACKAGE)  # an earlier call may have ended in between
+    shutil.copytree(directory / "unchanged", directory / "tree" / PACKAGE)
     groups = [group for group in groups if group.name in names or not names]
     database = WorkDB(directory / "session.sqlite", WorkDB.Mode.create)
     if new:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema
+from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema, text_checks
 from keel.config import ConfigError
 from keel.conversations import turns
 from keel.prompts import Prompts
@@ -60,9 +60,9 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     preflight.check_context(folder, settings)
     tokenizer = models.load_tokenizer(folder, "MODEL")
     by, stop = settings.sampling, settings.sampling.stop_token_ids
-    ends = preflight.check_text(folder, settings, tokenizer, stop, "MODEL")
+    ends = text_checks.check_text(folder, settings, tokenizer, stop, "MODEL")
     prompts = Prompts(settings, tokenizer)
-    preflight.check_token_ids(folder, prompts.largest_token, settings)
+    text_checks.check_token_ids(folder, prompts.largest_token, settings)
     preflight.check_rewards(settings, prompts.batch([0, 1]))
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, ends.stop)
     others, notes = draws, ends.notes
@@ -74,7 +74,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
         other = str(models.locate_policy(against, "evaluation.against"))
         preflight.check_context(Path(other), settings)
         _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
-        theirs = preflight.check_text(Path(other), settings, tokenizer, stop, "evaluation.against")
+        theirs = text_checks.check_text(Path(other), settings, tokenizer, stop, "evaluation.against")
         others = dataclasses.replace(draws, stop_token_ids=theirs.stop)
         notes += tuple(f"{against}: {line}" for line in theirs.notes if theirs.notes != ends.notes)
     reference = None

@@ -26,6 +26,7 @@ from keel import (
     preflight,
     reads,
     schema,
+    text_checks,
 )
 from keel.config import ConfigError
 from keel.prompts import Prompts
@@ -78,9 +79,9 @@ def prepare(settings: LabelSettings) -> Prepared:
         source = Prompts(online, tokenizer)
         count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
         prompts, folder = source.batch(range(count)), str(located)
-        preflight.check_token_ids(located, source.largest_token, settings)
+        text_checks.check_token_ids(located, source.largest_token, settings)
         preflight.check_rewards(online, prompts)
-        ends = preflight.check_text(located, settings, tokenizer, settings.sampling.stop_token_ids)
+        ends = text_checks.check_text(located, settings, tokenizer, settings.sampling.stop_token_ids)
         stop, notes = ends.stop, ends.notes
     else:
         rollouts = _rollouts(settings.runs)

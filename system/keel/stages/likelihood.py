@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import endpoint, gang, models, preflight, progress, tracking
+from keel import endpoint, gang, models, preflight, progress, text_checks, tracking
 from keel.algorithms import kinds
 from keel.metrics import RunMetrics
 from keel.recorder import Display
@@ -63,9 +63,9 @@ def prepare(settings: PolicyStage) -> Prepared:
     folder = models.locate_policy(settings.policy.model, "policy.model")
     preflight.check_context(folder, draft)
     tokenizer = models.load_tokenizer(folder, "policy.model")
-    ends = preflight.check_text(folder, settings, tokenizer, None)
+    ends = text_checks.check_text(folder, settings, tokenizer, None)
     rows = OfflineRows(draft, settings.completions, tokenizer, ends.stop)
-    preflight.check_token_ids(folder, max(rows.largest_token, rows.prompts.largest_token), settings)
+    text_checks.check_token_ids(folder, max(rows.largest_token, rows.prompts.largest_token), settings)
     reference: str | None = None
     others: dict[str, str] = {}
     if draft.reference:

@@ -32,6 +32,7 @@ from keel import (
     schema,
     sources,
     stored,
+    text_checks,
     tracking,
 )
 from keel.config import ConfigError
@@ -156,12 +157,12 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     reward_models.check_trunk(trunk, settings.policy.model)
     forward_contract.check_scores(folder, "policy.model")
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
-    reward_models.check_tokens(folder, "policy.model")
+    reward_models.check_readable(folder, "policy.model")
     encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
-    preflight.check_template_options(options, tokenizer, "policy.chat_template_options")
+    text_checks.check_template_options(options, tokenizer, "policy.chat_template_options")
     rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))
     steps = settings.training.steps(len(rows.train))
-    notes = () if encoder else preflight.check_text(folder, settings, tokenizer, None).notes
+    notes = () if encoder else text_checks.check_text(folder, settings, tokenizer, None).notes
     return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps, notes)
 
 

@@ -1,0 +1,57 @@
+"""What is known of a run's texts before it starts: where they end, what its template reads, tokens the model has."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from keel import end_tokens, model_files
+from keel.config import ConfigError
+from keel.end_tokens import EndTokens
+from keel.model_text import ModelText
+from keel.prompts import Prompts
+from keel.section import Section
+from keel.stored import StoredCompletions
+
+
+def check_text(
+    policy: Path, settings: Section, tokenizer: Any, stop: list[int] | None, named: str = "policy.model"
+) -> EndTokens:
+    """Where texts end, as the model and its tokenizer say; options are some that the chat template reads.
+
+    Raises ConfigError.
+    """
+    options = settings.policy.chat_template_options  # type: ignore[attr-defined]
+    check_template_options(options, tokenizer, "policy.chat_template_options")
+    vocabulary = model_files.vocabulary(policy, f"{named}={policy}")
+    return end_tokens.decide(policy, ModelText(tokenizer, options), vocabulary, stop, named)
+
+
+def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str) -> None:
+    """Every option occurs in the chat template: one that does not would change nothing. Raises ConfigError."""
+    template = tokenizer.chat_template
+    text = "".join(template.values()) if isinstance(template, dict) else template or ""
+    for name in options:
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            why = "does not read it" if text else "is not there"
+            raise ConfigError(f"{setting}.{name}: the chat template {why}; expected an option of the template")
+
+
+def check_token_ids(policy: Path, largest: int, settings: Section) -> None:
+    """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
+    vocabulary = model_files.vocabulary(policy, f"policy.model={policy}")
+    if largest >= vocabulary:
+        source = settings.prompts.source  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"policy.model={policy}: its tokenizer makes token {largest} of a text of {source}, beyond the model's"
+            f" vocabulary of {vocabulary}; expected the model's own tokenizer, or other texts"
+        )
+
+
+def check_stored(completions: StoredCompletions | None, prompts: Prompts, policy: Path, settings: Section) -> None:
+    """Completions that come with the prompts hold only tokens that the model has. Raises ConfigError."""
+    if completions is None:
+        return
+    largest = max(completions.text.tokenizer.get_vocab().values())
+    if largest >= model_files.vocabulary(policy, f"policy.model={policy}"):  # else no text can hold one
+        rows = completions.tokens(prompts.batch(range(prompts.counts["train"])))
+        check_token_ids(policy, max(max(ids, default=0) for ids in rows), settings)
