@@ -57,7 +57,8 @@ def restore(before: State) -> None:
     for name, logger in every_logger():
         default = (logging.NOTSET, True, False, (), ())
         logger.level, logger.propagate, logger.disabled, filters, handlers = before["logger"].get(name, default)
-        logger.filters, logger.handlers = list(filters), [handler for handler, *_ in handlers]
+        kept = [handler for handler in logger.handlers if of_pytest(handler) and name != "root"]
+        logger.filters, logger.handlers = list(filters), [handler for handler, *_ in handlers] + kept
         for handler, handler.level, handler.formatter, of_handler in handlers:
             handler.filters = list(of_handler)
         logger.manager._clear_cache()
@@ -100,7 +101,7 @@ def process() -> Group:
         "multiprocessing start method": multiprocessing.get_start_method(allow_none=True)
         or multiprocessing.get_all_start_methods()[0],
         "event loop policy": type(asyncio.events._event_loop_policy or asyncio.DefaultEventLoopPolicy()),
-        "garbage collection": (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
+        "garbage collection": (gc.isenabled(), gc.get_threshold()),
         "decimal context": repr(decimal.getcontext()).partition(", flags=")[0],
         **limits,
     }
@@ -149,6 +150,11 @@ def every_logger() -> Iterator[tuple[str, logging.Logger]]:
     )
 
 
+def of_pytest(handler: logging.Handler) -> bool:
+    """Those that pytest hangs onto the root and, for each part of a test, onto loggers that do not propagate."""
+    return type(handler).__module__.startswith("_pytest.")
+
+
 def loggers() -> Group:
     """Those that are not as `getLogger` makes them: level, propagation, filters; level and format of each handler."""
     return {
@@ -157,7 +163,11 @@ def loggers() -> Group:
             logger.propagate,
             logger.disabled,
             tuple(logger.filters),
-            tuple((handler, handler.level, handler.formatter, tuple(handler.filters)) for handler in logger.handlers),
+            tuple(
+                (handler, handler.level, handler.formatter, tuple(handler.filters))
+                for handler in logger.handlers
+                if name == "root" or not of_pytest(handler)
+            ),
         )
         for name, logger in every_logger()
         if logger.level or not logger.propagate or logger.disabled or logger.filters or logger.handlers

@@ -17,6 +17,8 @@ from keel.metric_table import reference_table
 from keel.protocols import WorkerLost
 from keel.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 HEAVY = {"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}
@@ -65,10 +67,7 @@ def test_answers_that_need_no_model_import_no_heavy_library(tmp_path: Path, argu
     code = f"""
 import sys
 sys.argv = ["keel", *{arguments!r}]
-from keel import cli
-
-pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
-cli.app(standalone_mode=False)
+from keel import clicli.app(standalone_mode=False)
 assert "typer" in sys.modules
 sys.stderr.write(" ".join(sorted({HEAVY!r} & set(sys.modules))))
 """

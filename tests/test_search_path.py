@@ -104,7 +104,9 @@ def test_a_reward_beside_the_configuration_is_found_and_its_neighbours_are_not_r
     assert "prompts.held_out=1000000" in said.replace("\n", " ")
 
 
-def test_prompts_beside_the_configuration_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_beside_the_configuration_are_found(
+    restored_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_own_prompts.py").write_text("def rows(): return [{'prompt': 'a'}]\n")

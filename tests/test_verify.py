@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from keel import cli, durable, schema, segments, verify
 from runs import STEPS, Writer, read_rows, scored, settings
 
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
 Damage = Callable[[Path], None]
 
 
@@ -436,10 +438,7 @@ def test_verifying_imports_nothing_that_computes(original: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from keel import verify
-
-pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
-verify.compare(Path({str(original)!r}), Path({str(original)!r}))
+from keel import verifyverify.compare(Path({str(original)!r}), Path({str(original)!r}))
 verify.check(Path({str(original)!r}))
 print(sorted({{"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}} & set(sys.modules)))
 """

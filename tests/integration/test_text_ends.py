@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import finish
 from safetensors.torch import load_file, save_file
 
-from conftest import finish
 from keel import model_files, schema, tiny, weights
 
 pytestmark = pytest.mark.slow
