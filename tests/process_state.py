@@ -29,6 +29,8 @@ State = dict[str, Group]
 TESTS = Path(__file__).parent
 HOMES = (str(TESTS.parent), sys.prefix, sys.base_prefix, *(str(Path(each).absolute()) for each in sys.path if each))
 """Where modules come from that any test may import: this repository, the environment, PYTHONPATH."""
+NEW_LOGGER = (logging.NOTSET, True, False, (), ())
+"""Level, propagation, whether it is disabled, filters, handlers."""
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Processes that Python itself starts once and keeps."""
 
@@ -55,8 +57,8 @@ def restore(before: State) -> None:
             signal.signal(number, before["signal"][number.name])
     logging.setLogRecordFactory(before["logging"]["record factory"])
     for name, logger in every_logger():
-        default = (logging.NOTSET, True, False, (), ())
-        logger.level, logger.propagate, logger.disabled, filters, handlers = before["logger"].get(name, default)
+        shape = before["logger"].get(name, NEW_LOGGER)
+        logger.level, logger.propagate, logger.disabled, filters, handlers = shape
         kept = [handler for handler in logger.handlers if of_pytest(handler) and name != "root"]
         logger.filters, logger.handlers = list(filters), [handler for handler, *_ in handlers] + kept
         for handler, handler.level, handler.formatter, of_handler in handlers:
@@ -157,21 +159,13 @@ def of_pytest(handler: logging.Handler) -> bool:
 
 def loggers() -> Group:
     """Those that are not as `getLogger` makes them: level, propagation, filters; level and format of each handler."""
-    return {
-        name: (
-            logger.level,
-            logger.propagate,
-            logger.disabled,
-            tuple(logger.filters),
-            tuple(
-                (handler, handler.level, handler.formatter, tuple(handler.filters))
-                for handler in logger.handlers
-                if name == "root" or not of_pytest(handler)
-            ),
-        )
-        for name, logger in every_logger()
-        if logger.level or not logger.propagate or logger.disabled or logger.filters or logger.handlers
-    }
+    return {name: shape for name, logger in every_logger() if (shape := shape_of(name, logger)) != NEW_LOGGER}
+
+
+def shape_of(name: str, logger: logging.Logger) -> tuple[Any, ...]:
+    handlers = [handler for handler in logger.handlers if name == "root" or not of_pytest(handler)]
+    shapes = tuple((handler, handler.level, handler.formatter, tuple(handler.filters)) for handler in handlers)
+    return logger.level, logger.propagate, logger.disabled, tuple(logger.filters), shapes
 
 
 def warning_filters() -> Group:
