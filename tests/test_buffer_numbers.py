@@ -104,3 +104,39 @@ async def test_segments_are_forgotten_when_all_their_tickets_lie_before(
         await buffer.add(tickets, rollouts(tickets))
     await buffer.forget(first)
     assert len(segments.paths(tmp_path)) == 2 - forgotten
+
+
+ODD: dict[str, Any] = {
+    "no row at all": lambda rows, counts: segments.Segment([0, 1], rows.slice(0, 0), counts, {0: "x", 1: "x"}),
+    "rows of a ticket less": lambda rows, counts: segments.Segment([0, 1], rows.slice(0, 2), counts, {}),
+    "rows of a ticket that was dropped": lambda rows, counts: segments.Segment([0, 1], rows, counts, {1: "x"}),
+    "rows of a ticket more": lambda rows, counts: segments.Segment([0], rows, {0: {}}, {}),
+    "counts of a ticket less": lambda rows, counts: segments.Segment([0, 1], rows, {0: {}}, {}),
+    "counts of a ticket more": lambda rows, counts: segments.Segment([0, 1], rows, {**counts, 2: {}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_segment_that_does_not_fit_itself_is_none(tmp_path: Path, name: str) -> None:
+    """Its digest is right; what it says of its tickets is not."""
+    segments.write(tmp_path, ODD[name](rollouts([0, 1]), {0: {}, 1: {}}))
+    (path,) = segments.paths(tmp_path)
+    with pytest.raises(segments.SegmentError, match=r"rows of tickets \[.*\]; expected those of|not a segment"):
+        segments.read(path)
+
+
+def test_a_segment_that_fits_is_read_as_it_was_written(tmp_path: Path) -> None:
+    counts = {0: {"a": {"": 1}}, 1: {"b": {"x": 2}}}
+    num_bytes = segments.write(tmp_path, segments.Segment([0, 1], rollouts([1]), counts, {0: "why"}))
+    (path,) = segments.paths(tmp_path)
+    found = segments.read(path)
+    assert (found.tickets, found.counts, found.dropped) == ([0, 1], counts, {0: "why"})
+    assert found.rows.equals(rollouts([1]), check_metadata=True) and path.stat().st_size == num_bytes
+    groups = dict(found.groups())
+    assert (groups[0].rows, groups[0].reason, groups[1].reason) == (None, "why", "")
+    assert groups[1].rows is not None and groups[1].rows.equals(rollouts([1]))
+    assert path.name.startswith("segment.000000000000-000000000001.")
+    odd = path.with_name("segment.odd.arrow")
+    path.rename(odd)
+    with pytest.raises(segments.SegmentError, match=r"named segment\.odd\.arrow"):
+        segments.read(odd)
