@@ -438,7 +438,8 @@ def test_verifying_imports_nothing_that_computes(original: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from keel import verifyverify.compare(Path({str(original)!r}), Path({str(original)!r}))
+from keel import verify
+verify.compare(Path({str(original)!r}), Path({str(original)!r}))
 verify.check(Path({str(original)!r}))
 print(sorted({{"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}} & set(sys.modules)))
 """
