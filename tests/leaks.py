@@ -36,16 +36,26 @@ OF_LIBRARIES = {
 """What a library changes when it is first imported, and needs for as long as the process has it: nothing to put back."""
 
 
+LARGE = {"ray", "torch", "transformers", "deepspeed", "vllm", "datasets", "triton", "cv2", "mlflow", "wandb"}
+"""Libraries that import parts of themselves when these are first needed, in the middle of any test."""
+BY_LARGE = ("environment", "logger", "logging", "warning filter", "sys")
+"""What those parts set up for the whole process, once: levels, handlers, formats, variables, hooks."""
+
+
 def differences(before: State, after: State) -> dict[str, str]:
     """A line for every name whose value is another one now."""
     if all(same(before[group], values) for group, values in after.items()):
         return {}
     libraries = {name for name in after["module"].keys() - before["module"].keys() if not made_by_a_test(name)}
     allowed = set().union(*(OF_LIBRARIES.get(library, set()) for library in libraries))
+    large = any(library.partition(".")[0] in LARGE for library in libraries)
     lines = {}
     for group, values in after.items():
         for name, old, new in changes(before[group], values):
-            if f"{group} {name}" not in allowed and not arrived(group, name, old, new, before, libraries):
+            came = large and (group in BY_LARGE or name == "multiprocessing start method")
+            if f"{group} {name}" in allowed or came:
+                continue
+            if not arrived(group, name, old, new, before, libraries):
                 lines[f"{group} {name}"] = f"{group} {name}: {shown(old)} -> {shown(new)}"
     return lines
 
