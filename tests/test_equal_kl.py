@@ -149,3 +149,12 @@ def test_at_equal_steps_and_tokens_nothing_is_corrected(matching: str) -> None:
     found = next(each for each in compare.compare(arms).matchings if each.name == matching)
     assert found.standings[1].differences["reward"] == compare.estimate(2 * other[1] - 2 * kl[1])
     assert found.standings[1].differences["kl_nats"] == compare.estimate(other[1] - kl[1])
+
+
+def test_a_table_has_a_line_below_every_metric() -> None:
+    arms = [
+        arm(name, draws(seed, [0.0, 3.0]), draws(seed, [1.0, 2.0])) for name, seed in (("a", 1), ("b", 2), ("c", 3))
+    ]
+    comparison = compare.compare(arms)
+    table = next(each for each in compare.tables(comparison) if "equal KL" in str(each.title))
+    assert [row.end_section for row in table.rows] == [False, False, True] * len(comparison.metrics)

@@ -298,6 +298,14 @@ def test_a_run_is_done_when_enough_prompts_are_settled(ratio: float | None, fini
     assert credit.counts == {"pairs_dropped_total": {"settled": 1.0, "tie": 1.0}}
 
 
+def test_a_step_that_says_nothing_of_plausible_sets_ends_no_run() -> None:
+    pairs: dict[str, Any] = {"selection": "most_disagreeing", "stop_settled_ratio": 0.5, "finished_only": True}
+    cut = STEP.batch.append_column("finish_reason", pa.array(["length"] * 8))
+    credit = objective(objective={"kind": "preference", "pairs": pairs}).weigh(cut, Measured(CURRENT))
+    assert "settled_ratio" not in credit.metrics and not credit.finished
+    assert credit.counts == {"pairs_dropped_total": {"unfinished": 2.0}}
+
+
 def test_a_selection_without_plausible_sets_never_ends_a_run() -> None:
     credit = weigh(case("dpo"), STEP)
     assert not credit.finished and "settled_ratio" not in credit.metrics

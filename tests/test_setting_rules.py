@@ -311,3 +311,24 @@ def test_what_an_advantage_compares(by: dict[str, Any], by_token: bool, min_samp
 )
 def test_how_many_samples_other_objectives_compare(by: dict[str, Any], expected: int) -> None:
     assert parse(objective=by).objective.min_samples == expected
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "joined"),
+    [
+        (None, None, None),
+        (None, "", None),
+        (None, "head:1", "head:1"),
+        ("other:1", "head:1", "other:1"),
+        ("other:1", None, "other:1"),
+        ("local", "head:1", None),
+        (None, "local", None),
+    ],
+)
+def test_the_cluster_that_is_joined(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, environment: str | None, joined: str | None
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    assert parse(cluster={"address": address}).cluster.address_to_join == joined

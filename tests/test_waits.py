@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import jumping
-from fakes import FakeScorer, Run, settings_for
+from fakes import SAMPLING, FakeScorer, Run, settings_for
 from jumping import now
 from keel import controller as controller_module
-from keel.controller import Stalled, within
+from keel.controller import Controller, Stalled, within
 from keel.failures import FailureWatch, TooManyFailures, retrying
 from keel.protocols import BufferLost, LearnerLost, NotFinite, StageReceipt, WorkerLost
 
@@ -206,6 +206,14 @@ def test_a_step_without_new_rollouts_has_no_rate(tmp_path: Path) -> None:
     jumping.run(run.controller.run())
     assert len(rates) == 1 and rates[0] == pytest.approx(20.0)
     assert run.controller._generated[1] >= 0
+
+
+async def test_a_controller_that_is_told_no_version_starts_at_none(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings_for(steps=2))
+    fresh = Controller(settings_for(steps=2), run.controller.parts, SAMPLING, run.observer)
+    await asyncio.wait_for(fresh.run(), 60)
+    assert run.entries("evaluation") == [("evaluation", 0), ("evaluation", 2)]
+    assert [entry[1] for entry in run.entries("stepped")] == [1, 2]
 
 
 # ---- what is tried again, and how many may fail

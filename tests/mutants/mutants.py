@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -102,12 +103,15 @@ def mutants(path: Path, operators: Iterable[str], root: Path) -> Iterator[Mutati
     """Every mutant of a module that is not one of its texts alone."""
     source = (root / path).read_text(encoding="utf8")
     spared = [span(node) for node in texts(ast.parse(source))]
+    bare = re.compile(r"(?:^\s*|[(,] ?)(\*),")  # the mark between parameters is no product
+    lines = enumerate(source.splitlines(), 1)
+    marks = {(number, found.start(1)) for number, line in lines for found in bare.finditer(line)}
     nodes = list(ast_nodes(get_ast(source)))
     for name in operators:
         operator = plugins.get_operator(name)()
         places = (place for node in nodes for place in operator.mutation_positions(node))
         for occurrence, (start, end) in enumerate(places):
-            if not any(first <= start and end <= last for first, last in spared):
+            if start not in marks and not any(first <= start and end <= last for first, last in spared):
                 yield MutationSpec(path, name, occurrence, start, end)
 
 

@@ -18,7 +18,7 @@ class Block:
     size: int = Field(1, ge=1, description=f"{1 + 1} bytes" + "more")
 
     @property
-    def double(self, factor: int | None = 3) -> int | str:
+    def double(self, *, factor: int | None = 3) -> int | str:
         """Return 2 * x."""
         assert self.size > 0, f"{self.size + 1}"
         for place, other in zip([1], [2], strict=True):
