@@ -67,7 +67,8 @@ def test_answers_that_need_no_model_import_no_heavy_library(tmp_path: Path, argu
     code = f"""
 import sys
 sys.argv = ["keel", *{arguments!r}]
-from keel import clicli.app(standalone_mode=False)
+from keel import cli
+cli.app(standalone_mode=False)
 assert "typer" in sys.modules
 sys.stderr.write(" ".join(sorted({HEAVY!r} & set(sys.modules))))
 """

@@ -279,7 +279,7 @@ def test_where_a_kl_lives(regulariser: Any, in_reward: bool, in_loss: bool, exac
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
-@pytest.mark.parametrize("form", ["sequence_sum", "sequence_mean", "token_bonus"])
+@pytest.mark.parametrize("form", ["sequence_sum", "sequence_mean_naive", "sequence_mean_exact", "token_bonus"])
 def test_where_an_entropy_lives(form: str, coefficient: float) -> None:
     own = parse(regulariser=entropy(form=form, coefficient=coefficient)).regulariser.entropy
     assert own.in_loss == (coefficient > 0 and form == "token_bonus")

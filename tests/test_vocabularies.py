@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from keel import config, preflight, tiny
 from keel.config import ConfigError
@@ -17,8 +19,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def beside(model: Path, folder: Path, more: int) -> Path:
-    """A copy of the model that says it has so many tokens more."""
+    """A copy of the model that has so many tokens more, in its embedding too."""
     shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    rows = torch.arange(len(embedding) + more) % len(embedding)
+    tensors["model.embed_tokens.weight"] = embedding[rows].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**tree, "vocab_size": tree["vocab_size"] + more}))
     return folder
