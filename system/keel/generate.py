@@ -72,6 +72,8 @@ class VllmGenerator:
         from transformers import AutoTokenizer
         from vllm import LLM
 
+        from keel import forward_contract
+
         self.name = name
         self.dtype = settings.dtype
         self.version = 0
@@ -79,7 +81,11 @@ class VllmGenerator:
         self._text = ModelText(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), template_options)
         self._files = contextlib.ExitStack()  # as long as the engine
         folder = str(self._files.enter_context(model_files.served(Path(folder))))
-        self._engine: Any = LLM(**engine_arguments(folder, settings, max_model_tokens))
+        arguments = engine_arguments(folder, settings, max_model_tokens)
+        if not settings.gpus and not forward_contract.verdict(Path(folder), max_model_tokens).shared:
+            # vLLM caches the state of recurrent layers where a chunk of a prompt ends, and here no prompt is cut
+            arguments["enable_prefix_caching"] = False
+        self._engine: Any = LLM(**arguments)
         torch.set_num_threads(settings.threads)  # vLLM may have set 1
 
     def generate(

@@ -116,7 +116,10 @@ def test_training_starts_where_the_sampler_is(
     )
     code, _, err = finish(keel("train", str(path)))
     assert code == 0, err
-    first = json.loads((path.parent / "run" / "metrics.jsonl").read_text().splitlines()[0])
-    print(f"{family}: step 1 gap {first['gap_nats']:.5f} nats, KL {first['kl_nats']:.4f} nats")
+    first, second = map(json.loads, (path.parent / "run" / "metrics.jsonl").read_text().splitlines())
+    print(
+        f"{family}: step 1 gap {first['gap_nats']:.5f} nats, KL {first['kl_nats']:.4f}; step 2 gap {second['gap_nats']:.5f}"
+    )
     assert first["gap_nats"] < 5e-3 and first["fresh_gap_nats"] == first["gap_nats"]
+    assert second["gap_nats"] < 5e-3, "the sampler holds what was trained"
     assert abs(first["kl_nats"]) < 0.05
