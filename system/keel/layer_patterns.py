@@ -56,7 +56,7 @@ def count_name(values: Values) -> str | None:
 
 
 def cut(values: Values, most: int) -> Values:
-    """Settings of the same pattern on at most so many layers, a few more where the kinds need them.
+    """Settings of the same pattern on at most this number of layers, a few more where the kinds need them.
 
     Raises LayerError where no choice of layers holds every kind.
     """

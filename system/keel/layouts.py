@@ -38,7 +38,7 @@ class Reading:
     prompt: Any
     """Text or messages, unchecked."""
     column: str
-    """Where it comes from, for whoever reads an error."""
+    """Where the layout comes from, for the text of an error."""
     explicit: bool
     """All of `prompt` is the prompt; else a conversation that ends with its answer."""
     conversational: bool
@@ -141,7 +141,7 @@ class Layout:
 
 
 def recognise(names: Sequence[str], prompts: PromptSettings, samples: int) -> Layout:
-    """Roles of these columns for rows of so many answers each. Raises ConfigError."""
+    """Roles of these columns for rows with this number of answers. Raises ConfigError."""
     roles = _named(names, prompts)
     named = frozenset(roles)
     _guess_prompt(roles, names, prompts)
