@@ -229,6 +229,25 @@ def test_a_cache_that_cannot_be_written_to_only_costs_time(tmp_path: Path, monke
     assert forward_contract.verdict(folder, 64) == forward_contract.verdict(folder, 64) != Verdict()
 
 
+def test_a_copy_of_a_model_has_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a run is longer: the twin, and so the verdict, is the same."""
+    first = forward_contract.verdict(folder_of("convolutions", tmp_path / "one"), 64)
+    monkeypatch.setattr(twins, "build", lambda *arguments, **options: pytest.fail("made again"))
+    copy = folder_of("convolutions", tmp_path / "two")
+    assert forward_contract.verdict(copy, 65) == forward_contract.verdict(copy) == first
+
+
+def test_a_family_whose_own_forward_fails_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Any, rows: Any) -> Any:
+        raise RuntimeError("shape of\nnothing")
+
+    monkeypatch.setattr(forward_contract, "_plain", broken)
+    with pytest.raises(ConfigError, match="its own forward fails: RuntimeError: shape of nothing"):
+        forward_contract.require({"policy.model": folder_of("llama", tmp_path)}, 64)
+
+
 def test_without_a_twin_the_model_itself_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(config: Any, longest_row: int | None = None) -> Any:
         raise twins.TwinError("of no size")
@@ -242,8 +261,8 @@ def test_without_a_twin_the_model_itself_is_tried(tmp_path: Path, monkeypatch: p
         return check(model, tokens_per_row, seed)
 
     monkeypatch.setattr(forward_contract, "check", spy)
-    assert forward_contract.verdict(tiny.write(tmp_path / "m", "qwen2"), 24) == Verdict()
-    assert tried == [("qwen2", 24)], "no row of the run is longer"
+    assert forward_contract.verdict(tiny.write(tmp_path / "m", "qwen2"), 40) == Verdict()
+    assert tried == [("qwen2", 40 - 19)], "no row is longer than the run's longest"
 
 
 def test_what_holds_for_two_models_holds_for_their_micro_batches() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 import rollouts
@@ -113,5 +114,8 @@ def test_fresh_tokens_are_those_of_the_version_under_training() -> None:
     for version, expected in ((4, [False, True]), (3, [True, False]), (5, [False, False])):
         learner.version = version
         assert learner._fresh(batch).tolist() == np.repeat(expected, lengths).tolist()
+    stored = batch.set_column(batch.schema.names.index("generator"), "generator", pa.array(["stored"] * batch.num_rows))
+    learner.version = 4
+    assert not learner._fresh(stored).any(), "read under the weights of now, but sampled by another"
     learner.version = 0
     assert not learner._fresh(batch.select(["ticket", "completion_tokens"])).any(), "stored rows: no sampler"

@@ -328,3 +328,24 @@ def test_demonstrations_of_ultrafeedback_are_its_messages(tmp_path: Path) -> Non
     for number, row in enumerate(preferences(path, CHAT, prompts={"max_tokens": 20}).step(0).to_pylist()):
         assert row["completion"] == ("1" if number % 2 else f"{row['prompt']} {row['prompt']}")
         assert json.loads(row["prompt_messages"]) == [{"role": "user", "content": row["prompt"]}]
+
+
+# ---- conversations that a template cannot render
+
+
+def conversations(tmp_path: Path, role: str = "user") -> Path:
+    turns = [{"role": role, "content": "1"}, {"role": "assistant", "content": "2"}]
+    return jsonl(tmp_path / "rows.jsonl", [{"messages": turns}] * 6)
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"its tokenizer has no chat template, but line 1 of .* is a list of messages"
+    ):
+        demonstrations(conversations(tmp_path), PLAIN)
+
+
+def test_a_conversation_that_the_template_refuses_is_one_line(tmp_path: Path) -> None:
+    strict = word_tokenizer(numbers=300, chat_template="{{ raise_exception('Only users speak') }}")
+    with pytest.raises(ConfigError, match="line 1: the chat template refuses it: Only users speak; expected other"):
+        demonstrations(conversations(tmp_path), strict)

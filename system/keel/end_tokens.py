@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keel import reads
 from keel.chat_text import named_tokens
 from keel.config import ConfigError
 from keel.model_text import ModelText
@@ -69,9 +70,10 @@ def decide(
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    """The JSON object of a file; {} where there is none. Raises ReadFailed: a failed read is no missing end token."""
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        tree = json.loads(reads.read(path))
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 

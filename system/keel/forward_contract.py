@@ -36,6 +36,8 @@ from keel.twins import TwinError
 TOLERANCE = 1e-3
 """Largest difference of two log-probs, in units of their spread over tokens, that counts as rounding."""
 _SEEDS = (0, 1, 2)
+_MORE_TOKENS = 19
+"""By which the longest row that is tried exceeds `tokens_per_row`."""
 _EDITION = 1
 """Of what is tried: verdicts of another edition are made again."""
 
@@ -68,9 +70,13 @@ def check(model: Any, tokens_per_row: int, seed: int = 0) -> Verdict:
     training = model.training
     rows = _rows(model.config.get_text_config().vocab_size, tokens_per_row, seed)
     try:
-        expected = _plain(model.eval(), rows)
+        try:
+            expected = _plain(model.eval(), rows)
+        except Exception as error:  # what a family's code makes of a plain row of tokens
+            return _refused(f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}")
         spread = float(np.std(expected))
-        assert np.isfinite(spread), model.config.model_type
+        if not np.isfinite(spread):
+            return _refused("its own forward gives numbers that are not finite")
         model.train()
         reasons = {}
         for name, budget in _budgets(rows).items():
@@ -80,6 +86,10 @@ def check(model: Any, tokens_per_row: int, seed: int = 0) -> Verdict:
     finally:
         model.train(training)
     return Verdict("alone" not in reasons, "shared" not in reasons, "packed" not in reasons, reasons)
+
+
+def _refused(reason: str) -> Verdict:
+    return Verdict(False, False, False, dict.fromkeys(("alone", "shared", "packed"), reason))
 
 
 def _rows(vocabulary: int, tokens_per_row: int, seed: int) -> pa.RecordBatch:
@@ -153,7 +163,10 @@ def of_config(config: Any, longest_row: int | None = None) -> Verdict:
 
     `longest_row`: tokens of the longest row of a run, for rotary embeddings that change beyond a length.
     """
-    small = twins.twin(config, longest_row)
+    return _of_twin(twins.twin(config, longest_row))
+
+
+def _of_twin(small: Any) -> Verdict:
     return of_seeds(lambda seed: twins.build(small, seed), twins.row_tokens(small))
 
 
@@ -176,16 +189,31 @@ def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
     Where no twin of the configuration can be made, the model itself is tried.
     """
     config = models.without_dropout(folder)
-    key = _key(config, longest_row)
+    try:
+        small = twins.twin(config, longest_row)
+        return _once(_key(small), lambda: _of_twin(small))
+    except TwinError:
+        return _once(_key(config, longest_row), lambda: _of_itself(folder, config, longest_row))
+
+
+def _once(key: str, make: Callable[[], Verdict]) -> Verdict:
+    """The verdict that an earlier process kept under this key, or that is made now."""
     if (kept := _kept(key)) is not None:
         return Verdict(**kept)
-    try:
-        result = of_config(config, longest_row)
-    except TwinError:
-        tokens = twins.row_tokens(config)  # a window that is longer than every row of the run never matters
-        result = check(models.load_policy(folder, "float32").model, min(tokens, longest_row or tokens))
+    result = make()
     _keep(key, dataclasses.asdict(result))
     return result
+
+
+def _of_itself(folder: Path, config: Any, longest_row: int | None) -> Verdict:
+    """The verdict from the model itself, on rows that it has positions for and that the run can have.
+
+    A window that is longer than every row of the run never matters.
+    """
+    limits = (longest_row, getattr(config.get_text_config(), "max_position_embeddings", None))
+    longest = min([limit for limit in limits if limit] or [2 * _MORE_TOKENS])
+    tokens = min(twins.row_tokens(config), longest - _MORE_TOKENS)
+    return check(models.load_policy(folder, "float32").model, max(tokens, 1))
 
 
 def _kept(key: str) -> dict[str, Any] | None:
@@ -203,11 +231,17 @@ def _keep(key: str, result: Mapping[str, Any]) -> None:
         aside.rename(path)
 
 
-def _key(config: Any, longest_row: int | None) -> str:
-    """Digest of all that a verdict depends on."""
+def _key(config: Any, *more: Any) -> str:
+    """Digest of all that a verdict depends on; the folder that a configuration was read from is not of it."""
     packages = {name: version(name) for name in ("transformers", "torch")}
-    content = {"config": config.to_dict(), "longest_row": longest_row, "packages": packages, "edition": _EDITION}
-    return schema.digest(json.dumps(content, sort_keys=True, default=str).encode())
+    content = {"config": config.to_dict(), "more": more, "packages": packages, "edition": _EDITION}
+    return schema.digest(json.dumps(_without_names(content), sort_keys=True, default=str).encode())
+
+
+def _without_names(tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    return {str(key): _without_names(value) for key, value in tree.items() if key != "_name_or_path"}
 
 
 def require(folders: Mapping[str, Path | str], longest_row: int) -> list[str]:
@@ -237,9 +271,11 @@ def check_scores(folder: Path, setting: str) -> None:
     Raises ConfigError for a family whose scores are not.
     """
     config = models.without_dropout(folder)
-    key = f"scores-{_key(config, None)}"
-    kept = _kept(key) or {"reason": _score_difference(config)}
-    _keep(key, kept)
+    key = f"scores-{_key(config)}"
+    kept = _kept(key)
+    if kept is None:
+        kept = {"reason": _score_difference(config)}
+        _keep(key, kept)
     if reason := kept["reason"]:
         raise ConfigError(
             f"{setting}={folder}: the scores that Keel computes for {config.model_type} are not the model's own"
@@ -253,6 +289,8 @@ def _score_difference(config: Any) -> str:
 
     try:
         small = twins.twin(config)
+        if type(small) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            return ""
         small.num_labels, small.get_text_config().pad_token_id = 1, 0
         model = twins.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
     except TwinError:
@@ -260,7 +298,10 @@ def _score_difference(config: Any) -> str:
     rng, tokens = np.random.default_rng(0), twins.row_tokens(small)
     ids = (twins.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
     rows = [rng.integers(*ids, length).tolist() for length in (tokens + 5, 9, 3, tokens)]
-    expected = np.array([_own_score(model, row) for row in rows])
+    try:
+        expected = np.array([_own_score(model, row) for row in rows])
+    except Exception as error:  # what a family's code makes of a plain row of tokens
+        return f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}"
     text = RewardText(SimpleNamespace(model_input_names=()), reward_models.is_encoder(config), tokens + 5)
     reward = reward_models.RewardModel(model, text, 0.0)
     inputs = reward.padded([(row, len(row)) for row in rows])

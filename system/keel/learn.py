@@ -157,9 +157,11 @@ class DeepSpeedLearner:
 
     def _fresh(self, batch: pa.RecordBatch) -> np.ndarray:
         """bool [tokens] of completion tokens that were sampled under the weights of now; all False for stored rows."""
+        lengths = schema.lengths(batch, "completion_tokens")
         if "weight_versions" not in batch.schema.names:
-            return np.zeros(int(schema.lengths(batch, "completion_tokens").sum()), bool)
-        return schema.ragged(batch, "weight_versions")[0] == self.version
+            return np.zeros(int(lengths.sum()), bool)
+        fresh = schema.ragged(batch, "weight_versions")[0] == self.version
+        return fresh & np.repeat(schema.sampled(batch), lengths)
 
     def compare(self, batch: pa.RecordBatch) -> dict[str, float]:
         """|learner - sampler| log-prob of the stored completion tokens: mean and largest, nats."""

@@ -123,9 +123,10 @@ class ModelText:
         space that the template writes around every answer is left out: the text is the message's content.
         """
         rows = list(rows)
-        control = self.control_tokens | set(stop)
+        rows_said = [row[:-1] if len(row) and row[-1] in stop else row for row in rows]
+        control = self.control_tokens
         first, before = self._anchor
-        kept = [[*first, *(number for number in row if number not in control)] for row in rows]
+        kept = [[*first, *(number for number in row if number not in control)] for row in rows_said]
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         texts = self.tokenizer.batch_decode(kept, **options)
         said = zip(texts, rows, chat, strict=True)

@@ -108,7 +108,9 @@ def prepare(settings: Settings) -> Prepared:
 def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -> list[str]:
     """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
     named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
-    return forward_contract.require(named, settings.max_model_tokens)
+    late = settings.buffer.max_staleness
+    unjudged = f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats"
+    return forward_contract.require(named, settings.max_model_tokens) + ([unjudged] if late else [])
 
 
 def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:

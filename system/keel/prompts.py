@@ -182,7 +182,7 @@ def _tokenize(rows: list[Row], settings: Settings, tokenizer: "PreTrainedTokeniz
     plain = [place for place, row in enumerate(rows) if isinstance(row.prompt, str)]
     conversations = [place for place, row in enumerate(rows) if not isinstance(row.prompt, str)]
     if conversations:
-        _require_template(rows[conversations[0]], settings, tokenizer)
+        require_template(rows[conversations[0]], settings, tokenizer)
     for places, rendered in ((plain, False), (conversations, True)):
         texts = [_render(rows[place], settings, text.chat) for place in places]
         for place, ids in zip(places, text.prompt_ids(texts, rendered=rendered), strict=True):
@@ -193,7 +193,7 @@ def _tokenize(rows: list[Row], settings: Settings, tokenizer: "PreTrainedTokeniz
     return tokens
 
 
-def _require_template(row: Row, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
+def require_template(row: Row, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ConfigError when a conversation cannot go through a chat template."""
     prompts = settings.prompts
     conversational = f"{row.place} of {prompts.source} is a list of messages"

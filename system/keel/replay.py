@@ -43,6 +43,8 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
     rows = [_rows(run_directory, number, ("rollouts",)) for number in range(start + 1, step)]
     rows.append(_rows(run_directory, step, ("quarantine", "rollouts")))
     prepared = preflight.prepare(settings)
+    for line in prepared.notes:
+        display.note(line)
     display.doing("starting Ray, learner")
     with cluster.joined(settings, {"learner": settings.learners.count}):
         report, refused = asyncio.run(_replay(prepared, start, rows, display))

@@ -80,7 +80,10 @@ class CheckpointSettings(Section):
 class ParitySettings(Section):
     max_gap_nats: float = Field(0.1, gt=0, description="mean |learner - sampler| log-prob the start-up test allows")
     max_step_gap_nats: float = Field(
-        0.5, gt=0, description="the same of a later step, over the tokens that the version under training sampled"
+        0.5,
+        gt=0,
+        description="the same of a later step, over the tokens that the version under training sampled; others are not"
+        " judged",
     )
     on_step_gap: Literal["warn", "stop"] = Field("stop", description="what a step with a larger gap does to the run")
 

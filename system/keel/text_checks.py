@@ -36,13 +36,13 @@ def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str
             raise ConfigError(f"{setting}.{name}: the chat template {why}; expected an option of the template")
 
 
-def check_token_ids(policy: Path, largest: int, settings: Section) -> None:
+def check_token_ids(policy: Path, largest: int, settings: Section, named: str = "policy.model") -> None:
     """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
-    vocabulary = model_files.vocabulary(policy, f"policy.model={policy}")
+    vocabulary = model_files.vocabulary(policy, f"{named}={policy}")
     if largest >= vocabulary:
         source = settings.prompts.source  # type: ignore[attr-defined]
         raise ConfigError(
-            f"policy.model={policy}: its tokenizer makes token {largest} of a text of {source}, beyond the model's"
+            f"{named}={policy}: its tokenizer makes token {largest} of a text of {source}, beyond the model's"
             f" vocabulary of {vocabulary}; expected the model's own tokenizer, or other texts"
         )
 

@@ -62,7 +62,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     by, stop = settings.sampling, settings.sampling.stop_token_ids
     ends = text_checks.check_text(folder, settings, tokenizer, stop, "MODEL")
     prompts = Prompts(settings, tokenizer)
-    text_checks.check_token_ids(folder, prompts.largest_token, settings)
+    text_checks.check_token_ids(folder, prompts.largest_token, settings, "MODEL")
     preflight.check_rewards(settings, prompts.batch([0, 1]))
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, ends.stop)
     others, notes = draws, ends.notes
@@ -75,6 +75,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
         preflight.check_context(Path(other), settings)
         _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
         theirs = text_checks.check_text(Path(other), settings, tokenizer, stop, "evaluation.against")
+        text_checks.check_token_ids(Path(other), prompts.largest_token, settings, "evaluation.against")
         others = dataclasses.replace(draws, stop_token_ids=theirs.stop)
         notes += tuple(f"{against}: {line}" for line in theirs.notes if theirs.notes != ends.notes)
     reference = None

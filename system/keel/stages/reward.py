@@ -155,9 +155,9 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     tokenizer = models.load_tokenizer(folder, "policy.model")
     trunk = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     reward_models.check_trunk(trunk, settings.policy.model)
-    forward_contract.check_scores(folder, "policy.model")
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
     reward_models.check_readable(folder, "policy.model")
+    forward_contract.check_scores(folder, "policy.model")
     encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
     text_checks.check_template_options(options, tokenizer, "policy.chat_template_options")
     rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))

@@ -14,7 +14,7 @@ import xxhash
 
 from keel import schema, sources, stored
 from keel.config import ConfigError
-from keel.prompts import Prompts
+from keel.prompts import Prompts, require_template
 from keel.protocols import Sampling
 from keel.settings import Settings
 from keel.sources import Row
@@ -41,7 +41,9 @@ class OfflineRows:
         self.largest_token = 0
         rows = sources.read(settings.prompts, self.samples)
         stored.check_shape(rows, self.samples, settings.prompts.source)
-        usable, self.dropped = usable_rows(rows, by, self._problem(by.max_tokens), settings.prompts.source)
+        for row in [row for row in rows if not isinstance(row.prompt, str)][:1]:
+            require_template(row, settings, tokenizer)
+        usable, self.dropped = usable_rows(rows, by, self._problem(settings, by.max_tokens), settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)
         self.digest = digest_of(usable)
         counts = self.prompts.counts
@@ -53,13 +55,19 @@ class OfflineRows:
             **self.dropped,
         }
 
-    def _problem(self, max_tokens: int) -> Callable[[Row], str | None]:
+    def _problem(self, settings: Settings, max_tokens: int) -> Callable[[Row], str | None]:
+        from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"
+
         def of(row: Row) -> str | None:
             columns = json.loads(row.further)
             if stored.is_bad_demonstration(columns):
                 return "label_false"
             messages = [] if isinstance(row.prompt, str) else row.prompt
-            rows = self._completions.encode(columns, row.text, messages)
+            try:
+                rows = self._completions.encode(columns, row.text, messages)
+            except TemplateError as error:
+                problem = f"{row.place}: the chat template refuses it: {error}; expected other roles"
+                raise sources.wrong(settings.prompts, problem) from None
             self.largest_token = max(self.largest_token, *(max(ids, default=0) for ids in rows))
             return "too_long" if max(len(ids) for ids in rows) > max_tokens else None
 
