@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from keel import attention_masks, forward_contract, models, states_to_logits, tiny, twins
+from keel import attention_masks, forward_contract, models, score_contract, states_to_logits, tiny, twins
 from keel import batch as batching
 from keel.config import ConfigError
 from keel.forward_contract import Verdict
@@ -277,7 +277,7 @@ def test_what_holds_for_two_models_holds_for_their_micro_batches() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "bert", "roberta", "gemma2", "qwen3"])
 def test_scores_of_padded_rows_are_the_classifiers_own(family: str, tmp_path: Path) -> None:
     CONFIG_MAPPING[family]().save_pretrained(tmp_path)
-    assert forward_contract._score_difference(models.without_dropout(tmp_path)) == ""
+    assert score_contract.score_difference(models.without_dropout(tmp_path)) == ""
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
@@ -291,4 +291,4 @@ def test_scores_that_are_not_its_own_refuse_a_classifier(
     full = lambda model, ids, lengths, seconds: forward(model, ids, torch.full_like(lengths, ids.shape[1]), seconds)  # noqa: E731
     monkeypatch.setattr(RewardModel, "forward", full)  # padding taken for text
     with pytest.raises(ConfigError, match=rf"judge=.*scores that Keel computes for {family} are not the model's own"):
-        forward_contract.check_scores(tmp_path, "judge")
+        score_contract.check_scores(tmp_path, "judge")

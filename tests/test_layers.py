@@ -73,6 +73,7 @@ LAYERS = [
         "reward_text",
         "reward_models",
         "forward_contract",
+        "score_contract",
     ],
     [
         "weights",

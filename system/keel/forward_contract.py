@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,11 +25,10 @@ import pyarrow as pa
 import torch
 
 from keel import batch as batching
-from keel import durable, models, reward_models, schema, twins
+from keel import durable, models, schema, twins
 from keel.config import ConfigError
 from keel.networks import Policy
 from keel.printable import one_line
-from keel.reward_text import RewardText
 from keel.twins import TwinError
 
 TOLERANCE = 1e-3
@@ -80,7 +78,7 @@ def check(model: Any, tokens_per_row: int, seed: int = 0) -> Verdict:
         model.train()
         reasons = {}
         for name, budget in _budgets(rows).items():
-            reason = _difference(functools.partial(_through_keel, model, rows, budget), expected, spread)
+            reason = difference(functools.partial(_through_keel, model, rows, budget), expected, spread)
             if reason:
                 reasons[name] = reason
     finally:
@@ -146,7 +144,7 @@ def _through_keel(model: Any, rows: pa.RecordBatch, budget: batching.Budget) -> 
     return flat
 
 
-def _difference(through: Callable[[], np.ndarray], expected: np.ndarray, spread: float) -> str:
+def difference(through: Callable[[], np.ndarray], expected: np.ndarray, spread: float) -> str:
     """Why a pass is not the model's own; empty where it is."""
     try:
         found = through()
@@ -191,17 +189,17 @@ def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
     config = models.without_dropout(folder)
     try:
         small = twins.twin(config, longest_row)
-        return _once(_key(small), lambda: _of_twin(small))
+        return _once(key_of(small), lambda: _of_twin(small))
     except TwinError:
-        return _once(_key(config, longest_row), lambda: _of_itself(folder, config, longest_row))
+        return _once(key_of(config, longest_row), lambda: _of_itself(folder, config, longest_row))
 
 
 def _once(key: str, make: Callable[[], Verdict]) -> Verdict:
     """The verdict that an earlier process kept under this key, or that is made now."""
-    if (kept := _kept(key)) is not None:
+    if (kept := kept_result(key)) is not None:
         return Verdict(**kept)
     result = make()
-    _keep(key, dataclasses.asdict(result))
+    keep_result(key, dataclasses.asdict(result))
     return result
 
 
@@ -216,13 +214,13 @@ def _of_itself(folder: Path, config: Any, longest_row: int | None) -> Verdict:
     return check(models.load_policy(folder, "float32").model, max(tokens, 1))
 
 
-def _kept(key: str) -> dict[str, Any] | None:
+def kept_result(key: str) -> dict[str, Any] | None:
     """What an earlier process found under this key."""
     path = models.cache_directory() / "forward_contract" / f"{key}.json"
     return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
 
 
-def _keep(key: str, result: Mapping[str, Any]) -> None:
+def keep_result(key: str, result: Mapping[str, Any]) -> None:
     """Keep a result for other processes, of which several may do so at once."""
     path = models.cache_directory() / "forward_contract" / f"{key}.json"
     aside = path.with_name(f"{key}.{os.getpid()}")
@@ -231,7 +229,7 @@ def _keep(key: str, result: Mapping[str, Any]) -> None:
         aside.rename(path)
 
 
-def _key(config: Any, *more: Any) -> str:
+def key_of(config: Any, *more: Any) -> str:
     """Digest of all that a verdict depends on; the folder that a configuration was read from is not of it."""
     packages = {name: version(name) for name in ("transformers", "torch")}
     content = {"config": config.to_dict(), "more": more, "packages": packages, "edition": _EDITION}
@@ -263,52 +261,3 @@ def require(folders: Mapping[str, Path | str], longest_row: int) -> list[str]:
         if failing:
             notes.append(f"{setting}: {family} takes one row a sequence ({failing[0]}: {result.reasons[failing[0]]})")
     return notes
-
-
-def check_scores(folder: Path, setting: str) -> None:
-    """Hold a sequence classifier to the contract: scores in a padded batch are those of its own forward, row by row.
-
-    Raises ConfigError for a family whose scores are not.
-    """
-    config = models.without_dropout(folder)
-    key = f"scores-{_key(config)}"
-    kept = _kept(key)
-    if kept is None:
-        kept = {"reason": _score_difference(config)}
-        _keep(key, kept)
-    if reason := kept["reason"]:
-        raise ConfigError(
-            f"{setting}={folder}: the scores that Keel computes for {config.model_type} are not the model's own"
-            f" ({reason}); expected another family of sequence classifiers"
-        )
-
-
-def _score_difference(config: Any) -> str:
-    """Why scores of a small classifier like this one are not its own; empty where they are, or where none is made."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    try:
-        small = twins.twin(config)
-        if type(small) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-            return ""
-        small.num_labels, small.get_text_config().pad_token_id = 1, 0
-        model = twins.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
-    except TwinError:
-        return ""  # the start of training and scoring loads the model itself, and fails there where it must
-    rng, tokens = np.random.default_rng(0), twins.row_tokens(small)
-    ids = (twins.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
-    rows = [rng.integers(*ids, length).tolist() for length in (tokens + 5, 9, 3, tokens)]
-    try:
-        expected = np.array([_own_score(model, row) for row in rows])
-    except Exception as error:  # what a family's code makes of a plain row of tokens
-        return f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}"
-    text = RewardText(SimpleNamespace(model_input_names=()), reward_models.is_encoder(config), tokens + 5)
-    reward = reward_models.RewardModel(model, text, 0.0)
-    inputs = reward.padded([(row, len(row)) for row in rows])
-    with torch.no_grad():
-        return _difference(lambda: reward(*inputs).double().numpy(), expected, float(np.std(expected)))
-
-
-def _own_score(model: Any, row: list[int]) -> float:
-    with torch.no_grad():
-        return float(model(input_ids=torch.tensor([row])).logits[0, 0])

@@ -23,6 +23,7 @@ from keel import (
     reward_models,
     schema,
     score,
+    score_contract,
     text_checks,
     tracking,
 )
@@ -217,7 +218,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
             reward_models.check_readable(member, setting)
-            forward_contract.check_scores(member, setting)
+            score_contract.check_scores(member, setting)
             tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
             text_checks.check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":

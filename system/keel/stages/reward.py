@@ -22,7 +22,6 @@ import pyarrow as pa
 from keel import (
     durable,
     endpoint,
-    forward_contract,
     gang,
     models,
     preflight,
@@ -30,6 +29,7 @@ from keel import (
     reward_models,
     reward_report,
     schema,
+    score_contract,
     sources,
     stored,
     text_checks,
@@ -157,7 +157,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     reward_models.check_trunk(trunk, settings.policy.model)
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
     reward_models.check_readable(folder, "policy.model")
-    forward_contract.check_scores(folder, "policy.model")
+    score_contract.check_scores(folder, "policy.model")
     encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
     text_checks.check_template_options(options, tokenizer, "policy.chat_template_options")
     rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))

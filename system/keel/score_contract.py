@@ -1,0 +1,64 @@
+"""The contract for reward models: scores in a padded batch are those of the classifier's own forward, row by row."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from keel import models, reward_models, twins
+from keel.config import ConfigError
+from keel.forward_contract import difference, keep_result, kept_result, key_of
+from keel.printable import one_line
+from keel.reward_text import RewardText
+from keel.twins import TwinError
+
+
+def check_scores(folder: Path, setting: str) -> None:
+    """Hold a sequence classifier to the contract: scores in a padded batch are those of its own forward, row by row.
+
+    Raises ConfigError for a family whose scores are not.
+    """
+    config = models.without_dropout(folder)
+    key = f"scores-{key_of(config)}"
+    kept = kept_result(key)
+    if kept is None:
+        kept = {"reason": score_difference(config)}
+        keep_result(key, kept)
+    if reason := kept["reason"]:
+        raise ConfigError(
+            f"{setting}={folder}: the scores that Keel computes for {config.model_type} are not the model's own"
+            f" ({reason}); expected another family of sequence classifiers"
+        )
+
+
+def score_difference(config: Any) -> str:
+    """Why scores of a small classifier like this one are not its own; empty where they are, or where none is made."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    try:
+        small = twins.twin(config)
+        if type(small) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            return ""
+        small.num_labels, small.get_text_config().pad_token_id = 1, 0
+        model = twins.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
+    except TwinError:
+        return ""  # the start of training and scoring loads the model itself, and fails there where it must
+    rng, tokens = np.random.default_rng(0), twins.row_tokens(small)
+    ids = (twins.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
+    rows = [rng.integers(*ids, length).tolist() for length in (tokens + 5, 9, 3, tokens)]
+    try:
+        expected = np.array([_own_score(model, row) for row in rows])
+    except Exception as error:  # what a family's code makes of a plain row of tokens
+        return f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}"
+    text = RewardText(SimpleNamespace(model_input_names=()), reward_models.is_encoder(config), tokens + 5)
+    reward = reward_models.RewardModel(model, text, 0.0)
+    inputs = reward.padded([(row, len(row)) for row in rows])
+    with torch.no_grad():
+        return difference(lambda: reward(*inputs).double().numpy(), expected, float(np.std(expected)))
+
+
+def _own_score(model: Any, row: list[int]) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=torch.tensor([row])).logits[0, 0])
