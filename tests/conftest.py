@@ -75,6 +75,17 @@ def _test_leaves_no_trace(_module_leaves_no_trace: None, request: pytest.Fixture
     yield from watched("the test")
 
 
+@pytest.fixture(autouse=True)
+def _hook_and_threads(_test_leaves_no_trace: None) -> Iterator[None]:
+    """Put back what every command of Keel's sets for the process that it has for itself: typer's hook, torch's threads."""
+    hook = sys.excepthook
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    sys.excepthook = hook
+    if threads is not None:
+        sys.modules["torch"].set_num_threads(threads)
+
+
 def on_the_real_stack(path: Path) -> bool:
     """Ray, vLLM and DeepSpeed change a process by design: their modules are not judged but put back, once each."""
     return Path(__file__).parent in path.parents and path.parent != Path(__file__).parent
