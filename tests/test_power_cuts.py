@@ -224,9 +224,7 @@ def test_labels_survive_a_power_cut_at_any_moment(scratch: Path, monkeypatch: py
 
     monkeypatch.setattr(label, "_scored", judge)
     monkeypatch.setattr(label, "cluster", SimpleNamespace(connect=lambda _: "connected", disconnect=lambda: None))
-    prepared = SimpleNamespace(
-        settings=labels_for(), sampling=None, directory=scratch / "disk" / "label", notes=()
-    )
+    prepared = SimpleNamespace(settings=labels_for(), sampling=None, directory=scratch / "disk" / "label", notes=())
     disk = Disk(scratch / "disk")
     with disk.followed():
         done = label.run(cast(label.Prepared, prepared), Listener())
