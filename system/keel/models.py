@@ -257,10 +257,6 @@ def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
     return None
 
 
-_NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
-"""Parts of the names under which configurations keep what is random in training: units, layers or routing."""
-
-
 def without_dropout(folder: Path) -> Any:
     """The configuration of a folder's model, its pass in training made the one in evaluation."""
     from transformers import AutoConfig
@@ -268,6 +264,6 @@ def without_dropout(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if any(noise in name for noise in _NOISE) and isinstance(value, float):
+            if any(noise in name for noise in twins.NOISE) and isinstance(value, float):
                 setattr(part, name, 0.0)
     return twins.keep_attention_caps(config)

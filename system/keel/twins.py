@@ -11,6 +11,7 @@ from typing import Any
 
 from keel import layer_patterns, size_names, twin_sizes
 from keel.layer_patterns import LayerError, Values
+from keel.printable import one_line
 from keel.twin_sizes import WINDOW
 
 FIRST_ORDINARY_TOKEN = 16
@@ -22,6 +23,10 @@ _RECOMPUTED = ("qk_head_dim", "attention_layers", "layers_num_experts", "num_que
 _NOT_KEPT = ("quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map")
 _REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 """What classes of configurations and models raise where settings do not fit together."""
+
+
+NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+"""Parts of the names under which configurations keep what is random in training: units, layers or routing."""
 
 
 class TwinError(Exception):
@@ -58,7 +63,8 @@ def twin(config: Any, longest_row: int | None = None) -> Any:
     except LayerError as error:
         raise TwinError(f"{loaded.model_type}: {error}") from None
     except _REFUSALS as error:
-        raise TwinError(f"{loaded.model_type}: its small configuration is refused ({_one_line(error)})") from None
+        reason = one_line(error)[:200] or type(error).__name__
+        raise TwinError(f"{loaded.model_type}: its small configuration is refused ({reason})") from None
 
 
 def _smaller(config: Any, longest_row: int | None) -> Any:
@@ -98,7 +104,8 @@ def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
             model = architecture._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
             _spread(model)
     except _REFUSALS as error:
-        raise TwinError(f"{config.model_type}: its twin cannot be built ({_one_line(error)})") from None
+        reason = one_line(error)[:200] or type(error).__name__
+        raise TwinError(f"{config.model_type}: its twin cannot be built ({reason})") from None
     return model
 
 
@@ -143,13 +150,8 @@ def row_tokens(config: Any) -> int:
     return max(3 * longest, 80 if any(name.startswith("linear_") for name in values) else 0)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _without_dropout(values: Values) -> Values:
-    names = ("dropout", "pdrop", "layerdrop", "jitter_noise")
-    noisy = [name for name in values if any(part in name for part in names)]
+    noisy = [name for name in values if any(part in name for part in NOISE)]
     return {name: 0.0 for name in noisy if isinstance(values[name], float)}
 
 
