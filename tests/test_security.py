@@ -74,9 +74,17 @@ def test_every_model_is_loaded_from_safetensors_without_its_code() -> None:
     assert seen >= 8
     given = generate.engine_arguments("folder", GeneratorSettings(), 128)
     assert given["load_format"] == "safetensors" and "trust_remote_code" not in given
-    engines = [n for n in ast.walk(modules()["generate"]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "LLM"]
-    assert [ast.unparse(engine) for engine in engines] == [
-        "LLM(**engine_arguments(folder, settings, max_model_tokens))"
+    tree = modules()["generate"]
+    engines = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "LLM"]
+    assert [ast.unparse(engine) for engine in engines] == ["LLM(**arguments)"]
+    set_arguments = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("arguments")
+    ]
+    assert set_arguments == [
+        "arguments = engine_arguments(folder, settings, max_model_tokens)",
+        "arguments['enable_prefix_caching'] = False",
     ]
 
 
