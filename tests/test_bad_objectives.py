@@ -9,7 +9,7 @@ import pytest
 
 from keel import config
 from keel.algorithms.credit import Credit, Measured
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from tabular import objective, rollout, tree
 
 ALONE: list[Any] = [{"name": "a", "source": "x:y"}]

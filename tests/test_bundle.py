@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from keel import bundle, checkpoint, tiny
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.stage_settings import COMMANDS
 
 LIMIT_BYTES = 10**8

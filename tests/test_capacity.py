@@ -9,7 +9,7 @@ import pytest
 from keel import config
 from keel.actor_settings import GeneratorSettings, WorkerSettings
 from keel.capacity import Ask, asks, bundles, free_words, one_of_each, packs, problems, words
-from keel.config import ConfigError
+from keel.errors import ConfigError
 
 CPUS = [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 2.0}]
 

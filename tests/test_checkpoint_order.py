@@ -249,13 +249,14 @@ def previous(every: int) -> Any:
 def test_the_reference_of_a_version_is_that_of_the_last_full_iteration(
     tmp_path: Path, every: int, version: int, step: int | None
 ) -> None:
-    found = references.of_version(tmp_path, previous(every), version)
+    found = references.of_version(tmp_path, previous(every).reference_iteration_steps, version)
     assert found == (None if step is None else tmp_path / "references" / f"step-{step:06d}")
 
 
 def test_without_iterations_the_reference_is_the_initial_one(tmp_path: Path) -> None:
-    assert references.of_version(tmp_path, settings_for(), 7) is None
-    assert references.of_version(tmp_path, settings_for(reference=None), 7) is None
+    assert references.of_version(tmp_path, None, 7) is None
+    assert settings_for().reference_iteration_steps is None
+    assert settings_for(reference=None).reference_iteration_steps is None
 
 
 def referred(run: Path, step: int, content: bytes = b"x") -> Path:
@@ -288,13 +289,13 @@ def test_a_reference_is_whole_or_absent_and_replaces_what_was_there(tmp_path: Pa
 def test_references_go_that_no_checkpoint_starts_with(tmp_path: Path, oldest: int, kept: list[int]) -> None:
     for step in (2, 4, 6):
         referred(tmp_path, step)
-    references.prune(tmp_path, previous(2), oldest)
+    references.prune(tmp_path, 2, oldest)
     assert [int(path.name[-6:]) for path in sorted((tmp_path / "references").iterdir())] == kept
 
 
 def test_a_run_without_references_has_none_to_prune(tmp_path: Path) -> None:
-    references.prune(tmp_path, previous(2), 6)
+    references.prune(tmp_path, 2, 6)
     referred(tmp_path, 2)
-    references.prune(tmp_path, settings_for(), 6)
+    references.prune(tmp_path, None, 6)
     assert references.folder_of(tmp_path, 2).is_dir()
     shutil.rmtree(tmp_path / "references")

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from keel import cli, config, doctor, summary
+from keel.errors import ConfigError, WorkerLost
 from keel.metric_table import reference_table
-from keel.protocols import WorkerLost
 from keel.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -162,7 +162,7 @@ def test_the_next_command_is_another_run_beside_the_one_that_ended(
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (config.ConfigError("a.b=[red]x[/red]: expected y"), 2, "keel: a.b=[red]x[/red]: expected y\n"),
+        (ConfigError("a.b=[red]x[/red]: expected y"), 2, "keel: a.b=[red]x[/red]: expected y\n"),
         (WorkerLost("gone: " + "x" * 300), 1, f"keel: WorkerLost: gone: {'x' * 300}\n"),
         (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` goes on from the last checkpoint\n"),
     ],

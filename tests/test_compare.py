@@ -18,8 +18,8 @@ from rich.console import Console
 from keel import compare, durable, evaluate
 from keel.arms import Arm, Evaluation
 from keel.compare import Comparison, Matching, Standing
-from keel.config import ConfigError
 from keel.diagnostics import Estimate
+from keel.errors import ConfigError
 from rollouts import generated, prompts, referenced, scored
 
 SETTINGS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from keel import config
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.settings import Settings
 from shipped import FILES, identity, settings_class
 

@@ -11,8 +11,9 @@ import pytest
 from fakes import FakeScorer, Run, settings_for
 from keel import metric_table, schema
 from keel.controller import Stalled
+from keel.errors import LearnerLost, NotFinite, WorkerLost
 from keel.failures import TooManyFailures
-from keel.protocols import LearnerLost, LoadReceipt, NotFinite, WorkerLost
+from keel.protocols import LoadReceipt
 
 forever = asyncio.Event  # .wait() of a fresh one never returns
 

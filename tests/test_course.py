@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from keel import checkpoint, config, durable
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.protocols import StepReport
 from keel.stage_settings import SupervisedSettings

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from keel import durable
-from keel.config import ConfigError
 from keel.durable import DiskFull
+from keel.errors import ConfigError
 
 
 def test_a_file_and_its_folder_appear_and_nothing_else(tmp_path: Path) -> None:

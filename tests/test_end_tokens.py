@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from keel import config, end_tokens, preflight, tiny
-from keel.config import ConfigError
 from keel.end_tokens import EndTokens
+from keel.errors import ConfigError
 from keel.model_text import ModelText
 from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.stages import evaluate, label, likelihood, reward

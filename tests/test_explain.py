@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from keel import config
+from keel.errors import ConfigError
 from keel.explain import explain, largest_share
 from keel.occupancy import Occupancy
 from runs import settings
@@ -133,7 +134,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
     lines = synchronous(reference=6.0).lines
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(config.ConfigError, match=r"RUN_DIR=.*: no config.yaml in it; expected the directory of a run"):
+    with pytest.raises(ConfigError, match=r"RUN_DIR=.*: no config.yaml in it; expected the directory of a run"):
         operations.explain(tmp_path)
     (tmp_path / "config.yaml").write_text(config.dump(settings()))
     operations.explain(tmp_path)
@@ -144,5 +145,5 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = json.loads(capsys.readouterr().out)
     assert (found["first_step"], found["timeline"]["reference"]) == (3, pytest.approx(0.6))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0}\n')
-    with pytest.raises(config.ConfigError, match="no two steps"):
+    with pytest.raises(ConfigError, match="no two steps"):
         operations.explain(tmp_path)

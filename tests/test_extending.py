@@ -14,7 +14,7 @@ from keel import config, preflight, schema, score
 from keel.algorithms import advantages, kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.algorithms.objective import Objective
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.metric_table import TABLE
 from keel.settings import Settings
 from rollouts import generated, prompts, rollouts

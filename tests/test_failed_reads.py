@@ -16,7 +16,7 @@ import pytest
 from disks import FAILURES, failing, failing_call, flipped, tree_of
 from keel import checkpoint, cli, durable, learner_state, models, reads, references, schema, segments, tiny, verify
 from keel.buffer import RolloutBuffer
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reads import ReadFailed
 from keel.stages import course, reference_logprobs
 from runs import Writer, scored, settings

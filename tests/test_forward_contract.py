@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from keel import attention_masks, forward_contract, models, score_contract, states_to_logits, tiny, twins
 from keel import batch as batching
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.forward_contract import Verdict
 from keel.networks import Policy
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from keel import evaluate, frontier_picture
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from rollouts import generated, prompts, referenced, scored
 
 ROWS: list[dict[str, Any]] = [

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel import cli, config, export, frontier_picture, progress, schema, score, sources, summary
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.printable import printable
 from keel.prompt_settings import PromptSettings
 from keel.reward_settings import EnsembleSettings, RewardSettings

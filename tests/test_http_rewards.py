@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keel import http_rewards
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_settings import RewardSettings
 
 BODY = {"prompts": ["a", "b"], "completions": ["c", "d\ud800"]}

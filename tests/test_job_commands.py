@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails
 import tools
 from fakes import settings_for
 from keel import checkpoint, cli, config, control, durable, job_server, jobs, standing, stopping
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from runs import Writer
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from keel import cli, config, kubernetes
 from keel.actor_settings import GeneratorSettings
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from manifests import CPU, EXAMPLES, GPU, ON_STORAGE, ROOT, cluster_of, made, templates
 

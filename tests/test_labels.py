@@ -13,7 +13,7 @@ from rich.console import Console
 from scipy import special, stats
 
 from keel import config, durable, labels, schema
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.progress import ONLINE, PlainProgress
 from keel.protocols import Sampling
 from keel.stage_settings import LabelSettings, NoiseSettings

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from keel import sources, stored
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.prompt_settings import ColumnSettings, PromptSettings
 
 USER, BOT, SYSTEM = "user", "assistant", "system"

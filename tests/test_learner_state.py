@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keel import learner_state
 from keel.checkpoint import CheckpointError
-from keel.protocols import NotFinite
+from keel.errors import NotFinite
 
 SHAPES = {"weight/a": (3, 4), "exp_avg/a": (3, 4), "weight/b.c": (40,), "weight/d": (2,)}
 

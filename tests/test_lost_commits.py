@@ -14,7 +14,7 @@ import pytest
 
 from disks import tree_of
 from keel import checkpoint, commits, config, durable, ledger, preflight, schema, train, verify
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder

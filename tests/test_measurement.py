@@ -9,7 +9,7 @@ import yaml
 
 from keel import config, durable, measurement
 from keel.capacity import configured
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.plan import predict
 from keel.rates import Rates
 from keel.settings import Settings

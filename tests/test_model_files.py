@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from keel import model_files, models, reward_models, tiny, weights
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.stages import reference_logprobs
 
 SIZES = {

@@ -10,7 +10,7 @@ import torch
 from keel import batch as batching
 from keel import models, schema, tiny
 from keel.batch import Budget
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.networks import TokenLogprobs
 
 TEMPERATURE = 0.7

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from keel import config, metric_table, schema, score
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts
 

@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from keel import config
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.pipeline_settings import PipelineSettings
 from keel.stages import pipeline
 from keel.stages.pipeline import Planned, StageFailed

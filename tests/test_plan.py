@@ -10,7 +10,7 @@ import yaml
 
 from keel import cli, config
 from keel.capacity import configured
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.footprint import footprints
 from keel.plan import Machine, Prediction, predict
 from keel.rates import Rates

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keel import config, durable, preflight, tiny
-from keel.config import ConfigError
+from keel.errors import ConfigError
 
 
 def wrong_count(completions: list[str], **columns: Any) -> list[float]:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from keel import config
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.prompts import Prompts
 from vocabularies import ends_every_text, family
 

@@ -9,7 +9,7 @@ import pytest
 
 from fakes import settings_for
 from keel import train
-from keel.protocols import BufferLost, BuildFailed, LearnerLost
+from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.train import Saved, _Run
 
 Script = list[Exception | int | str]

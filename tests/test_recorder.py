@@ -10,10 +10,10 @@ import pytest
 from fakes import settings_for
 from keel import cluster, durable
 from keel.cluster import RemoteBuffer
+from keel.errors import BuildFailed
 from keel.gang import LearnerGang
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
-from keel.protocols import BuildFailed
 from keel.recorder import Recorder
 from keel.train import Saved, _Run
 

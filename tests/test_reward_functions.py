@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from keel import preflight, schema, score
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_functions import Calls, EventLoop, Late, WrongAnswer, describe, is_async, numbers
 from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts

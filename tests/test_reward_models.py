@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from keel import models, reward_models, score, tiny
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.learn import DeepSpeedLearner
 from keel.networks import Critic
 from keel.objective_settings import CriticSettings

@@ -13,8 +13,8 @@ import pytest
 from fakes import settings_for
 from keel import cluster
 from keel import scaling as scaling_module
+from keel.errors import BufferLost, LearnerLost
 from keel.parts import Observer
-from keel.protocols import BufferLost, LearnerLost
 from keel.scaling import Scaling
 
 

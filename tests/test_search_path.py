@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from keel import bundle, cluster, extension
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.tiny import write as write_tiny
 from runs import Writer, settings
 

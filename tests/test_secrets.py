@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from keel import cli, config, http_rewards, preflight, score
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_settings import EnsembleSettings
 from keel.settings import Settings
 from rollouts import generated, prompts

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from keel import config, endpoint, generate, metrics, models, preflight, reward_models, schema, sources, tiny
 from keel.actor_settings import GeneratorSettings
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.metrics_settings import MetricsSettings
 from keel.prompt_settings import PromptSettings
 from test_layers import imports, modules

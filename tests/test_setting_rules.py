@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from keel import config
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.settings import Settings
 
 TRAIN: dict[str, Any] = {"name": "a", "source": "m:f"}

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from keel import config, schema, stored
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_models import RewardText
 from keel.sources import Row
 from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from keel import config
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.section import Section
 from keel.stage_settings import (
     LabelSettings,

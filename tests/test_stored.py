@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fakes import SAMPLING, settings_for
+from fakes import SAMPLING
 from keel import references, schema, score, stored
 from keel.algorithms import elicitation
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_settings import EnsembleSettings, RewardSettings
 from keel.sources import Row
 from rollouts import generated, prompts
@@ -82,8 +82,7 @@ def test_a_row_that_does_not_fit_is_named(columns: dict[str, Any], expected: str
 
 
 def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> None:
-    settings = settings_for(reference={"ref_policy": "previous", "iteration_steps": 4})
-    assert references.of_version(tmp_path, settings, 3) is None
+    assert references.of_version(tmp_path, 4, 3) is None
     for step in (4, 8, 12):
         folder = references.folder_of(tmp_path, step)
         aside = references.begin(folder)
@@ -92,10 +91,10 @@ def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> 
         assert not folder.exists()
         references.commit(folder)
         assert (folder / "model").read_text() == str(step)
-    assert references.of_version(tmp_path, settings, 11) == references.folder_of(tmp_path, 8)
-    references.prune(tmp_path, settings, oldest_version=9)
+    assert references.of_version(tmp_path, 4, 11) == references.folder_of(tmp_path, 8)
+    references.prune(tmp_path, 4, oldest_version=9)
     assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000008", "step-000012"]
-    assert references.of_version(tmp_path, settings_for(), 11) is None
+    assert references.of_version(tmp_path, None, 11) is None
 
 
 def low(completions: list[str], **columns: Any) -> list[float]:

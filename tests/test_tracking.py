@@ -16,7 +16,7 @@ import pytest
 
 from fakes import settings_for
 from keel import durable, tracking
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from keel import config, preflight, tiny
-from keel.config import ConfigError
+from keel.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

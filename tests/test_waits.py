@@ -14,8 +14,9 @@ from fakes import SAMPLING, FakeScorer, Run, settings_for
 from jumping import now
 from keel import controller as controller_module
 from keel.controller import Controller, Stalled, within
+from keel.errors import BufferLost, LearnerLost, NotFinite, WorkerLost
 from keel.failures import FailureWatch, TooManyFailures, retrying
-from keel.protocols import BufferLost, LearnerLost, NotFinite, StageReceipt, WorkerLost
+from keel.protocols import StageReceipt
 
 START, GENERATE, SCORE, STEP, LOAD, RETRIES, STALENESS = 1000, 300, 70, 20, 5, 2, 1
 DEADLINES = {"start": START, "generate": GENERATE, "score": SCORE, "step": STEP, "load": LOAD}

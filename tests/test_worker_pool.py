@@ -16,9 +16,10 @@ from keel import pool as pool_module
 from keel import room as room_module
 from keel import worker as worker_module
 from keel.actor_settings import DeadlineSettings
+from keel.errors import LearnerLost, WorkerLost
 from keel.parts import Observer
 from keel.pool import NoWorkers, Pool
-from keel.protocols import LearnerLost, LoadReceipt, WorkerLost
+from keel.protocols import LoadReceipt
 from keel.schema import ContractError
 
 LIMITS = DeadlineSettings(

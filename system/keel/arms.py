@@ -11,8 +11,8 @@ import pyarrow as pa
 import yaml
 
 from keel import config, durable, evaluate
-from keel.config import ConfigError
 from keel.diagnostics import per_completion
+from keel.errors import ConfigError
 from keel.printable import one_line
 
 Prompt = tuple[int, str]

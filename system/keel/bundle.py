@@ -19,7 +19,7 @@ from typing import Any
 
 import keel
 from keel import checkpoint
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.section import is_source
 
 PATHS = frozenset({"model", "teacher", "source", "against", "ca_file", "runs"})

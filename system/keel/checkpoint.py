@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from keel import commits, durable, reads
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 
 _MANIFEST, _COMMIT, _STAGE = "MANIFEST.json", "COMMIT", "stage.json"
 _DAMAGED = "damaged-"
 _STEP = re.compile(r"step-(\d+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(KeelError, RuntimeError):
     """A checkpoint whose files are not those its manifest names."""
 
 

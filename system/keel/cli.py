@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from keel import __version__, config, deploy_commands, job_commands, operations, plan_commands
+from keel.errors import ConfigError, KeelError
 from keel.pipeline_settings import PipelineSettings
 from keel.section import Section
 from keel.settings import Settings
@@ -59,7 +60,7 @@ def prefer(config_path: Config, overrides: Overrides = None, address: Address = 
     if "rewards" in config.read(config_path, changes):
         online = config.load(config_path, changes)
         if online.objective.kind != "preference":
-            raise config.ConfigError(f"objective.kind={online.objective.kind}: keel prefer expected preference")
+            raise ConfigError(f"objective.kind={online.objective.kind}: keel prefer expected preference")
         if not _shown(online, dry_run):
             _train(online, config_path)
         return
@@ -84,7 +85,7 @@ def schema(
     """Print the JSON schema of a command's configuration, with defaults and descriptions."""
     known: dict[str, type[Section]] = {**COMMANDS, "pipeline": PipelineSettings}
     if command not in known:
-        raise config.ConfigError(f"COMMAND={command}: has no configuration; expected one of {', '.join(known)}")
+        raise ConfigError(f"COMMAND={command}: has no configuration; expected one of {', '.join(known)}")
     typer.echo(json.dumps(known[command].model_json_schema(), indent=2))
 
 
@@ -165,7 +166,7 @@ def evaluate(
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
     stored = Path(model) / "config.yaml"
     if config_path is None and not (stored.is_file() and command_of(config.read(stored)) == "train"):
-        raise config.ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
+        raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
     settings = config.load(config_path or stored, _with(overrides, address))
     from keel import quiet
 
@@ -271,7 +272,7 @@ def main() -> None:
     """Exit codes: 0 done, 2 bad input, 1 the run failed, 130 interrupted."""
     try:
         code = app(standalone_mode=False)  # the code of a typer.Exit, and 130 of Ctrl-C, come back as a value
-    except config.ConfigError as error:
+    except ConfigError as error:
         _fail(str(error), 2)
     except Exception as error:
         _fail_run(error)
@@ -284,7 +285,7 @@ def _fail_run(error: Any) -> NoReturn:
     """Usage errors of the command line end with 2; a failed run shows its cause and ends with 1."""
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's own exceptions
         _fail(error.format_message(), error.exit_code)
-    if type(error).__module__.startswith("keel."):
+    if isinstance(error, KeelError):
         _fail(f"{type(error).__name__}: {error}", 1)
     _fail("".join(traceback.format_exception(error)).rstrip(), 1)
 

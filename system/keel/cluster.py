@@ -26,14 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from keel import capacity, room
 from keel.actor_settings import ClusterSettings
 from keel.buffer import RolloutBuffer
-from keel.config import ConfigError
 from keel.control import reach
+from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
 from keel.generate import VllmGenerator
 from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
 from keel.pool import Pool
 from keel.printable import last_line, one_line
-from keel.protocols import AddReceipt, Batch, BufferLost, BuildFailed, LoadReceipt, Sampling, StageReceipt, WorkerLost
+from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
 from keel.worker import Spawn

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import config, durable, reads
-from keel.config import ConfigError
+import yaml
+
+from keel import durable, reads
 
 
 def newest_known(run_directory: Path) -> tuple[int, str]:
@@ -50,7 +51,15 @@ def _by_ledger(run_directory: Path) -> int:
     if not lines or not reads.is_there(run_directory / "config.yaml"):
         return 0
     try:
-        every = config.read(run_directory / "config.yaml").get("checkpoint", {}).get("every_steps", 0)
-    except (ConfigError, AttributeError):  # of damage, which the next reader of the settings will name
+        settings = yaml.safe_load((run_directory / "config.yaml").read_text(encoding="utf8"))
+        every = settings.get("checkpoint", {}).get("every_steps", 0)
+    except (
+        OSError,
+        UnicodeDecodeError,
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        AttributeError,
+    ):  # of damage, which the next reader of the settings will name
         return 0
     return (lines[-1]["step"] - 1) // every * every if isinstance(every, int) and every > 0 else 0

@@ -27,8 +27,8 @@ from rich.table import Table
 
 from keel import evaluate, frontier_picture
 from keel.arms import Arm, Evaluation, load, notes
-from keel.config import ConfigError
 from keel.diagnostics import Estimate, estimate
+from keel.errors import ConfigError
 
 _TITLES = {
     "steps": ("equal steps", "{:,.0f}"),

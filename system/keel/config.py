@@ -8,7 +8,6 @@ import difflib
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -17,7 +16,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from keel.printable import LIMIT_CHARACTERS, printable
+from keel.errors import ConfigError
 from keel.section import Section
 from keel.settings import Settings
 
@@ -30,25 +29,6 @@ SECRET = "headers"
 
 INTERRUPTED = 130
 """Exit code of a run that a signal or `keel stop` ended; bad input, ConfigError, is 2."""
-
-
-class ConfigError(ValueError):
-    """Bad input of the user's: one line with the setting, its value and what was expected.
-
-    Whatever the message quotes, the line is safe to print, of bounded length and without the password of a URL.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shown(message))
-
-
-def shown(message: str, limit: int = LIMIT_CHARACTERS) -> str:
-    """A message of somebody else's as one line of at most so many characters, without the passwords of its URLs."""
-    return printable(without_passwords(message), limit)
-
-
-def without_passwords(text: str) -> str:
-    return re.sub(r"://\S*@", "://...@", text)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

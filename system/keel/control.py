@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
 from keel import durable
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 from keel.printable import one_line
 from keel.settings import Settings
 
@@ -25,7 +25,7 @@ _ANSWER_SECONDS = 60.0
 _MOST_WORKERS = 1024
 
 
-class ScaleError(ValueError):
+class ScaleError(KeelError, ValueError):
     """Counts that a run cannot have."""
 
 

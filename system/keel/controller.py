@@ -18,24 +18,16 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from keel import metrics, parity
+from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLost
 from keel.failures import FailureWatch, retrying
 from keel.parts import Observer, Parts
-from keel.protocols import (
-    AddReceipt,
-    Batch,
-    BufferLost,
-    LearnerLost,
-    NotFinite,
-    Sampling,
-    StageReceipt,
-    WorkerLost,
-)
+from keel.protocols import AddReceipt, Batch, Sampling, StageReceipt
 from keel.settings import Settings
 
 Result = TypeVar("Result")
 
 
-class Stalled(RuntimeError):
+class Stalled(KeelError, RuntimeError):
     """An await passed its deadline: who waited for whom, and how long."""
 
 
@@ -190,7 +182,7 @@ class Controller:
 
     async def _iterate(self) -> None:
         """Renew the reference when an iteration ends: before the tickets of the next step open."""
-        every = self.settings.reference.iteration_steps if self.settings.reference else None
+        every = self.settings.reference_iteration_steps
         if every and self.version % every == 0:
             self.observer.doing("new reference")
             patience = self.settings.deadlines.load_seconds + self._grace

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import xxhash
 
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 from keel.reads import check_length, entries, is_there, naming_a_failed_read, read, settled
 
 ASIDE = ".aside"
@@ -25,7 +25,7 @@ _ASIDE_BYTES = 2**26
 """Of a JSON-lines file in `.aside/`: lines cut off before these go."""
 
 
-class DiskFull(OSError):
+class DiskFull(KeelError, OSError):
     """There is no space left for a file of the run."""
 
 

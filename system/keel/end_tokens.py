@@ -13,7 +13,7 @@ from typing import Any
 
 from keel import reads
 from keel.chat_text import named_tokens
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.model_text import ModelText
 
 _TEMPLATE, _TOKENIZER = "chat template", "tokenizer"

@@ -25,7 +25,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 import xxhash
 
 from keel import durable
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.metrics_settings import MetricsSettings, is_address
 
 _SILENCE_SECONDS = 10.0

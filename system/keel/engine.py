@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from keel import learner_state
 from keel.actor_settings import LearnerSettings
+from keel.errors import NotFinite
 from keel.optimisation import engine_config, learning_rate
-from keel.protocols import NotFinite
 from keel.shards import Shards
 
 

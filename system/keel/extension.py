@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.printable import one_line
 
 

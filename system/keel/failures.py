@@ -4,8 +4,8 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
+from keel.errors import KeelError, WorkerLost
 from keel.parts import Observer
-from keel.protocols import WorkerLost
 from keel.settings import Settings
 
 Result = TypeVar("Result")
@@ -23,7 +23,7 @@ async def retrying(once: Callable[[], Awaitable[Result]], retries: int, observer
     return await once()
 
 
-class TooManyFailures(RuntimeError):
+class TooManyFailures(KeelError, RuntimeError):
     """More samples failed than `failures.max_failed_ratio` allows."""
 
 

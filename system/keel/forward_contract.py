@@ -26,7 +26,7 @@ import torch
 
 from keel import batch as batching
 from keel import durable, models, schema, twins
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.networks import Policy
 from keel.printable import one_line
 from keel.twins import TwinError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from keel import durable
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.printable import printable
 
 

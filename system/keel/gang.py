@@ -12,12 +12,13 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.actor_settings import LearnerSettings
 from keel.capacity import bundles
+from keel.errors import BuildFailed, LearnerLost
 from keel.learn import DeepSpeedLearner
 from keel.losses import GONE, cause_of, init_failed
 from keel.meeting import MeetingPoint
 from keel.parts import Observer
 from keel.printable import last_line
-from keel.protocols import Batch, BuildFailed, LearnerLost, LoadReceipt, StepReport
+from keel.protocols import Batch, LoadReceipt, StepReport
 from keel.room import Room, Wait
 from keel.settings import Settings
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_settings import ENVIRONMENT, RewardSettings
 
 _FIRST_WAIT_SECONDS = 0.25

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel import bundle, config, standing, stopping
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.operations import Address, AsJson, Run, elsewhere, needed
 from keel.stage_settings import COMMANDS, command_of
 from keel.terminal import console, errors

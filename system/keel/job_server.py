@@ -11,7 +11,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 from keel.printable import last_line
 from keel.terminal import errors
 
@@ -27,7 +27,7 @@ _WHY_NONE = (
 )
 
 
-class JobError(RuntimeError):
+class JobError(KeelError, RuntimeError):
     """A job, or a question that was asked on the cluster, did not end as it was to."""
 
 

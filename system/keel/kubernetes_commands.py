@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from keel import config, kubernetes
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options
 
 Most = Annotated[int | None, typer.Option(min=1, help="workers the run may grow to; default: twice the configured")]

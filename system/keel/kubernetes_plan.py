@@ -11,7 +11,7 @@ from typing import Literal, Self
 
 from keel import __version__
 from keel.actor_settings import GeneratorSettings, WorkerSettings
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.settings import Settings
 
 MOUNT = "/mnt/keel"

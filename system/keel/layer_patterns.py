@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keel.errors import KeelError
+
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 """Names of the number of layers that a causal model runs, the first one that a configuration has."""
 _OTHER_COUNTS = ("encoder_layers", "num_encoder_layers")
@@ -46,7 +48,7 @@ class Column:
     write: Callable[[Layers], Values | None]
 
 
-class LayerError(Exception):
+class LayerError(KeelError):
     """The layers of a configuration cannot be cut to a few without losing a kind of them."""
 
 

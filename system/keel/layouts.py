@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keel.config import ConfigError
 from keel.conversations import head_of, joined, turns
+from keel.errors import ConfigError
 from keel.prompt_settings import PromptSettings
 
 ANSWERS = "keel.answers"

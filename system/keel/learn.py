@@ -26,9 +26,10 @@ from keel.algorithms import kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
 from keel.engine import Engine, join_gang
+from keel.errors import NotFinite
 from keel.forward_contract import Verdict
 from keel.networks import Critic, Learnable, Piece, Policy
-from keel.protocols import LoadReceipt, NotFinite, StepReport, Weights
+from keel.protocols import LoadReceipt, StepReport, Weights
 from keel.settings import Settings
 
 

@@ -2,13 +2,15 @@
 
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
+from keel.errors import KeelError
+
 GONE = (RayActorError, OutOfMemoryError)
 """What Ray raises for an actor that died or cannot be reached."""
 
 
 def cause_of(error: RayTaskError) -> BaseException:
     """What an actor's own code raised: Keel's exceptions as they are, others in Ray's wrapping with its traceback."""
-    return error.cause if type(error.cause).__module__.startswith("keel.") else error
+    return error.cause if isinstance(error.cause, KeelError) else error
 
 
 def own_fault(error: BaseException) -> bool:

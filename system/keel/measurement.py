@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import config, durable, evaluate, schema
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.occupancy import LEARNER, STAGES, STEPPING
 from keel.rates import ASSUMED_FIXED_RATIO, Rates, waves
 from keel.settings import Settings

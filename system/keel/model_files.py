@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.printable import one_line
 
 INDEX = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ import torch
 
 from keel import checkpoint, durable, model_files, reads, twins
 from keel import end_tokens as ends
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.model_text import ModelText
 from keel.networks import Policy
 

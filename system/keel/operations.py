@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keel import config, standing
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.terminal import console, errors
 
 if TYPE_CHECKING:

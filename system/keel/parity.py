@@ -7,13 +7,14 @@ the tokens that the version under training sampled itself: importance weights wo
 import math
 from collections.abc import Mapping
 
+from keel.errors import KeelError
 from keel.parts import Observer
 from keel.settings import Settings
 
 PROMPTS = 8
 
 
-class ParityError(RuntimeError):
+class ParityError(KeelError, RuntimeError):
     """Learner and sampler disagree on the log-probs of the same tokens."""
 
 

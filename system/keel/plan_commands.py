@@ -14,7 +14,7 @@ from rich.table import Table
 
 from keel import capacity, config
 from keel.capacity import configured
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.footprint import Footprint, footprints
 from keel.occupancy import LEARNER
 from keel.plan import Machine, Prediction, predict

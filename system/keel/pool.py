@@ -17,9 +17,10 @@ from typing import Any
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.actor_settings import DeadlineSettings
+from keel.errors import LearnerLost, WorkerLost
 from keel.losses import GONE, cause_of, own_fault, why
 from keel.parts import Observer
-from keel.protocols import LearnerLost, LoadReceipt, WorkerLost
+from keel.protocols import LoadReceipt
 from keel.schema import ContractError
 from keel.worker import NoWorkers, Spawn, Worker
 

@@ -29,7 +29,7 @@ from keel import (
 )
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.printable import one_line, printable
 from keel.prompts import Prompts
 from keel.protocols import Sampling

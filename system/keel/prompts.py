@@ -15,7 +15,7 @@ import xxhash
 
 from keel import schema, stored
 from keel.chat_text import ChatText
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.model_text import ModelText
 from keel.prompt_settings import PromptSettings
 from keel.row_columns import asked_columns

@@ -99,37 +99,6 @@ class StepReport:
     """The objective's own stopping rule holds: no further step is wanted."""
 
 
-class WorkerLost(RuntimeError):
-    """A generator or scorer was lost and is being replaced, or its input was lost; the same rows may be tried again."""
-
-
-class LearnerLost(RuntimeError):
-    """A rank died or missed its deadline, and with it the gang: it goes on from the last commit with a new one."""
-
-
-class BuildFailed(RuntimeError):
-    """The constructor of a learner rank or of the buffer raised. In a run that never ran, it would again."""
-
-
-class BufferLost(RuntimeError):
-    """The buffer died or missed its deadline; a new one finds on disk what was accepted."""
-
-
-class NotFinite(FloatingPointError):
-    """The learner refused a step: a log-prob, value, loss or gradient of it is infinite or NaN. Its version stays.
-
-    Raised before the optimizer's update, which leaves no trace: weights, moments, gradients and the objective's
-    state are those of before. Alike on every rank.
-    """
-
-    weights_moved: bool
-    """Earlier updates of the same step (`objective.epochs`) were made: the weights are not those of the version."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.weights_moved = False
-
-
 class Generator(Protocol):
     async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
         """Prompt rows in, the same rows with the generate columns appended out, in the same order."""

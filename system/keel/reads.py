@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from keel.errors import KeelError
+
 Seen = TypeVar("Seen")
 
 
-class ReadFailed(OSError):
+class ReadFailed(KeelError, OSError):
     """A file or folder that is there could not be read. What it holds is unknown, so nothing may follow from it."""
 
 

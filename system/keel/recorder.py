@@ -150,7 +150,7 @@ class Recorder(Observer):
         await asyncio.to_thread(checkpoint.commit, aside, state)  # it reads every file again
         checkpoint.prune(self.directory, settings.checkpoint.keep)
         oldest = checkpoint.steps(self.directory)[0]
-        references.prune(self.directory, settings, oldest)
+        references.prune(self.directory, settings.reference_iteration_steps, oldest)
         await self.buffer.forget(checkpoint.state_of(self.directory, oldest)["buffer"]["next_ticket"])
 
     async def quarantine(self, step: int, batch: Batch, reason: str) -> None:

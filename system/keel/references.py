@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 from keel import checkpoint, durable, reads
-from keel.settings import Settings
 
 
 def folder_of(run_directory: Path, step: int) -> Path:
@@ -34,16 +33,15 @@ def check(folder: Path) -> None:
     checkpoint.check(folder)
 
 
-def of_version(run_directory: Path, settings: Settings, version: int) -> Path | None:
-    """The reference in force from a version on; None: the initial one."""
-    every = settings.reference.iteration_steps if settings.reference else None
-    step = version // every * every if every else 0
+def of_version(run_directory: Path, every_steps: int | None, version: int) -> Path | None:
+    """The reference in force from a version on, where a new one is made every so many steps; None: the initial one."""
+    step = version // every_steps * every_steps if every_steps else 0
     return folder_of(run_directory, step) if step else None
 
 
-def prune(run_directory: Path, settings: Settings, oldest_version: int) -> None:
+def prune(run_directory: Path, every_steps: int | None, oldest_version: int) -> None:
     """Delete references that no checkpoint from this version on would start with."""
-    oldest = of_version(run_directory, settings, oldest_version)
+    oldest = of_version(run_directory, every_steps, oldest_version)
     for folder in reads.entries(run_directory / "references"):
         if oldest is not None and folder.name.startswith("step-") and folder.name < oldest.name:
             shutil.rmtree(folder)

@@ -13,9 +13,8 @@ from typing import Any
 import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, gang, preflight, reads, references, schema
-from keel.config import ConfigError
+from keel.errors import ConfigError, NotFinite
 from keel.preflight import Prepared
-from keel.protocols import NotFinite
 from keel.recorder import Display
 
 
@@ -71,7 +70,7 @@ async def _replay(
     metrics: Mapping[str, Any] = {}
     for version, batch in enumerate(rows, start):
         display.note(f"step {version + 1} from version {version}")
-        reference = references.of_version(directory, settings, version)
+        reference = references.of_version(directory, settings.reference_iteration_steps, version)
         try:
             async with asyncio.timeout(settings.deadlines.step_seconds):
                 if reference:

@@ -18,6 +18,7 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
+from keel.errors import KeelError
 from keel.printable import printable
 
 Outcome = list[float | None] | Exception | SystemExit
@@ -31,11 +32,11 @@ _SIGNATURE = "expected a list of one number or None for each"
 _log = logging.getLogger("keel.rewards")
 
 
-class WrongAnswer(ValueError):
+class WrongAnswer(KeelError, ValueError):
     """A function returned no numbers; the message says in words what it returned, never the value."""
 
 
-class Late(Exception):
+class Late(KeelError):
     """An async function did not end before the deadline."""
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from keel import durable, model_files, models
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_text import RewardText, ScoredText
 
 ENSEMBLE = "ensemble.json"

@@ -22,7 +22,7 @@ from typing import Any
 from uuid import UUID
 
 from keel import extension
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.reward_settings import RewardSettings
 
 _FLOAT, _BYTES = "keel.float", "keel.bytes"

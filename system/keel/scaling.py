@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from keel import capacity, cluster, durable
 from keel.control import ControlLink
 from keel.controller import Controller, within
+from keel.errors import BufferLost
 from keel.gang import Gang, room_for
 from keel.parts import Observer
 from keel.pool import Pool
-from keel.protocols import BufferLost
 from keel.room import Room
 from keel.settings import Settings
 

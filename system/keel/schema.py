@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from keel.errors import KeelError
+
 SCHEMA_VERSION = "2"
 
 TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
@@ -67,7 +69,7 @@ _NULLABLE = {"failure"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-class ContractError(ValueError):
+class ContractError(KeelError, ValueError):
     """A batch breaks the contract of its columns: which one, and how."""
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from keel import models, reward_models, twins
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.forward_contract import difference, keep_result, kept_result, key_of
 from keel.printable import one_line
 from keel.reward_text import RewardText

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import durable, reads, schema
+from keel.errors import KeelError
 
 Counts = Mapping[str, Mapping[str, int]]
 """Increments of counters by metric name and label ("": none)."""
@@ -22,7 +23,7 @@ _TICKETS, _COUNTS, _DROPPED = b"keel.tickets", b"keel.counts", b"keel.dropped"
 _NAME = re.compile(r"segment\.(\d+)-(\d+)\.([0-9a-f]{32})\.arrow")
 
 
-class SegmentError(ValueError):
+class SegmentError(KeelError, ValueError):
     """A segment file that is not what was written."""
 
 

@@ -115,6 +115,11 @@ class Settings(Section):
     deadlines: DeadlineSettings = DeadlineSettings()
 
     @property
+    def reference_iteration_steps(self) -> int | None:
+        """Steps after which the policy of now becomes the reference; None where the reference stays the initial one."""
+        return self.reference.iteration_steps if self.reference else None
+
+    @property
     def max_model_tokens(self) -> int:
         return self.prompts.max_tokens + self.sampling.max_tokens
 

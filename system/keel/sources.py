@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keel import extension, layouts
-from keel.config import ConfigError
 from keel.conversations import holds, turns
+from keel.errors import ConfigError
 from keel.layouts import ANSWERS, Layout
 from keel.prompt_settings import PromptSettings
 from keel.row_columns import Asked, Unreadable, is_json, no_columns, to_json

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from keel import capacity
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.occupancy import LEARNER
 from keel.plan import Prediction
 from keel.rates import Rates

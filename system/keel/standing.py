@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keel import checkpoint, config, durable, reads
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.stage_settings import command_of
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keel import config, durable, standing
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 from keel.terminal import errors
 
 _HEARD_SECONDS = 60.0
@@ -17,7 +17,7 @@ _STARTS_SECONDS = 600.0
 _POLL_SECONDS = 0.5
 
 
-class NotStopped(RuntimeError):
+class NotStopped(KeelError, RuntimeError):
     """A run has not ended within its own deadlines after it was asked to, or broke off instead."""
 
 

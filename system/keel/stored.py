@@ -18,7 +18,7 @@ from keel import (
     end_tokens,
     schema,
 )
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.layouts import ANSWERS
 from keel.model_text import ModelText
 from keel.protocols import Sampling

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.examples import Completion, content
 from keel.printable import one_line
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from keel import config, durable
-from keel.config import ConfigError
+from keel import config, durable, errors
+from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.settings import Settings
 from keel.stage_settings import StageSettings
@@ -83,7 +83,7 @@ def _flat_name(name: str) -> str:
 def _public(path: str, value: Any) -> Any:
     if any(_HIDDEN.fullmatch(part) for part in path.split(".")):
         return "(not shown)"
-    return config.without_passwords(value) if isinstance(value, str) else value
+    return errors.without_passwords(value) if isinstance(value, str) else value
 
 
 class Tracking:
@@ -239,4 +239,4 @@ class _Feed:
             self._fail("raised", error)
 
     def _fail(self, what: str, error: BaseException) -> None:
-        self._failures.put(config.shown(f"{what}: {type(error).__name__}: {error}", limit=300))
+        self._failures.put(errors.safe_line(f"{what}: {type(error).__name__}: {error}", limit=300))

@@ -35,11 +35,11 @@ from typing import Any
 from keel import checkpoint, cluster, config, durable, endpoint, gang, ledger, parity, references, scaling
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
+from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.metrics import RunMetrics
 from keel.parts import Parts
 from keel.pool import Pool
 from keel.preflight import Prepared
-from keel.protocols import BufferLost, BuildFailed, LearnerLost
 from keel.recorder import Display, Recorder
 from keel.scaling import Scaling
 from keel.settings import Settings
@@ -247,7 +247,9 @@ class _Run:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
                 version = await learner.load(str(saved.path)) if saved.path else 0
                 found = await buffer.found()
-                await recorder.refer_to(references.of_version(self.prepared.directory, settings, version))
+                await recorder.refer_to(
+                    references.of_version(self.prepared.directory, settings.reference_iteration_steps, version)
+                )
         except TimeoutError:
             if not limit.expired():
                 raise

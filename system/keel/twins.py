@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from keel import layer_patterns, size_names, twin_sizes
+from keel.errors import KeelError
 from keel.layer_patterns import LayerError, Values
 from keel.printable import one_line
 from keel.twin_sizes import WINDOW
@@ -29,7 +30,7 @@ NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
 """Parts of the names under which configurations keep what is random in training: units, layers or routing."""
 
 
-class TwinError(Exception):
+class TwinError(KeelError):
     """No twin can be made of a configuration; the message says why."""
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from keel import checkpoint, config, durable, metric_table, reads, schema
 from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.evaluation_audit import audit_evaluations
 from keel.settings import Settings
 from keel.stage_settings import command_of

@@ -17,13 +17,14 @@ import torch
 import xxhash
 
 from keel import model_files
+from keel.errors import KeelError
 from keel.protocols import LoadReceipt, TensorSpec, Weights
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
-class WeightError(RuntimeError):
+class WeightError(KeelError, RuntimeError):
     """Weights that must not be served: wrong digest, coverage, shape or dtype, or a cache that was not cleared."""
 
 

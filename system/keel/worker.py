@@ -12,12 +12,13 @@ from ray.actor import ActorHandle
 
 from keel.actor_settings import DeadlineSettings, WorkerSettings
 from keel.capacity import bundles
+from keel.errors import KeelError
 from keel.parts import Observer
 from keel.protocols import LoadReceipt
 from keel.room import Room, Wait
 
 
-class NoWorkers(RuntimeError):
+class NoWorkers(KeelError, RuntimeError):
     """Nobody of a role serves, and those that were started in their place did not come up either."""
 
 

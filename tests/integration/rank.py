@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from keel import config
 from keel.engine import Engine, join_gang
+from keel.errors import NotFinite
 from keel.learn import DeepSpeedLearner
 from keel.learn_reward import PAIR, RewardModelLearner
-from keel.protocols import NotFinite
 from keel.settings import Settings
 from keel.stage_settings import RewardModelSettings
 

@@ -28,8 +28,8 @@ import keel as package
 from keel import gang, generate, room
 from keel.actor_settings import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.capacity import bundles
+from keel.errors import LearnerLost, WorkerLost
 from keel.pool import NoWorkers, Pool
-from keel.protocols import LearnerLost, WorkerLost
 from keel.room import Room
 from keel.worker import Spawn
 

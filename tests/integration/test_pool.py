@@ -13,9 +13,10 @@ import ray
 
 from keel import cluster, gang
 from keel.actor_settings import DeadlineSettings, LearnerSettings, WorkerSettings
+from keel.errors import LearnerLost, NotFinite, WorkerLost
 from keel.parts import Observer
 from keel.pool import NoWorkers, Pool
-from keel.protocols import LearnerLost, LoadReceipt, NotFinite, WorkerLost
+from keel.protocols import LoadReceipt
 from keel.schema import ContractError
 from keel.worker import Spawn
 

@@ -16,7 +16,7 @@ from rank import Rank
 from test_learner import rollouts, settings
 
 from keel import cluster, config
-from keel.protocols import NotFinite
+from keel.errors import NotFinite
 from keel.settings import Settings
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from keel.algorithms.objective import Build, Objective
 from keel.algorithms.policy_gradient import PolicyGradient
 from keel.algorithms.preferences import Preference
 from keel.algorithms.weighting import WeightedLikelihood
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.objective_settings import CustomObjectiveSettings
 from keel.printable import one_line
 from keel.settings import Settings

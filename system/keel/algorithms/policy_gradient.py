@@ -23,7 +23,7 @@ from keel import extension, schema
 from keel.algorithms import advantages, critics, regularisers
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.objective_settings import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
 from keel.printable import one_line
 from keel.settings import Settings

@@ -20,8 +20,8 @@ import psutil
 import pyarrow as pa
 
 from keel import checkpoint, cluster, config, durable, endpoint
-from keel.config import ConfigError
 from keel.controller import Stalled
+from keel.errors import ConfigError
 from keel.gang import Gang
 from keel.metrics import RunMetrics
 from keel.recorder import Display

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema, text_checks
-from keel.config import ConfigError
 from keel.conversations import turns
+from keel.errors import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display

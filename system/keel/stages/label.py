@@ -28,7 +28,7 @@ from keel import (
     schema,
     text_checks,
 )
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
@@ -179,11 +179,11 @@ def _check_share(batch: pa.RecordBatch, settings: LabelSettings) -> None:
         )
 
 
-class NoPairs(RuntimeError):
+class NoPairs(KeelError, RuntimeError):
     """Every completion was left out, or tied with every other."""
 
 
-class JudgeFailed(RuntimeError):
+class JudgeFailed(KeelError, RuntimeError):
     """The judge failed on more completions than the configuration allows."""
 
 

@@ -22,7 +22,7 @@ import xxhash
 from rich.console import Console
 
 from keel import __version__, checkpoint, config, durable
-from keel.config import ConfigError
+from keel.errors import ConfigError, KeelError
 from keel.pipeline_settings import PipelineSettings, StageEntry
 from keel.section import Section
 from keel.stage_settings import COMMANDS
@@ -37,7 +37,7 @@ _LONGEST_NAME = 255
 """Bytes of a file name; a longer text is none."""
 
 
-class StageFailed(RuntimeError):
+class StageFailed(KeelError, RuntimeError):
     """A stage's process ended with an error; its output says why."""
 
 

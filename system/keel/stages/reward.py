@@ -35,7 +35,7 @@ from keel import (
     text_checks,
     tracking,
 )
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.learn_reward import PAIR, RewardModelLearner
 from keel.metrics import RunMetrics
 from keel.prompt_settings import PromptSettings

@@ -13,7 +13,7 @@ import pyarrow as pa
 import xxhash
 
 from keel import schema, sources, stored
-from keel.config import ConfigError
+from keel.errors import ConfigError
 from keel.prompts import Prompts, require_template
 from keel.protocols import Sampling
 from keel.settings import Settings
