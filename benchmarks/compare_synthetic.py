@@ -16,7 +16,7 @@ import pyarrow as pa
 import yaml
 from rich.console import Console
 
-from keel import compare, durable, evaluate, schema
+from keel import compare, evaluate, files, schema
 
 PROMPTS, TOKENS = 64, 20
 KL_NATS = {
@@ -65,12 +65,12 @@ def write(folder: Path, name: str, level: np.ndarray, rng: np.random.Generator) 
     """A run directory as training leaves it: configuration, evaluations, frontier, metrics."""
     directory = folder / name
     (directory / "metrics.jsonl").unlink(missing_ok=True)
-    durable.write(directory / "config.yaml", yaml.safe_dump({"run": {"name": name}}).encode())
+    files.write(directory / "config.yaml", yaml.safe_dump({"run": {"name": name}}).encode())
     for step, kl in KL_NATS[name].items():
         evaluate.store(directory, step, evaluation(rng, level, kl, TURN[name]))
         if step:
             line = {"step": step, "time": 0.0, "trained_tokens_total": float(TOKENS_PER_STEP[name] * step)}
-            durable.append_json(directory / "metrics.jsonl", line)
+            files.append_json(directory / "metrics.jsonl", line)
     return directory
 
 

@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from keel import durable, evaluate
+from keel import evaluate, files
 
 PANELS = {
     "reward": "reward (VADER)",
@@ -23,7 +23,7 @@ PANELS = {
 
 
 def curves(run: Path) -> list[dict[str, Any]]:
-    return durable.read_json_lines(run / "metrics.jsonl")
+    return files.read_json_lines(run / "metrics.jsonl")
 
 
 def draw(runs: list[Path], target: Path) -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from keel import config, durable, models
+from keel import config, files, models
 from keel.prompts import Prompts
 from keel.settings import Settings
 
@@ -62,7 +62,7 @@ def keel(settings: Settings, steps: int, scratch: Path) -> list[Step]:
     changes = [*CHANGES, f"run.steps={steps + 1}", f"run.directory={scratch / 'run'}"]
     command = [sys.executable, "-m", "keel", "train", str(CONFIG), *changes]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    lines = durable.read_json_lines(scratch / "run" / "metrics.jsonl")[WARM_UP_STEPS - 1 : steps]
+    lines = files.read_json_lines(scratch / "run" / "metrics.jsonl")[WARM_UP_STEPS - 1 : steps]
 
     def step(old: dict[str, float], new: dict[str, float]) -> Step:
         def spent(total: str) -> float:

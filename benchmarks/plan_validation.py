@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from keel import durable
+from keel import files
 
 PACE = "KEEL_BENCHMARK_PACE_SECONDS"
 HERE = Path(__file__).resolve().parent
@@ -137,7 +137,7 @@ def result(runs: Path, name: str) -> dict[str, Any]:
 
 def _measured(run: Path, counts: Mapping[str, int]) -> tuple[list[float], dict[str, float]]:
     """Seconds of the steps between warm-up and last, and shares of worker seconds that were busy in them."""
-    lines = durable.read_json_lines(run / "metrics.jsonl")[WARM_UP_STEPS - 1 : -1]
+    lines = files.read_json_lines(run / "metrics.jsonl")[WARM_UP_STEPS - 1 : -1]
     seconds = [after["time"] - before["time"] for before, after in pairwise(lines)]
     first, last = lines[0]["busy_seconds_total"], lines[-1]["busy_seconds_total"]
     elapsed = lines[-1]["time"] - lines[0]["time"]
@@ -171,7 +171,7 @@ def main() -> None:
             train(options.runs, name)
     present = [name for name in CASES if (folder_of(options.runs, name) / "run" / "checkpoints").is_dir()]
     results = [result(options.runs, name) for name in present if CASES[name].measured in present]
-    durable.write_json(HERE / "results" / "plan_validation.json", {"cores": CORES, "results": results})
+    files.write_json(HERE / "results" / "plan_validation.json", {"cores": CORES, "results": results})
     print(table(results))
 
 

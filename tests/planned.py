@@ -8,7 +8,7 @@ import pyarrow as pa
 
 import rollouts
 from fakes import settings_for
-from keel import config, durable, evaluate, schema
+from keel import config, evaluate, files, schema
 from keel.capacity import configured
 from keel.plan import Machine, shape_of
 from keel.rates import Rates, waves
@@ -64,10 +64,10 @@ def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2, q
             "workers": {"learner": 1.0},
             "max_staleness_versions": float(late),
         }
-        durable.append_json(folder / "metrics.jsonl", {"step": step, **sync, **progress, **{name: dict(values) for name, values in totals.items()}})  # fmt: skip
+        files.append_json(folder / "metrics.jsonl", {"step": step, **sync, **progress, **{name: dict(values) for name, values in totals.items()}})  # fmt: skip
         groups = settings.buffer.groups_per_step
         tickets = range((step - 1) * groups, step * groups)
-        durable.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings, settings.groups_per_batch)))  # fmt: skip
+        files.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings, settings.groups_per_batch)))  # fmt: skip
     for step in (0, settings.run.steps):
         evaluate.store(folder, step, rows(range(held_out), 1, rates, settings, held_out))
     return folder

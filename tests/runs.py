@@ -20,7 +20,7 @@ import xxhash
 
 import rollouts
 from fakes import settings_for
-from keel import checkpoint, config, durable, evaluate, ledger, schema
+from keel import checkpoint, config, evaluate, files, ledger, schema
 from keel.buffer import RolloutBuffer
 from keel.metrics import RunMetrics
 from keel.settings import Settings
@@ -76,19 +76,19 @@ class Writer:
         asyncio.run(self._train())
 
     async def _train(self) -> None:
-        durable.make_folder(self.directory)
-        durable.write(self.directory / "config.yaml", config.dump(self.settings).encode())
+        files.make_folder(self.directory)
+        files.write(self.directory / "config.yaml", config.dump(self.settings).encode())
         saved, state, damaged = checkpoint.newest_intact(self.directory)
         assert damaged == []
         version = state["version"] if state else 0
         if version == self.settings.run.steps:
             return
-        durable.keep_steps(self.directory / "metrics.jsonl", version)
+        files.keep_steps(self.directory / "metrics.jsonl", version)
         ledger.undo(self.directory, version)
         self.metrics = RunMetrics(self.settings.run.name, self.directory / "metrics.jsonl")
         self.trained = "nothing"
         if saved and state:
-            durable.append_json(self.directory / "events.jsonl", {"event": "resume", "time": 0.0, "step": version})
+            files.append_json(self.directory / "events.jsonl", {"event": "resume", "time": 0.0, "step": version})
             self.metrics.restore(state["totals"])
             self.trained = (saved / "learner" / "state").read_text()
         await self._steps(self._buffer(state["buffer"] if state else {}), version)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import checkpoint, durable, references
+from keel import checkpoint, references
+from keel import files as atomic_files
 from keel.checkpoint import CheckpointError
 
 
@@ -104,7 +105,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
     for module, name in itertools.product([os], ["unlink", "rename", "replace", "rmdir"]):
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
-    monkeypatch.setattr(durable, "write", counting("write", durable.write))
+    monkeypatch.setattr(atomic_files, "write", counting("write", atomic_files.write))
     return log
 
 

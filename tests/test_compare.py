@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from keel import compare, durable, evaluate
+from keel import compare, evaluate, files
 from keel.arms import Arm, Evaluation
 from keel.compare import Comparison, Matching, Standing
 from keel.diagnostics import Estimate
@@ -56,12 +56,12 @@ def store(
     **blocks: Any,
 ) -> Path:
     """A run directory; without `tokens`, a step trains on 100."""
-    durable.write(directory / "config.yaml", yaml.safe_dump(SETTINGS | blocks).encode())
+    files.write(directory / "config.yaml", yaml.safe_dump(SETTINGS | blocks).encode())
     for step, batch in evaluations.items():
         evaluate.store(directory, step, batch)
     every = tokens if tokens is not None else {step: 100.0 * step for step in range(1, max(evaluations) + 1)}
     for step, total in every.items():
-        durable.append_json(directory / "metrics.jsonl", {"step": step, "time": 1.0, "trained_tokens_total": total})
+        files.append_json(directory / "metrics.jsonl", {"step": step, "time": 1.0, "trained_tokens_total": total})
     return directory
 
 
@@ -347,7 +347,7 @@ def test_a_run_that_changed_its_prompts(tmp_path: Path, slow: Path) -> None:
 
 def test_no_run_no_evaluation_no_file(slow: Path, tmp_path: Path) -> None:
     assert "nowhere: no config.yaml in it" in refusal(slow, tmp_path / "nowhere")
-    durable.write(tmp_path / "new/config.yaml", yaml.safe_dump(SETTINGS).encode())
+    files.write(tmp_path / "new/config.yaml", yaml.safe_dump(SETTINGS).encode())
     assert "new: no evaluation in it" in refusal(slow, tmp_path / "new")
     evaluate.path_of(slow, 4).unlink()
     assert "step-000004.arrow" in refusal(slow, slow)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from keel import checkpoint, config, durable
+from keel import checkpoint, config, files
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.protocols import StepReport
@@ -115,7 +115,7 @@ class Run:
         return await course.run(self.plan, self.trainee, recorder, state, self.plan.model)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        return durable.read_json_lines(self.plan.directory / name)
+        return files.read_json_lines(self.plan.directory / name)
 
     @property
     def exported(self) -> int:

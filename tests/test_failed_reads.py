@@ -14,7 +14,8 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, cli, durable, learner_state, models, reads, references, schema, segments, tiny, verify
+from keel import checkpoint, cli, learner_state, models, reads, references, schema, segments, tiny, verify
+from keel import files as atomic_files
 from keel.buffer import RolloutBuffer
 from keel.errors import ConfigError
 from keel.reads import ReadFailed
@@ -89,7 +90,7 @@ def unmade(steps: list[str]) -> Callable[[Path], None]:
 
     def cut(directory: Path) -> None:
         for name in steps:
-            assert durable.keep_steps(directory / name, 5) == []
+            assert atomic_files.keep_steps(directory / name, 5) == []
 
     return cut
 

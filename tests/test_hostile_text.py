@@ -20,11 +20,11 @@ from rich.text import Text
 
 from keel import cli, config, export, frontier_picture, progress, schema, score, sources, summary
 from keel.errors import ConfigError
-from keel.printable import printable
 from keel.prompt_settings import PromptSettings
 from keel.reward_settings import EnsembleSettings, RewardSettings
 from keel.settings import Settings
 from keel.terminal import Terminal
+from keel.text import printable
 from rollouts import generated, prompts
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself

@@ -21,7 +21,7 @@ from ray.job_submission import JobDetails
 
 import tools
 from fakes import settings_for
-from keel import checkpoint, cli, config, control, durable, job_server, jobs, standing, stopping
+from keel import checkpoint, cli, config, control, files, job_server, jobs, standing, stopping
 from keel.errors import ConfigError
 from runs import Writer
 
@@ -297,30 +297,30 @@ def write_run(directory: Path) -> None:
     """Two of four steps, then the process was gone."""
     settings = settings_for(steps=4)
     Writer(directory, settings_for(steps=2)).train()
-    durable.write(directory / "config.yaml", config.dump(settings).encode())
-    durable.write_json(directory / "scale.json", {"desired": {"generator": 2}, "actual": {"generator": 1}})
+    files.write(directory / "config.yaml", config.dump(settings).encode())
+    files.write_json(directory / "scale.json", {"desired": {"generator": 2}, "actual": {"generator": 1}})
 
 
 def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_run(run)
     found = standing.of(run)
-    last = durable.read_json_lines(run / "metrics.jsonl")[-1]
+    last = files.read_json_lines(run / "metrics.jsonl")[-1]
     assert (found["state"], found["step"], found["steps"], found["checkpoint"]) == ("broken off", 2, 4, 2)
     assert (found["wanted"], found["present"]) == ({"generator": 2}, {"generator": 1})
     assert found["reward"] == last.get("reward") and found["event"] is None
     assert keel(capsys, "status", str(run)).splitlines()[0].endswith(f"go on with: keel resume {run}")
-    durable.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0, "step": 2})
+    files.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0, "step": 2})
     assert standing.of(run)["state"] == "stopped"
-    with durable.lock(run):
+    with files.lock(run):
         assert standing.of(run)["state"] == "live"
-        assert durable.held(run)
-    assert not durable.held(run)
-    durable.write(run / "config.yaml", config.dump(settings_for(steps=2)).encode())
+        assert files.held(run)
+    assert not files.held(run)
+    files.write(run / "config.yaml", config.dump(settings_for(steps=2)).encode())
     assert standing.of(run)["state"] == "ended"
     newest = checkpoint.latest(run)
     assert newest is not None
-    durable.write(run / "config.yaml", config.dump(settings_for(steps=4)).encode())
+    files.write(run / "config.yaml", config.dump(settings_for(steps=4)).encode())
     state = json.loads((newest / "state.json").read_text()) | {"finished": True}
     (newest / "state.json").write_text(json.dumps(state))
     assert standing.of(run)["state"] == "ended", "an objective may want no further step"
@@ -334,10 +334,10 @@ def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
 ) -> None:
     run = tmp_path / "run"
     write_run(run)
-    lock = durable.lock(run)
+    lock = files.lock(run)
 
     def end(directory: Path) -> None:
-        durable.append_json(directory / "events.jsonl", {"event": last_event, "time": 5.0})
+        files.append_json(directory / "events.jsonl", {"event": last_event, "time": 5.0})
         lock.close()
 
     monkeypatch.setattr(stopping, "_ask", end)
@@ -349,8 +349,8 @@ def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
 def test_a_run_that_ends_before_it_can_be_asked_to_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     write_run(run)
-    durable.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0})
-    lock = durable.lock(run)
+    files.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0})
+    lock = files.lock(run)
     monkeypatch.setattr(standing, "control_of", lambda directory: lock.close() or _no_control(directory))
     assert stopping.stop(run)["state"] == "stopped"
 
@@ -359,7 +359,7 @@ def test_a_stop_that_nobody_hears_is_an_error(tmp_path: Path, monkeypatch: pytes
     run = tmp_path / "run"
     write_run(run)
     monkeypatch.setattr(stopping, "_STARTS_SECONDS", 0.0)
-    with durable.lock(run), pytest.raises(stopping.NotStopped, match=r"has not answered for 0 s \(.*no control.json"):
+    with files.lock(run), pytest.raises(stopping.NotStopped, match=r"has not answered for 0 s \(.*no control.json"):
         stopping.stop(run)
 
 
@@ -369,7 +369,7 @@ def test_a_cluster_of_another_ray_says_which_and_is_not_asked_again(
     run, asked = tmp_path / "run", []
     write_run(run)
     where = {"address": "head:6379", "namespace": "mine", "actor": "control", "authentication": "disabled"}
-    durable.write_json(run / "control.json", where)
+    files.write_json(run / "control.json", where)
 
     def init(address: str, **options: Any) -> None:
         asked.append(address)
@@ -377,7 +377,7 @@ def test_a_cluster_of_another_ray_says_which_and_is_not_asked_again(
 
     monkeypatch.setattr(control, "reach", lambda address: None)
     monkeypatch.setattr(control.ray, "init", init)
-    with durable.lock(run), pytest.raises(ConfigError, match=r"Version mismatch: .* Ray: 2.1 This process: Ray: 2.2"):
+    with files.lock(run), pytest.raises(ConfigError, match=r"Version mismatch: .* Ray: 2.1 This process: Ray: 2.2"):
         stopping.stop(run)
     assert asked == ["head:6379"]
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from scipy import special, stats
 
-from keel import config, durable, labels, schema
+from keel import config, files, labels, schema
 from keel.errors import ConfigError
 from keel.progress import ONLINE, PlainProgress
 from keel.protocols import Sampling
@@ -273,6 +273,6 @@ def test_two_processes_do_not_label_into_one_directory(tmp_path: Path) -> None:
     settings = settings_for()
     draws = Sampling(1.0, 1.0, 8, ())
     prepared = stage.Prepared(settings, settings.sampling_run(), tmp_path, None, None, None, rollouts([0]), draws)
-    with durable.lock(tmp_path), pytest.raises(ConfigError, match="another process works on it"):
+    with files.lock(tmp_path), pytest.raises(ConfigError, match="another process works on it"):
         stage.run(prepared, PlainProgress(Console(), 1, ONLINE))
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]

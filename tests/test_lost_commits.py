@@ -13,7 +13,7 @@ import pyarrow.dataset
 import pytest
 
 from disks import tree_of
-from keel import checkpoint, commits, config, durable, ledger, preflight, schema, train, verify
+from keel import checkpoint, commits, config, files, ledger, preflight, schema, train, verify
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.train()
     shutil.rmtree(checkpoint.folder_of(directory, 5))
     for step in (2, 4):
-        durable.append_json(directory / "events.jsonl", {"event": "checkpoint", "time": 0.0, "step": step})
+        files.append_json(directory / "events.jsonl", {"event": "checkpoint", "time": 0.0, "step": step})
     assert checkpoint.steps(directory) == [2, 4]
     return directory
 
@@ -77,7 +77,7 @@ def recorder_of(run: Path) -> Recorder:
 
 def from_preflight(run: Path) -> None:
     own = BY.model_copy(update={"run": BY.run.model_copy(update={"directory": str(run)})})
-    durable.write(run / "config.yaml", config.dump(own).encode())
+    files.write(run / "config.yaml", config.dump(own).encode())
     before = tree_of(run)
     try:
         preflight.check_directory(run, own)
@@ -189,19 +189,19 @@ def test_a_step_that_is_undone_again_is_kept_once(run: Path) -> None:
 
 
 def test_lines_that_lie_aside_do_not_grow_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "_ASIDE_BYTES", 100)
+    monkeypatch.setattr(files, "_ASIDE_BYTES", 100)
     path = tmp_path / "metrics.jsonl"
     for turn in range(50):
-        durable.append_json(path, {"step": 2, "turn": turn})
-        durable.keep_steps(path, 1)
-    lines = durable.read_json_lines(tmp_path / ".aside" / "metrics.jsonl")
+        files.append_json(path, {"step": 2, "turn": turn})
+        files.keep_steps(path, 1)
+    lines = files.read_json_lines(tmp_path / ".aside" / "metrics.jsonl")
     assert [line["turn"] for line in lines] == list(range(50 - len(lines), 50)) and 3 <= len(lines) <= 6
 
 
 def test_damaged_lines_are_moved_aside_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step":1}\n{"step": 2\xff}\n{"step": 3}\n{"st')
-    assert durable.keep_steps(path, 2) == ["metrics.jsonl line 2"]
+    assert files.keep_steps(path, 2) == ["metrics.jsonl line 2"]
     assert path.read_bytes() == b'{"step":1}\n'
     assert (tmp_path / ".aside" / "metrics.jsonl").read_bytes() == b'{"step": 2\xff}\n{"step": 3}\n'
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import config, durable, measurement
+from keel import config, files, measurement
 from keel.capacity import configured
 from keel.errors import ConfigError
 from keel.plan import predict
@@ -101,7 +101,7 @@ def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], w
 def test_a_step_in_which_the_run_began_again_is_not_measured(tmp_path: Path) -> None:
     run = written(tmp_path / "run", settings(), rates())
     sound = measurement.measured([run])
-    lines = durable.read_json_lines(run / "metrics.jsonl")
+    lines = files.read_json_lines(run / "metrics.jsonl")
     for line in lines[4:]:  # resumed after step 4: step 5 was made twice
         for name, values in line.items():
             if name.endswith("_seconds_total"):

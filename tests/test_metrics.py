@@ -15,7 +15,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import Run, settings_for
-from keel import diagnostics, extension, learn, metric_table, schema
+from keel import diagnostics, learn, metric_table, schema, user_code
 from keel.algorithms import kinds
 from keel.algorithms.credit import Measured, Outputs, Rows, labelled
 from keel.metric_table import PREFIX, TABLE
@@ -133,7 +133,7 @@ EVERYTHING: list[dict[str, Any]] = [
 
 def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names the learner takes from the rollouts and from objectives with every term switched on."""
-    monkeypatch.setattr(extension, "load", lambda source, setting: lambda batch: np.zeros(batch.num_rows))
+    monkeypatch.setattr(user_code, "load", lambda source, setting: lambda batch: np.zeros(batch.num_rows))
     batch = scored(referenced(generated(prompts([0, 1]))), extra={"a": [0.1, 0.2, 0.3, 0.5], "b": [0.3, 0.2, 0.1, 0.0]})
     place = batch.schema.get_field_index("generator")
     batch = batch.set_column(place, batch.schema.field(place), pa.array(["generator-0"] * 2 + [schema.STORED] * 2))

@@ -14,7 +14,7 @@ import transformers
 from pyarrow import parquet
 
 import rollouts
-from keel import checkpoint, durable, models, references, schema, segments, verify
+from keel import checkpoint, files, models, references, schema, segments, verify
 from keel.buffer import RolloutBuffer
 from keel.metrics import RunMetrics
 from keel.settings import Settings
@@ -88,14 +88,14 @@ class PoweredRun(Writer):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "commit", commit)
             await super()._checkpoint(buffer, version)
-        durable.append_json(self.directory / "events.jsonl", {"event": "checkpoint", "time": 0.0, "step": version})
+        files.append_json(self.directory / "events.jsonl", {"event": "checkpoint", "time": 0.0, "step": version})
 
 
 def check_run(found: Path, promised: tuple[int, int, set[int]]) -> None:
     committed, renewed, accepted = promised
     path, state, damaged = checkpoint.newest_intact(found)
     assert damaged == [] and (state or {"version": 0})["version"] >= committed
-    events = [line["step"] for line in durable.read_json_lines(found / "events.jsonl") if line["event"] == "checkpoint"]
+    events = [line["step"] for line in files.read_json_lines(found / "events.jsonl") if line["event"] == "checkpoint"]
     assert max(events, default=0) <= (state or {"version": 0})["version"]
     if path:
         assert model_of(path / "policy") == str(state["version"] if state else 0)
@@ -146,7 +146,7 @@ def train_stage(directory: Path, patience: int) -> dict[str, Any]:
     """What `keel sft` does around its learner."""
     if done := course.finished(directory):
         return done
-    durable.make_folder(directory)
+    files.make_folder(directory)
     plan = course_of(directory, every=1, patience=patience, checkpoints=2)
     trainee = PoweredTrainee([9, 8, 7, 7.5, 6, 6.5, 6.25])
     recorder = course.Recorder(plan, RunMetrics("test", directory / "metrics.jsonl"), Listener())
@@ -163,7 +163,7 @@ def train_stage(directory: Path, patience: int) -> dict[str, Any]:
 @pytest.mark.parametrize("patience", [0, 2])
 def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model, patience: int) -> None:
     directory = scratch / "disk" / "stage"
-    disk = Disk(scratch / "disk", lambda: len(durable.read_json_lines(directory / "events.jsonl")))
+    disk = Disk(scratch / "disk", lambda: len(files.read_json_lines(directory / "events.jsonl")))
     with disk.followed():
         done = train_stage(directory, patience)
     for number, moment in enumerate(disk.moments):
@@ -172,7 +172,7 @@ def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model,
             _, state, damaged = checkpoint.newest_intact(found)
             assert damaged == [] and (state or {"version": 0})["version"] >= 2 * moment.promised, moment.operation
             if state and state["best_version"] and patience:
-                durable.bring_back(found / "model")
+                files.bring_back(found / "model")
                 assert int(model_of(found / "model") or 0) >= state["best_version"], moment.operation
         else:
             assert model_of(found / "model") == str(done["model_step"]), moment.operation
@@ -196,7 +196,7 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     stage = Stage(scratch / "disk", monkeypatch, members={"count": members})
     disk = Disk(scratch / "disk")
     with disk.followed():
-        durable.sync_tree(stage.directory.parent)  # the rows, and the folder that stages.conduct makes
+        files.sync_tree(stage.directory.parent)  # the rows, and the folder that stages.conduct makes
         await stage.train(PoweredGang(LOSSES))
     expected = [f"{member} 4" for member in range(members)]
     seen = set()
@@ -266,7 +266,7 @@ def test_a_converted_model_survives_a_power_cut_at_any_moment(
         if damaged:
             write_model(target, "old")
             (target / "config.json").write_text("")
-            durable.sync_tree(scratch / "disk")
+            files.sync_tree(scratch / "disk")
         assert not models._is_converted(target)
         models._convert_gguf(Path("model.gguf"), target)
         assert models._is_converted(target)
@@ -289,14 +289,14 @@ def test_kept_log_probs_survive_a_power_cut_at_any_moment(scratch: Path, model: 
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("write", [durable.write_json, durable.append_json], ids=["write", "append"])
+@pytest.mark.parametrize("write", [files.write_json, files.append_json], ids=["write", "append"])
 def test_a_file_that_was_written_is_there_with_all_folders_above_it(
     scratch: Path, model: Model, write: Callable[[Path, Any], None]
 ) -> None:
     disk = Disk(scratch / "disk")
     path = Path("a") / "b" / "c.json"
     with disk.followed():
-        durable.make_folder(scratch / "disk" / "a" / "b")
+        files.make_folder(scratch / "disk" / "a" / "b")
         write(scratch / "disk" / path, {"n": 1})
     found = disk.after_a_cut(disk.moments[-1], model, scratch / "found") / path
     assert json.loads(found.read_text()) == {"n": 1}
@@ -308,7 +308,7 @@ def test_the_simulator_loses_what_nobody_synced(scratch: Path) -> None:
     digest = hashlib.sha256(b"content").hexdigest()
     with disk.followed():
         (scratch / "disk" / "unsynced").write_text(digest)
-        durable.write(scratch / "disk" / "synced", digest.encode())
+        files.write(scratch / "disk" / "synced", digest.encode())
         (scratch / "disk" / "folder").mkdir()
     last = disk.moments[-1]
     journalled = disk.after_a_cut(last, "journalled", scratch / "journalled")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from keel import config, durable, preflight, tiny
+from keel import config, files, preflight, tiny
 from keel.errors import ConfigError
 
 
@@ -187,7 +187,7 @@ def test_the_address_of_a_job_server_is_no_cluster_to_join(
 
 def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
     settings = config.parse(tree)
-    durable.write(Path(settings.run_directory) / "config.yaml", config.dump(settings).encode())
+    files.write(Path(settings.run_directory) / "config.yaml", config.dump(settings).encode())
     preflight.prepare(settings)  # the same settings go on
     other = config.parse({**tree, "learners": {"learning_rate": 0.5}})
     with pytest.raises(

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from fakes import settings_for
-from keel import cluster, durable
+from keel import cluster, files
 from keel.cluster import RemoteBuffer
 from keel.errors import BuildFailed
 from keel.gang import LearnerGang
@@ -86,7 +86,7 @@ def test_of_many_that_wait_for_room_one_speaks_for_all(tmp_path: Path) -> None:
     recorder.waited_for_room("generator-2", 70.0, found=False)
     assert display.notes[3:] == ["room for generator-1 after 66 s", first.replace("generator-1", "generator-2")]
     assert display.now == "learner step"  # others work
-    events = [(each["event"], each["who"]) for each in durable.read_json_lines(tmp_path / "events.jsonl")]
+    events = [(each["event"], each["who"]) for each in files.read_json_lines(tmp_path / "events.jsonl")]
     assert events == [
         ("waiting_for_room", "generator-1"),
         ("waiting_for_room", "generator-2"),
@@ -101,7 +101,7 @@ def test_memory_is_measured_between_steps_and_is_in_the_line_of_a_step(tmp_path:
     recorder.tick()
     assert (metrics.registry.get_sample_value("keel_free_memory_bytes", {"run": "test"}) or 0) > 0
     recorder.step(1)
-    assert durable.read_json_lines(tmp_path / "metrics.jsonl") == display.lines
+    assert files.read_json_lines(tmp_path / "metrics.jsonl") == display.lines
     assert display.lines[0]["free_memory_bytes"] > 0
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import pyarrow as pa
 import pytest
 
-from keel import config, extension, preflight, score, sources
+from keel import config, preflight, score, sources, user_code
 from keel.reward_settings import RewardSettings
 from rollouts import generated, prompts
 
@@ -30,7 +30,7 @@ def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
         preflight.check_reward_source(reward, f"rewards.{reward.name}.source")
         if reward.kind != "rule":
             continue
-        values = extension.load(reward.source, "source")(
+        values = user_code.load(reward.source, "source")(
             prompts=[row.text for row in rows],
             completions=["The answer is 3."] * len(rows),
             completion_ids=[[1, 2, 3]] * len(rows),
@@ -42,7 +42,7 @@ def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
 def test_the_page_names_what_there_is() -> None:
     page = (FOLDER.parent.parent / "docs" / "rewards.md").read_text(encoding="utf8")
     named = re.findall(r"keel\.\w+:\w+", page)
-    assert len(named) >= 8 and all(extension.load(source, "source") for source in named)
+    assert len(named) >= 8 and all(user_code.load(source, "source") for source in named)
     configurations = set(re.findall(r"configs/rewards/([\w-]+)\.yaml", page))
     assert configurations == {path.stem for path in FILES} and page.isascii()
 

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from keel import config, durable, reward_models
+from keel import config, files, reward_models
 from keel.metrics import RunMetrics
 from keel.reward_models import RewardText
 from keel.stage_settings import RewardModelSettings
@@ -97,7 +97,7 @@ async def test_every_member_is_trained_and_assembled(tmp_path: Path, monkeypatch
     assert (folder / reward_models.ENSEMBLE).is_file()
     assert [(folder / f"member-{n}" / "weights").read_text() for n in (0, 1)] == ["4", "4"]
     for number in (0, 1):
-        steps = [line["step"] for line in durable.read_json_lines(stage.member(number) / "metrics.jsonl")]
+        steps = [line["step"] for line in files.read_json_lines(stage.member(number) / "metrics.jsonl")]
         assert steps == [1, 2, 3, 4]
     assert stage.metrics.totals["rows_dropped_total"] == {"empty": 1.0}
     assert summary["stage"] == "reward" and summary["report"] == {"pairs": 3} and summary["dropped"] == {"empty": 1}
@@ -122,7 +122,7 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
     assert gang.log.count(("load", 2)) == (killed[1] > 2)
     assert stage.judged == [["4", "4"]]
     for number in (0, 1):
-        assert [line["step"] for line in durable.read_json_lines(stage.member(number) / "evaluations.jsonl")] == [
+        assert [line["step"] for line in files.read_json_lines(stage.member(number) / "evaluations.jsonl")] == [
             0,
             1,
             2,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel import durable, schema
+from keel import files, schema
 from rollouts import METADATA, generated, prompts, referenced, rollouts, scored
 
 ROWS = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), min_size=1, max_size=8)
@@ -193,9 +193,9 @@ def test_bytes_round_trip_and_every_flipped_bit_changes_the_digest() -> None:
 
 def test_a_write_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
-    durable.write(path, b"a long first version")
+    files.write(path, b"a long first version")
     with path.open("rb") as reader:  # who has it open goes on reading the old one
-        durable.write(path, b"second")
+        files.write(path, b"second")
         assert reader.read() == b"a long first version"
     assert path.read_bytes() == b"second"
     assert os.listdir(path.parent) == ["file"]

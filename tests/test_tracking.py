@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 
 from fakes import settings_for
-from keel import durable, tracking
+from keel import files, tracking
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
@@ -87,7 +87,7 @@ class Told:
         return self.metrics.totals["tracker_failures_total"]
 
     def events(self) -> list[dict[str, Any]]:
-        return durable.read_json_lines(self.folder / "events.jsonl")
+        return files.read_json_lines(self.folder / "events.jsonl")
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:
@@ -414,7 +414,7 @@ async def test_the_recorder_tells_what_it_writes(tmp_path: Path, made: Made) -> 
     (first, second, *rest) = made.trackers[0].told
     assert rest == [("rewind", 1), "finished"]
     assert first[0] == 0 and {"evaluation.proxy", "evaluation.kl_nats", "evaluation.n"} <= set(first[1])
-    (written,) = durable.read_json_lines(tmp_path / "metrics.jsonl")
+    (written,) = files.read_json_lines(tmp_path / "metrics.jsonl")
     assert second[0] == 1 and second[1]["loss"] == 0.25 and second[1]["reward_component.gold"] == 2.0
     assert second[1]["steps_wanted"] == written["steps_wanted"] and "time" not in second[1] and "step" not in second[1]
     numbers = [value for value in written.values() if not isinstance(value, dict)]

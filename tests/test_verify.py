@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli, durable, schema, segments, verify
+from keel import cli, files, schema, segments, verify
 from runs import STEPS, Writer, read_rows, scored, settings
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -62,7 +62,7 @@ def test_an_intact_run_has_no_findings_and_is_counted(original: Path) -> None:
 
 def edit_lines(file: str, change: Callable[[list[dict[str, Any]]], Any]) -> Damage:
     def damage(run: Path) -> None:
-        lines = durable.read_json_lines(run / file)
+        lines = files.read_json_lines(run / file)
         changed = change(lines)
         kept = changed if isinstance(changed, list) else lines
         (run / file).write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -85,10 +85,10 @@ def state(change: Callable[[dict[str, Any]], Any]) -> Damage:
         folder = run / "checkpoints" / "step-000005"
         value = json.loads((folder / "state.json").read_text())
         change(value)
-        durable.write_json(folder / "state.json", value)
+        files.write_json(folder / "state.json", value)
         listed = json.loads((folder / "MANIFEST.json").read_text())
-        listed["files"]["state.json"] = durable.digest(folder / "state.json")
-        durable.write_json(folder / "MANIFEST.json", listed)
+        listed["files"]["state.json"] = files.digest(folder / "state.json")
+        files.write_json(folder / "MANIFEST.json", listed)
 
     return damage
 
@@ -331,8 +331,8 @@ def test_runs_of_the_same_settings_are_the_same(tmp_path: Path) -> None:
         Writer(tmp_path / name, settings(0, name=name), failing=frozenset({1})).train()
     one, two = tmp_path / "one", tmp_path / "two"
     assert verify.compare(one, two) == []
-    lines = durable.read_json_lines(two / "metrics.jsonl")
-    assert lines[0]["time"] != durable.read_json_lines(one / "metrics.jsonl")[0]["time"]
+    lines = files.read_json_lines(two / "metrics.jsonl")
+    assert lines[0]["time"] != files.read_json_lines(one / "metrics.jsonl")[0]["time"]
     lines[2] |= {"workers_lost_total": {"generator": 1.0}, "retries_total": 3.0, "wait_seconds": 7.0}
     (two / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert verify.compare(one, two) == []

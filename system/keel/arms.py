@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from keel import config, durable, evaluate
+from keel import config, evaluate, files
 from keel.diagnostics import per_completion
 from keel.errors import ConfigError
-from keel.printable import one_line
+from keel.text import one_line
 
 Prompt = tuple[int, str]
 """prompt_id and text: the row of the prompt source, and what stood in it."""
@@ -57,7 +57,7 @@ def load(directory: Path) -> Arm:
     stored = config.stored_config(directory, f"run {directory}")
     try:
         settings = yaml.safe_load(stored.read_text(encoding="utf8"))
-        lines = durable.read_json_lines(directory / "metrics.jsonl")
+        lines = files.read_json_lines(directory / "metrics.jsonl")
         steps = [int(row["step"]) for row in evaluate.frontier(directory)]
         batches = [evaluate.load(directory, step) for step in steps]
     except (OSError, ValueError, yaml.YAMLError) as error:  # Arrow's and JSON's errors are ValueErrors

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, ledger, reads, schema, segments
+from keel import files, ledger, reads, schema, segments
 from keel.prompts import seed_of
 from keel.settings import Settings
 
@@ -65,7 +65,7 @@ class Audit:
     def lines(self, file: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         """Whole lines of a JSON-lines file; damaged ones are faults, a last one cut off by a crash is a note."""
         path = self.directory / file
-        lines, damaged = durable.sound_lines(path, fields)
+        lines, damaged = files.sound_lines(path, fields)
         for number in damaged:
             self.fault(file, f"line {number}: a JSON object with {', '.join(fields)}", "something else")
         if reads.is_there(path) and (content := reads.read(path)) and not content.endswith(b"\n"):

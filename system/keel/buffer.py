@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, ledger, schema, segments
+from keel import files, ledger, schema, segments
 from keel.algorithms.advantages import vary
 from keel.protocols import AddReceipt
 
@@ -255,7 +255,7 @@ class RolloutBuffer:
             try:
                 segment = segments.read(path)
             except segments.SegmentError:
-                durable.move_aside(self.directory, path)
+                files.move_aside(self.directory, path)
                 damaged.append(path.name)
                 continue
             for ticket, group in segment.groups():

@@ -32,10 +32,10 @@ from keel.generate import VllmGenerator
 from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
 from keel.pool import Pool
-from keel.printable import last_line, one_line
 from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt
 from keel.score import ReferenceScorer, RewardScorer
 from keel.settings import Settings
+from keel.text import last_line, one_line
 from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]

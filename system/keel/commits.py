@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from keel import durable, reads
+from keel import files, reads
 
 
 def newest_known(run_directory: Path) -> tuple[int, str]:
@@ -26,14 +26,14 @@ def newest_known(run_directory: Path) -> tuple[int, str]:
 
 def _by_events(path: Path) -> int:
     """The last commit made or gone on from; going on from an older one gave up the newer ones."""
-    lines, _ = durable.sound_lines(path, {"event": str, "step": int})
+    lines, _ = files.sound_lines(path, {"event": str, "step": int})
     steps = [line["step"] for line in lines if line["event"] in ("checkpoint", "resume", "checkpoint_damaged")]
     return steps[-1] if steps else 0
 
 
 def _by_metrics(path: Path) -> int:
     """The step before the first line that counts the last commit."""
-    lines, _ = durable.sound_lines(path, {"step": int})
+    lines, _ = files.sound_lines(path, {"step": int})
     counts = [(line["step"], _count(line)) for line in lines]
     before = [0.0, *(count for _, count in counts)]
     risen = [step for (step, count), earlier in zip(counts, before, strict=False) if count > earlier]
@@ -47,7 +47,7 @@ def _count(line: Mapping[str, Any]) -> float:
 
 def _by_ledger(run_directory: Path) -> int:
     """The last commit that was due before the last rows were taken: a step waits for the commit of the one before."""
-    lines, _ = durable.sound_lines(run_directory / "rollouts" / "MANIFEST.jsonl", {"step": int})
+    lines, _ = files.sound_lines(run_directory / "rollouts" / "MANIFEST.jsonl", {"step": int})
     if not lines or not reads.is_there(run_directory / "config.yaml"):
         return 0
     try:

@@ -15,10 +15,10 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
-from keel import durable
+from keel import files
 from keel.errors import ConfigError, KeelError
-from keel.printable import one_line
 from keel.settings import Settings
+from keel.text import one_line
 
 AUTHENTICATION = "RAY_AUTH_MODE"
 _ANSWER_SECONDS = 60.0
@@ -85,7 +85,7 @@ class ControlLink:
         mode = os.environ.get(AUTHENTICATION, "disabled")
         where = {"address": context.gcs_address, "namespace": context.namespace, "actor": self._name}
         where["authentication"] = mode
-        durable.write_json(directory / "control.json", where)
+        files.write_json(directory / "control.json", where)
 
     def _start(self) -> Any:
         remote = ray.remote(num_cpus=0)(Control).options(name=self._name, get_if_exists=True)

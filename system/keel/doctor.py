@@ -20,7 +20,7 @@ from rich.text import Text
 
 from keel.actor_settings import ClusterSettings
 from keel.metrics_settings import MetricsSettings
-from keel.printable import printable
+from keel.text import printable
 
 TESTED = {
     "torch": "2.13.0",

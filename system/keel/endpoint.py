@@ -24,7 +24,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import xxhash
 
-from keel import durable
+from keel import files as atomic_files
 from keel.errors import ConfigError
 from keel.metrics_settings import MetricsSettings, is_address
 
@@ -65,7 +65,7 @@ def serving(settings: MetricsSettings, run: str, directory: Path, page: WSGIAppl
     files = [Path(folder).resolve() / f"keel-{identity}.json" for folder in [settings.discovery_directory] if folder]
     try:
         for file in files:
-            durable.write(file, discovery)
+            atomic_files.write(file, discovery)
         yield f"http://{target}/metrics"
     except KeyboardInterrupt:
         _remove(files)

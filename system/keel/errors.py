@@ -5,7 +5,7 @@ Errors of one module stand in that module and derive from `KeelError` too.
 
 import re
 
-from keel.printable import LIMIT_CHARACTERS, printable
+from keel.text import LIMIT_CHARACTERS, printable
 
 
 class KeelError(Exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, schema
+from keel import files, schema
 from keel.diagnostics import Estimate, estimate, per_completion
 
 _SHOWN = ("kl_nats", "entropy_nats", "length_tokens", "finished_ratio")
@@ -19,7 +19,7 @@ def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, fl
     frontier.arrow has one row an evaluation: step, kl_nats, proxy (the training reward), gold (the monitor called
     gold, else null), entropy_nats, length_tokens, n, stderr (of proxy), and every reward_<name>.
     """
-    durable.write(path_of(run_directory, step), schema.to_bytes(batch))
+    files.write(path_of(run_directory, step), schema.to_bytes(batch))
     values = per_completion(batch)
     reward = values["reward"][np.isfinite(values["reward"])]
     row = {
@@ -36,7 +36,7 @@ def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, fl
     earlier = [old for old in frontier(run_directory) if old["step"] < step]
     nulls = {name: None if np.isnan(value) else value for name, value in row.items()}
     table = pa.Table.from_pylist([*earlier, nulls], schema=pa.schema([(name, pa.float64()) for name in row]))
-    durable.write(run_directory / "frontier.arrow", schema.to_bytes(table.combine_chunks().to_batches()[0]))
+    files.write(run_directory / "frontier.arrow", schema.to_bytes(table.combine_chunks().to_batches()[0]))
     return row
 
 

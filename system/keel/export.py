@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keel import config, durable
+from keel import config, files
 from keel.models import DTYPES
-from keel.printable import printable
 from keel.settings import Settings
+from keel.text import printable
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -30,7 +30,7 @@ def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Se
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in named.items()}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "README.md").write_text(_card(settings, version), encoding="utf8")
-    durable.sync_tree(target)
+    files.sync_tree(target)
 
 
 def _card(settings: Settings, version: int) -> str:

@@ -25,10 +25,10 @@ import pyarrow as pa
 import torch
 
 from keel import batch as batching
-from keel import durable, models, schema, twins
+from keel import files, models, schema, twins
 from keel.errors import ConfigError
 from keel.networks import Policy
-from keel.printable import one_line
+from keel.text import one_line
 from keel.twins import TwinError
 
 TOLERANCE = 1e-3
@@ -225,7 +225,7 @@ def keep_result(key: str, result: Mapping[str, Any]) -> None:
     path = models.cache_directory() / "forward_contract" / f"{key}.json"
     aside = path.with_name(f"{key}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a home that cannot be written to: the next process tries the model again
-        durable.write_json(aside, result)
+        files.write_json(aside, result)
         aside.rename(path)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from keel import durable
+from keel import files
 from keel.errors import ConfigError
-from keel.printable import printable
+from keel.text import printable
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def draw(
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with matplotlib.rc_context({"svg.hashsalt": "keel"}):  # the same picture for the same numbers
         figure.savefig(content, format=path.suffix[1:], metadata=metadata)
-    durable.write(path, content.getvalue())
+    files.write(path, content.getvalue())
 
 
 def _plot(axis: Any, each: Curves, name: str, colour: str, proxy: str, gold: str | None) -> None:

@@ -17,10 +17,10 @@ from keel.learn import DeepSpeedLearner
 from keel.losses import GONE, cause_of, init_failed
 from keel.meeting import MeetingPoint
 from keel.parts import Observer
-from keel.printable import last_line
 from keel.protocols import Batch, LoadReceipt, StepReport
 from keel.room import Room, Wait
 from keel.settings import Settings
+from keel.text import last_line
 
 _GRACE_SECONDS = 15
 """Between the first error of a rank and the others': a dead rank makes the rest fail, and is noticed last."""

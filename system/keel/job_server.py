@@ -12,8 +12,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from keel.errors import ConfigError, KeelError
-from keel.printable import last_line
 from keel.terminal import errors
+from keel.text import last_line
 
 _CONNECT_SECONDS = 30.0
 _ANSWER_SECONDS = 120.0

@@ -25,7 +25,7 @@ from keel import __version__, bundle
 from keel.config import INTERRUPTED
 from keel.errors import ConfigError
 from keel.job_server import Client, JobError
-from keel.printable import last_line
+from keel.text import last_line
 
 LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
 """The largest zip that Ray's store takes, and that its job server lets through to it."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from keel import batch as batching
-from keel import durable, optimisation, reward_models, schema
+from keel import files, optimisation, reward_models, schema
 from keel.engine import Engine, join_gang
 from keel.protocols import StepReport
 from keel.stage_settings import RewardModelSettings
@@ -140,7 +140,7 @@ class RewardModelLearner:
         if self.rank == 0:
             Path(folder).mkdir(parents=True)
             reward_models.write(Path(folder), model, named)
-            durable.sync_tree(Path(folder))
+            files.sync_tree(Path(folder))
 
     def _passes(self, batch: pa.RecordBatch) -> Iterator[tuple[np.ndarray, bool, tuple[Tensor, Tensor, Tensor]]]:
         """(pair numbers, real, inputs) of this rank's passes; equally many on every rank, the last ones filler."""

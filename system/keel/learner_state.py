@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keel import durable, reads
+from keel import files, reads
 from keel.checkpoint import CheckpointError
 
 FORMAT = 1
@@ -51,7 +51,7 @@ def blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
 
 def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
     """Write this rank's share of the blocks, one at a time; in memory is one block a rank. Collective."""
-    durable.make_folder(folder)
+    files.make_folder(folder)
     planned = list(blocks(parts.shapes).items())
     for first in range(0, len(planned), ranks):
         # all blocks of a round are gathered before any is written: so the ranks write at the same time
@@ -64,13 +64,13 @@ def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
         if own:
             path = folder / planned[first + rank][0]
             save_file(own, path)
-            durable.sync_file(path)
+            files.sync_file(path)
 
 
 def write_index(folder: Path, version: int, parts: Parts) -> None:
     """Say what the blocks hold, once all are written: one rank's work."""
     found = {"format": FORMAT, "version": version, "adam_steps": parts.adam_steps, "blocks": blocks(parts.shapes)}
-    durable.write_json(folder / INDEX, found)
+    files.write_json(folder / INDEX, found)
 
 
 def read(folder: Path, parts: Parts) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import durable, reads, schema
+from keel import files, reads, schema
 
 Line = dict[str, Any]
 FIELDS: Mapping[str, type] = {"step": int, "file": str, "rows": int, "xxh3_128": str, "tickets": list, "dropped": dict}
@@ -31,7 +31,7 @@ def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: M
     """The rollout file of a step, then its line; bytes of the file. `dropped`: ticket -> reason."""
     content = schema.to_bytes(batch)
     file = run_directory / "rollouts" / f"step-{step:06d}.arrow"
-    durable.write(file, content)
+    files.write(file, content)
     reasons = sorted(set(dropped.values()))
     line = {
         "step": step,
@@ -41,7 +41,7 @@ def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: M
         "tickets": list(dict.fromkeys(batch.column("ticket").to_pylist())),
         "dropped": {why: sorted(ticket for ticket, reason in dropped.items() if reason == why) for why in reasons},
     }
-    durable.append_json(path_of(run_directory), line)
+    files.append_json(path_of(run_directory), line)
     return content.size
 
 
@@ -49,9 +49,9 @@ def undo(run_directory: Path, last_step: int) -> None:
     """Move the rollout files of later steps aside: those steps are made again."""
     for path in reads.entries(run_directory / "rollouts"):
         if (name := _FILE.fullmatch(path.name)) and int(name[1]) > last_step:
-            durable.move_aside(run_directory, path)
+            files.move_aside(run_directory, path)
 
 
 def cut_back(run_directory: Path, last_step: int) -> list[str]:
     """Keep the lines of steps up to `last_step`, also the shorter ones of earlier versions; names of damaged lines."""
-    return durable.keep_steps(path_of(run_directory), last_step, run_directory / durable.ASIDE / "rollouts")
+    return files.keep_steps(path_of(run_directory), last_step, run_directory / files.ASIDE / "rollouts")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import config, durable, evaluate, schema
+from keel import config, evaluate, files, schema
 from keel.errors import ConfigError
 from keel.occupancy import LEARNER, STAGES, STEPPING
 from keel.rates import ASSUMED_FIXED_RATIO, Rates, waves
@@ -72,7 +72,7 @@ def measured(runs: Sequence[Path]) -> Rates:
 
 def _see(directory: Path, seen: _Seen) -> None:
     settings = config.load(config.stored_config(directory, f"--from {directory}", kind="an online run"))
-    lines = durable.read_json_lines(directory / "metrics.jsonl")
+    lines = files.read_json_lines(directory / "metrics.jsonl")
     pairs = [pair for pair in pairwise(lines) if not _evaluates(settings, pair[1]["step"]) and not _begins(pair)]
     if not pairs:
         raise ConfigError(

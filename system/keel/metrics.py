@@ -10,7 +10,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, make_wsgi_app
 
-from keel import durable
+from keel import files
 from keel.metric_table import PREFIX, TABLE, Metric
 
 Values = Mapping[str, float | Mapping[str, float]]
@@ -102,7 +102,7 @@ class RunMetrics:
         """Append the step: every metric under its name without the prefix, labelled ones as objects."""
         line = {"step": step, "time": time_seconds, **self._gauge_values, **self._operational, **self.totals}
         self._gauge_values = {}  # what the next step does not say is absent from its line, not repeated
-        durable.append_json(self.path, line)
+        files.append_json(self.path, line)
         return line
 
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from keel.errors import ConfigError
-from keel.printable import one_line
+from keel.text import one_line
 
 INDEX = "model.safetensors.index.json"
 _WHOLE = "model.safetensors"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keel import checkpoint, durable, model_files, reads, twins
+from keel import checkpoint, files, model_files, reads, twins
 from keel import end_tokens as ends
 from keel.errors import ConfigError
 from keel.model_text import ModelText
@@ -181,13 +181,13 @@ def _convert_gguf(source: Path, target: Path) -> None:
     )
     if hasattr(model.config, "quantization_config"):  # the saved weights are plain; the loader would look for GGUF
         del model.config.quantization_config
-    durable.make_folder(target.parent)
+    files.make_folder(target.parent)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
     if _is_converted(target):  # another process was first
         shutil.rmtree(aside)
         return
-    durable.replace_folder(aside, target)
+    files.replace_folder(aside, target)
     checkpoint.seal(target.parent, [target.name], _manifest_of(target))
 
 

@@ -109,12 +109,12 @@ def explain(
 
 
 def _explain(run_directory: Path, last: int) -> dict[str, Any]:
-    from keel import durable
     from keel import explain as explaining
+    from keel import files
 
     settings = config.load(config.stored_config(run_directory, f"RUN_DIR={run_directory}"))
     try:
-        lines = durable.read_json_lines(run_directory / "metrics.jsonl")
+        lines = files.read_json_lines(run_directory / "metrics.jsonl")
         return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))
     except ValueError as error:
         raise ConfigError(f"RUN_DIR={run_directory}: {error}; expected an online run of two steps or more") from None

@@ -15,7 +15,6 @@ from keel import (
     checkpoint,
     config,
     endpoint,
-    extension,
     forward_contract,
     http_rewards,
     model_files,
@@ -26,11 +25,11 @@ from keel import (
     score_contract,
     text_checks,
     tracking,
+    user_code,
 )
 from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
 from keel.errors import ConfigError
-from keel.printable import one_line, printable
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
@@ -39,6 +38,7 @@ from keel.section import Section
 from keel.settings import Settings
 from keel.stage_settings import COMMANDS, command_of
 from keel.stored import StoredCompletions
+from keel.text import one_line, printable
 
 _SETTINGS = {
     "reference": "reference.model",
@@ -214,7 +214,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     Ray hands its own on.
     """
     if reward.kind == "rule":
-        extension.load(reward.source, setting)
+        user_code.load(reward.source, setting)
     if reward.kind == "model":
         for member in reward_models.members(models.locate(reward.source, setting), setting):
             reward_models.check_readable(member, setting)

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from keel.printable import printable
+from keel.text import printable
 
 Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
 """What a step shows: name of the column -> text from the step's metrics."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, evaluate, gang, references, schema
+from keel import checkpoint, cluster, config, evaluate, files, gang, references, schema
 from keel.explain import largest_share
 from keel.metrics import RunMetrics
 from keel.occupancy import Occupancy
@@ -65,7 +65,7 @@ class Recorder(Observer):
 
     def event(self, name: str, **fields: Any) -> None:
         self.finished |= name == "objective_finished"
-        durable.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
+        files.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
 
     def note(self, text: str) -> None:
         self.display.note(text)
@@ -127,7 +127,7 @@ class Recorder(Observer):
         assert self.learner and self.buffer
         aside = checkpoint.begin(self.directory, step)
         try:
-            with durable.naming_a_full_disk(aside / "learner"):
+            with files.naming_a_full_disk(aside / "learner"):
                 await self._commit(aside, step)
         finally:
             shutil.rmtree(aside, ignore_errors=True)  # gone by now, unless something went wrong
@@ -157,9 +157,9 @@ class Recorder(Observer):
         """quarantine/step-N.arrow: the rows; step-N.json: why, and how to see it again."""
         rows = await cluster.fetch(batch)
         path = self.directory / "quarantine" / f"step-{step:06d}.arrow"
-        durable.write(path, schema.to_bytes(rows))
+        files.write(path, schema.to_bytes(rows))
         again = f"keel replay {self.directory} --step {step}"
-        durable.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": again})
+        files.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": again})
         self.event("quarantine", step=step, reason=reason, rows=rows.num_rows)
         self.display.note(f"the rows of step {step} are kept in {path}; to see it again: {again}")
 

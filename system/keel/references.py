@@ -6,7 +6,7 @@ RUN_DIR/references/step-000010/    the policy after step 10, Hugging Face layout
 import shutil
 from pathlib import Path
 
-from keel import checkpoint, durable, reads
+from keel import checkpoint, files, reads
 
 
 def folder_of(run_directory: Path, step: int) -> Path:
@@ -17,7 +17,7 @@ def begin(folder: Path) -> Path:
     """Where to write a reference before it counts: a path that does not exist yet."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    durable.make_folder(aside.parent)
+    files.make_folder(aside.parent)
     return aside
 
 
@@ -25,7 +25,7 @@ def commit(folder: Path) -> None:
     """What was written aside becomes the reference of its step, in place of what an interrupted run left there."""
     aside = folder.with_name(f".{folder.name}.tmp")
     checkpoint.seal(aside)
-    durable.swap_folder(aside, folder)
+    files.swap_folder(aside, folder)
 
 
 def check(folder: Path) -> None:

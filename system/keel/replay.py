@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, gang, preflight, reads, references, schema
+from keel import checkpoint, cluster, config, files, gang, preflight, reads, references, schema
 from keel.errors import ConfigError, NotFinite
 from keel.preflight import Prepared
 from keel.recorder import Display
@@ -84,7 +84,7 @@ async def _replay(
 
 def _beside(run_directory: Path, step: int, report: Mapping[str, Any]) -> dict[str, tuple[float | None, float]]:
     """Numbers of the report beside those the run wrote; times are left out."""
-    lines = durable.read_json_lines(run_directory / "metrics.jsonl")
+    lines = files.read_json_lines(run_directory / "metrics.jsonl")
     then: Mapping[str, Any] = next((line for line in lines if line["step"] == step), {})
     numbers = {name: value for name, value in report.items() if isinstance(value, float) and "seconds" not in name}
     return {name: (then.get(name), value) for name, value in sorted(numbers.items())}

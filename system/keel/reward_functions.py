@@ -19,7 +19,7 @@ from numbers import Real
 from typing import Any
 
 from keel.errors import KeelError
-from keel.printable import printable
+from keel.text import printable
 
 Outcome = list[float | None] | Exception | SystemExit
 """Numbers of one function, or what it raised: `WrongAnswer` where it returned something else."""

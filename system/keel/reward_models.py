@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keel import durable, model_files, models
+from keel import files, model_files, models
 from keel.errors import ConfigError
 from keel.reward_text import RewardText, ScoredText
 
@@ -251,14 +251,14 @@ def centre(folder: Path, offset: float) -> None:
         save_file(tensors, weights, metadata={"format": "pt"})
     else:
         tree["keel_reward"]["offset"] += offset
-        durable.write(path, json.dumps(tree, indent=2).encode())
+        files.write(path, json.dumps(tree, indent=2).encode())
 
 
 def write_ensemble(folder: Path, names: Sequence[str]) -> None:
     """The file that makes folders an ensemble, once all of them are on the disk."""
     for name in names:
-        durable.sync_tree(folder / name)
-    durable.write_json(folder / ENSEMBLE, {"members": list(names)})
+        files.sync_tree(folder / name)
+    files.write_json(folder / ENSEMBLE, {"members": list(names)})
 
 
 def as_batch(scored: Sequence[ScoredText]) -> pa.RecordBatch:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from keel import extension
+from keel import user_code
 from keel.errors import ConfigError
 from keel.reward_settings import RewardSettings
 
@@ -57,7 +57,7 @@ def asked_columns(rewards: Iterable[RewardSettings]) -> frozenset[str]:
     for reward in rewards:
         if reward.kind == "rule":
             try:
-                names |= set(inspect.signature(extension.load(reward.source, reward.name)).parameters)
+                names |= set(inspect.signature(user_code.load(reward.source, reward.name)).parameters)
             except (ConfigError, ValueError, TypeError):  # the latter two: built-in functions without a signature
                 continue
     return frozenset(names)

@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keel import capacity, cluster, durable
+from keel import capacity, cluster, files
 from keel.control import ControlLink
 from keel.controller import Controller, within
 from keel.errors import BufferLost
@@ -147,7 +147,7 @@ class Scaling:
             self._requested = True  # it holds what it was asked for last, also where fewer are wanted now
             cluster.request(self.settings, self.desired)
         self._written = counts
-        durable.write_json(self._path, counts)
+        files.write_json(self._path, counts)
         self._show(ranks)
 
     def _show(self, ranks: int) -> None:

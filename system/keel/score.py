@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import extension, http_rewards, row_columns, schema, stored
+from keel import http_rewards, row_columns, schema, stored, user_code
 from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
 from keel.layouts import ANSWERS
@@ -225,7 +225,7 @@ def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
 
 def load_function(reward: RewardSettings) -> Callable[..., Any]:
     """The function of a rule. Raises ConfigError."""
-    return extension.load(reward.source, f"rewards.{reward.name}.source")
+    return user_code.load(reward.source, f"rewards.{reward.name}.source")
 
 
 def values_or_reason(outcome: Outcome) -> Values | Failure:

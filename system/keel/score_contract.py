@@ -10,8 +10,8 @@ import torch
 from keel import models, reward_models, twins
 from keel.errors import ConfigError
 from keel.forward_contract import difference, keep_result, kept_result, key_of
-from keel.printable import one_line
 from keel.reward_text import RewardText
+from keel.text import one_line
 from keel.twins import TwinError
 
 

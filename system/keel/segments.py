@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from keel import durable, reads, schema
+from keel import files, reads, schema
 from keel.errors import KeelError
 
 Counts = Mapping[str, Mapping[str, int]]
@@ -68,7 +68,7 @@ def write(run_directory: Path, segment: Segment) -> int:
     content = schema.to_bytes(segment.rows.replace_schema_metadata(metadata))
     first, last = segment.tickets[0], segment.tickets[-1]
     name = f"segment.{first:012d}-{last:012d}.{schema.digest(content)}.arrow"
-    durable.write(run_directory / "buffer" / name, content)
+    files.write(run_directory / "buffer" / name, content)
     return content.size
 
 
@@ -105,7 +105,7 @@ def paths(run_directory: Path) -> list[Path]:
 
 def forget(run_directory: Path, before_ticket: int) -> None:
     """Delete segments of which every ticket lies before this one, damaged ones that were put aside, too."""
-    aside = reads.entries(run_directory / durable.ASIDE / "buffer")
+    aside = reads.entries(run_directory / files.ASIDE / "buffer")
     for path in [*paths(run_directory), *aside]:
         name = _NAME.fullmatch(path.name)
         if name and int(name[2]) < before_ticket:

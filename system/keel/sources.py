@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import extension, layouts
+from keel import layouts, user_code
 from keel.conversations import holds, turns
 from keel.errors import ConfigError
 from keel.layouts import ANSWERS, Layout
@@ -196,7 +196,7 @@ def _call(prompts: PromptSettings) -> list[Any]:
     if not module or not name.isidentifier():
         raise wrong(prompts, "expected python:module:function")
     try:
-        function = extension.import_module(module).__dict__.get(name)
+        function = user_code.import_module(module).__dict__.get(name)
         if not callable(function):
             raise wrong(prompts, f"module {module} has no function {name}; expected python:module:function")
         _check_options(function, prompts)

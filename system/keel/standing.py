@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, durable, reads
+from keel import checkpoint, config, files, reads
 from keel.errors import ConfigError
 from keel.stage_settings import command_of
 
@@ -22,8 +22,8 @@ def of(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"RUN_DIR={directory}: its config.yaml is no run's own; expected the directory of a run")
     command = command_of(tree)
     steps = tree["run"].get("steps") if command == "train" else None
-    lines = durable.read_json_lines(directory / "metrics.jsonl")
-    events = durable.read_json_lines(directory / "events.jsonl")
+    lines = files.read_json_lines(directory / "metrics.jsonl")
+    events = files.read_json_lines(directory / "events.jsonl")
     last, event = lines[-1] if lines else {}, events[-1] if events else None
     committed = checkpoint.steps(directory)
     counts = _counts(directory)
@@ -68,7 +68,7 @@ def authenticate_as(where: Mapping[str, str]) -> None:
 
 
 def _state(directory: Path, steps: int | None, committed: list[int], event: dict[str, Any] | None) -> str:
-    if durable.held(directory):
+    if files.held(directory):
         return "live"
     if (directory / "stage.json").is_file():
         return "ended"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from keel import config, durable, standing
+from keel import config, files, standing
 from keel.errors import ConfigError, KeelError
 from keel.terminal import errors
 
@@ -29,7 +29,7 @@ def stop(directory: Path) -> dict[str, Any]:
     patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
     deadline = time.monotonic() + patience
     with errors.status(f"step {found['step']}: waiting for the step under way and a checkpoint"):
-        while durable.held(directory):
+        while files.held(directory):
             if time.monotonic() > deadline:
                 raise NotStopped(f"{directory}: goes on {patience:.0f} s after it was asked to stop")
             time.sleep(_POLL_SECONDS)
@@ -64,7 +64,7 @@ def _ask(directory: Path) -> None:
         except ConfigError as error:
             if type(error) is not ConfigError:  # trying again helps nothing
                 raise
-            if not durable.held(directory):  # it has ended by itself
+            if not files.held(directory):  # it has ended by itself
                 return
             if time.monotonic() > deadline:
                 raise NotStopped(f"{directory}: has not answered for {_STARTS_SECONDS:.0f} s ({error})") from None

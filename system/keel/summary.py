@@ -13,9 +13,9 @@ from rich.text import Text
 
 from keel import checkpoint, evaluate, frontier_picture
 from keel.diagnostics import Estimate, per_completion
-from keel.printable import printable
 from keel.settings import Settings
 from keel.terminal import from_here
+from keel.text import printable
 
 _UNITS = {
     "kl_nats": "KL to reference (nats)",

@@ -16,7 +16,7 @@ from typing import Any
 
 from keel.errors import ConfigError
 from keel.examples import Completion, content
-from keel.printable import one_line
+from keel.text import one_line
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _HARDEST_GRADE = 20.0

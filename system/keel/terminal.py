@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from keel.printable import printable
+from keel.text import printable
 
 
 class Terminal(Console):

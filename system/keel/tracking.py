@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from keel import config, durable, errors
+from keel import config, errors, files
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.settings import Settings
@@ -133,7 +133,7 @@ class Tracking:
             if reasons and feed.name not in self._told:
                 self._told.add(feed.name)
                 event = {"event": "tracker_failed", "time": time.time(), "tracker": feed.name, "reason": reasons[0]}
-                durable.append_json(self.directory / "events.jsonl", event)
+                files.append_json(self.directory / "events.jsonl", event)
                 self._note(f"tracker {feed.name}: {reasons[0]}; the run goes on, metrics.jsonl has every number")
 
     def finish(self, outcome: Outcome) -> None:
@@ -178,7 +178,7 @@ def _identity(path: Path) -> str:
         return str(json.loads(path.read_text(encoding="utf8"))["identity"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or not ours: a run of its own from here
         identity = secrets.token_hex(6)
-        durable.write_json(path, {"identity": identity})
+        files.write_json(path, {"identity": identity})
         return identity
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, cluster, config, durable, endpoint, gang, ledger, parity, references, scaling
+from keel import checkpoint, cluster, config, endpoint, files, gang, ledger, parity, references, scaling
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.errors import BufferLost, BuildFailed, LearnerLost
@@ -68,8 +68,8 @@ def run(prepared: Prepared, display: Display) -> Outcome:
     settings, directory = prepared.settings, prepared.directory
     asked_to_stop = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: asked_to_stop.set())  # batch systems send it before a time limit
-    durable.make_folder(directory)
-    with durable.lock(directory):
+    files.make_folder(directory)
+    with files.lock(directory):
         saved = _run_alone(prepared, display, asked_to_stop)
     return Outcome(directory, saved.version, not saved.over(settings), time.monotonic() - started)
 
@@ -86,7 +86,7 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
         if new:  # Ray first: what its cluster can never hold leaves nothing behind
             display.doing(_STARTING)
             display.note(ray.enter_context(cluster.joined(settings, counts)))
-        durable.write(directory / "config.yaml", config.dump(settings).encode())
+        files.write(directory / "config.yaml", config.dump(settings).encode())
         recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
         saved = _newest(recorder)
         if saved.over(settings):
@@ -126,7 +126,7 @@ def _newest(recorder: Recorder) -> Saved:
         recorder.event("checkpoint_damaged", what=what, step=state["version"] if state else 0)
         recorder.display.note(f"damaged checkpoint put aside ({what}); going on from {path and path.name}")
     saved = Saved(path, state or {})
-    for what in durable.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
+    for what in files.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
         recorder.event("line_damaged", what=what)
         recorder.display.note(f"{what} is damaged and was left out")
     ledger.undo(recorder.directory, saved.version)

@@ -12,7 +12,7 @@ from typing import Any
 from keel import layer_patterns, size_names, twin_sizes
 from keel.errors import KeelError
 from keel.layer_patterns import LayerError, Values
-from keel.printable import one_line
+from keel.text import one_line
 from keel.twin_sizes import WINDOW
 
 FIRST_ORDINARY_TOKEN = 16

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, durable, metric_table, reads, schema
+from keel import checkpoint, config, metric_table, reads, schema
+from keel import files as atomic_files
 from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
 from keel.errors import ConfigError
 from keel.evaluation_audit import audit_evaluations
@@ -217,7 +218,9 @@ def _content(path: Path) -> bytes:
 
 def _same_metrics(own: Audit, other: Path) -> None:
     file = "metrics.jsonl"
-    lines, expected = (durable.sound_lines(directory / file, {"step": int})[0] for directory in (own.directory, other))
+    lines, expected = (
+        atomic_files.sound_lines(directory / file, {"step": int})[0] for directory in (own.directory, other)
+    )
     own.test(file, "steps", len(expected), len(lines))
     for line, right in zip(lines, expected, strict=False):
         left_out = {*_CLOCKS, *_OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}
@@ -253,7 +256,7 @@ def _same_policy(own: Audit, other: Path) -> None:
         return
     folder = f"checkpoints/step-{max(common):06d}/policy"
     digests, expected = (
-        {path.name: durable.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
+        {path.name: atomic_files.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
         for directory in (own.directory, other)
     )
     for name in sorted({*digests, *expected}):

@@ -16,7 +16,7 @@ import yaml
 from reward_server import RewardServer
 
 import keel
-from keel import doctor, durable
+from keel import doctor, files
 
 PROCESSES = {
     "generator": "VllmGenerator",
@@ -136,7 +136,7 @@ class Arena:
 
     def events(self, since: float = 0.0, *names: str, **fields: Any) -> list[dict[str, Any]]:
         """Events of some names and fields since a time."""
-        found = durable.read_json_lines(self.run / "events.jsonl")
+        found = files.read_json_lines(self.run / "events.jsonl")
         return [
             event
             for event in found
@@ -146,7 +146,7 @@ class Arena:
         ]
 
     def last_step(self) -> dict[str, Any]:
-        lines = durable.read_json_lines(self.run / "metrics.jsonl")
+        lines = files.read_json_lines(self.run / "metrics.jsonl")
         return lines[-1] if lines else {"step": 0, "time": 0.0}
 
     def wait(self, condition: Callable[[], Any], what: str, seconds: float = RECOVERY_SECONDS) -> Any:

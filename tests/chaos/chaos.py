@@ -26,7 +26,7 @@ from faults import ENDING, FAULTS
 from rich.console import Console
 from rich.table import Table
 
-from keel import durable, schema, tiny, verify
+from keel import files, schema, tiny, verify
 
 
 @dataclass
@@ -127,7 +127,7 @@ def small_disk(folder: Path) -> Iterator[bool]:
 
 def judge(arena: Arena, account: Account) -> None:
     """Fill in what the files say: the ledger, `keel verify`, the run without faults."""
-    lines = durable.read_json_lines(arena.run / "rollouts" / "MANIFEST.jsonl")
+    lines = files.read_json_lines(arena.run / "rollouts" / "MANIFEST.jsonl")
     trained = [ticket for line in lines for ticket in line["tickets"]]
     dropped = {ticket for line in lines for tickets in line["dropped"].values() for ticket in tickets}
     account.trained_twice = len(trained) - len(set(trained))

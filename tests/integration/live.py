@@ -13,7 +13,7 @@ import psutil
 from commands import finish, wait_for
 from ray.cluster_utils import Cluster
 
-from keel import durable
+from keel import files
 from keel.cluster import tried
 
 PATIENCE_SECONDS = 1200
@@ -51,13 +51,13 @@ def add_node(cluster: Cluster, **options: Any) -> None:
 
 def events_of(run: Path, *names: str, since: float = 0.0, **fields: Any) -> list[dict[str, Any]]:
     """Events of some names, or of all, with these fields, since a time."""
-    found = [each for each in durable.read_json_lines(run / "events.jsonl") if each["time"] > since]
+    found = [each for each in files.read_json_lines(run / "events.jsonl") if each["time"] > since]
     named = [each for each in found if not names or each["event"] in names]
     return [each for each in named if all(each.get(key) == value for key, value in fields.items())]
 
 
 def last_step(run: Path) -> int:
-    lines = durable.read_json_lines(run / "metrics.jsonl")
+    lines = files.read_json_lines(run / "metrics.jsonl")
     return lines[-1]["step"] if lines else 0
 
 

@@ -20,7 +20,7 @@ from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, free_
 from test_runs import metrics_of
 
 import keel as package
-from keel import checkpoint, durable
+from keel import checkpoint, files
 from keel.cluster import tried
 from keel.jobs import LIMIT_BYTES
 
@@ -209,4 +209,4 @@ def test_rays_own_command_runs_keel_and_now_ends_it(
     killed = answer(keel, "submit", "config.yaml", "run.name=killed", "run.steps=1000", "--address", address)["job"]
     wait_job(address, killed, lambda: last_step(tmp_path / "runs" / "killed") >= 1, "a step")
     assert answer(keel, "stop", killed, "--now", "--address", address)["state"] == "STOPPED"
-    assert not durable.held(tmp_path / "runs" / "killed")
+    assert not files.held(tmp_path / "runs" / "killed")

@@ -9,7 +9,7 @@ import pytest
 from commands import finish
 from test_runs import metrics_of, policy_of, rollouts_of
 
-from keel import durable
+from keel import files
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def test_a_stopping_rule_ends_the_run_for_good(write_config: Start, keel: Start,
     lines = metrics_of(run)
     assert len(lines) == 1 and lines[0]["settled_ratio"] == 1.0
     assert lines[0]["pairs_dropped_total"] == {"settled": 2.0}
-    assert [e["event"] for e in durable.read_json_lines(run / "events.jsonl")][-2:] == [
+    assert [e["event"] for e in files.read_json_lines(run / "events.jsonl")][-2:] == [
         "objective_finished",
         "checkpoint",
     ]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from commands import finish
 
-from keel import durable
+from keel import files
 
 PACED = {"rewards": [{"name": "paced", "source": "rewards:paced"}], "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}  # fmt: skip
 
@@ -48,5 +48,5 @@ def planned(keel: Any, path: Path, *arguments: str) -> Any:
 
 def step_seconds(path: Path) -> float:
     """Median of a run's steps, without the first two and the last, which evaluates."""
-    lines = durable.read_json_lines(path.parent / "run" / "metrics.jsonl")[1:-1]
+    lines = files.read_json_lines(path.parent / "run" / "metrics.jsonl")[1:-1]
     return statistics.median(after["time"] - before["time"] for before, after in pairwise(lines))

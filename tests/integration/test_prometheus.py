@@ -21,7 +21,7 @@ from live import PATIENCE_SECONDS, last_step, wait
 from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
 from test_runs import is_generator
 
-from keel import dashboards, doctor, durable, schema
+from keel import dashboards, doctor, files, schema
 from keel.metric_table import PREFIX, TABLE
 
 pytestmark = pytest.mark.slow
@@ -286,7 +286,7 @@ def test_the_discovery_file_goes_with_the_run(observed_run: Observed) -> None:
     observed_run.pace.unlink()
     code, _, err = finish(observed_run.process)
     assert code == 0, err
-    assert len(durable.read_json_lines(observed_run.directory / "metrics.jsonl")) == STEPS
+    assert len(files.read_json_lines(observed_run.directory / "metrics.jsonl")) == STEPS
     assert list(observed_run.discovery.iterdir()) == []
     found: Any = None
 

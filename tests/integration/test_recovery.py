@@ -16,7 +16,7 @@ from commands import finish, kill
 from live import Start, answer, check_intact, events_of, last_step, more_steps, ranks_of, refusal, wait
 from test_runs import metrics_of
 
-from keel import checkpoint, durable, schema
+from keel import checkpoint, files, schema
 
 pytestmark = pytest.mark.slow
 STEPS = 2000
@@ -158,7 +158,7 @@ def check_pools_follow_and_ranks_change(keel: Start, process: Any, run: Path) ->
 
 def check_no_pause(run: Path, start: float, end: float) -> None:
     """Steps went on being recorded between two times, none of them after more than half of that."""
-    times = [line["time"] for line in durable.read_json_lines(run / "metrics.jsonl")]
+    times = [line["time"] for line in files.read_json_lines(run / "metrics.jsonl")]
     inside = [start, *(moment for moment in times if start < moment < end), end]
     gaps = [late - early for early, late in itertools.pairwise(inside)]
     print(f"{len(inside) - 2} steps in {end - start:.1f} s, longest pause {max(gaps):.1f} s")

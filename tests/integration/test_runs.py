@@ -16,7 +16,7 @@ from commands import finish, kill
 from live import last_step, title_of, wait
 from safetensors.torch import load_file
 
-from keel import checkpoint, durable, schema, weights
+from keel import checkpoint, files, schema, weights
 
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
 Start = Callable[..., Any]
@@ -45,7 +45,7 @@ ADAPTING: dict[str, Any] = {
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock or this machine's memory wrote."""
-    lines = durable.read_json_lines(run / "metrics.jsonl")
+    lines = files.read_json_lines(run / "metrics.jsonl")
     return [
         {name: value for name, value in line.items() if name not in TIMES and "seconds" not in name} for line in lines
     ]
@@ -131,7 +131,7 @@ def check_files(run: Path, out: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert "held-out prompts" in out and "step   6 (reward" in out
-    manifest = durable.read_json_lines(run / "rollouts" / "MANIFEST.jsonl")
+    manifest = files.read_json_lines(run / "rollouts" / "MANIFEST.jsonl")
     assert [line["step"] for line in manifest] == [1, 2, 3, 4, 5, 6]
     for line in manifest:
         content = (run / "rollouts" / line["file"]).read_bytes()
@@ -164,7 +164,7 @@ def test_a_killed_generator_is_replaced_and_changes_nothing(write_config: Start,
     code, _, err = finish(process)
     assert code == 0, err
     assert same_policy(run, tmp_path / "calm" / "run")
-    assert [e["role"] for e in durable.read_json_lines(run / "events.jsonl") if e["event"] == "worker_lost"] == [
+    assert [e["role"] for e in files.read_json_lines(run / "events.jsonl") if e["event"] == "worker_lost"] == [
         "generator"
     ]
 

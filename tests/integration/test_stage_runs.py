@@ -11,7 +11,7 @@ import yaml
 from commands import finish, kill
 from live import last_step, wait
 
-from keel import checkpoint, durable, reward_models, schema
+from keel import checkpoint, files, reward_models, schema
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Any]
@@ -48,7 +48,7 @@ def write(folder: Path, model: Path, source: Path, **blocks: Any) -> Path:
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    lines = durable.read_json_lines(run / "metrics.jsonl")
+    lines = files.read_json_lines(run / "metrics.jsonl")
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
@@ -75,10 +75,10 @@ def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_mo
         assert code == 0, err
     courses = [run if command == "sft" else run / "members" / "0" for run in runs.values()]
     assert numbers(courses[0]) == numbers(courses[1]) and len(numbers(courses[0])) == STEPS
-    assert [durable.digest(run / "model" / "model.safetensors") for run in runs.values()] == [
-        durable.digest(runs["whole"] / "model" / "model.safetensors")
+    assert [files.digest(run / "model" / "model.safetensors") for run in runs.values()] == [
+        files.digest(runs["whole"] / "model" / "model.safetensors")
     ] * 2
-    evaluations = [durable.read_json_lines(course / "evaluations.jsonl") for course in courses]
+    evaluations = [files.read_json_lines(course / "evaluations.jsonl") for course in courses]
     assert evaluations[0] == evaluations[1] and [line["step"] for line in evaluations[0]] == [0, STEPS]
     assert evaluations[0][-1]["loss"] < evaluations[0][0]["loss"]
 

@@ -13,7 +13,7 @@ import pytest
 from commands import finish
 from live import answer, last_step, more_steps, title_of, wait
 
-from keel import durable
+from keel import files
 from keel.explain import largest_share
 
 pytestmark = pytest.mark.slow
@@ -90,7 +90,7 @@ def test_explain_names_the_role_that_is_starved(write_config: Start, keel: Start
     process.send_signal(signal.SIGTERM)
     code, out, _ = finish(process)
     assert code == 130
-    lines = durable.read_json_lines(run / "metrics.jsonl")
+    lines = files.read_json_lines(run / "metrics.jsonl")
     for before, now in itertools.pairwise(lines):
         (shown,) = [line for line in out.splitlines() if line.startswith(f"step {now['step']}/")]
         assert f"mostly {largest_share(before, now)}" in shown, shown

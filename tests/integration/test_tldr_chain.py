@@ -15,7 +15,7 @@ import torch
 from commands import finish, kill, start_keel
 from test_runs import metrics_of, rollouts_of, same_policy
 
-from keel import checkpoint, durable, reward_models, tiny
+from keel import checkpoint, files, reward_models, tiny
 from keel.reward_models import ScoredText
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # test_stage_runs.py: other files
@@ -155,7 +155,7 @@ def test_the_reward_model_knows_the_marker_and_demonstrations_score_zero(work: P
     folder = run_of(work, "reward-1b") / "model"
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     assert plain.num_labels == 1 and type(plain).__name__ == "GPTNeoXForSequenceClassification"
-    rows = durable.read_json_lines(work / "demonstrations.jsonl")
+    rows = files.read_json_lines(work / "demonstrations.jsonl")
     model = reward_models.load(folder)
     scores = model.scores([ScoredText(row["prompt"], [], row["completion"], True) for row in rows])
     assert abs(sum(scores) / len(scores)) < 1e-3 and said["report"]["reference_rows"] == len(rows)

@@ -1,6 +1,6 @@
 """Objectives by kind: one literal table, and the user's own."""
 
-from keel import extension
+from keel import user_code
 from keel.algorithms.convexity import LogitsConvexity
 from keel.algorithms.objective import Build, Objective
 from keel.algorithms.policy_gradient import PolicyGradient
@@ -8,8 +8,8 @@ from keel.algorithms.preferences import Preference
 from keel.algorithms.weighting import WeightedLikelihood
 from keel.errors import ConfigError
 from keel.objective_settings import CustomObjectiveSettings
-from keel.printable import one_line
 from keel.settings import Settings
+from keel.text import one_line
 
 OBJECTIVES: dict[str, Build] = {
     "policy_gradient": PolicyGradient,
@@ -24,7 +24,7 @@ def build(settings: Settings) -> Objective:
     by = settings.objective
     if not isinstance(by, CustomObjectiveSettings):
         return OBJECTIVES[by.kind](settings)
-    own = extension.load(by.source, "objective.source")
+    own = user_code.load(by.source, "objective.source")
     if not (isinstance(own, type) and issubclass(own, Objective)):
         raise ConfigError(
             f"objective.source={by.source}: not a class derived from keel.algorithms.objective.Objective; expected one"

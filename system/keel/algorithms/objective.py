@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from keel import extension, schema
+from keel import schema, user_code
 from keel.algorithms import advantages, coefficients, regularisers
 from keel.algorithms.coefficients import Observation
 from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
@@ -50,7 +50,7 @@ class Objective:
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
         self._terms = [
-            (term, extension.load(term.source, f"regulariser.terms.{term.name}.source"))
+            (term, user_code.load(term.source, f"regulariser.terms.{term.name}.source"))
             for term in settings.regulariser.terms
         ]
         if self.kl.exact:

@@ -19,14 +19,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from keel import extension, schema
+from keel import schema, user_code
 from keel.algorithms import advantages, critics, regularisers
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
 from keel.errors import ConfigError
 from keel.objective_settings import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
-from keel.printable import one_line
 from keel.settings import Settings
+from keel.text import one_line
 
 _WHITENED = {"reinforce_pp": "population", "reinforce_pp_baseline": "population", "gae": "sample"}
 _WHITENED |= {"value_baseline": "sample"}
@@ -45,7 +45,7 @@ class PolicyGradient(Objective):
         self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
         self.group = advantages.GROUP.get(self.by.advantage)
         own = ":" in self.by.advantage
-        self.own = extension.load(self.by.advantage, "objective.advantage") if own else None
+        self.own = user_code.load(self.by.advantage, "objective.advantage") if own else None
         if self.own is not None:
             self._probe(self.own)
         self.moments = critics.RunningMoments()

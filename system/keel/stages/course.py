@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, durable, endpoint
+from keel import checkpoint, cluster, config, endpoint, files
 from keel.controller import Stalled
 from keel.errors import ConfigError
 from keel.gang import Gang
@@ -95,7 +95,7 @@ class Recorder:
         self.tracking.step(line)
 
     def evaluated(self, version: int, found: Mapping[str, float]) -> None:
-        durable.append_json(self.course.directory / "evaluations.jsonl", {"step": version, **found})
+        files.append_json(self.course.directory / "evaluations.jsonl", {"step": version, **found})
         self.tracking.evaluated(version, found)
         gauges = {"held_out_loss": found["loss"]}
         if "preference_accuracy_ratio" in found:
@@ -122,15 +122,15 @@ def conduct(
         check_rows(directory, done["digest"], digest)
         display.note(f"{directory} holds this stage, finished")
         return done
-    durable.make_folder(directory)
-    with durable.lock(directory):
+    files.make_folder(directory)
+    with files.lock(directory):
         return _conduct(settings, directory, online, train, display, started)
 
 
 def _conduct(
     settings: StageSettings, directory: Path, online: Settings, train: Train, display: Display, started: float
 ) -> dict[str, Any]:
-    durable.write(directory / "config.yaml", config.dump(settings).encode())
+    files.write(directory / "config.yaml", config.dump(settings).encode())
     metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")
@@ -209,9 +209,9 @@ async def _export(course: Course, trainee: Trainee, target: Path) -> None:
     """The model of now at `target`, whole or as it was."""
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    durable.make_folder(aside.parent)
+    files.make_folder(aside.parent)
     await call(course, trainee, "export", str(aside))
-    durable.replace_folder(aside, target)
+    files.replace_folder(aside, target)
 
 
 async def save(course: Course, trainee: Trainee, recorder: Recorder, state: State) -> None:
@@ -220,7 +220,7 @@ async def save(course: Course, trainee: Trainee, recorder: Recorder, state: Stat
     recorder.metrics.add({"checkpoints_total": 1.0})
     objective = await call(course, trainee, "state")
     checkpoint.commit(aside, {**asdict(state), "totals": recorder.metrics.totals, "objective": objective})
-    durable.append_json(
+    files.append_json(
         course.directory / "events.jsonl", {"event": "checkpoint", "time": time.time(), "step": state.version}
     )
     checkpoint.prune(course.directory, course.settings.checkpoint.keep)
@@ -236,8 +236,8 @@ async def restore(course: Course, trainee: Trainee, recorder: Recorder) -> State
     for name in damaged:
         recorder.display.note(f"{name} is damaged and was put aside; {saved} is used")
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        durable.keep_steps(course.directory / name, stored["version"])
-    durable.bring_back(course.model)
+        files.keep_steps(course.directory / name, stored["version"])
+    files.bring_back(course.model)
     if saved is None:
         return State(digest=course.digest)
     check_rows(course.directory, stored["digest"], course.digest)
@@ -269,7 +269,7 @@ def finished(directory: Path) -> dict[str, Any] | None:
 def mark(directory: Path, names: Sequence[str], summary: Mapping[str, Any]) -> None:
     """Write stage.json, the mark of a finished stage, once what it vouches for is on the disk and has its digests."""
     checkpoint.seal(directory, names)
-    durable.write_json(directory / "stage.json", summary)
+    files.write_json(directory / "stage.json", summary)
 
 
 def finish(course: Course, stage: str, started: float, **said: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, durable, evaluation_report, forward_contract, models, preflight, schema, text_checks
+from keel import cluster, evaluation_report, files, forward_contract, models, preflight, schema, text_checks
 from keel.conversations import turns
 from keel.errors import ConfigError
 from keel.prompts import Prompts
@@ -145,9 +145,9 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     by = prepared.settings.evaluation
     found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
     found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}
-    durable.make_folder(prepared.directory)
-    durable.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
-    durable.write_json(prepared.directory / "evaluation.json", found)
+    files.make_folder(prepared.directory)
+    files.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
+    files.write_json(prepared.directory / "evaluation.json", found)
     return found
 
 

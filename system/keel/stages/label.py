@@ -16,18 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import (
-    cluster,
-    config,
-    durable,
-    forward_contract,
-    labels,
-    models,
-    preflight,
-    reads,
-    schema,
-    text_checks,
-)
+from keel import cluster, config, forward_contract, labels, models, preflight, reads, schema, text_checks
+from keel import files as atomic_files
 from keel.errors import ConfigError, KeelError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -127,14 +117,14 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     if done := course.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
-    durable.make_folder(directory)
-    with durable.lock(directory):
+    atomic_files.make_folder(directory)
+    with atomic_files.lock(directory):
         return _label(prepared, display, started)
 
 
 def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
-    durable.write(directory / "config.yaml", config.dump(settings).encode())
+    atomic_files.write(directory / "config.yaml", config.dump(settings).encode())
     for line in prepared.notes:
         display.note(line)
     display.note(cluster.connect(prepared.sampling))
@@ -142,16 +132,16 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         batch = asyncio.run(_scored(prepared, display))
     finally:
         cluster.disconnect()
-    durable.write(directory / "completions.arrow", schema.to_bytes(batch))
+    atomic_files.write(directory / "completions.arrow", schema.to_bytes(batch))
     found = labels.label(batch, settings)
     _check_share(batch, settings)
     if found.table.num_rows == 0:
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(found.table, aside)
-    durable.sync_file(aside)
+    atomic_files.sync_file(aside)
     aside.rename(directory / "pairs.parquet")
-    durable.sync_directory(directory)
+    atomic_files.sync_directory(directory)
     margins = np.abs(found.table.column("score_chosen").to_numpy() - found.table.column("score_rejected").to_numpy())
     summary = {
         "stage": "label",
@@ -196,7 +186,7 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     samplers = sampled.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()
-    durable.write(path, schema.to_bytes(batch))
+    atomic_files.write(path, schema.to_bytes(batch))
     return batch
 
 

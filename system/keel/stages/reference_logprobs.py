@@ -11,14 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from keel import (
-    cluster,
-    durable,
-    model_files,
-    models,
-    reads,
-    schema,
-)
+from keel import cluster, files, model_files, models, reads, schema
 from keel.failures import retrying
 from keel.recorder import Display
 from keel.settings import Settings
@@ -69,8 +62,8 @@ class ReferenceLogprobs:
 
 def _keep(path: Path, content: pa.Buffer) -> None:
     """The file, then its digest beside it: Arrow has no checksum."""
-    durable.write(path, content)
-    durable.write_json(path.with_suffix(".json"), {"xxh3_128": schema.digest(content)})
+    files.write(path, content)
+    files.write_json(path.with_suffix(".json"), {"xxh3_128": schema.digest(content)})
 
 
 def _kept(path: Path) -> bytes | None:
@@ -92,7 +85,7 @@ def _key(settings: Settings, folder: str, parts: Sequence[pa.RecordBatch]) -> st
     assert settings.reference is not None
     hasher = xxhash.xxh3_128(settings.reference.dtype.encode())
     for path in [Path(folder) / "config.json", *model_files.weight_files(Path(folder))]:
-        hasher.update(durable.digest(path).encode())
+        hasher.update(files.digest(path).encode())
     for batch in parts:
         for name in ("prompt_tokens", "completion_tokens"):
             values, lengths = schema.ragged(batch, name)

@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 
 from keel import (
-    durable,
     endpoint,
+    files,
     gang,
     models,
     preflight,
@@ -214,8 +214,8 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     target = prepared.directory / "model"
     members = _assemble(target, folders)  # the members themselves are marked as finished: they stay as they are
     found = await _judge(prepared, members, display)
-    durable.replace_folder(_aside(target), target)
-    durable.write_json(prepared.directory / "report.json", found)
+    files.replace_folder(_aside(target), target)
+    files.write_json(prepared.directory / "report.json", found)
     first = {name: ended[0][name] for name in ("evaluations", "model_step")}
     whole = dataclasses.replace(plans[0], directory=prepared.directory)
     return course.finish(whole, "reward", started, **first, report=found)
@@ -224,7 +224,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
 def _course(prepared: Prepared, member: int) -> Course:
     rows = prepared.rows
     directory = prepared.directory / "members" / str(member)
-    durable.make_folder(directory)
+    files.make_folder(directory)
     return Course(
         settings=prepared.settings,
         directory=directory,

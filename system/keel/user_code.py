@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from keel.errors import ConfigError
-from keel.printable import one_line
+from keel.text import one_line
 
 
 def load(source: str, setting: str) -> Callable[..., Any]:
