@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from keel import config, files, models
+from keel import files, models
+from keel.config import loader
+from keel.config.run import Settings
 from keel.prompts import Prompts
-from keel.settings import Settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each in a round (default 5)")
     options = parser.parse_args()
     python = environment()
-    settings = config.load(CONFIG, CHANGES)
+    settings = loader.load(CONFIG, CHANGES)
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"load average {load:.1f}: something else is running, the numbers will be off", file=sys.stderr)
     steps, rounds = options.steps + WARM_UP_STEPS, []

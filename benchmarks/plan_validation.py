@@ -104,8 +104,9 @@ def train(runs: Path, name: str) -> None:
 
 def result(runs: Path, name: str) -> dict[str, Any]:
     """Measured and predicted numbers of a case."""
-    from keel import config, measurement
+    from keel import measurement
     from keel.capacity import configured
+    from keel.config import loader
     from keel.plan import Machine, predict
 
     case = CASES[name]
@@ -117,7 +118,7 @@ def result(runs: Path, name: str) -> dict[str, Any]:
         rates = rates.model_copy(
             update={"scorer": scorer.model_copy(update={"fixed_seconds": fixed, "cpu_ratio": 0.0})}
         )
-    settings = config.load(folder_of(runs, name) / "run" / "config.yaml")
+    settings = loader.load(folder_of(runs, name) / "run" / "config.yaml")
     found = predict(settings, rates, configured(settings), Machine(cores=float(CORES)), steps=100)
     seconds, busy = _measured(folder_of(runs, name) / "run", found.counts)
     return {

@@ -32,9 +32,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from keel import endpoint
+from keel.config.monitoring import MetricsSettings
 from keel.metric_table import TABLE
 from keel.metrics import RunMetrics
-from keel.metrics_settings import MetricsSettings
 from keel.occupancy import STAGES, Occupancy
 
 FIXED = ("role", "on", "phase", "stage")

@@ -20,7 +20,7 @@ def write_pairs(folder: Path, conversational: bool) -> None:
     import pyarrow.parquet as pq
 
     from keel import labels
-    from keel.stage_settings import LabelSettings
+    from keel.config.stages import LabelSettings
 
     places = [(ticket, sample) for ticket in range(12) for sample in range(3)]
     asked = [f"What is {ticket} plus one?" for ticket, _ in places]

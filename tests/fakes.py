@@ -12,12 +12,13 @@ from typing import Any
 import pyarrow as pa
 
 import rollouts
-from keel import config, schema
+from keel import schema
 from keel.buffer import RolloutBuffer
+from keel.config import loader
+from keel.config.run import Settings
 from keel.controller import Controller
 from keel.parts import Observer, Parts
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, StepReport
-from keel.settings import Settings
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=5, stop_token_ids=(1,))
 HELD_OUT = 3
@@ -51,7 +52,7 @@ def settings_for(steps: int = 4, staleness: int = 0, retries: int = 2, **blocks:
     }
     for name, block in blocks.items():
         tree[name] = {**tree.get(name, {}), **block} if isinstance(block, dict) else block
-    return config.parse(tree)
+    return loader.parse(tree)
 
 
 class FakeGenerator:

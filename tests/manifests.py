@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from keel import config, kubernetes
+from keel import kubernetes
+from keel.config import loader as config_loader
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ CRDS = Path(os.environ.get("KEEL_KUBERAY_CRDS", ROOT.parent / "shared" / "data" 
 
 def made(*overrides: str, path: Path = CPU, **options: Any) -> dict[str, dict[str, Any]]:
     """Manifests by kind."""
-    settings = config.load(path, [ON_STORAGE, *overrides, *FOR_A_CLUSTER])
+    settings = config_loader.load(path, [ON_STORAGE, *overrides, *FOR_A_CLUSTER])
     return {each["kind"]: each for each in kubernetes.manifests(settings, Options(**options))}
 
 

@@ -8,11 +8,12 @@ import pyarrow as pa
 
 import rollouts
 from fakes import settings_for
-from keel import config, evaluate, files, schema
+from keel import evaluate, files, schema
 from keel.capacity import configured
+from keel.config import loader
+from keel.config.run import Settings
 from keel.plan import Machine, shape_of
 from keel.rates import Rates, waves
-from keel.settings import Settings
 from keel.simulation import Simulation
 
 GIVEN: dict[str, Any] = {
@@ -44,7 +45,7 @@ def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2, q
     shape = shape_of(settings, rates, counts, APART, settings.run.steps)
     line = Simulation(shape, Exactly(rates, settings, held_out)).run()
     (folder / "rollouts").mkdir(parents=True)
-    (folder / "config.yaml").write_text(config.dump(settings))
+    (folder / "config.yaml").write_text(loader.dump(settings))
     samples = settings.sampling.samples_per_prompt
     totals: dict[str, Counter[str]] = {}
     for step, counted in enumerate(line.counted, 1):

@@ -20,10 +20,11 @@ import xxhash
 
 import rollouts
 from fakes import settings_for
-from keel import checkpoint, config, evaluate, files, ledger, schema
+from keel import checkpoint, evaluate, files, ledger, schema
 from keel.buffer import RolloutBuffer
+from keel.config import loader
+from keel.config.run import Settings
 from keel.metrics import RunMetrics
-from keel.settings import Settings
 
 STEPS = 5
 SEED = 7
@@ -77,7 +78,7 @@ class Writer:
 
     async def _train(self) -> None:
         files.make_folder(self.directory)
-        files.write(self.directory / "config.yaml", config.dump(self.settings).encode())
+        files.write(self.directory / "config.yaml", loader.dump(self.settings).encode())
         saved, state, damaged = checkpoint.newest_intact(self.directory)
         assert damaged == []
         version = state["version"] if state else 0
@@ -160,7 +161,7 @@ class Writer:
             "buffer": place,
             "objective": {},
             "totals": self.metrics.totals,
-            "digest": config.digest(self.settings),
+            "digest": loader.digest(self.settings),
         }
         checkpoint.commit(aside, state)
         checkpoint.prune(self.directory, self.settings.checkpoint.keep)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from keel.pipeline_settings import PipelineSettings
-from keel.section import Section
-from keel.settings import Settings
-from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.config.base import Section
+from keel.config.pipeline import PipelineSettings
+from keel.config.run import Settings
+from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel import config, diagnostics
+from keel import diagnostics
 from keel.algorithms.credit import Measured
 from keel.algorithms.policy_gradient import PolicyGradient
+from keel.config import loader
 from rollouts import generated, prompts, referenced, scored
 
 PROXY = np.array([0.2, 0.6, 1.0, 0.4, 3.0] + [0.0] * 2000)
@@ -41,7 +42,7 @@ def objective(arm: str, temperature: float) -> PolicyGradient:
         "entropy": {"entropy": {"form": "sequence_sum", "coefficient": temperature}},
     }
     return PolicyGradient(
-        config.parse(
+        loader.parse(
             {
                 "policy": {"model": "m"},
                 "prompts": {"source": "p"},

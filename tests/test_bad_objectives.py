@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel import config
 from keel.algorithms.credit import Credit, Measured
+from keel.config import loader
 from keel.errors import ConfigError
 from tabular import objective, rollout, tree
 
@@ -128,7 +128,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("blocks", "expected"), BAD, ids=[expected.split(":")[0] for _, expected in BAD])
 def test_a_mistake_is_one_line_that_names_it(blocks: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match="^" + re.escape(expected)) as caught:
-        config.parse(tree(**blocks))
+        loader.parse(tree(**blocks))
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
 
@@ -144,11 +144,11 @@ def test_a_mistake_is_one_line_that_names_it(blocks: dict[str, Any], expected: s
     ],
 )
 def test_these_need_no_group(by: dict[str, Any]) -> None:
-    settings = config.parse(tree(sampling={"samples_per_prompt": 1}, objective=by))
+    settings = loader.parse(tree(sampling={"samples_per_prompt": 1}, objective=by))
     assert settings.objective.min_samples == settings.sampling.samples_per_prompt == 1
     free = {**by, "entropy_advantage": {"critic": False}}
     with pytest.raises(ConfigError, match=r"samples_per_prompt=1"):
-        config.parse(tree(sampling={"samples_per_prompt": 1}, objective=free))
+        loader.parse(tree(sampling={"samples_per_prompt": 1}, objective=free))
 
 
 @pytest.mark.parametrize(
@@ -165,13 +165,13 @@ def test_these_need_no_group(by: dict[str, Any]) -> None:
     ],
 )
 def test_what_the_rules_only_just_allow(by: dict[str, Any]) -> None:
-    found = config.parse(tree(objective=by)).objective.model_dump(exclude_unset=True)
+    found = loader.parse(tree(objective=by)).objective.model_dump(exclude_unset=True)
     assert found == {"kind": "policy_gradient", **by}
 
 
 @pytest.mark.parametrize("loss", ["simpo", "simpo_hinge", "simpo_plackett_luce", "cpo", "orpo"])
 def test_these_losses_need_no_reference(loss: str) -> None:
-    settings = config.parse(tree(reference=None, objective={**PREFER, "loss": loss}))
+    settings = loader.parse(tree(reference=None, objective={**PREFER, "loss": loss}))
     assert (settings.needed_columns(), settings.reference) == ({}, None)
 
 

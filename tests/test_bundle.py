@@ -11,8 +11,8 @@ import pytest
 from pydantic import BaseModel
 
 from keel import bundle, checkpoint, tiny
+from keel.config.stages import COMMANDS
 from keel.errors import ConfigError
-from keel.stage_settings import COMMANDS
 
 LIMIT_BYTES = 10**8
 
@@ -103,7 +103,7 @@ def test_of_a_run_directory_only_the_model_goes_along(tmp_path: Path) -> None:
 def test_modules_of_the_users_own_go_along_with_what_they_import(tmp_path: Path) -> None:
     """Run from the unpacked zip alone they do what they do here."""
     (tmp_path / "my_rewards.py").write_text(
-        "import json, numpy\nfrom my_package.deep import value\nimport keel.section\ndef score(): return value\n"
+        "import json, numpy\nfrom my_package.deep import value\nimport keel.config.base\ndef score(): return value\n"
     )
     (tmp_path / "my_package" / "tables").mkdir(parents=True)
     (tmp_path / "my_package" / "__init__.py").write_text("")

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from keel import config
-from keel.actor_settings import GeneratorSettings, WorkerSettings
 from keel.capacity import Ask, asks, bundles, free_words, one_of_each, packs, problems, words
+from keel.config import loader
+from keel.config.workers import GeneratorSettings, WorkerSettings
 from keel.errors import ConfigError
 
 CPUS = [{"CPU": 4.0}, {"CPU": 4.0}, {"CPU": 2.0}]
@@ -24,7 +24,7 @@ def workers(cpus: int, gpus: float = 0.0, **resources: float) -> WorkerSettings:
 
 
 def test_asks_are_those_of_the_configuration() -> None:
-    settings = config.parse(
+    settings = loader.parse(
         tree(generators={"threads": 3, "gpus": 1, "tensor_parallel": 2, "resources": {"fast": 0.5}}, reference=None)
     )
     found = {ask.role: (ask.count, ask.each) for ask in asks(settings, {"generator": 2, "scorer": 1, "learner": 4})}
@@ -262,5 +262,5 @@ def test_amounts_in_words() -> None:
 )
 def test_settings_that_ray_or_vllm_would_refuse(block: str, values: dict[str, object], line: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(line)) as refused:
-        config.parse(tree(**{block: values}))
+        loader.parse(tree(**{block: values}))
     assert str(refused.value) == line

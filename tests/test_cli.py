@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, config, doctor, summary
+from keel import cli, doctor, summary
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError, WorkerLost
 from keel.metric_table import reference_table
-from keel.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 
@@ -119,7 +120,7 @@ def test_dry_run_prints_what_would_run_and_starts_nothing(
     assert run(monkeypatch, "train", QUICKSTART, "run.steps=7", "--address", "auto", "--dry-run") == 0
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
-    assert config.load(printed) == config.load(QUICKSTART, ["run.steps=7", "cluster.address=auto"])
+    assert loader.load(printed) == loader.load(QUICKSTART, ["run.steps=7", "cluster.address=auto"])
     assert calls == []
 
 
@@ -133,11 +134,11 @@ def test_train_and_resume_hand_over_the_same_settings(
     settings, path = calls.pop()
     assert (settings.run.seed, settings.rewards[0].weight, path) == (5, 2.0, QUICKSTART)
     Path(name).mkdir()
-    Path(name, "config.yaml").write_text(config.dump(settings))
+    Path(name, "config.yaml").write_text(loader.dump(settings))
     assert run(monkeypatch, "resume", name) == 0
     resumed, path = calls.pop()
     assert resumed.run_directory == name and path == f"{name}/config.yaml"
-    assert config.digest(resumed) == config.digest(settings)
+    assert loader.digest(resumed) == loader.digest(settings)
 
 
 @pytest.mark.parametrize("folder", ["runs", "runs of mine/pipeline"])
@@ -151,7 +152,7 @@ def test_the_next_command_is_another_run_beside_the_one_that_ended(
     directory = Path(folder, "quickstart")
     directory.mkdir(parents=True)
     alone = settings.run.model_copy(update={"directory": str(directory)})  # as keel resume writes it
-    (directory / "config.yaml").write_text(config.dump(settings.model_copy(update={"run": alone})))
+    (directory / "config.yaml").write_text(loader.dump(settings.model_copy(update={"run": alone})))
     keel, *arguments = shlex.split(summary._next(directory, settings, "configs/pipeline/train.yaml"))
     assert (keel, run(monkeypatch, *arguments)) == ("keel", 0)
     other, path = calls.pop()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import config
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.settings import Settings
 from shipped import FILES, identity, settings_class
 
 
@@ -23,17 +23,17 @@ def tree(**blocks: Any) -> dict[str, Any]:
 
 def message(changed: dict[str, Any]) -> str:
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
-        config.parse(changed)
+        loader.parse(changed)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("path", FILES, ids=identity)
 def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
-    settings = config.load_as(settings_class(path), path)
-    (tmp_path / "again.yaml").write_text(config.dump(settings))
-    assert config.load_as(settings_class(path), tmp_path / "again.yaml") == settings
-    assert config.digest(settings) in config.dump(settings).splitlines()[0]
+    settings = loader.load_as(settings_class(path), path)
+    (tmp_path / "again.yaml").write_text(loader.dump(settings))
+    assert loader.load_as(settings_class(path), tmp_path / "again.yaml") == settings
+    assert loader.digest(settings) in loader.dump(settings).splitlines()[0]
 
 
 def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_that_names_it(changed: dict[str, Any], expected: 
     ],
 )
 def test_what_the_rules_only_just_allow(blocks: dict[str, Any]) -> None:
-    assert config.parse(tree(**blocks)).run.name == "run"
+    assert loader.parse(tree(**blocks)).run.name == "run"
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:
@@ -124,7 +124,7 @@ def test_overrides(tmp_path: Path) -> None:
         "reference=null",
         "run.name=x",
     ]
-    settings = config.load(path, changes)
+    settings = loader.load(path, changes)
     assert settings.learners.learning_rate == 6e-5
     assert settings.rewards[0].weight == 2
     assert settings.reference is None
@@ -148,7 +148,7 @@ def test_overrides(tmp_path: Path) -> None:
 )
 def test_bad_overrides(tmp_path: Path, override: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected.replace(".", r"\.")):
-        config.load(write(tmp_path, tree()), [override])
+        loader.load(write(tmp_path, tree()), [override])
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str, expected:
     path = tmp_path / "c.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError, match=expected):
-        config.load(path)
+        loader.load(path)
     with pytest.raises(ConfigError, match="no such file"):
-        config.load(tmp_path / "absent.yaml")
+        loader.load(tmp_path / "absent.yaml")
 
 
 UNSEEN = [
@@ -203,16 +203,16 @@ SEEN: list[dict[str, Any]] = [
 def test_the_digest_covers_what_changes_a_number() -> None:
     """Every block of the settings is in one of the two lists; only where a run lives and is watched is left out."""
     assert {name for blocks in UNSEEN + SEEN for name in blocks} == set(Settings.model_fields)
-    base = config.digest(config.parse(tree()))
-    assert {config.digest(config.parse(tree(**blocks))) for blocks in UNSEEN} == {base}
-    assert len({base, *(config.digest(config.parse(tree(**blocks))) for blocks in SEEN)}) == 1 + len(SEEN)
+    base = loader.digest(loader.parse(tree()))
+    assert {loader.digest(loader.parse(tree(**blocks))) for blocks in UNSEEN} == {base}
+    assert len({base, *(loader.digest(loader.parse(tree(**blocks))) for blocks in SEEN)}) == 1 + len(SEEN)
 
 
 def test_a_difference_names_two_settings_and_counts_the_rest() -> None:
-    stored = config.parse(tree()).model_dump(mode="json")
-    assert config.difference(stored, config.parse(tree())) == ""
-    one = config.parse(tree(rewards=[{"name": "a", "source": "pkg:function", "weight": 2}]))
-    assert config.difference(stored, one) == "rewards.0.weight: 1.0 there, 2.0 here"
-    many = config.parse(tree(run={"seed": 1, "steps": 2}, learners={"learning_rate": 0.5}, reference=None))
-    line = config.difference(stored, many)
+    stored = loader.parse(tree()).model_dump(mode="json")
+    assert loader.difference(stored, loader.parse(tree())) == ""
+    one = loader.parse(tree(rewards=[{"name": "a", "source": "pkg:function", "weight": 2}]))
+    assert loader.difference(stored, one) == "rewards.0.weight: 1.0 there, 2.0 here"
+    many = loader.parse(tree(run={"seed": 1, "steps": 2}, learners={"learning_rate": 0.5}, reference=None))
+    line = loader.difference(stored, many)
     assert line.startswith("run.seed: 0 there, 1 here; run.steps: 30 there, 2 here; ") and line.endswith(" more")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from keel import config
-from keel.pipeline_settings import PipelineSettings
+from keel.config import loader
+from keel.config.pipeline import PipelineSettings
 from keel.stages import pipeline
 from shipped import FILES, FOLDER, identity, settings_class
 
@@ -15,7 +15,7 @@ OTHER_NAMES = {"pipeline": "quickstart", "stages/prefer": "dpo-offline"}
 
 @pytest.mark.parametrize("path", FILES, ids=identity)
 def test_a_shipped_configuration_loads_under_its_own_name(path: Path) -> None:
-    settings = config.load_as(settings_class(path), path)
+    settings = loader.load_as(settings_class(path), path)
     assert settings.run.name == OTHER_NAMES.get(identity(path), path.stem)  # type: ignore[attr-defined]
     assert path.read_text().startswith("# ")  # what it is, in its first line
 
@@ -23,21 +23,21 @@ def test_a_shipped_configuration_loads_under_its_own_name(path: Path) -> None:
 def test_the_shipped_pipeline_can_be_planned(tmp_path: Path) -> None:
     """Every stage's file is there, and its overrides fit its settings."""
     path = FOLDER / "pipeline.yaml"
-    settings = config.load_as(PipelineSettings, path, [f"run.directory={tmp_path}"])
+    settings = loader.load_as(PipelineSettings, path, [f"run.directory={tmp_path}"])
     planned = pipeline.plan(settings, path)
     assert [stage.entry.name for stage in planned] == ["label", "reward", "train", "evaluate"]
     assert not any(stage.done for stage in planned)
 
 
 def test_the_quickstarts_differ_in_their_regulariser_alone() -> None:
-    one, other = (config.load(FOLDER / f"{name}.yaml").model_dump() for name in ("quickstart", "quickstart-maxent"))
+    one, other = (loader.load(FOLDER / f"{name}.yaml").model_dump() for name in ("quickstart", "quickstart-maxent"))
     assert {name for name in one if one[name] != other[name]} == {"run", "regulariser"}
     assert {name for name in one["run"] if one["run"][name] != other["run"][name]} == {"name"}
 
 
 def test_eapo_is_configured_as_published() -> None:
     """2407.18143: plain squared losses of both heads, PopArt at rate .03, lambda_H 0, no bonus in the loss."""
-    settings = config.load(FOLDER / "objectives" / "eapo.yaml")
+    settings = loader.load(FOLDER / "objectives" / "eapo.yaml")
     critic, entropy = settings.objective.critic, settings.objective.entropy_advantage  # type: ignore[union-attr]
     assert critic is not None and entropy is not None
     assert (critic.clip, critic.loss, critic.popart, critic.popart_rate) == (None, "mse", True, 0.03)

@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from keel import checkpoint, config, files
+from keel import checkpoint, files
+from keel.config import loader
+from keel.config.stages import SupervisedSettings
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.protocols import StepReport
-from keel.stage_settings import SupervisedSettings
 from keel.stages import course
 from keel.stages.course import Course, Recorder, State
 
@@ -98,7 +99,7 @@ def course_of(directory: Path, steps: int = 6, every: int = 0, patience: int = 0
         "training": {"rows_per_step": 5, "evaluate_every_steps": every, "patience": patience},
         "checkpoint": {"every_steps": checkpoints, "keep": 2},
     }
-    settings = config.parse_as(SupervisedSettings, tree)
+    settings = loader.parse_as(SupervisedSettings, tree)
     return Course(settings, directory, steps, ROWS, batch=rows, held_out=rows(-1), dropped={"empty": 3})
 
 

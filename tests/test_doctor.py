@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from keel import doctor
-from keel.actor_settings import LearnerSettings
+from keel.config.workers import LearnerSettings
 from keel.optimisation import learning_rate
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from keel import config, end_tokens, preflight, tiny
+from keel import end_tokens, preflight, tiny
+from keel.config import loader
+from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.end_tokens import EndTokens
 from keel.errors import ConfigError
 from keel.model_text import ModelText
-from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.stages import evaluate, label, likelihood, reward
 from vocabularies import CLOSES, byte_level, family
 
@@ -173,19 +174,19 @@ def tree_for(command: str, model: Path, tmp_path: Path, **sampling: Any) -> dict
 def prepared_for(command: str, tree: dict[str, Any]) -> Any:
     match command:
         case "train":
-            return preflight.prepare(config.parse(tree))
+            return preflight.prepare(loader.parse(tree))
         case "evaluate":
-            return evaluate.prepare(config.parse(tree), tree["policy"]["model"], Path(tree["run"]["directory"]))
+            return evaluate.prepare(loader.parse(tree), tree["policy"]["model"], Path(tree["run"]["directory"]))
         case "label":
-            return label.prepare(config.parse_as(LabelSettings, tree))
+            return label.prepare(loader.parse_as(LabelSettings, tree))
         case "reward":
-            return reward.prepare(config.parse_as(RewardModelSettings, tree))
+            return reward.prepare(loader.parse_as(RewardModelSettings, tree))
         case "sft":
             messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A good question!"}]
             rows = [{"messages": [{"role": "user", "content": f"What {n}?"}, messages[1]]} for n in range(8)]
             Path(tree["prompts"]["source"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return likelihood.prepare(config.parse_as(SupervisedSettings, tree))
-    return likelihood.prepare(config.parse_as(PreferSettings, tree))
+            return likelihood.prepare(loader.parse_as(SupervisedSettings, tree))
+    return likelihood.prepare(loader.parse_as(PreferSettings, tree))
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "label", "reward", "sft", "prefer"])
@@ -264,7 +265,7 @@ def test_texts_with_a_token_that_the_model_has_not_are_one_line(
     stages = {"sft": (SupervisedSettings, likelihood), "prefer": (PreferSettings, likelihood)}
     if command in stages:
         kind, stage = stages[command]
-        prepare = lambda: stage.prepare(config.parse_as(kind, tree))  # noqa: E731
+        prepare = lambda: stage.prepare(loader.parse_as(kind, tree))  # noqa: E731
     else:
         prepare = lambda: prepared_for(command, tree)  # noqa: E731
     if place == "none" or (place == "answer" and command not in stages):
@@ -305,7 +306,7 @@ def test_an_option_that_keel_gives_itself_is_refused(name: str, base: Path, tmp_
     tree = tree_for("train", base, tmp_path)
     tree["policy"]["chat_template_options"] = {name: True}
     with pytest.raises(ConfigError, match=rf"{name} is no option of a template"):
-        config.parse(tree)
+        loader.parse(tree)
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "label", "sft", "prefer"])

@@ -19,9 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from pydantic import ValidationError
 
 from keel import endpoint
+from keel.config.monitoring import MetricsSettings
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
-from keel.metrics_settings import MetricsSettings
 
 PAGES = ("/metrics", "/sd", "/-/healthy", "/")
 

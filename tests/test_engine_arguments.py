@@ -2,8 +2,8 @@
 
 import pytest
 
-from keel.actor_settings import GeneratorSettings
 from keel.capacity import bundles
+from keel.config.workers import GeneratorSettings
 from keel.generate import engine_arguments, environment
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from keel import config
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.explain import explain, largest_share
 from keel.occupancy import Occupancy
@@ -136,7 +136,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ConfigError, match=r"RUN_DIR=.*: no config.yaml in it; expected the directory of a run"):
         operations.explain(tmp_path)
-    (tmp_path / "config.yaml").write_text(config.dump(settings()))
+    (tmp_path / "config.yaml").write_text(loader.dump(settings()))
     operations.explain(tmp_path)
     shown = capsys.readouterr().out
     assert "steps 2 to 3, 10.00 s each" in shown and "Time     reference 60%" in shown

@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from keel import config, preflight, schema, score
+from keel import preflight, schema, score
 from keel.algorithms import advantages, kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.algorithms.objective import Objective
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.metric_table import TABLE
-from keel.settings import Settings
 from rollouts import generated, prompts, rollouts
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf8")
@@ -68,7 +69,7 @@ def settings(*blocks: dict[str, Any]) -> Settings:
     }
     for block in blocks:
         tree |= block
-    return config.parse(tree)
+    return loader.parse(tree)
 
 
 def rows_of(batch: pa.RecordBatch, credit: Credit, which: np.ndarray | None = None) -> Rows:

@@ -16,10 +16,10 @@ import pytest
 import torch
 from scipy import optimize
 
-from keel import config
 from keel.algorithms import kinds
 from keel.algorithms.credit import Measured, Outputs, Rows
 from keel.anchors import FrozenView, vocabulary_piece
+from keel.config import loader
 from test_arms import GOLD, OPTIMA, PROXY, REFERENCE, optimum
 
 N = len(PROXY)
@@ -58,7 +58,7 @@ def trained(arm: str, temperature: float) -> np.ndarray:
         "regulariser": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
-    own = kinds.build(config.parse(tree))
+    own = kinds.build(loader.parse(tree))
     logits = torch.tensor(np.log(REFERENCE)).requires_grad_()
     optimizer = torch.optim.Adam([logits], betas=(0.9, 0.9), eps=1e-30)
     places, ones = torch.arange(N), torch.ones(N, dtype=torch.float64)
@@ -175,7 +175,7 @@ def chain_objective(arm: str, temperature: float, **objective: Any) -> Any:
         "regulariser": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
-    return kinds.build(config.parse(tree))
+    return kinds.build(loader.parse(tree))
 
 
 def chain_loss(built: Any, logits: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from keel import cli, config, export, frontier_picture, progress, schema, score, sources, summary
+from keel import cli, export, frontier_picture, progress, schema, score, sources, summary
+from keel.config import loader
+from keel.config.prompts import PromptSettings
+from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.prompt_settings import PromptSettings
-from keel.reward_settings import EnsembleSettings, RewardSettings
-from keel.settings import Settings
 from keel.terminal import Terminal
 from keel.text import printable
 from rollouts import generated, prompts
@@ -262,12 +263,12 @@ VALID = {"policy": {"model": "m"}, "prompts": {"source": "p"}, "rewards": [{"nam
 def loads(path: Path, *overrides: str) -> None:
     """Settings that can be written and read again, or one line."""
     try:
-        own = config.load(path, overrides)
+        own = loader.load(path, overrides)
     except ConfigError as error:
         assert shows(str(error)) and len(str(error)) < 20_200
         return
-    path.with_name("again.yaml").write_text(config.dump(own), encoding="utf8")
-    assert config.load(path.with_name("again.yaml")) == own
+    path.with_name("again.yaml").write_text(loader.dump(own), encoding="utf8")
+    assert loader.load(path.with_name("again.yaml")) == own
 
 
 @WITHIN_A_FOLDER
@@ -396,7 +397,7 @@ def test_names_of_runs_are_drawn_as_they_are(tmp_path: Path, suffix: str) -> Non
 
 @pytest.mark.parametrize("text", [text for text in SPARSE if "\ud800" not in text], ids=lambda text: ascii(text[:20]))
 def test_a_model_card_holds_one_name(text: str) -> None:
-    own = config.parse({**VALID, "policy": {"model": f"{text}\n---\n# Another\n"}})
+    own = loader.parse({**VALID, "policy": {"model": f"{text}\n---\n# Another\n"}})
     card = export._card(own, 3)
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == printable(own.policy.model)

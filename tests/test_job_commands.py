@@ -21,7 +21,8 @@ from ray.job_submission import JobDetails
 
 import tools
 from fakes import settings_for
-from keel import checkpoint, cli, config, control, files, job_server, jobs, standing, stopping
+from keel import checkpoint, cli, control, files, job_server, jobs, standing, stopping
+from keel.config import loader
 from keel.errors import ConfigError
 from runs import Writer
 
@@ -157,11 +158,11 @@ def test_what_is_submitted_runs_the_configuration_as_it_was_given(
     assert said["job"] == job == "keel-mine-" + job[-8:] and said["new"] and said["attempt"] == 1
     assert own["entrypoint"] == "python -m keel train config.yaml"
     assert own["options"] == {"entrypoint_num_cpus": 0.5, "entrypoint_resources": {"head": 1.0}}
-    staged = config.load(tmp_path / "cluster" / job / "config.yaml")
-    here = config.load("config.yaml", ["run.steps=7", "prompts.source=files/prompts.jsonl", "cluster.address=null"])
+    staged = loader.load(tmp_path / "cluster" / job / "config.yaml")
+    here = loader.load("config.yaml", ["run.steps=7", "prompts.source=files/prompts.jsonl", "cluster.address=null"])
     assert staged == here and (tmp_path / "cluster" / job / "files" / "prompts.jsonl").is_file()
     metadata = own["metadata"]
-    assert metadata["keel_digest"] == config.digest(staged) == said["digest"]
+    assert metadata["keel_digest"] == loader.digest(staged) == said["digest"]
     assert (metadata["keel_run"], metadata["keel_directory"]) == ("mine", str(tmp_path / "runs" / "mine"))
 
 
@@ -297,7 +298,7 @@ def write_run(directory: Path) -> None:
     """Two of four steps, then the process was gone."""
     settings = settings_for(steps=4)
     Writer(directory, settings_for(steps=2)).train()
-    files.write(directory / "config.yaml", config.dump(settings).encode())
+    files.write(directory / "config.yaml", loader.dump(settings).encode())
     files.write_json(directory / "scale.json", {"desired": {"generator": 2}, "actual": {"generator": 1}})
 
 
@@ -316,11 +317,11 @@ def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.
         assert standing.of(run)["state"] == "live"
         assert files.held(run)
     assert not files.held(run)
-    files.write(run / "config.yaml", config.dump(settings_for(steps=2)).encode())
+    files.write(run / "config.yaml", loader.dump(settings_for(steps=2)).encode())
     assert standing.of(run)["state"] == "ended"
     newest = checkpoint.latest(run)
     assert newest is not None
-    files.write(run / "config.yaml", config.dump(settings_for(steps=4)).encode())
+    files.write(run / "config.yaml", loader.dump(settings_for(steps=4)).encode())
     state = json.loads((newest / "state.json").read_text()) | {"finished": True}
     (newest / "state.json").write_text(json.dumps(state))
     assert standing.of(run)["state"] == "ended", "an objective may want no further step"

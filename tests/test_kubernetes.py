@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli, config, kubernetes
-from keel.actor_settings import GeneratorSettings
+from keel import cli, kubernetes
+from keel.config import loader
+from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from manifests import CPU, EXAMPLES, GPU, ON_STORAGE, ROOT, cluster_of, made, templates
@@ -64,9 +65,9 @@ def test_output_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 @pytest.mark.parametrize("path", [CPU, GPU, *(ROOT / "configs").glob("objectives/*.yaml")], ids=lambda path: path.stem)
 def test_the_configuration_in_the_cluster_is_the_run_itself(path: Path) -> None:
     changes = ["run.seed=7", "run.name=again", ON_STORAGE]
-    inside = config.parse(yaml.safe_load(made(*changes, path=path)["ConfigMap"]["data"]["config.yaml"]))
-    here = config.load(path, changes)
-    assert config.digest(inside) == config.digest(here)
+    inside = loader.parse(yaml.safe_load(made(*changes, path=path)["ConfigMap"]["data"]["config.yaml"]))
+    here = loader.load(path, changes)
+    assert loader.digest(inside) == loader.digest(here)
     assert inside.model_dump(
         exclude={"cluster": {"address", "wait_for_nodes"}, "metrics": {"host"}}
     ) == here.model_dump(exclude={"cluster": {"address", "wait_for_nodes"}, "metrics": {"host"}})
@@ -160,7 +161,7 @@ def test_memory_is_the_workers_and_what_lies_in_dev_shm() -> None:
 
 def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> None:
     placed = GeneratorSettings(count=3, resources={"generator": 0.5, "node/fast": 2})
-    settings = config.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": placed})
+    settings = loader.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": placed})
     made = kubernetes.manifests(settings, Options(kind="cluster", per_pod={"generators": 3}))
     generators, *others = made[1]["spec"]["workerGroupSpecs"]
     text = generators["rayStartParams"]["resources"]
@@ -172,7 +173,7 @@ def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> No
 
 def test_ranks_of_one_generator_share_a_pod() -> None:
     by = GeneratorSettings(count=3, gpus=1, tensor_parallel=4)
-    settings = config.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": by})
+    settings = loader.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": by})
     generators = Plan.of(settings, Options()).groups[0]
     assert (generators.pods, generators.pod_gpus) == (3, 4)
 
@@ -226,7 +227,7 @@ def held(group: dict[str, Any], threads: int, gpus: float) -> int:
 @given(runs())
 def test_every_worker_finds_a_pod_of_its_group(run: tuple[list[str], dict[str, Any]]) -> None:
     overrides, options = run
-    settings = config.load(CPU, [*overrides, "buffer.groups_per_step=64", ON_STORAGE, *FOR_A_CLUSTER])
+    settings = loader.load(CPU, [*overrides, "buffer.groups_per_step=64", ON_STORAGE, *FOR_A_CLUSTER])
     spec = kubernetes.manifests(settings, Options(kind="cluster", **options))[1]["spec"]
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     assert list(groups) == ["generators", "reference", "scorers", "learners"]
@@ -246,7 +247,7 @@ def test_every_worker_finds_a_pod_of_its_group(run: tuple[list[str], dict[str, A
 def test_a_run_name_is_taken_as_it_is_or_refused(name: str) -> None:
     """KubeRay takes an RFC 1035 label of up to 47 characters."""
     label = name[0] in "abz" and name[-1] in "abz019" and set(name) <= set("abz019-") and len(name) <= 47
-    settings = config.load(CPU, [f'run.name="{name}"', ON_STORAGE, *FOR_A_CLUSTER])
+    settings = loader.load(CPU, [f'run.name="{name}"', ON_STORAGE, *FOR_A_CLUSTER])
     if label:
         names = [each["metadata"]["name"] for each in kubernetes.manifests(settings, Options())]
         assert names == [f"{name}-config", name, name]

@@ -12,18 +12,19 @@ import pytest
 from rich.console import Console
 from scipy import special, stats
 
-from keel import config, files, labels, schema
+from keel import files, labels, schema
+from keel.config import loader
+from keel.config.stages import LabelSettings, NoiseSettings
 from keel.errors import ConfigError
 from keel.progress import ONLINE, PlainProgress
 from keel.protocols import Sampling
-from keel.stage_settings import LabelSettings, NoiseSettings
 from keel.stages import label as stage
 from rollouts import generated, prompts, referenced, rollouts, scored
 
 
 def settings_for(**blocks: Any) -> LabelSettings:
     tree = {"runs": ["a"], "judge": {"name": "gold", "source": "tests:gold"}, "pairs": {"selection": "all"}}
-    return config.parse_as(LabelSettings, {**tree, **blocks})
+    return loader.parse_as(LabelSettings, {**tree, **blocks})
 
 
 def replaced(batch: pa.RecordBatch, **columns: list[Any]) -> pa.RecordBatch:
@@ -204,7 +205,7 @@ def test_the_file_is_a_preference_dataset(chat: bool, tmp_path: Path) -> None:
     import datasets
 
     from keel import sources, stored
-    from keel.prompt_settings import PromptSettings
+    from keel.config.prompts import PromptSettings
 
     batch = judged([["a", "b"], ["c", "d"], ["e", "f"]], [[0, 1], [1, 0], [0, 1]], cut=((1, 0),))
     table = labels.label(conversational(batch) if chat else batch, settings_for()).table

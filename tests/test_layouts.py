@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from keel import sources, stored
+from keel.config.prompts import ColumnSettings, PromptSettings
 from keel.errors import ConfigError
-from keel.prompt_settings import ColumnSettings, PromptSettings
 
 USER, BOT, SYSTEM = "user", "assistant", "system"
 

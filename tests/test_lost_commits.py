@@ -13,7 +13,8 @@ import pyarrow.dataset
 import pytest
 
 from disks import tree_of
-from keel import checkpoint, commits, config, files, ledger, preflight, schema, train, verify
+from keel import checkpoint, commits, files, ledger, preflight, schema, train, verify
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
@@ -77,7 +78,7 @@ def recorder_of(run: Path) -> Recorder:
 
 def from_preflight(run: Path) -> None:
     own = BY.model_copy(update={"run": BY.run.model_copy(update={"directory": str(run)})})
-    files.write(run / "config.yaml", config.dump(own).encode())
+    files.write(run / "config.yaml", loader.dump(own).encode())
     before = tree_of(run)
     try:
         preflight.check_directory(run, own)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import config, files, measurement
+from keel import files, measurement
 from keel.capacity import configured
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.plan import predict
 from keel.rates import Rates
-from keel.settings import Settings
 from planned import APART, DRIVEN, GIVEN, rates, settings, written
 
 
@@ -95,7 +96,7 @@ def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], w
     path = tmp_path / "rates.yaml"
     path.write_text(yaml.safe_dump({**GIVEN, **{role: {**GIVEN[role], **block} for role, block in own.items()}}))
     with pytest.raises(ConfigError, match=why):
-        config.load_as(Rates, path)
+        loader.load_as(Rates, path)
 
 
 def test_a_step_in_which_the_run_began_again_is_not_measured(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from keel import batch as batching
 from keel import models, schema, tiny
+from keel.config.objective import CriticSettings
 from keel.networks import Critic, Learnable, Policy, TokenLogprobs, ValueHead
-from keel.objective_settings import CriticSettings
 
 HIDDEN = 24
 

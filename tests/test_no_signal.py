@@ -11,7 +11,7 @@ from keel import buffer, schema
 from keel.algorithms import advantages, critics, elicitation, weighting
 from keel.algorithms.credit import Measured
 from keel.algorithms.objective import Objective
-from keel.objective_settings import PairSettings
+from keel.config.objective import PairSettings
 from rollouts import generated, prompts, scored
 from tabular import objective, rollout
 

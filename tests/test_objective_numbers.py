@@ -13,7 +13,7 @@ from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.elicitation import CHOICES, Candidates
 from keel.algorithms.regularisers import ExactKL
 from keel.batch import Budget
-from keel.objective_settings import PairSettings
+from keel.config.objective import PairSettings
 from tabular import CASES, case, heads, objective, rollout, table, weigh
 
 STEP = table()

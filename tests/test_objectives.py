@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import config, schema
+from keel import schema
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.policy_gradient import PolicyGradient
+from keel.config import loader
 
 TOKENS_A, TOKENS_B = 3, 1
 
@@ -21,7 +22,7 @@ def objective(**blocks: dict[str, Any]) -> PolicyGradient:
         "sampling": {"max_tokens": 4},
         "rewards": [{"name": "a", "source": "a:b"}],
     }
-    return PolicyGradient(config.parse({**tree, **blocks}))
+    return PolicyGradient(loader.parse({**tree, **blocks}))
 
 
 def rows(advantages: list[float], lengths: list[int], sampler: list[float], **more: Any) -> Rows:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from keel import config, metric_table, schema, score
+from keel import metric_table, schema, score
+from keel.config import loader
+from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
-from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts
 
 
@@ -92,7 +93,7 @@ def test_an_override_into_a_list_of_numbers_is_one_line(tmp_path: Path, override
         "rewards: [{name: a, source: 'a:b'}]"
     )
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
-        config.load(path, [override])
+        loader.load(path, [override])
     assert "\n" not in str(caught.value) and override in str(caught.value)
 
 
@@ -101,7 +102,7 @@ def test_a_reward_named_like_a_metric_is_refused(name: str) -> None:
     """The mean of its column reward_<name> would be lost under a number about something else."""
     assert f"reward_{name}" in {metric.name for metric in metric_table.TABLE}
     with pytest.raises(ConfigError, match=name):
-        config.parse(
+        loader.parse(
             {
                 "policy": {"model": "m"},
                 "prompts": {"source": "p"},

@@ -10,8 +10,8 @@ from torch import Tensor
 from keel.algorithms import convexity, elicitation, regularisers
 from keel.algorithms.convexity import ConvexTerm
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.config.objective import LogitsConvexitySettings
 from keel.networks import TokenLogprobs
-from keel.objective_settings import LogitsConvexitySettings
 from keel.schema import row_sums
 from tabular import objective, rollout
 

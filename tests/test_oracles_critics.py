@@ -10,7 +10,7 @@ from keel.algorithms import advantages, coefficients, critics
 from keel.algorithms.coefficients import Observation, Safe
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
-from keel.regulariser_settings import ControllerSettings
+from keel.config.regularizer import ControllerSettings
 from tabular import objective, rollout
 
 

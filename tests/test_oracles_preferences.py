@@ -11,7 +11,7 @@ from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.elicitation import Candidates
 from keel.algorithms.objective import Objective
 from keel.algorithms.preferences import PAIR_LOSSES, Sequences, pair_logits, ranking_loss
-from keel.objective_settings import PairSettings, PreferenceSettings
+from keel.config.objective import PairSettings, PreferenceSettings
 from tabular import objective, rollout
 
 

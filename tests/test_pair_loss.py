@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from keel import config
+from keel.config import loader
+from keel.config.stages import RewardModelSettings
 from keel.learn_reward import pair_loss
-from keel.stage_settings import RewardModelSettings
 
 CHOSEN, REJECTED = np.array([0.3, -1.2, 4.0, 0.0, -30.0]), np.array([-0.4, 0.9, 4.0, 0.0, 25.0])
 MARGINS = np.array([0.0, 0.5, 1.0, 0.0, 2.0])
 
 
 def settings_for(**blocks: Any) -> RewardModelSettings:
-    return config.parse_as(RewardModelSettings, {"policy": {"model": "m"}, "prompts": {"source": "p"}, **blocks})
+    return loader.parse_as(RewardModelSettings, {"policy": {"model": "m"}, "prompts": {"source": "p"}, **blocks})
 
 
 def interleaved(chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:

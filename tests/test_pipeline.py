@@ -10,9 +10,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from keel import config
+from keel.config import loader
+from keel.config.pipeline import PipelineSettings
 from keel.errors import ConfigError
-from keel.pipeline_settings import PipelineSettings
 from keel.stages import pipeline
 from keel.stages.pipeline import Planned, StageFailed
 from test_prompts import jsonl
@@ -49,7 +49,7 @@ class Project:
     def plan(self, stages: list[dict[str, Any]] = STAGES) -> list[Planned]:
         self.write("pipeline.yaml", {"run": {"name": "p"}, "stages": stages})
         path = self.root / "pipeline.yaml"
-        return pipeline.plan(config.load_as(PipelineSettings, path), path)
+        return pipeline.plan(loader.load_as(PipelineSettings, path), path)
 
     def keys(self, stages: list[dict[str, Any]] = STAGES) -> list[str]:
         return [stage.key for stage in self.plan(stages)]
@@ -288,7 +288,7 @@ def test_every_stage_gets_its_settings_and_directory(project: Project, monkeypat
     assert evaluate[5] == directories["train"] and f'rewards.proxy.source="{directories["reward"]}"' in evaluate
     assert Path(evaluate[evaluate.index("--config") + 1]) == project.root / "train.yaml"
     for name, command in zip(NAMES[:3], processes.commands, strict=False):  # which load as they were planned
-        settings = config.load_as(pipeline.COMMANDS[name], command[5], command[6:])
+        settings = loader.load_as(pipeline.COMMANDS[name], command[5], command[6:])
         assert settings.run_directory == directories[name]  # type: ignore[attr-defined]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, config
+from keel import cli
 from keel.capacity import configured
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.footprint import footprints
 from keel.plan import Machine, Prediction, predict
@@ -157,7 +158,7 @@ def test_cores_are_no_budget_for_workers_on_gpus() -> None:
 
 def config_file(folder: Path) -> Path:
     path = folder / "config.yaml"
-    path.write_text(config.dump(settings(1)))
+    path.write_text(loader.dump(settings(1)))
     return path
 
 
@@ -186,7 +187,7 @@ def test_the_command_plans_with_given_rates(tmp_path: Path, capsys: pytest.Captu
     best_counts = tree["plans"][1]["best"][0]["counts"]
     assert best_counts["generator"] + best_counts["reference"] + best_counts["learner"] <= 6
     assert tree["memory_bytes"]["generator"] == {"weights": 2e9, "KV cache": 2**30}
-    assert config.load_as(Rates, saved) == config.load_as(Rates, given)
+    assert loader.load_as(Rates, saved) == loader.load_as(Rates, given)
     shown = plan(capsys, *arguments)
     assert "best counts for the budget, max_staleness 2" in shown and "10.12" in shown
 

@@ -16,8 +16,8 @@ from pyarrow import parquet
 import rollouts
 from keel import checkpoint, files, models, references, schema, segments, verify
 from keel.buffer import RolloutBuffer
+from keel.config.run import Settings
 from keel.metrics import RunMetrics
-from keel.settings import Settings
 from keel.stages import course, label, reference_logprobs
 from power import MODELS, Disk, Model
 from runs import Writer, settings

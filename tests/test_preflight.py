@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from keel import config, files, preflight, tiny
+from keel import files, preflight, tiny
+from keel.config import loader
 from keel.errors import ConfigError
 
 
@@ -46,14 +47,14 @@ def refused(tree: dict[str, Any], **blocks: Any) -> str:
     """The one line for these blocks changed; the run directory is still absent."""
     merged = {**tree, **{k: {**tree.get(k, {}), **v} if isinstance(v, dict) else v for k, v in blocks.items()}}
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
-        preflight.prepare(config.parse(merged))
+        preflight.prepare(loader.parse(merged))
     assert "\n" not in str(caught.value)
     assert not Path(tree["run"]["directory"]).exists()
     return str(caught.value)
 
 
 def test_a_good_run_is_prepared_and_nothing_is_written(tree: dict[str, Any]) -> None:
-    prepared = preflight.prepare(config.parse(tree))
+    prepared = preflight.prepare(loader.parse(tree))
     assert prepared.sampling.stop_token_ids == (tiny.SPECIAL.index("<|im_end|>"),)
     assert prepared.prompts.counts["held_out"] == 2 and prepared.prompts.counts["train"] == 6
     assert prepared.reference_folder == prepared.policy_folder
@@ -65,7 +66,7 @@ def test_stop_tokens_come_from_the_setting_the_generation_config_or_the_tokenize
 ) -> None:
     def stop(**sampling: Any) -> tuple[int, ...]:
         changed = {**tree, "policy": {"model": str(folder)}, "sampling": {"max_tokens": 8, **sampling}}
-        return preflight.prepare(config.parse(changed)).sampling.stop_token_ids
+        return preflight.prepare(loader.parse(changed)).sampling.stop_token_ids
 
     folder = tiny.write(tmp_path / "model")
     generation = folder / "generation_config.json"
@@ -113,7 +114,7 @@ def test_context_of_the_model(tree: dict[str, Any]) -> None:
     line = refused(tree, prompts={"max_tokens": 157}, sampling={"max_tokens": 100})
     assert line.startswith("prompts.max_tokens + sampling.max_tokens=257: the model has 256 positions; expected")
     full = {**tree, "prompts": {**tree["prompts"], "max_tokens": 156}, "sampling": {"max_tokens": 100}}
-    assert preflight.prepare(config.parse(full)).sampling.max_tokens == 100
+    assert preflight.prepare(loader.parse(full)).sampling.max_tokens == 100
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_which_ray_a_run_gets_and_shared_memory_only_for_its_own(
     tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch, address: str | None, environment: str, joined: str | None
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", environment)
-    settings = config.parse({**tree, "cluster": {**tree["cluster"], "address": address, "object_store_bytes": 2**60}})
+    settings = loader.parse({**tree, "cluster": {**tree["cluster"], "address": address, "object_store_bytes": 2**60}})
     assert settings.cluster.address_to_join == joined
     if joined is None:
         with pytest.raises(ConfigError, match="/dev/shm has"):
@@ -186,10 +187,10 @@ def test_the_address_of_a_job_server_is_no_cluster_to_join(
 
 
 def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
-    settings = config.parse(tree)
-    files.write(Path(settings.run_directory) / "config.yaml", config.dump(settings).encode())
+    settings = loader.parse(tree)
+    files.write(Path(settings.run_directory) / "config.yaml", loader.dump(settings).encode())
     preflight.prepare(settings)  # the same settings go on
-    other = config.parse({**tree, "learners": {"learning_rate": 0.5}})
+    other = loader.parse({**tree, "learners": {"learning_rate": 0.5}})
     with pytest.raises(
         ConfigError, match=r"holds a run with other settings \(learners.learning_rate: 1e-06 there, 0.5 here\)"
     ):
@@ -202,14 +203,14 @@ def test_a_single_sample_a_prompt_is_enough_where_nothing_is_compared(tree: dict
         "sampling": {**tree.get("sampling", {}), "samples_per_prompt": 1},
         "objective": {"advantage": "reinforce_pp"},
     }
-    assert preflight.prepare(config.parse({**tree, **alone})).prompts.batch([0]).num_rows == 1
+    assert preflight.prepare(loader.parse({**tree, **alone})).prompts.batch([0]).num_rows == 1
 
 
 def test_a_teacher_speaks_the_same_vocabulary(tree: dict[str, Any], model: Path, tmp_path: Path) -> None:
     other = tmp_path / "teacher"
     shutil.copytree(model, other)
     wanted = {"kind": "logits_convexity", "anchor": "reference", "dense": {"teacher": str(other)}}
-    prepared = preflight.prepare(config.parse({**tree, "objective": wanted}))
+    prepared = preflight.prepare(loader.parse({**tree, "objective": wanted}))
     assert prepared.learner_folders == {"teacher": str(other), "reference": str(model)}
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 1}))
@@ -219,5 +220,5 @@ def test_a_teacher_speaks_the_same_vocabulary(tree: dict[str, Any], model: Path,
 def test_a_run_directory_that_cannot_be_made_is_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run.directory=.*/one: .*/file is no folder that can be written to"):
-        preflight.check_directory(tmp_path / "file" / "runs" / "one", config.parse(tree))
-    preflight.check_directory(tmp_path / "new" / "one", config.parse(tree))
+        preflight.check_directory(tmp_path / "file" / "runs" / "one", loader.parse(tree))
+    preflight.check_directory(tmp_path / "new" / "one", loader.parse(tree))

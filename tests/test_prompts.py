@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from keel import config
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.prompts import Prompts
 from vocabularies import ends_every_text, family
@@ -41,7 +41,7 @@ CHAT = word_tokenizer(numbers=200)
 
 
 def settings_for(source: object, seed: int = 0, samples: int = 2, policy: Any = None, **prompts: Any) -> Any:
-    return config.parse(
+    return loader.parse(
         {
             "run": {"name": "test", "seed": seed},
             "policy": {"model": "tiny", **(policy or {})},
@@ -227,7 +227,7 @@ def test_options_of_the_template_from_a_file_or_the_command_line(tmp_path: Path)
         "rewards: [{name: length, source: 'tests:length'}]\n"
     )
     found = [
-        Prompts(config.load(path, changes), tokenizer)
+        Prompts(loader.load(path, changes), tokenizer)
         for changes in ([], ["policy.chat_template_options={enable_thinking: false}"])
     ]
     short, long = ([len(row["prompt_tokens"]) for row in every_row(prompts)] for prompts in found)

@@ -12,8 +12,9 @@ from types import ModuleType
 import pyarrow as pa
 import pytest
 
-from keel import config, preflight, score, sources, user_code
-from keel.reward_settings import RewardSettings
+from keel import preflight, score, sources, user_code
+from keel.config import loader
+from keel.config.rewards import RewardSettings
 from rollouts import generated, prompts
 
 FOLDER = Path(__file__).parent.parent / "configs" / "rewards"
@@ -22,7 +23,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
-    settings = config.load(path)
+    settings = loader.load(path)
     rows = sources.read(settings.prompts)
     assert len({row.text for row in rows}) >= settings.prompts.held_out + 2 * settings.buffer.groups_per_step
     columns = [json.loads(row.further) for row in rows]

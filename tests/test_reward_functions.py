@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from keel import preflight, schema, score
+from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
 from keel.reward_functions import Calls, EventLoop, Late, WrongAnswer, describe, is_async, numbers
-from keel.reward_settings import EnsembleSettings, RewardSettings
 from rollouts import generated, prompts
 from runs import settings
 
@@ -353,7 +353,7 @@ def test_columns_arrive_as_they_are(tmp_path: Any) -> None:
     import pyarrow.parquet as pq
 
     from keel import row_columns, sources
-    from keel.prompt_settings import PromptSettings
+    from keel.config.prompts import PromptSettings
 
     table = pa.table(
         {
@@ -398,7 +398,7 @@ def test_a_column_that_a_function_asks_for_and_nobody_can_hold_is_refused(monkey
     import types
 
     from keel import sources
-    from keel.prompt_settings import PromptSettings
+    from keel.config.prompts import PromptSettings
 
     module = types.ModuleType("rows_for_a_test")
     module.rows = lambda: [{"prompt": "a", "image": object()}]  # type: ignore[attr-defined]

@@ -26,12 +26,12 @@ from transformers import (
 )
 
 from keel import models, reward_models, score, tiny
+from keel.config.objective import CriticSettings
+from keel.config.rewards import RewardSettings
 from keel.errors import ConfigError
 from keel.learn import DeepSpeedLearner
 from keel.networks import Critic
-from keel.objective_settings import CriticSettings
 from keel.reward_models import RewardModel, RewardText, ScoredText
-from keel.reward_settings import RewardSettings
 from keel.sources import Row
 from keel.stages.reward import texts
 from test_prompts import BOS, word_tokenizer

@@ -6,10 +6,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from keel import config, files, reward_models
+from keel import files, reward_models
+from keel.config import loader
+from keel.config.stages import RewardModelSettings
 from keel.metrics import RunMetrics
 from keel.reward_models import RewardText
-from keel.stage_settings import RewardModelSettings
 from keel.stages import course, reward
 from keel.stages.reward import PairRows, Prepared
 from test_course import FakeTrainee, Killed, Listener
@@ -64,7 +65,7 @@ class Stage:
             "members": {"count": 2},
             **blocks,
         }
-        self.settings = config.parse_as(RewardModelSettings, tree)
+        self.settings = loader.parse_as(RewardModelSettings, tree)
         self.directory, self.monkeypatch = root / "run", monkeypatch
         self.directory.mkdir()
         self.rows = PairRows(self.settings, RewardText(PLAIN, False, 50))

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from keel.config.run import Settings
 from keel.metric_table import PREFIX, TABLE
 from keel.occupancy import LEARNER, STAGES
-from keel.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 RULES = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from keel import schema, score, tiny
-from keel.actor_settings import ReferenceSettings
-from keel.reward_settings import EnsembleSettings, RewardSettings
+from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.workers import ReferenceSettings
 from rollouts import generated, prompts
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, config, http_rewards, preflight, score
+from keel import cli, http_rewards, preflight, score
+from keel.config import loader
+from keel.config.rewards import EnsembleSettings
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.reward_settings import EnsembleSettings
-from keel.settings import Settings
 from rollouts import generated, prompts
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -34,7 +35,7 @@ def write(folder: Path, content: dict[str, Any]) -> Path:
 
 def refused(path: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
-        config.load(path, overrides)
+        loader.load(path, overrides)
     error = caught.value
     assert error.__context__ is None or error.__suppress_context__  # a traceback shows no more than the line
     return str(error)
@@ -75,7 +76,7 @@ def test_the_server_gets_the_secret_and_nobody_else(
     caplog.set_level("DEBUG")
     monkeypatch.setenv("REWARD_TOKEN", f"{SECRET}\n")  # as a file of secrets gives it
     path = write(tmp_path, tree(source=server))
-    settings = config.load(path)
+    settings = loader.load(path)
     preflight.check_reward_source(settings.rewards[0], "rewards.mine.source")
     monkeypatch.setattr("sys.argv", ["keel", "train", str(path), "--dry-run"])
     with pytest.raises(SystemExit, match="0"):
@@ -85,8 +86,8 @@ def test_the_server_gets_the_secret_and_nobody_else(
     assert Handler.asked_by == [f"Bearer {SECRET}"] * 3
     assert dict(receipt.failures) == {"mine_http_4xx": 2}
     shown = capfd.readouterr()
-    assert TEMPLATE in shown.out and TEMPLATE in config.dump(settings) and TEMPLATE in repr(settings)
-    written = [shown.out, shown.err, caplog.text, config.dump(settings), config.digest(settings), repr(settings)]
+    assert TEMPLATE in shown.out and TEMPLATE in loader.dump(settings) and TEMPLATE in repr(settings)
+    written = [shown.out, shown.err, caplog.text, loader.dump(settings), loader.digest(settings), repr(settings)]
     written += [str(settings), settings.model_dump_json(), str(answer.to_pydict()), repr(receipt), str(vars(scorer))]
     assert "asyncio" in caplog.text and not any(SECRET in text for text in written)
 
@@ -95,13 +96,13 @@ def test_the_digest_is_that_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None
     digests = set()
     for value in ("one", "two"):
         monkeypatch.setenv("REWARD_TOKEN", value)
-        digests.add(config.digest(config.parse(tree())))
+        digests.add(loader.digest(loader.parse(tree())))
     assert len(digests) == 1
 
 
 def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("REWARD_TOKEN", raising=False)
-    own = config.parse(tree()).rewards[0]
+    own = loader.parse(tree()).rewards[0]
     for needs_it in (
         lambda: preflight.check_reward_source(own, "rewards.mine.source"),
         lambda: score.RewardScorer([own], EnsembleSettings(), 1, "scorer-0"),
@@ -114,7 +115,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_value_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("REWARD_TOKEN", value)
     with pytest.raises(ConfigError, match=r"\$\{REWARD_TOKEN\} is empty or holds characters") as caught:
-        http_rewards.headers(config.parse(tree()).rewards[0], "rewards.mine.source")
+        http_rewards.headers(loader.parse(tree()).rewards[0], "rewards.mine.source")
     assert SECRET not in str(caught.value)
 
 
@@ -149,7 +150,7 @@ def test_a_secret_in_the_file_is_refused_and_not_shown(tmp_path: Path, reward: d
     assert SECRET not in line and line.startswith("rewards.0.")
     judge = {**tree(**reward)["rewards"][0], "role": "judge"}
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as label:
-        config.parse_as(Settings, tree() | {"rewards": [tree()["rewards"][0], judge]})
+        loader.parse_as(Settings, tree() | {"rewards": [tree()["rewards"][0], judge]})
     assert SECRET not in str(label.value)
 
 
@@ -179,7 +180,7 @@ def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path: Path) -> None:
 
 def test_an_override_may_name_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTHER", "value")
-    settings = config.load(write(tmp_path, tree()), ["rewards.mine.headers.X-Key=${OTHER}"])
+    settings = loader.load(write(tmp_path, tree()), ["rewards.mine.headers.X-Key=${OTHER}"])
     monkeypatch.setenv("REWARD_TOKEN", "token")
     assert http_rewards.headers(settings.rewards[0], "s") == {"Authorization": "Bearer token", "X-Key": "value"}
     assert json.loads(settings.model_dump_json())["rewards"][0]["headers"]["X-Key"] == "${OTHER}"

@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from keel import config, endpoint, generate, metrics, models, preflight, reward_models, schema, sources, tiny
-from keel.actor_settings import GeneratorSettings
-from keel.errors import ConfigError
-from keel.metrics_settings import MetricsSettings
-from keel.prompt_settings import PromptSettings
 from test_layers import imports, modules
+
+from keel import endpoint, generate, metrics, models, preflight, reward_models, schema, sources, tiny
+from keel.config import loader
+from keel.config.monitoring import MetricsSettings
+from keel.config.prompts import PromptSettings
+from keel.config.workers import GeneratorSettings
+from keel.errors import ConfigError
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 OPENERS = {"load_checkpoint", "read_pickle", "unsafe_load", "full_load"}
@@ -295,9 +296,9 @@ def test_a_yaml_tag_builds_nothing(marker: Path, tmp_path: Path) -> None:
     for text in (f"a: !!python/object/apply:os.mkdir ['{marker}']", "a: !!python/name:os.system ''"):
         path.write_text(text)
         with pytest.raises(ConfigError, match="not YAML: could not determine a constructor"):
-            config.load(path)
+            loader.load(path)
         with pytest.raises(ConfigError, match="the value is not YAML"):
-            config._apply({}, text.replace(": ", "=", 1))
+            loader._apply({}, text.replace(": ", "=", 1))
 
 
 def test_the_metrics_are_for_this_machine_alone(tmp_path: Path) -> None:
@@ -347,10 +348,10 @@ def test_preflight_looks_at_every_model_of_a_run(folder: Path, marker: Path, tmp
         "metrics": {"port": 0},
         "cluster": {"object_store_bytes": 2**27, "min_memory_bytes": 0},
     }
-    preflight.prepare(config.parse(tree))
+    preflight.prepare(loader.parse(tree))
     reward = {"name": "learnt", "kind": "model", "source": str(folder), "role": "monitor"}
     critic = {"advantage": "gae", "critic": {"model": str(folder)}}
     changes = [{"policy": {"model": str(folder)}}, {"reference": {"model": str(folder)}}, {"objective": critic}]
     for change in [*changes, {"rewards": [*tree["rewards"], reward]}]:
         with pytest.raises(ConfigError, match="its weights are a pickle"):
-            preflight.prepare(config.parse(tree | change))
+            preflight.prepare(loader.parse(tree | change))

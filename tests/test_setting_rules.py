@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from keel import config
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.settings import Settings
 
 TRAIN: dict[str, Any] = {"name": "a", "source": "m:f"}
 TWO = [TRAIN, {"name": "b", "source": "m:f"}]
@@ -21,7 +21,7 @@ GAE: dict[str, Any] = {"advantage": "gae", "critic": {}}
 
 def parse(**blocks: Any) -> Settings:
     basic = {"policy": {"model": "m"}, "prompts": {"source": "p", "max_tokens": 16}, "rewards": [TRAIN]}
-    return config.parse({**basic, **blocks})
+    return loader.parse({**basic, **blocks})
 
 
 def samples(count: int, **sampling: Any) -> dict[str, Any]:
@@ -202,7 +202,7 @@ REFUSED = [(name, number) for name, (_, bad, _) in LIMITS.items() for number in 
 @pytest.mark.parametrize(("name", "number"), ACCEPTED)
 def test_what_lies_at_the_limit_is_accepted(name: str, number: int) -> None:
     settings = parse(**LIMITS[name][0][number])
-    assert config.parse(settings.model_dump(mode="json", exclude_unset=True)) == settings
+    assert loader.parse(settings.model_dump(mode="json", exclude_unset=True)) == settings
 
 
 @pytest.mark.parametrize(("name", "number"), REFUSED)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 import keel
-from keel.section import Section
+from keel.config.base import Section
 
 TABLE = Path(__file__).with_name("setting_values.txt")
 BOUNDS = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from keel.algorithms.preferences import RANKING_SCORES, Sequences, pair_logits, ranking_loss, sigmoid_loss
-from keel.objective_settings import PreferenceSettings
+from keel.config.objective import PreferenceSettings
 
 REWARDS = torch.tensor([1.0, 0.3, -0.2], dtype=torch.float64)
 LENGTHS = torch.tensor([2.0, 4.0, 5.0], dtype=torch.float64)

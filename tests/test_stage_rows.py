@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel import config, schema, stored
+from keel import schema, stored
+from keel.config import loader
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError
 from keel.reward_models import RewardText
 from keel.sources import Row
-from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.stages.reward import PairRows
 from keel.stages.rows import OfflineRows
 from test_prompts import CHAT, PLAIN, jsonl, word_tokenizer
@@ -36,12 +37,12 @@ def tree(path: Path, **blocks: Any) -> dict[str, Any]:
 
 
 def demonstrations(path: Path, tokenizer: Any = PLAIN, **blocks: Any) -> OfflineRows:
-    settings = config.parse_as(SupervisedSettings, tree(path, **blocks))
+    settings = loader.parse_as(SupervisedSettings, tree(path, **blocks))
     return OfflineRows(settings.learning(1), settings.completions, tokenizer, (END,))
 
 
 def preferences(path: Path, tokenizer: Any = PLAIN, **blocks: Any) -> OfflineRows:
-    settings = config.parse_as(PreferSettings, tree(path, **blocks))
+    settings = loader.parse_as(PreferSettings, tree(path, **blocks))
     return OfflineRows(settings.learning(1), settings.completions, tokenizer, (END,))
 
 
@@ -121,7 +122,7 @@ def test_what_a_row_says(tmp_path: Path) -> None:
 
 def test_rankings_have_the_rewards_of_their_source(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "responses": ["1", "2", "3"], "rewards": [n, -n, 0.5]} for n in range(8)]
-    settings = config.parse_as(PreferSettings, {**tree(jsonl(tmp_path / "r.jsonl", rows)), "samples": 3})
+    settings = loader.parse_as(PreferSettings, {**tree(jsonl(tmp_path / "r.jsonl", rows)), "samples": 3})
     batch = OfflineRows(settings.learning(1), settings.completions, PLAIN, (END,)).step(0)
     expected = [value for n in said(batch)[::3] for value in (n, -n, 0.5)]
     assert batch.column("reward").to_pylist() == expected
@@ -216,7 +217,7 @@ def test_demonstrations_have_one_completion_and_no_reward() -> None:
 
 
 def reward_pairs(path: Path, limit: int = 20, **blocks: Any) -> PairRows:
-    settings = config.parse_as(RewardModelSettings, {**tree(path), **blocks})
+    settings = loader.parse_as(RewardModelSettings, {**tree(path), **blocks})
     return PairRows(settings, RewardText(PLAIN, False, limit))
 
 

@@ -6,16 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import config
+from keel.config import loader
+from keel.config.base import Section
+from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings, TrainingSettings
 from keel.errors import ConfigError
-from keel.section import Section
-from keel.stage_settings import (
-    LabelSettings,
-    PreferSettings,
-    RewardModelSettings,
-    SupervisedSettings,
-    TrainingSettings,
-)
 
 SFT, PREFER, REWARD, LABEL = SupervisedSettings, PreferSettings, RewardModelSettings, LabelSettings
 JUDGE = {"name": "gold", "source": "pkg:function"}
@@ -28,7 +22,7 @@ def training(**blocks: Any) -> dict[str, Any]:
 
 def message(model: type[Section], tree: dict[str, Any]) -> str:
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
-        config.parse_as(model, tree)
+        loader.parse_as(model, tree)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -94,12 +88,12 @@ def test_a_mistake_of_one_stage_is_one_line(model: Any, tree: dict[str, Any], ex
 def test_files_and_overrides_are_those_of_every_command(tmp_path: Path) -> None:
     path = tmp_path / "sft.yaml"
     path.write_text(yaml.safe_dump(training()))
-    settings = config.load_as(SFT, path, ["training.epochs=3", "run.name=x", "learners.packed_tokens=256"])
+    settings = loader.load_as(SFT, path, ["training.epochs=3", "run.name=x", "learners.packed_tokens=256"])
     assert (settings.training.epochs, settings.run_directory, settings.learners.packed_tokens) == (3.0, "runs/x", 256)
     with pytest.raises(ConfigError, match=r"training\.patience=1: counts evaluations"):
-        config.load_as(SFT, path, ["training.patience=1"])
+        loader.load_as(SFT, path, ["training.patience=1"])
     with pytest.raises(ConfigError, match="no such file"):
-        config.load_as(SFT, tmp_path / "absent.yaml")
+        loader.load_as(SFT, tmp_path / "absent.yaml")
 
 
 @pytest.mark.parametrize(
@@ -118,12 +112,12 @@ def test_steps_of_a_course(fields: dict[str, Any], rows: int, expected: int) -> 
 
 
 def test_the_learner_of_a_stage_reads_stored_completions() -> None:
-    sft = config.parse_as(SFT, training(run={"name": "x", "seed": 5}, training={"rows_per_step": 8})).learning(12)
+    sft = loader.parse_as(SFT, training(run={"name": "x", "seed": 5}, training={"rows_per_step": 8})).learning(12)
     assert (sft.run.name, sft.run.seed, sft.run.steps) == ("x", 5, 12)
     assert (sft.sampling.stored_ratio, sft.sampling.samples_per_prompt, sft.buffer.groups_per_step) == (1.0, 1, 8)
     assert sft.reference is None and [reward.kind for reward in sft.rewards] == ["stored"]
     assert sft.needed_columns() == {}
-    prefer = config.parse_as(
+    prefer = loader.parse_as(
         PREFER, {**training(objective={"kind": "preference", "beta": 0.3}), "samples": 4}
     ).learning(1)
     assert prefer.sampling.samples_per_prompt == 4 and prefer.objective.beta == 0.3  # type: ignore[union-attr]
@@ -131,7 +125,7 @@ def test_the_learner_of_a_stage_reads_stored_completions() -> None:
 
 
 def test_a_label_stage_samples_and_scores_like_an_online_run() -> None:
-    settings = config.parse_as(
+    settings = loader.parse_as(
         LABEL, {**SAMPLED, "judge": {**JUDGE, "role": "monitor"}, "sampling": {"samples_per_prompt": 3}}
     )
     online = settings.sampling_run()
@@ -140,7 +134,7 @@ def test_a_label_stage_samples_and_scores_like_an_online_run() -> None:
 
 
 def test_scorers_of_a_reward_stage_run_where_its_learner_ran() -> None:
-    settings = config.parse_as(REWARD, training(learners={"threads": 3}))
+    settings = loader.parse_as(REWARD, training(learners={"threads": 3}))
     assert settings.scoring(settings.learning(1).rewards).scorers.threads == 3
     assert settings.completions.max_tokens == 512
 

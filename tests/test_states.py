@@ -18,9 +18,9 @@ from keel.algorithms import coefficients, critics
 from keel.algorithms.coefficients import Observation
 from keel.algorithms.credit import Measured
 from keel.algorithms.objective import Objective
+from keel.config.regularizer import ControllerSettings
 from keel.metric_table import TABLE
 from keel.metrics import RunMetrics
-from keel.regulariser_settings import ControllerSettings
 from tabular import CASES, case, heads, objective, table
 
 STEP, OTHER = table(), table(shift={7: 3.0, 2: -1.0})

@@ -11,8 +11,8 @@ import pytest
 from fakes import SAMPLING
 from keel import references, schema, score, stored
 from keel.algorithms import elicitation
+from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
-from keel.reward_settings import EnsembleSettings, RewardSettings
 from keel.sources import Row
 from rollouts import generated, prompts
 

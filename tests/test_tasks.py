@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from keel import sources, tasks
+from keel.config.prompts import PromptSettings
 from keel.errors import ConfigError
-from keel.prompt_settings import PromptSettings
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from keel import cli, config
-from keel.stage_settings import RewardModelSettings, SupervisedSettings
+from keel import cli
+from keel.config import loader
+from keel.config.stages import RewardModelSettings, SupervisedSettings
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 
@@ -43,7 +44,7 @@ def test_every_file_passes_a_dry_run(path: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_the_arms_differ_in_their_regulariser_alone() -> None:
-    trees = [config.load(path).model_dump(mode="json") for path in ARMS]
+    trees = [loader.load(path).model_dump(mode="json") for path in ARMS]
     assert [tree["run"].pop("name") for tree in trees] == [path.stem for path in ARMS]
     regularisers = [tree.pop("regulariser") for tree in trees]
     assert len(trees) == 5 and all(tree == trees[0] for tree in trees)
@@ -67,8 +68,8 @@ def terms(regulariser: dict[str, Any]) -> tuple[float, str, float]:
 def test_numbers_are_those_of_the_papers() -> None:
     """Huang et al. 2403.17031 for SFT and reward model, TRL v0.19's RLOO for the arms."""
     for size in SIZES:
-        sft = config.load_as(SupervisedSettings, FOLDER / f"sft-{size}.yaml")
-        reward = config.load_as(RewardModelSettings, FOLDER / f"reward-{size}.yaml")
+        sft = loader.load_as(SupervisedSettings, FOLDER / f"sft-{size}.yaml")
+        reward = loader.load_as(RewardModelSettings, FOLDER / f"reward-{size}.yaml")
         for stage, rows in ((sft, 128), (reward, 64)):
             optimiser = stage.learners
             assert (optimiser.learning_rate, optimiser.adam_epsilon, optimiser.weight_decay) == (3e-6, 1e-5, 0.01)
@@ -76,7 +77,7 @@ def test_numbers_are_those_of_the_papers() -> None:
         assert (sft.prompts.max_tokens, sft.completions.max_tokens) == (512, 53)
         assert reward.centre.source == sft.prompts.source  # demonstrations score 0
         assert reward.policy.model == sft.run_directory
-    arm = config.load(FOLDER / "rloo-kl.yaml")
+    arm = loader.load(FOLDER / "rloo-kl.yaml")
     assert (arm.sampling.temperature, arm.sampling.samples_per_prompt, arm.sampling.max_tokens) == (0.7, 2, 53)
     assert arm.shaping.missing_end_penalty == 1 and arm.regulariser.kl.in_reward
     episodes = arm.run.steps * arm.buffer.groups_per_step * arm.sampling.samples_per_prompt
@@ -84,9 +85,9 @@ def test_numbers_are_those_of_the_papers() -> None:
 
 
 def test_stages_hand_their_folders_on() -> None:
-    arm = config.load(FOLDER / "rloo-kl.yaml")
-    sft = config.load_as(SupervisedSettings, FOLDER / "sft-1b.yaml")
-    reward = config.load_as(RewardModelSettings, FOLDER / "reward-1b.yaml")
+    arm = loader.load(FOLDER / "rloo-kl.yaml")
+    sft = loader.load_as(SupervisedSettings, FOLDER / "sft-1b.yaml")
+    reward = loader.load_as(RewardModelSettings, FOLDER / "reward-1b.yaml")
     assert arm.policy.model == sft.run_directory
     assert arm.rewards[0].source == reward.run_directory
 
@@ -101,12 +102,12 @@ def commands() -> list[list[str]]:
 def test_the_commands_of_the_readme_resolve(words: list[str]) -> None:
     command, path, *overrides = words
     if command in ("compare", "evaluate"):  # need runs; their overrides are those of the arm
-        config.load(FOLDER / "rloo-kl.yaml", [word for word in overrides if "=" in word])
+        loader.load(FOLDER / "rloo-kl.yaml", [word for word in overrides if "=" in word])
         return
     assert path.startswith("configs/tldr/")
     dry_run(command, str(FOLDER.parent.parent / path), *overrides)
 
 
 def test_the_commands_of_the_readme_know_both_sizes() -> None:
-    resolved = [config.load(FOLDER.parent.parent / words[1], words[2:]) for words in commands() if words[0] == "train"]
+    resolved = [loader.load(FOLDER.parent.parent / words[1], words[2:]) for words in commands() if words[0] == "train"]
     assert {each.policy.model for each in resolved} == {f"runs/tldr/sft-{size}" for size in SIZES}

@@ -16,13 +16,13 @@ import pytest
 
 from fakes import settings_for
 from keel import files, tracking
+from keel.config.tracking import TrackingSettings
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder
 from keel.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 from keel.tracking import Tracking
-from keel.tracking_settings import TrackingSettings
 from rollouts import generated, prompts, referenced, scored
 from test_course import FakeTrainee, Killed, Listener, course_of
 from test_course import Run as Course

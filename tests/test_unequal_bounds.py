@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import config
 from keel.algorithms import coefficients, kinds, regularisers
 from keel.algorithms.coefficients import Observation
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
-from keel.regulariser_settings import ControllerSettings
+from keel.config import loader
+from keel.config.regularizer import ControllerSettings
 from tabular import objective, rollout
 
 RATIOS = [0.5, 0.75, 0.85, 0.95, 1.0, 1.05, 1.15, 1.25, 1.5]
@@ -170,7 +170,7 @@ SUFFIXES = ("", "_mean", "_std", "_worst")
 
 @pytest.mark.parametrize("kind", ["policy_gradient", "preference", "weighted_likelihood", "logits_convexity"])
 def test_no_column_of_a_monitor_is_visible_and_all_others_are(kind: str) -> None:
-    settings = config.parse(
+    settings = loader.parse(
         {"policy": {"model": "m"}, "prompts": {"source": "p"}, "rewards": REWARDS, "objective": {"kind": kind}}
     )
     names = [f"reward_{reward['name']}{suffix}" for reward in REWARDS for suffix in SUFFIXES]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keel import config, preflight, tiny
+from keel import preflight, tiny
+from keel.config import loader
 from keel.errors import ConfigError
 
 
@@ -32,7 +33,7 @@ def beside(model: Path, folder: Path, more: int) -> Path:
 
 
 def run_of(model: Path, **blocks: Any) -> Any:
-    return config.parse(
+    return loader.parse(
         {
             "policy": {"model": str(model)},
             "prompts": {"source": "p", "max_tokens": 8},

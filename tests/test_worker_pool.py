@@ -15,7 +15,7 @@ from jumping import now
 from keel import pool as pool_module
 from keel import room as room_module
 from keel import worker as worker_module
-from keel.actor_settings import DeadlineSettings
+from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.parts import Observer
 from keel.pool import NoWorkers, Pool

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from keel import config, evaluate, files
+from keel import evaluate, files
+from keel.config import loader
 from keel.diagnostics import per_completion
 from keel.errors import ConfigError
 from keel.text import one_line
@@ -54,7 +55,7 @@ class Arm:
 
 def load(directory: Path) -> Arm:
     """A run from its directory, finished or not. Raises ConfigError, one line, when it has nothing to compare."""
-    stored = config.stored_config(directory, f"run {directory}")
+    stored = loader.stored_config(directory, f"run {directory}")
     try:
         settings = yaml.safe_load(stored.read_text(encoding="utf8"))
         lines = files.read_json_lines(directory / "metrics.jsonl")

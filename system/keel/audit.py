@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from keel import files, ledger, reads, schema, segments
+from keel.config.run import Settings
 from keel.prompts import seed_of
-from keel.settings import Settings
 
 _COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
 UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)

@@ -19,8 +19,8 @@ from typing import Any
 
 import keel
 from keel import checkpoint
+from keel.config.base import is_source
 from keel.errors import ConfigError
-from keel.section import is_source
 
 PATHS = frozenset({"model", "teacher", "source", "against", "ca_file", "runs"})
 """Names of the settings whose value may be a path that is read. A name of a hub or of a run does not exist as one."""

@@ -8,10 +8,11 @@ in a cluster there are as many as configured, since ZeRO may have to divide the 
 import tempfile
 from pathlib import Path
 
-from keel import config, measurement, preflight, train
+from keel import measurement, preflight, train
+from keel.config import loader
+from keel.config.run import Settings
 from keel.rates import Rates
 from keel.recorder import Display
-from keel.settings import Settings
 
 STEPS = 5
 """The first warms up, the last evaluates: three are measured."""
@@ -36,7 +37,7 @@ def settings_of(settings: Settings, directory: Path) -> Settings:
     tree["evaluation"]["every_steps"] = tree["checkpoint"]["every_steps"] = 0
     tree["metrics"] |= {"port": 0, "discovery_directory": None}  # it is nobody's experiment: neither Prometheus
     tree["tracking"]["trackers"] = []  # nor a tracker hears of it
-    return config.parse(tree)
+    return loader.parse(tree)
 
 
 def folder_for(settings: Settings) -> Path | None:

@@ -9,12 +9,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, config, deploy_commands, job_commands, operations, plan_commands
-from keel.errors import ConfigError, KeelError
-from keel.pipeline_settings import PipelineSettings
-from keel.section import Section
-from keel.settings import Settings
-from keel.stage_settings import (
+from keel import __version__, deploy_commands, job_commands, operations, plan_commands
+from keel.config import loader
+from keel.config.base import Section
+from keel.config.pipeline import PipelineSettings
+from keel.config.run import Settings
+from keel.config.stages import (
     COMMANDS,
     LabelSettings,
     PreferSettings,
@@ -22,6 +22,7 @@ from keel.stage_settings import (
     SupervisedSettings,
     command_of,
 )
+from keel.errors import ConfigError, KeelError
 from keel.terminal import console, errors, from_here
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved conf
 @app.command()
 def train(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
     """Run online training. On the run directory of an unfinished run of the same settings, go on from there."""
-    settings = config.load(config_path, _with(overrides, address))
+    settings = loader.load(config_path, _with(overrides, address))
     if not _shown(settings, dry_run):
         _train(settings, config_path)
 
@@ -48,7 +49,7 @@ def train(config_path: Config, overrides: Overrides = None, address: Address = N
 @app.command()
 def sft(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
     """Supervised fine-tuning on demonstrations: the loss of completions alone."""
-    settings = config.load_as(SupervisedSettings, config_path, _with(overrides, address))
+    settings = loader.load_as(SupervisedSettings, config_path, _with(overrides, address))
     if not _shown(settings, dry_run):
         _likelihood(settings)
 
@@ -57,14 +58,14 @@ def sft(config_path: Config, overrides: Overrides = None, address: Address = Non
 def prefer(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
     """Train on preferences: stored pairs, or (a configuration with `rewards`) pairs of samples, scored and selected."""
     changes = _with(overrides, address)
-    if "rewards" in config.read(config_path, changes):
-        online = config.load(config_path, changes)
+    if "rewards" in loader.read(config_path, changes):
+        online = loader.load(config_path, changes)
         if online.objective.kind != "preference":
             raise ConfigError(f"objective.kind={online.objective.kind}: keel prefer expected preference")
         if not _shown(online, dry_run):
             _train(online, config_path)
         return
-    settings = config.load_as(PreferSettings, config_path, changes)
+    settings = loader.load_as(PreferSettings, config_path, changes)
     if not _shown(settings, dry_run):
         _likelihood(settings)
 
@@ -72,9 +73,9 @@ def prefer(config_path: Config, overrides: Overrides = None, address: Address = 
 @app.command()
 def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
     """Go on from the last committed checkpoint of a run."""
-    stored = config.stored_config(run_directory, f"RUN_DIR={run_directory}")
+    stored = loader.stored_config(run_directory, f"RUN_DIR={run_directory}")
     own = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
-    command = command_of(config.read(stored))
+    command = command_of(loader.read(stored))
     _COMMANDS[command](str(stored), own)
 
 
@@ -114,7 +115,7 @@ def doctor(
 @app.command()
 def reward(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
     """Train a reward model, or an ensemble of them, on preference pairs (Bradley-Terry)."""
-    settings = config.load_as(RewardModelSettings, config_path, _with(overrides, address))
+    settings = loader.load_as(RewardModelSettings, config_path, _with(overrides, address))
     if _shown(settings, dry_run):
         return
     from keel import quiet
@@ -135,7 +136,7 @@ def reward(config_path: Config, overrides: Overrides = None, address: Address = 
 @app.command()
 def label(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
     """Make preference pairs: sample from a policy (or read runs' rollouts), let a judge score, pair, write Parquet."""
-    settings = config.load_as(LabelSettings, config_path, _with(overrides, address))
+    settings = loader.load_as(LabelSettings, config_path, _with(overrides, address))
     if _shown(settings, dry_run):
         return
     from keel import quiet
@@ -165,9 +166,9 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
     stored = Path(model) / "config.yaml"
-    if config_path is None and not (stored.is_file() and command_of(config.read(stored)) == "train"):
+    if config_path is None and not (stored.is_file() and command_of(loader.read(stored)) == "train"):
         raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
-    settings = config.load(config_path or stored, _with(overrides, address))
+    settings = loader.load(config_path or stored, _with(overrides, address))
     from keel import quiet
 
     quiet.libraries()
@@ -192,7 +193,7 @@ def pipeline(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check every stage and say which are cached")] = False,
 ) -> None:
     """Run stages one after the other (label, reward, train, ...); what did not change is taken from before."""
-    settings = config.load_as(PipelineSettings, config_path, overrides or [])
+    settings = loader.load_as(PipelineSettings, config_path, overrides or [])
     from keel.stages import pipeline as stages
 
     planned = stages.plan(settings, Path(config_path))
@@ -230,7 +231,7 @@ def _with(overrides: list[str] | None, address: str | None) -> list[str]:
 def _shown(settings: Section, dry_run: bool) -> bool:
     """Print the resolved settings where that is all that was asked for."""
     if dry_run:
-        typer.echo(config.dump(settings), nl=False)
+        typer.echo(loader.dump(settings), nl=False)
     return dry_run
 
 
@@ -262,7 +263,7 @@ def _train(settings: Settings, config_path: str) -> None:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
         outcome = training.run(prepared, display)
     if outcome.stopped:
-        raise typer.Exit(config.INTERRUPTED)
+        raise typer.Exit(loader.INTERRUPTED)
     summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
     if picture := summary.draw_frontier(outcome.directory, settings):
         console.print(f"Picture  {picture}  (reward against sqrt(KL))", soft_wrap=True)
@@ -276,8 +277,8 @@ def main() -> None:
         _fail(str(error), 2)
     except Exception as error:
         _fail_run(error)
-    if code == config.INTERRUPTED:
-        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", config.INTERRUPTED)
+    if code == loader.INTERRUPTED:
+        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", loader.INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

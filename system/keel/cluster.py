@@ -24,8 +24,9 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel import capacity, room
-from keel.actor_settings import ClusterSettings
 from keel.buffer import RolloutBuffer
+from keel.config.run import Settings
+from keel.config.workers import ClusterSettings
 from keel.control import reach
 from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
 from keel.generate import VllmGenerator
@@ -34,7 +35,6 @@ from keel.parts import Observer
 from keel.pool import Pool
 from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt
 from keel.score import ReferenceScorer, RewardScorer
-from keel.settings import Settings
 from keel.text import last_line, one_line
 from keel.worker import Spawn
 

@@ -16,8 +16,8 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
 from keel import files
+from keel.config.run import Settings
 from keel.errors import ConfigError, KeelError
-from keel.settings import Settings
 from keel.text import one_line
 
 AUTHENTICATION = "RAY_AUTH_MODE"

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from keel import metrics, parity
+from keel.config.run import Settings
 from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLost
 from keel.failures import FailureWatch, retrying
 from keel.parts import Observer, Parts
 from keel.protocols import AddReceipt, Batch, Sampling, StageReceipt
-from keel.settings import Settings
 
 Result = TypeVar("Result")
 

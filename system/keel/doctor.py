@@ -18,8 +18,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from keel.actor_settings import ClusterSettings
-from keel.metrics_settings import MetricsSettings
+from keel.config.monitoring import MetricsSettings
+from keel.config.workers import ClusterSettings
 from keel.text import printable
 
 TESTED = {

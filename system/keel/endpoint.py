@@ -25,8 +25,8 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 import xxhash
 
 from keel import files as atomic_files
+from keel.config.monitoring import MetricsSettings, is_address
 from keel.errors import ConfigError
-from keel.metrics_settings import MetricsSettings, is_address
 
 _SILENCE_SECONDS = 10.0
 """A client that neither asks nor reads for so long is left alone."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from keel import learner_state
-from keel.actor_settings import LearnerSettings
+from keel.config.workers import LearnerSettings
 from keel.errors import NotFinite
 from keel.optimisation import engine_config, learning_rate
 from keel.shards import Shards

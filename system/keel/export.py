@@ -8,9 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from keel import config, files
+from keel import files
+from keel.config import loader
+from keel.config.run import Settings
 from keel.models import DTYPES
-from keel.settings import Settings
 from keel.text import printable
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -54,7 +55,7 @@ tags: [rlhf, keel, {_objective(settings)}]
 | entropy | {entropy.form}, coefficient {entropy.coefficient} |
 | learning rate | {settings.learners.learning_rate} |
 | prompts x samples a step | {settings.buffer.groups_per_step} x {settings.sampling.samples_per_prompt} |
-| settings digest (sha256) | {config.digest(settings)} |
+| settings digest (sha256) | {loader.digest(settings)} |
 
 | reward | role | kind | weight |
 |---|---|---|---|

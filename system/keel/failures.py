@@ -4,9 +4,9 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeVar
 
+from keel.config.run import Settings
 from keel.errors import KeelError, WorkerLost
 from keel.parts import Observer
-from keel.settings import Settings
 
 Result = TypeVar("Result")
 

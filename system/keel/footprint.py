@@ -19,8 +19,8 @@ Not counted: reward models, and the critic, teacher or reference that some objec
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from keel.config.run import Settings
 from keel.occupancy import LEARNER
-from keel.settings import Settings
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 _TRAINING = {"bf16": (2, 2, 12), "fp32": (4, 4, 12)}

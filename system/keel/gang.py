@@ -10,8 +10,9 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from keel.actor_settings import LearnerSettings
 from keel.capacity import bundles
+from keel.config.run import Settings
+from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learn import DeepSpeedLearner
 from keel.losses import GONE, cause_of, init_failed
@@ -19,7 +20,6 @@ from keel.meeting import MeetingPoint
 from keel.parts import Observer
 from keel.protocols import Batch, LoadReceipt, StepReport
 from keel.room import Room, Wait
-from keel.settings import Settings
 from keel.text import last_line
 
 _GRACE_SECONDS = 15

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import model_files, schema, stored, weights
-from keel.actor_settings import GeneratorSettings
+from keel.config.workers import GeneratorSettings
 from keel.model_text import ModelText
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
 

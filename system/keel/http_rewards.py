@@ -16,8 +16,8 @@ from typing import Any
 
 import httpx
 
+from keel.config.rewards import ENVIRONMENT, RewardSettings
 from keel.errors import ConfigError
-from keel.reward_settings import ENVIRONMENT, RewardSettings
 
 _FIRST_WAIT_SECONDS = 0.25
 _LONGEST_WAIT_SECONDS = 15.0

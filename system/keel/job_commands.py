@@ -11,10 +11,11 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel import bundle, config, standing, stopping
+from keel import bundle, standing, stopping
+from keel.config import loader
+from keel.config.stages import COMMANDS, command_of
 from keel.errors import ConfigError
 from keel.operations import Address, AsJson, Run, elsewhere, needed
-from keel.stage_settings import COMMANDS, command_of
 from keel.terminal import console, errors
 
 if TYPE_CHECKING:
@@ -53,24 +54,24 @@ def submit(
 
 def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submission", bundle.Bundle, str]:
     """A checked submission, what it uploads, and its config.yaml. Raises ConfigError."""
-    tree = config.read(config_path, overrides)
+    tree = loader.read(config_path, overrides)
     if "stages" in tree:
         raise ConfigError(f"config {config_path}: a pipeline; expected the configuration of one command")
     command = command_of(tree)
-    settings: Any = config.load_as(COMMANDS[command], config_path, overrides)
+    settings: Any = loader.load_as(COMMANDS[command], config_path, overrides)
     directory = settings.run_directory
     whole = settings.model_dump(mode="json")
     bundle.check_written(whole)
     whole["cluster"]["address"] = None  # a job joins the cluster that it runs on, whatever was meant for this machine
     gathered = bundle.gather(whole, here)
-    staged = config.parse_as(COMMANDS[command], gathered.tree)
+    staged = loader.parse_as(COMMANDS[command], gathered.tree)
     from keel.jobs import Submission
 
     by = settings.cluster
     submission = Submission(
-        settings.run.name, directory, config.digest(staged), command, by.driver_cpus, by.driver_resources
+        settings.run.name, directory, loader.digest(staged), command, by.driver_cpus, by.driver_resources
     )
-    return submission, gathered, config.dump(staged)
+    return submission, gathered, loader.dump(staged)
 
 
 def logs(

@@ -22,7 +22,7 @@ from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
 from ray.job_submission import JobDetails
 
 from keel import __version__, bundle
-from keel.config import INTERRUPTED
+from keel.config.loader import INTERRUPTED
 from keel.errors import ConfigError
 from keel.job_server import Client, JobError
 from keel.text import last_line

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from keel import config, kubernetes
+from keel import kubernetes
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.kubernetes_plan import FOR_A_CLUSTER, Options
 
@@ -44,7 +45,7 @@ def kubernetes_manifests(
     output: Annotated[Path | None, typer.Option(help="file to write; default: standard output")] = None,
 ) -> None:
     """Print KubeRay manifests of a run, for `kubectl apply -f -`."""
-    settings = config.load(config_path, [*(overrides or []), *FOR_A_CLUSTER])
+    settings = loader.load(config_path, [*(overrides or []), *FOR_A_CLUSTER])
     largest = {
         "generators": max_generators,
         "reference": max_reference,

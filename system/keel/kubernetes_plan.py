@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Literal, Self
 
 from keel import __version__
-from keel.actor_settings import GeneratorSettings, WorkerSettings
+from keel.config.run import Settings
+from keel.config.workers import GeneratorSettings, WorkerSettings
 from keel.errors import ConfigError
-from keel.settings import Settings
 
 MOUNT = "/mnt/keel"
 FOR_A_CLUSTER = ("cluster.address=auto", "cluster.wait_for_nodes=true", "metrics.host=0.0.0.0")

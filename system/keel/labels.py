@@ -21,7 +21,7 @@ from scipy import special
 from keel import schema
 from keel.algorithms import elicitation
 from keel.algorithms.elicitation import Candidates
-from keel.stage_settings import LabelSettings, NoiseSettings
+from keel.config.stages import LabelSettings, NoiseSettings
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from keel import diagnostics, forward_contract, models, optimisation, schema, we
 from keel.algorithms import kinds
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
+from keel.config.run import Settings
 from keel.engine import Engine, join_gang
 from keel.errors import NotFinite
 from keel.forward_contract import Verdict
 from keel.networks import Critic, Learnable, Piece, Policy
 from keel.protocols import LoadReceipt, StepReport, Weights
-from keel.settings import Settings
 
 
 class DeepSpeedLearner:

@@ -21,9 +21,9 @@ from torch.nn.functional import logsigmoid
 
 from keel import batch as batching
 from keel import files, optimisation, reward_models, schema
+from keel.config.stages import RewardModelSettings
 from keel.engine import Engine, join_gang
 from keel.protocols import StepReport
-from keel.stage_settings import RewardModelSettings
 
 PAIR = pa.schema(
     [

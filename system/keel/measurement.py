@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import config, evaluate, files, schema
+from keel import evaluate, files, schema
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.occupancy import LEARNER, STAGES, STEPPING
 from keel.rates import ASSUMED_FIXED_RATIO, Rates, waves
-from keel.settings import Settings
 
 _MOST_KEPT = 200  # relative durations
 
@@ -71,7 +72,7 @@ def measured(runs: Sequence[Path]) -> Rates:
 
 
 def _see(directory: Path, seen: _Seen) -> None:
-    settings = config.load(config.stored_config(directory, f"--from {directory}", kind="an online run"))
+    settings = loader.load(loader.stored_config(directory, f"--from {directory}", kind="an online run"))
     lines = files.read_json_lines(directory / "metrics.jsonl")
     pairs = [pair for pair in pairwise(lines) if not _evaluates(settings, pair[1]["step"]) and not _begins(pair)]
     if not pairs:

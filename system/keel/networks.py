@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from keel import attention_masks
 from keel.algorithms import critics
 from keel.batch import MicroBatch
-from keel.objective_settings import CriticSettings
+from keel.config.objective import CriticSettings
 from keel.states_to_logits import logits_of
 
 Piece = Callable[[Tensor, int, int], Tensor]

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel import config, standing
+from keel import standing
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.terminal import console, errors
 
@@ -112,7 +113,7 @@ def _explain(run_directory: Path, last: int) -> dict[str, Any]:
     from keel import explain as explaining
     from keel import files
 
-    settings = config.load(config.stored_config(run_directory, f"RUN_DIR={run_directory}"))
+    settings = loader.load(loader.stored_config(run_directory, f"RUN_DIR={run_directory}"))
     try:
         lines = files.read_json_lines(run_directory / "metrics.jsonl")
         return dataclasses.asdict(explaining.explain(lines, settings.buffer.max_staleness, last))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from keel.actor_settings import LearnerSettings
+from keel.config.workers import LearnerSettings
 from keel.networks import Learnable
 
 

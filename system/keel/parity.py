@@ -7,9 +7,9 @@ the tokens that the version under training sampled itself: importance weights wo
 import math
 from collections.abc import Mapping
 
+from keel.config.run import Settings
 from keel.errors import KeelError
 from keel.parts import Observer
-from keel.settings import Settings
 
 PROMPTS = 8
 

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from keel import capacity
+from keel.config.run import Settings
 from keel.occupancy import LEARNER, STAGES
 from keel.rates import LearnerRates, Rates, StageRates, waves
-from keel.settings import Settings
 from keel.simulation import Shape, Simulation, Timeline
 
 WARM_UP_STEPS = 3

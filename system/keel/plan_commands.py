@@ -12,14 +12,15 @@ import typer
 import yaml
 from rich.table import Table
 
-from keel import capacity, config
+from keel import capacity
 from keel.capacity import configured
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.footprint import Footprint, footprints
 from keel.occupancy import LEARNER
 from keel.plan import Machine, Prediction, predict
 from keel.rates import Rates
-from keel.settings import Settings
 from keel.splits import Budget, best, of_cpus, of_gpus, ranked
 from keel.terminal import console, errors
 
@@ -52,7 +53,7 @@ def plan(
         raise ConfigError(f"--rates={rates_path}: --from is there, too; expected one of them")
     if save_rates and not save_rates.absolute().parent.is_dir():
         raise ConfigError(f"--save-rates={save_rates}: no such folder; expected one that is there")
-    settings = config.load(config_path, overrides or [])
+    settings = loader.load(config_path, overrides or [])
     late = [_with_staleness(settings, bound) for bound in staleness or [settings.buffer.max_staleness]]
     budgets = [_budget(each, gpus, cpus) for each in late]  # before minutes of measuring
     rates = _rates(settings, runs or [], rates_path, as_json)
@@ -73,7 +74,7 @@ def plan(
 
 def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: bool) -> Rates:
     if path:
-        return config.load_as(Rates, path)
+        return loader.load_as(Rates, path)
     if runs:
         from keel import measurement
 
@@ -111,7 +112,7 @@ def _budget(settings: Settings, gpus: int | None, cpus: int | None) -> Budget | 
 def _with_staleness(settings: Settings, bound: int) -> Settings:
     tree = settings.model_dump(mode="json")
     tree["buffer"]["max_staleness"] = bound
-    return config.parse(tree)
+    return loader.parse(tree)
 
 
 def _planned(settings: Settings, rates: Rates, machine: Machine, budget: Budget | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from keel.actor_settings import DeadlineSettings
+from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.losses import GONE, cause_of, own_fault, why
 from keel.parts import Observer

@@ -13,7 +13,6 @@ import yaml
 
 from keel import (
     checkpoint,
-    config,
     endpoint,
     forward_contract,
     http_rewards,
@@ -27,16 +26,17 @@ from keel import (
     tracking,
     user_code,
 )
-from keel.actor_settings import ClusterSettings
 from keel.algorithms import kinds
+from keel.config import loader
+from keel.config.base import Section
+from keel.config.rewards import RewardSettings
+from keel.config.run import Settings
+from keel.config.stages import COMMANDS, command_of
+from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
-from keel.reward_settings import RewardSettings
-from keel.section import Section
-from keel.settings import Settings
-from keel.stage_settings import COMMANDS, command_of
 from keel.stored import StoredCompletions
 from keel.text import one_line, printable
 
@@ -161,11 +161,11 @@ def check_directory(directory: Path, settings: Section) -> None:
     checkpoint.check_known(directory)
     if not stored.exists():
         return
-    if not isinstance(settings, COMMANDS[command := command_of(config.read(stored))]):
+    if not isinstance(settings, COMMANDS[command := command_of(loader.read(stored))]):
         raise ConfigError(f"run.directory={directory}: holds a run of keel {command}; expected another run.name")
-    other = config.digest(config.load_as(type(settings), stored))
-    if other != config.digest(settings):
-        changed = config.difference(yaml.safe_load(stored.read_text()), settings)
+    other = loader.digest(loader.load_as(type(settings), stored))
+    if other != loader.digest(settings):
+        changed = loader.difference(yaml.safe_load(stored.read_text()), settings)
         raise ConfigError(
             f"run.directory={directory}: holds a run with other settings ({changed}); expected another run.name"
         )

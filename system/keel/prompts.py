@@ -15,11 +15,11 @@ import xxhash
 
 from keel import schema, stored
 from keel.chat_text import ChatText
+from keel.config.prompts import PromptSettings
+from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.model_text import ModelText
-from keel.prompt_settings import PromptSettings
 from keel.row_columns import asked_columns
-from keel.settings import Settings
 from keel.sources import Row, read, wrong
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Fraction, Section
+from keel.config.base import Fraction, Section
 
 ASSUMED_FIXED_RATIO = {"generator": 0.5, "reference": 0.2, "scorer": 0.2, "learner": 0.2}
 """Decoding reads the weights once a token however many sequences there are; passes over whole sequences scale."""

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, evaluate, files, gang, references, schema
+from keel import checkpoint, cluster, evaluate, files, gang, references, schema
+from keel.config import loader
 from keel.explain import largest_share
 from keel.metrics import RunMetrics
 from keel.occupancy import Occupancy
@@ -145,7 +146,7 @@ class Recorder(Observer):
             "buffer": buffer,
             "objective": await self.learner.state(),
             "totals": self.metrics.totals,
-            "digest": config.digest(settings),
+            "digest": loader.digest(settings),
         }
         await asyncio.to_thread(checkpoint.commit, aside, state)  # it reads every file again
         checkpoint.prune(self.directory, settings.checkpoint.keep)

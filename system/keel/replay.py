@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, files, gang, preflight, reads, references, schema
+from keel import checkpoint, cluster, files, gang, preflight, reads, references, schema
+from keel.config import loader
 from keel.errors import ConfigError, NotFinite
 from keel.preflight import Prepared
 from keel.recorder import Display
@@ -36,8 +37,8 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
 
     Raises ConfigError for a step whose rows, or the rows between it and a checkpoint, are not there.
     """
-    stored = config.stored_config(run_directory, f"RUN_DIR={run_directory}", kind="an online run")
-    settings = config.load(stored, [f"run.directory={run_directory}", "metrics.port=0"])
+    stored = loader.stored_config(run_directory, f"RUN_DIR={run_directory}", kind="an online run")
+    settings = loader.load(stored, [f"run.directory={run_directory}", "metrics.port=0"])
     start = max((version for version in checkpoint.steps(run_directory) if version < step), default=0)
     rows = [_rows(run_directory, number, ("rollouts",)) for number in range(start + 1, step)]
     rows.append(_rows(run_directory, step, ("quarantine", "rollouts")))

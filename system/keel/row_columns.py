@@ -22,8 +22,8 @@ from typing import Any
 from uuid import UUID
 
 from keel import user_code
+from keel.config.rewards import RewardSettings
 from keel.errors import ConfigError
-from keel.reward_settings import RewardSettings
 
 _FLOAT, _BYTES = "keel.float", "keel.bytes"
 _DEEPEST = 100

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from keel import capacity, cluster, files
+from keel.config.run import Settings
 from keel.control import ControlLink
 from keel.controller import Controller, within
 from keel.errors import BufferLost
@@ -21,7 +22,6 @@ from keel.gang import Gang, room_for
 from keel.parts import Observer
 from keel.pool import Pool
 from keel.room import Room
-from keel.settings import Settings
 
 _POLL_SECONDS = 1.0
 Result = TypeVar("Result")

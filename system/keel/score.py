@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from keel import http_rewards, row_columns, schema, stored, user_code
-from keel.actor_settings import ReferenceSettings
 from keel.algorithms import elicitation
+from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.workers import ReferenceSettings
 from keel.layouts import ANSWERS
 from keel.protocols import LoadReceipt, StageReceipt
 from keel.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
-from keel.reward_settings import EnsembleSettings, RewardSettings
 
 Values = Sequence[float | None]
 Failure = str

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keel import layouts, user_code
+from keel.config.prompts import PromptSettings
 from keel.conversations import holds, turns
 from keel.errors import ConfigError
 from keel.layouts import ANSWERS, Layout
-from keel.prompt_settings import PromptSettings
 from keel.row_columns import Asked, Unreadable, is_json, no_columns, to_json
 
 _FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"

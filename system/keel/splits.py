@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from keel import capacity
+from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.occupancy import LEARNER
 from keel.plan import Prediction
 from keel.rates import Rates
-from keel.settings import Settings
 
 _ALL = 1500
 """Splits that are all tried."""

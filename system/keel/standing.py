@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, files, reads
+from keel import checkpoint, files, reads
+from keel.config import loader
+from keel.config.stages import command_of
 from keel.errors import ConfigError
-from keel.stage_settings import command_of
 
 
 def of(directory: Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def of(directory: Path) -> dict[str, Any]:
     `state`: live (a process works on it), ended, stopped (as it was asked to) or broken off; a number that the run has
     not written is null.
     """
-    tree = config.read(config.stored_config(directory, f"RUN_DIR={directory}"))
+    tree = loader.read(loader.stored_config(directory, f"RUN_DIR={directory}"))
     if not isinstance(tree.get("run"), dict) or "name" not in tree["run"]:
         raise ConfigError(f"RUN_DIR={directory}: its config.yaml is no run's own; expected the directory of a run")
     command = command_of(tree)

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from keel import config, files, standing
+from keel import files, standing
+from keel.config import loader
 from keel.errors import ConfigError, KeelError
 from keel.terminal import errors
 
@@ -24,7 +25,7 @@ class NotStopped(KeelError, RuntimeError):
 def stop(directory: Path) -> dict[str, Any]:
     """Where the run stands when it has ended. Raises ConfigError where none is alive, NotStopped."""
     found = _alive(directory)
-    by = config.load(directory / "config.yaml").deadlines
+    by = loader.load(directory / "config.yaml").deadlines
     _ask(directory)
     patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
     deadline = time.monotonic() + patience

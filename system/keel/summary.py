@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from keel import checkpoint, evaluate, frontier_picture
+from keel.config.run import Settings
 from keel.diagnostics import Estimate, per_completion
-from keel.settings import Settings
 from keel.terminal import from_here
 from keel.text import printable
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from keel import end_tokens, model_files
+from keel.config.base import Section
 from keel.end_tokens import EndTokens
 from keel.errors import ConfigError
 from keel.model_text import ModelText
 from keel.prompts import Prompts
-from keel.section import Section
 from keel.stored import StoredCompletions
 
 

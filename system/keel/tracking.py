@@ -20,13 +20,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from keel import config, errors, files
+from keel import errors, files
+from keel.config import loader
+from keel.config.run import Settings
+from keel.config.stages import StageSettings
+from keel.config.tracking import TrackingSettings
 from keel.errors import ConfigError
 from keel.metrics import RunMetrics
-from keel.settings import Settings
-from keel.stage_settings import StageSettings
 from keel.trackers import TRACKERS, Outcome, TrackedRun, Tracker
-from keel.tracking_settings import TrackingSettings
 
 QUEUE_JOBS = 256
 _FULL = f"{QUEUE_JOBS} steps wait for it already"
@@ -34,7 +35,7 @@ _INTERRUPTED_SECONDS = 5.0
 _LONGEST_NAME = 250  # MLflow's limit
 _FOREIGN = re.compile(r"[^A-Za-z0-9_.-]")
 _HIDDEN = re.compile(
-    rf"{config.SECRET}|(.*[_-])?(password|passwd|secret|credentials?|authorization|api[_-]?key|token)", re.IGNORECASE
+    rf"{loader.SECRET}|(.*[_-])?(password|passwd|secret|credentials?|authorization|api[_-]?key|token)", re.IGNORECASE
 )
 Job = Callable[[Tracker], None]
 
@@ -72,7 +73,7 @@ def configuration(settings: Settings | StageSettings) -> dict[str, Any]:
     Left out are the values of `headers`, of everything below a name such as `api_key` or `auth_token` (an own option
     of the user's may hold one), and passwords in URLs.
     """
-    leaves = config.leaves(settings.model_dump(mode="json"))
+    leaves = loader.leaves(settings.model_dump(mode="json"))
     return {_flat_name(path)[:_LONGEST_NAME]: _public(path, value) for path, value in leaves.items()}
 
 

@@ -32,7 +32,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, cluster, config, endpoint, files, gang, ledger, parity, references, scaling
+from keel import checkpoint, cluster, endpoint, files, gang, ledger, parity, references, scaling
+from keel.config import loader
+from keel.config.run import Settings
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.errors import BufferLost, BuildFailed, LearnerLost
@@ -42,7 +44,6 @@ from keel.pool import Pool
 from keel.preflight import Prepared
 from keel.recorder import Display, Recorder
 from keel.scaling import Scaling
-from keel.settings import Settings
 
 _STARTING = "starting Ray, generators, scorers, learner"
 _END_SECONDS = 20.0
@@ -86,7 +87,7 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
         if new:  # Ray first: what its cluster can never hold leaves nothing behind
             display.doing(_STARTING)
             display.note(ray.enter_context(cluster.joined(settings, counts)))
-        files.write(directory / "config.yaml", config.dump(settings).encode())
+        files.write(directory / "config.yaml", loader.dump(settings).encode())
         recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
         saved = _newest(recorder)
         if saved.over(settings):
@@ -283,7 +284,7 @@ def _end_on_signals() -> None:
     interrupt = own if callable(own) else signal.default_int_handler
 
     def end(number: int, frame: FrameType | None) -> None:
-        last_call = threading.Timer(_END_SECONDS, os._exit, [config.INTERRUPTED])
+        last_call = threading.Timer(_END_SECONDS, os._exit, [loader.INTERRUPTED])
         last_call.daemon = True
         last_call.start()
         for each in ending:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, config, metric_table, reads, schema
+from keel import checkpoint, metric_table, reads, schema
 from keel import files as atomic_files
 from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
+from keel.config import loader
+from keel.config.run import Settings
+from keel.config.stages import command_of
 from keel.errors import ConfigError
 from keel.evaluation_audit import audit_evaluations
-from keel.settings import Settings
-from keel.stage_settings import command_of
 
 _COUNTERS = [metric.name for metric in metric_table.TABLE if metric.kind == "counter"]
 _LABELLED = {metric.name for metric in metric_table.TABLE if metric.labels}
@@ -82,19 +83,19 @@ def _check(run_directory: Path) -> Report:
 
 def _settings(own: Audit) -> Settings | None:
     """Settings of the run; None, and a finding, where its file is damaged."""
-    path = config.stored_config(own.directory, f"RUN_DIR={own.directory}", kind="an online run")
+    path = loader.stored_config(own.directory, f"RUN_DIR={own.directory}", kind="an online run")
     try:
-        tree = config.read(path)
+        tree = loader.read(path)
         command = command_of(tree)
         online = command == "train" or (own.directory / "rollouts").is_dir()
-        settings = config.parse(tree) if online else None
+        settings = loader.parse(tree) if online else None
     except ConfigError as error:
         own.fault("config.yaml", "the resolved settings of the run, without which nothing else is checked", error)
         return None
     if settings is None:
         raise ConfigError(f"RUN_DIR={own.directory}: is of keel {command}; expected the directory of an online run")
     first = path.read_text(encoding="utf8").splitlines()[0]
-    own.test("config.yaml", "first line", config.dump(settings).splitlines()[0], first)
+    own.test("config.yaml", "first line", loader.dump(settings).splitlines()[0], first)
     return settings
 
 
@@ -174,7 +175,7 @@ def _checkpoints(
             state = checkpoint.read_state(path)
             buffer, totals = state["buffer"], _counters(state["totals"])
             own.test(f"{file}/state.json", "version", step, state["version"])
-            own.test(f"{file}/state.json", "digest of the settings", config.digest(settings), state["digest"])
+            own.test(f"{file}/state.json", "digest of the settings", loader.digest(settings), state["digest"])
             place = {"version": step, "taken": step * settings.buffer.groups_per_step}
             place |= {"next_ticket": last_of[step] + 1} if step in last_of else {}
             own.test(f"{file}/state.json", "buffer", place, {name: buffer[name] for name in place})

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from keel.actor_settings import DeadlineSettings, WorkerSettings
 from keel.capacity import bundles
+from keel.config.workers import DeadlineSettings, WorkerSettings
 from keel.errors import KeelError
 from keel.parts import Observer
 from keel.protocols import LoadReceipt

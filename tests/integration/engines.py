@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from keel import model_files, schema, weights
-from keel.actor_settings import GeneratorSettings
+from keel.config.workers import GeneratorSettings
 from keel.generate import VllmGenerator
 from keel.protocols import Sampling
 

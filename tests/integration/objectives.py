@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
-from keel.settings import Settings
+from keel.config.run import Settings
 
 
 class Poisoned(Objective):

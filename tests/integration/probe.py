@@ -10,8 +10,8 @@ import torch
 
 from keel.algorithms import kinds
 from keel.anchors import Anchors
+from keel.config.run import Settings
 from keel.learn import DeepSpeedLearner
-from keel.settings import Settings
 
 
 def meeting_point() -> tuple[str, int]:

@@ -11,13 +11,13 @@ import torch
 from test_learner import settings
 from torch import Tensor, nn
 
-from keel import config
+from keel.config import loader
+from keel.config.run import Settings
+from keel.config.stages import RewardModelSettings
 from keel.engine import Engine, join_gang
 from keel.errors import NotFinite
 from keel.learn import DeepSpeedLearner
 from keel.learn_reward import PAIR, RewardModelLearner
-from keel.settings import Settings
-from keel.stage_settings import RewardModelSettings
 
 
 class Rank:
@@ -74,7 +74,7 @@ class Rank:
     def refuse_pairs(self) -> tuple[str, bool, int]:
         """What a reward model's learner says of an infinite gradient on the last rank, whether all is as before, version."""
         tree = {"policy": {"model": "m"}, "prompts": {"source": "p"}, "learners": {"precision": "bf16", "threads": 1}}
-        learner = RewardModelLearner(config.parse_as(RewardModelSettings, tree), self.folder, 4, *self.place)
+        learner = RewardModelLearner(loader.parse_as(RewardModelSettings, tree), self.folder, 4, *self.place)
         learner.begin(0)
         rows = [[5, 6, 7], [8, 9], [10, 11], [12, 13, 14, 15]]
         pairs = {"tokens": rows, "second": [0] * 4, "margin": [0.0] * 4}

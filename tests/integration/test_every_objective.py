@@ -13,8 +13,9 @@ from arms import ARMS, CRITIC_ARMS
 from probe import Probe, meeting_point
 from test_learner import rollouts, settings
 
-from keel import cluster, config
-from keel.settings import Settings
+from keel import cluster
+from keel.config import loader
+from keel.config.run import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -23,13 +24,13 @@ def configured(arm: dict[str, Any], **learners: Any) -> Settings:
     tree = settings(**learners).model_dump(mode="json")
     tree["objective"] = {"correction": "none"} if "kind" not in arm["objective"] else {}
     blocks = {name: {**tree.get(name, {}), **arm[name]} if name == "objective" else arm[name] for name in arm}
-    return config.parse({**tree, **blocks, "regulariser": arm["regulariser"]})
+    return loader.parse({**tree, **blocks, "regulariser": arm["regulariser"]})
 
 
 @pytest.fixture(scope="module")
 def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """(flavour, ranks) -> Probe actors; made once each."""
-    folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find probe.py and this keel
+    folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find probe.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     cluster.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made: dict[tuple[str, int], list[Any]] = {}

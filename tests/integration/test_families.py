@@ -15,8 +15,9 @@ import yaml
 from commands import finish
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from keel import config, tiny
-from keel.stage_settings import SupervisedSettings
+from keel import tiny
+from keel.config import loader
+from keel.config.stages import SupervisedSettings
 from keel.stages import likelihood
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ def test_the_held_out_loss_of_sft_is_the_models_own(family: str, tmp_path: Path,
     code, out, err = finish(keel("sft", str(path)))
     assert code == 0, err
     first = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[0])
-    settings = config.load_as(SupervisedSettings, path)
+    settings = loader.load_as(SupervisedSettings, path)
     settings = settings.model_copy(
         update={"run": settings.run.model_copy(update={"directory": str(tmp_path / "other")})}
     )

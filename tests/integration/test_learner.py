@@ -13,9 +13,10 @@ import ray
 import torch
 from probe import meeting_point
 
-from keel import cluster, config, schema, weights
+from keel import cluster, schema, weights
+from keel.config import loader
+from keel.config.run import Settings
 from keel.learn import DeepSpeedLearner
-from keel.settings import Settings
 
 STEPS = 3
 RATE = 1e-2
@@ -31,7 +32,7 @@ def small_ray() -> Iterator[None]:
 
 
 def settings(**learners: Any) -> Settings:
-    return config.parse(
+    return loader.parse(
         {
             "policy": {"model": "unused"},
             "prompts": {"source": "unused", "max_tokens": 16},

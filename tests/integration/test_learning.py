@@ -15,12 +15,13 @@ import ray
 import yaml
 from arms import ARMS, CRITIC_ARMS
 
-from keel import cluster, config, doctor, gang, models
+from keel import cluster, doctor, gang, models
+from keel.config import loader
+from keel.config.run import Settings
 from keel.controller import Controller
 from keel.parts import Observer, Parts
 from keel.prompts import Prompts
 from keel.protocols import Sampling
-from keel.settings import Settings
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -62,7 +63,7 @@ class Stack:
         await asyncio.gather(self.generators.pool.ready(), *(scorer.pool.ready() for scorer in self.scorers))
 
     def settings(self, arm: dict[str, Any]) -> Settings:
-        return config.parse({**self.tree, **arm})
+        return loader.parse({**self.tree, **arm})
 
     async def train(self, name: str) -> list[float]:
         """Rewards of STEPS steps from the start model."""
@@ -97,7 +98,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     tree["rewards"] = [{"name": "low", "source": "rewards:share_of_low_ids"}]
     tree["learners"] |= {"learning_rate": 3e-3, "tokens_per_batch": 2048}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find rewards and this keel
+    folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find rewards and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     cluster.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made = Stack(folder, tree, tiny_model)

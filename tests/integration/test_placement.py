@@ -26,8 +26,8 @@ from test_pool import LIMITS, Log, Worker, ask
 
 import keel as package
 from keel import gang, generate, room
-from keel.actor_settings import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.capacity import bundles
+from keel.config.workers import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.pool import NoWorkers, Pool
 from keel.room import Room

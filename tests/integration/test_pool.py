@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from keel import cluster, gang
-from keel.actor_settings import DeadlineSettings, LearnerSettings, WorkerSettings
+from keel.config.workers import DeadlineSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, NotFinite, WorkerLost
 from keel.parts import Observer
 from keel.pool import NoWorkers, Pool

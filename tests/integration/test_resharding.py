@@ -15,9 +15,10 @@ from probe import meeting_point
 from rank import Rank
 from test_learner import rollouts, settings
 
-from keel import cluster, config
+from keel import cluster
+from keel.config import loader
+from keel.config.run import Settings
 from keel.errors import NotFinite
-from keel.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +47,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def gangs(tiny_model: Path) -> Iterator[dict[int, Ranks]]:
-    folders = [Path(__file__).parent, Path(config.__file__).parents[1]]  # where the actors find rank.py and this keel
+    folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find rank.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     cluster.embedded(num_cpus=4, object_store_memory=2**27, runtime_env=here)
     yield {ranks: Ranks(tiny_model, ranks) for ranks in (1, 2)}
@@ -59,7 +60,7 @@ def configured(arm: dict[str, Any] | None = None, **learners: Any) -> Settings:
     chosen["run"]["steps"] = 10
     if arm is not None:
         chosen |= {"objective": arm["objective"], "regulariser": arm["regulariser"]}
-    return config.parse(chosen)
+    return loader.parse(chosen)
 
 
 def same(one: Tensors, other: Tensors) -> bool:

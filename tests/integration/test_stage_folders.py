@@ -12,9 +12,9 @@ import torch
 from commands import RUN_SECONDS
 
 from keel import models, preflight, reward_models, tiny
+from keel.config.run import Settings
+from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.reward_models import ScoredText
-from keel.settings import Settings
-from keel.stage_settings import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.stages import evaluate, label, likelihood
 from keel.stages import reward as reward_stage
 

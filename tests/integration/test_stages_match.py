@@ -12,10 +12,11 @@ import ray
 import torch
 from torch.nn.functional import logsigmoid
 
-from keel import cluster, config, reward_models
+from keel import cluster, reward_models
+from keel.config import loader
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.gang import Gang, LearnerGang
 from keel.learn_reward import RewardModelLearner
-from keel.stage_settings import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.stages import likelihood, reward
 
 pytestmark = pytest.mark.slow
@@ -133,7 +134,7 @@ def test_supervised_steps_are_those_of_a_plain_loop(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tree = blocks(tmp_path, tiny_model, source, **learners)
-    prepared = likelihood.prepare(config.parse_as(SupervisedSettings, tree))
+    prepared = likelihood.prepare(loader.parse_as(SupervisedSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
     own = gang_losses(LearnerGang(prepared.learning, prepared.folder), batches, "loss")
 
@@ -158,7 +159,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     tree = blocks(tmp_path, tiny_model, source.with_name("pairs.jsonl"), packed_tokens=128)
     tree |= {"objective": {"kind": "preference", "loss": "dpo", "beta": 0.5}, "reference": {"dtype": "float32"}}
     monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "cache"))
-    prepared = likelihood.prepare(config.parse_as(PreferSettings, tree))
+    prepared = likelihood.prepare(loader.parse_as(PreferSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
@@ -207,7 +208,7 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
     tree = blocks(tmp_path, folder, source.with_name("pairs.jsonl"), count=ranks)
     tree["training"]["rows_per_step"] = 4
     tree |= {"margin": 0.2, "label_smoothing": 0.05, "centre_penalty": 0.01}
-    prepared = reward.prepare(config.parse_as(RewardModelSettings, tree))
+    prepared = reward.prepare(loader.parse_as(RewardModelSettings, tree))
     batches = [prepared.rows.step(version, member=0) for version in range(STEPS)]
     learner = Gang(RewardModelLearner, prepared.settings.learners, prepared.settings, prepared.folder, STEPS)
     own = gang_losses(learner, batches, "loss", member=0)

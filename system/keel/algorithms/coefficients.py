@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from keel.regulariser_settings import ControllerSettings
+from keel.config.regularizer import ControllerSettings
 
 
 @dataclass(frozen=True)

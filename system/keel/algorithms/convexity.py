@@ -23,8 +23,8 @@ from keel import schema
 from keel.algorithms import advantages
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
-from keel.objective_settings import LogitsConvexitySettings
-from keel.settings import Settings
+from keel.config.objective import LogitsConvexitySettings
+from keel.config.run import Settings
 
 
 def distance(logits: Tensor, target: Tensor, form: str) -> Tensor:

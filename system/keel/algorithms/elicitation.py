@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keel.algorithms.advantages import vary
-from keel.objective_settings import PairSettings
+from keel.config.objective import PairSettings
 
 
 def combine(

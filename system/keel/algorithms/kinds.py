@@ -6,9 +6,9 @@ from keel.algorithms.objective import Build, Objective
 from keel.algorithms.policy_gradient import PolicyGradient
 from keel.algorithms.preferences import Preference
 from keel.algorithms.weighting import WeightedLikelihood
+from keel.config.objective import CustomObjectiveSettings
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.objective_settings import CustomObjectiveSettings
-from keel.settings import Settings
 from keel.text import one_line
 
 OBJECTIVES: dict[str, Build] = {

@@ -23,7 +23,7 @@ from keel.algorithms import advantages, coefficients, regularisers
 from keel.algorithms.coefficients import Observation
 from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
 from keel.algorithms.shaping import shape
-from keel.settings import Settings
+from keel.config.run import Settings
 
 
 class Objective:

@@ -23,9 +23,9 @@ from keel import schema, user_code
 from keel.algorithms import advantages, critics, regularisers
 from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.config.objective import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.objective_settings import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
-from keel.settings import Settings
 from keel.text import one_line
 
 _WHITENED = {"reinforce_pp": "population", "reinforce_pp_baseline": "population", "gae": "sample"}

@@ -26,8 +26,8 @@ from keel.algorithms.advantages import vary
 from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.elicitation import Candidates, Pairs
 from keel.algorithms.objective import Objective, finished
-from keel.objective_settings import PreferenceSettings
-from keel.settings import Settings
+from keel.config.objective import PreferenceSettings
+from keel.config.run import Settings
 
 
 @dataclass(frozen=True)

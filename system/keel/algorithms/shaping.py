@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keel.reward_settings import ShapingSettings
+from keel.config.rewards import ShapingSettings
 
 
 def shape(

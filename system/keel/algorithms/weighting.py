@@ -19,8 +19,8 @@ from keel import schema
 from keel.algorithms import advantages, elicitation
 from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.objective import Objective
-from keel.objective_settings import WeightedLikelihoodSettings
-from keel.settings import Settings
+from keel.config.objective import WeightedLikelihoodSettings
+from keel.config.run import Settings
 
 
 def chi2(x: np.ndarray) -> np.ndarray:

@@ -19,14 +19,15 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, config, endpoint, files
+from keel import checkpoint, cluster, endpoint, files
+from keel.config import loader
+from keel.config.run import Settings
+from keel.config.stages import StageSettings
 from keel.controller import Stalled
 from keel.errors import ConfigError
 from keel.gang import Gang
 from keel.metrics import RunMetrics
 from keel.recorder import Display
-from keel.settings import Settings
-from keel.stage_settings import StageSettings
 from keel.tracking import Tracking
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
@@ -130,7 +131,7 @@ def conduct(
 def _conduct(
     settings: StageSettings, directory: Path, online: Settings, train: Train, display: Display, started: float
 ) -> dict[str, Any]:
-    files.write(directory / "config.yaml", config.dump(settings).encode())
+    files.write(directory / "config.yaml", loader.dump(settings).encode())
     metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")

@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 
 from keel import cluster, evaluation_report, files, forward_contract, models, preflight, schema, text_checks
+from keel.config.run import Settings
 from keel.conversations import turns
 from keel.errors import ConfigError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
-from keel.settings import Settings
 from keel.stages import sampled
 from keel.stored import StoredCompletions
 

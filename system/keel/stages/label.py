@@ -16,14 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, config, forward_contract, labels, models, preflight, reads, schema, text_checks
+from keel import cluster, forward_contract, labels, models, preflight, reads, schema, text_checks
 from keel import files as atomic_files
+from keel.config import loader
+from keel.config.run import Settings
+from keel.config.stages import LabelSettings
 from keel.errors import ConfigError, KeelError
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
-from keel.settings import Settings
-from keel.stage_settings import LabelSettings
 from keel.stages import course, sampled
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
@@ -124,7 +125,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 
 def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
-    atomic_files.write(directory / "config.yaml", config.dump(settings).encode())
+    atomic_files.write(directory / "config.yaml", loader.dump(settings).encode())
     for line in prepared.notes:
         display.note(line)
     display.note(cluster.connect(prepared.sampling))

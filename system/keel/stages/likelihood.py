@@ -14,10 +14,10 @@ import pyarrow as pa
 
 from keel import endpoint, gang, models, preflight, progress, text_checks, tracking
 from keel.algorithms import kinds
+from keel.config.run import Settings
+from keel.config.stages import PreferSettings, SupervisedSettings
 from keel.metrics import RunMetrics
 from keel.recorder import Display
-from keel.settings import Settings
-from keel.stage_settings import PreferSettings, SupervisedSettings
 from keel.stages import course
 from keel.stages.course import Course, Recorder
 from keel.stages.reference_logprobs import ReferenceLogprobs

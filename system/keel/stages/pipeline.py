@@ -21,12 +21,13 @@ from typing import Any
 import xxhash
 from rich.console import Console
 
-from keel import __version__, checkpoint, config
+from keel import __version__, checkpoint
 from keel import files as atomic_files
+from keel.config import loader
+from keel.config.base import Section
+from keel.config.pipeline import PipelineSettings, StageEntry
+from keel.config.stages import COMMANDS
 from keel.errors import ConfigError, KeelError
-from keel.pipeline_settings import PipelineSettings, StageEntry
-from keel.section import Section
-from keel.stage_settings import COMMANDS
 from keel.terminal import from_here
 
 _NOT_CONTENT = {"metrics", "tracking", "cluster", "deadlines"}
@@ -76,7 +77,7 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         file = path.parent / entry.config
         overrides = [f"{key}={_written(value)}" for key, value in changes.items()]
         try:
-            resolved = config.load_as(COMMANDS[entry.command], file, overrides)
+            resolved = loader.load_as(COMMANDS[entry.command], file, overrides)
         except ConfigError as error:
             raise ConfigError(f"stages.{entry.name} ({entry.config}): {error}") from None
         model = _filled(entry.model, places)

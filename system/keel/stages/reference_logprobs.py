@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 import xxhash
 
 from keel import cluster, files, model_files, models, reads, schema
+from keel.config.run import Settings
 from keel.failures import retrying
 from keel.recorder import Display
-from keel.settings import Settings
 from keel.stages import sampled
 from keel.stages.rows import OfflineRows
 

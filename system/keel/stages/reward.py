@@ -35,17 +35,17 @@ from keel import (
     text_checks,
     tracking,
 )
+from keel.config.prompts import PromptSettings
+from keel.config.rewards import RewardSettings
+from keel.config.stages import RewardModelSettings
 from keel.errors import ConfigError
 from keel.learn_reward import PAIR, RewardModelLearner
 from keel.metrics import RunMetrics
-from keel.prompt_settings import PromptSettings
 from keel.recorder import Display
 from keel.reward_functions import describe
 from keel.reward_models import RewardText, ScoredText
-from keel.reward_settings import RewardSettings
 from keel.row_columns import from_json
 from keel.sources import Row
-from keel.stage_settings import RewardModelSettings
 from keel.stages import course, sampled
 from keel.stages.course import Course, Recorder
 from keel.stages.rows import digest_of, usable_rows

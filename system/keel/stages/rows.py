@@ -13,12 +13,12 @@ import pyarrow as pa
 import xxhash
 
 from keel import schema, sources, stored
+from keel.config.run import Settings
+from keel.config.stages import CompletionSettings
 from keel.errors import ConfigError
 from keel.prompts import Prompts, require_template
 from keel.protocols import Sampling
-from keel.settings import Settings
 from keel.sources import Row
-from keel.stage_settings import CompletionSettings
 from keel.stored import StoredCompletions
 
 COMPLETION = pa.schema(

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from keel import cluster, schema
+from keel.config.run import Settings
 from keel.failures import retrying
 from keel.protocols import Batch, Sampling
 from keel.recorder import Display
-from keel.settings import Settings
 
 
 class Samplers:

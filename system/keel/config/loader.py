@@ -16,9 +16,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from keel.config.base import Section
+from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.section import Section
-from keel.settings import Settings
 
 Model = TypeVar("Model", bound=Section)
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from keel.section import Fraction, Options, Section, Source, one_of
+from keel.config.base import Fraction, Options, Section, Source, one_of
 
 GROUP_ADVANTAGES = ("rloo", "group_mean", "grpo", "dr_grpo")
 RETURN_ADVANTAGES = ("none", "reinforce_pp", "reinforce_pp_baseline", "gae", "value_baseline")

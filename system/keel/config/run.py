@@ -8,7 +8,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.actor_settings import (
+from keel.config.base import Fraction, Seconds, Section
+from keel.config.monitoring import MetricsSettings
+from keel.config.objective import LogitsConvexitySettings, ObjectiveSettings, PolicyGradientSettings, PreferenceSettings
+from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
+from keel.config.regularizer import RegulariserSettings
+from keel.config.rewards import EnsembleSettings, RewardSettings, ShapingSettings
+from keel.config.tracking import TrackingSettings
+from keel.config.workers import (
     BufferSettings,
     ClusterSettings,
     DeadlineSettings,
@@ -17,18 +24,6 @@ from keel.actor_settings import (
     ReferenceSettings,
     WorkerSettings,
 )
-from keel.metrics_settings import MetricsSettings
-from keel.objective_settings import (
-    LogitsConvexitySettings,
-    ObjectiveSettings,
-    PolicyGradientSettings,
-    PreferenceSettings,
-)
-from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
-from keel.regulariser_settings import RegulariserSettings
-from keel.reward_settings import EnsembleSettings, RewardSettings, ShapingSettings
-from keel.section import Fraction, Seconds, Section
-from keel.tracking_settings import TrackingSettings
 
 
 class RunIdentity(Section):

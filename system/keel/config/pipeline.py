@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Options, Section
+from keel.config.base import Options, Section
 
 
 class StageEntry(Section):

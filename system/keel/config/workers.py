@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Fraction, Seconds, Section
+from keel.config.base import Fraction, Seconds, Section
 
 
 class BufferSettings(Section):

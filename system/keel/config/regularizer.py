@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from keel.section import Section, Source
+from keel.config.base import Section, Source
 
 _GRADIENTS = {
     ("reward", "k2"): "its expected gradient is not that of any KL",

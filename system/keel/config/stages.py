@@ -9,16 +9,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from keel.actor_settings import (
-    BufferSettings,
-    ClusterSettings,
-    DeadlineSettings,
-    GeneratorSettings,
-    LearnerSettings,
-    ReferenceSettings,
-    WorkerSettings,
-)
-from keel.course_settings import (
+from keel.config.base import Section
+from keel.config.monitoring import MetricsSettings
+from keel.config.objective import PairSettings, PreferenceSettings
+from keel.config.offline import (
     CentreSettings,
     CompletionSettings,
     LabelRun,
@@ -28,14 +22,20 @@ from keel.course_settings import (
     TextSettings,
     TrainingSettings,
 )
-from keel.metrics_settings import MetricsSettings
-from keel.objective_settings import PairSettings, PreferenceSettings
-from keel.prompt_settings import PolicySettings, PromptSettings, SamplingSettings
-from keel.regulariser_settings import RegulariserSettings
-from keel.reward_settings import RewardSettings
-from keel.section import Section
-from keel.settings import FailureSettings, RunIdentity, Settings
-from keel.tracking_settings import TrackingSettings
+from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
+from keel.config.regularizer import RegulariserSettings
+from keel.config.rewards import RewardSettings
+from keel.config.run import FailureSettings, RunIdentity, Settings
+from keel.config.tracking import TrackingSettings
+from keel.config.workers import (
+    BufferSettings,
+    ClusterSettings,
+    DeadlineSettings,
+    GeneratorSettings,
+    LearnerSettings,
+    ReferenceSettings,
+    WorkerSettings,
+)
 
 
 class StageSettings(Section):

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Fraction, Section
-from keel.settings import CheckpointSettings, RunIdentity
+from keel.config.base import Fraction, Section
+from keel.config.run import CheckpointSettings, RunIdentity
 
 
 class CompletionSettings(Section):

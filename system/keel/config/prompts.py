@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel.section import Fraction, Options, Section, TemplateOptions
+from keel.config.base import Fraction, Options, Section, TemplateOptions
 
 
 class PolicySettings(Section):

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.section import Seconds, Section, TemplateOptions
+from keel.config.base import Seconds, Section, TemplateOptions
 
 ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _SECRET = re.compile(rf"([A-Za-z]{{1,10}} )?{ENVIRONMENT.pattern}")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from keel.section import Seconds, Section
+from keel.config.base import Seconds, Section
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
