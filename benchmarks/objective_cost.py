@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     arguments = parser.parse_args()
     from keel import models
-    from keel.algorithms import kinds
+    from keel.algorithms import registry
     from keel.anchors import Anchors
     from keel.learn import DeepSpeedLearner
 
@@ -106,7 +106,7 @@ def main() -> None:
             if flavour not in learners:
                 learners[flavour] = DeepSpeedLearner(chosen, folder, {}, 0, 1, "127.0.0.1", 29_600 + len(learners))
             learner = learners[flavour]
-            learner.settings, learner.objective = chosen, kinds.build(chosen)
+            learner.settings, learner.objective = chosen, registry.build(chosen)
             learner._anchors = Anchors(learner.objective.vocabulary, learner._folder_of, "bfloat16", learner.device)
             started = time.monotonic()
             learner.step(batch)

@@ -9,9 +9,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from keel.algorithms import critics, kinds
-from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows
+from keel.algorithms import critics, registry
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows
 from keel.anchors import FrozenView, vocabulary_piece
 from keel.config import loader
 from keel.networks import TokenLogprobs
@@ -36,7 +36,7 @@ def tree(**blocks: Any) -> dict[str, Any]:
 
 
 def objective(**blocks: Any) -> Objective:
-    return kinds.build(loader.parse(tree(**blocks)))
+    return registry.build(loader.parse(tree(**blocks)))
 
 
 def rollout(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keel import schema
-from keel.algorithms import advantages, regularisers
+from keel.algorithms import advantages, regularizers
 
 SCORES = np.array([1.0, 2.0, 5.0, 8.0])
 KL = np.array([2.0, 1.0, 4.0, 3.0])
@@ -33,11 +33,11 @@ def test_entropy_in_the_reward() -> None:
     """-S = [1.5, 2.4, .7, .8], alpha .1; log-probs after the end of a completion do not exist, so nothing leaks."""
     lengths = np.array([2, 3, 1, 4])
     logprobs = -np.concatenate([np.full(n, total / n) for n, total in zip(lengths, [1.5, 2.4, 0.7, 0.8], strict=True)])
-    terms = regularisers.entropy_reward("sequence_sum", logprobs, lengths)
+    terms = regularizers.entropy_reward("sequence_sum", logprobs, lengths)
     reward = SCORES + 0.1 * schema.row_sums(terms, lengths)
     assert reward == pytest.approx([1.15, 2.24, 5.07, 8.08], abs=1e-9)
     assert advantages.rloo(reward) == pytest.approx([-3.98, -2.5266666667, 1.2466666667, 5.26], abs=1e-9)
-    means = schema.row_sums(regularisers.entropy_reward("sequence_mean_naive", logprobs, lengths), lengths)
+    means = schema.row_sums(regularizers.entropy_reward("sequence_mean_naive", logprobs, lengths), lengths)
     assert means == pytest.approx([0.75, 0.8, 0.7, 0.2], abs=1e-9)
 
 
@@ -78,14 +78,14 @@ def expectation_gradient(loss_of_action: object) -> list[float]:
 
 
 def test_k2_in_the_loss_has_the_gradient_of_the_kl() -> None:
-    assert expectation_gradient(regularisers.kl_k2) == pytest.approx(GRADIENT_OF_KL, abs=1e-9)
+    assert expectation_gradient(regularizers.kl_k2) == pytest.approx(GRADIENT_OF_KL, abs=1e-9)
 
 
 def test_k1_in_the_reward_has_the_gradient_of_the_kl() -> None:
     """The policy-gradient loss of a detached penalty: -(-k1) log pi."""
 
     def surrogate(log_p: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        penalty = regularisers.sequence_kl(log_p.detach().numpy(), reference.numpy(), np.ones(3, int))
+        penalty = regularizers.sequence_kl(log_p.detach().numpy(), reference.numpy(), np.ones(3, int))
         return torch.from_numpy(penalty) * log_p
 
     assert expectation_gradient(surrogate) == pytest.approx(GRADIENT_OF_KL, abs=1e-9)
@@ -93,12 +93,12 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl() -> None:
 
 def test_k3_estimates_the_kl() -> None:
     log_p, reference = LOGITS.log_softmax(-1), REFERENCE.log_softmax(-1)
-    k3 = regularisers.token_k3(log_p.numpy(), reference.numpy())
+    k3 = regularizers.token_k3(log_p.numpy(), reference.numpy())
     assert (k3 >= 0).all()
     assert float((log_p.exp().numpy() * k3).sum()) == pytest.approx(0.1176064084, abs=1e-9)
-    k1 = regularisers.sequence_kl(log_p.numpy(), reference.numpy(), np.ones(3, int))
+    k1 = regularizers.sequence_kl(log_p.numpy(), reference.numpy(), np.ones(3, int))
     assert float((log_p.exp().numpy() * k1).sum()) == pytest.approx(0.1176064084, abs=1e-9)
-    assert np.isfinite(regularisers.token_k3(np.array([-500.0]), np.array([0.0]))).all()
+    assert np.isfinite(regularizers.token_k3(np.array([-500.0]), np.array([0.0]))).all()
 
 
 def two_step_tree() -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -117,7 +117,7 @@ def test_the_entropy_reward_has_the_whole_gradient_and_the_bonus_only_its_first_
     totals = torch.stack([one + two for one, two in paths])
     flat = np.array([[one.item(), two.item()] for one, two in paths]).ravel()
     lengths = np.full(4, 2)
-    reward = torch.from_numpy(schema.row_sums(regularisers.entropy_reward("sequence_sum", flat, lengths), lengths))
+    reward = torch.from_numpy(schema.row_sums(regularizers.entropy_reward("sequence_sum", flat, lengths), lengths))
     objective = (totals.exp().detach() * reward * totals).sum()
     (whole,) = torch.autograd.grad(objective, parameters, retain_graph=True)
     assert whole.tolist() == pytest.approx([0.2953666094, -0.0990803539], abs=1e-9)

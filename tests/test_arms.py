@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from keel import diagnostics
-from keel.algorithms.credit import Measured
 from keel.algorithms.policy_gradient import PolicyGradient
+from keel.algorithms.types import Measured
 from keel.config import loader
 from rollouts import generated, prompts, referenced, scored
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel.algorithms.credit import Credit, Measured
+from keel.algorithms.types import Credit, Measured
 from keel.config import loader
 from keel.errors import ConfigError
 from tabular import objective, rollout, tree

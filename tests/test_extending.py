@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from keel import preflight, schema, score
-from keel.algorithms import advantages, kinds
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
+from keel.algorithms import advantages, registry
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
@@ -134,7 +134,7 @@ def test_an_unknown_answer_is_a_failed_sample() -> None:
 
 def test_the_advantage() -> None:
     """Rewards 0, .1, .2 of each prompt: minus the median, -.1, 0, .1, for every token of the completion."""
-    own = kinds.build(settings(BLOCKS["my_advantages"]))
+    own = registry.build(settings(BLOCKS["my_advantages"]))
     credit = own.credited(STEP, Measured())
     assert credit.advantages == pytest.approx(np.repeat([-0.1, 0.0, 0.1] * 3, LENGTHS), abs=1e-6)
     rows = rows_of(STEP, credit)
@@ -146,7 +146,7 @@ def test_the_advantage() -> None:
 
 def test_the_advantage_sees_regularised_rewards_and_groups_of_any_size() -> None:
     """KL is 0.1 a token: scores 0.1 sample - 0.05 * 0.1 |y|. One sample of the first prompt is missing."""
-    own = kinds.build(settings(BLOCKS["my_advantages"], {"regulariser": {"kl": {"coefficient": 0.05}}}))
+    own = registry.build(settings(BLOCKS["my_advantages"], {"regulariser": {"kl": {"coefficient": 0.05}}}))
     batch = schema.select(STEP, np.arange(9) != 1)
     lengths = schema.lengths(batch, "completion_tokens")
     scores = batch.column("reward").to_numpy().astype(np.float64) - 0.005 * lengths
@@ -157,7 +157,7 @@ def test_the_advantage_sees_regularised_rewards_and_groups_of_any_size() -> None
 
 def test_the_term_of_the_reward() -> None:
     """R + 0.1 * mean log ref enters the baseline of rloo; the metric is the mean of the term."""
-    own = kinds.build(settings(BLOCKS["my_terms"]))
+    own = registry.build(settings(BLOCKS["my_terms"]))
     fluency = np.array([np.mean(row) for row in STEP.column("reference_logprobs").to_pylist()])
     credit = own.credited(STEP, Measured())
     expected = advantages.by_ticket(advantages.rloo, REWARDS + 0.1 * fluency, TICKETS)
@@ -177,7 +177,7 @@ def test_the_term_of_the_reward() -> None:
 def test_the_term_of_the_loss(reduction: str, expected: float) -> None:
     """Policy 0.2 nats above the sampler everywhere: 0.05 * 0.02 a token, reduced like the surrogate, added to it."""
     by_reduction = {"objective": {"reduction": reduction}}
-    with_term, without = (kinds.build(settings(*blocks, by_reduction)) for blocks in ([BLOCKS["my_terms"]], []))
+    with_term, without = (registry.build(settings(*blocks, by_reduction)) for blocks in ([BLOCKS["my_terms"]], []))
     credit = with_term.weigh(STEP, Measured())
     rows = rows_of(STEP, credit)
     new = outputs(rows, 0.2)
@@ -189,7 +189,7 @@ def test_the_term_of_the_loss(reduction: str, expected: float) -> None:
 
 
 def tapered(*blocks: dict[str, Any]) -> Objective:
-    return kinds.build(settings(BLOCKS["my_objectives"], *blocks))
+    return registry.build(settings(BLOCKS["my_objectives"], *blocks))
 
 
 def test_the_objective_weighs() -> None:
@@ -304,7 +304,7 @@ def test_a_wrong_name_is_refused_and_names_the_setting(setting: str, source: str
         if setting.startswith("rewards"):
             preflight.check_reward_source(by.rewards[0], setting)
         else:
-            kinds.build(by)
+            registry.build(by)
     assert str(caught.value) == f"{setting}={source}: {reason}"
 
 
@@ -319,18 +319,18 @@ def test_a_source_without_a_colon_is_refused_by_the_configuration(setting: str) 
 def test_a_class_that_is_no_objective_is_refused(name: str) -> None:
     by = settings({"objective": {"kind": "custom", "source": f"my_mistakes:{name}"}})
     with pytest.raises(ConfigError, match=rf"^objective\.source=my_mistakes:{name}: not a class derived from "):
-        kinds.build(by)
+        registry.build(by)
 
 
 @pytest.mark.parametrize("name", ["one_short", "not_finite"])
 def test_an_advantage_that_does_not_fit_the_rows_is_refused(name: str) -> None:
     """Before Ray starts: the function is called once when the objective is built."""
     with pytest.raises(ConfigError, match=rf"objective\.advantage=my_mistakes:{name}: .*expected 3 finite numbers"):
-        kinds.build(settings({"objective": {"advantage": f"my_mistakes:{name}"}}))
+        registry.build(settings({"objective": {"advantage": f"my_mistakes:{name}"}}))
 
 
 def test_a_term_of_the_reward_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short_term.py").write_text("def term(batch):\n    return [0.0]\n", encoding="utf8")
     by = {"regulariser": {"terms": [{"name": "mine", "source": "short_term:term"}]}}
     with pytest.raises(ValueError, match="regulariser term mine: expected 9 finite numbers"):
-        kinds.build(settings(by)).weigh(STEP, Measured())
+        registry.build(settings(by)).weigh(STEP, Measured())

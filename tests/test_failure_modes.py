@@ -16,8 +16,8 @@ import pytest
 import torch
 from scipy import optimize
 
-from keel.algorithms import kinds
-from keel.algorithms.credit import Measured, Outputs, Rows
+from keel.algorithms import registry
+from keel.algorithms.types import Measured, Outputs, Rows
 from keel.anchors import FrozenView, vocabulary_piece
 from keel.config import loader
 from test_arms import GOLD, OPTIMA, PROXY, REFERENCE, optimum
@@ -58,7 +58,7 @@ def trained(arm: str, temperature: float) -> np.ndarray:
         "regulariser": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
-    own = kinds.build(loader.parse(tree))
+    own = registry.build(loader.parse(tree))
     logits = torch.tensor(np.log(REFERENCE)).requires_grad_()
     optimizer = torch.optim.Adam([logits], betas=(0.9, 0.9), eps=1e-30)
     places, ones = torch.arange(N), torch.ones(N, dtype=torch.float64)
@@ -175,7 +175,7 @@ def chain_objective(arm: str, temperature: float, **objective: Any) -> Any:
         "regulariser": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
-    return kinds.build(loader.parse(tree))
+    return registry.build(loader.parse(tree))
 
 
 def chain_loss(built: Any, logits: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from keel.algorithms.credit import Credit, Measured
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured
 from tabular import (
     CASES,
     PREFERENCE,

@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import Run, settings_for
 from keel import diagnostics, learn, metric_table, schema, user_code
-from keel.algorithms import kinds
-from keel.algorithms.credit import Measured, Outputs, Rows, labelled
+from keel.algorithms import registry
+from keel.algorithms.types import Measured, Outputs, Rows, labelled
 from keel.metric_table import PREFIX, TABLE
 from keel.metrics import RunMetrics
 from rollouts import generated, prompts, referenced, scored
@@ -140,7 +140,7 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     sampler, lengths = schema.ragged(batch, "completion_logprobs")
     names = set(diagnostics.summarise(batch))
     for blocks in EVERYTHING:
-        objective = kinds.build(settings_for(**blocks))
+        objective = registry.build(settings_for(**blocks))
         values = np.zeros((len(sampler), len(objective.heads)))
         credit = objective.credited(batch, Measured(sampler, values))
         rows = Rows(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from keel import buffer, schema
-from keel.algorithms import advantages, critics, elicitation, weighting
-from keel.algorithms.credit import Measured
+from keel.algorithms import advantages, critics, pair_selection, weighted_likelihood
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Measured
 from keel.config.objective import PairSettings
 from rollouts import generated, prompts, scored
 from tabular import objective, rollout
@@ -161,7 +161,7 @@ def test_explained_variance_of_constant_targets_is_zero() -> None:
 @pytest.mark.parametrize("rewards", SAME.values(), ids=SAME)
 def test_equal_rewards_have_equal_weights(form: str, rewards: np.ndarray) -> None:
     """Also at a temperature that would make much of the rounding."""
-    assert weighting.divergence_weights(rewards, form, 1e-9).tolist() == [1.0] * 8
+    assert weighted_likelihood.divergence_weights(rewards, form, 1e-9).tolist() == [1.0] * 8
 
 
 @pytest.mark.parametrize("weights", ["kl", "chi2", "soft_chi2", "rejection", "uniform"])
@@ -190,7 +190,7 @@ def test_a_ranking_leaves_out_what_differs_by_rounding() -> None:
 
 def test_members_without_an_opinion_are_centred_to_nothing() -> None:
     members = np.array([nearly(1 / 3)[:4], [1.0, np.nan, 3.0, 2.0], [np.nan] * 4])
-    result = elicitation.centre(members, np.zeros(4))
+    result = pair_selection.centre(members, np.zeros(4))
     assert result[0].tolist() == [0.0] * 4
     assert result[1] == pytest.approx([-1.0, np.nan, 1.0, 0.0], nan_ok=True)
     assert np.isnan(result[2]).all()
@@ -254,7 +254,7 @@ def test_with_an_entropy_advantage_that_weighs_something_tokens_are_whitened(coe
 
 def value_of_kl(built: Objective, lengths: list[int]) -> float:
     """kl_loss_nats at x = log pi - log ref = 1 for every token of the first completion, 2 for the others."""
-    from keel.algorithms.credit import Credit, Outputs, Rows
+    from keel.algorithms.types import Credit, Outputs, Rows
 
     log_ratios = torch.repeat_interleave(
         torch.tensor([1.0, *[2.0] * (len(lengths) - 1)]), torch.tensor(lengths)
@@ -314,11 +314,11 @@ def test_kl_in_the_loss_weighs_a_token_as_the_objective_does(blocks: dict[str, A
 def test_pairs_of_one_prompt_know_their_margin() -> None:
     """What differs by more than rounding is a pair, however small the difference."""
     rewards = np.array([1e-6, 2e-6])
-    seen = elicitation.Candidates(
+    seen = pair_selection.Candidates(
         tickets=np.zeros(2), seeds=np.zeros(2, int), rewards=rewards, judged=rewards, lengths=np.ones(2),
         finished=np.ones(2, bool), members=rewards[None],
     )  # fmt: skip
-    assert elicitation.select(PairSettings(), seen).chosen.tolist() == [1]
+    assert pair_selection.select(PairSettings(), seen).chosen.tolist() == [1]
 
 
 def test_stored_and_given_completions_are_not_sampled() -> None:

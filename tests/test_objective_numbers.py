@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel.algorithms import critics, elicitation
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
-from keel.algorithms.elicitation import CHOICES, Candidates
-from keel.algorithms.regularisers import ExactKL
+from keel.algorithms import critics, pair_selection
+from keel.algorithms.pair_selection import CHOICES, Candidates
+from keel.algorithms.regularizers import ExactKL
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.batch import Budget
 from keel.config.objective import PairSettings
 from tabular import CASES, case, heads, objective, rollout, table, weigh
@@ -360,22 +360,22 @@ def candidates(rewards: list[float], judged: list[float] | None = None, **more: 
 def test_a_pair_needs_more_than_the_margin(margin: float, kept: bool) -> None:
     """Rewards 1 apart; at the margin itself it is a tie."""
     for rewards in ([1.0, 2.0], [2.0, 1.0]):
-        found = elicitation.select(PairSettings(min_margin=margin), candidates(rewards))
+        found = pair_selection.select(PairSettings(min_margin=margin), candidates(rewards))
         best = int(np.argmax(rewards))
         assert (found.chosen.tolist(), found.rejected.tolist()) == (([best], [1 - best]) if kept else ([], []))
         assert found.dropped == ({} if kept else {"tie": 1}) and found.metrics == {"pairs": float(kept)}
 
 
 def test_the_judge_orders_what_the_reward_selected() -> None:
-    found = elicitation.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, 1.0, 2.0]))
+    found = pair_selection.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, 1.0, 2.0]))
     assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [1])
-    lost = elicitation.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, np.nan, 2.0]))
+    lost = pair_selection.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, np.nan, 2.0]))
     assert lost.dropped == {"unjudged": 1} and len(lost.chosen) == 0
 
 
 def test_the_length_penalty_counts_for_the_selection_alone() -> None:
     """Rewards 3, 2, 0 of 9, 1 and 1 tokens: at .5 a token the long one is the worst, and still wins its pair."""
-    found = elicitation.select(
+    found = pair_selection.select(
         PairSettings(length_penalty=0.5), candidates([3.0, 2.0, 0.0], lengths=np.array([9, 1, 1]))
     )
     assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [1])
@@ -383,11 +383,11 @@ def test_the_length_penalty_counts_for_the_selection_alone() -> None:
 
 def test_completions_that_did_not_end_are_left_out_where_that_is_asked() -> None:
     ends = np.array([False, True, True, False])
-    found = elicitation.select(PairSettings(finished_only=True), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
+    found = pair_selection.select(PairSettings(finished_only=True), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
     assert (found.chosen.tolist(), found.rejected.tolist()) == ([2], [1])
-    every = elicitation.select(PairSettings(), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
+    every = pair_selection.select(PairSettings(), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
     assert (every.chosen.tolist(), every.rejected.tolist()) == ([0], [3])
-    none = elicitation.select(
+    none = pair_selection.select(
         PairSettings(finished_only=True), candidates([9.0, 1.0], finished=np.array([True, False]))
     )
     assert none.dropped == {"unfinished": 1}
@@ -396,9 +396,9 @@ def test_completions_that_did_not_end_are_left_out_where_that_is_asked() -> None
 def test_the_members_that_disagree_most_by_hand() -> None:
     """Of the plausible 0, 1 and 3 the margin of 0 and 3 is seen as 4 and as -3: a spread of 7."""
     members = np.array([[4.0, 1.0, -9.0, 0.0], [0.0, 3.5, -9.0, 3.0], [1.0, 1.0, -9.0, 4.0]])
-    assert elicitation.plausible(members).tolist() == [0, 1, 3]
-    assert elicitation.most_disagreeing(members, np.array([0, 1, 3])) == (0, 3, 7.0)
-    found = elicitation.select(
+    assert pair_selection.plausible(members).tolist() == [0, 1, 3]
+    assert pair_selection.most_disagreeing(members, np.array([0, 1, 3])) == (0, 3, 7.0)
+    found = pair_selection.select(
         PairSettings(selection="most_disagreeing"), candidates([4.0, 1.0, -9.0, 0.0], members=members)
     )
     assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [3])
@@ -409,15 +409,15 @@ def test_the_members_that_disagree_most_by_hand() -> None:
 
 @pytest.mark.parametrize(("n", "nats"), [(1, 0.0), (2, math.log(2) - 0.5), (8, math.log(8) - 7 / 8)])
 def test_the_divergence_of_the_best_of_n(n: int, nats: float) -> None:
-    assert elicitation.best_of_n_kl(n) == pytest.approx(nats, abs=1e-12)
+    assert pair_selection.best_of_n_kl(n) == pytest.approx(nats, abs=1e-12)
 
 
 @pytest.mark.parametrize("rewards", [[0.0, 1.0, 2.0], [5.0, 5.0, 1.0]])
 def test_acceptance_carries_samples_from_one_temperature_to_the_next(rewards: list[float]) -> None:
     values = np.array(rewards)
-    first = elicitation.acceptance(values, 2.0, None)
+    first = pair_selection.acceptance(values, 2.0, None)
     assert first == pytest.approx(np.exp((values - values.max()) / 2.0), abs=1e-12)
-    later = elicitation.acceptance(values, 0.5, 2.0)
+    later = pair_selection.acceptance(values, 0.5, 2.0)
     assert later == pytest.approx(np.exp((1 / 0.5 - 1 / 2.0) * (values - values.max())), abs=1e-12)
 
 

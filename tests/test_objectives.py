@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from keel import schema
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.policy_gradient import PolicyGradient
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config import loader
 
 TOKENS_A, TOKENS_B = 3, 1

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from keel.algorithms import convexity, elicitation, regularisers
-from keel.algorithms.convexity import ConvexTerm
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.algorithms import logits_convexity, pair_selection, regularizers
+from keel.algorithms.logits_convexity import ConvexTerm
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import LogitsConvexitySettings
 from keel.networks import TokenLogprobs
 from keel.schema import row_sums
@@ -70,11 +70,11 @@ def in_the_reward(estimate: Any) -> Any:
     [
         (in_the_reward(lambda p, r: p - r), OF_KL),
         (lambda log_p: log_p - LOG_R, [0.0, 0.0, 0.0]),
-        (lambda log_p: regularisers.kl_k2(log_p, LOG_R), OF_KL),
-        (lambda log_p: regularisers.kl_k3_k2(log_p, LOG_R), OF_KL),
-        (lambda log_p: regularisers.kl_k3(log_p, LOG_R), OF_K3),
-        (in_the_reward(regularisers.kl_k2), [-0.0260352859, 0.0442200933, -0.0181848074]),
-        (in_the_reward(regularisers.kl_k3), [-0.0309232306, 0.0646236872, -0.0337004566]),
+        (lambda log_p: regularizers.kl_k2(log_p, LOG_R), OF_KL),
+        (lambda log_p: regularizers.kl_k3_k2(log_p, LOG_R), OF_KL),
+        (lambda log_p: regularizers.kl_k3(log_p, LOG_R), OF_K3),
+        (in_the_reward(regularizers.kl_k2), [-0.0260352859, 0.0442200933, -0.0181848074]),
+        (in_the_reward(regularizers.kl_k3), [-0.0309232306, 0.0646236872, -0.0337004566]),
     ],
     ids=["k1 reward", "k1 loss", "k2 loss", "k3_k2 loss", "k3 loss", "k2 reward", "k3 reward"],
 )
@@ -86,18 +86,18 @@ def test_gradients_of_kl_estimators(loss: Any, expected: list[float]) -> None:
 def test_moments_of_kl_estimators() -> None:
     """P2c_kl: expectations and variances of k1, k2, k3."""
     p = LOG_P.exp()
-    k1, k2, k3 = LOG_P - LOG_R, regularisers.kl_k2(LOG_P, LOG_R), regularisers.kl_k3(LOG_P, LOG_R)
+    k1, k2, k3 = LOG_P - LOG_R, regularizers.kl_k2(LOG_P, LOG_R), regularizers.kl_k3(LOG_P, LOG_R)
     means = [float(p @ k) for k in (k1, k2, k3)]
     assert means == pytest.approx([0.1176064084, 0.0994730694, 0.1176064084], abs=1e-9)
     variances = [float(p @ (k - p @ k).square()) for k in (k1, k3)]
     assert variances == pytest.approx([0.1851148716, 0.0367613365], abs=1e-9)
-    assert regularisers.kl_k3_k2(LOG_P, LOG_R).tolist() == pytest.approx(k3.tolist(), abs=1e-12)
+    assert regularizers.kl_k3_k2(LOG_P, LOG_R).tolist() == pytest.approx(k3.tolist(), abs=1e-12)
 
 
 def test_exact_kl() -> None:
     """P2c_kl: the sum over the vocabulary, and its gradient without sampling; halved tokens count twice."""
     logits = LOG_P.clone().requires_grad_()
-    term = regularisers.ExactKL(share=0.5)
+    term = regularizers.ExactKL(share=0.5)
     (value,) = term(logits[None], torch.tensor([0]), torch.zeros(1), {"reference": LOG_R[None]})
     assert value.item() == pytest.approx(2 * 0.1176064084, abs=1e-9)
     (gradient,) = torch.autograd.grad(value, logits)
@@ -110,10 +110,10 @@ def test_importance_weighted_kl_of_stale_samples(estimator: str, expected: list[
     sampler = torch.tensor([0.6, 0.1, 0.4], dtype=torch.float64).log_softmax(-1)
 
     def loss(log_p: Tensor) -> Tensor:
-        return regularisers.weighted_kl(estimator, log_p, LOG_R, sampler, cap=10.0)
+        return regularizers.weighted_kl(estimator, log_p, LOG_R, sampler, cap=10.0)
 
     assert sampled_gradient(loss, sampler) == pytest.approx(expected, abs=1e-9)
-    unweighted = sampled_gradient(lambda log_p: regularisers.KL_LOSSES[estimator](log_p, LOG_R), sampler)
+    unweighted = sampled_gradient(lambda log_p: regularizers.KL_LOSSES[estimator](log_p, LOG_R), sampler)
     assert unweighted != pytest.approx(expected, abs=1e-2)
 
 
@@ -122,11 +122,11 @@ APART = torch.linspace(-100.0, 100.0, 401, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("estimator", list(regularisers.KL_LOSSES))
+@pytest.mark.parametrize("estimator", list(regularizers.KL_LOSSES))
 def test_no_estimator_pulls_away_from_the_reference(estimator: str, dtype: torch.dtype) -> None:
     """The slope has the sign of x wherever x is, and values are finite, not negative and fall towards x = 0."""
     x = APART.clone().to(dtype).requires_grad_()
-    values = regularisers.KL_LOSSES[estimator](x, torch.zeros_like(x))
+    values = regularizers.KL_LOSSES[estimator](x, torch.zeros_like(x))
     (slope,) = torch.autograd.grad(values.sum(), x)
     assert torch.isfinite(values).all() and torch.isfinite(slope).all()
     assert (slope.sign() == x.sign()).all()
@@ -137,7 +137,7 @@ def test_no_estimator_pulls_away_from_the_reference(estimator: str, dtype: torch
 def test_k3_continues_as_its_tangent() -> None:
     """exp(-x) - 1 + x down to x = -20; below, the tangent there, so gradients neither jump nor vanish."""
     x = APART.clone().requires_grad_()
-    values = regularisers.kl_k3(x, torch.zeros_like(x))
+    values = regularizers.kl_k3(x, torch.zeros_like(x))
     (slope,) = torch.autograd.grad(values.sum(), x)
     values, near = values.detach(), APART >= -20
     assert values[near].tolist() == pytest.approx((torch.expm1(-APART) + APART)[near].tolist(), rel=1e-12, abs=1e-12)
@@ -149,12 +149,12 @@ def test_k3_continues_as_its_tangent() -> None:
 
 
 @pytest.mark.parametrize("sampler", [0.0, -3.0, -40.0, 30.0, "policy"])
-@pytest.mark.parametrize("estimator", list(regularisers.KL_LOSSES))
+@pytest.mark.parametrize("estimator", list(regularizers.KL_LOSSES))
 def test_no_weighted_estimator_pulls_away_from_the_reference(estimator: str, sampler: float | str) -> None:
     """Under any sampler, also where weights are cut: its log-probs are relative to the reference's 0."""
     x = APART.clone().requires_grad_()
     mu = APART if sampler == "policy" else torch.full_like(APART, float(sampler))
-    values = regularisers.weighted_kl(estimator, x, torch.zeros_like(x), mu, cap=2.0)
+    values = regularizers.weighted_kl(estimator, x, torch.zeros_like(x), mu, cap=2.0)
     (slope,) = torch.autograd.grad(values.sum(), x)
     assert torch.isfinite(values).all() and (slope.sign() == x.sign()).all()
 
@@ -166,7 +166,7 @@ def test_the_slope_of_weighted_k3_is_that_of_its_value(ratio: float) -> None:
         at = torch.tensor([x], dtype=torch.float64)
 
         def value(log_p: Tensor, at: Tensor = at) -> Tensor:
-            return regularisers.weighted_kl("k3", log_p, torch.zeros(1), at - ratio, cap=2.0)
+            return regularizers.weighted_kl("k3", log_p, torch.zeros(1), at - ratio, cap=2.0)
 
         numeric = (value(at + 1e-6) - value(at - 1e-6)).item() / 2e-6
         probe = at.clone().requires_grad_()
@@ -178,7 +178,7 @@ def test_the_slope_of_weighted_k3_is_that_of_its_value(ratio: float) -> None:
 @pytest.mark.parametrize("estimator", ["k2", "k3_k2"])
 @pytest.mark.parametrize(
     ("blocks", "cap"),
-    [({"correction_cap": 3.0}, 3.0), ({}, 2.0), ({"kind": "preference"}, regularisers.MAX_WEIGHT)],
+    [({"correction_cap": 3.0}, 3.0), ({}, 2.0), ({"kind": "preference"}, regularizers.MAX_WEIGHT)],
 )
 def test_the_weight_of_the_kl_is_cut_at_the_cap_of_the_objective(
     estimator: str, blocks: dict[str, Any], cap: float
@@ -223,12 +223,12 @@ def test_where_the_two_forms_of_a_mean_entropy_end(
     totals = p.log()
     flat = np.repeat((totals / LENGTHS).numpy(), LENGTHS.int().numpy())
     lengths = LENGTHS.int().numpy().astype(np.int64)
-    paid = SCORES.numpy() + 2 * row_sums(regularisers.entropy_reward(form, flat, lengths), lengths)
+    paid = SCORES.numpy() + 2 * row_sums(regularizers.entropy_reward(form, flat, lengths), lengths)
     assert np.ptp(paid[:2]) < 0.02 and np.ptp(paid) < 0.1  # to the three digits of these probabilities
     assert float(p @ (SCORES - 2 / LENGTHS * totals)) == pytest.approx(reached, abs=2e-3)
     assert float(p @ LENGTHS) == pytest.approx(mean_length, abs=0.01)
     other = {"sequence_mean_naive": "sequence_mean_exact", "sequence_mean_exact": "sequence_mean_naive"}[form]
-    assert np.ptp(SCORES.numpy() + 2 * row_sums(regularisers.entropy_reward(other, flat, lengths), lengths)) > 1
+    assert np.ptp(SCORES.numpy() + 2 * row_sums(regularizers.entropy_reward(other, flat, lengths), lengths)) > 1
 
 
 def test_sequence_kl_needs_the_reward() -> None:
@@ -246,9 +246,9 @@ def test_sequence_kl_needs_the_reward() -> None:
     totals, weights = pi.sum(1), pi.sum(1).exp().detach()
     flat = (pi.detach().numpy().ravel(), ref.numpy().ravel(), np.full(4, 2))
     losses = [
-        torch.from_numpy(regularisers.sequence_kl(*flat)) * totals,
-        regularisers.kl_k2(totals, ref.sum(1)),
-        regularisers.kl_k2(pi, ref).sum(1),
+        torch.from_numpy(regularizers.sequence_kl(*flat)) * totals,
+        regularizers.kl_k2(totals, ref.sum(1)),
+        regularizers.kl_k2(pi, ref).sum(1),
     ]
     found = [torch.autograd.grad((weights * loss).sum(), own, retain_graph=True)[0].tolist() for loss in losses]
     exact, by_token = [-0.3329850219, 0.0924749969], [-0.2949178999, 0.0924749969]
@@ -272,7 +272,7 @@ KLD = [0.2521325086, -0.3790092994, 0.0927543664, 0.0341224245]
 def test_lco_distances(form: str, value: float, gradient: list[float]) -> None:
     """P3_lco: z_old = [1, .5, 0, -1], token 1 with A / eta = 1.6."""
     logits = OLD.clone().requires_grad_()
-    (found,) = convexity.distance(logits, TARGET, form)
+    (found,) = logits_convexity.distance(logits, TARGET, form)
     assert found.item() == pytest.approx(value, abs=1e-9)
     assert torch.autograd.grad(found, logits)[0][0].tolist() == pytest.approx(gradient, abs=1e-9)
     expected = [0.2218583377, 0.6664992801, 0.0816171213, 0.030025261]
@@ -318,7 +318,7 @@ def test_lco_compared_with_reinforce() -> None:
 def test_lco_first_version() -> None:
     """P3_lco_v0: the sampled token's probability times 1.8 or 0.9, capped so that it stays below 1 - 1e-3."""
     p = OLD.softmax(-1)[0, 1]
-    up, down = convexity.ratio_shift(p.expand(2).log(), torch.tensor([1.8, 0.9], dtype=torch.float64)).tolist()
+    up, down = logits_convexity.ratio_shift(p.expand(2).log(), torch.tensor([1.8, 0.9], dtype=torch.float64)).tolist()
     assert (up, down) == (pytest.approx(0.9775623413, abs=1e-9), pytest.approx(-0.1449166568, abs=1e-9))
     moved = (OLD + up * TOKEN_1).softmax(-1)[0, 1].item()
     assert moved == pytest.approx(0.5174819652, abs=1e-9)
@@ -327,7 +327,7 @@ def test_lco_first_version() -> None:
     lower = (OLD + down * TOKEN_1).softmax(-1)
     assert lco(-1.0, target="ratio")[0] == pytest.approx((lower * (lower / OLD.softmax(-1)).log()).sum().item())
     assert lower[0, 1].item() == pytest.approx(0.9 * p.item(), abs=1e-12)
-    (capped,) = convexity.ratio_shift(
+    (capped,) = logits_convexity.ratio_shift(
         torch.tensor([0.8], dtype=torch.float64).log(), torch.tensor([1.8], dtype=torch.float64)
     )
     assert torch.sigmoid(torch.logit(torch.tensor(0.8, dtype=torch.float64)) + capped).item() == pytest.approx(0.999)
@@ -355,7 +355,7 @@ def test_curvature(advantage: float, form: str, expected: float) -> None:
     def loss(step: Tensor) -> Tensor:
         logits = OLD + step * direction
         if form == "kl":
-            return convexity.distance(logits, TARGET, "kl").sum()
+            return logits_convexity.distance(logits, TARGET, "kl").sum()
         rows = Rows(
             advantages=torch.tensor([advantage], dtype=torch.float64),
             lengths=torch.ones(1, dtype=torch.float64),
@@ -374,5 +374,5 @@ def test_ensemble_forms() -> None:
     members = np.array([[1.2], [0.8], [1.0], [0.2], [1.3]])
     forms = [("mean", 1.0, 0.9), ("worst", 1.0, 0.2), ("variance", 0.5, 0.824), ("lower_bound", 1.0, 0.5101282262)]
     for form, coefficient, expected in forms:
-        found = elicitation.combine(members, np.ones(5), form, coefficient)
+        found = pair_selection.combine(members, np.ones(5), form, coefficient)
         assert found.tolist() == [pytest.approx(expected, abs=1e-9)], form

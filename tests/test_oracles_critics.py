@@ -8,8 +8,8 @@ import torch
 
 from keel.algorithms import advantages, coefficients, critics
 from keel.algorithms.coefficients import Observation, Safe
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.regularizer import ControllerSettings
 from tabular import objective, rollout
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from keel.algorithms import elicitation, preferences, weighting
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
-from keel.algorithms.elicitation import Candidates
+from keel.algorithms import pair_selection, preferences, weighted_likelihood
 from keel.algorithms.objective import Objective
+from keel.algorithms.pair_selection import Candidates
 from keel.algorithms.preferences import PAIR_LOSSES, Sequences, pair_logits, ranking_loss
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import PairSettings, PreferenceSettings
 from tabular import objective, rollout
 
@@ -32,7 +32,7 @@ def logit(rows: Sequences, chosen: int, rejected: int, by: PreferenceSettings) -
 def test_maximum_entropy_policy_answers_bradley_terry() -> None:
     """P1a: r = [1, .5, -.2], alpha .5: beta (S_w - S_l) gives the rewards back, log Z cancels."""
     rewards = np.array([1.0, 0.5, -0.2])
-    policy = weighting.divergence_weights(rewards, "kl", 0.5) / 3
+    policy = weighted_likelihood.divergence_weights(rewards, "kl", 0.5) / 3
     assert policy == pytest.approx([0.6855901456, 0.2522145196, 0.0621953348], abs=1e-9)
     value = policy @ rewards - 0.5 * policy @ np.log(policy)
     assert value == pytest.approx(1.1887376426, abs=1e-9)
@@ -170,22 +170,22 @@ PI0, REWARDS = np.array([0.5, 0.3, 0.2]), np.array([0.0, 1.0, 2.0])
 def test_rejection_sampling_reaches_the_gibbs_policy() -> None:
     """P7 gibbs: pi_0 exp(r) in one stage or two; acceptance .378, or .566 and .668; the rate gives J back."""
     gibbs = [0.1790000206, 0.2919435019, 0.5290564775]
-    kept = PI0 * elicitation.acceptance(REWARDS, 1.0, None)
+    kept = PI0 * pair_selection.acceptance(REWARDS, 1.0, None)
     assert kept.sum() == pytest.approx(0.378031474, abs=1e-9)
     assert kept / kept.sum() == pytest.approx(gibbs, abs=1e-9)
     assert 2.0 + np.log(kept.sum()) == pytest.approx(1.0272221776, abs=1e-9)
-    first = PI0 * elicitation.acceptance(REWARDS, 2.0, None)
-    second = first / first.sum() * elicitation.acceptance(REWARDS, 1.0, 2.0)
+    first = PI0 * pair_selection.acceptance(REWARDS, 2.0, None)
+    second = first / first.sum() * pair_selection.acceptance(REWARDS, 1.0, 2.0)
     assert (first.sum(), second.sum()) == pytest.approx((0.5658989185, 0.6680194318), abs=1e-9)
     assert second / second.sum() == pytest.approx(gibbs, abs=1e-9)
-    pessimistic = PI0 * elicitation.acceptance(REWARDS - [0.0, 0.1, 0.9], 1.0, None)
+    pessimistic = PI0 * pair_selection.acceptance(REWARDS - [0.0, 0.1, 0.9], 1.0, None)
     assert pessimistic / pessimistic.sum() == pytest.approx([0.2719291649, 0.4013026919, 0.3267681432], abs=1e-9)
 
 
 def test_best_of_n_kl() -> None:
     """P7 bon: log n - (n-1)/n for n = 2, 4, 8, 16, 64."""
     expected = [0.1931471806, 0.6362943611, 1.2044415417, 1.8350887222, 3.1745080834]
-    assert [elicitation.best_of_n_kl(n) for n in (2, 4, 8, 16, 64)] == pytest.approx(expected, abs=1e-9)
+    assert [pair_selection.best_of_n_kl(n) for n in (2, 4, 8, 16, 64)] == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(("penalty", "chosen"), [(0.0, 1), (0.01, 4)])
@@ -194,10 +194,10 @@ def test_pairs_of_best_and_worst(penalty: float, chosen: int) -> None:
     rewards = np.array([0.1, 0.9, -0.4, 0.3, 0.9, 0.0, -0.7, 0.5])
     lengths = np.array([10, 60, 20, 30, 15, 12, 40, 33])
     seen = Candidates(np.zeros(8), np.arange(8), rewards, rewards, lengths, np.ones(8, bool), rewards[None])
-    pairs = elicitation.select(PairSettings(length_penalty=penalty), seen)
+    pairs = pair_selection.select(PairSettings(length_penalty=penalty), seen)
     assert (pairs.chosen.tolist(), pairs.rejected.tolist()) == ([chosen], [6])
-    assert elicitation.select(PairSettings(length_penalty=penalty, min_margin=1.59), seen).metrics["pairs"] == 1
-    assert elicitation.select(PairSettings(length_penalty=penalty, min_margin=1.61), seen).dropped == {"tie": 1}
+    assert pair_selection.select(PairSettings(length_penalty=penalty, min_margin=1.59), seen).metrics["pairs"] == 1
+    assert pair_selection.select(PairSettings(length_penalty=penalty, min_margin=1.61), seen).dropped == {"tie": 1}
 
 
 ENSEMBLE = np.array([[0.6, 0.3, 0.5, -2.0], [0.55, 0.9, 0.4, 0.2], [0.5, 0.1, 1.6, -1.0]])
@@ -205,9 +205,9 @@ ENSEMBLE = np.array([[0.6, 0.3, 0.5, -2.0], [0.55, 0.9, 0.4, 0.2], [0.5, 0.1, 1.
 
 def test_ensemble_of_rewards() -> None:
     """P8_simoprl: mean, lower bound and deviation over members; pessimism chooses 0, the mean 2."""
-    mean = elicitation.combine(ENSEMBLE, np.ones(3), "mean", 1.0)
+    mean = pair_selection.combine(ENSEMBLE, np.ones(3), "mean", 1.0)
     assert mean == pytest.approx([0.55, 0.4333333333, 0.8333333333, -0.9333333333], abs=1e-9)
-    lower = elicitation.combine(ENSEMBLE, np.ones(3), "lower_bound", 1.0)
+    lower = pair_selection.combine(ENSEMBLE, np.ones(3), "lower_bound", 1.0)
     assert lower == pytest.approx([0.509175171, 0.0933986991, 0.289683119, -1.8327158375], abs=1e-9)
     assert mean - lower == pytest.approx([0.040824829, 0.3399346342, 0.5436502143, 0.8993825042], abs=1e-9)
     assert (lower.argmax(), mean.argmax()) == (0, 2)
@@ -215,13 +215,13 @@ def test_ensemble_of_rewards() -> None:
 
 def test_most_disagreeing_pair_of_the_plausible_set() -> None:
     """P8_simoprl: (1, 2) at 2.0 among the plausible; among all it would be the garbage of (2, 3) at 2.4."""
-    assert elicitation.plausible(ENSEMBLE).tolist() == [0, 1, 2]
-    found = elicitation.most_disagreeing(ENSEMBLE, elicitation.plausible(ENSEMBLE))
+    assert pair_selection.plausible(ENSEMBLE).tolist() == [0, 1, 2]
+    found = pair_selection.most_disagreeing(ENSEMBLE, pair_selection.plausible(ENSEMBLE))
     assert found == (1, 2, pytest.approx(2.0, abs=1e-12))
-    assert elicitation.most_disagreeing(ENSEMBLE, np.arange(4)) == (2, 3, pytest.approx(2.4, abs=1e-12))
+    assert pair_selection.most_disagreeing(ENSEMBLE, np.arange(4)) == (2, 3, pytest.approx(2.4, abs=1e-12))
     rewards = ENSEMBLE.mean(0)
     seen = Candidates(np.zeros(4), np.arange(4), rewards, rewards, np.ones(4), np.ones(4, bool), ENSEMBLE)
-    pairs = elicitation.select(PairSettings(selection="most_disagreeing"), seen)
+    pairs = pair_selection.select(PairSettings(selection="most_disagreeing"), seen)
     assert (pairs.chosen.tolist(), pairs.rejected.tolist()) == ([2], [1])
     assert pairs.metrics["pair_disagreement"] == pytest.approx(2.0, abs=1e-12)
     assert pairs.metrics["plausible_completions"] == 3
@@ -238,14 +238,16 @@ OPTIDICE = {
 def test_optidice_weights(form: str) -> None:
     """P9_optidice: r = [1, 0, -1, .5], alpha .5."""
     rewards = np.array([1.0, 0.0, -1.0, 0.5])
-    found = weighting.divergence_weights(rewards, form, 0.5)
+    found = weighted_likelihood.divergence_weights(rewards, form, 0.5)
     assert found == pytest.approx(OPTIDICE[form], abs=1e-9)
-    assert weighting.divergence_weights(rewards + 7.0, form, 0.5) == pytest.approx(OPTIDICE[form], abs=1e-9)
+    assert weighted_likelihood.divergence_weights(rewards + 7.0, form, 0.5) == pytest.approx(OPTIDICE[form], abs=1e-9)
 
 
 def test_optidice_normalisers() -> None:
     """P9_optidice: nu = .0167111426 where w = exp(e / alpha - 1), 1/3 where w = e / alpha + 1."""
-    found = {form: weighting.divergence_weights(np.array([1.0, 0.0, -1.0, 0.5]), form, 0.5)[0] for form in OPTIDICE}
+    found = {
+        form: weighted_likelihood.divergence_weights(np.array([1.0, 0.0, -1.0, 0.5]), form, 0.5)[0] for form in OPTIDICE
+    }
     assert 1 - 0.5 * (np.log(found["kl"]) + 1) == pytest.approx(0.0167111426, abs=1e-9)
     assert 1 - 0.5 * (found["chi2"] - 1) == pytest.approx(1 / 3, abs=1e-9)
 

@@ -16,8 +16,8 @@ import pytest
 import keel.algorithms
 from keel.algorithms import coefficients, critics
 from keel.algorithms.coefficients import Observation
-from keel.algorithms.credit import Measured
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Measured
 from keel.config.regularizer import ControllerSettings
 from keel.metric_table import TABLE
 from keel.metrics import RunMetrics

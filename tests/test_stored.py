@@ -10,7 +10,7 @@ import pytest
 
 from fakes import SAMPLING
 from keel import references, schema, score, stored
-from keel.algorithms import elicitation
+from keel.algorithms import pair_selection
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
 from keel.sources import Row
@@ -135,13 +135,13 @@ def test_a_failed_member_leaves_its_siblings_what_they_are() -> None:
     """And a prompt with one completion, as in an evaluation, has the members' mean, not 0."""
     members = np.array([[10.0, 11.0, 12.0, np.nan], [12.0, 10.0, 11.0, 11.0]])
     tickets, weights = np.zeros(4, int), np.ones(2)
-    whole = elicitation.combine(
-        members[:, :3], weights, "lower_bound", 1.0, elicitation.centre(members[:, :3], tickets[:3])
+    whole = pair_selection.combine(
+        members[:, :3], weights, "lower_bound", 1.0, pair_selection.centre(members[:, :3], tickets[:3])
     )
-    broken = elicitation.combine(members, weights, "lower_bound", 1.0, elicitation.centre(members, tickets))
+    broken = pair_selection.combine(members, weights, "lower_bound", 1.0, pair_selection.centre(members, tickets))
     assert broken[:3] == pytest.approx(whole) and np.isnan(broken[3])
     alone = members[:, :1]
-    assert elicitation.combine(alone, weights, "lower_bound", 1.0, elicitation.centre(alone, tickets[:1])) == 11.0
+    assert pair_selection.combine(alone, weights, "lower_bound", 1.0, pair_selection.centre(alone, tickets[:1])) == 11.0
 
 
 def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from keel import diagnostics, schema
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.learn import DeepSpeedLearner
 from rollouts import generated, prompts, referenced, scored
 from tabular import objective

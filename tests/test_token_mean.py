@@ -8,8 +8,8 @@ import torch
 
 from fakes import settings_for
 from keel import schema
-from keel.algorithms import kinds
-from keel.algorithms.credit import Measured, Outputs, Rows
+from keel.algorithms import registry
+from keel.algorithms.types import Measured, Outputs, Rows
 from rollouts import generated, prompts, referenced, scored
 
 LENGTHS = (1, 2, 5, 3)
@@ -23,7 +23,7 @@ def loss_and_gradient(likelihood: str, weights: str, rewards: list[float]) -> tu
     blocks: dict[str, Any] = {
         "objective": {"kind": "weighted_likelihood", "weights": weights, "likelihood": likelihood}
     }
-    objective = kinds.build(settings_for(**blocks, regulariser={"kl": {"coefficient": 0.0}}))
+    objective = registry.build(settings_for(**blocks, regulariser={"kl": {"coefficient": 0.0}}))
     credit = objective.credited(batch, Measured(flat, np.zeros((len(flat), 0))))
     rows = Rows(
         advantages=torch.from_numpy(credit.advantages),

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel.algorithms import coefficients, kinds, regularisers
+from keel.algorithms import coefficients, registry, regularizers
 from keel.algorithms.coefficients import Observation
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config import loader
 from keel.config.regularizer import ControllerSettings
 from tabular import objective, rollout
@@ -75,7 +75,7 @@ def test_the_weight_of_a_stale_kl_is_capped_and_detached_but_for_k3(cap: float) 
     slopes = {"k2": x, "k3_k2": x}
     for estimator, value in values.items():
         own = CURRENT.clone().requires_grad_()
-        found = regularisers.weighted_kl(estimator, own, REFERENCE, SAMPLER, cap)
+        found = regularizers.weighted_kl(estimator, own, REFERENCE, SAMPLER, cap)
         (gradient,) = torch.autograd.grad(found.sum(), own)
         weight = ratio if estimator == "k3" else ratio.clamp(max=cap)
         assert found.tolist() == pytest.approx((weight * value).tolist(), abs=1e-12)
@@ -122,7 +122,7 @@ def test_the_weight_of_the_surrogate_is_capped_at_its_own_number() -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_exponents_are_clamped_on_both_sides_of_zero(sign: float) -> None:
-    found, outside = regularisers.clamp(sign * torch.tensor([0.0, 19.5, 20.0, 20.5, 300.0]))
+    found, outside = regularizers.clamp(sign * torch.tensor([0.0, 19.5, 20.0, 20.5, 300.0]))
     assert found.tolist() == [sign * each for each in (0.0, 19.5, 20.0, 20.0, 20.0)] and outside == 2
 
 
@@ -175,7 +175,7 @@ def test_no_column_of_a_monitor_is_visible_and_all_others_are(kind: str) -> None
     )
     names = [f"reward_{reward['name']}{suffix}" for reward in REWARDS for suffix in SUFFIXES]
     columns = {"ticket": [0], "reward": [1.0], "completion_logprobs": [[-1.0]], **{name: [0.5] for name in names}}
-    seen = kinds.build(settings).visible(pa.record_batch(columns)).schema.names
+    seen = registry.build(settings).visible(pa.record_batch(columns)).schema.names
     kept = [name for name in names if not name.startswith(("reward_gold", "reward_length"))]
     assert seen == ["ticket", "reward", "completion_logprobs", *kept]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from keel import models
-from keel.algorithms.credit import Credit, Rows, VocabularyTerm
+from keel.algorithms.types import Credit, Rows, VocabularyTerm
 from keel.batch import MicroBatch
 from keel.networks import Piece, Policy, in_precision
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 from scipy import stats
 
 from keel import schema
-from keel.algorithms import regularisers
+from keel.algorithms import regularizers
 
 
 def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
@@ -41,8 +41,8 @@ def _of_logprobs(batch: pa.RecordBatch, lengths: np.ndarray) -> dict[str, np.nda
     of_stored = {"stored_logprob_nats": totals, "stored_token_logprob_nats": totals / lengths}
     if "reference_logprobs" in batch.schema.names:
         reference, _ = schema.ragged(batch, "reference_logprobs")
-        of_samples["kl_nats"] = regularisers.sequence_kl(logprobs, reference, lengths)
-        of_samples["kl_k3_nats"] = schema.row_sums(regularisers.token_k3(logprobs, reference), lengths)
+        of_samples["kl_nats"] = regularizers.sequence_kl(logprobs, reference, lengths)
+        of_samples["kl_k3_nats"] = schema.row_sums(regularizers.token_k3(logprobs, reference), lengths)
         of_stored["stored_log_ratio_nats"] = of_samples["kl_nats"]
     if sampled.all():
         return of_samples

@@ -19,8 +19,8 @@ import xxhash
 from scipy import special
 
 from keel import schema
-from keel.algorithms import elicitation
-from keel.algorithms.elicitation import Candidates
+from keel.algorithms import pair_selection
+from keel.algorithms.pair_selection import Candidates
 from keel.config.stages import LabelSettings, NoiseSettings
 
 
@@ -52,7 +52,7 @@ def label(batch: pa.RecordBatch, by: LabelSettings) -> Labelled:
         finished=_finished(rows),
         members=judged[None],
     )
-    pairs = elicitation.select(by.pairs, candidates)
+    pairs = pair_selection.select(by.pairs, candidates)
     for reason, count in pairs.dropped.items():
         dropped["too_few" if reason == "unfinished" else reason] += count
     both = zip(seeds[pairs.chosen].tolist(), seeds[pairs.rejected].tolist(), strict=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from keel import batch as batching
 from keel import diagnostics, forward_contract, models, optimisation, schema, weights
-from keel.algorithms import kinds
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows, labelled
+from keel.algorithms import registry
+from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
 from keel.config.run import Settings
 from keel.engine import Engine, join_gang
@@ -52,7 +52,7 @@ class DeepSpeedLearner:
         self.settings, self.folder, self.others = settings, folder, others
         self.rank, self.ranks = rank, ranks
         self.version = 0
-        self.objective = kinds.build(settings)
+        self.objective = registry.build(settings)
         self._engine = Engine(learners, ranks, settings.run.steps)
         self.device = self._engine.device
         dtype = "float32" if learners.precision == "fp32" else "bfloat16"

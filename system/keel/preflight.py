@@ -26,7 +26,7 @@ from keel import (
     tracking,
     user_code,
 )
-from keel.algorithms import kinds
+from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
 from keel.config.rewards import RewardSettings
@@ -80,7 +80,7 @@ def prepare(settings: Settings) -> Prepared:
     check_memory(settings.cluster)
     for reward in settings.rewards:
         check_reward_source(reward, f"rewards.{reward.name}.source")
-    kinds.build(settings)  # imports what the configuration names, and refuses what is not there
+    registry.build(settings)  # imports what the configuration names, and refuses what is not there
     policy = models.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
     tokenizer = models.load_tokenizer(policy, "policy.model")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import http_rewards, row_columns, schema, stored, user_code
-from keel.algorithms import elicitation
+from keel.algorithms import pair_selection
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.workers import ReferenceSettings
 from keel.layouts import ANSWERS
@@ -153,9 +153,9 @@ class RewardScorer:
     def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
         weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
-        centred = elicitation.centre(members, batch.column("ticket").to_numpy()) if self.ensemble.centre else None
+        centred = pair_selection.centre(members, batch.column("ticket").to_numpy()) if self.ensemble.centre else None
         by = self.ensemble
-        return np.nan_to_num(elicitation.combine(members, weights, by.form, by.coefficient, centred))
+        return np.nan_to_num(pair_selection.combine(members, weights, by.form, by.coefficient, centred))
 
 
 def num_members(reward: RewardSettings) -> int:
@@ -185,9 +185,9 @@ def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray)
     by = reward.ensemble
     known = ~np.isnan(members).any(0)
     own = members[:, known]
-    centred = elicitation.centre(own, tickets[known]) if by.centre else None
+    centred = pair_selection.centre(own, tickets[known]) if by.centre else None
     found = np.full(members.shape[1], np.nan)
-    found[known] = elicitation.combine(own, np.ones(len(members)), by.form, by.coefficient, centred)
+    found[known] = pair_selection.combine(own, np.ones(len(members)), by.form, by.coefficient, centred)
     return found
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.run import Settings
 
 

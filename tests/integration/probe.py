@@ -8,7 +8,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from keel.algorithms import kinds
+from keel.algorithms import registry
 from keel.anchors import Anchors
 from keel.config.run import Settings
 from keel.learn import DeepSpeedLearner
@@ -34,7 +34,7 @@ class Probe(DeepSpeedLearner):
     def step_with_a_broken_weight(self, chosen: Settings, batch: pa.RecordBatch) -> str:
         """What a step says when the policy gives NaN; the version it is at then must still be the start."""
         self._engine.load(self.directory)
-        self.version, self.settings, self.objective = 0, chosen, kinds.build(chosen)
+        self.version, self.settings, self.objective = 0, chosen, registry.build(chosen)
         self._engine.learners = chosen.learners
         next(self._engine.module.parameters()).data[0] = float("nan")
         before = [parameter.detach().clone() for parameter in self._engine.module.parameters()]
@@ -50,7 +50,7 @@ class Probe(DeepSpeedLearner):
     def probe(self, chosen: Settings, batch: pa.RecordBatch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Parameters of policy and critic after one step, and what the step reported."""
         self._engine.load(self.directory)
-        self.version, self.settings, self.objective = 0, chosen, kinds.build(chosen)
+        self.version, self.settings, self.objective = 0, chosen, registry.build(chosen)
         self._engine.learners = chosen.learners
         self._anchors = Anchors(self.objective.vocabulary, self._folder_of, "float32", self.device)
         report = self.step(batch)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from keel import schema, user_code
-from keel.algorithms import advantages, coefficients, regularisers
+from keel.algorithms import advantages, coefficients, regularizers
 from keel.algorithms.coefficients import Observation
-from keel.algorithms.credit import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
-from keel.algorithms.shaping import shape
+from keel.algorithms.reward_shaping import shape
+from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
 from keel.config.run import Settings
 
 
@@ -54,7 +54,7 @@ class Objective:
             for term in settings.regulariser.terms
         ]
         if self.kl.exact:
-            self.vocabulary = regularisers.ExactKL(self.kl.token_share)
+            self.vocabulary = regularizers.ExactKL(self.kl.token_share)
         for term in (self.kl, self.entropy):
             if term.in_reward and term.importance_weighted:
                 self.measures |= {"logprobs"}
@@ -150,9 +150,9 @@ class Objective:
         assert rows.reference is not None
         if self.kl.importance_weighted:
             assert rows.sampler is not None
-            cap = getattr(self.settings.objective, "correction_cap", regularisers.MAX_WEIGHT)
-            return regularisers.weighted_kl(self.kl.estimator, outputs.logprobs, rows.reference, rows.sampler, cap)
-        return regularisers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
+            cap = getattr(self.settings.objective, "correction_cap", regularizers.MAX_WEIGHT)
+            return regularizers.weighted_kl(self.kl.estimator, outputs.logprobs, rows.reference, rows.sampler, cap)
+        return regularizers.KL_LOSSES[self.kl.estimator](outputs.logprobs, rows.reference)
 
     def reduce(self, terms: Tensor, rows: Rows, credit: Credit) -> Tensor:
         """Sum of terms [N] divided by counts of the whole step, as `reduction` says.
@@ -200,7 +200,7 @@ class Objective:
         logprobs, lengths = self._logprobs(batch, measured, self.entropy.importance_weighted)
         if not self.entropy.in_reward:
             return np.zeros(len(logprobs))
-        return self.entropy_coefficient.value * regularisers.entropy_reward(self.entropy.form, logprobs, lengths)
+        return self.entropy_coefficient.value * regularizers.entropy_reward(self.entropy.form, logprobs, lengths)
 
     def _logprobs(self, batch: pa.RecordBatch, measured: Measured, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
         """Flat log-probs and lengths: the sampler's, or the learner's for a term of the policy of now."""
@@ -240,7 +240,7 @@ class Objective:
 
     def selected(self, batch: pa.RecordBatch, version: int) -> np.ndarray | None:
         """bool [tokens] where the vocabulary term is computed; None: everywhere."""
-        if not isinstance(self.vocabulary, regularisers.ExactKL):
+        if not isinstance(self.vocabulary, regularizers.ExactKL):
             return None
         seeds = batch.column("seed").to_numpy()
         return self.vocabulary.select(seeds, schema.completion_lengths(batch), version)
@@ -258,7 +258,7 @@ class Objective:
         surprise = -schema.row_sums(logprobs, lengths)
         kl = np.zeros(len(lengths))
         if "reference_logprobs" in batch.schema.names:
-            kl = regularisers.sequence_kl(logprobs, schema.ragged(batch, "reference_logprobs")[0], lengths)
+            kl = regularizers.sequence_kl(logprobs, schema.ragged(batch, "reference_logprobs")[0], lengths)
         tokens, reward = float(lengths.sum()), float(self.rewards(batch).mean())
         entropy = surprise.mean() if self.entropy.form == "sequence_sum" else (surprise / lengths).mean()
         shared = (len(lengths), float(kl.sum() / tokens), float(surprise.sum() / tokens), reward)

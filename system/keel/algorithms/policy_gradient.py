@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from keel import schema, user_code
-from keel.algorithms import advantages, critics, regularisers
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
+from keel.algorithms import advantages, critics, regularizers
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
@@ -234,7 +234,7 @@ class PolicyGradient(Objective):
         if self.by.correction == "none":
             return torch.ones_like(rows.lengths if by_completion else log_ratio), 0
         per_row = self.by.correction == "sequence"
-        exponent, clamped = regularisers.clamp(rows.sum_by_row(log_ratio) if per_row else log_ratio)
+        exponent, clamped = regularizers.clamp(rows.sum_by_row(log_ratio) if per_row else log_ratio)
         weight = exponent.exp().clamp(max=self.by.correction_cap)
         return (weight[rows.row_of_item] if per_row and not by_completion else weight), clamped
 
@@ -245,7 +245,7 @@ class PolicyGradient(Objective):
             credit, log_ratio = credit[rows.first_items()], rows.sum_by_row(log_ratio)
         if self.by.level == "sequence_mean":
             log_ratio = log_ratio / rows.lengths
-        exponent, clamped = regularisers.clamp(log_ratio)
+        exponent, clamped = regularizers.clamp(log_ratio)
         ratio = exponent.exp()
         low, high = self.by.clip_low, self.by.clip_high
         bounded = ratio.clamp(1 - low if low else None, 1 + high if high else None) if low or high else ratio

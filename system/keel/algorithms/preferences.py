@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from keel import schema
-from keel.algorithms import elicitation
+from keel.algorithms import pair_selection
 from keel.algorithms.advantages import vary
-from keel.algorithms.credit import Credit, Measured
-from keel.algorithms.elicitation import Candidates, Pairs
 from keel.algorithms.objective import Objective, finished
+from keel.algorithms.pair_selection import Candidates, Pairs
+from keel.algorithms.types import Credit, Measured
 from keel.config.objective import PreferenceSettings
 from keel.config.run import Settings
 
@@ -206,7 +206,7 @@ class Preference(Objective):
             judged=column(judge) if judge else rewards,
             lengths=lengths,
             finished=finished(batch),
-            members=elicitation.centre(members, tickets),
+            members=pair_selection.centre(members, tickets),
         )
 
     def _sequences(self, batch: pa.RecordBatch, logprobs: np.ndarray, seen: Candidates) -> Sequences:
@@ -219,7 +219,7 @@ class Preference(Objective):
 
     def _pairs(self, seen: Candidates) -> Pairs:
         """Of rankings best and worst: what the likelihood term, the counts and the metrics are about."""
-        return elicitation.select(self.by.pairs, seen)
+        return pair_selection.select(self.by.pairs, seen)
 
     def _loss(self, rows: Sequences, pairs: Pairs, seen: Candidates) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over pairs (over prompts for rankings), and what DPO runs are watched by."""

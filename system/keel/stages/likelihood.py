@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from keel import endpoint, gang, models, preflight, progress, text_checks, tracking
-from keel.algorithms import kinds
+from keel.algorithms import registry
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, SupervisedSettings
 from keel.metrics import RunMetrics
@@ -59,7 +59,7 @@ def prepare(settings: PolicyStage) -> Prepared:
     tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
     draft = settings.learning(steps=1)
-    kinds.build(draft)
+    registry.build(draft)
     folder = models.locate_policy(settings.policy.model, "policy.model")
     preflight.check_context(folder, draft)
     tokenizer = models.load_tokenizer(folder, "policy.model")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from keel import schema
 from keel.algorithms import advantages
-from keel.algorithms.credit import Credit, Measured, Outputs, Rows
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import LogitsConvexitySettings
 from keel.config.run import Settings
 

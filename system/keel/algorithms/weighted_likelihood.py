@@ -16,9 +16,9 @@ import pyarrow as pa
 from scipy import optimize, special
 
 from keel import schema
-from keel.algorithms import advantages, elicitation
-from keel.algorithms.credit import Credit, Measured
+from keel.algorithms import advantages, pair_selection
 from keel.algorithms.objective import Objective
+from keel.algorithms.types import Credit, Measured
 from keel.config.objective import WeightedLikelihoodSettings
 from keel.config.run import Settings
 
@@ -90,7 +90,7 @@ class WeightedLikelihood(Objective):
                 "effective_samples": float(np.mean(effective)),
                 "accepted_ratio": float(np.mean(accepted)),
                 "best_reward": float(np.mean(best)),
-                **({"best_of_n_kl_nats": elicitation.best_of_n_kl(round(group))} if group else {}),
+                **({"best_of_n_kl_nats": pair_selection.best_of_n_kl(round(group))} if group else {}),
             },
         )
 
@@ -102,7 +102,7 @@ class WeightedLikelihood(Objective):
         if self.by.weights == "rejection":
             etas = self.by.rejection_temperatures
             stage = min(version // self.by.stage_steps, len(etas) - 1)
-            keep = elicitation.acceptance(rewards, etas[stage], etas[stage - 1] if stage else None)
+            keep = pair_selection.acceptance(rewards, etas[stage], etas[stage - 1] if stage else None)
             seeds = batch.column("seed").to_numpy()[rows]
             draws = np.array([np.random.default_rng(seed).random() for seed in seeds])
             return (draws < keep).astype(np.float64)  # the best is always kept: its probability is 1

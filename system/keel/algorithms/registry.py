@@ -1,11 +1,11 @@
 """Objectives by kind: one literal table, and the user's own."""
 
 from keel import user_code
-from keel.algorithms.convexity import LogitsConvexity
+from keel.algorithms.logits_convexity import LogitsConvexity
 from keel.algorithms.objective import Build, Objective
 from keel.algorithms.policy_gradient import PolicyGradient
 from keel.algorithms.preferences import Preference
-from keel.algorithms.weighting import WeightedLikelihood
+from keel.algorithms.weighted_likelihood import WeightedLikelihood
 from keel.config.objective import CustomObjectiveSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
