@@ -16,7 +16,8 @@ import pyarrow as pa
 import yaml
 from rich.console import Console
 
-from keel import compare, evaluate, files, schema
+from keel import compare, files, schema
+from keel.observability import evaluations
 
 PROMPTS, TOKENS = 64, 20
 KL_NATS = {
@@ -67,7 +68,7 @@ def write(folder: Path, name: str, level: np.ndarray, rng: np.random.Generator) 
     (directory / "metrics.jsonl").unlink(missing_ok=True)
     files.write(directory / "config.yaml", yaml.safe_dump({"run": {"name": name}}).encode())
     for step, kl in KL_NATS[name].items():
-        evaluate.store(directory, step, evaluation(rng, level, kl, TURN[name]))
+        evaluations.store(directory, step, evaluation(rng, level, kl, TURN[name]))
         if step:
             line = {"step": step, "time": 0.0, "trained_tokens_total": float(TOKENS_PER_STEP[name] * step)}
             files.append_json(directory / "metrics.jsonl", line)

@@ -12,7 +12,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-from keel import evaluate, files
+from keel import files
+from keel.observability import evaluations
 
 PANELS = {
     "reward": "reward (VADER)",
@@ -60,10 +61,10 @@ def table(runs: list[Path]) -> str:
 
 def answers(runs: list[Path], row: int) -> str:
     """The same held-out prompt before training and at the end of each run."""
-    steps = {run: int(evaluate.frontier(run)[-1]["step"]) for run in runs}
-    first = evaluate.load(runs[0], 0)
+    steps = {run: int(evaluations.frontier(run)[-1]["step"]) for run in runs}
+    first = evaluations.load(runs[0], 0)
     lines = [f"prompt: {first.column('prompt')[row].as_py()}", f"before: {text(first, row)}"]
-    lines += [f"{run.name}, step {step}: {text(evaluate.load(run, step), row)}" for run, step in steps.items()]
+    lines += [f"{run.name}, step {step}: {text(evaluations.load(run, step), row)}" for run, step in steps.items()]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from keel import compare
 from keel.arms import Arm, Evaluation
-from keel.diagnostics import Estimate
+from keel.observability.diagnostics import Estimate
 
 PROMPTS, REPETITIONS = 64, 600
 # standard deviation of the reward's noise, slope of the reward per nat in either run

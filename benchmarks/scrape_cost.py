@@ -31,11 +31,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from keel import endpoint
 from keel.config.monitoring import MetricsSettings
-from keel.metric_table import TABLE
-from keel.metrics import RunMetrics
-from keel.occupancy import STAGES, Occupancy
+from keel.observability import endpoint
+from keel.observability.metric_table import TABLE
+from keel.observability.metrics import RunMetrics
+from keel.observability.utilization import STAGES, Occupancy
 
 FIXED = ("role", "on", "phase", "stage")
 

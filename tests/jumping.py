@@ -17,7 +17,7 @@ from fakes import SAMPLING, settings_for
 from keel.buffer import RolloutBuffer
 from keel.cluster import GeneratorPool, ScorerPool
 from keel.controller import Controller
-from keel.occupancy import Occupancy
+from keel.observability.utilization import Occupancy
 from keel.parts import Observer, Parts
 from keel.pool import Pool
 from keel.protocols import LoadReceipt, StageReceipt, StepReport

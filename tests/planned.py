@@ -8,10 +8,11 @@ import pyarrow as pa
 
 import rollouts
 from fakes import settings_for
-from keel import evaluate, files, schema
+from keel import files, schema
 from keel.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
+from keel.observability import evaluations
 from keel.plan import Machine, shape_of
 from keel.rates import Rates, waves
 from keel.simulation import Simulation
@@ -70,7 +71,7 @@ def written(folder: Path, settings: Settings, rates: Rates, held_out: int = 2, q
         tickets = range((step - 1) * groups, step * groups)
         files.write(folder / "rollouts" / f"step-{step:06d}.arrow", schema.to_bytes(rows(tickets, samples, rates, settings, settings.groups_per_batch)))  # fmt: skip
     for step in (0, settings.run.steps):
-        evaluate.store(folder, step, rows(range(held_out), 1, rates, settings, held_out))
+        evaluations.store(folder, step, rows(range(held_out), 1, rates, settings, held_out))
     return folder
 
 

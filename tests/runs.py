@@ -20,11 +20,12 @@ import xxhash
 
 import rollouts
 from fakes import settings_for
-from keel import checkpoint, evaluate, files, ledger, schema
+from keel import checkpoint, files, ledger, schema
 from keel.buffer import RolloutBuffer
 from keel.config import loader
 from keel.config.run import Settings
-from keel.metrics import RunMetrics
+from keel.observability import evaluations
+from keel.observability.metrics import RunMetrics
 
 STEPS = 5
 SEED = 7
@@ -145,7 +146,7 @@ class Writer:
 
     def _evaluate(self, version: int) -> None:
         rows = rollouts.generated(seeded(rollouts.prompts(range(3), samples=1), "held_out"), version)
-        evaluate.store(self.directory, version, rollouts.scored(rollouts.referenced(rows)))
+        evaluations.store(self.directory, version, rollouts.scored(rollouts.referenced(rows)))
         self.metrics.add({"evaluations_total": 1.0})
 
     async def _checkpoint(self, buffer: RolloutBuffer, version: int) -> None:

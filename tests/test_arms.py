@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel import diagnostics
 from keel.algorithms.policy_gradient import PolicyGradient
 from keel.algorithms.types import Measured
 from keel.config import loader
+from keel.observability import diagnostics
 from rollouts import generated, prompts, referenced, scored
 
 PROXY = np.array([0.2, 0.6, 1.0, 0.4, 3.0] + [0.0] * 2000)

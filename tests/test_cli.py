@@ -16,7 +16,7 @@ from keel import cli, doctor, summary
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError, WorkerLost
-from keel.metric_table import reference_table
+from keel.observability.metric_table import reference_table
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 

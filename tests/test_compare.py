@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from keel import compare, evaluate, files
+from keel import compare, files
 from keel.arms import Arm, Evaluation
 from keel.compare import Comparison, Matching, Standing
-from keel.diagnostics import Estimate
 from keel.errors import ConfigError
+from keel.observability import evaluations as stored_evaluations
+from keel.observability.diagnostics import Estimate
 from rollouts import generated, prompts, referenced, scored
 
 SETTINGS: dict[str, Any] = {
@@ -58,7 +59,7 @@ def store(
     """A run directory; without `tokens`, a step trains on 100."""
     files.write(directory / "config.yaml", yaml.safe_dump(SETTINGS | blocks).encode())
     for step, batch in evaluations.items():
-        evaluate.store(directory, step, batch)
+        stored_evaluations.store(directory, step, batch)
     every = tokens if tokens is not None else {step: 100.0 * step for step in range(1, max(evaluations) + 1)}
     for step, total in every.items():
         files.append_json(directory / "metrics.jsonl", {"step": step, "time": 1.0, "trained_tokens_total": total})
@@ -349,7 +350,7 @@ def test_no_run_no_evaluation_no_file(slow: Path, tmp_path: Path) -> None:
     assert "nowhere: no config.yaml in it" in refusal(slow, tmp_path / "nowhere")
     files.write(tmp_path / "new/config.yaml", yaml.safe_dump(SETTINGS).encode())
     assert "new: no evaluation in it" in refusal(slow, tmp_path / "new")
-    evaluate.path_of(slow, 4).unlink()
+    stored_evaluations.path_of(slow, 4).unlink()
     assert "step-000004.arrow" in refusal(slow, slow)
 
 

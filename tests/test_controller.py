@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from fakes import FakeScorer, Run, settings_for
-from keel import metric_table, schema
+from keel import schema
 from keel.controller import Stalled
 from keel.errors import LearnerLost, NotFinite, WorkerLost
 from keel.failures import TooManyFailures
+from keel.observability import metric_table
 from keel.protocols import LoadReceipt
 
 forever = asyncio.Event  # .wait() of a fresh one never returns

@@ -13,7 +13,7 @@ from keel import checkpoint, files
 from keel.config import loader
 from keel.config.stages import SupervisedSettings
 from keel.errors import ConfigError
-from keel.metrics import RunMetrics
+from keel.observability.metrics import RunMetrics
 from keel.protocols import StepReport
 from keel.stages import course
 from keel.stages.course import Course, Recorder, State

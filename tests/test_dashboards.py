@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import dashboards
-from keel.metric_table import TABLE
-from keel.panels import Dashboard, Panel, Query, Row
-from keel.queries import events, gauge, increase, rate, total
+from keel.observability import dashboards
+from keel.observability.metric_table import TABLE
+from keel.observability.panels import Dashboard, Panel, Query, Row
+from keel.observability.promql import events, gauge, increase, rate, total
 
 BUILT = {own.uid: json.loads(dashboards.files()[f"{own.uid}.json"]) for own in dashboards.DASHBOARDS}
 LABELS = {f"keel_{metric.name}": {"run", *metric.labels} for metric in TABLE}

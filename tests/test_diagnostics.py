@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from keel import diagnostics, evaluate
-from keel.diagnostics import Estimate
+from keel.observability import diagnostics, evaluations
+from keel.observability.diagnostics import Estimate
 from rollouts import generated, prompts, referenced, scored
 
 SAMPLER = [[-0.5, -1.0, -0.2], [-2.0], [-0.1, -0.3], [-0.7, -0.7, -0.7, -0.7, -0.7]]
@@ -119,8 +119,8 @@ def held_out(rewards: list[float | None], kl: float, tickets: tuple[int, ...] = 
 
 def test_a_frontier_row_is_what_the_stored_rows_say(tmp_path: Path) -> None:
     rows = held_out([0.5, 0.25, None, 1.5], kl=0.75)
-    row = evaluate.store(tmp_path, 3, rows)
-    assert evaluate.load(tmp_path, 3).equals(rows)
+    row = evaluations.store(tmp_path, 3, rows)
+    assert evaluations.load(tmp_path, 3).equals(rows)
     expected = {
         "step": 3,
         "kl_nats": 0.75,
@@ -133,14 +133,14 @@ def test_a_frontier_row_is_what_the_stored_rows_say(tmp_path: Path) -> None:
         "stderr": stats.sem([0.5, 0.25, 1.5]),
     }
     assert row == pytest.approx(expected, abs=1e-6)
-    assert evaluate.frontier(tmp_path) == [row]
+    assert evaluations.frontier(tmp_path) == [row]
 
 
 def test_the_frontier_grows_by_step_and_is_cut_back_by_a_resumed_run(tmp_path: Path) -> None:
-    assert evaluate.frontier(tmp_path) == []
+    assert evaluations.frontier(tmp_path) == []
     for step, kl in ((0, 0.0), (2, 1.0), (4, 2.0), (2, 1.5)):  # killed after 4, resumed before 2
-        evaluate.store(tmp_path, step, held_out([1.0] * 4, kl))
-    rows = evaluate.frontier(tmp_path)
+        evaluations.store(tmp_path, step, held_out([1.0] * 4, kl))
+    rows = evaluations.frontier(tmp_path)
     assert [(row["step"], row["kl_nats"]) for row in rows] == [(0.0, 0.0), (2.0, pytest.approx(1.5))]
     assert [row["stderr"] for row in rows] == [0.0, 0.0]
 
@@ -148,21 +148,21 @@ def test_the_frontier_grows_by_step_and_is_cut_back_by_a_resumed_run(tmp_path: P
 def test_a_number_nobody_measured_is_no_number(tmp_path: Path) -> None:
     """No monitor called gold, no reference, and every training reward failed."""
     rows = generated(prompts([0, 1, 2, 3], samples=1), logprobs=SAMPLER)
-    row = evaluate.store(tmp_path, 1, scored(rows, [None] * 4))
+    row = evaluations.store(tmp_path, 1, scored(rows, [None] * 4))
     assert all(row[name] is None or math.isnan(row[name]) for name in ("gold", "kl_nats", "proxy", "stderr"))
     assert (row["n"], row["length_tokens"]) == (0, 2.75)
 
 
 def test_estimates_cover_rewards_monitors_and_the_signs_of_over_optimisation() -> None:
     rows = held_out([0.5, 0.25, None, 1.5], kl=0.75)
-    found = evaluate.estimates(rows)
+    found = evaluations.estimates(rows)
     assert list(found) == ["reward", "reward_gold", "kl_nats", "entropy_nats", "length_tokens", "finished_ratio"]
     values = diagnostics.per_completion(rows)
     for name, each in found.items():
         known = values[name][np.isfinite(values[name])]
         assert each.mean == pytest.approx(known.mean()) and each.low <= each.mean <= each.high, name
     reward = found["reward"]
-    assert json.loads(evaluate.as_json(found))["reward"] == {
+    assert json.loads(evaluations.as_json(found))["reward"] == {
         "mean": reward.mean,
         "low": reward.low,
         "high": reward.high,
@@ -172,15 +172,15 @@ def test_estimates_cover_rewards_monitors_and_the_signs_of_over_optimisation() -
 def test_changes_are_paired_by_prompt() -> None:
     """Rewards spread over 0 to 30 rise by 2 on every prompt: the change is known exactly, the means are not."""
     first, last = held_out([0.0, 10.0, 20.0, 30.0], kl=0.5), held_out([2.0, 12.0, 22.0, 32.0], kl=1.0)
-    change = evaluate.changes(first, last)
+    change = evaluations.changes(first, last)
     assert change["reward"] == Estimate(2.0, 2.0, 2.0)
     assert change["kl_nats"].mean == pytest.approx(0.5, abs=1e-6)
     assert change["kl_nats"].half_width < 1e-6
-    assert evaluate.estimates(first)["reward"].half_width > 5
+    assert evaluations.estimates(first)["reward"].half_width > 5
     lost = held_out([None, 12.0, 22.0, 35.0], kl=1.0)  # the prompt without a reward is in neither mean
-    assert evaluate.changes(first, lost)["reward"].mean == pytest.approx(3.0)
+    assert evaluations.changes(first, lost)["reward"].mean == pytest.approx(3.0)
 
 
 def test_changes_of_other_prompts_are_refused() -> None:
     with pytest.raises(AssertionError, match=r"^$"):
-        evaluate.changes(held_out([1.0] * 4, 0.5), held_out([1.0] * 4, 0.5, tickets=(0, 1, 3, 2)))
+        evaluations.changes(held_out([1.0] * 4, 0.5), held_out([1.0] * 4, 0.5, tickets=(0, 1, 3, 2)))

@@ -18,10 +18,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from pydantic import ValidationError
 
-from keel import endpoint
 from keel.config.monitoring import MetricsSettings
 from keel.errors import ConfigError
-from keel.metrics import RunMetrics
+from keel.observability import endpoint
+from keel.observability.metrics import RunMetrics
 
 PAGES = ("/metrics", "/sd", "/-/healthy", "/")
 

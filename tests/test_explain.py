@@ -8,8 +8,8 @@ import pytest
 
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.explain import explain, largest_share
-from keel.occupancy import Occupancy
+from keel.observability.bottlenecks import explain, largest_share
+from keel.observability.utilization import Occupancy
 from runs import settings
 
 

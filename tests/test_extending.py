@@ -17,7 +17,7 @@ from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.metric_table import TABLE
+from keel.observability.metric_table import TABLE
 from rollouts import generated, prompts, rollouts
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf8")

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keel import evaluate, frontier_picture
+from keel import frontier_picture
 from keel.errors import ConfigError
+from keel.observability import evaluations
 from rollouts import generated, prompts, referenced, scored
 
 ROWS: list[dict[str, Any]] = [
@@ -61,8 +62,8 @@ def test_curves_of_a_stored_frontier(tmp_path: Path) -> None:
     for step, kl in ((0, 0.5), (3, 2.0)):
         rows = generated(prompts(range(4), samples=1), logprobs=[[-0.5, -0.5]] * 4)
         rows = referenced(rows, [[-0.5 - kl, -0.5]] * 4)
-        evaluate.store(tmp_path, step, scored(rows, [1.0, 2.0, 3.0, 6.0], {"gold": [1.0, 1.0, 2.0, None]}))
-    found = frontier_picture.curves(evaluate.frontier(tmp_path))
+        evaluations.store(tmp_path, step, scored(rows, [1.0, 2.0, 3.0, 6.0], {"gold": [1.0, 1.0, 2.0, None]}))
+    found = frontier_picture.curves(evaluations.frontier(tmp_path))
     assert found.root_kl == pytest.approx([math.sqrt(0.5), math.sqrt(2)], abs=1e-6)
     assert found.proxy == pytest.approx([3, 3]) and found.gold == pytest.approx([4 / 3, 4 / 3])
     assert found.stderr == pytest.approx([np.std([1, 2, 3, 6], ddof=1) / 2] * 2)

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from keel import cli, export, frontier_picture, progress, schema, score, sources, summary
+from keel import cli, export, frontier_picture, schema, score, sources, summary
 from keel.config import loader
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.terminal import Terminal
+from keel.observability import progress
+from keel.observability.console import Terminal
 from keel.text import printable
 from rollouts import generated, prompts
 

@@ -16,7 +16,7 @@ from keel import files, labels, schema
 from keel.config import loader
 from keel.config.stages import LabelSettings, NoiseSettings
 from keel.errors import ConfigError
-from keel.progress import ONLINE, PlainProgress
+from keel.observability.progress import ONLINE, PlainProgress
 from keel.protocols import Sampling
 from keel.stages import label as stage
 from rollouts import generated, prompts, referenced, rollouts, scored

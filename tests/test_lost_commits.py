@@ -16,7 +16,7 @@ from disks import tree_of
 from keel import checkpoint, commits, files, ledger, preflight, schema, train, verify
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.metrics import RunMetrics
+from keel.observability.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder
 from keel.stages import course

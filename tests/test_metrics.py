@@ -15,11 +15,12 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import Run, settings_for
-from keel import diagnostics, learn, metric_table, schema, user_code
+from keel import learn, schema, user_code
 from keel.algorithms import registry
 from keel.algorithms.types import Measured, Outputs, Rows, labelled
-from keel.metric_table import PREFIX, TABLE
-from keel.metrics import RunMetrics
+from keel.observability import diagnostics, metric_table
+from keel.observability.metric_table import PREFIX, TABLE
+from keel.observability.metrics import RunMetrics
 from rollouts import generated, prompts, referenced, scored
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keel.occupancy import Occupancy
+from keel.observability.utilization import Occupancy
 
 
 class Clock:

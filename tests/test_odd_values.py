@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from keel import metric_table, schema, score
+from keel import schema, score
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
+from keel.observability import metric_table
 from rollouts import generated, prompts
 
 

@@ -17,7 +17,7 @@ import rollouts
 from keel import checkpoint, files, models, references, schema, segments, verify
 from keel.buffer import RolloutBuffer
 from keel.config.run import Settings
-from keel.metrics import RunMetrics
+from keel.observability.metrics import RunMetrics
 from keel.stages import course, label, reference_logprobs
 from power import MODELS, Disk, Model
 from runs import Writer, settings

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from keel import progress
-from keel.metric_table import TABLE
+from keel.observability import progress
+from keel.observability.metric_table import TABLE
 
 NAMES = {metric.name for metric in TABLE}
 

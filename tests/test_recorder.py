@@ -12,7 +12,7 @@ from keel import cluster, files
 from keel.cluster import RemoteBuffer
 from keel.errors import BuildFailed
 from keel.gang import LearnerGang
-from keel.metrics import RunMetrics
+from keel.observability.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder
 from keel.train import Saved, _Run

@@ -9,7 +9,7 @@ import pytest
 from keel import files, reward_models
 from keel.config import loader
 from keel.config.stages import RewardModelSettings
-from keel.metrics import RunMetrics
+from keel.observability.metrics import RunMetrics
 from keel.reward_models import RewardText
 from keel.stages import course, reward
 from keel.stages.reward import PairRows, Prepared

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 from keel.config.run import Settings
-from keel.metric_table import PREFIX, TABLE
-from keel.occupancy import LEARNER, STAGES
+from keel.observability.metric_table import PREFIX, TABLE
+from keel.observability.utilization import LEARNER, STAGES
 
 ROOT = Path(__file__).parent.parent
 RULES = sorted((ROOT / "deploy/prometheus/rules").glob("*.yml"))

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 from test_layers import imports, modules
 
-from keel import endpoint, generate, metrics, models, preflight, reward_models, schema, sources, tiny
+from keel import generate, models, preflight, reward_models, schema, sources, tiny
 from keel.config import loader
 from keel.config.monitoring import MetricsSettings
 from keel.config.prompts import PromptSettings
 from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
+from keel.observability import endpoint, metrics
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 OPENERS = {"load_checkpoint", "read_pickle", "unsafe_load", "full_load"}

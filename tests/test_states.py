@@ -19,8 +19,8 @@ from keel.algorithms.coefficients import Observation
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Measured
 from keel.config.regularizer import ControllerSettings
-from keel.metric_table import TABLE
-from keel.metrics import RunMetrics
+from keel.observability.metric_table import TABLE
+from keel.observability.metrics import RunMetrics
 from tabular import CASES, case, heads, objective, table
 
 STEP, OTHER = table(), table(shift={7: 3.0, 2: -1.0})

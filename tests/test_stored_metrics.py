@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import diagnostics, schema
+from keel import schema
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.learn import DeepSpeedLearner
+from keel.observability import diagnostics
 from rollouts import generated, prompts, referenced, scored
 from tabular import objective
 

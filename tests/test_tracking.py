@@ -15,14 +15,15 @@ from typing import Any, cast
 import pytest
 
 from fakes import settings_for
-from keel import files, tracking
+from keel import files
 from keel.config.tracking import TrackingSettings
 from keel.errors import ConfigError
-from keel.metrics import RunMetrics
+from keel.observability import tracking
+from keel.observability.metrics import RunMetrics
+from keel.observability.trackers import TRACKERS, Outcome, TrackedRun, Tracker
+from keel.observability.tracking import Tracking
 from keel.preflight import Prepared
 from keel.recorder import Recorder
-from keel.trackers import TRACKERS, Outcome, TrackedRun, Tracker
-from keel.tracking import Tracking
 from rollouts import generated, prompts, referenced, scored
 from test_course import FakeTrainee, Killed, Listener, course_of
 from test_course import Run as Course
@@ -370,7 +371,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 import keel.cli, keel.train, keel.stages.likelihood, keel.stages.reward
-from keel.metrics import RunMetrics
+from keel.observability.metrics import RunMetrics
 from keel.recorder import Recorder
 from fakes import settings_for
 from test_recorder import Quiet

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import tracking
-from keel.metrics import RunMetrics
-from keel.tracking import Tracking
+from keel.observability import tracking
+from keel.observability.metrics import RunMetrics
+from keel.observability.tracking import Tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
 NAME = "reward_component.gold"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize, special
 
 from keel import win_rates
-from keel.diagnostics import Estimate, estimate
+from keel.observability.diagnostics import Estimate, estimate
 
 NAN = math.nan
 

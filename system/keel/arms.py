@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import yaml
 
-from keel import evaluate, files
+from keel import files
 from keel.config import loader
-from keel.diagnostics import per_completion
 from keel.errors import ConfigError
+from keel.observability import evaluations as stored_evaluations
+from keel.observability.diagnostics import per_completion
 from keel.text import one_line
 
 Prompt = tuple[int, str]
@@ -59,8 +60,8 @@ def load(directory: Path) -> Arm:
     try:
         settings = yaml.safe_load(stored.read_text(encoding="utf8"))
         lines = files.read_json_lines(directory / "metrics.jsonl")
-        steps = [int(row["step"]) for row in evaluate.frontier(directory)]
-        batches = [evaluate.load(directory, step) for step in steps]
+        steps = [int(row["step"]) for row in stored_evaluations.frontier(directory)]
+        batches = [stored_evaluations.load(directory, step) for step in steps]
     except (OSError, ValueError, yaml.YAMLError) as error:  # Arrow's and JSON's errors are ValueErrors
         raise ConfigError(f"run {directory}: {one_line(error)}; expected the files of a run") from None
     if not isinstance(settings, dict):
@@ -86,7 +87,7 @@ def _per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np
     group = np.array([place[row] for row in rows])
     values = per_completion(batch)
     means = {}
-    for name in evaluate.shown(values):
+    for name in stored_evaluations.shown(values):
         known = np.isfinite(values[name])
         count = np.bincount(group[known], minlength=len(prompts))
         total = np.bincount(group[known], values[name][known], minlength=len(prompts))

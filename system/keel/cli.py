@@ -23,7 +23,7 @@ from keel.config.stages import (
     command_of,
 )
 from keel.errors import ConfigError, KeelError
-from keel.terminal import console, errors, from_here
+from keel.observability.console import console, errors, from_here
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
@@ -93,7 +93,7 @@ def schema(
 @app.command()
 def metrics() -> None:
     """Print the reference table of all Prometheus metrics."""
-    from keel.metric_table import reference_table
+    from keel.observability.metric_table import reference_table
 
     typer.echo(reference_table())
 
@@ -105,7 +105,7 @@ def doctor(
 ) -> None:
     """Check this machine: Python, compiler, memory, ports, packages, and one step of training."""
     from keel import doctor as checks
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
     if not checks.run(console, as_json=as_json, self_test=self_test):
@@ -118,10 +118,11 @@ def reward(config_path: Config, overrides: Overrides = None, address: Address = 
     settings = loader.load_as(RewardModelSettings, config_path, _with(overrides, address))
     if _shown(settings, dry_run):
         return
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
-    from keel import progress, summary
+    from keel import summary
+    from keel.observability import progress
     from keel.stages import reward as stage
 
     prepared = stage.prepare(settings)
@@ -139,10 +140,11 @@ def label(config_path: Config, overrides: Overrides = None, address: Address = N
     settings = loader.load_as(LabelSettings, config_path, _with(overrides, address))
     if _shown(settings, dry_run):
         return
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
-    from keel import progress, summary
+    from keel import summary
+    from keel.observability import progress
     from keel.stages import label as stage
 
     prepared = stage.prepare(settings)
@@ -169,10 +171,11 @@ def evaluate(
     if config_path is None and not (stored.is_file() and command_of(loader.read(stored)) == "train"):
         raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
     settings = loader.load(config_path or stored, _with(overrides, address))
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
-    from keel import progress, summary
+    from keel import summary
+    from keel.observability import progress
     from keel.stages import evaluate as stage
 
     default = Path(model) if Path(model).is_dir() else Path(settings.run_directory)
@@ -236,10 +239,11 @@ def _shown(settings: Section, dry_run: bool) -> bool:
 
 
 def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
-    from keel import progress, summary
+    from keel import summary
+    from keel.observability import progress
     from keel.stages import likelihood
 
     prepared = likelihood.prepare(settings)
@@ -251,10 +255,11 @@ def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
 
 
 def _train(settings: Settings, config_path: str) -> None:
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
-    from keel import preflight, progress, summary
+    from keel import preflight, summary
+    from keel.observability import progress
 
     prepared = preflight.prepare(settings)
     from keel import train as training  # Ray and vLLM: only once the input is known to be good

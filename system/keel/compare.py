@@ -25,10 +25,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from keel import evaluate, frontier_picture
+from keel import frontier_picture
 from keel.arms import Arm, Evaluation, load, notes
-from keel.diagnostics import Estimate, estimate
 from keel.errors import ConfigError
+from keel.observability import evaluations
+from keel.observability.diagnostics import Estimate, estimate
 
 _TITLES = {
     "steps": ("equal steps", "{:,.0f}"),
@@ -76,7 +77,7 @@ def run(directories: list[Path], console: Console, *, as_json: bool, picture: Pa
     """The command: read, compare, draw the picture if a path is given, print tables or one JSON object."""
     comparison = compare([load(directory) for directory in directories])
     if picture is not None:
-        rows = {name: evaluate.frontier(path) for name, path in zip(comparison.names, directories, strict=True)}
+        rows = {name: evaluations.frontier(path) for name, path in zip(comparison.names, directories, strict=True)}
         has_gold = any(row.get("gold") is not None for each in rows.values() for row in each)
         frontier_picture.draw(rows, picture, proxy="proxy", gold="gold" if has_gold else None)
     (_print_json if as_json else _print_tables)(console, comparison)
@@ -97,7 +98,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         names = [f"{arm.directory} (run {number})" for number, arm in enumerate(arms, start=1)]
-    metrics = evaluate.shown(name for arm in arms for each in arm.evaluations for name in each.values)
+    metrics = evaluations.shown(name for arm in arms for each in arm.evaluations for name in each.values)
     return Comparison(
         names=tuple(names),
         directories=tuple(arm.directory for arm in arms),

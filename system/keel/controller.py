@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from keel import metrics, parity
+from keel import parity
 from keel.config.run import Settings
 from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLost
 from keel.failures import FailureWatch, retrying
+from keel.observability import metrics
 from keel.parts import Observer, Parts
 from keel.protocols import AddReceipt, Batch, Sampling, StageReceipt
 

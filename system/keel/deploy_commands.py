@@ -48,7 +48,7 @@ def write(output: Path, texts: dict[str, str], force: bool) -> None:
 @app.command()
 def grafana(output: Output = None, force: Force = False) -> None:
     """The Grafana dashboards and their provisioning; without --output, what there is."""
-    from keel import dashboards
+    from keel.observability import dashboards
 
     provisioning = {name: text for name, text in shipped("grafana").items() if name.startswith("provisioning/")}
     if output is not None:

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from keel import schema, win_rates
-from keel.diagnostics import Estimate, estimate, per_completion
-from keel.evaluate import shown
+from keel.observability.diagnostics import Estimate, estimate, per_completion
+from keel.observability.evaluations import shown
 
 _OF_SAMPLES = ("kl_nats", "kl_k3_nats", "entropy_nats", "sequence_entropy_nats")
 """Estimates over samples: a greedy or given answer is none."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from keel.config.run import Settings
-from keel.occupancy import LEARNER
+from keel.observability.utilization import LEARNER
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 _TRAINING = {"bf16": (2, 2, 12), "fp32": (4, 4, 12)}

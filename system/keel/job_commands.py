@@ -15,8 +15,8 @@ from keel import bundle, standing, stopping
 from keel.config import loader
 from keel.config.stages import COMMANDS, command_of
 from keel.errors import ConfigError
+from keel.observability.console import console, errors
 from keel.operations import Address, AsJson, Run, elsewhere, needed
-from keel.terminal import console, errors
 
 if TYPE_CHECKING:
     from keel.jobs import Attempt, Submission

@@ -12,7 +12,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from keel.errors import ConfigError, KeelError
-from keel.terminal import errors
+from keel.observability.console import errors
 from keel.text import last_line
 
 _CONNECT_SECONDS = 30.0

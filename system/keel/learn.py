@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from keel import batch as batching
-from keel import diagnostics, forward_contract, models, optimisation, schema, weights
+from keel import forward_contract, models, optimisation, schema, weights
 from keel.algorithms import registry
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
 from keel.anchors import Anchors
@@ -30,6 +30,7 @@ from keel.engine import Engine, join_gang
 from keel.errors import NotFinite
 from keel.forward_contract import Verdict
 from keel.networks import Critic, Learnable, Piece, Policy
+from keel.observability import diagnostics
 from keel.protocols import LoadReceipt, StepReport, Weights
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import evaluate, files, schema
+from keel import files, schema
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.occupancy import LEARNER, STAGES, STEPPING
+from keel.observability import evaluations
+from keel.observability.utilization import LEARNER, STAGES, STEPPING
 from keel.rates import ASSUMED_FIXED_RATIO, Rates, waves
 
 _MOST_KEPT = 200  # relative durations
@@ -127,8 +128,8 @@ def _see_driver(pair: tuple[dict[str, Any], dict[str, Any]], seen: _Seen) -> Non
 
 def _see_evaluations(directory: Path, settings: Settings, batches: "list[_Batch]", seen: _Seen) -> None:
     """Held-out batches as further sizes; what the way through Ray costs is taken from the other batches."""
-    steps = [int(row["step"]) for row in evaluate.frontier(directory)]
-    held_out = [_batches(evaluate.load(directory, step))[0] for step in steps[1:]]  # the first one warms up
+    steps = [int(row["step"]) for row in evaluations.frontier(directory)]
+    held_out = [_batches(evaluations.load(directory, step))[0] for step in steps[1:]]  # the first one warms up
     for role in ("generator", "scorer"):
         own = [batch.seconds[role] for batch in batches]
         mean = statistics.mean(own)

@@ -13,7 +13,7 @@ from rich.text import Text
 from keel import standing
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.terminal import console, errors
+from keel.observability.console import console, errors
 
 if TYPE_CHECKING:
     from keel.audit import Finding
@@ -110,8 +110,8 @@ def explain(
 
 
 def _explain(run_directory: Path, last: int) -> dict[str, Any]:
-    from keel import explain as explaining
     from keel import files
+    from keel.observability import bottlenecks as explaining
 
     settings = loader.load(loader.stored_config(run_directory, f"RUN_DIR={run_directory}"))
     try:
@@ -169,7 +169,7 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Make one learner step again from checkpoint and stored rollouts, and compare it with what the run wrote."""
-    from keel import progress, quiet
+    from keel.observability import progress, quiet
 
     quiet.libraries()
     from keel import replay as replaying

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from keel import capacity
 from keel.config.run import Settings
-from keel.occupancy import LEARNER, STAGES
+from keel.observability.utilization import LEARNER, STAGES
 from keel.rates import LearnerRates, Rates, StageRates, waves
 from keel.simulation import Shape, Simulation, Timeline
 

@@ -18,11 +18,11 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.footprint import Footprint, footprints
-from keel.occupancy import LEARNER
+from keel.observability.console import console, errors
+from keel.observability.utilization import LEARNER
 from keel.plan import Machine, Prediction, predict
 from keel.rates import Rates
 from keel.splits import Budget, best, of_cpus, of_gpus, ranked
-from keel.terminal import console, errors
 
 _SHOWN = 5  # splits
 _SEARCH_STEPS = 8
@@ -79,7 +79,7 @@ def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: boo
         from keel import measurement
 
         return measurement.measured(runs)
-    from keel import progress, quiet
+    from keel.observability import progress, quiet
 
     quiet.libraries()
     from keel import calibration
@@ -137,7 +137,7 @@ def _parameters(settings: Settings) -> int | None:
     model = settings.policy.model
     if not (model.startswith("wheel:") or Path(model).is_dir()):
         return None
-    from keel import quiet
+    from keel.observability import quiet
 
     quiet.libraries()
     from keel import model_files, models

@@ -13,7 +13,6 @@ import yaml
 
 from keel import (
     checkpoint,
-    endpoint,
     forward_contract,
     http_rewards,
     model_files,
@@ -23,7 +22,6 @@ from keel import (
     score,
     score_contract,
     text_checks,
-    tracking,
     user_code,
 )
 from keel.algorithms import registry
@@ -34,6 +32,7 @@ from keel.config.run import Settings
 from keel.config.stages import COMMANDS, command_of
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
+from keel.observability import endpoint, tracking
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer

@@ -9,15 +9,16 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, evaluate, files, gang, references, schema
+from keel import checkpoint, cluster, files, gang, references, schema
 from keel.config import loader
-from keel.explain import largest_share
-from keel.metrics import RunMetrics
-from keel.occupancy import Occupancy
+from keel.observability import evaluations
+from keel.observability.bottlenecks import largest_share
+from keel.observability.metrics import RunMetrics
+from keel.observability.tracking import Tracking
+from keel.observability.utilization import Occupancy
 from keel.parts import Observer
 from keel.preflight import Prepared
 from keel.protocols import Batch
-from keel.tracking import Tracking
 
 
 class Display(Protocol):
@@ -116,7 +117,7 @@ class Recorder(Observer):
         self.tracking.step(line)
 
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None:
-        row = evaluate.store(self.directory, step, batch)
+        row = evaluations.store(self.directory, step, batch)
         self.tracking.evaluated(step, row)
         self.display.note(
             f"evaluation at step {step}: reward {row['proxy']:+.3f} +- {row['stderr']:.3f} (standard error),"

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special, stats
 
 from keel.algorithms.advantages import vary
-from keel.diagnostics import Estimate, estimate
+from keel.observability.diagnostics import Estimate, estimate
 
 BINS = 10
 

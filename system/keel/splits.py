@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from keel import capacity
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.occupancy import LEARNER
+from keel.observability.utilization import LEARNER
 from keel.plan import Prediction
 from keel.rates import Rates
 

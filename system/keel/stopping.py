@@ -10,7 +10,7 @@ from typing import Any
 from keel import files, standing
 from keel.config import loader
 from keel.errors import ConfigError, KeelError
-from keel.terminal import errors
+from keel.observability.console import errors
 
 _HEARD_SECONDS = 60.0
 _STARTS_SECONDS = 600.0

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keel import checkpoint, evaluate, frontier_picture
+from keel import checkpoint, frontier_picture
 from keel.config.run import Settings
-from keel.diagnostics import Estimate, per_completion
-from keel.terminal import from_here
+from keel.observability import evaluations
+from keel.observability.console import from_here
+from keel.observability.diagnostics import Estimate, per_completion
 from keel.text import printable
 
 _UNITS = {
@@ -28,8 +29,8 @@ _UNITS = {
 
 def show(console: Console, directory: Path, settings: Settings, seconds: float, config_path: str) -> None:
     """Print the table, two completions before and after, the run's files and the next commands."""
-    steps = [int(row["step"]) for row in evaluate.frontier(directory)]
-    first, last = evaluate.load(directory, steps[0]), evaluate.load(directory, steps[-1])
+    steps = [int(row["step"]) for row in evaluations.frontier(directory)]
+    first, last = evaluations.load(directory, steps[0]), evaluations.load(directory, steps[-1])
     console.print(_table(first, last, steps[0], steps[-1], settings))
     for row in _telling_rows(first, last):
         console.print(_answer(first, last, row, steps[0], steps[-1]), soft_wrap=True)
@@ -47,7 +48,7 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
 
 def draw_frontier(directory: Path, settings: Settings) -> str | None:
     """frontier.png of a run: training reward and gold against sqrt(KL); None where nobody measured the KL."""
-    rows = evaluate.frontier(directory)
+    rows = evaluations.frontier(directory)
     if settings.reference is None or len(rows) < 2:
         return None
     gold = "gold" if any(reward.name == "gold" for reward in settings.rewards) else None
@@ -142,7 +143,7 @@ def _table(first: pa.RecordBatch, last: pa.RecordBatch, before: int, after: int,
     for name in (f"step {before}", f"step {after}", "change (paired)"):
         table.add_column(name, justify="right")
     roles = {f"reward_{reward.name}": reward.role for reward in settings.rewards}
-    old, new, change = evaluate.estimates(first), evaluate.estimates(last), evaluate.changes(first, last)
+    old, new, change = evaluations.estimates(first), evaluations.estimates(last), evaluations.changes(first, last)
     for name in old:
         label = _UNITS.get(name) or f"{name.removeprefix('reward_')} ({roles.get(name, 'monitor')})"
         table.add_row(label, _interval(old[name]), _interval(new[name]), _signed(change[name]))

@@ -32,13 +32,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, cluster, endpoint, files, gang, ledger, parity, references, scaling
+from keel import checkpoint, cluster, files, gang, ledger, parity, references, scaling
 from keel.config import loader
 from keel.config.run import Settings
 from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.errors import BufferLost, BuildFailed, LearnerLost
-from keel.metrics import RunMetrics
+from keel.observability import endpoint
+from keel.observability.metrics import RunMetrics
 from keel.parts import Parts
 from keel.pool import Pool
 from keel.preflight import Prepared

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special, stats
 
-from keel.diagnostics import Estimate, estimate
+from keel.observability.diagnostics import Estimate, estimate
 
 RIDGE = 0.01
 """Penalty of the length coefficient; that of a normal prior with standard deviation 10 on a regressor within +-1."""

@@ -21,8 +21,9 @@ from live import PATIENCE_SECONDS, last_step, wait
 from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
 from test_runs import is_generator
 
-from keel import dashboards, doctor, files, schema
-from keel.metric_table import PREFIX, TABLE
+from keel import doctor, files, schema
+from keel.observability import dashboards
+from keel.observability.metric_table import PREFIX, TABLE
 
 pytestmark = pytest.mark.slow
 RUN = "observed"

@@ -14,7 +14,7 @@ from commands import finish
 from live import answer, last_step, more_steps, title_of, wait
 
 from keel import files
-from keel.explain import largest_share
+from keel.observability.bottlenecks import largest_share
 
 pytestmark = pytest.mark.slow
 ROLES = {

@@ -19,16 +19,17 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, endpoint, files
+from keel import checkpoint, cluster, files
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
 from keel.controller import Stalled
 from keel.errors import ConfigError
 from keel.gang import Gang
-from keel.metrics import RunMetrics
+from keel.observability import endpoint
+from keel.observability.metrics import RunMetrics
+from keel.observability.tracking import Tracking
 from keel.recorder import Display
-from keel.tracking import Tracking
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import endpoint, gang, models, preflight, progress, text_checks, tracking
+from keel import gang, models, preflight, text_checks
 from keel.algorithms import registry
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, SupervisedSettings
-from keel.metrics import RunMetrics
+from keel.observability import endpoint, progress, tracking
+from keel.observability.metrics import RunMetrics
 from keel.recorder import Display
 from keel.stages import course
 from keel.stages.course import Course, Recorder

@@ -28,7 +28,7 @@ from keel.config.base import Section
 from keel.config.pipeline import PipelineSettings, StageEntry
 from keel.config.stages import COMMANDS
 from keel.errors import ConfigError, KeelError
-from keel.terminal import from_here
+from keel.observability.console import from_here
 
 _NOT_CONTENT = {"metrics", "tracking", "cluster", "deadlines"}
 _PATHS = ("source", "model", "against", "MODEL")

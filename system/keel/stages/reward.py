@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from keel import (
-    endpoint,
     files,
     gang,
     models,
@@ -33,14 +32,14 @@ from keel import (
     sources,
     stored,
     text_checks,
-    tracking,
 )
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings
 from keel.config.stages import RewardModelSettings
 from keel.errors import ConfigError
 from keel.learn_reward import PAIR, RewardModelLearner
-from keel.metrics import RunMetrics
+from keel.observability import endpoint, tracking
+from keel.observability.metrics import RunMetrics
 from keel.recorder import Display
 from keel.reward_functions import describe
 from keel.reward_models import RewardText, ScoredText

@@ -6,8 +6,8 @@ Numbers of panels come from their titles: links to a panel stay good when others
 import zlib
 from typing import Any
 
-from keel.metric_table import PREFIX
-from keel.panels import Dashboard, Panel, Query, Row
+from keel.observability.metric_table import PREFIX
+from keel.observability.panels import Dashboard, Panel, Query, Row
 
 COLUMNS = 24
 SCHEMA_VERSION = 39

@@ -26,8 +26,8 @@ from keel.config.run import Settings
 from keel.config.stages import StageSettings
 from keel.config.tracking import TrackingSettings
 from keel.errors import ConfigError
-from keel.metrics import RunMetrics
-from keel.trackers import TRACKERS, Outcome, TrackedRun, Tracker
+from keel.observability.metrics import RunMetrics
+from keel.observability.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 
 QUEUE_JOBS = 256
 _FULL = f"{QUEUE_JOBS} steps wait for it already"

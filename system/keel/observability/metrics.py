@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, make_wsgi_app
 
 from keel import files
-from keel.metric_table import PREFIX, TABLE, Metric
+from keel.observability.metric_table import PREFIX, TABLE, Metric
 
 Values = Mapping[str, float | Mapping[str, float]]
 _BY_NAME = {metric.name: metric for metric in TABLE}

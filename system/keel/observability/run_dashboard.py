@@ -1,7 +1,7 @@
 """The dashboard of one run. Its rows of curves are also those in which runs are compared."""
 
-from keel.panels import Dashboard, Panel, Query, Row
-from keel.queries import COUNT, SECONDS, Expression, Unit, age, events, gauge, peak, rate, slope, total
+from keel.observability.panels import Dashboard, Panel, Query, Row
+from keel.observability.promql import COUNT, SECONDS, Expression, Unit, age, events, gauge, peak, rate, slope, total
 
 
 def curves(title: str, *names: str, note: str = "", unit: Unit | None = None) -> Panel:

@@ -6,7 +6,7 @@ Every function aggregates by run first: a run that goes on at another address is
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from keel.metric_table import PREFIX, TABLE, Metric
+from keel.observability.metric_table import PREFIX, TABLE, Metric
 
 RATE, RANGE = "$__rate_interval", "$__range"
 """Windows that Grafana fills in: four scrapes or one pixel, whichever is longer; all the time that is shown."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import files, schema
-from keel.diagnostics import Estimate, estimate, per_completion
+from keel.observability.diagnostics import Estimate, estimate, per_completion
 
 _SHOWN = ("kl_nats", "entropy_nats", "length_tokens", "finished_ratio")
 

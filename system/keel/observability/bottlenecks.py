@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from keel.occupancy import LEARNER, STAGES
+from keel.observability.utilization import LEARNER, STAGES
 
 Line = Mapping[str, Any]
 _OPTION = {"generator": "--generators", "reference": "--reference", "scorer": "--scorers", LEARNER: "--learners"}

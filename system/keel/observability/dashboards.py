@@ -2,10 +2,20 @@
 
 import json
 
-from keel.grafana import Json, as_json
-from keel.panels import Dashboard, Panel, Query, Row
-from keel.queries import BYTES, COUNT, RANGE, RATE, RATIO, Expression, Unit, gauge, increase, rate, total
-from keel.run_dashboard import EVENTS, LEARNING, OVER_OPTIMISATION, ROOT_KL, RUN, STEP, against, fall_from_peak, stat
+from keel.observability.grafana import Json, as_json
+from keel.observability.panels import Dashboard, Panel, Query, Row
+from keel.observability.promql import BYTES, COUNT, RANGE, RATE, RATIO, Expression, Unit, gauge, increase, rate, total
+from keel.observability.run_dashboard import (
+    EVENTS,
+    LEARNING,
+    OVER_OPTIMISATION,
+    ROOT_KL,
+    RUN,
+    STEP,
+    against,
+    fall_from_peak,
+    stat,
+)
 
 NOT_SHOWN = {
     "steps_total": "version is the step; a resumed run counts from 0 again",

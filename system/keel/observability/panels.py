@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from keel.metric_table import PREFIX, TABLE
-from keel.queries import Expression, Unit
+from keel.observability.metric_table import PREFIX, TABLE
+from keel.observability.promql import Expression, Unit
 
 _MEANINGS = {metric.name: metric.meaning for metric in TABLE}
 
