@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from keel import files, models
+from keel import files
 from keel.config import loader
 from keel.config.run import Settings
+from keel.learner import loading
 from keel.prompts import Prompts
 
 HERE = Path(__file__).resolve().parent
@@ -83,8 +84,8 @@ def keel(settings: Settings, steps: int, scratch: Path) -> list[Step]:
 def trl(python: Path, settings: Settings, steps: int, scratch: Path) -> list[Step]:
     """Steps of TRL's trainer, run by the Python of its own environment."""
     samples, learners = settings.sampling.samples_per_prompt, settings.learners
-    folder = models.locate(settings.policy.model, "policy.model")
-    prompts = Prompts(settings, models.load_tokenizer(folder, "policy.model"))
+    folder = loading.locate(settings.policy.model, "policy.model")
+    prompts = Prompts(settings, loading.load_tokenizer(folder, "policy.model"))
     batch = prompts.batch(range(settings.buffer.groups_per_step * steps))
     job = {
         "model": str(folder),

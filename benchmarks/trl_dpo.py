@@ -76,7 +76,7 @@ def train(model: str, pairs: str, output: str) -> None:
 
 
 def main(python: str) -> None:
-    from keel import tiny
+    from keel.learner import tiny
 
     with tempfile.TemporaryDirectory() as name:
         model = tiny.write(Path(name) / "llama")

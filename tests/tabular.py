@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from keel.algorithms import critics, registry
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows
-from keel.anchors import FrozenView, vocabulary_piece
 from keel.config import loader
-from keel.networks import TokenLogprobs
+from keel.learner.frozen_models import FrozenView, vocabulary_piece
+from keel.learner.networks import TokenLogprobs
 
 VOCABULARY = 4
 TICKETS = [7, 2, 7, 2, 2, 7, 7, 2]

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel import batch as batching
-from keel import models, schema, tiny
-from keel.batch import Budget
+from keel import schema
+from keel.learner import loading, packing, tiny
+from keel.learner.packing import Budget
 
 
 def batch_of(groups: list[tuple[int, list[int]]]) -> pa.RecordBatch:
@@ -31,14 +31,14 @@ def batch_of(groups: list[tuple[int, list[int]]]) -> pa.RecordBatch:
     )
 
 
-def places_of(micro: batching.MicroBatch) -> torch.Tensor:
+def places_of(micro: packing.MicroBatch) -> torch.Tensor:
     """[U, T] positions; those of a sequence that is one row are what a model counts by itself."""
     if micro.layout is None:
         return torch.arange(micro.tokens.shape[1]).expand_as(micro.tokens)
     return micro.layout.places
 
 
-def visible(micro: batching.MicroBatch) -> torch.Tensor:
+def visible(micro: packing.MicroBatch) -> torch.Tensor:
     """bool [U, T, T]: what a causal mask of places leaves of the layout's rows."""
     assert micro.layout is not None
     sequences, places = torch.arange(len(micro.tokens)), torch.arange(micro.tokens.shape[1])
@@ -60,13 +60,13 @@ def test_a_plan_covers_every_row_once_and_alike_on_every_rank(
     batch = batch_of(groups)
     if batch.num_rows < ranks:
         return
-    plan = batching.plan(batch, ranks, Budget(budget, shared, head))
+    plan = packing.plan(batch, ranks, Budget(budget, shared, head))
     assert len({len(micro) for micro in plan.micro_batches}) == 1
     assert len(plan.head_chunks) == len(plan.micro_batches[0])
     seen: list[int] = []
     for units_of_rank, real_of_rank in zip(plan.micro_batches, plan.real, strict=True):
         for index, (units, real) in enumerate(zip(units_of_rank, real_of_rank, strict=True)):
-            micro = batching.tensors(batch, units, real=real)
+            micro = packing.tensors(batch, units, real=real)
             assert micro.tokens.numel() <= budget or len(units) == 1
             assert plan.head_chunks[index] >= -(-len(micro.items) // head)
             if real:
@@ -80,8 +80,8 @@ def test_tensors_equal_a_naive_loop(groups: list[tuple[int, list[int]]], shared:
     batch = batch_of(groups)
     prompts, completions = batch.column("prompt_tokens").to_pylist(), batch.column("completion_tokens").to_pylist()
     flat = np.concatenate([np.array(row) for row in completions])
-    for units in batching.plan(batch, 1, Budget(64, shared, 8)).micro_batches[0]:
-        micro = batching.tensors(batch, units)
+    for units in packing.plan(batch, 1, Budget(64, shared, 8)).micro_batches[0]:
+        micro = packing.tensors(batch, units)
         assert flat[micro.items].tolist() == micro.targets.tolist()
         own = [token for row in micro.rows for token in completions[row]]
         assert micro.targets.tolist() == own
@@ -101,8 +101,8 @@ def test_tensors_equal_a_naive_loop(groups: list[tuple[int, list[int]]], shared:
 
 def test_packed_rows_see_their_prompt_and_themselves_only() -> None:
     batch = batch_of([(2, [2, 1])])
-    units = batching.plan(batch, 1, Budget(64, 64, 8)).micro_batches[0][0]
-    micro = batching.tensors(batch, units)
+    units = packing.plan(batch, 1, Budget(64, 64, 8)).micro_batches[0][0]
+    micro = packing.tensors(batch, units)
     assert places_of(micro).tolist() == [[0, 1, 2, 3, 2]]
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
     assert torch.equal(visible(micro)[0], torch.tensor(expected, dtype=torch.bool))
@@ -110,13 +110,13 @@ def test_packed_rows_see_their_prompt_and_themselves_only() -> None:
 
 def test_rows_on_their_own_need_no_mask() -> None:
     batch = batch_of([(2, [2, 1]), (3, [1, 1])])
-    plan = batching.plan(batch, 1, Budget(64, 0, 8))
-    assert all(batching.tensors(batch, units).layout is None for units in plan.micro_batches[0])
+    plan = packing.plan(batch, 1, Budget(64, 0, 8))
+    assert all(packing.tensors(batch, units).layout is None for units in plan.micro_batches[0])
 
 
 def test_packing_stops_at_its_limit() -> None:
     batch = batch_of([(4, [3, 3, 3, 3])])
-    sizes = [len(unit) for units in batching.plan(batch, 1, Budget(64, 10, 8)).micro_batches[0] for unit in units]
+    sizes = [len(unit) for units in packing.plan(batch, 1, Budget(64, 10, 8)).micro_batches[0] for unit in units]
     assert sorted(sizes) == [2, 2]
 
 
@@ -131,13 +131,13 @@ def test_packed_plans_cover_every_row_once(
     batch = batch_of(groups)
     if batch.num_rows < ranks:
         return
-    plan = batching.plan(batch, ranks, Budget(64, shared, 8, packed))
+    plan = packing.plan(batch, ranks, Budget(64, shared, 8, packed))
     assert len({len(micro) for micro in plan.micro_batches}) == 1
     seen: list[int] = []
     for units_of_rank, real_of_rank in zip(plan.micro_batches, plan.real, strict=True):
         assert any(real_of_rank)
         for units, real in zip(units_of_rank, real_of_rank, strict=True):
-            micro = batching.tensors(batch, units, real=real)
+            micro = packing.tensors(batch, units, real=real)
             one_unit = [len(set(batch.column("ticket").to_numpy()[unit].tolist())) == 1 for unit in units]
             assert micro.tokens.numel() <= 64 or len(units) == 1
             assert micro.tokens.shape[1] <= packed or any(one_unit)  # only a unit alone is longer than the limit
@@ -145,7 +145,7 @@ def test_packed_plans_cover_every_row_once(
     assert sorted(seen) == list(range(batch.num_rows))
 
 
-def origins(batch: pa.RecordBatch, micro: batching.MicroBatch) -> list[list[tuple[int, int | None, int]]]:
+def origins(batch: pa.RecordBatch, micro: packing.MicroBatch) -> list[list[tuple[int, int | None, int]]]:
     """Of every token of every sequence: its ticket, its row (None: a prompt's), its place; read off the token ids."""
     rows = {tokens[0] // 100: row for row, tokens in enumerate(batch.column("completion_tokens").to_pylist())}
     found = []
@@ -171,9 +171,9 @@ def test_a_packed_token_sees_its_own_prompt_and_completion_alone(
 ) -> None:
     """Every pair of tokens of every sequence, by brute force; positions restart with every prompt."""
     batch = batch_of([(1, [1]), *groups])  # ticket 0 is not among those looked at: its ids look like padding
-    units = batching.plan(batch.slice(1), 1, Budget(64, shared, 8, packed)).micro_batches[0]
+    units = packing.plan(batch.slice(1), 1, Budget(64, shared, 8, packed)).micro_batches[0]
     for sequences in units:
-        micro = batching.tensors(batch.slice(1), sequences)
+        micro = packing.tensors(batch.slice(1), sequences)
         prompt_lengths = [1, *(length for length, _ in groups)]
         for number, (sequence, unit) in enumerate(zip(origins(batch, micro), sequences, strict=True)):
             real = sum(token != 0 for token in micro.tokens[number].tolist())
@@ -201,11 +201,11 @@ def test_a_packed_token_sees_its_own_prompt_and_completion_alone(
 
 def test_units_fill_sequences_first_fit() -> None:
     batch = batch_of([(4, [4]), (3, [3]), (2, [2]), (1, [1])])  # 8, 6, 4, 2 tokens
-    packed = batching.plan(batch, 1, Budget(100, 0, 8, 10)).micro_batches[0]
+    packed = packing.plan(batch, 1, Budget(100, 0, 8, 10)).micro_batches[0]
     assert [[unit.tolist() for unit in units] for units in packed] == [[[0, 3], [1, 2]]]
-    long = batching.plan(batch, 1, Budget(100, 0, 8, 5)).micro_batches[0]
+    long = packing.plan(batch, 1, Budget(100, 0, 8, 5)).micro_batches[0]
     assert [[unit.tolist() for unit in units] for units in long] == [[[0], [1], [2], [3]]]  # 4 + 2 is more than 5
-    many = batching.plan(batch, 3, Budget(100, 0, 8, 100)).micro_batches
+    many = packing.plan(batch, 3, Budget(100, 0, 8, 100)).micro_batches
     assert [[unit.tolist() for units in rank for unit in units] for rank in many] == [[[0, 3]], [[1]], [[2]]]
 
 
@@ -215,7 +215,7 @@ def test_packed_rows_have_the_log_probs_and_gradients_of_rows_alone(
     tmp_path: Path, architecture: str, shared: int, packed: int
 ) -> None:
     """Against one row at a time through the same tiny model, each with a weight of its own."""
-    policy = models.load_policy(tiny.write(tmp_path / "m", architecture, architecture == "llama"), "float32")
+    policy = loading.load_policy(tiny.write(tmp_path / "m", architecture, architecture == "llama"), "float32")
     random = np.random.default_rng(0)
     tickets = [0, 0, 1, 2, 2, 2, 3]
     said = [random.integers(3, 300, n).tolist() for n in (3, 6, 1, 4)]
@@ -240,10 +240,10 @@ def test_packed_rows_have_the_log_probs_and_gradients_of_rows_alone(
     gradients = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
     policy.zero_grad()
     found = torch.zeros(28, dtype=torch.float32)
-    units = batching.plan(batch, 1, Budget(64, shared, 8, packed)).micro_batches[0]
+    units = packing.plan(batch, 1, Budget(64, shared, 8, packed)).micro_batches[0]
     assert any(len({tickets[row] for row in unit}) > 1 for sequences in units for unit in sequences)
     for sequences in units:
-        micro = batching.tensors(batch, sequences)
+        micro = packing.tensors(batch, sequences)
         values, _ = policy(micro, 1.0, 1, entropy=False)
         (values * weights[torch.from_numpy(micro.items)]).sum().backward()
         found[torch.from_numpy(micro.items)] = values.detach()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from keel import bundle, checkpoint, tiny
+from keel import bundle, checkpoint
 from keel.config.stages import COMMANDS
 from keel.errors import ConfigError
+from keel.learner import tiny
 
 LIMIT_BYTES = 10**8
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from keel import doctor
 from keel.config.workers import LearnerSettings
-from keel.optimisation import learning_rate
+from keel.learner.optimizer import learning_rate
 
 
 def checks(capsys: pytest.CaptureFixture[str]) -> tuple[bool, dict[str, Any]]:

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, cli, learner_state, models, reads, references, schema, segments, tiny, verify
+from keel import checkpoint, cli, reads, references, schema, segments, verify
 from keel import files as atomic_files
 from keel.buffer import RolloutBuffer
 from keel.errors import ConfigError
+from keel.learner import loading, sharded_checkpoint, tiny
 from keel.reads import ReadFailed
 from keel.stages import course, reference_logprobs
 from runs import Writer, scored, settings
@@ -38,11 +39,11 @@ def audited(directory: Path) -> None:
 
 
 def learner(directory: Path) -> None:
-    learner_state.read(directory / "state", Whole(1))
+    sharded_checkpoint.read(directory / "state", Whole(1))
 
 
 def located(directory: Path) -> None:
-    models.locate(str(directory / "stage"), "policy.model")
+    loading.locate(str(directory / "stage"), "policy.model")
 
 
 def log_probs(directory: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_finished_stage_whose_model_is_not_whole_is_neither_finished_nor_read(
         message = "no config.json in it"
     for model in (stage, stage / "model"):
         with pytest.raises(ConfigError, match=rf"policy.model={model}: .*{message}"):
-            models.locate(str(model), "policy.model")
+            loading.locate(str(model), "policy.model")
 
 
 def test_a_policy_of_a_checkpoint_and_a_reference_are_read_only_as_they_were_written(tmp_path: Path) -> None:
@@ -251,13 +252,13 @@ def test_a_policy_of_a_checkpoint_and_a_reference_are_read_only_as_they_were_wri
     tiny.write(references.begin(reference))
     references.commit(reference)
     for folder in (policy, reference):
-        assert models.locate(str(folder), "policy.model") == folder
+        assert loading.locate(str(folder), "policy.model") == folder
         with (folder / "tokenizer.json").open("a") as file:
             file.write("\n")
         with pytest.raises(ConfigError, match=r"1 files are missing or changed, for instance .*tokenizer.json"):
-            models.locate(str(folder), "policy.model")
+            loading.locate(str(folder), "policy.model")
         copy = shutil.copytree(folder, tmp_path / f"copy-{folder.name}", ignore=shutil.ignore_patterns("MANIFEST.json"))
-        assert models.locate(str(copy), "policy.model") == copy
+        assert loading.locate(str(copy), "policy.model") == copy
 
 
 def test_a_failed_read_ends_a_command_with_one_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,8 @@ from scipy import optimize
 
 from keel.algorithms import registry
 from keel.algorithms.types import Measured, Outputs, Rows
-from keel.anchors import FrozenView, vocabulary_piece
 from keel.config import loader
+from keel.learner.frozen_models import FrozenView, vocabulary_piece
 from test_arms import GOLD, OPTIMA, PROXY, REFERENCE, optimum
 
 N = len(PROXY)

@@ -9,11 +9,19 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from keel import attention_masks, forward_contract, models, score_contract, states_to_logits, tiny, twins
-from keel import batch as batching
 from keel.errors import ConfigError
-from keel.forward_contract import Verdict
-from keel.networks import Policy
+from keel.learner import (
+    attention_masks,
+    forward_contract,
+    loading,
+    packing,
+    scaled_down_models,
+    score_contract,
+    states_to_logits,
+    tiny,
+)
+from keel.learner.forward_contract import Verdict
+from keel.learner.networks import Policy
 
 ALL, ALONE = (True, True, True), (True, False, False)
 SMALL = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -55,7 +63,7 @@ def verdict_of(name: str, implementation: str | None = None) -> Verdict:
     config = config_of(name)
     if implementation:
         config._attn_implementation = implementation
-    return forward_contract.of_seeds(lambda seed: twins.build(config, seed), ROW)
+    return forward_contract.of_seeds(lambda seed: scaled_down_models.build(config, seed), ROW)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -83,10 +91,10 @@ def one_mask_for_all_layers(layout: Any) -> Any:
     return contextlib.nullcontext()
 
 
-def by_index(layout: batching.Layout) -> Any:
+def by_index(layout: packing.Layout) -> Any:
     """Windows counted along the sequence in place of along the row."""
     places = torch.arange(layout.places.shape[1]).expand_as(layout.places)
-    return ORIGINAL(batching.Layout(places, layout.prompts, layout.completions))
+    return ORIGINAL(packing.Layout(places, layout.prompts, layout.completions))
 
 
 ORIGINAL = attention_masks.of_rows
@@ -113,11 +121,11 @@ def test_a_head_taken_for_the_whole_map_to_logits_is_noticed(name: str, monkeypa
 
 def test_noise_in_training_is_noticed_and_switched_off(tmp_path: Path) -> None:
     noisy = CONFIG_MAPPING["mixtral"](**FAMILIES["experts"][1] | {"router_jitter_noise": 0.5, "attention_dropout": 0.2})
-    assert not forward_contract.of_seeds(lambda seed: twins.build(noisy, seed), ROW).alone
+    assert not forward_contract.of_seeds(lambda seed: scaled_down_models.build(noisy, seed), ROW).alone
     noisy.save_pretrained(tmp_path)
-    quiet = models.without_dropout(tmp_path)
+    quiet = loading.without_dropout(tmp_path)
     assert (quiet.router_jitter_noise, quiet.attention_dropout) == (0.0, 0.0)
-    assert forward_contract.of_seeds(lambda seed: twins.build(quiet, seed), ROW).alone
+    assert forward_contract.of_seeds(lambda seed: scaled_down_models.build(quiet, seed), ROW).alone
 
 
 # ---- rows alone, padded
@@ -134,13 +142,13 @@ def test_padding_makes_no_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         return attend(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    model = twins.build(config_of(name))
+    model = scaled_down_models.build(config_of(name))
     rows = forward_contract._rows(128, 10, seed=0)
-    units = batching.plan(rows, 1, batching.Budget(10_000, 0, 64)).micro_batches[0]
+    units = packing.plan(rows, 1, packing.Budget(10_000, 0, 64)).micro_batches[0]
     assert len(units) == 1 and len(units[0]) == rows.num_rows, "one padded micro-batch"
     expected = forward_contract._plain(model, rows)
     seen.clear()
-    micro = batching.tensors(rows, units[0])
+    micro = packing.tensors(rows, units[0])
     logprobs = Policy(model)(micro, 1.0)[0].detach().numpy()
     assert seen and set(seen) == {(True, True)}
     assert logprobs == pytest.approx(expected[micro.items], abs=1e-4)
@@ -151,7 +159,7 @@ def test_padding_makes_no_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("name", ["logits divided", "window in one layer of two", "a decoder inside the trunk"])
 def test_logits_of_states_are_the_models_own_and_so_are_their_gradients(name: str) -> None:
-    model = twins.build(config_of(name))
+    model = scaled_down_models.build(config_of(name))
     policy = Policy(model)
     ids = torch.randint(16, 128, (1, 12), generator=torch.Generator().manual_seed(3))
     weights = torch.randn(12, 128)
@@ -172,7 +180,7 @@ def test_logits_of_states_are_the_models_own_and_so_are_their_gradients(name: st
 
 
 def test_another_head_reads_for_one_call_only() -> None:
-    policy = Policy(twins.build(config_of("logits divided")))
+    policy = Policy(scaled_down_models.build(config_of("logits divided")))
     states = torch.randn(3, 32)
     before = policy.logits(states)
     other = torch.nn.Linear(32, 128, bias=False)
@@ -182,7 +190,7 @@ def test_another_head_reads_for_one_call_only() -> None:
 
 
 def test_a_failing_forward_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy(twins.build(config_of("llama")))
+    policy = Policy(scaled_down_models.build(config_of("llama")))
     trunk = policy.trunk
     with pytest.raises((RuntimeError, IndexError), match=r"shape|dimension"):
         policy.logits(torch.randn(3, 7))
@@ -214,7 +222,7 @@ def test_a_family_that_needs_rows_of_their_own_is_named_once(tmp_path: Path) -> 
 def test_a_verdict_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of("convolutions", tmp_path / "m")
     first = forward_contract.verdict(folder, 64)
-    monkeypatch.setattr(twins, "build", lambda *arguments, **options: pytest.fail("made again"))
+    monkeypatch.setattr(scaled_down_models, "build", lambda *arguments, **options: pytest.fail("made again"))
     assert forward_contract.verdict(folder, 64) == first and not first.shared
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"rms_norm_eps": 0.5, "norm_eps": 0.5}))
@@ -232,7 +240,7 @@ def test_a_cache_that_cannot_be_written_to_only_costs_time(tmp_path: Path, monke
 def test_a_copy_of_a_model_has_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a run is longer: the twin, and so the verdict, is the same."""
     first = forward_contract.verdict(folder_of("convolutions", tmp_path / "one"), 64)
-    monkeypatch.setattr(twins, "build", lambda *arguments, **options: pytest.fail("made again"))
+    monkeypatch.setattr(scaled_down_models, "build", lambda *arguments, **options: pytest.fail("made again"))
     copy = folder_of("convolutions", tmp_path / "two")
     assert forward_contract.verdict(copy, 65) == forward_contract.verdict(copy) == first
 
@@ -250,9 +258,9 @@ def test_a_family_whose_own_forward_fails_is_refused_in_one_line(
 
 def test_without_a_twin_the_model_itself_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(config: Any, longest_row: int | None = None) -> Any:
-        raise twins.TwinError("of no size")
+        raise scaled_down_models.TwinError("of no size")
 
-    monkeypatch.setattr(twins, "twin", none)
+    monkeypatch.setattr(scaled_down_models, "twin", none)
     tried: list[tuple[str, int]] = []
     check = forward_contract.check
 
@@ -277,14 +285,14 @@ def test_what_holds_for_two_models_holds_for_their_micro_batches() -> None:
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2", "bert", "roberta", "gemma2", "qwen3"])
 def test_scores_of_padded_rows_are_the_classifiers_own(family: str, tmp_path: Path) -> None:
     CONFIG_MAPPING[family]().save_pretrained(tmp_path)
-    assert score_contract.score_difference(models.without_dropout(tmp_path)) == ""
+    assert score_contract.score_difference(loading.without_dropout(tmp_path)) == ""
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_scores_that_are_not_its_own_refuse_a_classifier(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keel.reward_models import RewardModel
+    from keel.learner.reward_models import RewardModel
 
     CONFIG_MAPPING[family]().save_pretrained(tmp_path)
     forward = RewardModel.forward

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from keel import cli, export, frontier_picture, schema, score, sources, summary
+from keel import cli, frontier_picture, schema, score, sources, summary
 from keel.config import loader
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
+from keel.learner import export
 from keel.observability import progress
 from keel.observability.console import Terminal
 from keel.text import printable

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from keel import learner_state
 from keel.checkpoint import CheckpointError
 from keel.errors import NotFinite
+from keel.learner import sharded_checkpoint
 
 SHAPES = {"weight/a": (3, 4), "exp_avg/a": (3, 4), "weight/b.c": (40,), "weight/d": (2,)}
 
@@ -34,18 +34,18 @@ class Whole:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learner_state, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(sharded_checkpoint, "BLOCK_BYTES", 100)
 
 
 def written(folder: Path, learner: Whole, ranks: int = 1) -> Path:
     for rank in range(ranks):
-        learner_state.write_blocks(folder, learner, rank, ranks)
-    learner_state.write_index(folder, 7, learner)
+        sharded_checkpoint.write_blocks(folder, learner, rank, ranks)
+    sharded_checkpoint.write_index(folder, 7, learner)
     return folder
 
 
 def test_blocks_are_full_and_a_large_tensor_is_alone() -> None:
-    assert list(learner_state.blocks(SHAPES).values()) == [["weight/a", "exp_avg/a"], ["weight/b.c"], ["weight/d"]]
+    assert list(sharded_checkpoint.blocks(SHAPES).values()) == [["weight/a", "exp_avg/a"], ["weight/b.c"], ["weight/d"]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -55,12 +55,12 @@ def test_ranks_share_the_writing_and_nothing_is_lost(tmp_path: Path, ranks: int)
     blocks = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
     assert [name for block in blocks for name in block] and len(blocks) == 3
     assert all(torch.equal(tensor, saved.tensors[name]) for block in blocks for name, tensor in block.items())
-    assert learner_state.read(tmp_path, other) == 7
+    assert sharded_checkpoint.read(tmp_path, other) == 7
     assert other.adam_steps == 9 and all(torch.equal(other.tensors[name], saved.tensors[name]) for name in SHAPES)
 
 
 def test_a_rank_writes_no_block_of_another(tmp_path: Path) -> None:
-    learner_state.write_blocks(tmp_path, Whole(0), 1, 2)
+    sharded_checkpoint.write_blocks(tmp_path, Whole(0), 1, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["block-00001.safetensors"]
 
 
@@ -114,7 +114,7 @@ def test_damage_is_named_and_changes_nothing(tmp_path: Path, name: str) -> None:
     damage(written(tmp_path, Whole(0)))
     other, before = Whole(1, adam_steps=3), Whole(1)
     with pytest.raises(CheckpointError, match=message) as caught:
-        learner_state.read(tmp_path, other)
+        sharded_checkpoint.read(tmp_path, other)
     assert str(caught.value).startswith(str(tmp_path))
     assert other.adam_steps == 3 and all(torch.equal(other.tensors[name], before.tensors[name]) for name in SHAPES)
 

@@ -15,9 +15,10 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fakes import Run, settings_for
-from keel import learn, schema, user_code
+from keel import schema, user_code
 from keel.algorithms import registry
 from keel.algorithms.types import Measured, Outputs, Rows, labelled
+from keel.learner import policy_learner
 from keel.observability import diagnostics, metric_table
 from keel.observability.metric_table import PREFIX, TABLE
 from keel.observability.metrics import RunMetrics
@@ -162,7 +163,7 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 def of_the_learner() -> set[str]:
     """Names that DeepSpeedLearner writes itself: keys of its literals in `_step` and `_update`."""
-    tree = ast.parse(Path(learn.__file__).read_text(encoding="utf8"))
+    tree = ast.parse(Path(policy_learner.__file__).read_text(encoding="utf8"))
     bodies = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("_step", "_update")]
     nodes = [node for body in bodies for node in ast.walk(body)]
     keys = [key for node in nodes if isinstance(node, ast.Dict) for key in node.keys]

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from keel import forward_contract
-from keel.forward_contract import Verdict
+from keel.learner import forward_contract
+from keel.learner.forward_contract import Verdict
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")

@@ -20,8 +20,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from keel import model_files, models, reward_models, tiny, weights
 from keel.errors import ConfigError
+from keel.learner import loading, model_files, reward_models, tiny, weights
 from keel.stages import reference_logprobs
 
 SIZES = {
@@ -57,7 +57,7 @@ def in_shards(folder: Path) -> Path:
 
 def published(folder: Path) -> dict[str, tuple[int, ...]]:
     """What a learner publishes of the model that it loads from the folder."""
-    policy = models.load_policy(folder, "float32")
+    policy = loading.load_policy(folder, "float32")
     named = policy.checkpoint({name: parameter.detach() for name, parameter in policy.named_parameters()})
     return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_holds_more_is_the_model(write: Callable[[Path], Path]
     assert expected == published(folder)
     assert expected.items() != weights.checkpoint_shapes(folder).items() or "another_format" in write.__name__
     assert not [name for name in expected if "rotary" in name or "masked" in name or "wq" in name]
-    model = models.load_policy(folder, "float32")
+    model = loading.load_policy(folder, "float32")
     assert model_files.num_parameters(folder) == sum(parameter.numel() for parameter in model.parameters())
     packed = weights.pack(((name, torch.zeros(shape)) for name, shape in expected.items()), 1, "float32")
     weights.verify(packed, expected, "float32")
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_holds_more_is_the_model(write: Callable[[Path], Path]
 @pytest.mark.parametrize("write", LARGER[:3] + LARGER[6:], ids=lambda write: write.__name__)
 def test_such_a_checkpoint_is_located(write: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = write(tmp_path / "m")
-    assert models.locate_policy(str(folder), "policy.model") == folder
+    assert loading.locate_policy(str(folder), "policy.model") == folder
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_parameter_that_is_missing_is_one_line(name: str, shards: bool, tmp_pa
     with pytest.raises(
         ConfigError, match=rf"^policy.model=.*[12] parameters are missing \(({name}|lm_head.weight)\)"
     ) as caught:
-        models.locate_policy(str(folder), "policy.model")
+        loading.locate_policy(str(folder), "policy.model")
     assert "\n" not in str(caught.value)
 
 
@@ -164,7 +164,7 @@ def test_a_head_that_is_missing_is_no_tied_one(tmp_path: Path) -> None:
         tiny.write(tmp_path / "m", tied=False), lambda t: {n: v for n, v in t.items() if n != "lm_head.weight"}
     )
     with pytest.raises(ConfigError, match=r"1 parameters are missing \(lm_head.weight\)"):
-        models.locate_policy(str(folder), "policy.model")
+        loading.locate_policy(str(folder), "policy.model")
 
 
 def test_weights_of_another_shape_are_one_line(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_weights_of_another_shape_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^reference.model=.*1 parameters are of another shape \(model.norm.weight\)"
     ):
-        models.locate_policy(str(folder), "reference.model")
+        loading.locate_policy(str(folder), "reference.model")
 
 
 def test_a_tied_head_with_weights_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_tied_head_with_weights_of_its_own_is_refused(tmp_path: Path) -> None:
         tiny.write(tmp_path / "m"), lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"] + 1}
     )
     with pytest.raises(ConfigError, match=r"config.json ties lm_head.weight to the embedding, but its weights hold"):
-        models.locate_policy(str(folder), "policy.model")
+        loading.locate_policy(str(folder), "policy.model")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_an_index_that_does_not_hold_is_one_line(index: str, message: str, tmp_p
     folder = in_shards(tiny.write(tmp_path / "m"))
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ConfigError, match=message) as caught:
-        models.locate(str(folder), "policy.model")
+        loading.locate(str(folder), "policy.model")
     assert "\n" not in str(caught.value)
 
 
@@ -205,7 +205,7 @@ def test_another_format_alone_is_one_line(tmp_path: Path) -> None:
     folder = beside_another_format(tmp_path / "m")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"consolidated.safetensors is not in transformers' layout"):
-        models.locate(str(folder), "policy.model")
+        loading.locate(str(folder), "policy.model")
 
 
 @pytest.mark.parametrize("write", LARGER, ids=lambda write: write.__name__)
@@ -267,7 +267,7 @@ def composite(folder: Path, **fields: Any) -> Path:
 def test_an_image_family_is_refused_by_name(architectures: Any, tmp_path: Path) -> None:
     folder = composite(tmp_path / "m", architectures=architectures)
     with pytest.raises(ConfigError, match=r"^policy.model=.*model_type=gemma3 reads more than text; .*gemma3_text"):
-        models.locate_policy(str(folder), "policy.model")
+        loading.locate_policy(str(folder), "policy.model")
 
 
 def test_an_image_family_is_refused_as_a_reward_model_too(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_model_without_a_language_model_is_refused_by_name(tmp_path: Path) -> 
     folder = tiny.write(tmp_path / "m")
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ConfigError, match=r"model_type=vit has no causal language model"):
-        models.locate_policy(str(folder), "policy.model")
+        loading.locate_policy(str(folder), "policy.model")
 
 
 def test_sizes_are_those_of_the_text_model(tmp_path: Path) -> None:
@@ -289,4 +289,4 @@ def test_sizes_are_those_of_the_text_model(tmp_path: Path) -> None:
     assert reward_models.limit(config) == config.text_config.max_position_embeddings
     config.text_config.attention_dropout = 0.5
     config.save_pretrained(folder)
-    assert models.without_dropout(folder).text_config.attention_dropout == 0.0
+    assert loading.without_dropout(folder).text_config.attention_dropout == 0.0

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from keel import end_tokens
-from keel.model_text import ModelText
+from keel.learner import end_tokens
+from keel.learner.model_text import ModelText
 from keel.protocols import Sampling
 from keel.stored import StoredCompletions
 from vocabularies import CLOSES, byte_level, ends_every_text, family, sentence_piece

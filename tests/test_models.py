@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import batch as batching
-from keel import models, schema, tiny
-from keel.batch import Budget
+from keel import schema
 from keel.errors import ConfigError
-from keel.networks import TokenLogprobs
+from keel.learner import loading, packing, tiny
+from keel.learner.networks import TokenLogprobs
+from keel.learner.packing import Budget
 
 TEMPERATURE = 0.7
 
@@ -83,7 +83,7 @@ def uneven_batch(vocabulary: int = 300) -> pa.RecordBatch:
 @pytest.mark.parametrize(("architecture", "tied"), [("llama", True), ("qwen2", True), ("gpt_neox", False)])
 def test_packed_and_padded_rows_equal_rows_on_their_own(tmp_path: Path, architecture: str, tied: bool) -> None:
     """Against transformers' whole logits, one unpadded row at a time; gradients too, in one head piece and in five."""
-    policy = models.load_policy(tiny.write(tmp_path / "m", architecture, tied), "float32")
+    policy = loading.load_policy(tiny.write(tmp_path / "m", architecture, tied), "float32")
     batch = uneven_batch()
     expected = []
     for prompt, completion in zip(
@@ -97,8 +97,8 @@ def test_packed_and_padded_rows_equal_rows_on_their_own(tmp_path: Path, architec
     for shared, pieces in ((0, 1), (0, 5), (64, 1), (64, 5)):
         policy.zero_grad()
         got = torch.zeros_like(want)
-        for units in batching.plan(batch, 1, Budget(40, shared, 64)).micro_batches[0]:
-            micro = batching.tensors(batch, units)
+        for units in packing.plan(batch, 1, Budget(40, shared, 64)).micro_batches[0]:
+            micro = packing.tensors(batch, units)
             values = torch.stack(policy(micro, TEMPERATURE, pieces))
             values[0].sum().backward()
             got[:, torch.from_numpy(micro.items)] = values.detach()
@@ -121,8 +121,8 @@ def test_dropout_is_off(tmp_path: Path) -> None:
         max_position_embeddings=64, hidden_dropout=0.5, attention_dropout=0.5,
     )  # fmt: skip
     GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "m")
-    policy = models.load_policy(tmp_path / "m", "float32").train()
-    micro = batching.tensors(uneven_batch(), [np.array([0])])
+    policy = loading.load_policy(tmp_path / "m", "float32").train()
+    micro = packing.tensors(uneven_batch(), [np.array([0])])
     assert torch.equal(policy(micro, 1.0)[0], policy(micro, 1.0)[0])
 
 
@@ -136,23 +136,23 @@ def test_dropout_is_off(tmp_path: Path) -> None:
 )
 def test_a_model_that_is_not_there_is_one_line(model: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        models.locate(model, "policy.model")
+        loading.locate(model, "policy.model")
     assert str(caught.value).startswith(f"policy.model={model}: ") and "\n" not in str(caught.value)
 
 
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "m")
-    tokenizer = models.load_tokenizer(folder, "policy.model")
-    assert models.end_tokens(folder, tokenizer) == (tiny.SPECIAL.index("<|im_end|>"),)
+    tokenizer = loading.load_tokenizer(folder, "policy.model")
+    assert loading.end_tokens(folder, tokenizer) == (tiny.SPECIAL.index("<|im_end|>"),)
     (folder / "generation_config.json").unlink()
-    assert models.end_tokens(folder, tokenizer) == (tokenizer.eos_token_id,)
+    assert loading.end_tokens(folder, tokenizer) == (tokenizer.eos_token_id,)
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "m")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match="no tokenizer"):
-        models.load_tokenizer(folder, "policy.model")
+        loading.load_tokenizer(folder, "policy.model")
 
 
 def run_directory(root: Path, *folders: str, config: bool = True) -> Path:
@@ -172,30 +172,30 @@ def run_directory(root: Path, *folders: str, config: bool = True) -> Path:
 def test_a_run_directory_is_the_model_it_trained(tmp_path: Path) -> None:
     """A stage's model; of an online run the policy of the newest whole checkpoint; a model folder is itself."""
     stage = run_directory(tmp_path / "stage", "model")
-    assert models.locate(str(stage), "s") == stage / "model"
+    assert loading.locate(str(stage), "s") == stage / "model"
     online = run_directory(tmp_path / "online", *(f"checkpoints/step-{n:06d}/policy" for n in (5, 10, 15)))
     for step in (5, 10):
         (online / "checkpoints" / f"step-{step:06d}" / "COMMIT").write_bytes(b"")
-    assert models.locate(str(online), "s") == online / "checkpoints" / "step-000010" / "policy"
+    assert loading.locate(str(online), "s") == online / "checkpoints" / "step-000010" / "policy"
     both = run_directory(tmp_path / "both", "model", "checkpoints/step-000005/policy")
     (both / "checkpoints" / "step-000005" / "COMMIT").write_bytes(b"")
-    assert models.locate(str(both), "s") == both / "model"
+    assert loading.locate(str(both), "s") == both / "model"
     itself = run_directory(tmp_path, "itself").joinpath("itself")
     (itself / "config.yaml").write_text("")
-    assert models.locate(str(itself), "s") == itself
+    assert loading.locate(str(itself), "s") == itself
 
 
 def test_an_ensemble_of_reward_models_is_a_model(tmp_path: Path) -> None:
     stage = run_directory(tmp_path / "stage")
     (stage / "model").mkdir()
     (stage / "model" / "ensemble.json").write_text('{"members": []}')
-    assert models.locate(str(stage), "s") == models.locate(str(stage / "model"), "s") == stage / "model"
+    assert loading.locate(str(stage), "s") == loading.locate(str(stage / "model"), "s") == stage / "model"
 
 
 def test_a_run_that_trained_nothing_yet_is_one_line(tmp_path: Path) -> None:
     empty = run_directory(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"no config\.json in it; expected a Hugging Face model folder"):
-        models.locate(str(empty), "policy.model")
+        loading.locate(str(empty), "policy.model")
     unfinished = run_directory(tmp_path / "run", "checkpoints/step-000005/policy")  # without COMMIT
     with pytest.raises(ConfigError, match=r"no config\.json in it"):
-        models.locate(str(unfinished), "policy.model")
+        loading.locate(str(unfinished), "policy.model")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keel import batch as batching
-from keel import models, schema, tiny
+from keel import schema
 from keel.config.objective import CriticSettings
-from keel.networks import Critic, Learnable, Policy, TokenLogprobs, ValueHead
+from keel.learner import loading, packing, tiny
+from keel.learner.networks import Critic, Learnable, Policy, TokenLogprobs, ValueHead
 
 HIDDEN = 24
 
@@ -26,10 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def policy(folder: Path) -> Iterator[Policy]:
-    yield models.load_policy(folder, "float32")
+    yield loading.load_policy(folder, "float32")
 
 
-def step_of(lengths: tuple[int, ...] = (5, 1, 4)) -> batching.MicroBatch:
+def step_of(lengths: tuple[int, ...] = (5, 1, 4)) -> packing.MicroBatch:
     """Rows of two prompts in one micro-batch."""
     random = np.random.default_rng(3)
     tickets = [0, 0, 1][: len(lengths)]
@@ -40,7 +40,7 @@ def step_of(lengths: tuple[int, ...] = (5, 1, 4)) -> batching.MicroBatch:
         "completion_tokens": pa.array([random.integers(3, 300, n).tolist() for n in lengths], schema.TOKENS),
     }
     batch = pa.record_batch(columns)
-    return batching.tensors(batch, [np.array([row]) for row in range(len(lengths))])
+    return packing.tensors(batch, [np.array([row]) for row in range(len(lengths))])
 
 
 def moved(module: nn.Module) -> bool:
@@ -59,7 +59,7 @@ def moved(module: nn.Module) -> bool:
 def test_a_critic_trains_its_heads_and_the_trunk_it_says(
     policy: Policy, folder: Path, trunk: Any, trains_policy: bool, trains_own: bool, softmin: float | None
 ) -> None:
-    own = models.load_trunk(folder, "float32") if trunk == "own" else None
+    own = loading.load_trunk(folder, "float32") if trunk == "own" else None
     by = CriticSettings(trunk=trunk, softmin_temperature=softmin)
     critic = Critic(by, own, policy.model.config.hidden_size, ["value", "entropy"])
     for parameter in critic.heads.parameters():
@@ -81,7 +81,7 @@ def test_a_critic_on_the_policys_states_reads_them_and_one_of_its_own_does_not(p
     values = {}
     for trunk in ("shared", "detached", "own"):
         torch.manual_seed(0)
-        own = models.load_trunk(folder, "float32") if trunk == "own" else None
+        own = loading.load_trunk(folder, "float32") if trunk == "own" else None
         values[trunk] = Critic(CriticSettings(trunk=trunk), own, hidden, ["value"])  # type: ignore[arg-type]
     micro = step_of()
     before = {name: critic(micro, policy.states(micro)).detach() for name, critic in values.items()}

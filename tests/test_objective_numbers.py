@@ -12,8 +12,8 @@ from keel.algorithms import critics, pair_selection
 from keel.algorithms.pair_selection import CHOICES, Candidates
 from keel.algorithms.regularizers import ExactKL
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
-from keel.batch import Budget
 from keel.config.objective import PairSettings
+from keel.learner.packing import Budget
 from tabular import CASES, case, heads, objective, rollout, table, weigh
 
 STEP = table()

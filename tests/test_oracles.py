@@ -11,7 +11,7 @@ from keel.algorithms import logits_convexity, pair_selection, regularizers
 from keel.algorithms.logits_convexity import ConvexTerm
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import LogitsConvexitySettings
-from keel.networks import TokenLogprobs
+from keel.learner.networks import TokenLogprobs
 from keel.schema import row_sums
 from tabular import objective, rollout
 

@@ -9,7 +9,7 @@ import torch
 
 from keel.config import loader
 from keel.config.stages import RewardModelSettings
-from keel.learn_reward import pair_loss
+from keel.learner.reward_learner import pair_loss
 
 CHOSEN, REJECTED = np.array([0.3, -1.2, 4.0, 0.0, -30.0]), np.array([-0.4, 0.9, 4.0, 0.0, 25.0])
 MARGINS = np.array([0.0, 0.5, 1.0, 0.0, 2.0])

@@ -11,7 +11,7 @@ import pytest
 import rollouts
 from fakes import Run, settings_for
 from keel import parity, schema
-from keel.learn import DeepSpeedLearner
+from keel.learner.policy_learner import DeepSpeedLearner
 from keel.parity import ParityError
 from keel.parts import Observer
 

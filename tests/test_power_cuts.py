@@ -14,9 +14,10 @@ import transformers
 from pyarrow import parquet
 
 import rollouts
-from keel import checkpoint, files, models, references, schema, segments, verify
+from keel import checkpoint, files, references, schema, segments, verify
 from keel.buffer import RolloutBuffer
 from keel.config.run import Settings
+from keel.learner import loading
 from keel.observability.metrics import RunMetrics
 from keel.stages import course, label, reference_logprobs
 from power import MODELS, Disk, Model
@@ -267,13 +268,13 @@ def test_a_converted_model_survives_a_power_cut_at_any_moment(
             write_model(target, "old")
             (target / "config.json").write_text("")
             files.sync_tree(scratch / "disk")
-        assert not models._is_converted(target)
-        models._convert_gguf(Path("model.gguf"), target)
-        assert models._is_converted(target)
+        assert not loading._is_converted(target)
+        loading._convert_gguf(Path("model.gguf"), target)
+        assert loading._is_converted(target)
     for moment in disk.moments:
         found = disk.after_a_cut(moment, model, scratch / "found") / "cache" / "models" / "a-1"
-        assert not models._is_converted(found) or model_of(found) == "converted", moment.operation
-    assert models._is_converted(found)
+        assert not loading._is_converted(found) or model_of(found) == "converted", moment.operation
+    assert loading._is_converted(found)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from keel import files, preflight, tiny
+from keel import files, preflight
 from keel.config import loader
 from keel.errors import ConfigError
+from keel.learner import tiny
 
 
 def wrong_count(completions: list[str], **columns: Any) -> list[float]:

@@ -25,13 +25,14 @@ from transformers import (
     RobertaModel,
 )
 
-from keel import models, reward_models, score, tiny
+from keel import score
 from keel.config.objective import CriticSettings
 from keel.config.rewards import RewardSettings
 from keel.errors import ConfigError
-from keel.learn import DeepSpeedLearner
-from keel.networks import Critic
-from keel.reward_models import RewardModel, RewardText, ScoredText
+from keel.learner import loading, reward_models, tiny
+from keel.learner.networks import Critic
+from keel.learner.policy_learner import DeepSpeedLearner
+from keel.learner.reward_models import RewardModel, RewardText, ScoredText
 from keel.sources import Row
 from keel.stages.reward import texts
 from test_prompts import BOS, word_tokenizer
@@ -271,7 +272,7 @@ def test_training_mode_has_no_dropout(kind: str, trunks: dict[str, Path]) -> Non
 def test_the_budget_is_no_longer_than_the_model(trunks: dict[str, Path]) -> None:
     assert reward_models.start(trunks["encoder"], "float32", 1000, 0).text.max_tokens == 64
     assert reward_models.start(trunks["encoder"], "float32", 10, 0).text.max_tokens == 10
-    assert [reward_models.is_encoder(models.without_dropout(trunks[kind])) for kind in KINDS] == [False, True]
+    assert [reward_models.is_encoder(loading.without_dropout(trunks[kind])) for kind in KINDS] == [False, True]
 
 
 def write_roberta(folder: Path, trunks: dict[str, Path]) -> Path:
@@ -434,8 +435,8 @@ def test_other_heads_and_other_models_get_new_heads(trunks: dict[str, Path], tmp
     model = trained(trunks["decoder"], tmp_path / "reward")
     head = critic_from(tmp_path / "reward", head="mlp").heads[0][0]
     assert head.weight.shape != model.model.score.weight.shape and head.bias.item() == 0
-    assert models.score_head(trunks["decoder"]) is None
-    assert models.score_head(two_outputs(tmp_path / "two")) is None
+    assert loading.score_head(trunks["decoder"]) is None
+    assert loading.score_head(two_outputs(tmp_path / "two")) is None
     plain = critic_from(trunks["decoder"]).heads[0][0]
     assert not torch.equal(plain.weight, model.model.score.weight)
 

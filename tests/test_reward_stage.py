@@ -6,11 +6,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from keel import files, reward_models
+from keel import files
 from keel.config import loader
 from keel.config.stages import RewardModelSettings
+from keel.learner import reward_models
+from keel.learner.reward_models import RewardText
 from keel.observability.metrics import RunMetrics
-from keel.reward_models import RewardText
 from keel.stages import course, reward
 from keel.stages.reward import PairRows, Prepared
 from test_course import FakeTrainee, Killed, Listener

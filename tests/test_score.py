@@ -14,9 +14,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import schema, score, tiny
+from keel import schema, score
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.workers import ReferenceSettings
+from keel.learner import tiny
 from rollouts import generated, prompts
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from keel import bundle, cluster, user_code
 from keel.errors import ConfigError
-from keel.tiny import write as write_tiny
+from keel.learner.tiny import write as write_tiny
 from runs import Writer, settings
 
 INSTALLED = ["pyarrow", "numpy", "yaml", "pydantic", "typer", "rich", "torch", "ray", "transformers", "psutil"]

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import save_file
 from test_layers import imports, modules
 
-from keel import generate, models, preflight, reward_models, schema, sources, tiny
+from keel import generate, preflight, schema, sources
 from keel.config import loader
 from keel.config.monitoring import MetricsSettings
 from keel.config.prompts import PromptSettings
 from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
+from keel.learner import loading, reward_models, tiny
 from keel.observability import endpoint, metrics
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
@@ -132,13 +133,13 @@ def test_weights_that_are_a_pickle_are_refused(folder: Path, marker: Path, name:
     (folder / name).write_bytes(form(marker))
     line = rf"^policy\.model=.*its weights are a pickle \({name}\), which is never opened; expected \*\.safetensors$"
     with pytest.raises(ConfigError, match=line):
-        models.locate_policy(str(folder), "policy.model")
+        loading.locate_policy(str(folder), "policy.model")
     with pytest.raises(ConfigError, match="its weights are a pickle"):
         reward_models.members(folder, "rewards.mine.source")
     (folder / "ensemble.json").write_text('{"members": ["."]}')
     with pytest.raises(ConfigError, match="its weights are a pickle"):
         reward_models.members(folder, "rewards.mine.source")
-    for load in (models.load_policy, models.load_trunk):
+    for load in (loading.load_policy, loading.load_trunk):
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             load(folder, "float32")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
@@ -156,12 +157,12 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, marker: Path, f
         "vocab.pkl",
     ):
         (folder / name).write_bytes(form(marker))
-    assert models.locate_policy(str(folder), "policy.model") == folder
-    models.load_policy(folder, "float32")
-    models.load_trunk(folder, "float32")
+    assert loading.locate_policy(str(folder), "policy.model") == folder
+    loading.load_policy(folder, "float32")
+    loading.load_trunk(folder, "float32")
     (folder / "model.safetensors").unlink()
     save_file({"score.weight": torch.zeros(1, 4)}, folder / "other.safetensors")  # as if there were weights
-    for load in (models.load_policy, models.load_trunk):
+    for load in (loading.load_policy, loading.load_trunk):
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             load(folder, "float32")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
@@ -171,7 +172,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, marker: Path, f
 def test_an_adapter_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
     with pytest.raises(ConfigError, match=r"holds adapter_config\.json; expected whole weights"):
-        models.locate(str(folder), "policy.model")
+        loading.locate(str(folder), "policy.model")
 
 
 @pytest.mark.parametrize(
@@ -182,9 +183,9 @@ def test_a_tokenizer_that_is_a_pickle_is_refused_or_not_read(folder: Path, marke
     (folder / name).write_bytes(form(marker))
     if name in ("tokenizer.json", "tokenizer_config.json"):
         with pytest.raises(ConfigError, match=r"^policy\.model=.*tokenizer cannot be loaded"):
-            models.load_tokenizer(folder, "policy.model")
+            loading.load_tokenizer(folder, "policy.model")
     else:
-        models.load_tokenizer(folder, "policy.model")  # tokenizer.json is there
+        loading.load_tokenizer(folder, "policy.model")  # tokenizer.json is there
 
 
 CODE = """
@@ -207,26 +208,26 @@ CODE_OF["AutoModelForSequenceClassification"] = "mine.Mine"
 def test_a_model_that_needs_its_authors_code_is_refused(folder: Path, marker: Path) -> None:
     with_code(folder, marker, "config.json", auto_map=CODE_OF, model_type="mine")
     line = r"model_type=mine needs its author's code \(auto_map in config\.json\), which is never run; expected"
-    for check in (models.locate, models.locate_policy, lambda path, setting: reward_models.members(folder, setting)):
+    for check in (loading.locate, loading.locate_policy, lambda path, setting: reward_models.members(folder, setting)):
         with pytest.raises(ConfigError, match=line):
             check(str(folder), "policy.model")
-    for load in (models.load_policy, models.load_trunk):
+    for load in (loading.load_policy, loading.load_trunk):
         with pytest.raises(ValueError, match="trust_remote_code"):
             load(folder, "float32")
 
 
 def test_a_model_that_transformers_has_is_loaded_without_the_code_beside_it(folder: Path, marker: Path) -> None:
     with_code(folder, marker, "config.json", auto_map=CODE_OF)
-    assert models.locate_policy(str(folder), "policy.model") == folder
-    models.load_policy(folder, "float32")
-    models.load_trunk(folder, "float32")
+    assert loading.locate_policy(str(folder), "policy.model") == folder
+    loading.load_policy(folder, "float32")
+    loading.load_trunk(folder, "float32")
 
 
 def test_a_tokenizer_never_runs_code(folder: Path, marker: Path) -> None:
     changes: dict[str, Any] = {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}, "tokenizer_class": "Mine"}
     with_code(folder, marker, "tokenizer_config.json", **changes)
     try:
-        models.load_tokenizer(folder, "policy.model")
+        loading.load_tokenizer(folder, "policy.model")
     except ConfigError as error:
         assert "tokenizer cannot be loaded" in str(error)  # whether or not, the marker's fixture looks for what ran
 
@@ -234,7 +235,7 @@ def test_a_tokenizer_never_runs_code(folder: Path, marker: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "\x80", '{"a": ' * 50_000])
 def test_a_damaged_config_is_one_line(folder: Path, content: str) -> None:
     (folder / "config.json").write_bytes(content.encode("latin1"))
-    for check in (models.locate_policy, lambda path, setting: reward_models.members(folder, setting)):
+    for check in (loading.locate_policy, lambda path, setting: reward_models.members(folder, setting)):
         with pytest.raises(ConfigError, match=r"^policy\.model=.*config\.json"):
             check(str(folder), "policy.model")
 

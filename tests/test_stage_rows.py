@@ -13,7 +13,7 @@ from keel import schema, stored
 from keel.config import loader
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError
-from keel.reward_models import RewardText
+from keel.learner.reward_models import RewardText
 from keel.sources import Row
 from keel.stages.reward import PairRows
 from keel.stages.rows import OfflineRows

@@ -12,7 +12,7 @@ import torch
 from keel import schema
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
-from keel.learn import DeepSpeedLearner
+from keel.learner.policy_learner import DeepSpeedLearner
 from keel.observability import diagnostics
 from rollouts import generated, prompts, referenced, scored
 from tabular import objective

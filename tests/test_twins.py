@@ -12,7 +12,7 @@ import torch
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from keel import layer_patterns, models, size_names, twins
+from keel.learner import layer_patterns, loading, scaled_down_models, size_names
 
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
@@ -97,10 +97,10 @@ def public(name: str) -> Any:
 
 def logits(config: Any) -> torch.Tensor:
     """Logits of two rows that are longer than every window of a twin, with the same weights for the same sizes."""
-    model = twins.build(config)
-    vocabulary = twins.text_config(config).vocab_size
+    model = scaled_down_models.build(config)
+    vocabulary = scaled_down_models.text_config(config).vocab_size
     drawn = torch.Generator().manual_seed(1)
-    tokens = torch.randint(twins.FIRST_ORDINARY_TOKEN, vocabulary, (2, ROW), generator=drawn)
+    tokens = torch.randint(scaled_down_models.FIRST_ORDINARY_TOKEN, vocabulary, (2, ROW), generator=drawn)
     with torch.no_grad():
         return model(input_ids=tokens, use_cache=False).logits
 
@@ -121,7 +121,7 @@ def changed(config: Any, small: Any) -> set[str]:
 
 def kinds(config: Any) -> set[str]:
     """What the layers of a model are made of: modules, parameter names, and whether each has a window or rotates."""
-    architecture = twins.text_architecture(config)
+    architecture = scaled_down_models.text_architecture(config)
     with torch.device("meta"):
         model = architecture._from_config(copy.deepcopy(config))
     stacks = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -147,20 +147,25 @@ def _kind(layer: torch.nn.Module) -> str:
 
 
 def check_twin(config: Any) -> None:
-    small = twins.twin(config)
+    small = scaled_down_models.twin(config)
     whole = {name for name in changed(config, small) if "dropout" not in name and "pdrop" not in name}
     rotary = {"original_max_position_embeddings", "short_factor", "long_factor", "mrope_section"}
     ignored = {"dtype", "router_jitter_noise", "layerdrop", "decoder_layerdrop", "encoder_layerdrop"}
     unexpected = {name for name in whole - SIZES - LAYERS - rotary - ignored if not name.endswith(("rank", "token_id"))}
     assert unexpected == set()
     assert kinds(small) == kinds(config)
-    text, original = twins.text_config(small).to_dict(), twins.text_config(config).to_dict()
+    text, original = scaled_down_models.text_config(small).to_dict(), scaled_down_models.text_config(config).to_dict()
     for name in size_names.WINDOWS:
         size = original.get(name)
         assert (size is None or size <= 0) == (text.get(name) is None or text[name] <= 0), name
-        assert not size or text[name] < twins.row_tokens(small) <= ROW, name
-    if hasattr(twins.text_config(config), "layer_types") and twins.text_config(config).layer_types:
-        assert set(twins.text_config(small).layer_types) == set(twins.text_config(config).layer_types)
+        assert not size or text[name] < scaled_down_models.row_tokens(small) <= ROW, name
+    if (
+        hasattr(scaled_down_models.text_config(config), "layer_types")
+        and scaled_down_models.text_config(config).layer_types
+    ):
+        assert set(scaled_down_models.text_config(small).layer_types) == set(
+            scaled_down_models.text_config(config).layer_types
+        )
     assert torch.isfinite(logits(small)).all()
 
 
@@ -182,10 +187,10 @@ def test_every_family_of_transformers_has_a_twin_or_a_reason(family: str) -> Non
         pytest.skip("its configuration needs those of three other models")
     config = CONFIG_MAPPING[family]()
     if family not in UNBUILT:
-        assert torch.isfinite(logits(twins.twin(config))).all()
+        assert torch.isfinite(logits(scaled_down_models.twin(config))).all()
         return
-    with pytest.raises((twins.TwinError, AssertionError, TypeError, ValueError), match=UNBUILT[family]):
-        logits(twins.twin(config))
+    with pytest.raises((scaled_down_models.TwinError, AssertionError, TypeError, ValueError), match=UNBUILT[family]):
+        logits(scaled_down_models.twin(config))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +233,7 @@ def test_every_family_of_transformers_has_a_twin_or_a_reason(family: str) -> Non
 def test_what_changes_the_function_is_kept_and_shows(name: str, setting: str, neutral: Any) -> None:
     """The twin has the model's own value, and its logits are others without it."""
     config = public(name)
-    small = twins.twin(config)
+    small = scaled_down_models.twin(config)
     if setting not in size_names.WINDOWS and setting not in SIZES:
         assert getattr(small, setting) == getattr(config, setting) != neutral
     other = copy.deepcopy(small)
@@ -257,16 +262,20 @@ def test_what_changes_the_function_is_kept_and_shows(name: str, setting: str, ne
     ],
 )
 def test_the_layer_pattern_is_kept(name: str, listed: dict[str, Any]) -> None:
-    small = twins.twin(public(name))
+    small = scaled_down_models.twin(public(name))
     assert {setting: getattr(small, setting) for setting in listed} == listed
 
 
 def test_heads_keep_their_grouping_and_alibi_its_other_rule() -> None:
-    grouped, single, all_heads = (twins.twin(public(name)) for name in ("Llama 3.1 8B", "Gemma 3 1B", "Llama 2 7B"))
+    grouped, single, all_heads = (
+        scaled_down_models.twin(public(name)) for name in ("Llama 3.1 8B", "Gemma 3 1B", "Llama 2 7B")
+    )
     assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (4, 2)
     assert (single.num_attention_heads, single.num_key_value_heads) == (4, 1)
     assert (all_heads.num_attention_heads, all_heads.num_key_value_heads) == (4, 4)
-    assert twins.twin(public("Falcon 7B")).num_attention_heads == 6, "71 heads are no power of two, nor are 6"
+    assert scaled_down_models.twin(public("Falcon 7B")).num_attention_heads == 6, (
+        "71 heads are no power of two, nor are 6"
+    )
 
 
 @pytest.mark.parametrize("name", ["Phi 3 mini 128k", "Phi 4 mini", "Hunyuan 7B"])
@@ -274,12 +283,15 @@ def test_rotary_lengths_are_crossed_where_the_run_crosses_them(name: str) -> Non
     """Longrope and dynamic angles depend on the longest row of a batch, but only beyond the trained length."""
     config = public(name)
     trained = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
-    short, longer = twins.twin(config, longest_row=trained), twins.twin(config, longest_row=trained + 1)
-    assert twins.twin(config).to_dict() == short.to_dict()
+    short, longer = (
+        scaled_down_models.twin(config, longest_row=trained),
+        scaled_down_models.twin(config, longest_row=trained + 1),
+    )
+    assert scaled_down_models.twin(config).to_dict() == short.to_dict()
     crossed = [
         getattr(small, "original_max_position_embeddings", small.max_position_embeddings) for small in (short, longer)
     ]
-    assert crossed == [trained, 24] and twins.row_tokens(longer) > 24
+    assert crossed == [trained, 24] and scaled_down_models.row_tokens(longer) > 24
     if "dynamic" not in str(config.rope_parameters):
         drawn = logits(short), logits(longer)
         assert (drawn[0] - drawn[1]).abs().max() > 1e-3
@@ -287,55 +299,59 @@ def test_rotary_lengths_are_crossed_where_the_run_crosses_them(name: str) -> Non
 
 def test_longrope_keeps_its_factors_and_its_scale_of_attention() -> None:
     config = public("Phi 3 mini 128k")
-    small, crossing = twins.twin(config), twins.twin(config, longest_row=8192)
+    small, crossing = scaled_down_models.twin(config), scaled_down_models.twin(config, longest_row=8192)
     assert small.rope_parameters["rope_type"] == crossing.rope_parameters["rope_type"] == "longrope"
     assert small.rope_parameters["long_factor"] == config.rope_parameters["long_factor"][::6]
     assert small.max_position_embeddings / small.original_max_position_embeddings == 32
     assert crossing.max_position_embeddings / crossing.original_max_position_embeddings == 32
-    scales = [float(twins.build(each).model.rotary_emb.attention_scaling) for each in (small, crossing)]
+    scales = [float(scaled_down_models.build(each).model.rotary_emb.attention_scaling) for each in (small, crossing)]
     assert scales == pytest.approx([1.1902380714238083] * 2), "sqrt(1 + ln 32 / ln 4096), as of the whole model"
 
 
 def test_yarn_and_llama3_settings_stay_as_they_are() -> None:
     for name in ("Llama 3.1 8B", "DeepSeek V3", "GPT-OSS 20B", "OLMo 3 7B", "Exaone 4 32B"):
         config = public(name)
-        small = twins.twin(config)
+        small = scaled_down_models.twin(config)
         assert small.rope_parameters == config.rope_parameters
         assert small.max_position_embeddings == config.max_position_embeddings
 
 
 def test_special_tokens_are_inside_and_stay_apart() -> None:
     config = public("Llama 3.1 8B")
-    small = twins.twin(config)
+    small = scaled_down_models.twin(config)
     ids = [small.bos_token_id, *small.eos_token_id]
-    assert len(set(ids)) == 3 and all(0 <= number < twins.FIRST_ORDINARY_TOKEN for number in ids)
-    one = twins.twin(public("Phi 4 mini"))
-    assert one.bos_token_id == one.eos_token_id == one.pad_token_id < twins.FIRST_ORDINARY_TOKEN
-    kept = twins.twin(CONFIG_MAPPING["llama"](bos_token_id=1, eos_token_id=2, pad_token_id=None))
+    assert len(set(ids)) == 3 and all(0 <= number < scaled_down_models.FIRST_ORDINARY_TOKEN for number in ids)
+    one = scaled_down_models.twin(public("Phi 4 mini"))
+    assert one.bos_token_id == one.eos_token_id == one.pad_token_id < scaled_down_models.FIRST_ORDINARY_TOKEN
+    kept = scaled_down_models.twin(CONFIG_MAPPING["llama"](bos_token_id=1, eos_token_id=2, pad_token_id=None))
     assert (kept.bos_token_id, kept.eos_token_id, kept.pad_token_id) == (1, 2, None)
 
 
 def test_dropout_is_off_and_the_model_untouched() -> None:
     config = CONFIG_MAPPING["gpt2"]()
     before = config.to_dict()
-    small = twins.twin(config)
-    twins.build(small)
+    small = scaled_down_models.twin(config)
+    scaled_down_models.build(small)
     assert config.to_dict() == before
     assert (small.resid_pdrop, small.embd_pdrop, small.attn_pdrop) == (0.0, 0.0, 0.0)
 
 
 def test_a_twin_is_its_own_twin() -> None:
     for name in SAMPLE:
-        small = twins.twin(public(name))
-        assert twins.twin(small).to_dict() == small.to_dict(), name
+        small = scaled_down_models.twin(public(name))
+        assert scaled_down_models.twin(small).to_dict() == small.to_dict(), name
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -> None:
-    small = twins.twin(public("Llama 2 7B"))
+    small = scaled_down_models.twin(public("Llama 2 7B"))
     torch.manual_seed(5)
     following = torch.rand(3)
     torch.manual_seed(5)
-    first, second, other = twins.build(small), twins.build(small), twins.build(small, seed=1)
+    first, second, other = (
+        scaled_down_models.build(small),
+        scaled_down_models.build(small),
+        scaled_down_models.build(small, seed=1),
+    )
     assert torch.equal(torch.rand(3), following)
     pairs = list(zip(first.parameters(), second.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(left, right) for left, right, _ in pairs)
@@ -359,27 +375,29 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -
     ],
 )
 def test_image_families_are_loaded_as_transformers_lists_them_or_not_at_all(family: str, listed: str | None) -> None:
-    architecture = twins.text_architecture(CONFIG_MAPPING[family]())
+    architecture = scaled_down_models.text_architecture(CONFIG_MAPPING[family]())
     assert (architecture and architecture.__name__) == listed
     if listed and family != "emu3":
-        assert type(twins.build(twins.twin(CONFIG_MAPPING[family]()))).__name__ == listed
+        assert type(scaled_down_models.build(scaled_down_models.twin(CONFIG_MAPPING[family]()))).__name__ == listed
 
 
 def test_no_twin_has_a_reason() -> None:
-    with pytest.raises(twins.TwinError, match=r"gemma4_assistant: its small .* names no hidden size"):
-        twins.twin(CONFIG_MAPPING["gemma4_assistant"]())
-    with pytest.raises(twins.TwinError, match=r"blt: its twin has .* parameters, over 16,000,000"):
-        twins.build(twins.twin(CONFIG_MAPPING["blt"]()))
+    with pytest.raises(scaled_down_models.TwinError, match=r"gemma4_assistant: its small .* names no hidden size"):
+        scaled_down_models.twin(CONFIG_MAPPING["gemma4_assistant"]())
+    with pytest.raises(scaled_down_models.TwinError, match=r"blt: its twin has .* parameters, over 16,000,000"):
+        scaled_down_models.build(scaled_down_models.twin(CONFIG_MAPPING["blt"]()))
     each = CONFIG_MAPPING["granite_swa"](num_hidden_layers=40, layer_rope_theta=[1e4 + layer for layer in range(40)])
-    with pytest.raises(twins.TwinError, match="granite_swa: no choice of its 40 layers has all 40 kinds of them"):
-        twins.twin(each)
-    with pytest.raises(twins.TwinError, match="clip: transformers has no causal language model"):
-        twins.build(CONFIG_MAPPING["clip"]())
+    with pytest.raises(
+        scaled_down_models.TwinError, match="granite_swa: no choice of its 40 layers has all 40 kinds of them"
+    ):
+        scaled_down_models.twin(each)
+    with pytest.raises(scaled_down_models.TwinError, match="clip: transformers has no causal language model"):
+        scaled_down_models.build(CONFIG_MAPPING["clip"]())
 
 
 def same_by_any_attention(config: Any) -> bool:
     """Whether the attention that a twin runs with gives the logits of plain (eager) attention."""
-    small = twins.twin(config)
+    small = scaled_down_models.twin(config)
     eager = copy.deepcopy(small)
     eager._attn_implementation = "eager"
     return torch.allclose(logits(small).log_softmax(-1), logits(eager).log_softmax(-1), atol=1e-3)
@@ -412,12 +430,12 @@ def start_method() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("start_method")
-@pytest.mark.parametrize("load", [models.load_policy, models.load_trunk])
+@pytest.mark.parametrize("load", [loading.load_policy, loading.load_trunk])
 def test_a_model_with_capped_attention_is_loaded_so_that_the_cap_acts(load: Any, tmp_path: Path) -> None:
     config = public("Gemma 2 9B")
     config.attn_logit_softcapping = 0.5
-    small = twins.twin(config)
-    twins.build(small).save_pretrained(tmp_path)
+    small = scaled_down_models.twin(config)
+    scaled_down_models.build(small).save_pretrained(tmp_path)
     loaded = load(tmp_path, "float32")
     loaded = getattr(loaded, "model", loaded)
     tokens = torch.arange(20, 60)[None]

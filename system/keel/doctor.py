@@ -134,7 +134,7 @@ def _torchvision() -> Check:
 
 def _self_test() -> Check:
     """One step of `keel train` on a tiny random model through vLLM, Ray, Arrow and DeepSpeed."""
-    from keel import tiny
+    from keel.learner import tiny
 
     with tempfile.TemporaryDirectory(prefix="keel-doctor-") as name:
         folder = Path(name)

@@ -14,7 +14,7 @@ from keel.capacity import bundles
 from keel.config.run import Settings
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
-from keel.learn import DeepSpeedLearner
+from keel.learner.policy_learner import DeepSpeedLearner
 from keel.losses import GONE, cause_of, init_failed
 from keel.meeting import MeetingPoint
 from keel.parts import Observer

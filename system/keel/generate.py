@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import model_files, schema, stored, weights
+from keel import schema, stored
 from keel.config.workers import GeneratorSettings
-from keel.model_text import ModelText
+from keel.learner import model_files, weights
+from keel.learner.model_text import ModelText
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
 
 
@@ -72,7 +73,7 @@ class VllmGenerator:
         from transformers import AutoTokenizer
         from vllm import LLM
 
-        from keel import forward_contract
+        from keel.learner import forward_contract
 
         self.name = name
         self.dtype = settings.dtype

@@ -140,9 +140,9 @@ def _parameters(settings: Settings) -> int | None:
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import model_files, models
+    from keel.learner import loading, model_files
 
-    return model_files.num_parameters(models.locate_policy(model, "policy.model"))
+    return model_files.num_parameters(loading.locate_policy(model, "policy.model"))
 
 
 def _tree(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint]) -> dict[str, Any]:

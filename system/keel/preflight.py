@@ -11,19 +11,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import (
-    checkpoint,
-    forward_contract,
-    http_rewards,
-    model_files,
-    models,
-    reward_models,
-    schema,
-    score,
-    score_contract,
-    text_checks,
-    user_code,
-)
+from keel import checkpoint, http_rewards, schema, score, text_checks, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
@@ -32,6 +20,7 @@ from keel.config.run import Settings
 from keel.config.stages import COMMANDS, command_of
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
+from keel.learner import forward_contract, loading, model_files, reward_models, score_contract
 from keel.observability import endpoint, tracking
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -80,9 +69,9 @@ def prepare(settings: Settings) -> Prepared:
     for reward in settings.rewards:
         check_reward_source(reward, f"rewards.{reward.name}.source")
     registry.build(settings)  # imports what the configuration names, and refuses what is not there
-    policy = models.locate_policy(settings.policy.model, "policy.model")
+    policy = loading.locate_policy(settings.policy.model, "policy.model")
     check_context(policy, settings)
-    tokenizer = models.load_tokenizer(policy, "policy.model")
+    tokenizer = loading.load_tokenizer(policy, "policy.model")
     ends = text_checks.check_text(policy, settings, tokenizer, settings.sampling.stop_token_ids)
     prompts = Prompts(settings, tokenizer)
     text_checks.check_token_ids(policy, prompts.largest_token, settings)
@@ -90,7 +79,7 @@ def prepare(settings: Settings) -> Prepared:
     reference = None
     if settings.reference:
         name = settings.reference.model
-        reference = str(models.locate_policy(name, "reference.model") if name else policy)
+        reference = str(loading.locate_policy(name, "reference.model") if name else policy)
     sampling = Sampling(
         temperature=settings.sampling.temperature,
         top_p=settings.sampling.top_p,
@@ -120,7 +109,7 @@ def learner_folders(settings: Settings, policy: Path, reference: str | None) -> 
         "objective.critic.model": ("critic", getattr(getattr(objective, "critic", None), "model", None)),
         "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
     }
-    locate = {"critic": models.locate, "teacher": models.locate_policy}  # a critic may start from a reward model
+    locate = {"critic": loading.locate, "teacher": loading.locate_policy}  # a critic may start from a reward model
     found = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
     if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
         raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
@@ -215,10 +204,10 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     if reward.kind == "rule":
         user_code.load(reward.source, setting)
     if reward.kind == "model":
-        for member in reward_models.members(models.locate(reward.source, setting), setting):
+        for member in reward_models.members(loading.locate(reward.source, setting), setting):
             reward_models.check_readable(member, setting)
             score_contract.check_scores(member, setting)
-            tokenizer, where = models.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
+            tokenizer, where = loading.load_tokenizer(member, setting), f"rewards.{reward.name}.chat_template_options"
             text_checks.check_template_options(reward.chat_template_options, tokenizer, where)
     if reward.kind == "http":
         http_rewards.check(reward, setting)

@@ -14,11 +14,11 @@ import pyarrow as pa
 import xxhash
 
 from keel import schema, stored
-from keel.chat_text import ChatText
 from keel.config.prompts import PromptSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.model_text import ModelText
+from keel.learner.chat_text import ChatText
+from keel.learner.model_text import ModelText
 from keel.row_columns import asked_columns
 from keel.sources import Row, read, wrong
 

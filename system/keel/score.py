@@ -40,8 +40,7 @@ class ReferenceScorer:
     def __init__(self, folder: str, settings: ReferenceSettings, temperature: float, name: str) -> None:
         import torch
 
-        from keel import batch as batching
-        from keel import forward_contract, models
+        from keel.learner import forward_contract, loading, packing
 
         torch.set_num_threads(settings.threads)
         self.adds = schema.REFERENCE
@@ -49,32 +48,32 @@ class ReferenceScorer:
         self.settings = settings
         self.temperature = temperature
         self._device = torch.device("cuda" if settings.gpus else "cpu")
-        self._policy = models.load_frozen(Path(folder), settings.dtype, self._device)
+        self._policy = loading.load_frozen(Path(folder), settings.dtype, self._device)
         shared = forward_contract.verdict(Path(folder)).shared
-        self._budget = batching.Budget(
+        self._budget = packing.Budget(
             settings.tokens_per_batch, settings.shared_prompt_tokens if shared else 0, head_chunk_tokens=512
         )
 
     def load(self, folder: str) -> LoadReceipt:
         """Be another policy from now on: a new iteration's reference. version -1: a folder, not a published version."""
-        from keel import models
+        from keel.learner import loading
 
         started = time.monotonic()
-        self._policy = models.load_frozen(Path(folder), self.settings.dtype, self._device)
+        self._policy = loading.load_frozen(Path(folder), self.settings.dtype, self._device)
         return LoadReceipt(-1, folder, 0, time.monotonic() - started)
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
         import torch
 
-        from keel import batch as batching
+        from keel.learner import packing
 
         started = time.monotonic()
         lengths = schema.lengths(batch, "completion_tokens")
-        plan = batching.plan(batch, ranks=1, budget=self._budget)
+        plan = packing.plan(batch, ranks=1, budget=self._budget)
         flat = np.empty(int(lengths.sum()), np.float32)
         with torch.inference_mode():
             for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
-                micro = batching.tensors(batch, units)
+                micro = packing.tensors(batch, units)
                 flat[micro.items] = self._policy(micro, self.temperature, chunks, entropy=False)[0].cpu().numpy()
         column = schema.from_ragged(flat, lengths, schema.NATS)
         scored = schema.append(batch, schema.build(self.adds, {"reference_logprobs": column}))
@@ -162,10 +161,10 @@ def num_members(reward: RewardSettings) -> int:
     """Models behind a reward: 1, or the members of an ensemble folder."""
     if reward.kind != "model":
         return 1
-    from keel import models, reward_models
+    from keel.learner import loading, reward_models
 
     setting = f"rewards.{reward.name}.source"
-    return len(reward_models.members(models.locate(reward.source, setting), setting))
+    return len(reward_models.members(loading.locate(reward.source, setting), setting))
 
 
 def spread_names(reward: RewardSettings, members: int) -> list[str]:
@@ -257,11 +256,11 @@ def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.Re
     """Scores [members, rows] of a reward-model folder; its own text form, offset and ensemble (reward_models.py)."""
     import torch
 
-    from keel import models, reward_models
+    from keel.learner import loading, reward_models
 
     torch.set_num_threads(threads)
     setting = f"rewards.{reward.name}.source"
-    folder, options = models.locate(reward.source, setting), reward.chat_template_options
+    folder, options = loading.locate(reward.source, setting), reward.chat_template_options
     ensemble = reward_models.Ensemble(folder, setting, device, options)
     return lambda batch: ensemble.scores(reward_models.from_batch(batch))
 

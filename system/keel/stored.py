@@ -14,13 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import (
-    end_tokens,
-    schema,
-)
+from keel import schema
 from keel.errors import ConfigError
 from keel.layouts import ANSWERS
-from keel.model_text import ModelText
+from keel.learner import end_tokens
+from keel.learner.model_text import ModelText
 from keel.protocols import Sampling
 from keel.row_columns import from_json
 from keel.sources import Row

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from keel import end_tokens, model_files
 from keel.config.base import Section
-from keel.end_tokens import EndTokens
 from keel.errors import ConfigError
-from keel.model_text import ModelText
+from keel.learner import end_tokens, model_files
+from keel.learner.end_tokens import EndTokens
+from keel.learner.model_text import ModelText
 from keel.prompts import Prompts
 from keel.stored import StoredCompletions
 

@@ -13,7 +13,8 @@ import yaml
 from commands import AUTHENTICATION, kill, start_keel
 
 import process_state
-from keel import doctor, tiny
+from keel import doctor
+from keel.learner import tiny
 
 TEST_SECONDS = 1800
 """Far beyond what they take (minutes at most): a machine may be slow, and a test stalls where the next one loads a model."""

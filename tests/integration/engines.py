@@ -11,9 +11,10 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from keel import model_files, schema, weights
+from keel import schema
 from keel.config.workers import GeneratorSettings
 from keel.generate import VllmGenerator
+from keel.learner import model_files, weights
 from keel.protocols import Sampling
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=16, stop_token_ids=(2,))

@@ -9,9 +9,9 @@ import ray
 import torch
 
 from keel.algorithms import registry
-from keel.anchors import Anchors
 from keel.config.run import Settings
-from keel.learn import DeepSpeedLearner
+from keel.learner.frozen_models import Anchors
+from keel.learner.policy_learner import DeepSpeedLearner
 
 
 def meeting_point() -> tuple[str, int]:

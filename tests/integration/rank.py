@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import RewardModelSettings
-from keel.engine import Engine, join_gang
 from keel.errors import NotFinite
-from keel.learn import DeepSpeedLearner
-from keel.learn_reward import PAIR, RewardModelLearner
+from keel.learner.engine import Engine, join_gang
+from keel.learner.policy_learner import DeepSpeedLearner
+from keel.learner.reward_learner import PAIR, RewardModelLearner
 
 
 class Rank:

@@ -15,9 +15,9 @@ import yaml
 from commands import finish
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from keel import tiny
 from keel.config import loader
 from keel.config.stages import SupervisedSettings
+from keel.learner import tiny
 from keel.stages import likelihood
 
 pytestmark = pytest.mark.slow

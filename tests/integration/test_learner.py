@@ -13,10 +13,11 @@ import ray
 import torch
 from probe import meeting_point
 
-from keel import cluster, schema, weights
+from keel import cluster, schema
 from keel.config import loader
 from keel.config.run import Settings
-from keel.learn import DeepSpeedLearner
+from keel.learner import weights
+from keel.learner.policy_learner import DeepSpeedLearner
 
 STEPS = 3
 RATE = 1e-2

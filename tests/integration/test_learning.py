@@ -15,10 +15,11 @@ import ray
 import yaml
 from arms import ARMS, CRITIC_ARMS
 
-from keel import cluster, doctor, gang, models
+from keel import cluster, doctor, gang
 from keel.config import loader
 from keel.config.run import Settings
 from keel.controller import Controller
+from keel.learner import loading
 from keel.parts import Observer, Parts
 from keel.prompts import Prompts
 from keel.protocols import Sampling
@@ -51,9 +52,9 @@ class Stack:
     def __init__(self, folder: Path, tree: dict[str, Any], model: Path) -> None:
         self.folder, self.tree, self.model = folder, tree, model
         settings = self.settings(EVERY["kl"])
-        tokenizer = models.load_tokenizer(model, "policy.model")
+        tokenizer = loading.load_tokenizer(model, "policy.model")
         self.prompts = Prompts(settings, tokenizer)
-        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, models.end_tokens(model, tokenizer))
+        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, loading.end_tokens(model, tokenizer))
         self.generators = cluster.generators(settings, str(model))
         self.scorers = cluster.scorers(settings, str(model))
         self.runner = asyncio.Runner()  # one loop for all objectives: the pools live in it

@@ -16,7 +16,8 @@ from commands import finish, kill
 from live import last_step, title_of, wait
 from safetensors.torch import load_file
 
-from keel import checkpoint, files, schema, weights
+from keel import checkpoint, files, schema
+from keel.learner import weights
 
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
 Start = Callable[..., Any]

@@ -11,10 +11,11 @@ import pytest
 import torch
 from commands import RUN_SECONDS
 
-from keel import models, preflight, reward_models, tiny
+from keel import preflight
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
-from keel.reward_models import ScoredText
+from keel.learner import loading, reward_models, tiny
+from keel.learner.reward_models import ScoredText
 from keel.stages import evaluate, label, likelihood
 from keel.stages import reward as reward_stage
 
@@ -232,7 +233,7 @@ def test_a_reward_model_is_the_reward_of_every_stage(work: Work, name: str, of: 
             **{"cluster": MACHINE["cluster"]},
         )
     )
-    assert models.locate(given, "rewards.proxy.source") == work.model(name)
+    assert loading.locate(given, "rewards.proxy.source") == work.model(name)
     if name != "encoder-reward":
         critic = {"advantage": "gae", "critic": {"model": given}}
         prepared = preflight.prepare(work.online(policy, rewards=[source], objective=critic))

@@ -11,7 +11,8 @@ import yaml
 from commands import finish, kill
 from live import last_step, wait
 
-from keel import checkpoint, files, reward_models, schema
+from keel import checkpoint, files, schema
+from keel.learner import reward_models
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Any]

@@ -12,11 +12,12 @@ import ray
 import torch
 from torch.nn.functional import logsigmoid
 
-from keel import cluster, reward_models
+from keel import cluster
 from keel.config import loader
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.gang import Gang, LearnerGang
-from keel.learn_reward import RewardModelLearner
+from keel.learner import reward_models
+from keel.learner.reward_learner import RewardModelLearner
 from keel.stages import likelihood, reward
 
 pytestmark = pytest.mark.slow

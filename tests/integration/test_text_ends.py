@@ -10,7 +10,8 @@ import torch
 from commands import finish
 from safetensors.torch import load_file, save_file
 
-from keel import model_files, schema, tiny, weights
+from keel import schema
+from keel.learner import model_files, tiny, weights
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Any]

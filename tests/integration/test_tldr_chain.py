@@ -15,8 +15,9 @@ import torch
 from commands import finish, kill, start_keel
 from test_runs import metrics_of, rollouts_of, same_policy
 
-from keel import checkpoint, files, reward_models, tiny
-from keel.reward_models import ScoredText
+from keel import checkpoint, files
+from keel.learner import reward_models, tiny
+from keel.learner.reward_models import ScoredText
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # test_stage_runs.py: other files
 CONFIGS = Path(__file__).parents[2] / "configs" / "tldr"

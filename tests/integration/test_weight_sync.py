@@ -12,7 +12,7 @@ import torch
 from commands import RUN_SECONDS
 from safetensors.torch import load_file
 
-from keel import models, tiny, weights
+from keel.learner import loading, tiny, weights
 
 SCRIPT = Path(__file__).with_name("engines.py")
 ARCHITECTURES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("gpt_neox", False)]
@@ -103,7 +103,7 @@ def test_one_flipped_bit_is_refused() -> None:
 def test_a_policy_publishes_the_names_of_its_checkpoint(tmp_path: Path, architecture: str, tied: bool) -> None:
     """Also where transformers renames parameters in memory, as for GPT-NeoX."""
     folder = tiny.write(tmp_path / "m", architecture, tied)
-    policy = models.load_policy(folder, "float32")
+    policy = loading.load_policy(folder, "float32")
     named = policy.checkpoint({name: parameter.detach() for name, parameter in policy.named_parameters()})
     assert {name: tuple(tensor.shape) for name, tensor in named.items()} == weights.checkpoint_shapes(folder)
     stored = load_file(folder / "model.safetensors")

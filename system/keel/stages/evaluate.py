@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, evaluation_report, files, forward_contract, models, preflight, schema, text_checks
+from keel import cluster, evaluation_report, files, preflight, schema, text_checks
 from keel.config.run import Settings
 from keel.conversations import turns
 from keel.errors import ConfigError
+from keel.learner import forward_contract, loading
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
@@ -56,9 +57,9 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     preflight.check_memory(settings.cluster)
     for reward in settings.rewards:
         preflight.check_reward_source(reward, f"rewards.{reward.name}.source")
-    folder = models.locate_policy(model, "MODEL")
+    folder = loading.locate_policy(model, "MODEL")
     preflight.check_context(folder, settings)
-    tokenizer = models.load_tokenizer(folder, "MODEL")
+    tokenizer = loading.load_tokenizer(folder, "MODEL")
     by, stop = settings.sampling, settings.sampling.stop_token_ids
     ends = text_checks.check_text(folder, settings, tokenizer, stop, "MODEL")
     prompts = Prompts(settings, tokenizer)
@@ -71,16 +72,16 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
     if against and against.startswith(COLUMN):
         given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws, settings)
     elif against:
-        other = str(models.locate_policy(against, "evaluation.against"))
+        other = str(loading.locate_policy(against, "evaluation.against"))
         preflight.check_context(Path(other), settings)
-        _check_tokenizer(models.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
+        _check_tokenizer(loading.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
         theirs = text_checks.check_text(Path(other), settings, tokenizer, stop, "evaluation.against")
         text_checks.check_token_ids(Path(other), prompts.largest_token, settings, "evaluation.against")
         others = dataclasses.replace(draws, stop_token_ids=theirs.stop)
         notes += tuple(f"{against}: {line}" for line in theirs.notes if theirs.notes != ends.notes)
     reference = None
     if settings.reference:
-        reference = str(models.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
+        reference = str(loading.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
         preflight.check_vocabulary(folder, Path(reference), "reference.model")
         notes += tuple(forward_contract.require({"reference.model": reference}, settings.max_model_tokens))
     _check_ensembles(settings)

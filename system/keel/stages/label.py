@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, forward_contract, labels, models, preflight, reads, schema, text_checks
+from keel import cluster, labels, preflight, reads, schema, text_checks
 from keel import files as atomic_files
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings
 from keel.errors import ConfigError, KeelError
+from keel.learner import forward_contract, loading
 from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
@@ -64,9 +65,9 @@ def prepare(settings: LabelSettings) -> Prepared:
     folder = prompts = rollouts = None
     stop, notes = tuple[int, ...](settings.sampling.stop_token_ids or ()), tuple[str, ...]()
     if settings.policy:
-        located = models.locate_policy(settings.policy.model, "policy.model")
+        located = loading.locate_policy(settings.policy.model, "policy.model")
         preflight.check_context(located, online)
-        tokenizer = models.load_tokenizer(located, "policy.model")
+        tokenizer = loading.load_tokenizer(located, "policy.model")
         source = Prompts(online, tokenizer)
         count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
         prompts, folder = source.batch(range(count)), str(located)
@@ -79,7 +80,7 @@ def prepare(settings: LabelSettings) -> Prepared:
         preflight.check_rewards(online, rollouts)
     reference = None
     if settings.reference:
-        reference = str(models.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
+        reference = str(loading.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
         if folder is not None:
             preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
         notes += tuple(forward_contract.require({"reference.model": reference}, online.max_model_tokens))

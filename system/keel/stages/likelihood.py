@@ -12,10 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import gang, models, preflight, text_checks
+from keel import gang, preflight, text_checks
 from keel.algorithms import registry
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, SupervisedSettings
+from keel.learner import loading
 from keel.observability import endpoint, progress, tracking
 from keel.observability.metrics import RunMetrics
 from keel.recorder import Display
@@ -61,9 +62,9 @@ def prepare(settings: PolicyStage) -> Prepared:
     preflight.check_memory(settings.cluster)
     draft = settings.learning(steps=1)
     registry.build(draft)
-    folder = models.locate_policy(settings.policy.model, "policy.model")
+    folder = loading.locate_policy(settings.policy.model, "policy.model")
     preflight.check_context(folder, draft)
-    tokenizer = models.load_tokenizer(folder, "policy.model")
+    tokenizer = loading.load_tokenizer(folder, "policy.model")
     ends = text_checks.check_text(folder, settings, tokenizer, None)
     rows = OfflineRows(draft, settings.completions, tokenizer, ends.stop)
     text_checks.check_token_ids(folder, max(rows.largest_token, rows.prompts.largest_token), settings)
@@ -71,7 +72,7 @@ def prepare(settings: PolicyStage) -> Prepared:
     others: dict[str, str] = {}
     if draft.reference:
         name = draft.reference.model
-        reference = str(models.locate_policy(name, "reference.model") if name else folder)
+        reference = str(loading.locate_policy(name, "reference.model") if name else folder)
         others = preflight.learner_folders(draft, folder, reference)
     learning = settings.learning(settings.training.steps(rows.num_training))
     notes = (*ends.notes, *preflight.check_passes(learning, folder, others))

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from keel import cluster, files, model_files, models, reads, schema
+from keel import cluster, files, reads, schema
 from keel.config.run import Settings
 from keel.failures import retrying
+from keel.learner import loading, model_files
 from keel.recorder import Display
 from keel.stages import sampled
 from keel.stages.rows import OfflineRows
@@ -33,7 +34,7 @@ class ReferenceLogprobs:
     async def read(cls, settings: Settings, folder: str, rows: OfflineRows, display: Display) -> "ReferenceLogprobs":
         """From the cache, or through the reference scorers and into it."""
         parts = rows.everything()
-        path = models.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, parts)}.arrow"
+        path = loading.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, parts)}.arrow"
         if kept := _kept(path):
             display.note(f"reference log-probs: cached ({path})")
             return cls(schema.from_bytes(kept))

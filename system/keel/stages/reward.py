@@ -19,30 +19,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import (
-    files,
-    gang,
-    models,
-    preflight,
-    prompts,
-    reward_models,
-    reward_report,
-    schema,
-    score_contract,
-    sources,
-    stored,
-    text_checks,
-)
+from keel import files, gang, preflight, prompts, reward_report, schema, sources, stored, text_checks
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings
 from keel.config.stages import RewardModelSettings
 from keel.errors import ConfigError
-from keel.learn_reward import PAIR, RewardModelLearner
+from keel.learner import loading, reward_models, score_contract
+from keel.learner.reward_learner import PAIR, RewardModelLearner
+from keel.learner.reward_models import RewardText, ScoredText
 from keel.observability import endpoint, tracking
 from keel.observability.metrics import RunMetrics
 from keel.recorder import Display
 from keel.reward_functions import describe
-from keel.reward_models import RewardText, ScoredText
 from keel.row_columns import from_json
 from keel.sources import Row
 from keel.stages import course, sampled
@@ -150,8 +138,8 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     endpoint.check(settings.metrics)
     tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
-    folder = models.locate(settings.policy.model, "policy.model")
-    tokenizer = models.load_tokenizer(folder, "policy.model")
+    folder = loading.locate(settings.policy.model, "policy.model")
+    tokenizer = loading.load_tokenizer(folder, "policy.model")
     trunk = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     reward_models.check_trunk(trunk, settings.policy.model)
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keel import learner_state
 from keel.config.workers import LearnerSettings
 from keel.errors import NotFinite
-from keel.optimisation import engine_config, learning_rate
-from keel.shards import Shards
+from keel.learner import sharded_checkpoint
+from keel.learner.optimizer import engine_config, learning_rate
+from keel.learner.zero_shards import Shards
 
 
 class Engine:
@@ -105,14 +105,14 @@ class Engine:
     def save(self, directory: str, version: int) -> None:
         """Write `learner/`: master weights and Adam's moments, for any number of ranks and ZeRO stage."""
         folder, rank = Path(directory) / "learner", torch.distributed.get_rank()
-        learner_state.write_blocks(folder, self._shards, rank, self.ranks)
+        sharded_checkpoint.write_blocks(folder, self._shards, rank, self.ranks)
         torch.distributed.barrier()
         if rank == 0:
-            learner_state.write_index(folder, version, self._shards)
+            sharded_checkpoint.write_index(folder, version, self._shards)
 
     def load(self, directory: str) -> int:
         """Continue from `save`'s output; its version. Raises CheckpointError if it is damaged or another model's."""
-        version = learner_state.read(Path(directory) / "learner", self._shards)
+        version = sharded_checkpoint.read(Path(directory) / "learner", self._shards)
         self._shards.refresh()
         return version
 

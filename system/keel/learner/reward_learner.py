@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from keel import batch as batching
-from keel import files, optimisation, reward_models, schema
+from keel import files, schema
 from keel.config.stages import RewardModelSettings
-from keel.engine import Engine, join_gang
+from keel.learner import optimizer, packing, reward_models
+from keel.learner.engine import Engine, join_gang
 from keel.protocols import StepReport
 
 PAIR = pa.schema(
@@ -73,7 +73,7 @@ class RewardModelLearner:
         options = by.policy.chat_template_options
         model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed, options)
         model = model.to(self._engine.device)
-        self._engine.drive(model, optimisation.adamw(by.learners, [{"params": list(model.parameters())}]))
+        self._engine.drive(model, optimizer.adamw(by.learners, [{"params": list(model.parameters())}]))
         self.version = 0
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
@@ -146,7 +146,7 @@ class RewardModelLearner:
         """(pair numbers, real, inputs) of this rank's passes; equally many on every rank, the last ones filler."""
         lengths = schema.lengths(batch, "tokens")
         total = 2 * np.maximum(lengths[0::2], lengths[1::2])  # a pair, padded to its longer text
-        shares, real = batching.share_out(total, self.ranks, self.settings.learners.tokens_per_batch)
+        shares, real = packing.share_out(total, self.ranks, self.settings.learners.tokens_per_batch)
         tokens, seconds = batch.column("tokens"), batch.column("second").to_pylist()
         for numbers, is_real in zip(shares[self.rank], real[self.rank], strict=True):
             rows = [row for number in numbers.tolist() for row in (2 * number, 2 * number + 1)]

@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from keel import size_names
-from keel.layer_patterns import Values
+from keel.learner import size_names
+from keel.learner.layer_patterns import Values
 
 VOCABULARY = 128
 WINDOW = 16

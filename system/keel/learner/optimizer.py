@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from keel.config.workers import LearnerSettings
-from keel.networks import Learnable
+from keel.learner.networks import Learnable
 
 
 def optimizer(learners: LearnerSettings, module: Learnable, critic_rate: float | None) -> torch.optim.Optimizer:

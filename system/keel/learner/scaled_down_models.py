@@ -9,11 +9,11 @@ import copy
 import math
 from typing import Any
 
-from keel import layer_patterns, size_names, twin_sizes
 from keel.errors import KeelError
-from keel.layer_patterns import LayerError, Values
+from keel.learner import layer_patterns, scaled_down_sizes, size_names
+from keel.learner.layer_patterns import LayerError, Values
+from keel.learner.scaled_down_sizes import WINDOW
 from keel.text import one_line
-from keel.twin_sizes import WINDOW
 
 FIRST_ORDINARY_TOKEN = 16
 """Special tokens of a twin have smaller ids: every id from here to the vocabulary's end is an ordinary token."""
@@ -70,11 +70,11 @@ def twin(config: Any, longest_row: int | None = None) -> Any:
 
 def _smaller(config: Any, longest_row: int | None) -> Any:
     values = {name: value for name, value in config.to_dict().items() if name not in _NOT_KEPT}
-    parts = {name: getattr(config, name, None) for name in config.sub_configs if name not in twin_sizes.NESTED}
-    sized = {name: part for name, part in parts.items() if part is not None and twin_sizes.width(part.to_dict())}
-    if twin_sizes.width(values):
+    parts = {name: getattr(config, name, None) for name in config.sub_configs if name not in scaled_down_sizes.NESTED}
+    sized = {name: part for name, part in parts.items() if part is not None and scaled_down_sizes.width(part.to_dict())}
+    if scaled_down_sizes.width(values):
         values |= layer_patterns.cut(values, MOST_LAYERS)
-        values |= twin_sizes.small(values)
+        values |= scaled_down_sizes.small(values)
         values |= _rotary(config, values, longest_row)
     elif not sized:
         raise ValueError("it names no hidden size")
@@ -178,7 +178,7 @@ def _rotary(text: Any, values: Values, longest_row: int | None) -> Values:
     """Rotary settings for the small heads; lengths at which they change are crossed where the run crosses them."""
     settings = copy.deepcopy(values.get("rope_parameters"))
     changes: Values = {"rope_parameters": settings} if isinstance(settings, dict) else {}
-    for part in twin_sizes.rotary_settings(changes):
+    for part in scaled_down_sizes.rotary_settings(changes):
         kind = str(part.get("rope_type", part.get("type", "default")))
         if kind == "default":
             _resize(part, values)

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from keel import files, model_files, models
+from keel import files
 from keel.errors import ConfigError
-from keel.reward_text import RewardText, ScoredText
+from keel.learner import loading, model_files
+from keel.learner.reward_text import RewardText, ScoredText
 
 ENSEMBLE = "ensemble.json"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
@@ -49,7 +50,7 @@ def members(folder: Path, setting: str) -> list[Path]:
                 f"{setting}={folder}: {name} of its {len(names)} members is missing; expected all of them"
             )
         check_head(folder / name, setting)
-        models.check_intact(folder / name, f"{setting}={folder}")
+        loading.check_intact(folder / name, f"{setting}={folder}")
     return [folder / name for name in names]
 
 
@@ -65,8 +66,8 @@ def _names(folder: Path, setting: str) -> list[str]:
 
 def check_head(folder: Path, setting: str) -> None:
     """The folder holds a sequence classifier with one output. Raises ConfigError that says what it holds instead."""
-    models.check_harmless(folder, f"{setting}={folder}")
-    known = models.read_config(folder, f"{setting}={folder}").get("architectures") or ["no architecture"]
+    loading.check_harmless(folder, f"{setting}={folder}")
+    known = loading.read_config(folder, f"{setting}={folder}").get("architectures") or ["no architecture"]
     found = [
         (name, file.get_slice(name).get_shape()[0])
         for path in model_files.weight_files(folder)
@@ -152,7 +153,7 @@ def start(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    config = models.without_dropout(folder)
+    config = loading.without_dropout(folder)
     config.num_labels, config.problem_type = 1, "regression"  # vLLM would put a sigmoid on a single label otherwise
     text = RewardText(tokenizer, is_encoder(config), min(max_tokens, limit(config)), options)
     if not text.encoder:
@@ -161,7 +162,7 @@ def start(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of heads with more than one layer
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=models.DTYPES[dtype], trust_remote_code=False, use_safetensors=True
+            folder, config=config, dtype=loading.DTYPES[dtype], trust_remote_code=False, use_safetensors=True
         )
     generator = torch.Generator().manual_seed(seed)
     named = dict(model.named_parameters())
@@ -220,7 +221,7 @@ def check_readable(folder: Path, setting: str) -> None:
     model_files.check_whole(folder, f"{setting}={folder}")
     vocabulary, tokenizer = (
         model_files.vocabulary(folder, f"{setting}={folder}"),
-        models.load_tokenizer(folder, setting),
+        loading.load_tokenizer(folder, setting),
     )
     largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
     if largest >= vocabulary:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from keel import checkpoint, files, model_files, reads, twins
-from keel import end_tokens as ends
+from keel import checkpoint, files, reads
 from keel.errors import ConfigError
-from keel.model_text import ModelText
-from keel.networks import Policy
+from keel.learner import end_tokens, model_files, scaled_down_models
+from keel.learner.model_text import ModelText
+from keel.learner.networks import Policy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _WHEELS = {
@@ -212,7 +212,7 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
 
 def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """Ids that end a completion, as `end_tokens.decide` says."""
-    return ends.decide(folder, ModelText(tokenizer), model_files.vocabulary(folder, str(folder))).stop
+    return end_tokens.decide(folder, ModelText(tokenizer), model_files.vocabulary(folder, str(folder))).stop
 
 
 def load_policy(folder: Path, dtype: str) -> Policy:
@@ -264,6 +264,6 @@ def without_dropout(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():
-            if any(noise in name for noise in twins.NOISE) and isinstance(value, float):
+            if any(noise in name for noise in scaled_down_models.NOISE) and isinstance(value, float):
                 setattr(part, name, 0.0)
-    return twins.keep_attention_caps(config)
+    return scaled_down_models.keep_attention_caps(config)

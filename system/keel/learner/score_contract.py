@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from keel import models, reward_models, twins
 from keel.errors import ConfigError
-from keel.forward_contract import difference, keep_result, kept_result, key_of
-from keel.reward_text import RewardText
+from keel.learner import loading, reward_models, scaled_down_models
+from keel.learner.forward_contract import difference, keep_result, kept_result, key_of
+from keel.learner.reward_text import RewardText
+from keel.learner.scaled_down_models import TwinError
 from keel.text import one_line
-from keel.twins import TwinError
 
 
 def check_scores(folder: Path, setting: str) -> None:
@@ -20,7 +20,7 @@ def check_scores(folder: Path, setting: str) -> None:
 
     Raises ConfigError for a family whose scores are not.
     """
-    config = models.without_dropout(folder)
+    config = loading.without_dropout(folder)
     key = f"scores-{key_of(config)}"
     kept = kept_result(key)
     if kept is None:
@@ -38,15 +38,15 @@ def score_difference(config: Any) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     try:
-        small = twins.twin(config)
+        small = scaled_down_models.twin(config)
         if type(small) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return ""
         small.num_labels, small.get_text_config().pad_token_id = 1, 0
-        model = twins.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
+        model = scaled_down_models.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
     except TwinError:
         return ""  # the start of training and scoring loads the model itself, and fails there where it must
-    rng, tokens = np.random.default_rng(0), twins.row_tokens(small)
-    ids = (twins.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
+    rng, tokens = np.random.default_rng(0), scaled_down_models.row_tokens(small)
+    ids = (scaled_down_models.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
     rows = [rng.integers(*ids, length).tolist() for length in (tokens + 5, 9, 3, tokens)]
     try:
         expected = np.array([_own_score(model, row) for row in rows])

@@ -8,7 +8,7 @@ import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from keel.chat_text import ChatText, Message, named_tokens
+from keel.learner.chat_text import ChatText, Message, named_tokens
 
 _ANCHORS = ("\n", "a", ".", "0", ":")
 """Texts to tokenize or decode another one behind."""

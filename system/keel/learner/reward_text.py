@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keel.model_text import ModelText
+from keel.learner.model_text import ModelText
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from keel.batch import Layout
+from keel.learner.packing import Layout
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 """Attention implementations of transformers whose masks are functions of two indices."""

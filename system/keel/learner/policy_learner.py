@@ -20,16 +20,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from keel import batch as batching
-from keel import forward_contract, models, optimisation, schema, weights
+from keel import schema
 from keel.algorithms import registry
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
-from keel.anchors import Anchors
 from keel.config.run import Settings
-from keel.engine import Engine, join_gang
 from keel.errors import NotFinite
-from keel.forward_contract import Verdict
-from keel.networks import Critic, Learnable, Piece, Policy
+from keel.learner import forward_contract, loading, optimizer, packing, weights
+from keel.learner.engine import Engine, join_gang
+from keel.learner.forward_contract import Verdict
+from keel.learner.frozen_models import Anchors
+from keel.learner.networks import Critic, Learnable, Piece, Policy
 from keel.observability import diagnostics
 from keel.protocols import LoadReceipt, StepReport, Weights
 
@@ -57,12 +57,12 @@ class DeepSpeedLearner:
         self._engine = Engine(learners, ranks, settings.run.steps)
         self.device = self._engine.device
         dtype = "float32" if learners.precision == "fp32" else "bfloat16"
-        policy = models.load_policy(Path(folder), dtype)
+        policy = loading.load_policy(Path(folder), dtype)
         policy.keep(learners.head_kept_bytes, learners.head_chunk_tokens)
         torch.manual_seed(settings.run.seed)  # of new value heads
         module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
         rate = module.critic.by.learning_rate if module.critic is not None else None
-        self._engine.drive(module, optimisation.optimizer(learners, module, rate))
+        self._engine.drive(module, optimizer.optimizer(learners, module, rate))
         verdicts = [forward_contract.verdict(folder, settings.max_model_tokens) for folder in self._folders()]
         self._verdict = functools.reduce(Verdict.both, verdicts)
         frozen_dtype = settings.reference.dtype if settings.reference else dtype
@@ -83,10 +83,10 @@ class DeepSpeedLearner:
         if by is None:
             return None
         folder = Path(self._folder_of("critic"))
-        trunk = models.load_trunk(folder, dtype) if by.trunk == "own" else None
+        trunk = loading.load_trunk(folder, dtype) if by.trunk == "own" else None
         hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
-        critic = Critic(by, trunk, hidden, self.objective.heads).to(models.DTYPES[dtype])
-        if trunk is not None and (head := models.score_head(folder)):
+        critic = Critic(by, trunk, hidden, self.objective.heads).to(loading.DTYPES[dtype])
+        if trunk is not None and (head := loading.score_head(folder)):
             critic.start_from(*head)
         return critic
 
@@ -133,7 +133,7 @@ class DeepSpeedLearner:
         return self.objective.measures | ({"logprobs"} if epochs > 1 and self.objective.reads_old else frozenset())
 
     def _update(
-        self, batch: pa.RecordBatch, plan: batching.Plan, credit: Credit, old: np.ndarray | None
+        self, batch: pa.RecordBatch, plan: packing.Plan, credit: Credit, old: np.ndarray | None
     ) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; metric sums added over all ranks."""
         sums: dict[str, float] = defaultdict(float)
@@ -199,7 +199,7 @@ class DeepSpeedLearner:
         """Write the policy as a Hugging Face folder, on rank 0; the others take part in gathering."""
         named = self._full_parameters()
         if self.rank == 0:
-            from keel import export
+            from keel.learner import export
 
             export.policy(Path(folder), Path(self.folder), named, self.settings, self.version)
 
@@ -213,22 +213,22 @@ class DeepSpeedLearner:
         """Read the frozen reference inside the learner from another folder, where there is one."""
         self._anchors.renew_reference(folder)
 
-    def _plan(self, batch: pa.RecordBatch) -> batching.Plan:
+    def _plan(self, batch: pa.RecordBatch) -> packing.Plan:
         learners, verdict = self.settings.learners, self._verdict
-        budget = batching.Budget(
+        budget = packing.Budget(
             learners.tokens_per_batch,
             learners.shared_prompt_tokens if verdict.shared else 0,
             learners.head_chunk_tokens,
             min(learners.packed_tokens, learners.tokens_per_batch) if verdict.packed else 0,
         )
-        return batching.plan(batch, self.ranks, budget)
+        return packing.plan(batch, self.ranks, budget)
 
-    def _micro_batches(self, batch: pa.RecordBatch, plan: batching.Plan) -> Iterator[tuple[batching.MicroBatch, int]]:
+    def _micro_batches(self, batch: pa.RecordBatch, plan: packing.Plan) -> Iterator[tuple[packing.MicroBatch, int]]:
         own = zip(plan.micro_batches[self.rank], plan.real[self.rank], plan.head_chunks, strict=True)
         for units, real, chunks in own:
-            yield batching.tensors(batch, units, real=real), chunks
+            yield packing.tensors(batch, units, real=real), chunks
 
-    def _rows(self, batch: pa.RecordBatch, micro: batching.MicroBatch, credit: Credit, old: np.ndarray | None) -> Rows:
+    def _rows(self, batch: pa.RecordBatch, micro: packing.MicroBatch, credit: Credit, old: np.ndarray | None) -> Rows:
         def column(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values[micro.items].astype(np.float32)).to(self.device)
 
@@ -249,12 +249,12 @@ class DeepSpeedLearner:
             stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 
-    def _forward(self, micro: batching.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:
+    def _forward(self, micro: packing.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:
         temperature = self.settings.sampling.temperature
         return Outputs(*self._engine(micro, temperature, chunks, entropy, piece))
 
     @torch.no_grad()
-    def _measure(self, batch: pa.RecordBatch, plan: batching.Plan, asked: frozenset[str]) -> Measured:
+    def _measure(self, batch: pa.RecordBatch, plan: packing.Plan, asked: frozenset[str]) -> Measured:
         """Log-probs [tokens] and values [tokens, K] of the whole step under the current weights, every rank's."""
         if not asked:
             return Measured(version=self.version)

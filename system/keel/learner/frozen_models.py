@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keel import models
 from keel.algorithms.types import Credit, Rows, VocabularyTerm
-from keel.batch import MicroBatch
-from keel.networks import Piece, Policy, in_precision
+from keel.learner import loading
+from keel.learner.networks import Piece, Policy, in_precision
+from keel.learner.packing import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class Anchors:
         """`folder` gives the model folder of `reference` or `teacher`."""
         self.term, self.dtype, self.device = term, dtype, device
         names = term.models - {"old"} if term is not None else frozenset()
-        self._frozen = {name: models.load_frozen(Path(folder(name)), dtype, device) for name in names}
+        self._frozen = {name: loading.load_frozen(Path(folder(name)), dtype, device) for name in names}
         self._old: tuple[dict[bytes, Tensor], Callable[[Tensor], Tensor]] | None = None
 
     def renew_reference(self, folder: str) -> None:
         """Read the reference from another folder, where there is one here."""
         if "reference" in self._frozen:
-            self._frozen["reference"] = models.load_frozen(Path(folder), self.dtype, self.device)
+            self._frozen["reference"] = loading.load_frozen(Path(folder), self.dtype, self.device)
 
     @torch.no_grad()
     def keep_old(self, policy: Policy, micro_batches: Iterable[MicroBatch]) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import xxhash
 
-from keel import model_files
 from keel.errors import KeelError
+from keel.learner import model_files
 from keel.protocols import LoadReceipt, TensorSpec, Weights
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from keel import attention_masks
 from keel.algorithms import critics
-from keel.batch import MicroBatch
 from keel.config.objective import CriticSettings
-from keel.states_to_logits import logits_of
+from keel.learner import attention_masks
+from keel.learner.packing import MicroBatch
+from keel.learner.states_to_logits import logits_of
 
 Piece = Callable[[Tensor, int, int], Tensor]
 """Something of each token that reads the whole vocabulary: logits [n, V] in fp32 at the temperature, the places start

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from keel import reads
-from keel.chat_text import named_tokens
 from keel.errors import ConfigError
-from keel.model_text import ModelText
+from keel.learner.chat_text import named_tokens
+from keel.learner.model_text import ModelText
 
 _TEMPLATE, _TOKENIZER = "chat template", "tokenizer"
 _FILES = ("generation_config.json", "config.json")

@@ -11,7 +11,7 @@ from torch import Tensor
 from keel import files
 from keel.config import loader
 from keel.config.run import Settings
-from keel.models import DTYPES
+from keel.learner.loading import DTYPES
 from keel.text import printable
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")

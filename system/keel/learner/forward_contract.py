@@ -24,12 +24,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from keel import batch as batching
-from keel import files, models, schema, twins
+from keel import files, schema
 from keel.errors import ConfigError
-from keel.networks import Policy
+from keel.learner import loading, packing, scaled_down_models
+from keel.learner.networks import Policy
+from keel.learner.scaled_down_models import TwinError
 from keel.text import one_line
-from keel.twins import TwinError
 
 TOLERANCE = 1e-3
 """Largest difference of two log-probs, in units of their spread over tokens, that counts as rounding."""
@@ -93,7 +93,7 @@ def _refused(reason: str) -> Verdict:
 def _rows(vocabulary: int, tokens_per_row: int, seed: int) -> pa.RecordBatch:
     """Prompts with several completions, of unlike lengths; the longest prompt alone is longer than a window."""
     rng = np.random.default_rng(seed)
-    ids = (min(twins.FIRST_ORDINARY_TOKEN, vocabulary - 1), vocabulary)
+    ids = (min(scaled_down_models.FIRST_ORDINARY_TOKEN, vocabulary - 1), vocabulary)
     lengths = [(tokens_per_row + 5, (9, 3, 14)), (7, (5, tokens_per_row, 2)), (11, (6, 4))]
     tickets, prompts, completions = [], [], []
     for ticket, (prompt, answers) in enumerate(lengths):
@@ -111,13 +111,13 @@ def _rows(vocabulary: int, tokens_per_row: int, seed: int) -> pa.RecordBatch:
     )
 
 
-def _budgets(rows: pa.RecordBatch) -> dict[str, batching.Budget]:
+def _budgets(rows: pa.RecordBatch) -> dict[str, packing.Budget]:
     tokens = int(schema.lengths(rows, "prompt_tokens").sum() + schema.lengths(rows, "completion_tokens").sum())
     every = rows.num_rows * tokens  # one pass, whatever its padding
     return {
-        "alone": batching.Budget(every, 0, 16),
-        "shared": batching.Budget(every, tokens, 16),
-        "packed": batching.Budget(every, tokens, 16, packed_tokens=tokens),
+        "alone": packing.Budget(every, 0, 16),
+        "shared": packing.Budget(every, tokens, 16),
+        "packed": packing.Budget(every, tokens, 16, packed_tokens=tokens),
     }
 
 
@@ -133,13 +133,13 @@ def _plain(model: Any, rows: pa.RecordBatch) -> np.ndarray:
 
 
 @torch.no_grad()
-def _through_keel(model: Any, rows: pa.RecordBatch, budget: batching.Budget) -> np.ndarray:
+def _through_keel(model: Any, rows: pa.RecordBatch, budget: packing.Budget) -> np.ndarray:
     """The same through the micro-batches that training makes."""
     policy = Policy(model)
     flat = np.zeros(int(schema.lengths(rows, "completion_tokens").sum()))
-    plan = batching.plan(rows, ranks=1, budget=budget)
+    plan = packing.plan(rows, ranks=1, budget=budget)
     for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
-        micro = batching.tensors(rows, units)
+        micro = packing.tensors(rows, units)
         flat[micro.items] = policy(micro, 1.0, chunks, entropy=False)[0].double().numpy()
     return flat
 
@@ -161,11 +161,11 @@ def of_config(config: Any, longest_row: int | None = None) -> Verdict:
 
     `longest_row`: tokens of the longest row of a run, for rotary embeddings that change beyond a length.
     """
-    return _of_twin(twins.twin(config, longest_row))
+    return _of_twin(scaled_down_models.twin(config, longest_row))
 
 
 def _of_twin(small: Any) -> Verdict:
-    return of_seeds(lambda seed: twins.build(small, seed), twins.row_tokens(small))
+    return of_seeds(lambda seed: scaled_down_models.build(small, seed), scaled_down_models.row_tokens(small))
 
 
 def of_seeds(build: Callable[[int], Any], tokens_per_row: int, seeds: Sequence[int] = _SEEDS) -> Verdict:
@@ -186,9 +186,9 @@ def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
 
     Where no twin of the configuration can be made, the model itself is tried.
     """
-    config = models.without_dropout(folder)
+    config = loading.without_dropout(folder)
     try:
-        small = twins.twin(config, longest_row)
+        small = scaled_down_models.twin(config, longest_row)
         return _once(key_of(small), lambda: _of_twin(small))
     except TwinError:
         return _once(key_of(config, longest_row), lambda: _of_itself(folder, config, longest_row))
@@ -210,19 +210,19 @@ def _of_itself(folder: Path, config: Any, longest_row: int | None) -> Verdict:
     """
     limits = (longest_row, getattr(config.get_text_config(), "max_position_embeddings", None))
     longest = min([limit for limit in limits if limit] or [2 * _MORE_TOKENS])
-    tokens = min(twins.row_tokens(config), longest - _MORE_TOKENS)
-    return check(models.load_policy(folder, "float32").model, max(tokens, 1))
+    tokens = min(scaled_down_models.row_tokens(config), longest - _MORE_TOKENS)
+    return check(loading.load_policy(folder, "float32").model, max(tokens, 1))
 
 
 def kept_result(key: str) -> dict[str, Any] | None:
     """What an earlier process found under this key."""
-    path = models.cache_directory() / "forward_contract" / f"{key}.json"
+    path = loading.cache_directory() / "forward_contract" / f"{key}.json"
     return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
 
 
 def keep_result(key: str, result: Mapping[str, Any]) -> None:
     """Keep a result for other processes, of which several may do so at once."""
-    path = models.cache_directory() / "forward_contract" / f"{key}.json"
+    path = loading.cache_directory() / "forward_contract" / f"{key}.json"
     aside = path.with_name(f"{key}.{os.getpid()}")
     with contextlib.suppress(OSError):  # a home that cannot be written to: the next process tries the model again
         files.write_json(aside, result)
@@ -251,7 +251,7 @@ def require(folders: Mapping[str, Path | str], longest_row: int) -> list[str]:
     settings = {str(folder): setting for setting, folder in reversed(list(folders.items()))}  # the first that names it
     for folder, setting in settings.items():
         result = verdict(Path(folder), longest_row)
-        family = models.read_config(Path(folder), setting).get("model_type")
+        family = loading.read_config(Path(folder), setting).get("model_type")
         if not result.alone:
             raise ConfigError(
                 f"{setting}={folder}: the log-probs that Keel computes for {family} are not the model's own"
