@@ -28,7 +28,7 @@ from keel import files
 from keel.config import loader
 from keel.config.run import Settings
 from keel.learner import loading
-from keel.prompts import Prompts
+from keel.rollout.prompts import Prompts
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

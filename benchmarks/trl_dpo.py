@@ -19,8 +19,8 @@ def write_pairs(folder: Path, conversational: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from keel import labels
     from keel.config.stages import LabelSettings
+    from keel.rollout import preference_labels
 
     places = [(ticket, sample) for ticket in range(12) for sample in range(3)]
     asked = [f"What is {ticket} plus one?" for ticket, _ in places]
@@ -39,7 +39,9 @@ def write_pairs(folder: Path, conversational: bool) -> None:
     judge = {"name": "gold", "source": "keel.examples:distinct_token_ratio"}
     settings = LabelSettings(policy={"model": "-"}, prompts={"source": "-"}, judge=judge)
     folder.mkdir()
-    pq.write_table(labels.label(pa.RecordBatch.from_pydict(columns), settings).table, folder / "pairs.parquet")
+    pq.write_table(
+        preference_labels.label(pa.RecordBatch.from_pydict(columns), settings).table, folder / "pairs.parquet"
+    )
 
 
 def train(model: str, pairs: str, output: str) -> None:

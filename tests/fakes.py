@@ -13,12 +13,12 @@ import pyarrow as pa
 
 import rollouts
 from keel import schema
-from keel.buffer import RolloutBuffer
 from keel.config import loader
 from keel.config.run import Settings
 from keel.controller import Controller
 from keel.parts import Observer, Parts
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, StepReport
+from keel.rollout.buffer import RolloutBuffer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=5, stop_token_ids=(1,))
 HELD_OUT = 3

@@ -14,13 +14,13 @@ import pyarrow as pa
 
 import rollouts
 from fakes import SAMPLING, settings_for
-from keel.buffer import RolloutBuffer
 from keel.cluster import GeneratorPool, ScorerPool
 from keel.controller import Controller
 from keel.observability.utilization import Occupancy
 from keel.parts import Observer, Parts
 from keel.pool import Pool
 from keel.protocols import LoadReceipt, StageReceipt, StepReport
+from keel.rollout.buffer import RolloutBuffer
 from keel.simulation import Durations, Shape, Timeline
 
 HELD_OUT = 1_000_000

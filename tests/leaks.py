@@ -31,7 +31,7 @@ OF_LIBRARIES = {
         "sys path",
     },
     "ray.autoscaler._private.local.node_provider": {"logger filelock"},
-    "keel.http_rewards": {"logger httpx", "logger httpcore"},
+    "keel.rollout.http_rewards": {"logger httpx", "logger httpcore"},
 }
 """What a library changes when it is first imported, and needs for as long as the process has it: nothing to put back."""
 

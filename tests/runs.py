@@ -20,12 +20,13 @@ import xxhash
 
 import rollouts
 from fakes import settings_for
-from keel import checkpoint, files, ledger, schema
-from keel.buffer import RolloutBuffer
+from keel import checkpoint, files, schema
 from keel.config import loader
 from keel.config.run import Settings
 from keel.observability import evaluations
 from keel.observability.metrics import RunMetrics
+from keel.rollout import manifest
+from keel.rollout.buffer import RolloutBuffer
 
 STEPS = 5
 SEED = 7
@@ -86,7 +87,7 @@ class Writer:
         if version == self.settings.run.steps:
             return
         files.keep_steps(self.directory / "metrics.jsonl", version)
-        ledger.undo(self.directory, version)
+        manifest.undo(self.directory, version)
         self.metrics = RunMetrics(self.settings.run.name, self.directory / "metrics.jsonl")
         self.trained = "nothing"
         if saved and state:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from keel import schema
-from keel.buffer import RolloutBuffer
+from keel.rollout.buffer import RolloutBuffer
 from rollouts import rollouts
 
 

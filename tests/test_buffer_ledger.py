@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from keel import ledger, schema, segments
+from keel import schema
+from keel.rollout import manifest, segments
 from rollouts import rollouts
 from test_buffer import admit_all, buffer_in, soon, tickets_of, uniform
 
@@ -170,7 +171,7 @@ async def test_a_damaged_manifest_line_breaks_no_restart(tmp_path: Path, end: by
     for tickets in await admit_all(buffer):
         await buffer.add(tickets, rollouts(tickets))
     await soon(buffer.take(4))
-    path = ledger.path_of(tmp_path)
+    path = manifest.path_of(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole + end)
     again = buffer_in(tmp_path, version=1, taken=4, next_ticket=4)
@@ -181,9 +182,9 @@ async def test_a_damaged_manifest_line_breaks_no_restart(tmp_path: Path, end: by
 async def test_lines_of_an_earlier_version_outlive_a_restart(tmp_path: Path) -> None:
     old = '{"step": 1, "file": "step-000001.arrow", "rows": 8, "xxh3_128": "0"}\n'
     (tmp_path / "rollouts").mkdir()
-    ledger.path_of(tmp_path).write_text(old)
+    manifest.path_of(tmp_path).write_text(old)
     buffer_in(tmp_path, version=1, taken=4, next_ticket=4)
-    assert ledger.path_of(tmp_path).read_text() == old
+    assert manifest.path_of(tmp_path).read_text() == old
 
 
 async def test_of_two_stored_batches_of_a_ticket_the_one_in_time_is_taken(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ async def test_sizes_that_never_fit_are_refused(tmp_path: Path, size: int) -> No
 
 async def test_waiting_names_tickets_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("keel.buffer.time.monotonic", lambda: now)
+    monkeypatch.setattr("keel.rollout.buffer.time.monotonic", lambda: now)
     buffer = buffer_in(tmp_path, step=4, batch=1, staleness=1)
     assert await buffer.waiting() == "no ticket in flight; 0 of 4 groups ready and 0 behind them; 0 live, 8 open"
     for _ in range(6):

@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from keel import schema, segments
+from keel import schema
+from keel.rollout import segments
 from rollouts import generated, prompts, referenced, rollouts, scored
 from test_buffer import admit_all, buffer_in, soon
 
@@ -33,7 +34,7 @@ async def test_a_group_needs_as_many_scored_samples_as_its_objective_compares(tm
 
 async def test_gauges_of_a_step_whose_rows_are_of_two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("keel.buffer.time.monotonic", lambda: now)
+    monkeypatch.setattr("keel.rollout.buffer.time.monotonic", lambda: now)
     buffer = buffer_in(tmp_path, step=2, batch=1, staleness=1, version=4, taken=8, next_ticket=8)
     assert await admit_all(buffer) == [[8], [9], [10], [11]]
     rows = {ticket: rollouts([ticket], version=version) for ticket, version in ((8, 3), (9, 4), (10, 4), (11, 4))}

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runs
-from keel import ledger, segments
 from keel.audit import Audit, Progress, audit
-from keel.buffer import RolloutBuffer
+from keel.rollout import manifest, segments
+from keel.rollout.buffer import RolloutBuffer
 from rollouts import rollouts
 
 MANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -208,8 +208,8 @@ class Lives(World):
             else:
                 del content[self.choices.randrange(len(content)) :]
             path.write_bytes(content)
-        if ledger.path_of(self.directory).exists() and self.choices.random() < 0.3:
-            with ledger.path_of(self.directory).open("a") as file:
+        if manifest.path_of(self.directory).exists() and self.choices.random() < 0.3:
+            with manifest.path_of(self.directory).open("a") as file:
                 file.write('{"step": 9')
         self.generator_version = self.state.get("version", 0)
         del self.contents[self.generator_version :]
@@ -223,7 +223,7 @@ class Lives(World):
 
 def live(
     step: int, batch: int, staleness: int, seed: int, lost: frozenset[int], crashes: int, drops: float
-) -> tuple[list[Any], list[ledger.Line]]:
+) -> tuple[list[Any], list[manifest.Line]]:
     """Rows of every step and lines of the manifest of a run whose files pass the audit."""
     options = {"groups_per_step": step, "groups_per_batch": batch, "max_staleness": staleness}
     with tempfile.TemporaryDirectory(dir=SCRATCH) as name:

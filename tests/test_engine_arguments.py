@@ -4,7 +4,7 @@ import pytest
 
 from keel.capacity import bundles
 from keel.config.workers import GeneratorSettings
-from keel.generate import engine_arguments, environment
+from keel.rollout.generator import engine_arguments, environment
 
 
 @pytest.mark.parametrize("gpus", [0, 1])

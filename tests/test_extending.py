@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from keel import preflight, schema, score
+from keel import preflight, schema
 from keel.algorithms import advantages, registry
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
@@ -18,6 +18,7 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.observability.metric_table import TABLE
+from keel.rollout import scorers
 from rollouts import generated, prompts, rollouts
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf8")
@@ -112,7 +113,7 @@ def test_the_reward() -> None:
     batch = generated(prompts([0, 1]))
     preflight.check_reward_source(by.rewards[0], "rewards.answered.source")
     preflight.check_rewards(by, prompts([0, 1]))
-    scored, receipt = score.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
+    scored, receipt = scorers.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
     held = np.array([1.0, 0.0, 1.0, 1.0])
     expected = held - 0.001 * schema.lengths(batch, "completion_tokens")
     assert scored.column("reward_answered").to_numpy() == pytest.approx(expected, abs=1e-6)
@@ -127,7 +128,7 @@ def test_an_unknown_answer_is_a_failed_sample() -> None:
     batch = batch.set_column(
         batch.schema.get_field_index("prompt_columns"), batch.schema.field("prompt_columns"), columns
     )
-    scored, receipt = score.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
+    scored, receipt = scorers.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
     assert scored.column("reward").is_null().to_pylist() == [True, False]
     assert dict(receipt.failures) == {"answered_none": 1}
 

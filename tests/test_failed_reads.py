@@ -14,12 +14,13 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, cli, reads, references, schema, segments, verify
+from keel import checkpoint, cli, reads, references, schema, verify
 from keel import files as atomic_files
-from keel.buffer import RolloutBuffer
 from keel.errors import ConfigError
 from keel.learner import loading, sharded_checkpoint, tiny
 from keel.reads import ReadFailed
+from keel.rollout import segments
+from keel.rollout.buffer import RolloutBuffer
 from keel.stages import course, reference_logprobs
 from runs import Writer, scored, settings
 from test_course import FakeTrainee, Run, course_of

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from keel import cli, frontier_picture, schema, score, sources, summary
+from keel import cli, frontier_picture, schema, summary
 from keel.config import loader
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
@@ -27,6 +27,7 @@ from keel.errors import ConfigError
 from keel.learner import export
 from keel.observability import progress
 from keel.observability.console import Terminal
+from keel.rollout import datasets, scorers
 from keel.text import printable
 from rollouts import generated, prompts
 
@@ -181,10 +182,10 @@ def test_nulls_beside_half_a_pair_stay_nulls() -> None:
     assert own.column("text").to_pylist() == [None, "\ufffd", "a"]
 
 
-def rows_of(path: Path) -> list[sources.Row] | None:
+def rows_of(path: Path) -> list[datasets.Row] | None:
     """Rows, or None where they are refused with one line."""
     try:
-        return sources.read(PromptSettings(source=str(path)))
+        return datasets.read(PromptSettings(source=str(path)))
     except ConfigError as error:
         assert shows(str(error)) and str(error).startswith("prompts.")
         return None
@@ -227,7 +228,7 @@ def test_hostile_prompts_load_or_are_one_line(tmp_path: Path, text: str) -> None
     if rows is not None:
         assert rows[0].prompt == text
         pq.write_table(pa.table({"prompt": [text], "more": [text]}), tmp_path / "p.parquet")
-        assert sources.read(PromptSettings(source=str(tmp_path / "p.parquet")))[0].prompt == text
+        assert datasets.read(PromptSettings(source=str(tmp_path / "p.parquet")))[0].prompt == text
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ VALUES = (
 )
 def test_whatever_a_reward_function_returns_is_a_number_or_a_counted_failure(values: Any) -> None:
     Given.values, Given.error = values, None
-    scorer = score.RewardScorer(
+    scorer = scorers.RewardScorer(
         [RewardSettings(name="r", source=f"{__name__}:given_values")], EnsembleSettings(), 1, "s"
     )
     try:
@@ -372,7 +373,7 @@ def test_whatever_a_reward_function_returns_is_a_number_or_a_counted_failure(val
 @pytest.mark.parametrize("name", ["x" * 10**6, "a b", "[bold]", "\x1b[1m", "\u202e", "Größe", 'a"b\n'])
 def test_a_failure_is_a_short_plain_word(name: str) -> None:
     Given.error = type(name, (Exception,), {})("\x1b[2J" * 1000)
-    scorer = score.RewardScorer(
+    scorer = scorers.RewardScorer(
         [RewardSettings(name="r", source=f"{__name__}:given_values")], EnsembleSettings(), 1, "s"
     )
     _, receipt = scorer.score(generated(prompts([0])))

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keel import http_rewards
 from keel.config.rewards import RewardSettings
 from keel.errors import ConfigError
+from keel.rollout import http_rewards
 
 BODY = {"prompts": ["a", "b"], "completions": ["c", "d\ud800"]}
 GOOD = b'{"rewards": [1, -0.5]}'

@@ -12,12 +12,13 @@ import pytest
 from rich.console import Console
 from scipy import special, stats
 
-from keel import files, labels, schema
+from keel import files, schema
 from keel.config import loader
 from keel.config.stages import LabelSettings, NoiseSettings
 from keel.errors import ConfigError
 from keel.observability.progress import ONLINE, PlainProgress
 from keel.protocols import Sampling
+from keel.rollout import preference_labels
 from keel.stages import label as stage
 from rollouts import generated, prompts, referenced, rollouts, scored
 
@@ -45,13 +46,15 @@ def judged(texts: list[list[str]], rewards: list[list[float | None]], cut: tuple
     return replaced(batch, completion=list(itertools.chain(*texts)), finish_reason=reasons)
 
 
-def pairs(found: labels.Labelled) -> list[tuple[str, str]]:
+def pairs(found: preference_labels.Labelled) -> list[tuple[str, str]]:
     table = found.table
     return sorted(zip(table.column("chosen").to_pylist(), table.column("rejected").to_pylist(), strict=True))
 
 
 def test_the_judge_orders_every_pair() -> None:
-    found = labels.label(judged([["a", "b", "c"], ["d", "e", "f"]], [[1, 3, 2], [-1, -3, -2]]), settings_for())
+    found = preference_labels.label(
+        judged([["a", "b", "c"], ["d", "e", "f"]], [[1, 3, 2], [-1, -3, -2]]), settings_for()
+    )
     assert pairs(found) == [("b", "a"), ("b", "c"), ("c", "a"), ("d", "e"), ("d", "f"), ("f", "e")]
     chosen, rejected = (found.table.column(f"score_{side}").to_numpy() for side in ("chosen", "rejected"))
     assert (chosen > rejected).all()
@@ -63,33 +66,35 @@ def test_the_judge_orders_every_pair() -> None:
 def test_who_is_left_out_is_counted_by_reason() -> None:
     texts = [["a", " \n", "b", " a "], ["c", "d", "e", "f"], ["g", "h", "", "g"]]
     rewards: list[list[float | None]] = [[1, 9, 0, 5], [0, None, 2, 2], [None, 1, None, 3]]
-    found = labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for(truncated="drop"))
+    found = preference_labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for(truncated="drop"))
     # a failed judge comes before an empty text; the second of two equal texts goes, whatever it scores
     assert found.dropped == {"empty": 1, "equal": 1, "judge_failed": 3, "truncated": 1, "tie": 1}
     assert pairs(found) == [("a", "b"), ("g", "h")]  # of g and g the first was not judged: the second stays
-    kept = labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for())
+    kept = preference_labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for())
     assert kept.dropped == {"empty": 1, "equal": 1, "judge_failed": 3, "tie": 1}
     assert pairs(kept) == [("a", "b"), ("e", "c"), ("f", "c"), ("g", "h")]
 
 
 def test_a_prompt_with_one_completion_left_is_counted() -> None:
-    found = labels.label(judged([["a", "a"], ["b", "c"]], [[0, 1], [0, 1]]), settings_for())
+    found = preference_labels.label(judged([["a", "a"], ["b", "c"]], [[0, 1], [0, 1]]), settings_for())
     assert found.dropped == {"equal": 1, "too_few": 1} and pairs(found) == [("c", "b")]
 
 
 def test_nothing_usable_is_an_empty_table() -> None:
-    found = labels.label(judged([["", ""]], [[0, 1]]), settings_for())
+    found = preference_labels.label(judged([["", ""]], [[0, 1]]), settings_for())
     assert found.table.num_rows == 0 and found.dropped == {"empty": 2} and found.flipped_ratio == 0.0
 
 
 def test_a_margin_that_is_too_small_is_a_tie() -> None:
     batch = judged([["a", "b"], ["c", "d"]], [[0, 0.25], [0, 0.5]])
-    found = labels.label(batch, settings_for(pairs={"min_margin": 0.25}))
+    found = preference_labels.label(batch, settings_for(pairs={"min_margin": 0.25}))
     assert pairs(found) == [("d", "c")] and found.dropped == {"tie": 1}
 
 
 def test_cut_completions_are_kept_and_marked() -> None:
-    table = labels.label(judged([["a", "b"], ["c", "d"]], [[0, 1], [0, 1]], cut=((0, 1), (1, 0))), settings_for()).table
+    table = preference_labels.label(
+        judged([["a", "b"], ["c", "d"]], [[0, 1], [0, 1]], cut=((0, 1), (1, 0))), settings_for()
+    ).table
     assert table.column("chosen").to_pylist() == ["b", "d"]
     assert table.column("chosen_finished").to_pylist() == [False, True]
     assert table.column("rejected_finished").to_pylist() == [True, False]
@@ -99,17 +104,17 @@ def test_labels_are_a_function_of_completions_and_seed() -> None:
     texts = [[f"{ticket} {sample}" for sample in range(4)] for ticket in range(30)]
     batch = judged(texts, [[0, 1, 2, 3]] * 30)
     noisy = {"noise": {"flip_ratio": 0.3, "temperature": 1.0}, "pairs": {"selection": "max_random"}}
-    one, again = (labels.label(batch, settings_for(**noisy)).table for _ in range(2))
+    one, again = (preference_labels.label(batch, settings_for(**noisy)).table for _ in range(2))
     assert one.equals(again)
-    assert not one.equals(labels.label(batch, settings_for(**noisy, run={"seed": 1})).table)
+    assert not one.equals(preference_labels.label(batch, settings_for(**noisy, run={"seed": 1})).table)
 
 
 def test_pairs_of_a_prompt_do_not_depend_on_the_other_prompts() -> None:
     texts = [[f"{ticket} {sample}" for sample in range(4)] for ticket in range(10)]
     batch = judged(texts, [[0, 1, 2, 3]] * 10)
     by = settings_for(noise={"flip_ratio": 0.5}, pairs={"selection": "max_random"})
-    whole = labels.label(batch, by).table
-    half = labels.label(schema.select(batch, batch.column("ticket").to_numpy() >= 5), by).table
+    whole = preference_labels.label(batch, by).table
+    half = preference_labels.label(schema.select(batch, batch.column("ticket").to_numpy() >= 5), by).table
     assert whole.slice(5).to_pylist() == half.to_pylist()
 
 
@@ -141,7 +146,7 @@ def within(flipped: np.ndarray, chance: float) -> bool:
     ],
 )
 def test_the_share_of_wrong_labels(noise: dict[str, float], difference: float, chance: float) -> None:
-    found = labels.label(two_thousand(difference), settings_for(noise=noise))
+    found = preference_labels.label(two_thousand(difference), settings_for(noise=noise))
     table = found.table
     flipped = table.column("flipped").to_numpy()
     assert table.num_rows == PAIRS and within(flipped, chance)
@@ -153,13 +158,13 @@ def test_the_share_of_wrong_labels(noise: dict[str, float], difference: float, c
 
 def test_without_noise_no_label_is_wrong_and_with_certainty_all_are() -> None:
     differences, seeds = np.full(PAIRS, 1e-6), np.arange(PAIRS)
-    assert not labels.flips(differences, seeds, NoiseSettings(), 0).any()
-    assert labels.flips(differences, seeds, NoiseSettings(flip_ratio=1.0), 0).all()
+    assert not preference_labels.flips(differences, seeds, NoiseSettings(), 0).any()
+    assert preference_labels.flips(differences, seeds, NoiseSettings(flip_ratio=1.0), 0).all()
 
 
 def test_the_temperature_rate_follows_each_difference() -> None:
     differences = np.repeat([0.1, 1.0, 3.0], PAIRS)
-    wrong = labels.flips(differences, np.arange(3 * PAIRS), NoiseSettings(temperature=2.0), 5).reshape(3, -1)
+    wrong = preference_labels.flips(differences, np.arange(3 * PAIRS), NoiseSettings(temperature=2.0), 5).reshape(3, -1)
     for row, difference in zip(wrong, (0.1, 1.0, 3.0), strict=True):
         assert within(row, 1 - special.expit(difference / 2))
 
@@ -167,9 +172,9 @@ def test_the_temperature_rate_follows_each_difference() -> None:
 def test_a_flip_does_not_depend_on_the_temperature_draw() -> None:
     """The two draws of a pair are independent: their joint rate is the product."""
     ones, seeds = np.ones(PAIRS), np.arange(PAIRS)
-    by_temperature = labels.flips(ones, seeds, NoiseSettings(temperature=1.0), 0)
-    by_ratio = labels.flips(ones, seeds, NoiseSettings(flip_ratio=0.3), 0)
-    both = labels.flips(ones, seeds, NoiseSettings(temperature=1.0, flip_ratio=0.3), 0)
+    by_temperature = preference_labels.flips(ones, seeds, NoiseSettings(temperature=1.0), 0)
+    by_ratio = preference_labels.flips(ones, seeds, NoiseSettings(flip_ratio=0.3), 0)
+    both = preference_labels.flips(ones, seeds, NoiseSettings(temperature=1.0, flip_ratio=0.3), 0)
     assert np.array_equal(both, by_temperature ^ by_ratio)
     assert within(by_temperature & by_ratio, 0.3 * special.expit(-1.0))
 
@@ -178,7 +183,7 @@ def test_pairs_that_share_a_completion_are_flipped_independently() -> None:
     tickets = 300
     texts = [[f"{ticket} {sample}" for sample in range(3)] for ticket in range(tickets)]
     batch = judged(texts, [[2, 1, 0]] * tickets)
-    table = labels.label(batch, settings_for(noise={"flip_ratio": 0.5})).table
+    table = preference_labels.label(batch, settings_for(noise={"flip_ratio": 0.5})).table
     flipped = table.column("flipped").to_numpy(zero_copy_only=False).reshape(tickets, 3)
     best = [
         [max(row["score_chosen"], row["score_rejected"]) == 2 for row in table.slice(3 * t, 3).to_pylist()]
@@ -204,11 +209,12 @@ def test_the_file_is_a_preference_dataset(chat: bool, tmp_path: Path) -> None:
     """TRL's columns, read back with pyarrow and with datasets; then as prompts of a stage."""
     import datasets
 
-    from keel import sources, stored
     from keel.config.prompts import PromptSettings
+    from keel.rollout import datasets as prompt_datasets
+    from keel.rollout import stored_completions
 
     batch = judged([["a", "b"], ["c", "d"], ["e", "f"]], [[0, 1], [1, 0], [0, 1]], cut=((1, 0),))
-    table = labels.label(conversational(batch) if chat else batch, settings_for()).table
+    table = preference_labels.label(conversational(batch) if chat else batch, settings_for()).table
     path = tmp_path / "pairs.parquet"
     pq.write_table(table, path)
     read = pq.read_table(path).to_pylist()
@@ -223,12 +229,12 @@ def test_the_file_is_a_preference_dataset(chat: bool, tmp_path: Path) -> None:
     loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == read
     assert set(loaded.column_names) >= {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}
-    rows = sources.read(PromptSettings(source=str(path)))
-    stored.check(rows, 2, str(path))
+    rows = prompt_datasets.read(PromptSettings(source=str(path)))
+    stored_completions.check(rows, 2, str(path))
     assert [row.conversational for row in rows] == [chat] * 3
     columns = [json.loads(row.further) for row in rows]
-    assert [stored.completions(one) for one in columns] == [["b", "a"], ["c", "d"], ["f", "e"]]
-    assert [stored.finished(one) for one in columns] == [[True, True], [False, True], [True, True]]
+    assert [stored_completions.completions(one) for one in columns] == [["b", "a"], ["c", "d"], ["f", "e"]]
+    assert [stored_completions.finished(one) for one in columns] == [[True, True], [False, True], [True, True]]
 
 
 # ---- rollouts of runs
@@ -249,7 +255,7 @@ def test_rollouts_of_different_steps_and_runs_are_different_groups(tmp_path: Pat
     assert batch.column("prompt_id").to_pylist() == [0, 0, 1, 1, 2, 2, 0, 0, 0, 0]
     assert not [name for name in batch.schema.names if name.startswith(("reward", "score", "failure"))]
     judged_again = scored(batch, list(range(10)))
-    found = labels.label(judged_again, settings_for())
+    found = preference_labels.label(judged_again, settings_for())
     assert found.table.num_rows == 5 and sorted(found.table.column("score_chosen").to_pylist()) == [1, 3, 5, 7, 9]
 
 

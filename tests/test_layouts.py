@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from keel import sources, stored
 from keel.config.prompts import ColumnSettings, PromptSettings
 from keel.errors import ConfigError
+from keel.rollout import datasets as prompt_datasets
+from keel.rollout import stored_completions
 
 USER, BOT, SYSTEM = "user", "assistant", "system"
 
@@ -117,8 +118,8 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(path: Path, samples: int, **settings: Any) -> list[sources.Row]:
-    return sources.read(PromptSettings(source=str(path), **settings), samples)
+def read(path: Path, samples: int, **settings: Any) -> list[prompt_datasets.Row]:
+    return prompt_datasets.read(PromptSettings(source=str(path), **settings), samples)
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -126,13 +127,13 @@ def read(path: Path, samples: int, **settings: Any) -> list[sources.Row]:
 def test_a_layout_is_read(tmp_path: Path, name: str, write: Any) -> None:
     row, samples, prompt, texts, rewards = LAYOUTS[name]
     (found,) = read(write(tmp_path / f"d.{write.__name__}", [row]), samples)
-    stored.check_shape([found], samples, "d")
+    stored_completions.check_shape([found], samples, "d")
     columns = json.loads(found.further)
     assert found.prompt == prompt
-    assert stored.completions(columns) == texts
-    assert stored.rewards(columns) == rewards
-    assert stored.unusable(columns) is None
-    assert stored.is_bad_demonstration(columns) == (name == "trl unpaired bad")
+    assert stored_completions.completions(columns) == texts
+    assert stored_completions.rewards(columns) == rewards
+    assert stored_completions.unusable(columns) is None
+    assert stored_completions.is_bad_demonstration(columns) == (name == "trl unpaired bad")
 
 
 @pytest.mark.parametrize("name", [name for name, case in LAYOUTS.items() if case[2] == ASKED or case[2] == "q"])
@@ -159,26 +160,26 @@ def test_every_role_can_be_named(tmp_path: Path) -> None:
     columns = ColumnSettings(prompt="frage", system="rolle", chosen="gut", rejected="schlecht")
     (found,) = read(jsonl(tmp_path / "a.jsonl", [pair]), 2, columns=columns)
     assert found.prompt == said((SYSTEM, "be kind")) + ASKED
-    assert stored.completions(json.loads(found.further)) == ["yes", "no"]
+    assert stored_completions.completions(json.loads(found.further)) == ["yes", "no"]
     assert json.loads(found.further)["chosen"] == "not this"
     answer = {"frage": "q", "mehr": "of this", "antwort": "yes", "gut": 1}
     columns = ColumnSettings(prompt="frage", input="mehr", completion="antwort", label="gut")
     (found,) = read(jsonl(tmp_path / "b.jsonl", [answer]), 1, columns=columns)
-    assert (found.prompt, stored.rewards(json.loads(found.further))) == ("q\n\nof this", [1.0])
+    assert (found.prompt, stored_completions.rewards(json.loads(found.further))) == ("q\n\nof this", [1.0])
     ranking = {"frage": "q", "alle": ["a", "b"], "noten": [1, 2]}
     columns = ColumnSettings(prompt="frage", responses="alle", rewards="noten")
     (found,) = read(jsonl(tmp_path / "c.jsonl", [ranking]), 2, columns=columns)
-    assert stored.completions(json.loads(found.further)) == ["a", "b"]
-    assert stored.rewards(json.loads(found.further)) == [1.0, 2.0]
+    assert stored_completions.completions(json.loads(found.further)) == ["a", "b"]
+    assert stored_completions.rewards(json.loads(found.further)) == [1.0, 2.0]
     talk = {"verlauf": shared(("human", "q"), ("gpt", "yes")), "messages": "not this"}
     (found,) = read(jsonl(tmp_path / "d.jsonl", [talk]), 1, columns=ColumnSettings(messages="verlauf"))
-    assert found.prompt == ASKED and stored.completions(json.loads(found.further)) == ["yes"]
+    assert found.prompt == ASKED and stored_completions.completions(json.loads(found.further)) == ["yes"]
 
 
 def test_the_preferred_answers_can_be_demonstrations(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": ASKED + YES, "rejected": ASKED + NO}
     (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), 1, columns=ColumnSettings(completion="chosen"))
-    assert found.prompt == ASKED and stored.completions(json.loads(found.further)) == ["yes"]
+    assert found.prompt == ASKED and stored_completions.completions(json.loads(found.further)) == ["yes"]
 
 
 def test_a_prompt_that_is_named_stays_text_online(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_a_row_whose_parts_do_not_belong_together_is_not_trained_on(
     tmp_path: Path, row: dict[str, Any], samples: int, reason: str
 ) -> None:
     (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), samples)
-    assert stored.unusable(json.loads(found.further)) == reason
+    assert stored_completions.unusable(json.loads(found.further)) == reason
 
 
 def test_prompts_that_are_in_some_conversations_alone_are_refused(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_answers_that_are_not_there_are_refused_with_their_row(
     tmp_path: Path, row: dict[str, Any], samples: int, expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=expected):
-        stored.check_shape(read(jsonl(tmp_path / "d.jsonl", [row]), samples), samples, "d")
+        stored_completions.check_shape(read(jsonl(tmp_path / "d.jsonl", [row]), samples), samples, "d")
 
 
 # ---- columns that nothing reads
@@ -371,6 +372,6 @@ def test_objects_of_a_function_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -
     module = types.ModuleType("rows_for_a_test")
     module.rows = lambda: rows  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    found = sources.read(PromptSettings(source="python:rows_for_a_test:rows"))
+    found = prompt_datasets.read(PromptSettings(source="python:rows_for_a_test:rows"))
     expected = {"array": [0, 1], "one": 0.5, "set": [1], "keys": {"1": 2}, "when": "2026-01-02 00:00:00"}
     assert [json.loads(row.further) for row in found] == [expected] * 2

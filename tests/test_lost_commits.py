@@ -13,12 +13,13 @@ import pyarrow.dataset
 import pytest
 
 from disks import tree_of
-from keel import checkpoint, commits, files, ledger, preflight, schema, train, verify
+from keel import checkpoint, commits, files, preflight, schema, train, verify
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder
+from keel.rollout import manifest as rollout_manifest
 from keel.stages import course
 from runs import Writer, settings
 from test_course import FakeTrainee, Killed, Run, course_of
@@ -141,7 +142,7 @@ def test_a_damaged_commit_is_given_up_for_good(run: Path) -> None:
     """Also when what was put aside has been deleted since."""
     (checkpoint.folder_of(run, 4) / "learner" / "state").write_text("other")
     assert train._newest(recorder_of(run)).version == 2
-    ledger.cut_back(run, 2)  # as the buffer does
+    rollout_manifest.cut_back(run, 2)  # as the buffer does
     shutil.rmtree(run / "checkpoints" / "damaged-step-000004")
     assert train._newest(recorder_of(run)).version == 2
 
@@ -163,7 +164,7 @@ def test_what_is_done_again_is_moved_aside(run: Path) -> None:
     rows = {path.name: path.read_bytes() for path in (run / "rollouts").glob("*.arrow")}
     assert len(rows) == 5
     assert train._newest(recorder_of(run)).version == 0
-    ledger.cut_back(run, 0)
+    rollout_manifest.cut_back(run, 0)
     aside = run / ".aside"
     assert (run / "metrics.jsonl").read_bytes() == b"" and (aside / "metrics.jsonl").read_bytes() == metrics
     assert (aside / "rollouts" / "MANIFEST.jsonl").read_bytes() == manifest
@@ -184,7 +185,7 @@ def test_a_step_that_is_undone_again_is_kept_once(run: Path) -> None:
     """So what lies aside is bounded by the steps of the run."""
     for content in (b"first", b"second"):
         (run / "rollouts" / "step-000005.arrow").write_bytes(content)
-        ledger.undo(run, 4)
+        rollout_manifest.undo(run, 4)
     assert [path.name for path in (run / ".aside" / "rollouts").iterdir()] == ["step-000005.arrow"]
     assert (run / ".aside" / "rollouts" / "step-000005.arrow").read_bytes() == b"second"
 
@@ -217,7 +218,7 @@ def test_files_of_a_run_on_two_disks_are_moved_aside(run: Path, monkeypatch: pyt
         real(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    ledger.undo(run, 4)
+    rollout_manifest.undo(run, 4)
     assert (run / ".aside" / "rollouts" / path.name).read_bytes() == content and not path.exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 from keel.learner import end_tokens
 from keel.learner.model_text import ModelText
 from keel.protocols import Sampling
-from keel.stored import StoredCompletions
+from keel.rollout.stored_completions import StoredCompletions
 from vocabularies import CLOSES, byte_level, ends_every_text, family, sentence_piece
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]

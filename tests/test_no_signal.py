@@ -7,11 +7,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import buffer, schema
+from keel import schema
 from keel.algorithms import advantages, critics, pair_selection, weighted_likelihood
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Measured
 from keel.config.objective import PairSettings
+from keel.rollout import buffer
 from rollouts import generated, prompts, scored
 from tabular import objective, rollout
 

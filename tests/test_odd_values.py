@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from keel import schema, score
+from keel import schema
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
 from keel.observability import metric_table
+from keel.rollout import scorers
 from rollouts import generated, prompts
 
 
@@ -22,7 +23,7 @@ def too_large(completions: list[str], **columns: Any) -> list[float]:
 
 
 def scored(*rewards: RewardSettings) -> tuple[Any, dict[str, int]]:
-    answer, receipt = score.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(generated(prompts([0, 1])))
+    answer, receipt = scorers.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(generated(prompts([0, 1])))
     schema.check(answer)  # as the buffer will
     return answer, dict(receipt.failures)
 

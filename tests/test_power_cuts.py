@@ -14,11 +14,12 @@ import transformers
 from pyarrow import parquet
 
 import rollouts
-from keel import checkpoint, files, references, schema, segments, verify
-from keel.buffer import RolloutBuffer
+from keel import checkpoint, files, references, schema, verify
 from keel.config.run import Settings
 from keel.learner import loading
 from keel.observability.metrics import RunMetrics
+from keel.rollout import segments
+from keel.rollout.buffer import RolloutBuffer
 from keel.stages import course, label, reference_logprobs
 from power import MODELS, Disk, Model
 from runs import Writer, settings

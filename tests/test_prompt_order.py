@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keel import schema
-from keel.prompts import Prompts
+from keel.rollout.prompts import Prompts
 from test_prompts import CHAT, PLAIN, jsonl, numbered, settings_for, word_tokenizer
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.prompts import Prompts
+from keel.rollout.prompts import Prompts
 from vocabularies import ends_every_text, family
 
 WORDS = ["<unk>", "<s>", "<sys>", "<user>", "<bot>", "hello", "world", "be", "kind", "how", "are", "you"]

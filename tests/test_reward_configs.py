@@ -12,9 +12,10 @@ from types import ModuleType
 import pyarrow as pa
 import pytest
 
-from keel import preflight, score, sources, user_code
+from keel import preflight, user_code
 from keel.config import loader
 from keel.config.rewards import RewardSettings
+from keel.rollout import datasets, scorers
 from rollouts import generated, prompts
 
 FOLDER = Path(__file__).parent.parent / "configs" / "rewards"
@@ -24,7 +25,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
     settings = loader.load(path)
-    rows = sources.read(settings.prompts)
+    rows = datasets.read(settings.prompts)
     assert len({row.text for row in rows}) >= settings.prompts.held_out + 2 * settings.buffer.groups_per_step
     columns = [json.loads(row.further) for row in rows]
     for reward in settings.rewards:
@@ -73,13 +74,13 @@ def test_the_server_answers_a_scorer(server: tuple[str, ModuleType]) -> None:
     batch = batch.set_column(
         batch.schema.get_field_index("completion"), batch.schema.field("completion"), pa.array(texts)
     )
-    assert score._http(reward, 1, "cpu")(batch) == [1.0, 0.5, 0.0, None]
+    assert scorers._http(reward, 1, "cpu")(batch) == [1.0, 0.5, 0.0, None]
 
 
 def test_a_server_that_breaks_fails_the_samples(server: tuple[str, ModuleType]) -> None:
     address, module = server
     reward = RewardSettings(name="brief", kind="http", source=address, retries=0)
     module.reward = lambda completion: "no number"
-    assert score._http(reward, 1, "cpu")(generated(prompts([0]))) == "http_malformed"
+    assert scorers._http(reward, 1, "cpu")(generated(prompts([0]))) == "http_malformed"
     module.Rewards.do_POST = lambda handler: handler.send_error(503)
-    assert score._http(reward, 1, "cpu")(generated(prompts([0]))) == "http_5xx"
+    assert scorers._http(reward, 1, "cpu")(generated(prompts([0]))) == "http_5xx"

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import preflight, schema, score
+from keel import preflight, schema
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
-from keel.reward_functions import Calls, EventLoop, Late, WrongAnswer, describe, is_async, numbers
+from keel.rollout import scorers
+from keel.rollout.reward_functions import Calls, EventLoop, Late, WrongAnswer, describe, is_async, numbers
 from rollouts import generated, prompts
 from runs import settings
 
@@ -112,7 +113,7 @@ def reward(name: str, **fields: Any) -> RewardSettings:
 
 
 def scored(*names: str, seconds: float = 60.0) -> tuple[pa.RecordBatch, dict[str, int]]:
-    scorer = score.RewardScorer([reward(name) for name in names], EnsembleSettings(), 1, "s", 0, seconds)
+    scorer = scorers.RewardScorer([reward(name) for name in names], EnsembleSettings(), 1, "s", 0, seconds)
     answer, receipt = scorer.score(generated(prompts([0, 1])))
     schema.check(answer)
     scorer._loop.close()
@@ -144,7 +145,7 @@ def test_what_is_async() -> None:
     [("raises", "LookupError"), ("leaves", "SystemExit"), ("cancels", "CancelledError")],
 )
 def test_what_one_async_function_raises_fails_its_samples_alone(name: str, reason: str) -> None:
-    scorer = score.RewardScorer(
+    scorer = scorers.RewardScorer(
         [reward("judge"), reward(name, role="monitor"), reward("meets_slow"), reward("slow")],
         EnsembleSettings(),
         1,
@@ -161,7 +162,7 @@ def test_what_one_async_function_raises_fails_its_samples_alone(name: str, reaso
 
 @pytest.mark.parametrize("name", ["never", "deaf", "blocks"])
 def test_an_async_function_has_a_deadline(name: str) -> None:
-    scorer = score.RewardScorer([reward("judge"), reward(name, role="monitor")], EnsembleSettings(), 1, "s", 0, 0.5)
+    scorer = scorers.RewardScorer([reward("judge"), reward(name, role="monitor")], EnsembleSettings(), 1, "s", 0, 0.5)
     began = time.monotonic()
     answer, receipt = scorer.score(generated(prompts([0, 1])))
     assert time.monotonic() - began < 2.9
@@ -169,7 +170,7 @@ def test_an_async_function_has_a_deadline(name: str) -> None:
     assert receipt.failures[f"{name}_timeout"] == 4
     assert set(receipt.failures) <= {f"{name}_timeout", "judge_timeout"}
     assert answer.column("reward").null_count == receipt.failures.get("judge_timeout", 0)
-    again = score.RewardScorer([reward("judge")], EnsembleSettings(), 1, "s", 0, 60)
+    again = scorers.RewardScorer([reward("judge")], EnsembleSettings(), 1, "s", 0, 60)
     again._loop = scorer._loop
     assert again.score(generated(prompts([0, 1])))[0].column("reward").to_pylist() == [2.0] * 4
     scorer._loop.close()
@@ -342,7 +343,7 @@ def test_late_is_an_outcome_of_its_own(loop: EventLoop) -> None:
 
     found = Calls({"own": own, "never": functools.partial(never, completions=[])}, dict, loop, 0.2).finish()
     assert isinstance(found["never"], Late) and isinstance(found["own"], TimeoutError)
-    assert [score.values_or_reason(found[name]) for name in ("own", "never")] == ["TimeoutError", "timeout"]
+    assert [scorers.values_or_reason(found[name]) for name in ("own", "never")] == ["TimeoutError", "timeout"]
 
 
 # ---- the columns they get
@@ -352,8 +353,8 @@ def test_columns_arrive_as_they_are(tmp_path: Any) -> None:
     """NaN and bytes too where a function names them; null and text over HTTP."""
     import pyarrow.parquet as pq
 
-    from keel import row_columns, sources
     from keel.config.prompts import PromptSettings
+    from keel.rollout import datasets, row_columns
 
     table = pa.table(
         {
@@ -369,11 +370,11 @@ def test_columns_arrive_as_they_are(tmp_path: Any) -> None:
     pq.write_table(table, tmp_path / "d.parquet")
 
     def read(*names: str) -> dict[str, Any]:
-        rows = sources.read(PromptSettings(source=str(tmp_path / "d.parquet")), 0, lambda: frozenset(names))
+        rows = datasets.read(PromptSettings(source=str(tmp_path / "d.parquet")), 0, lambda: frozenset(names))
         batch = generated(prompts([0]))
         index = batch.schema.get_field_index("prompt_columns")
         further = pa.array([row.further for row in rows])
-        return score.arguments(batch.set_column(index, batch.schema.field(index), further))
+        return scorers.arguments(batch.set_column(index, batch.schema.field(index), further))
 
     given = read("image", "answer")
     assert math.isnan(given["score"][0]) and given["score"][1] == -math.inf
@@ -386,7 +387,7 @@ def test_columns_arrive_as_they_are(tmp_path: Any) -> None:
 
 
 def test_the_names_functions_ask_for() -> None:
-    from keel.row_columns import asked_columns
+    from keel.rollout.row_columns import asked_columns
 
     rewards = [reward("slow"), reward("judge"), RewardSettings(name="absent", source="no_such_module:f")]
     assert asked_columns(rewards) == {"completions", "answer", "columns"}
@@ -397,11 +398,11 @@ def test_a_column_that_a_function_asks_for_and_nobody_can_hold_is_refused(monkey
     import sys
     import types
 
-    from keel import sources
     from keel.config.prompts import PromptSettings
+    from keel.rollout import datasets
 
     module = types.ModuleType("rows_for_a_test")
     module.rows = lambda: [{"prompt": "a", "image": object()}]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ConfigError, match="column image holds a object, which no reward function can be given"):
-        sources.read(PromptSettings(source="python:rows_for_a_test:rows"), 0, lambda: frozenset(["image"]))
+        datasets.read(PromptSettings(source="python:rows_for_a_test:rows"), 0, lambda: frozenset(["image"]))

@@ -25,7 +25,6 @@ from transformers import (
     RobertaModel,
 )
 
-from keel import score
 from keel.config.objective import CriticSettings
 from keel.config.rewards import RewardSettings
 from keel.errors import ConfigError
@@ -33,7 +32,8 @@ from keel.learner import loading, reward_models, tiny
 from keel.learner.networks import Critic
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.learner.reward_models import RewardModel, RewardText, ScoredText
-from keel.sources import Row
+from keel.rollout import scorers
+from keel.rollout.datasets import Row
 from keel.stages.reward import texts
 from test_prompts import BOS, word_tokenizer
 from vocabularies import CHATML, CLOSES, ends_every_text, family
@@ -413,9 +413,9 @@ def test_a_critic_keeps_the_head_of_the_reward_model_it_starts_from(trunks: dict
     ids, lengths, _ = model.padded([([5, 6, 7, 8], 4)])
     with torch.no_grad():
         states = critic.trunk(input_ids=ids).last_hidden_state[0]
-        score = reward_models.load(tmp_path / "reward")(ids, lengths, lengths)
-        assert critic.heads[0][0](states)[-1].item() == pytest.approx(score.item(), abs=1e-6)
-        assert abs(critic.heads[1][0](states)[-1].item() - score.item()) > 1e-3
+        scorers = reward_models.load(tmp_path / "reward")(ids, lengths, lengths)
+        assert critic.heads[0][0](states)[-1].item() == pytest.approx(scorers.item(), abs=1e-6)
+        assert abs(critic.heads[1][0](states)[-1].item() - scorers.item()) > 1e-3
     assert critic.heads[0][0].bias.item() == -0.75
     assert critic.heads[0][0].weight.requires_grad
 
@@ -503,7 +503,7 @@ def test_options_of_the_template_are_kept_with_the_model(tmp_path: Path) -> None
     other = reward_models.load(tmp_path / "m", {"mood": "?"})
     assert other.text.options == {"mood": "?"}
     sampling = {"name": "r", "kind": "model", "source": str(tmp_path / "m"), "chat_template_options": {"mood": "?"}}
-    compute = score._SCORERS["model"](RewardSettings(**sampling), 1, "cpu")
+    compute = scorers._SCORERS["model"](RewardSettings(**sampling), 1, "cpu")
     assert (
         compute(reward_models.as_batch([text(messages=messages)]))[0][0] == other.scores([text(messages=messages)])[0]
     )

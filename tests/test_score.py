@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import schema, score
+from keel import schema
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.workers import ReferenceSettings
 from keel.learner import tiny
+from keel.rollout import scorers
 from rollouts import generated, prompts
 
 
@@ -30,7 +31,7 @@ def reward(**fields: Any) -> RewardSettings:
 
 
 def scored(*rewards: RewardSettings, rows: pa.RecordBatch | None = None) -> tuple[pa.RecordBatch, dict[str, int]]:
-    answer, receipt = score.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(rows or batch())
+    answer, receipt = scorers.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(rows or batch())
     schema.check(answer)
     return answer, dict(receipt.failures)
 
@@ -65,14 +66,14 @@ def test_weights_and_names() -> None:
 
 
 def test_checked_values_and_reasons() -> None:
-    values, reasons = score.checked("r", [1, None, 0.0, -math.inf, True], 5)
+    values, reasons = scorers.checked("r", [1, None, 0.0, -math.inf, True], 5)
     assert values == pytest.approx([1.0, math.nan, 0.0, math.nan, 1.0], nan_ok=True)
     assert reasons == [None, "r_none", None, "r_not_finite", None]
-    values, reasons = score.checked("r", "http_timeout", 2)
+    values, reasons = scorers.checked("r", "http_timeout", 2)
     assert np.isnan(values).all() and reasons == ["r_http_timeout"] * 2
     for wrong in ([], [1.0], [1.0] * 3):
         with pytest.raises(ValueError, match=f"reward r: {len(wrong)} values for 2 completions"):
-            score.checked("r", wrong, 2)
+            scorers.checked("r", wrong, 2)
 
 
 def test_the_first_reason_stands_and_a_failed_part_is_never_a_zero() -> None:
@@ -249,13 +250,13 @@ MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
 )
 def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
     own = reward(kind="model", source="m", ensemble={"form": "mean", "centre": False, **ensemble})
-    assert score.of_members(own, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
-    assert score.spread_names(own, 2) == ["mine_mean", "mine_std", "mine_worst"]
-    assert score.spread_names(own, 1) == []
+    assert scorers.of_members(own, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
+    assert scorers.spread_names(own, 2) == ["mine_mean", "mine_std", "mine_worst"]
+    assert scorers.spread_names(own, 1) == []
 
 
 def test_columns_beside_the_reward_say_what_the_members_say() -> None:
-    found = score._spread(reward(kind="model", source="m"), np.array([[1.0, 5.0, np.nan], [3.0, -1.0, 2.0]]))
+    found = scorers._spread(reward(kind="model", source="m"), np.array([[1.0, 5.0, np.nan], [3.0, -1.0, 2.0]]))
     expected = {"mean": [2.0, 2.0, None], "std": [1.0, 3.0, None], "worst": [1.0, -1.0, None]}
     assert {name: column.to_pylist() for name, column in found.items()} == {
         f"reward_mine_{what}": values for what, values in expected.items()
@@ -263,15 +264,15 @@ def test_columns_beside_the_reward_say_what_the_members_say() -> None:
 
 
 def test_a_text_no_member_can_read_has_no_reward() -> None:
-    found = score.of_members(reward(kind="model", source="m"), np.array([[1.0, np.nan], [3.0, np.nan]]), np.zeros(2))
+    found = scorers.of_members(reward(kind="model", source="m"), np.array([[1.0, np.nan], [3.0, np.nan]]), np.zeros(2))
     assert found == pytest.approx([2.0, np.nan], nan_ok=True)
 
 
 def test_a_text_that_is_too_long_leaves_its_siblings_what_they_are() -> None:
     own = reward(kind="model", source="m", ensemble={"form": "lower_bound", "centre": True})
     members = np.array([[10.0, 11.0, 12.0], [112.0, 110.0, 111.0]])
-    whole = score.of_members(own, members, np.zeros(3))
-    with_another = score.of_members(own, np.concatenate([members, np.full((2, 1), np.nan)], axis=1), np.zeros(4))
+    whole = scorers.of_members(own, members, np.zeros(3))
+    with_another = scorers.of_members(own, np.concatenate([members, np.full((2, 1), np.nan)], axis=1), np.zeros(4))
     assert with_another[:3] == pytest.approx(whole)
 
 
@@ -280,7 +281,7 @@ def test_reference_log_probs_equal_whole_logits_at_the_same_temperature(tmp_path
 
     folder = tiny.write(tmp_path / "m")
     rows = batch()
-    scorer = score.ReferenceScorer(str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0")
+    scorer = scorers.ReferenceScorer(str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0")
     answer, receipt = scorer.score(rows)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for row in answer.to_pylist():

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, http_rewards, preflight, score
+from keel import cli, preflight
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
+from keel.rollout import http_rewards, scorers
 from rollouts import generated, prompts
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -81,7 +82,7 @@ def test_the_server_gets_the_secret_and_nobody_else(
     monkeypatch.setattr("sys.argv", ["keel", "train", str(path), "--dry-run"])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
-    scorer = score.RewardScorer(settings.rewards, EnsembleSettings(), 1, "scorer-0")
+    scorer = scorers.RewardScorer(settings.rewards, EnsembleSettings(), 1, "scorer-0")
     answer, receipt = scorer.score(generated(prompts([0])))
     assert Handler.asked_by == [f"Bearer {SECRET}"] * 3
     assert dict(receipt.failures) == {"mine_http_4xx": 2}
@@ -105,7 +106,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
     own = loader.parse(tree()).rewards[0]
     for needs_it in (
         lambda: preflight.check_reward_source(own, "rewards.mine.source"),
-        lambda: score.RewardScorer([own], EnsembleSettings(), 1, "scorer-0"),
+        lambda: scorers.RewardScorer([own], EnsembleSettings(), 1, "scorer-0"),
     ):
         with pytest.raises(ConfigError, match=r"^rewards\.mine\.headers: \$\{REWARD_TOKEN\} is not set; expected"):
             needs_it()

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from test_layers import imports, modules
 
-from keel import generate, preflight, schema, sources
+from keel import preflight, schema
 from keel.config import loader
 from keel.config.monitoring import MetricsSettings
 from keel.config.prompts import PromptSettings
@@ -27,6 +27,7 @@ from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
 from keel.learner import loading, reward_models, tiny
 from keel.observability import endpoint, metrics
+from keel.rollout import datasets, generator
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 OPENERS = {"load_checkpoint", "read_pickle", "unsafe_load", "full_load"}
@@ -75,7 +76,7 @@ def test_every_model_is_loaded_from_safetensors_without_its_code() -> None:
                 name
             )
     assert seen >= 8
-    given = generate.engine_arguments("folder", GeneratorSettings(), 128)
+    given = generator.engine_arguments("folder", GeneratorSettings(), 128)
     assert given["load_format"] == "safetensors" and "trust_remote_code" not in given
     tree = modules()["generate"]
     engines = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "LLM"]
@@ -257,7 +258,7 @@ def test_an_arrow_file_runs_nothing(marker: Path, tmp_path: Path) -> None:
     batch = pa.RecordBatch.from_arrays([pa.array(["hello", "you"])], schema=pickled_type(marker))
     assert schema.from_bytes(schema.to_bytes(batch)).column("prompt").to_pylist() == ["hello", "you"]
     pq.write_table(pa.Table.from_batches([batch]), tmp_path / "prompts.parquet")
-    rows = sources.read(PromptSettings(source=str(tmp_path / "prompts.parquet")))
+    rows = datasets.read(PromptSettings(source=str(tmp_path / "prompts.parquet")))
     assert [row.prompt for row in rows] == ["hello", "you"]
 
 
@@ -281,7 +282,7 @@ def test_a_dataset_folder_runs_nothing(marker: Path, tmp_path: Path) -> None:
         own.mkdir(parents=True)
         (own / name).write_bytes(content)
         with pytest.raises(ConfigError, match=r"^prompts\.source=.*" + ("an archive" if name == "train.tar" else "")):
-            sources.read(PromptSettings(source=str(own)))
+            datasets.read(PromptSettings(source=str(own)))
 
 
 @pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": "x.arrow"}]}'])
@@ -290,7 +291,7 @@ def test_a_damaged_saved_dataset_is_one_line(tmp_path: Path, state: str) -> None
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "x.arrow").write_bytes(b"ARROW1")
     with pytest.raises(ConfigError, match=r"^prompts\.source=.*cannot be loaded as a dataset"):
-        sources.read(PromptSettings(source=str(tmp_path)))
+        datasets.read(PromptSettings(source=str(tmp_path)))
 
 
 def test_a_yaml_tag_builds_nothing(marker: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from keel.prompts import Prompts
+from keel.rollout.prompts import Prompts
 from test_prompts import (
     BOS,
     BOT,

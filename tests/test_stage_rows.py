@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel import schema, stored
+from keel import schema
 from keel.config import loader
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError
 from keel.learner.reward_models import RewardText
-from keel.sources import Row
+from keel.rollout import stored_completions
+from keel.rollout.datasets import Row
+from keel.rollout.offline_rows import OfflineRows
 from keel.stages.reward import PairRows
-from keel.stages.rows import OfflineRows
 from test_prompts import CHAT, PLAIN, jsonl, word_tokenizer
 
 END = 4
@@ -200,17 +201,19 @@ def test_a_conversation_that_ends_with_the_user_is_no_demonstration() -> None:
         True,
     )
     with pytest.raises(ConfigError, match="line 1"):
-        stored.check_shape([row], 1, "d.jsonl")
+        stored_completions.check_shape([row], 1, "d.jsonl")
 
 
 def test_demonstrations_have_one_completion_and_no_reward() -> None:
     assert (
-        stored.completions({"completion": "a"})
-        == stored.completions({"messages": [{"content": "q"}, {"content": "a"}]})
+        stored_completions.completions({"completion": "a"})
+        == stored_completions.completions({"messages": [{"content": "q"}, {"content": "a"}]})
         == ["a"]
     )
-    assert stored.completions({"completion": [{"role": "assistant", "content": "a"}]}) == ["a"]
-    assert stored.rewards({"completion": "a"}) == [0.0] and stored.finished({"completion": "a"}) == [True]
+    assert stored_completions.completions({"completion": [{"role": "assistant", "content": "a"}]}) == ["a"]
+    assert stored_completions.rewards({"completion": "a"}) == [0.0] and stored_completions.finished(
+        {"completion": "a"}
+    ) == [True]
 
 
 # ---- pairs of a reward model

@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 
 from fakes import SAMPLING
-from keel import references, schema, score, stored
+from keel import references, schema
 from keel.algorithms import pair_selection
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
-from keel.sources import Row
+from keel.rollout import scorers, stored_completions
+from keel.rollout.datasets import Row
 from rollouts import generated, prompts
 
 PAIR = {"chosen": "yes", "rejected": "no way"}
@@ -29,13 +30,13 @@ LISTS = {"responses": ["a", "b", "c"], "rewards": [0.5, 1, -2]}
     [(PAIR, ["yes", "no way"], [1.0, 0.0]), (CHAT, ["yes", "no"], [1.0, 0.0]), (LISTS, ["a", "b", "c"], [0.5, 1.0, -2.0])],
 )  # fmt: skip
 def test_both_forms_of_rows_are_read(columns: dict[str, Any], texts: list[str], rewards: list[float]) -> None:
-    assert stored.completions(columns) == texts
-    assert stored.rewards(columns) == rewards
+    assert stored_completions.completions(columns) == texts
+    assert stored_completions.rewards(columns) == rewards
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.9, 1.0])
 def test_the_share_of_stored_tickets_is_the_ratio_and_spread_evenly(ratio: float) -> None:
-    taken = np.array([stored.is_stored(ticket, ratio) for ticket in range(1000)])
+    taken = np.array([stored_completions.is_stored(ticket, ratio) for ticket in range(1000)])
     assert taken.sum() == pytest.approx(1000 * ratio, abs=1)
     if 0 < ratio < 1:
         assert np.diff(np.flatnonzero(taken)).max() <= np.ceil(1 / ratio)
@@ -52,9 +53,9 @@ def test_tokens_end_with_the_end_token_and_the_budget() -> None:
     index = rows.schema.get_field_index("prompt_columns")
     rows = rows.set_column(index, rows.schema.field(index), pa.array([columns] * 4))
     assert SAMPLING.max_tokens == 5 and SAMPLING.stop_token_ids == (1,)
-    own = stored.StoredCompletions(1.0, words, SAMPLING)
+    own = stored_completions.StoredCompletions(1.0, words, SAMPLING)
     assert own(rows) == [[1, 2, 3, 1], [1, 2, 3, 4, 5]] * 2  # the second was cut: no end token
-    half = stored.StoredCompletions(0.5, words, SAMPLING)
+    half = stored_completions.StoredCompletions(0.5, words, SAMPLING)
     assert half(rows) == [[], [], [1, 2, 3, 1], [1, 2, 3, 4, 5]]
     assert own(rows.replace_schema_metadata({"keel.held_out": "true"})) is None
 
@@ -76,9 +77,9 @@ def test_tokens_end_with_the_end_token_and_the_budget() -> None:
 )
 def test_a_row_that_does_not_fit_is_named(columns: dict[str, Any], expected: str) -> None:
     good = Row("line 2", "p", json.dumps(PAIR))
-    stored.check([good], 2, "pairs.jsonl")
+    stored_completions.check([good], 2, "pairs.jsonl")
     with pytest.raises(ConfigError, match=expected):
-        stored.check([good, Row("line 3", "p", json.dumps(columns))], 2, "pairs.jsonl")
+        stored_completions.check([good, Row("line 3", "p", json.dumps(columns))], 2, "pairs.jsonl")
 
 
 def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> None:
@@ -125,7 +126,9 @@ def test_the_reward_of_an_ensemble(ensemble: dict[str, Any], expected: list[floa
     """A judge is no part of it, and its failure costs no sample."""
     rewards = [RewardSettings(name=name, source=f"{__name__}:{name}") for name in ("low", "high")]
     rewards.append(RewardSettings(name="gold", source=f"{__name__}:gold", role="judge"))
-    batch, receipt = score.RewardScorer(rewards, EnsembleSettings(**ensemble), 1, "s").score(generated(prompts([0, 1])))
+    batch, receipt = scorers.RewardScorer(rewards, EnsembleSettings(**ensemble), 1, "s").score(
+        generated(prompts([0, 1]))
+    )
     schema.check(batch)
     assert batch.column("reward").to_pylist() == expected
     assert receipt.failures == {"gold_none": 1}
@@ -148,10 +151,10 @@ def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> 
     rows = prompts([0])
     index = rows.schema.get_field_index("prompt_columns")
     rows = generated(rows.set_column(index, rows.schema.field(index), pa.array([json.dumps(PAIR)] * 2)))
-    own = score.RewardScorer([RewardSettings(name="label", kind="stored")], EnsembleSettings(), 1, "s")
+    own = scorers.RewardScorer([RewardSettings(name="label", kind="stored")], EnsembleSettings(), 1, "s")
     assert own.score(rows)[0].column("failure").to_pylist() == ["label_none"] * 2
     place = rows.schema.get_field_index("generator")
-    rows = rows.set_column(place, rows.schema.field(place), pa.array([stored.NAME] * 2))
+    rows = rows.set_column(place, rows.schema.field(place), pa.array([stored_completions.NAME] * 2))
     assert own.score(rows)[0].column("reward").to_pylist() == [1.0, 0.0]
 
 
@@ -166,4 +169,4 @@ def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> 
     ],
 )
 def test_what_a_message_says_beside_its_content_counts(chosen: Any, rejected: Any, expected: str | None) -> None:
-    assert stored.unusable({"chosen": [chosen], "rejected": [rejected]}) == expected
+    assert stored_completions.unusable({"chosen": [chosen], "rejected": [rejected]}) == expected

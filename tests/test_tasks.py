@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from keel import sources, tasks
+from keel import tasks
 from keel.config.prompts import PromptSettings
 from keel.errors import ConfigError
+from keel.rollout import datasets
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -31,8 +32,8 @@ def call(function: Any, rows: list[dict[str, Any]], completions: list[str]) -> l
     return function(prompts=prompts, completions=completions, completion_ids=[[1]] * len(rows), **further)
 
 
-def read(source: str, **options: Any) -> list[sources.Row]:
-    return sources.read(PromptSettings(source=f"python:keel.tasks:{source}", options=options))
+def read(source: str, **options: Any) -> list[datasets.Row]:
+    return datasets.read(PromptSettings(source=f"python:keel.tasks:{source}", options=options))
 
 
 def test_sums_are_distinct_and_their_answers_right() -> None:

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli, files, schema, segments, verify
+from keel import cli, files, schema, verify
+from keel.rollout import segments
 from runs import STEPS, Writer, read_rows, scored, settings
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself

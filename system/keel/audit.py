@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import files, ledger, reads, schema, segments
+from keel import files, reads, schema
 from keel.config.run import Settings
-from keel.prompts import seed_of
+from keel.rollout import manifest, segments
+from keel.rollout.prompts import seed_of
 
 _COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
 UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)
@@ -104,7 +105,7 @@ class Progress:
 def audit(own: Audit, settings: Settings, progress: Progress) -> list[dict[str, Any]]:
     """Manifest, rollout files and segments; the manifest's lines that say something."""
     name = "rollouts/MANIFEST.jsonl"
-    lines = own.lines(name, ledger.FIELDS)
+    lines = own.lines(name, manifest.FIELDS)
     steps = [line["step"] for line in lines]
     own.test(name, "steps in order", list(range(1, len(steps) + 1)), steps)
     last = max(steps, default=0)
@@ -122,7 +123,7 @@ def audit(own: Audit, settings: Settings, progress: Progress) -> list[dict[str, 
     return sound
 
 
-def _numbered(own: Audit, line: ledger.Line) -> bool:
+def _numbered(own: Audit, line: manifest.Line) -> bool:
     """Whether a line's tickets are numbers, of which some were trained."""
     lists = [line["tickets"], *line["dropped"].values()]
     numbered = all(isinstance(each, list) and all(type(ticket) is int for ticket in each) for each in lists)
@@ -131,7 +132,7 @@ def _numbered(own: Audit, line: ledger.Line) -> bool:
     return numbered and bool(line["tickets"])
 
 
-def _tickets(own: Audit, lines: Sequence[ledger.Line], settings: Settings) -> None:
+def _tickets(own: Audit, lines: Sequence[manifest.Line], settings: Settings) -> None:
     """Trained and dropped tickets are 0, 1, 2, ..., each once, in the first step that may name it."""
     following = 0  # the first ticket behind the last trained one
     dropped: Counter[str] = Counter()
@@ -156,7 +157,7 @@ def _tickets(own: Audit, lines: Sequence[ledger.Line], settings: Settings) -> No
     own.counts["tickets_dropped"] = dict(dropped)
 
 
-def _rollout(own: Audit, line: ledger.Line, settings: Settings, progress: Progress) -> None:
+def _rollout(own: Audit, line: manifest.Line, settings: Settings, progress: Progress) -> None:
     """The file of one step is the one its line describes, made by the right seeds and not too late."""
     step = line["step"]
     file = f"rollouts/step-{step:06d}.arrow"

@@ -24,17 +24,17 @@ from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel import capacity, room
-from keel.buffer import RolloutBuffer
 from keel.config.run import Settings
 from keel.config.workers import ClusterSettings
 from keel.control import reach
 from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
-from keel.generate import VllmGenerator
 from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
 from keel.pool import Pool
 from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt
-from keel.score import ReferenceScorer, RewardScorer
+from keel.rollout.buffer import RolloutBuffer
+from keel.rollout.generator import VllmGenerator
+from keel.rollout.scorers import ReferenceScorer, RewardScorer
 from keel.text import last_line, one_line
 from keel.worker import Spawn
 

@@ -11,7 +11,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import checkpoint, http_rewards, schema, score, text_checks, user_code
+from keel import checkpoint, schema, text_checks, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
@@ -22,10 +22,11 @@ from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading, model_files, reward_models, score_contract
 from keel.observability import endpoint, tracking
-from keel.prompts import Prompts
 from keel.protocols import Sampling
-from keel.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
-from keel.stored import StoredCompletions
+from keel.rollout import http_rewards, scorers
+from keel.rollout.prompts import Prompts
+from keel.rollout.reward_functions import Calls, EventLoop, Late, Outcome, WrongAnswer
+from keel.rollout.stored_completions import StoredCompletions
 from keel.text import one_line, printable
 
 _SETTINGS = {
@@ -221,11 +222,11 @@ def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
     columns = {"completion": [text] * sample.num_rows, "completion_tokens": [[1, 2, 3]] * sample.num_rows}
     probe = schema.append(sample, pa.RecordBatch.from_pydict(columns))
     rules = {reward.name: reward for reward in settings.rewards if reward.kind == "rule"}
-    functions = {name: score.load_function(reward) for name, reward in rules.items()}
+    functions = {name: scorers.load_function(reward) for name, reward in rules.items()}
     loop = EventLoop()
     try:
         seconds = settings.deadlines.score_seconds
-        outcomes = Calls(functions, lambda: score.arguments(probe), loop, seconds, strict=True).finish()
+        outcomes = Calls(functions, lambda: scorers.arguments(probe), loop, seconds, strict=True).finish()
     finally:
         loop.close()
     for name, outcome in outcomes.items():

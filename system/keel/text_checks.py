@@ -9,8 +9,8 @@ from keel.errors import ConfigError
 from keel.learner import end_tokens, model_files
 from keel.learner.end_tokens import EndTokens
 from keel.learner.model_text import ModelText
-from keel.prompts import Prompts
-from keel.stored import StoredCompletions
+from keel.rollout.prompts import Prompts
+from keel.rollout.stored_completions import StoredCompletions
 
 
 def check_text(

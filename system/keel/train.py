@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, cluster, files, gang, ledger, parity, references, scaling
+from keel import checkpoint, cluster, files, gang, parity, references, scaling
 from keel.config import loader
 from keel.config.run import Settings
 from keel.control import ControlLink
@@ -44,6 +44,7 @@ from keel.parts import Parts
 from keel.pool import Pool
 from keel.preflight import Prepared
 from keel.recorder import Display, Recorder
+from keel.rollout import manifest
 from keel.scaling import Scaling
 
 _STARTING = "starting Ray, generators, scorers, learner"
@@ -131,7 +132,7 @@ def _newest(recorder: Recorder) -> Saved:
     for what in files.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
         recorder.event("line_damaged", what=what)
         recorder.display.note(f"{what} is damaged and was left out")
-    ledger.undo(recorder.directory, saved.version)
+    manifest.undo(recorder.directory, saved.version)
     recorder.metrics.restore(saved.state.get("totals", {}))
     return saved
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from keel import schema
 from keel.config.workers import GeneratorSettings
-from keel.generate import VllmGenerator
 from keel.learner import model_files, weights
 from keel.protocols import Sampling
+from keel.rollout.generator import VllmGenerator
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=16, stop_token_ids=(2,))
 ROWS = 6

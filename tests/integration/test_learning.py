@@ -21,8 +21,8 @@ from keel.config.run import Settings
 from keel.controller import Controller
 from keel.learner import loading
 from keel.parts import Observer, Parts
-from keel.prompts import Prompts
 from keel.protocols import Sampling
+from keel.rollout.prompts import Prompts
 
 pytestmark = pytest.mark.slow
 STEPS = 20

@@ -25,11 +25,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from test_pool import LIMITS, Log, Worker, ask
 
 import keel as package
-from keel import gang, generate, room
+from keel import gang, room
 from keel.capacity import bundles
 from keel.config.workers import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.pool import NoWorkers, Pool
+from keel.rollout import generator
 from keel.room import Room
 from keel.worker import Spawn
 
@@ -240,7 +241,7 @@ class Engine:
     """What vLLM does with its bundles: a worker with a GPU in each of those it is told."""
 
     def __init__(self, index: int, settings: GeneratorSettings) -> None:
-        os.environ |= generate.environment(settings)
+        os.environ |= generator.environment(settings)
         group = ray.util.get_current_placement_group()
         places = [int(bundle) for bundle in os.environ["VLLM_RAY_BUNDLE_INDICES"].split(",")]
         self.workers = [
@@ -289,8 +290,8 @@ async def test_vllm_accepts_the_bundles_of_a_tensor_parallel_generator() -> None
     settings = GeneratorSettings(threads=2, gpus=1, tensor_parallel=4)
     taken = Room(bundles(settings), "STRICT_PACK")
     assert await taken.granted(60.0)
-    indices = [int(each) for each in generate.environment(settings)["VLLM_RAY_BUNDLE_INDICES"].split(",")]
-    ranks = generate.engine_arguments("folder", settings, 128)["tensor_parallel_size"]
+    indices = [int(each) for each in generator.environment(settings)["VLLM_RAY_BUNDLE_INDICES"].split(",")]
+    ranks = generator.engine_arguments("folder", settings, 128)["tensor_parallel_size"]
     found = get_bundles_for_indices(taken.group, indices, ranks)
     assert [bundle for bundle, *_ in found] == [1, 2, 3, 4] and len({node for _, node, _ in found}) == 1
     assert all(taken.group.bundle_specs[bundle] == {"GPU": 1.0} for bundle in indices)

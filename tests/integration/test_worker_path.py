@@ -15,7 +15,7 @@ here = os.getcwd()
 assert here not in sys.path
 import ray
 from keel import cluster, config
-from keel.score import RewardScorer
+from keel.rollout.scorers import RewardScorer
 
 class Asked:
     def where(self):

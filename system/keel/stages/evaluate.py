@@ -18,14 +18,14 @@ import pyarrow as pa
 
 from keel import cluster, evaluation_report, files, preflight, schema, text_checks
 from keel.config.run import Settings
-from keel.conversations import turns
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading
-from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
+from keel.rollout.conversations import turns
+from keel.rollout.prompts import Prompts
+from keel.rollout.stored_completions import StoredCompletions
 from keel.stages import sampled
-from keel.stored import StoredCompletions
 
 COLUMN = "column:"
 _PARTS = 2**40  # tickets of different answers to one prompt are kept apart while they are scored

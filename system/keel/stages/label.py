@@ -16,16 +16,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, labels, preflight, reads, schema, text_checks
+from keel import cluster, preflight, reads, schema, text_checks
 from keel import files as atomic_files
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings
 from keel.errors import ConfigError, KeelError
 from keel.learner import forward_contract, loading
-from keel.prompts import Prompts
 from keel.protocols import Sampling
 from keel.recorder import Display
+from keel.rollout import preference_labels
+from keel.rollout.prompts import Prompts
 from keel.stages import course, sampled
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
@@ -135,7 +136,7 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
     finally:
         cluster.disconnect()
     atomic_files.write(directory / "completions.arrow", schema.to_bytes(batch))
-    found = labels.label(batch, settings)
+    found = preference_labels.label(batch, settings)
     _check_share(batch, settings)
     if found.table.num_rows == 0:
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")

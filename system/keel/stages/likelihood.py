@@ -20,10 +20,10 @@ from keel.learner import loading
 from keel.observability import endpoint, progress, tracking
 from keel.observability.metrics import RunMetrics
 from keel.recorder import Display
+from keel.rollout.offline_rows import OfflineRows
 from keel.stages import course
 from keel.stages.course import Course, Recorder
 from keel.stages.reference_logprobs import ReferenceLogprobs
-from keel.stages.rows import OfflineRows
 
 PolicyStage = SupervisedSettings | PreferSettings
 

@@ -16,8 +16,8 @@ from keel.config.run import Settings
 from keel.failures import retrying
 from keel.learner import loading, model_files
 from keel.recorder import Display
+from keel.rollout.offline_rows import OfflineRows
 from keel.stages import sampled
-from keel.stages.rows import OfflineRows
 
 _ROWS_PER_BATCH = 256
 

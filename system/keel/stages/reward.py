@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import files, gang, preflight, prompts, reward_report, schema, sources, stored, text_checks
+from keel import files, gang, preflight, reward_report, schema, text_checks
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings
 from keel.config.stages import RewardModelSettings
@@ -30,12 +30,13 @@ from keel.learner.reward_models import RewardText, ScoredText
 from keel.observability import endpoint, tracking
 from keel.observability.metrics import RunMetrics
 from keel.recorder import Display
-from keel.reward_functions import describe
-from keel.row_columns import from_json
-from keel.sources import Row
+from keel.rollout import datasets, prompts, stored_completions
+from keel.rollout.datasets import Row
+from keel.rollout.offline_rows import digest_of, usable_rows
+from keel.rollout.reward_functions import describe
+from keel.rollout.row_columns import from_json
 from keel.stages import course, sampled
 from keel.stages.course import Course, Recorder
-from keel.stages.rows import digest_of, usable_rows
 
 _MEMBER_SEEDS = 1000
 
@@ -46,8 +47,8 @@ class PairRows:
     def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.settings, self.text = settings, text
-        rows = sources.read(settings.prompts, 2)
-        stored.check_shape(rows, 2, settings.prompts.source)
+        rows = datasets.read(settings.prompts, 2)
+        stored_completions.check_shape(rows, 2, settings.prompts.source)
         by = settings.completions
         usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
         self.digest = digest_of(usable)
@@ -60,7 +61,7 @@ class PairRows:
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
 
     def _problem(self, row: Row) -> str | None:
-        first, second = stored.rewards(json.loads(row.further))
+        first, second = stored_completions.rewards(json.loads(row.further))
         if first == second:
             return "tie"
         found = [self.text.tokens(text, cut=False) for text in texts(row)]
@@ -101,7 +102,12 @@ def texts(row: Row) -> list[ScoredText]:
     """Every completion of a row behind its prompt."""
     columns = json.loads(row.further)
     messages = [] if isinstance(row.prompt, str) else row.prompt
-    said = zip(stored.completions(columns), stored.answers(columns), stored.finished(columns), strict=True)
+    said = zip(
+        stored_completions.completions(columns),
+        stored_completions.answers(columns),
+        stored_completions.finished(columns),
+        strict=True,
+    )
     return [
         ScoredText(row.text, messages, completion, finished, {} if isinstance(answer, str) else dict(answer))
         for completion, answer, finished in said
@@ -110,7 +116,7 @@ def texts(row: Row) -> list[ScoredText]:
 
 def best_first(row: Row) -> list[ScoredText]:
     """The two completions of a row, the one with the higher reward first."""
-    pair, values = texts(row), stored.rewards(json.loads(row.further))
+    pair, values = texts(row), stored_completions.rewards(json.loads(row.further))
     return pair if values[0] > values[1] else pair[::-1]
 
 
@@ -157,8 +163,8 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
     """Up to `centre.max_rows` texts of the reference set, in an order of the seed."""
     by = settings.centre
     if by.source is not None:
-        own = sources.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
-        stored.check_shape(own, 1, by.source)
+        own = datasets.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
+        stored_completions.check_shape(own, 1, by.source)
         found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
         if not found:
             raise ConfigError(f"centre.source={by.source}: every completion is too long; expected one that fits")

@@ -17,12 +17,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import layouts, user_code
+from keel import user_code
 from keel.config.prompts import PromptSettings
-from keel.conversations import holds, turns
 from keel.errors import ConfigError
-from keel.layouts import ANSWERS, Layout
-from keel.row_columns import Asked, Unreadable, is_json, no_columns, to_json
+from keel.rollout import dataset_layouts
+from keel.rollout.conversations import holds, turns
+from keel.rollout.dataset_layouts import ANSWERS, Layout
+from keel.rollout.row_columns import Asked, Unreadable, is_json, no_columns, to_json
 
 _FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -93,8 +94,8 @@ def read(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -
 def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, samples: int) -> Layout:
     """The layout of all rows. Raises ConfigError."""
     names = list(dict.fromkeys(name for _, columns in raw for name in columns))
-    layout = layouts.recognise(names, prompts, samples)
-    if label := layouts.label_column([columns for _, columns in raw], layout):
+    layout = dataset_layouts.recognise(names, prompts, samples)
+    if label := dataset_layouts.label_column([columns for _, columns in raw], layout):
         layout = dataclasses.replace(layout, roles={**layout.roles, "label": label})
     beside = {"messages", "chosen"} & layout.roles.keys()
     if samples or "prompt" not in layout.roles or "prompt" in layout.named or not beside:

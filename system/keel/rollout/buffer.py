@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import files, ledger, schema, segments
+from keel import files, schema
 from keel.algorithms.advantages import vary
 from keel.protocols import AddReceipt
+from keel.rollout import manifest, segments
 
 
 class RolloutBuffer:
@@ -151,7 +152,7 @@ class RolloutBuffer:
         versions, _ = schema.ragged(batch, "weight_versions")
         staleness = self.version - versions
         assert staleness.max() <= self.max_staleness, (staleness.max(), self.max_staleness)
-        num_bytes = ledger.write_step(self.directory, self.version + 1, batch, dropped)
+        num_bytes = manifest.write_step(self.directory, self.version + 1, batch, dropped)
         now = time.monotonic()
         return batch, {
             "buffer_age_seconds": now - min(self._added_at.pop(ticket) for ticket in tickets),
@@ -250,7 +251,7 @@ class RolloutBuffer:
 
     def _restore(self) -> list[str]:
         """Read accepted batches back; what is damaged is moved aside, and its tickets are generated again."""
-        damaged = ledger.cut_back(self.directory, self.version)
+        damaged = manifest.cut_back(self.directory, self.version)
         for path in segments.paths(self.directory):
             try:
                 segment = segments.read(path)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import http_rewards, row_columns, schema, stored, user_code
+from keel import schema, user_code
 from keel.algorithms import pair_selection
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.workers import ReferenceSettings
-from keel.layouts import ANSWERS
 from keel.protocols import LoadReceipt, StageReceipt
-from keel.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
+from keel.rollout import http_rewards, row_columns, stored_completions
+from keel.rollout.dataset_layouts import ANSWERS
+from keel.rollout.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
 
 Values = Sequence[float | None]
 Failure = str
@@ -272,7 +273,7 @@ def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.R
         rows = zip(batch.column("prompt_columns").to_pylist(), batch.column("sample").to_pylist(), strict=True)
         own = batch.column("generator").to_pylist()
         return [
-            stored.rewards(json.loads(columns))[sample] if name == stored.NAME else None
+            stored_completions.rewards(json.loads(columns))[sample] if name == stored_completions.NAME else None
             for (columns, sample), name in zip(rows, own, strict=True)
         ]
 

@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from keel import schema, sources, stored
+from keel import schema
 from keel.config.run import Settings
 from keel.config.stages import CompletionSettings
 from keel.errors import ConfigError
-from keel.prompts import Prompts, require_template
 from keel.protocols import Sampling
-from keel.sources import Row
-from keel.stored import StoredCompletions
+from keel.rollout import datasets, stored_completions
+from keel.rollout.datasets import Row
+from keel.rollout.prompts import Prompts, require_template
+from keel.rollout.stored_completions import StoredCompletions
 
 COMPLETION = pa.schema(
     [schema.GENERATE.field(name) for name in ("completion_tokens", "completion", "finish_reason")]
@@ -39,8 +40,8 @@ class OfflineRows:
         sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
         self._completions = StoredCompletions(1.0, tokenizer, sampling, settings.policy.chat_template_options)
         self.largest_token = 0
-        rows = sources.read(settings.prompts, self.samples)
-        stored.check_shape(rows, self.samples, settings.prompts.source)
+        rows = datasets.read(settings.prompts, self.samples)
+        stored_completions.check_shape(rows, self.samples, settings.prompts.source)
         for row in [row for row in rows if not isinstance(row.prompt, str)][:1]:
             require_template(row, settings, tokenizer)
         usable, self.dropped = usable_rows(rows, by, self._problem(settings, by.max_tokens), settings.prompts.source)
@@ -60,14 +61,14 @@ class OfflineRows:
 
         def of(row: Row) -> str | None:
             columns = json.loads(row.further)
-            if stored.is_bad_demonstration(columns):
+            if stored_completions.is_bad_demonstration(columns):
                 return "label_false"
             messages = [] if isinstance(row.prompt, str) else row.prompt
             try:
                 rows = self._completions.encode(columns, row.text, messages)
             except TemplateError as error:
                 problem = f"{row.place}: the chat template refuses it: {error}; expected other roles"
-                raise sources.wrong(settings.prompts, problem) from None
+                raise datasets.wrong(settings.prompts, problem) from None
             self.largest_token = max(self.largest_token, *(max(ids, default=0) for ids in rows))
             return "too_long" if max(len(ids) for ids in rows) > max_tokens else None
 
@@ -93,12 +94,12 @@ class OfflineRows:
         tokens = self._completions.tokens(prompts)
         further = [json.loads(columns) for columns in prompts.column("prompt_columns").to_pylist()]
         own = list(zip(further, prompts.column("sample").to_pylist(), strict=True))
-        reasons = ["stop" if stored.finished(columns)[sample] else "length" for columns, sample in own]
+        reasons = ["stop" if stored_completions.finished(columns)[sample] else "length" for columns, sample in own]
         columns = {
             "completion_tokens": tokens,
-            "completion": [stored.completions(columns)[sample] for columns, sample in own],
+            "completion": [stored_completions.completions(columns)[sample] for columns, sample in own],
             "finish_reason": pa.array(reasons).dictionary_encode().cast(COMPLETION.field("finish_reason").type),
-            "reward": np.array([stored.rewards(columns)[sample] for columns, sample in own], np.float32),
+            "reward": np.array([stored_completions.rewards(columns)[sample] for columns, sample in own], np.float32),
         }
         return schema.append(prompts, schema.build(COMPLETION, columns))
 
@@ -121,7 +122,7 @@ def usable_rows(
     usable: list[Row] = []
     dropped: Counter[str] = Counter()
     for row in rows:
-        problem = stored.unusable(json.loads(row.further)) or further(row)
+        problem = stored_completions.unusable(json.loads(row.further)) or further(row)
         if problem and by.unusable == "refuse":
             raise ConfigError(
                 f"prompts.source={source}: {row.place} is not usable ({problem}); expected another row, or"

@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from keel import schema, stored
+from keel import schema
 from keel.config.prompts import PromptSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.learner.chat_text import ChatText
 from keel.learner.model_text import ModelText
-from keel.row_columns import asked_columns
-from keel.sources import Row, read, wrong
+from keel.rollout import stored_completions
+from keel.rollout.datasets import Row, read, wrong
+from keel.rollout.row_columns import asked_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,7 @@ class Prompts:
             rows = read(settings.prompts, samples if settings.sampling.stored_ratio > 0 else 0, asked)
         rows = list(rows)
         if settings.sampling.stored_ratio > 0 and not given:
-            stored.check(rows, samples, settings.prompts.source)
+            stored_completions.check(rows, samples, settings.prompts.source)
         tokens = _tokenize(rows, settings, tokenizer)
         lengths = np.array([len(ids) for ids in tokens])
         kept = np.arange(len(rows))

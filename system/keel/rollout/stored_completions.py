@@ -16,12 +16,12 @@ import pyarrow as pa
 
 from keel import schema
 from keel.errors import ConfigError
-from keel.layouts import ANSWERS
 from keel.learner import end_tokens
 from keel.learner.model_text import ModelText
 from keel.protocols import Sampling
-from keel.row_columns import from_json
-from keel.sources import Row
+from keel.rollout.dataset_layouts import ANSWERS
+from keel.rollout.datasets import Row
+from keel.rollout.row_columns import from_json
 
 _PROBLEMS = {
     "empty": "an empty completion",

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import schema, stored
+from keel import schema
 from keel.config.workers import GeneratorSettings
 from keel.learner import model_files, weights
 from keel.learner.model_text import ModelText
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
+from keel.rollout import stored_completions
 
 
 def environment(settings: GeneratorSettings) -> dict[str, str]:
@@ -141,7 +142,7 @@ class VllmGenerator:
             "completion_logprobs": schema.from_ragged(np.array(logprobs, np.float32), lengths, schema.NATS),
             "weight_versions": schema.from_ragged(versions, lengths, schema.TOKENS),
             "finish_reason": reasons.cast(schema.GENERATE.field("finish_reason").type),
-            "generator": [stored.NAME if completion.given else self.name for completion in completions],
+            "generator": [stored_completions.NAME if completion.given else self.name for completion in completions],
             "generate_seconds": [seconds] * len(tokens),
         }
 

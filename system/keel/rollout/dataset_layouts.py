@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keel.config.prompts import PromptSettings
-from keel.conversations import head_of, joined, turns
 from keel.errors import ConfigError
+from keel.rollout.conversations import head_of, joined, turns
 
 ANSWERS = "keel.answers"
 """Key, beside a row's columns, of its answers where they are not under TRL's names in TRL's form."""
