@@ -106,7 +106,7 @@ def train(runs: Path, name: str) -> None:
 def result(runs: Path, name: str) -> dict[str, Any]:
     """Measured and predicted numbers of a case."""
     from keel import measurement
-    from keel.capacity import configured
+    from keel.cluster.capacity import configured
     from keel.config import loader
     from keel.plan import Machine, predict
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 
 import rollouts
 from fakes import SAMPLING, settings_for
-from keel.cluster import GeneratorPool, ScorerPool
+from keel.cluster.actors import GeneratorPool, ScorerPool
+from keel.cluster.pool import Pool
 from keel.controller import Controller
 from keel.observability.utilization import Occupancy
 from keel.parts import Observer, Parts
-from keel.pool import Pool
 from keel.protocols import LoadReceipt, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
 from keel.simulation import Durations, Shape, Timeline

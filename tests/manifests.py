@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from keel import kubernetes
+from keel.cluster import kubernetes
+from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options
 from keel.config import loader as config_loader
-from keel.kubernetes_plan import FOR_A_CLUSTER, Options
 
 ROOT = Path(__file__).parent.parent
 CPU = ROOT / "configs" / "quickstart.yaml"

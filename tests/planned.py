@@ -9,7 +9,7 @@ import pyarrow as pa
 import rollouts
 from fakes import settings_for
 from keel import files, schema
-from keel.capacity import configured
+from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.observability import evaluations

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from keel import bundle, checkpoint
+from keel import checkpoint
+from keel.cluster import bundle
 from keel.config.stages import COMMANDS
 from keel.errors import ConfigError
 from keel.learner import tiny

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from keel.capacity import Ask, asks, bundles, free_words, one_of_each, packs, problems, words
+from keel.cluster.capacity import Ask, asks, bundles, free_words, one_of_each, packs, problems, words
 from keel.config import loader
 from keel.config.workers import GeneratorSettings, WorkerSettings
 from keel.errors import ConfigError

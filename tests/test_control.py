@@ -2,7 +2,7 @@
 
 import pytest
 
-from keel.control import Control, ScaleError
+from keel.cluster.control import Control, ScaleError
 
 DESIRED = {"generator": 1, "scorer": 1, "learner": 2}
 

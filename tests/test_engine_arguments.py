@@ -2,7 +2,7 @@
 
 import pytest
 
-from keel.capacity import bundles
+from keel.cluster.capacity import bundles
 from keel.config.workers import GeneratorSettings
 from keel.rollout.generator import engine_arguments, environment
 

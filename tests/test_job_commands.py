@@ -21,7 +21,8 @@ from ray.job_submission import JobDetails
 
 import tools
 from fakes import settings_for
-from keel import checkpoint, cli, control, files, job_server, jobs, standing, stopping
+from keel import checkpoint, cli, files, standing, stopping
+from keel.cluster import control, job_server, jobs
 from keel.config import loader
 from keel.errors import ConfigError
 from runs import Writer

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 import tools
-from keel import job_server
+from keel.cluster import job_server
 
 _NO_AGENT = (500, "No available agent to submit job, please try again later.")
 _TAKEN = (200, json.dumps({"job_id": "keel-a", "submission_id": "keel-a"}))

@@ -12,11 +12,12 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli, kubernetes
+from keel import cli
+from keel.cluster import kubernetes
+from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from keel.config import loader
 from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
-from keel.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from manifests import CPU, EXAMPLES, GPU, ON_STORAGE, ROOT, cluster_of, made, templates
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from keel import files, measurement
-from keel.capacity import configured
+from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError

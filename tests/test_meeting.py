@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import DistNetworkError, TCPStore
 
-from keel.meeting import MeetingPoint
+from keel.cluster.rendezvous import MeetingPoint
 
 
 @pytest.fixture

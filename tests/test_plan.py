@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from keel import cli
-from keel.capacity import configured
+from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.footprint import footprints

@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 
 from fakes import settings_for
-from keel import cluster, files
-from keel.cluster import RemoteBuffer
+from keel import files
+from keel.cluster import actors
+from keel.cluster.actors import RemoteBuffer
+from keel.cluster.learner_group import LearnerGang
 from keel.errors import BuildFailed
-from keel.gang import LearnerGang
 from keel.observability.metrics import RunMetrics
 from keel.preflight import Prepared
 from keel.recorder import Recorder
@@ -119,7 +120,7 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         asked.append(recorder.occupancy.starting)
         raise BuildFailed("the end of this test")
 
-    monkeypatch.setattr(cluster, "holds", lambda *_, **__: True)
+    monkeypatch.setattr(actors, "holds", lambda *_, **__: True)
     pool = SimpleNamespace(forget_load=lambda: None)
     own = SimpleNamespace(
         settings=prepared.settings,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import cluster
 from keel import scaling as scaling_module
+from keel.cluster import actors
 from keel.errors import BufferLost, LearnerLost
 from keel.parts import Observer
 from keel.scaling import Scaling
@@ -22,7 +22,7 @@ def test_the_autoscaler_holds_what_is_wanted_now_and_nothing_after_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Mapping[str, int]] = []
-    monkeypatch.setattr(cluster, "request", lambda settings, counts: asked.append(dict(counts)))
+    monkeypatch.setattr(actors, "request", lambda settings, counts: asked.append(dict(counts)))
     pool = SimpleNamespace(serving=1)
     link: Any = SimpleNamespace(desired={"generator": 1, "learner": 1}, stopping=False)
     pools: Any = {"generator": pool}
@@ -151,7 +151,7 @@ def test_a_signal_stops_a_start_and_an_error_of_it_is_kept(tmp_path: Path, monke
 
 def test_counts_that_are_wanted_during_a_start_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Mapping[str, int]] = []
-    monkeypatch.setattr(cluster, "request", lambda settings, counts: asked.append(dict(counts)))
+    monkeypatch.setattr(actors, "request", lambda settings, counts: asked.append(dict(counts)))
     link, seen = Link(exchanges=None), Seen()
     scaling = scaling_of(tmp_path, monkeypatch, link, seen)
 

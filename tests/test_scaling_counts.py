@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import cluster, scaling
+from keel import scaling
+from keel.cluster import actors
 from keel.parts import Observer
 from keel.scaling import Scaling
 
@@ -44,7 +45,7 @@ class World:
         self.left = 0
         monkeypatch.setattr(scaling, "_POLL_SECONDS", 0.001)
         monkeypatch.setattr(scaling, "room_for", self.room_for)
-        monkeypatch.setattr(cluster, "request", lambda settings, counts: self.requests.append(dict(counts)))
+        monkeypatch.setattr(actors, "request", lambda settings, counts: self.requests.append(dict(counts)))
         self.pools: Any = {role: self.pool(role) for role in ("generator", "scorer")}
         self.asked_to_stop = threading.Event()
         self.settings = settings_for(buffer={"groups_per_step": 6, "groups_per_batch": None})

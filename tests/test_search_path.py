@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import bundle, cluster, user_code
+from keel import user_code
+from keel.cluster import actors, bundle
 from keel.errors import ConfigError
 from keel.learner.tiny import write as write_tiny
 from runs import Writer, settings
@@ -143,7 +144,7 @@ def test_workers_look_here_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Ray hands on a list that it extends by the current directory; workers insert each entry in front."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["/installed", "/python", str(tmp_path)])
-    handed = cluster._search_path()._py_driver_sys_path
+    handed = actors._search_path()._py_driver_sys_path
     handed.extend([str(tmp_path)])
     path = ["/of/the/worker"]
     for place in handed:

@@ -12,13 +12,13 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 import jumping
 from jumping import now
-from keel import pool as pool_module
-from keel import room as room_module
-from keel import worker as worker_module
+from keel.cluster import placement as room_module
+from keel.cluster import pool as pool_module
+from keel.cluster import worker as worker_module
+from keel.cluster.pool import NoWorkers, Pool
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.parts import Observer
-from keel.pool import NoWorkers, Pool
 from keel.protocols import LoadReceipt
 from keel.schema import ContractError
 

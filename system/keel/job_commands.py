@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel import bundle, standing, stopping
+from keel import standing, stopping
+from keel.cluster import bundle
 from keel.config import loader
 from keel.config.stages import COMMANDS, command_of
 from keel.errors import ConfigError
@@ -19,7 +20,7 @@ from keel.observability.console import console, errors
 from keel.operations import Address, AsJson, Run, elsewhere, needed
 
 if TYPE_CHECKING:
-    from keel.jobs import Attempt, Submission
+    from keel.cluster.jobs import Attempt, Submission
 
 Follow = Annotated[bool, typer.Option("--follow", help="show what the job writes until it ends")]
 
@@ -36,7 +37,7 @@ def submit(
     """Run a configuration as a job of a Ray cluster. What is alive is not started twice; what is over goes on."""
     submission, gathered, configuration = prepare(config_path, overrides or [], Path.cwd())
     where = needed(address)
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client, tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "bundle.zip"
@@ -65,7 +66,7 @@ def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submis
     whole["cluster"]["address"] = None  # a job joins the cluster that it runs on, whatever was meant for this machine
     gathered = bundle.gather(whole, here)
     staged = loader.parse_as(COMMANDS[command], gathered.tree)
-    from keel.jobs import Submission
+    from keel.cluster.jobs import Submission
 
     by = settings.cluster
     submission = Submission(
@@ -82,7 +83,7 @@ def logs(
 ) -> None:
     """Show what the job of a run wrote."""
     where = needed(address)
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client:
         found = jobs.find(client, run, attempt)
@@ -105,7 +106,7 @@ def status(
         typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
         return
     where = needed(address)
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client:
         if run is None:
@@ -150,7 +151,7 @@ def stop(
 def _stop_now(address: str | None, run: str, as_json: bool) -> None:
     if address is None:
         raise ConfigError("--now: ends a job of a cluster; expected --address, or SIGTERM to the process here")
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     with job_server.cluster(address) as client:
         attempt = jobs.stop_now(client, _alive(jobs.find(client, run), run))
@@ -161,7 +162,7 @@ def _stop_now(address: str | None, run: str, as_json: bool) -> None:
 
 
 def _stop_there(address: str, run: str) -> dict[str, Any]:
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     with job_server.cluster(address) as client:
         attempt = _alive(jobs.find(client, run), run)
@@ -185,7 +186,7 @@ def _alive(attempt: "Attempt", run: str) -> "Attempt":
 
 def _follow(client: Any, attempt: "Attempt", to: Any) -> None:
     """Raises JobError for a job that did not succeed; an interrupt ends only the watching."""
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     try:
         ended = jobs.follow(client, attempt.job, _say(to))

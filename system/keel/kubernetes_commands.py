@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from keel import kubernetes
+from keel.cluster import kubernetes
+from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.kubernetes_plan import FOR_A_CLUSTER, Options
 
 Most = Annotated[int | None, typer.Option(min=1, help="workers the run may grow to; default: twice the configured")]
 

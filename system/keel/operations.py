@@ -149,14 +149,14 @@ def _address(given: str | None) -> str | None:
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
     where = standing.control_of(run_directory)
     standing.authenticate_as(where)
-    from keel import control
+    from keel.cluster import control
 
     return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})
 
 
 def _there(address: str, run: str, command: str, *options: str) -> dict[str, Any]:
     """What the command says of a run where it is: on the cluster behind the address."""
-    from keel import job_server, jobs
+    from keel.cluster import job_server, jobs
 
     with job_server.cluster(address) as client:
         attempt = jobs.find(client, run)

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from keel import capacity
+from keel.cluster import capacity
 from keel.config.run import Settings
 from keel.observability.utilization import LEARNER, STAGES
 from keel.rates import LearnerRates, Rates, StageRates, waves

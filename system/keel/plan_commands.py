@@ -12,8 +12,8 @@ import typer
 import yaml
 from rich.table import Table
 
-from keel import capacity
-from keel.capacity import configured
+from keel.cluster import capacity
+from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError

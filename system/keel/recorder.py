@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, files, gang, references, schema
+from keel import checkpoint, files, references, schema
+from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.observability import evaluations
 from keel.observability.bottlenecks import largest_share
@@ -37,9 +38,9 @@ class Recorder(Observer):
     def __init__(self, prepared: Prepared, metrics: RunMetrics, display: Display) -> None:
         self.prepared, self.metrics, self.display = prepared, metrics, display
         self.directory = prepared.directory
-        self.buffer: cluster.RemoteBuffer | None = None
-        self.learner: gang.LearnerGang | None = None
-        self.reference: cluster.ScorerPool | None = None
+        self.buffer: actors.RemoteBuffer | None = None
+        self.learner: learner_group.LearnerGang | None = None
+        self.reference: actors.ScorerPool | None = None
         self.occupancy = Occupancy()
         settings = prepared.settings
         self.tracking = Tracking(settings, self.directory, metrics, display.note)
@@ -51,7 +52,7 @@ class Recorder(Observer):
         self.furthest = 0
         """The last step that was ever recorded."""
 
-    def begin(self, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer, version: int) -> None:
+    def begin(self, learner: learner_group.LearnerGang, buffer: actors.RemoteBuffer, version: int) -> None:
         """These are the learner and the buffer from now on; steps after `version` are made, perhaps again."""
         self.tracking.begin(version)
         self.learner, self.buffer, self.finished = learner, buffer, False
@@ -157,7 +158,7 @@ class Recorder(Observer):
 
     async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
         """quarantine/step-N.arrow: the rows; step-N.json: why, and how to see it again."""
-        rows = await cluster.fetch(batch)
+        rows = await actors.fetch(batch)
         path = self.directory / "quarantine" / f"step-{step:06d}.arrow"
         files.write(path, schema.to_bytes(rows))
         again = f"keel replay {self.directory} --step {step}"

@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import checkpoint, cluster, files, gang, preflight, reads, references, schema
+from keel import checkpoint, files, preflight, reads, references, schema
+from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.errors import ConfigError, NotFinite
 from keel.preflight import Prepared
@@ -46,7 +47,7 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
     for line in prepared.notes:
         display.note(line)
     display.doing("starting Ray, learner")
-    with cluster.joined(settings, {"learner": settings.learners.count}):
+    with actors.joined(settings, {"learner": settings.learners.count}):
         report, refused = asyncio.run(_replay(prepared, start, rows, display))
     return Replayed(step, start, refused, _beside(run_directory, step, report))
 
@@ -63,7 +64,7 @@ async def _replay(
     prepared: Prepared, start: int, rows: list[pa.RecordBatch], display: Display
 ) -> tuple[Mapping[str, Any], str | None]:
     settings, directory = prepared.settings, prepared.directory
-    learner = gang.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
+    learner = learner_group.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
     async with asyncio.timeout(settings.deadlines.start_seconds + settings.deadlines.step_seconds):
         await learner.ready()
         if start:

@@ -13,15 +13,16 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from keel import capacity, cluster, files
+from keel import files
+from keel.cluster import actors, capacity
+from keel.cluster.control import ControlLink
+from keel.cluster.learner_group import Gang, room_for
+from keel.cluster.placement import Room
+from keel.cluster.pool import Pool
 from keel.config.run import Settings
-from keel.control import ControlLink
 from keel.controller import Controller, within
 from keel.errors import BufferLost
-from keel.gang import Gang, room_for
 from keel.parts import Observer
-from keel.pool import Pool
-from keel.room import Room
 
 _POLL_SECONDS = 1.0
 Result = TypeVar("Result")
@@ -97,7 +98,7 @@ class Scaling:
             if not starting.cancelled() and self.stopping and (error := starting.exception()):
                 self.observer.event("start_failed", reason=str(error))
 
-    async def follow(self, gang: Gang, buffer: cluster.RemoteBuffer, controller: Controller) -> None:
+    async def follow(self, gang: Gang, buffer: actors.RemoteBuffer, controller: Controller) -> None:
         """Do what is wanted, once a second, until it is cancelled."""
         self._record(gang.room.ranks)
         while True:
@@ -113,7 +114,7 @@ class Scaling:
                 controller.leave()
             self._record(gang.room.ranks)
 
-    async def _resize(self, buffer: cluster.RemoteBuffer) -> None:
+    async def _resize(self, buffer: actors.RemoteBuffer) -> None:
         deadline = self.settings.deadlines.score_seconds
         late = f"waited {deadline:.0f} s for the buffer to size batches anew"
         await within(deadline, buffer.resize(self.groups_per_batch), lambda: BufferLost(late))
@@ -131,7 +132,7 @@ class Scaling:
     def end(self) -> None:
         """Take back what the autoscaler was asked for: it would keep the nodes."""
         if self._requested:
-            cluster.request(self.settings, {})
+            actors.request(self.settings, {})
 
     def _serving(self, ranks: int) -> dict[str, int]:
         return {role: pool.serving for role, pool in self.pools.items()} | {"learner": ranks}
@@ -145,7 +146,7 @@ class Scaling:
             self.observer.event("scale", **counts)
         if other if self._requested else counts["desired"] != counts["actual"]:
             self._requested = True  # it holds what it was asked for last, also where fewer are wanted now
-            cluster.request(self.settings, self.desired)
+            actors.request(self.settings, self.desired)
         self._written = counts
         files.write_json(self._path, counts)
         self._show(ranks)

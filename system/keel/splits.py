@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from keel import capacity
+from keel.cluster import capacity
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.observability.utilization import LEARNER

@@ -58,7 +58,7 @@ def _ask(directory: Path) -> None:
         try:
             where = standing.control_of(directory)
             standing.authenticate_as(where)
-            from keel import control
+            from keel.cluster import control
 
             control.ask_to_stop(directory, where)
             return

@@ -32,16 +32,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, cluster, files, gang, parity, references, scaling
+from keel import checkpoint, files, parity, references, scaling
+from keel.cluster import actors, learner_group
+from keel.cluster.control import ControlLink
+from keel.cluster.pool import Pool
 from keel.config import loader
 from keel.config.run import Settings
-from keel.control import ControlLink
 from keel.controller import Controller, one_cause
 from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.observability import endpoint
 from keel.observability.metrics import RunMetrics
 from keel.parts import Parts
-from keel.pool import Pool
 from keel.preflight import Prepared
 from keel.recorder import Display, Recorder
 from keel.rollout import manifest
@@ -88,7 +89,7 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
             display.note(line)
         if new:  # Ray first: what its cluster can never hold leaves nothing behind
             display.doing(_STARTING)
-            display.note(ray.enter_context(cluster.joined(settings, counts)))
+            display.note(ray.enter_context(actors.joined(settings, counts)))
         files.write(directory / "config.yaml", loader.dump(settings).encode())
         recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
         saved = _newest(recorder)
@@ -103,7 +104,7 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
             recorder.event("resume", step=saved.version)
         if not new:
             display.doing(_STARTING)
-            display.note(ray.enter_context(cluster.joined(settings, counts, degraded=True)))
+            display.note(ray.enter_context(actors.joined(settings, counts, degraded=True)))
         return asyncio.run(_Run(prepared, recorder, asked_to_stop).to_the_end(saved))
 
 
@@ -142,14 +143,14 @@ class _Run:
 
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
-        self.generators = cluster.generators(self.settings, prepared.policy_folder, prepared.given(), recorder)
-        self.scorers = cluster.scorers(self.settings, prepared.reference_folder, recorder)
+        self.generators = actors.generators(self.settings, prepared.policy_folder, prepared.given(), recorder)
+        self.scorers = actors.scorers(self.settings, prepared.reference_folder, recorder)
         pools = {pool.role: pool for pool in self._pools()}
         desired = scaling.configured(self.settings, prepared.directory)
         for role, pool in pools.items():
             pool.count = desired[role]
         link = ControlLink(self.settings, prepared.directory, desired)
-        self.room: gang.Room | None = None
+        self.room: learner_group.Room | None = None
         self.has_run = False
         self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder, asked_to_stop)
         recorder.reference = next((pool for pool in self.scorers if pool.pool.role == "reference"), None)
@@ -201,22 +202,22 @@ class _Run:
 
     async def _start(
         self, saved: Saved, ends: contextlib.ExitStack
-    ) -> tuple[gang.LearnerGang, cluster.RemoteBuffer, Controller]:
+    ) -> tuple[learner_group.LearnerGang, actors.RemoteBuffer, Controller]:
         """Room, a gang and a buffer, and everyone at the checkpoint. `ends` ends the two."""
         settings, recorder = self.settings, self.recorder
         recorder.occupancy.doing("start")  # whatever the learner did that was lost, nobody does it now
         began = time.monotonic()
         self.generators.pool.forget_load()
         # at first others may occupy a part of the cluster, later only this run's own workers do as a rule
-        if not cluster.holds(settings, self.scaling.desired, at_once=not self.has_run):
+        if not actors.holds(settings, self.scaling.desired, at_once=not self.has_run):
             for pool in self._pools():
                 pool.give_way()  # a worker that waits for room would take the learner's
             await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
         room = await self._room_for(self.scaling.desired["learner"])
-        learner = gang.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
+        learner = learner_group.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
         ends.callback(learner.stop)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
-        buffer = cluster.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
+        buffer = actors.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
         ends.callback(buffer.stop)
         recorder.begin(learner, buffer, saved.version)
         controller = await self._build(saved, learner, buffer)
@@ -224,7 +225,7 @@ class _Run:
         recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
         return learner, buffer, controller
 
-    async def _room_for(self, ranks: int) -> gang.Room:
+    async def _room_for(self, ranks: int) -> learner_group.Room:
         """The room there was, where it has the size: nobody else can take it between two gangs. Else another."""
         self.scaling.release()
         patience = self.settings.failures.degrade_after_seconds
@@ -234,13 +235,15 @@ class _Run:
             self.room.release()
             self.room = None  # nobody may find room for the next one, and then this one is not asked again
         last = self.settings.deadlines.room_seconds
-        self.room = await gang.largest_room(self.settings.learners, ranks, patience, max(patience, last), self.recorder)
+        self.room = await learner_group.largest_room(
+            self.settings.learners, ranks, patience, max(patience, last), self.recorder
+        )
         if self.room.ranks < ranks:
             self.recorder.event("degraded", role="learner", desired=ranks, actual=self.room.ranks)
             self.recorder.display.note(f"no room for {ranks} learner ranks: going on with {self.room.ranks}")
         return self.room
 
-    async def _build(self, saved: Saved, learner: gang.LearnerGang, buffer: cluster.RemoteBuffer) -> Controller:
+    async def _build(self, saved: Saved, learner: learner_group.LearnerGang, buffer: actors.RemoteBuffer) -> Controller:
         """Everyone is up, holds what the checkpoint says, and agrees on log-probs."""
         settings, recorder = self.settings, self.recorder
         limits = settings.deadlines
@@ -267,7 +270,7 @@ class _Run:
             learner=learner,
             prompts=self.prepared.prompts.batch,
             held_out=self.prepared.prompts.held_out(),
-            fetch=cluster.fetch,
+            fetch=actors.fetch,
         )
         controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
         await controller.sync()

@@ -14,7 +14,7 @@ from commands import finish, wait_for
 from ray.cluster_utils import Cluster
 
 from keel import files
-from keel.cluster import tried
+from keel.cluster.actors import tried
 
 PATIENCE_SECONDS = 1200
 ENDS_WITHIN_SECONDS = 10

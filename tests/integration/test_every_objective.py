@@ -13,7 +13,7 @@ from arms import ARMS, CRITIC_ARMS
 from probe import Probe, meeting_point
 from test_learner import rollouts, settings
 
-from keel import cluster
+from keel.cluster import actors as ray_actors
 from keel.config import loader
 from keel.config.run import Settings
 
@@ -32,7 +32,7 @@ def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """(flavour, ranks) -> Probe actors; made once each."""
     folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find probe.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
-    cluster.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
+    ray_actors.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made: dict[tuple[str, int], list[Any]] = {}
 
     def gang(flavour: str, ranks: int) -> list[Any]:

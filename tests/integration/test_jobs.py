@@ -21,8 +21,8 @@ from test_runs import metrics_of
 
 import keel as package
 from keel import checkpoint, files
-from keel.cluster import tried
-from keel.jobs import LIMIT_BYTES
+from keel.cluster.actors import tried
+from keel.cluster.jobs import LIMIT_BYTES
 
 pytestmark = pytest.mark.slow
 STEPS = 60

@@ -13,7 +13,8 @@ import ray
 import torch
 from probe import meeting_point
 
-from keel import cluster, schema
+from keel import schema
+from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
 from keel.learner import weights
@@ -27,7 +28,7 @@ SAMPLES, GROUPS = 4, 3
 @pytest.fixture(scope="module")
 def small_ray() -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    cluster.embedded(num_cpus=4, log_to_driver=False, object_store_memory=2**27)
+    actors.embedded(num_cpus=4, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
 
@@ -108,10 +109,10 @@ def rollouts(step: int, vocabulary: int = 300) -> pa.RecordBatch:
 
 def train(folder: Path, ranks: int, **learners: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """Weights after STEPS steps of a gang, and what each step reported."""
-    from keel import gang
+    from keel.cluster import learner_group
 
     chosen = settings(count=ranks, **learners)
-    learner = gang.LearnerGang(chosen, str(folder))
+    learner = learner_group.LearnerGang(chosen, str(folder))
     asyncio.run(learner.ready())
     reports = [ray.get([rank.step.remote(rollouts(step)) for rank in learner.ranks])[0] for step in range(STEPS)]
     answers = [rank.publish.options(num_returns=2).remote() for rank in learner.ranks]

@@ -15,7 +15,8 @@ import ray
 import yaml
 from arms import ARMS, CRITIC_ARMS
 
-from keel import cluster, doctor, gang
+from keel import doctor
+from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.config.run import Settings
 from keel.controller import Controller
@@ -55,8 +56,8 @@ class Stack:
         tokenizer = loading.load_tokenizer(model, "policy.model")
         self.prompts = Prompts(settings, tokenizer)
         self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, loading.end_tokens(model, tokenizer))
-        self.generators = cluster.generators(settings, str(model))
-        self.scorers = cluster.scorers(settings, str(model))
+        self.generators = actors.generators(settings, str(model))
+        self.scorers = actors.scorers(settings, str(model))
         self.runner = asyncio.Runner()  # one loop for all objectives: the pools live in it
         self.runner.run(self._ready())
 
@@ -69,17 +70,17 @@ class Stack:
     async def train(self, name: str) -> list[float]:
         """Rewards of STEPS steps from the start model."""
         settings, directory = self.settings(EVERY[name]), self.folder / name
-        learner = gang.LearnerGang(settings, str(self.model))
+        learner = learner_group.LearnerGang(settings, str(self.model))
         await learner.ready()
         curve = Curve()
         parts = Parts(
             generators=self.generators,
             scorers=self.scorers,
-            buffer=cluster.RemoteBuffer(settings, str(directory), settings.groups_per_batch, {}),
+            buffer=actors.RemoteBuffer(settings, str(directory), settings.groups_per_batch, {}),
             learner=learner,
             prompts=self.prompts.batch,
             held_out=self.prompts.held_out(),
-            fetch=cluster.fetch,
+            fetch=actors.fetch,
         )
         controller = Controller(settings, parts, self.sampling, curve)
         await controller.sync()
@@ -101,7 +102,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find rewards and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
-    cluster.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
+    actors.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made = Stack(folder, tree, tiny_model)
     yield made
     made.runner.close()

@@ -25,14 +25,14 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from test_pool import LIMITS, Log, Worker, ask
 
 import keel as package
-from keel import gang, room
-from keel.capacity import bundles
+from keel.cluster import learner_group, placement
+from keel.cluster.capacity import bundles
+from keel.cluster.placement import Room
+from keel.cluster.pool import NoWorkers, Pool
+from keel.cluster.worker import Spawn
 from keel.config.workers import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, WorkerLost
-from keel.pool import NoWorkers, Pool
 from keel.rollout import generator
-from keel.room import Room
-from keel.worker import Spawn
 
 HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 
@@ -58,8 +58,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def everything_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test leaves room behind, and all tell of a wait after a quarter of a second."""
-    monkeypatch.setattr(room, "FIRST_TOLD_SECONDS", 0.25)
-    monkeypatch.setattr(room, "TOLD_EVERY_SECONDS", 0.5)
+    monkeypatch.setattr(placement, "FIRST_TOLD_SECONDS", 0.25)
+    monkeypatch.setattr(placement, "TOLD_EVERY_SECONDS", 0.5)
     yield
     left = granted()
     for name, each in placement_group_table().items():
@@ -195,7 +195,7 @@ async def test_a_worker_that_was_to_retire_when_the_pool_ends_is_ended_with_it()
 
 def test_a_driver_that_is_killed_leaves_no_room_behind(cluster: Cluster) -> None:
     code = (
-        "import ray, time; from keel.room import Room\n"
+        "import ray, time; from keel.cluster.placement import Room\n"
         f"ray.init({cluster.address!r}, log_to_driver=False, logging_level='ERROR')\n"
         "rooms = [Room([{'CPU': 1.0}] * 2, 'PACK'), Room([{'CPU': 9.0}], 'PACK')]\n"
         "ray.get(rooms[0].group.ready()); print('here', flush=True); time.sleep(60)"
@@ -220,8 +220,8 @@ class Rank:
 
 async def test_a_gang_goes_where_its_resources_are_and_tells_what_it_waits_for() -> None:
     learners = LearnerSettings(count=2, threads=2, resources={"fast": 1})
-    found = await gang.largest_room(learners, 2, 60.0, 60.0)
-    ranks = gang.Gang(Rank, learners, room=found)
+    found = await learner_group.largest_room(learners, 2, 60.0, 60.0)
+    ranks = learner_group.Gang(Rank, learners, room=found)
     await ranks.ready()
     (with_gpus,) = [node["NodeID"] for node in ray.nodes() if "GPU" in node["Resources"]]
     assert [node for node, _ in await asyncio.gather(*(each.where.remote() for each in ranks.ranks))] == [with_gpus] * 2
@@ -231,7 +231,7 @@ async def test_a_gang_goes_where_its_resources_are_and_tells_what_it_waits_for()
         match=r"no node has room for one learner rank \(2 CPUs and 1 fast\); waited [1-9] s;"
         r" free are 2, 0 CPUs and 0, 0 fast on 2 nodes",
     ):
-        await gang.largest_room(learners, 1, 1.0, 1.0, log)
+        await learner_group.largest_room(learners, 1, 1.0, 1.0, log)
     assert log.told[0] == ("the learner", "2 CPUs and 1 fast", "free are 2, 0 CPUs and 0, 0 fast on 2 nodes")
     ranks.stop()
     found.release()

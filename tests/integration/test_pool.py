@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import ray
 
-from keel import cluster, gang
+from keel.cluster import actors, learner_group
+from keel.cluster.pool import NoWorkers, Pool
+from keel.cluster.worker import Spawn
 from keel.config.workers import DeadlineSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, NotFinite, WorkerLost
 from keel.parts import Observer
-from keel.pool import NoWorkers, Pool
 from keel.protocols import LoadReceipt
 from keel.schema import ContractError
-from keel.worker import Spawn
 
 LIMITS = DeadlineSettings(start_seconds=60, generate_seconds=20, score_seconds=20, step_seconds=20, load_seconds=20)
 
@@ -26,7 +26,7 @@ LIMITS = DeadlineSettings(start_seconds=60, generate_seconds=20, score_seconds=2
 @pytest.fixture(scope="module", autouse=True)
 def four_cpus() -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the actors cannot import a test
-    cluster.embedded(num_cpus=4, log_to_driver=False, object_store_memory=2**27)
+    actors.embedded(num_cpus=4, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -224,8 +224,8 @@ class Rank:
 async def test_a_gang_tells_a_lost_rank_from_an_error_of_its_own(
     orders: list[str], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gang, "_GRACE_SECONDS", 3 if "hang" in orders else 60)
-    ranks = gang.Gang(Rank, LearnerSettings(count=2, threads=1))
+    monkeypatch.setattr(learner_group, "_GRACE_SECONDS", 3 if "hang" in orders else 60)
+    ranks = learner_group.Gang(Rank, LearnerSettings(count=2, threads=1))
     await ranks.ready()
     first, (count, _, port) = await ranks.call("step", ["", ""])
     assert (first, count) == (0, 2) and 20_000 <= port < 32_000
@@ -236,15 +236,15 @@ async def test_a_gang_tells_a_lost_rank_from_an_error_of_its_own(
 
 async def test_a_gang_takes_the_room_there_is() -> None:
     learners = LearnerSettings(count=3, threads=2)
-    room = await gang.largest_room(learners, 3, seconds=1.0, last_seconds=1.0)
+    room = await learner_group.largest_room(learners, 3, seconds=1.0, last_seconds=1.0)
     assert room.ranks == 2  # of four CPUs
-    ranks = gang.Gang(Rank, learners, room=room)
+    ranks = learner_group.Gang(Rank, learners, room=room)
     await ranks.ready()
     assert (await ranks.call("step", ["", ""]))[1][0] == 2
     with pytest.raises(LearnerLost, match=r"no node has room for one learner rank \(2 CPUs\)"):
-        await gang.largest_room(learners, 1, seconds=0.5, last_seconds=0.5)
+        await learner_group.largest_room(learners, 1, seconds=0.5, last_seconds=0.5)
     ranks.stop()
     room.release()
-    again = await gang.largest_room(learners, 2, seconds=10.0, last_seconds=10.0)
+    again = await learner_group.largest_room(learners, 2, seconds=10.0, last_seconds=10.0)
     assert again.ranks == 2
     again.release()

@@ -15,7 +15,7 @@ from probe import meeting_point
 from rank import Rank
 from test_learner import rollouts, settings
 
-from keel import cluster
+from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import NotFinite
@@ -49,7 +49,7 @@ class Ranks:
 def gangs(tiny_model: Path) -> Iterator[dict[int, Ranks]]:
     folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find rank.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
-    cluster.embedded(num_cpus=4, object_store_memory=2**27, runtime_env=here)
+    actors.embedded(num_cpus=4, object_store_memory=2**27, runtime_env=here)
     yield {ranks: Ranks(tiny_model, ranks) for ranks in (1, 2)}
     ray.shutdown()
 

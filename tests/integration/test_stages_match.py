@@ -12,10 +12,10 @@ import ray
 import torch
 from torch.nn.functional import logsigmoid
 
-from keel import cluster
+from keel.cluster import actors
+from keel.cluster.learner_group import Gang, LearnerGang
 from keel.config import loader
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
-from keel.gang import Gang, LearnerGang
 from keel.learner import reward_models
 from keel.learner.reward_learner import RewardModelLearner
 from keel.stages import likelihood, reward
@@ -44,7 +44,7 @@ WORDS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ray() -> Iterator[None]:
-    cluster.embedded(num_cpus=6, log_to_driver=False, object_store_memory=2**27)
+    actors.embedded(num_cpus=6, log_to_driver=False, object_store_memory=2**27)
     yield
     ray.shutdown()
 

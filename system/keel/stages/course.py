@@ -19,13 +19,14 @@ from typing import Any, Protocol
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, cluster, files
+from keel import checkpoint, files
+from keel.cluster import actors
+from keel.cluster.learner_group import Gang
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
 from keel.controller import Stalled
 from keel.errors import ConfigError
-from keel.gang import Gang
 from keel.observability import endpoint
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
@@ -137,7 +138,7 @@ def _conduct(
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")
         display.doing("starting Ray, learner")
-        with cluster.joined(online, {"learner": online.learners.count}) as ray:
+        with actors.joined(online, {"learner": online.learners.count}) as ray:
             display.note(ray)
             return asyncio.run(train(metrics, display, started))
 

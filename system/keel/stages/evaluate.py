@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, evaluation_report, files, preflight, schema, text_checks
+from keel import evaluation_report, files, preflight, schema, text_checks
+from keel.cluster import actors
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading
@@ -138,11 +139,11 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     started = time.monotonic()
     for line in prepared.notes:
         display.note(line)
-    display.note(cluster.connect(prepared.settings))
+    display.note(actors.connect(prepared.settings))
     try:
         batch = asyncio.run(_rows(prepared, display))
     finally:
-        cluster.disconnect()
+        actors.disconnect()
     by = prepared.settings.evaluation
     found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
     found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import cluster, preflight, reads, schema, text_checks
 from keel import files as atomic_files
+from keel import preflight, reads, schema, text_checks
+from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings
@@ -130,11 +131,11 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
     atomic_files.write(directory / "config.yaml", loader.dump(settings).encode())
     for line in prepared.notes:
         display.note(line)
-    display.note(cluster.connect(prepared.sampling))
+    display.note(actors.connect(prepared.sampling))
     try:
         batch = asyncio.run(_scored(prepared, display))
     finally:
-        cluster.disconnect()
+        actors.disconnect()
     atomic_files.write(directory / "completions.arrow", schema.to_bytes(batch))
     found = preference_labels.label(batch, settings)
     _check_share(batch, settings)

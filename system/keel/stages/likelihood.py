@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import gang, preflight, text_checks
+from keel import preflight, text_checks
 from keel.algorithms import registry
+from keel.cluster import learner_group
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, SupervisedSettings
 from keel.learner import loading
@@ -103,7 +104,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         dropped=rows.dropped,
         digest=rows.digest,
     )
-    learner = gang.LearnerGang(learning, prepared.folder, prepared.others)
+    learner = learner_group.LearnerGang(learning, prepared.folder, prepared.others)
     await course.ready(settings, learner)
     recorder = Recorder(plan, metrics, display)
     state = await course.restore(plan, learner, recorder)

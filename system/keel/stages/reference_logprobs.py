@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from keel import cluster, files, reads, schema
+from keel import files, reads, schema
+from keel.cluster import actors
 from keel.config.run import Settings
 from keel.failures import retrying
 from keel.learner import loading, model_files
@@ -38,12 +39,12 @@ class ReferenceLogprobs:
         if kept := _kept(path):
             display.note(f"reference log-probs: cached ({path})")
             return cls(schema.from_bytes(kept))
-        pool = cluster.reference(settings, folder)
+        pool = actors.reference(settings, folder)
         await pool.pool.ready()
 
         async def one(batch: pa.RecordBatch) -> pa.RecordBatch:
             handle, _ = await retrying(lambda: pool.score(batch), settings.failures.retries)
-            return (await cluster.fetch(handle)).select(["prompt_id", "sample", "reference_logprobs"])
+            return (await actors.fetch(handle)).select(["prompt_id", "sample", "reference_logprobs"])
 
         workers, what = pool.pool.count, "reference log-probs"
         display.doing(what)

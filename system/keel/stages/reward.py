@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import files, gang, preflight, reward_report, schema, text_checks
+from keel import files, preflight, reward_report, schema, text_checks
+from keel.cluster import learner_group
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings
 from keel.config.stages import RewardModelSettings
@@ -187,7 +188,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, rows = prepared.settings, prepared.rows
-    learner = gang.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
+    learner = learner_group.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
     await course.ready(settings, learner)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
     plans = [_course(prepared, member) for member in range(settings.members.count)]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import cluster, schema
+from keel import schema
+from keel.cluster import actors
 from keel.config.run import Settings
 from keel.failures import retrying
 from keel.protocols import Batch, Sampling
@@ -21,7 +22,7 @@ class Samplers:
 
     def __init__(self, settings: Settings, folder: str, rows_per_batch: int) -> None:
         self.settings, self.rows_per_batch = settings, rows_per_batch
-        self._generators = cluster.generators(settings, folder)
+        self._generators = actors.generators(settings, folder)
 
     async def answer(self, prompts: pa.RecordBatch, sampling: Sampling, display: Display, what: str) -> pa.RecordBatch:
         """The rows with the generate columns appended, in their order."""
@@ -29,7 +30,7 @@ class Samplers:
 
         async def one(rows: pa.RecordBatch) -> pa.RecordBatch:
             handle, _ = await retrying(lambda: self._generators.generate(rows, sampling), retries)
-            return await cluster.fetch(handle)
+            return await actors.fetch(handle)
 
         display.doing(what)
         await self._generators.pool.ready()
@@ -43,13 +44,13 @@ async def score(
     settings: Settings, reference_folder: str | None, batch: pa.RecordBatch, display: Display
 ) -> pa.RecordBatch:
     """The rows with reference log-probs (where there is a reference) and rewards appended; the scorers end after it."""
-    pools = cluster.scorers(settings, reference_folder)
+    pools = actors.scorers(settings, reference_folder)
     await asyncio.gather(*(pool.pool.ready() for pool in pools))
 
     async def one(rows: Batch) -> pa.RecordBatch:
         for pool in pools:
             rows, _ = await retrying(functools.partial(pool.score, rows), settings.failures.retries)
-        return await cluster.fetch(rows)
+        return await actors.fetch(rows)
 
     display.doing("scoring")
     scored = await in_parts(batch, one, 128, settings.scorers.count, display, "scored")

@@ -10,16 +10,16 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from keel.capacity import bundles
+from keel.cluster.capacity import bundles
+from keel.cluster.placement import Room, Wait
+from keel.cluster.ray_errors import GONE, cause_of, init_failed
+from keel.cluster.rendezvous import MeetingPoint
 from keel.config.run import Settings
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
-from keel.losses import GONE, cause_of, init_failed
-from keel.meeting import MeetingPoint
 from keel.parts import Observer
 from keel.protocols import Batch, LoadReceipt, StepReport
-from keel.room import Room, Wait
 from keel.text import last_line
 
 _GRACE_SECONDS = 15

@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from keel import __version__
+from keel.cluster.kubernetes_plan import HEAD_PORTS, RAY_PORTS, Group, Options, Plan, quantity
+from keel.cluster.kubernetes_pods import CONFIG_FOLDER, container_security, labels, ray_pod, submitter_pod
 from keel.config.run import Settings
-from keel.kubernetes_plan import HEAD_PORTS, RAY_PORTS, Group, Options, Plan, quantity
-from keel.kubernetes_pods import CONFIG_FOLDER, container_security, labels, ray_pod, submitter_pod
 
 HEAD_CPUS = 2
 _IDLE_SECONDS = 600

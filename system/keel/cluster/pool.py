@@ -16,13 +16,13 @@ from typing import Any
 
 from ray.exceptions import ObjectLostError, RayTaskError
 
+from keel.cluster.ray_errors import GONE, cause_of, own_fault, why
+from keel.cluster.worker import NoWorkers, Spawn, Worker
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
-from keel.losses import GONE, cause_of, own_fault, why
 from keel.parts import Observer
 from keel.protocols import LoadReceipt
 from keel.schema import ContractError
-from keel.worker import NoWorkers, Spawn, Worker
 
 _BACK_OFF_SECONDS = 30.0
 

@@ -15,7 +15,7 @@ from ray._private import state
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from keel.capacity import Amounts, free_words, words
+from keel.cluster.capacity import Amounts, free_words, words
 from keel.parts import Observer
 
 FIRST_TOLD_SECONDS = 5.0

@@ -10,12 +10,12 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from keel.capacity import bundles
+from keel.cluster.capacity import bundles
+from keel.cluster.placement import Room, Wait
 from keel.config.workers import DeadlineSettings, WorkerSettings
 from keel.errors import KeelError
 from keel.parts import Observer
 from keel.protocols import LoadReceipt
-from keel.room import Room, Wait
 
 
 class NoWorkers(KeelError, RuntimeError):

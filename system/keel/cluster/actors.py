@@ -23,20 +23,20 @@ from ray.exceptions import AuthenticationError, ObjectLostError, RayTaskError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from keel import capacity, room
+from keel.cluster import capacity, placement
+from keel.cluster.control import reach
+from keel.cluster.pool import Pool
+from keel.cluster.ray_errors import GONE, cause_of, init_failed
+from keel.cluster.worker import Spawn
 from keel.config.run import Settings
 from keel.config.workers import ClusterSettings
-from keel.control import reach
 from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
-from keel.losses import GONE, cause_of, init_failed
 from keel.parts import Observer
-from keel.pool import Pool
 from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt
 from keel.rollout.buffer import RolloutBuffer
 from keel.rollout.generator import VllmGenerator
 from keel.rollout.scorers import ReferenceScorer, RewardScorer
 from keel.text import last_line, one_line
-from keel.worker import Spawn
 
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 _STARTS = 5
@@ -134,7 +134,9 @@ def joined(settings: Settings, counts: Mapping[str, int], *, degraded: bool = Fa
     try:
         asked = capacity.asks(settings, counts)
         least = capacity.one_of_each(asked) if degraded else asked
-        if not settings.cluster.wait_for_nodes and (found := capacity.problems(least, room.nodes(), room.limits())):
+        if not settings.cluster.wait_for_nodes and (
+            found := capacity.problems(least, placement.nodes(), placement.limits())
+        ):
             raise ConfigError("; ".join(found))
         yield how
     finally:
@@ -148,7 +150,7 @@ def request(settings: Settings, counts: Mapping[str, int]) -> None:
 
 def holds(settings: Settings, counts: Mapping[str, int], *, at_once: bool) -> bool:
     """Whether the nodes have room for so many workers of each role: now, or were they empty."""
-    return capacity.packs(capacity.asks(settings, counts), room.free_nodes() if at_once else room.nodes())
+    return capacity.packs(capacity.asks(settings, counts), placement.free_nodes() if at_once else placement.nodes())
 
 
 async def fetch(batch: Batch) -> pa.RecordBatch:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from keel.kubernetes_plan import MOUNT, Plan, quantity
+from keel.cluster.kubernetes_plan import MOUNT, Plan, quantity
 
 CONFIG_FOLDER = "/etc/keel"
 USER = 1000

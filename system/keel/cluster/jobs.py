@@ -21,10 +21,11 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
 from ray.job_submission import JobDetails
 
-from keel import __version__, bundle
+from keel import __version__
+from keel.cluster import bundle
+from keel.cluster.job_server import Client, JobError
 from keel.config.loader import INTERRUPTED
 from keel.errors import ConfigError
-from keel.job_server import Client, JobError
 from keel.text import last_line
 
 LIMIT_BYTES = min(GCS_STORAGE_MAX_SIZE, DASHBOARD_CLIENT_MAX_SIZE)
