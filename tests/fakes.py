@@ -15,7 +15,7 @@ import rollouts
 from keel import schema
 from keel.config import loader
 from keel.config.run import Settings
-from keel.controller import Controller
+from keel.online.controller import Controller
 from keel.parts import Observer, Parts
 from keel.protocols import LoadReceipt, Sampling, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer

@@ -16,8 +16,8 @@ import rollouts
 from fakes import SAMPLING, settings_for
 from keel.cluster.actors import GeneratorPool, ScorerPool
 from keel.cluster.pool import Pool
-from keel.controller import Controller
 from keel.observability.utilization import Occupancy
+from keel.online.controller import Controller
 from keel.parts import Observer, Parts
 from keel.protocols import LoadReceipt, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer

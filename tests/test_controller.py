@@ -10,10 +10,10 @@ import pytest
 
 from fakes import FakeScorer, Run, settings_for
 from keel import schema
-from keel.controller import Stalled
 from keel.errors import LearnerLost, NotFinite, WorkerLost
-from keel.failures import TooManyFailures
 from keel.observability import metric_table
+from keel.online.controller import Stalled
+from keel.online.retries import TooManyFailures
 from keel.protocols import LoadReceipt
 
 forever = asyncio.Event  # .wait() of a fresh one never returns

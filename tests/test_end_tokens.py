@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from keel import preflight
 from keel.config import loader
 from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError
 from keel.learner import end_tokens, tiny
 from keel.learner.end_tokens import EndTokens
 from keel.learner.model_text import ModelText
+from keel.online import preflight
 from keel.stages import evaluate, label, likelihood, reward
 from vocabularies import CLOSES, byte_level, family
 

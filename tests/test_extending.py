@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from keel import preflight, schema
+from keel import schema
 from keel.algorithms import advantages, registry
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
@@ -18,6 +18,7 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.observability.metric_table import TABLE
+from keel.online import preflight
 from keel.rollout import scorers
 from rollouts import generated, prompts, rollouts
 

@@ -21,10 +21,12 @@ from ray.job_submission import JobDetails
 
 import tools
 from fakes import settings_for
-from keel import checkpoint, cli, files, standing, stopping
+from keel import checkpoint, cli, files
 from keel.cluster import control, job_server, jobs
 from keel.config import loader
 from keel.errors import ConfigError
+from keel.online import status as run_status
+from keel.online import stopping
 from runs import Writer
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -208,7 +210,7 @@ def test_status_lists_jobs_and_asks_the_run_beside_itself(
     assert seen["run"] is None, "there is no run directory yet"
     write_run(tmp_path / "runs" / "mine")
     seen = json.loads(keel(capsys, "status", job, "--address", ADDRESS, "--json"))
-    assert seen["job"]["job"] == job and seen["run"] == standing.of(tmp_path / "runs" / "mine")
+    assert seen["job"]["job"] == job and seen["run"] == run_status.of(tmp_path / "runs" / "mine")
     assert set(server.jobs) == {job} and len(server.asked) == 2
     server.end(job, "FAILED", 130)  # its uploaded files may be gone: the next question brings its own
     shutil.rmtree(tmp_path / "cluster" / job)
@@ -306,26 +308,26 @@ def write_run(directory: Path) -> None:
 def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_run(run)
-    found = standing.of(run)
+    found = run_status.of(run)
     last = files.read_json_lines(run / "metrics.jsonl")[-1]
     assert (found["state"], found["step"], found["steps"], found["checkpoint"]) == ("broken off", 2, 4, 2)
     assert (found["wanted"], found["present"]) == ({"generator": 2}, {"generator": 1})
     assert found["reward"] == last.get("reward") and found["event"] is None
     assert keel(capsys, "status", str(run)).splitlines()[0].endswith(f"go on with: keel resume {run}")
     files.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0, "step": 2})
-    assert standing.of(run)["state"] == "stopped"
+    assert run_status.of(run)["state"] == "stopped"
     with files.lock(run):
-        assert standing.of(run)["state"] == "live"
+        assert run_status.of(run)["state"] == "live"
         assert files.held(run)
     assert not files.held(run)
     files.write(run / "config.yaml", loader.dump(settings_for(steps=2)).encode())
-    assert standing.of(run)["state"] == "ended"
+    assert run_status.of(run)["state"] == "ended"
     newest = checkpoint.latest(run)
     assert newest is not None
     files.write(run / "config.yaml", loader.dump(settings_for(steps=4)).encode())
     state = json.loads((newest / "state.json").read_text()) | {"finished": True}
     (newest / "state.json").write_text(json.dumps(state))
-    assert standing.of(run)["state"] == "ended", "an objective may want no further step"
+    assert run_status.of(run)["state"] == "ended", "an objective may want no further step"
     with pytest.raises(ConfigError, match="ended at step 2 of 4; expected a live run"):
         stopping.stop(run)
 
@@ -353,7 +355,7 @@ def test_a_run_that_ends_before_it_can_be_asked_to_has_ended(tmp_path: Path, mon
     write_run(run)
     files.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0})
     lock = files.lock(run)
-    monkeypatch.setattr(standing, "control_of", lambda directory: lock.close() or _no_control(directory))
+    monkeypatch.setattr(run_status, "control_of", lambda directory: lock.close() or _no_control(directory))
     assert stopping.stop(run)["state"] == "stopped"
 
 

@@ -13,12 +13,13 @@ import pyarrow.dataset
 import pytest
 
 from disks import tree_of
-from keel import checkpoint, commits, files, preflight, schema, train, verify
+from keel import checkpoint, commits, files, schema, verify
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.metrics import RunMetrics
-from keel.preflight import Prepared
-from keel.recorder import Recorder
+from keel.online import preflight, train
+from keel.online.preflight import Prepared
+from keel.online.recorder import Recorder
 from keel.rollout import manifest as rollout_manifest
 from keel.stages import course
 from runs import Writer, settings

@@ -10,9 +10,10 @@ import pytest
 
 import rollouts
 from fakes import Run, settings_for
-from keel import parity, schema
+from keel import schema
 from keel.learner.policy_learner import DeepSpeedLearner
-from keel.parity import ParityError
+from keel.online import parity
+from keel.online.parity import ParityError
 from keel.parts import Observer
 
 

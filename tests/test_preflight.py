@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from keel import files, preflight
+from keel import files
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.learner import tiny
+from keel.online import preflight
 
 
 def wrong_count(completions: list[str], **columns: Any) -> list[float]:

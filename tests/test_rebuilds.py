@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import train
 from keel.errors import BufferLost, BuildFailed, LearnerLost
-from keel.train import Saved, _Run
+from keel.online import train
+from keel.online.train import Saved, _Run
 
 Script = list[Exception | int | str]
 """What each attempt does: loses something, gets further by so many steps, or is asked to stop."""

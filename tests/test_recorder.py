@@ -14,9 +14,9 @@ from keel.cluster.actors import RemoteBuffer
 from keel.cluster.learner_group import LearnerGang
 from keel.errors import BuildFailed
 from keel.observability.metrics import RunMetrics
-from keel.preflight import Prepared
-from keel.recorder import Recorder
-from keel.train import Saved, _Run
+from keel.online.preflight import Prepared
+from keel.online.recorder import Recorder
+from keel.online.train import Saved, _Run
 
 
 class Quiet:

@@ -12,9 +12,10 @@ from types import ModuleType
 import pyarrow as pa
 import pytest
 
-from keel import preflight, user_code
+from keel import user_code
 from keel.config import loader
 from keel.config.rewards import RewardSettings
+from keel.online import preflight
 from keel.rollout import datasets, scorers
 from rollouts import generated, prompts
 

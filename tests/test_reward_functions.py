@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from keel import preflight, schema
+from keel import schema
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
+from keel.online import preflight
 from keel.rollout import scorers
 from keel.rollout.reward_functions import Calls, EventLoop, Late, WrongAnswer, describe, is_async, numbers
 from rollouts import generated, prompts

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import scaling as scaling_module
 from keel.cluster import actors
 from keel.errors import BufferLost, LearnerLost
+from keel.online import scaling as scaling_module
+from keel.online.scaling import Scaling
 from keel.parts import Observer
-from keel.scaling import Scaling
 
 
 def test_the_autoscaler_holds_what_is_wanted_now_and_nothing_after_the_end(

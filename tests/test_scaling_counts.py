@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import scaling
 from keel.cluster import actors
+from keel.online import scaling
+from keel.online.scaling import Scaling
 from keel.parts import Observer
-from keel.scaling import Scaling
 
 
 class Spare:

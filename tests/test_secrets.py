@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, preflight
+from keel import cli
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
+from keel.online import preflight
 from keel.rollout import http_rewards, scorers
 from rollouts import generated, prompts
 

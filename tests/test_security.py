@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from test_layers import imports, modules
 
-from keel import preflight, schema
+from keel import schema
 from keel.config import loader
 from keel.config.monitoring import MetricsSettings
 from keel.config.prompts import PromptSettings
@@ -27,6 +27,7 @@ from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
 from keel.learner import loading, reward_models, tiny
 from keel.observability import endpoint, metrics
+from keel.online import preflight
 from keel.rollout import datasets, generator
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}

@@ -22,8 +22,8 @@ from keel.observability import tracking
 from keel.observability.metrics import RunMetrics
 from keel.observability.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 from keel.observability.tracking import Tracking
-from keel.preflight import Prepared
-from keel.recorder import Recorder
+from keel.online.preflight import Prepared
+from keel.online.recorder import Recorder
 from rollouts import generated, prompts, referenced, scored
 from test_course import FakeTrainee, Killed, Listener, course_of
 from test_course import Run as Course
@@ -370,9 +370,9 @@ WITHOUT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import keel.cli, keel.train, keel.stages.likelihood, keel.stages.reward
+import keel.cli, keel.online.train, keel.stages.likelihood, keel.stages.reward
 from keel.observability.metrics import RunMetrics
-from keel.recorder import Recorder
+from keel.online.recorder import Recorder
 from fakes import settings_for
 from test_recorder import Quiet
 folder = Path(sys.argv[1])

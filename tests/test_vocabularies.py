@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keel import preflight
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.learner import tiny
+from keel.online import preflight
 
 
 @pytest.fixture(scope="module")

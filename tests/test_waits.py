@@ -12,10 +12,10 @@ import pytest
 import jumping
 from fakes import SAMPLING, FakeScorer, Run, settings_for
 from jumping import now
-from keel import controller as controller_module
-from keel.controller import Controller, Stalled, within
 from keel.errors import BufferLost, LearnerLost, NotFinite, WorkerLost
-from keel.failures import FailureWatch, TooManyFailures, retrying
+from keel.online import controller as controller_module
+from keel.online.controller import Controller, Stalled, within
+from keel.online.retries import FailureWatch, TooManyFailures, retrying
 from keel.protocols import StageReceipt
 
 START, GENERATE, SCORE, STEP, LOAD, RETRIES, STALENESS = 1000, 300, 70, 20, 5, 2, 1

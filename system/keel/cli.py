@@ -258,11 +258,12 @@ def _train(settings: Settings, config_path: str) -> None:
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import preflight, summary
+    from keel import summary
     from keel.observability import progress
+    from keel.online import preflight
 
     prepared = preflight.prepare(settings)
-    from keel import train as training  # Ray and vLLM: only once the input is known to be good
+    from keel.online import train as training  # Ray and vLLM: only once the input is known to be good
 
     with progress.display(console, settings.run.steps) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")

@@ -11,12 +11,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel import standing, stopping
 from keel.cluster import bundle
 from keel.config import loader
 from keel.config.stages import COMMANDS, command_of
 from keel.errors import ConfigError
 from keel.observability.console import console, errors
+from keel.online import status as run_status
+from keel.online import stopping
 from keel.operations import Address, AsJson, Run, elsewhere, needed
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def status(
 ) -> None:
     """Show where a run stands, or which runs a cluster has."""
     if run is not None and (where := elsewhere(run, address)) is None:
-        found = standing.of(Path(run))
+        found = run_status.of(Path(run))
         typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
         return
     where = needed(address)
@@ -145,7 +146,7 @@ def stop(
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        console.print(standing.sentence(found), soft_wrap=True)
+        console.print(run_status.sentence(found), soft_wrap=True)
 
 
 def _stop_now(address: str | None, run: str, as_json: bool) -> None:
@@ -225,7 +226,7 @@ def _show_standing(found: dict[str, Any]) -> None:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "Run", f"{found['run']}: {standing.sentence(found)}"
+    yield "Run", f"{found['run']}: {run_status.sentence(found)}"
     if found["reward"] is not None:
         kl = found["kl_nats"]
         yield "Step", f"reward {found['reward']:+.3f}" + (f", KL {kl:.3f} nats" if kl is not None else "")

@@ -10,10 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel import standing
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.console import console, errors
+from keel.online import status
 
 if TYPE_CHECKING:
     from keel.audit import Finding
@@ -147,8 +147,8 @@ def _address(given: str | None) -> str | None:
 
 
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
-    where = standing.control_of(run_directory)
-    standing.authenticate_as(where)
+    where = status.control_of(run_directory)
+    status.authenticate_as(where)
     from keel.cluster import control
 
     return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})

@@ -12,12 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import checkpoint, files, preflight, reads, references, schema
+from keel import checkpoint, files, reads, references, schema
 from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.errors import ConfigError, NotFinite
-from keel.preflight import Prepared
-from keel.recorder import Display
+from keel.online import preflight
+from keel.online.preflight import Prepared
+from keel.online.recorder import Display
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from keel import doctor
 from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.config.run import Settings
-from keel.controller import Controller
 from keel.learner import loading
+from keel.online.controller import Controller
 from keel.parts import Observer, Parts
 from keel.protocols import Sampling
 from keel.rollout.prompts import Prompts

@@ -11,11 +11,11 @@ import pytest
 import torch
 from commands import RUN_SECONDS
 
-from keel import preflight
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.learner import loading, reward_models, tiny
 from keel.learner.reward_models import ScoredText
+from keel.online import preflight
 from keel.stages import evaluate, label, likelihood
 from keel.stages import reward as reward_stage
 

@@ -25,12 +25,12 @@ from keel.cluster.learner_group import Gang
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
-from keel.controller import Stalled
 from keel.errors import ConfigError
 from keel.observability import endpoint
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
-from keel.recorder import Display
+from keel.online.controller import Stalled
+from keel.online.recorder import Display
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
 

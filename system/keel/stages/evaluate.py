@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import evaluation_report, files, preflight, schema, text_checks
+from keel import evaluation_report, files, schema
 from keel.cluster import actors
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading
+from keel.online import preflight, text_checks
+from keel.online.recorder import Display
 from keel.protocols import Sampling
-from keel.recorder import Display
 from keel.rollout.conversations import turns
 from keel.rollout.prompts import Prompts
 from keel.rollout.stored_completions import StoredCompletions

@@ -17,15 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from keel import files as atomic_files
-from keel import preflight, reads, schema, text_checks
+from keel import reads, schema
 from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings
 from keel.errors import ConfigError, KeelError
 from keel.learner import forward_contract, loading
+from keel.online import preflight, text_checks
+from keel.online.recorder import Display
 from keel.protocols import Sampling
-from keel.recorder import Display
 from keel.rollout import preference_labels
 from keel.rollout.prompts import Prompts
 from keel.stages import course, sampled

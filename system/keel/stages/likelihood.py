@@ -12,7 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import preflight, text_checks
 from keel.algorithms import registry
 from keel.cluster import learner_group
 from keel.config.run import Settings
@@ -20,7 +19,8 @@ from keel.config.stages import PreferSettings, SupervisedSettings
 from keel.learner import loading
 from keel.observability import endpoint, progress, tracking
 from keel.observability.metrics import RunMetrics
-from keel.recorder import Display
+from keel.online import preflight, text_checks
+from keel.online.recorder import Display
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages import course
 from keel.stages.course import Course, Recorder

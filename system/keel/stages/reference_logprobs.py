@@ -14,9 +14,9 @@ import xxhash
 from keel import files, reads, schema
 from keel.cluster import actors
 from keel.config.run import Settings
-from keel.failures import retrying
 from keel.learner import loading, model_files
-from keel.recorder import Display
+from keel.online.recorder import Display
+from keel.online.retries import retrying
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages import sampled
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import files, preflight, reward_report, schema, text_checks
+from keel import files, reward_report, schema
 from keel.cluster import learner_group
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings
@@ -30,7 +30,8 @@ from keel.learner.reward_learner import PAIR, RewardModelLearner
 from keel.learner.reward_models import RewardText, ScoredText
 from keel.observability import endpoint, tracking
 from keel.observability.metrics import RunMetrics
-from keel.recorder import Display
+from keel.online import preflight, text_checks
+from keel.online.recorder import Display
 from keel.rollout import datasets, prompts, stored_completions
 from keel.rollout.datasets import Row
 from keel.rollout.offline_rows import digest_of, usable_rows

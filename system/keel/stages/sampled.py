@@ -12,9 +12,9 @@ import pyarrow as pa
 from keel import schema
 from keel.cluster import actors
 from keel.config.run import Settings
-from keel.failures import retrying
+from keel.online.recorder import Display
+from keel.online.retries import retrying
 from keel.protocols import Batch, Sampling
-from keel.recorder import Display
 
 
 class Samplers:

@@ -20,8 +20,8 @@ from keel.cluster.learner_group import Gang, room_for
 from keel.cluster.placement import Room
 from keel.cluster.pool import Pool
 from keel.config.run import Settings
-from keel.controller import Controller, within
 from keel.errors import BufferLost
+from keel.online.controller import Controller, within
 from keel.parts import Observer
 
 _POLL_SECONDS = 1.0

@@ -11,7 +11,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from keel import checkpoint, schema, text_checks, user_code
+from keel import checkpoint, schema, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
@@ -22,6 +22,7 @@ from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading, model_files, reward_models, score_contract
 from keel.observability import endpoint, tracking
+from keel.online import text_checks
 from keel.protocols import Sampling
 from keel.rollout import http_rewards, scorers
 from keel.rollout.prompts import Prompts

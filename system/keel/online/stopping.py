@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from keel import files, standing
+from keel import files
 from keel.config import loader
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import errors
+from keel.online import status
 
 _HEARD_SECONDS = 60.0
 _STARTS_SECONDS = 600.0
@@ -34,16 +35,16 @@ def stop(directory: Path) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise NotStopped(f"{directory}: goes on {patience:.0f} s after it was asked to stop")
             time.sleep(_POLL_SECONDS)
-    ended = standing.of(directory)
+    ended = status.of(directory)
     if ended["state"] == "broken off":
-        raise NotStopped(f"{directory}: {standing.sentence(ended)}")
+        raise NotStopped(f"{directory}: {status.sentence(ended)}")
     return ended
 
 
 def _alive(directory: Path) -> dict[str, Any]:
-    found = standing.of(directory)
+    found = status.of(directory)
     if found["state"] != "live":
-        raise ConfigError(f"RUN={directory}: {standing.sentence(found)}; expected a live run")
+        raise ConfigError(f"RUN={directory}: {status.sentence(found)}; expected a live run")
     if found["command"] != "train":
         raise ConfigError(
             f"RUN={directory}: keel {found['command']} stops by SIGTERM, as a job by --now; expected an online run"
@@ -56,8 +57,8 @@ def _ask(directory: Path) -> None:
     deadline = time.monotonic() + _STARTS_SECONDS
     while True:
         try:
-            where = standing.control_of(directory)
-            standing.authenticate_as(where)
+            where = status.control_of(directory)
+            status.authenticate_as(where)
             from keel.cluster import control
 
             control.ask_to_stop(directory, where)

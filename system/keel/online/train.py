@@ -32,21 +32,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, files, parity, references, scaling
+from keel import checkpoint, files, references
 from keel.cluster import actors, learner_group
 from keel.cluster.control import ControlLink
 from keel.cluster.pool import Pool
 from keel.config import loader
 from keel.config.run import Settings
-from keel.controller import Controller, one_cause
 from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.observability import endpoint
 from keel.observability.metrics import RunMetrics
+from keel.online import parity, scaling
+from keel.online.controller import Controller, one_cause
+from keel.online.preflight import Prepared
+from keel.online.recorder import Display, Recorder
+from keel.online.scaling import Scaling
 from keel.parts import Parts
-from keel.preflight import Prepared
-from keel.recorder import Display, Recorder
 from keel.rollout import manifest
-from keel.scaling import Scaling
 
 _STARTING = "starting Ray, generators, scorers, learner"
 _END_SECONDS = 20.0

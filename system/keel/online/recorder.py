@@ -17,8 +17,8 @@ from keel.observability.bottlenecks import largest_share
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
 from keel.observability.utilization import Occupancy
+from keel.online.preflight import Prepared
 from keel.parts import Observer
-from keel.preflight import Prepared
 from keel.protocols import Batch
 
 

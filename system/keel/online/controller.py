@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from keel import parity
 from keel.config.run import Settings
 from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLost
-from keel.failures import FailureWatch, retrying
 from keel.observability import metrics
+from keel.online import parity
+from keel.online.retries import FailureWatch, retrying
 from keel.parts import Observer, Parts
 from keel.protocols import AddReceipt, Batch, Sampling, StageReceipt
 
