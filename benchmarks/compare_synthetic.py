@@ -16,7 +16,8 @@ import pyarrow as pa
 import yaml
 from rich.console import Console
 
-from keel import compare, files, schema
+from keel import files, schema
+from keel.analysis import compare
 from keel.observability import evaluations
 
 PROMPTS, TOKENS = 64, 20

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from keel import compare
-from keel.arms import Arm, Evaluation
+from keel.analysis import compare
+from keel.analysis.compared_runs import Arm, Evaluation
 from keel.observability.diagnostics import Estimate
 
 PROMPTS, REPETITIONS = 64, 600

@@ -105,10 +105,10 @@ def train(runs: Path, name: str) -> None:
 
 def result(runs: Path, name: str) -> dict[str, Any]:
     """Measured and predicted numbers of a case."""
-    from keel import measurement
+    from keel.analysis import measurement
+    from keel.analysis.plan import Machine, predict
     from keel.cluster.capacity import configured
     from keel.config import loader
-    from keel.plan import Machine, predict
 
     case = CASES[name]
     measured = CASES[case.measured]

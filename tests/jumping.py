@@ -14,6 +14,7 @@ import pyarrow as pa
 
 import rollouts
 from fakes import SAMPLING, settings_for
+from keel.analysis.simulation import Durations, Shape, Timeline
 from keel.cluster.actors import GeneratorPool, ScorerPool
 from keel.cluster.pool import Pool
 from keel.observability.utilization import Occupancy
@@ -21,7 +22,6 @@ from keel.online.controller import Controller
 from keel.parts import Observer, Parts
 from keel.protocols import LoadReceipt, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
-from keel.simulation import Durations, Shape, Timeline
 
 HELD_OUT = 1_000_000
 """The ticket of the held-out prompts."""

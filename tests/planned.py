@@ -9,13 +9,13 @@ import pyarrow as pa
 import rollouts
 from fakes import settings_for
 from keel import files, schema
+from keel.analysis.plan import Machine, shape_of
+from keel.analysis.rates import Rates, waves
+from keel.analysis.simulation import Simulation
 from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.observability import evaluations
-from keel.plan import Machine, shape_of
-from keel.rates import Rates, waves
-from keel.simulation import Simulation
 
 GIVEN: dict[str, Any] = {
     "tokens_per_sequence": 100,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runs
-from keel.audit import Audit, Progress, audit
+from keel.analysis.audit import Audit, Progress, audit
 from keel.rollout import manifest, segments
 from keel.rollout.buffer import RolloutBuffer
 from rollouts import rollouts

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from keel import compare, files
-from keel.arms import Arm, Evaluation
-from keel.compare import Comparison, Matching, Standing
+from keel import files
+from keel.analysis import compare
+from keel.analysis.compare import Comparison, Matching, Standing
+from keel.analysis.compared_runs import Arm, Evaluation
 from keel.errors import ConfigError
 from keel.observability import evaluations as stored_evaluations
 from keel.observability.diagnostics import Estimate

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keel import compare
-from keel.arms import Arm, Evaluation
-from keel.compare import Matching
+from keel.analysis import compare
+from keel.analysis.compare import Matching
+from keel.analysis.compared_runs import Arm, Evaluation
 
 COUNT = 200
 

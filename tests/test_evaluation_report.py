@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from keel import evaluation_report, schema
+from keel import schema
+from keel.analysis import evaluation_report
 from rollouts import generated, prompts, referenced, scored
 
 PROMPTS = 6

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, cli, reads, references, schema, verify
+from keel import checkpoint, cli, reads, references, schema
 from keel import files as atomic_files
+from keel.analysis import verify
 from keel.errors import ConfigError
 from keel.learner import loading, sharded_checkpoint, tiny
 from keel.reads import ReadFailed

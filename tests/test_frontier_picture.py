@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keel import frontier_picture
+from keel.analysis import frontier_plot
 from keel.errors import ConfigError
 from keel.observability import evaluations
 from rollouts import generated, prompts, referenced, scored
@@ -42,7 +42,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_curves_are_rows_with_a_kl_at_its_root() -> None:
-    found = frontier_picture.curves(ROWS)
+    found = frontier_plot.curves(ROWS)
     assert found.steps == pytest.approx([0, 5, 9])
     assert found.root_kl == pytest.approx([0, 2, 2.5])
     assert found.proxy == pytest.approx([0.1, 0.6, 0.9])
@@ -51,10 +51,10 @@ def test_curves_are_rows_with_a_kl_at_its_root() -> None:
 
 
 def test_another_column_has_no_standard_error() -> None:
-    found = frontier_picture.curves(ROWS, proxy="reward_gold", gold=None)
+    found = frontier_plot.curves(ROWS, proxy="reward_gold", gold=None)
     assert found.proxy == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
     assert np.isnan(found.stderr).all() and np.isnan(found.gold).all()
-    assert len(frontier_picture.curves([]).steps) == 0
+    assert len(frontier_plot.curves([]).steps) == 0
 
 
 def test_curves_of_a_stored_frontier(tmp_path: Path) -> None:
@@ -63,14 +63,14 @@ def test_curves_of_a_stored_frontier(tmp_path: Path) -> None:
         rows = generated(prompts(range(4), samples=1), logprobs=[[-0.5, -0.5]] * 4)
         rows = referenced(rows, [[-0.5 - kl, -0.5]] * 4)
         evaluations.store(tmp_path, step, scored(rows, [1.0, 2.0, 3.0, 6.0], {"gold": [1.0, 1.0, 2.0, None]}))
-    found = frontier_picture.curves(evaluations.frontier(tmp_path))
+    found = frontier_plot.curves(evaluations.frontier(tmp_path))
     assert found.root_kl == pytest.approx([math.sqrt(0.5), math.sqrt(2)], abs=1e-6)
     assert found.proxy == pytest.approx([3, 3]) and found.gold == pytest.approx([4 / 3, 4 / 3])
     assert found.stderr == pytest.approx([np.std([1, 2, 3, 6], ddof=1) / 2] * 2)
 
 
 def test_lines_are_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
-    frontier_picture.draw({"one": ROWS, "_two": ROWS[:2]}, tmp_path / "a.png")
+    frontier_plot.draw({"one": ROWS, "_two": ROWS[:2]}, tmp_path / "a.png")
     (axis,) = drawn
     lines = {(each.get_color(), each.get_linestyle()): each for each in axis.lines if each.get_linestyle() != "None"}
     assert set(lines) == {("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "--")}
@@ -90,13 +90,13 @@ def test_lines_are_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
 def test_a_run_without_gold_or_without_kl(tmp_path: Path, drawn: list[Any]) -> None:
     no_gold = [row | {"gold": None} for row in ROWS]
     no_kl = [row | {"kl_nats": NAN} for row in ROWS]
-    frontier_picture.draw({"bare": no_kl, "one": no_gold}, tmp_path / "a.png")
+    frontier_plot.draw({"bare": no_kl, "one": no_gold}, tmp_path / "a.png")
     assert [each.get_text() for each in drawn[0].get_legend().get_texts()] == ["proxy: one"]
 
 
 def test_png_and_svg_parse(tmp_path: Path) -> None:
     for name in ("deep/a.png", "a.svg", "b.svg"):
-        frontier_picture.draw({"one": ROWS, "costs $2 or $3": ROWS[:1]}, tmp_path / name)
+        frontier_plot.draw({"one": ROWS, "costs $2 or $3": ROWS[:1]}, tmp_path / name)
     with Image.open(io.BytesIO((tmp_path / "deep/a.png").read_bytes())) as image:
         image.load()
         assert image.format == "PNG" and 600 < image.width < 3000 and 400 < image.height < 3000
@@ -114,7 +114,7 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path) -> None:
         ({"one": ROWS}, "a.jpg", "expected a name that ends in .png or .svg"),
     ):
         with pytest.raises(ConfigError, match=says) as caught:
-            frontier_picture.draw(runs, tmp_path / name)
+            frontier_plot.draw(runs, tmp_path / name)
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -122,4 +122,4 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path) -> None:
 def test_without_matplotlib_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="matplotlib is not installed"):
-        frontier_picture.draw({"one": ROWS}, tmp_path / "a.png")
+        frontier_plot.draw({"one": ROWS}, tmp_path / "a.png")

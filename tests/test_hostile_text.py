@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from keel import cli, frontier_picture, schema, summary
+from keel import cli, schema, summary
+from keel.analysis import frontier_plot
 from keel.config import loader
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
@@ -389,7 +390,7 @@ FRONTIER = [{"step": step, "kl_nats": 0.1 * step, "stderr": 0.1, "proxy": step, 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_names_of_runs_are_drawn_as_they_are(tmp_path: Path, suffix: str) -> None:
     names = [text or "_hidden" for text in HOSTILE]
-    frontier_picture.draw(dict.fromkeys(names, FRONTIER), tmp_path / f"all{suffix}")
+    frontier_plot.draw(dict.fromkeys(names, FRONTIER), tmp_path / f"all{suffix}")
     content = (tmp_path / f"all{suffix}").read_bytes()
     if suffix == ".svg":
         assert b"<script" not in content and b"alert" in content  # the comment beside the drawn text is escaped

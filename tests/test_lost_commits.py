@@ -13,7 +13,8 @@ import pyarrow.dataset
 import pytest
 
 from disks import tree_of
-from keel import checkpoint, commits, files, schema, verify
+from keel import checkpoint, commits, files, schema
+from keel.analysis import verify
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.metrics import RunMetrics

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import files, measurement
+from keel import files
+from keel.analysis import measurement
+from keel.analysis.plan import predict
+from keel.analysis.rates import Rates
 from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.plan import predict
-from keel.rates import Rates
 from planned import APART, DRIVEN, GIVEN, rates, settings, written
 
 
@@ -113,7 +114,7 @@ def test_a_step_in_which_the_run_began_again_is_not_measured(tmp_path: Path) -> 
 
 
 def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Path) -> None:
-    from keel import calibration
+    from keel.analysis import calibration
 
     heard = {"tracking": {"trackers": ["wandb"]}, "metrics": {"discovery_directory": str(tmp_path)}}
     wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64}, **heard)
@@ -138,14 +139,14 @@ ON_CORES = {"count": 2}
 def test_ranks_that_would_share_cores_are_measured_as_one(
     tmp_path: Path, address: str, learners: dict[str, Any], ranks: int
 ) -> None:
-    from keel import calibration
+    from keel.analysis import calibration
 
     wanted = settings(learners=learners, cluster={"address": address})
     assert calibration.settings_of(wanted, tmp_path).learners.count == ranks
 
 
 def test_a_calibration_in_a_cluster_writes_where_all_nodes_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from keel import calibration
+    from keel.analysis import calibration
 
     seen = []
 

@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from keel import cli
+from keel.analysis.allocation import best, of_cpus, of_gpus
+from keel.analysis.footprint import footprints
+from keel.analysis.plan import Machine, Prediction, predict
+from keel.analysis.rates import Rates
 from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.footprint import footprints
-from keel.plan import Machine, Prediction, predict
-from keel.rates import Rates
-from keel.splits import best, of_cpus, of_gpus
 from planned import APART, GIVEN, rates, settings
 
 

@@ -14,7 +14,8 @@ import transformers
 from pyarrow import parquet
 
 import rollouts
-from keel import checkpoint, files, references, schema, verify
+from keel import checkpoint, files, references, schema
+from keel.analysis import verify
 from keel.config.run import Settings
 from keel.learner import loading
 from keel.observability.metrics import RunMetrics

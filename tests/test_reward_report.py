@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from keel import reward_report
+from keel.analysis import reward_report
 
 
 def sigma(x: float) -> float:

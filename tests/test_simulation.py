@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import jumping
-from keel.simulation import Shape, Simulation, Timeline
-from keel.virtual_time import Clock, Process
+from keel.analysis.simulation import Shape, Simulation, Timeline
+from keel.analysis.virtual_time import Clock, Process
 
 MEANS = {"generator": 3.0, "reference": 1.0, "scorer": 0.7, "learner": 2.0, "load": 0.4, "publish": 0.3, "checkpoint": 5.0}  # fmt: skip
 

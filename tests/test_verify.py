@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli, files, schema, verify
+from keel import cli, files, schema
+from keel.analysis import verify
 from keel.rollout import segments
 from runs import STEPS, Writer, read_rows, scored, settings
 

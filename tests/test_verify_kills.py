@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from keel import verify
+from keel.analysis import verify
 from runs import Killed, Writer, killed_before, settings
 
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None  # fsync is slow on some disks

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special
 
-from keel import win_rates
+from keel.analysis import win_rates
 from keel.observability.diagnostics import Estimate, estimate
 
 NAN = math.nan

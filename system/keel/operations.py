@@ -16,8 +16,8 @@ from keel.observability.console import console, errors
 from keel.online import status
 
 if TYPE_CHECKING:
-    from keel.audit import Finding
-    from keel.verify import Report
+    from keel.analysis.audit import Finding
+    from keel.analysis.verify import Report
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]
 _WANTED = "workers wanted from now on"
@@ -35,7 +35,7 @@ def compare(
     picture: Annotated[Path | None, typer.Option(help="also draw reward against sqrt(KL): .png or .svg")] = None,
 ) -> None:
     """Put runs side by side at equal steps, tokens and KL, paired on held-out prompts."""
-    from keel import compare as comparing
+    from keel.analysis import compare as comparing
 
     comparing.run(runs, console, as_json=as_json, picture=picture)
 
@@ -46,7 +46,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check the files of an online run: nothing accepted was lost, nothing trained twice, every digest right."""
-    from keel import verify as checking
+    from keel.analysis import verify as checking
 
     report = checking.check(run_directory)
     differences = checking.compare(run_directory, against) if against else []
@@ -172,7 +172,7 @@ def replay(
     from keel.observability import progress, quiet
 
     quiet.libraries()
-    from keel import replay as replaying
+    from keel.analysis import replay as replaying
 
     with progress.display(errors if as_json else console, step) as display:
         found = replaying.run(run_directory, step, display)

@@ -12,17 +12,17 @@ import typer
 import yaml
 from rich.table import Table
 
+from keel.analysis.allocation import Budget, best, of_cpus, of_gpus, ranked
+from keel.analysis.footprint import Footprint, footprints
+from keel.analysis.plan import Machine, Prediction, predict
+from keel.analysis.rates import Rates
 from keel.cluster import capacity
 from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.footprint import Footprint, footprints
 from keel.observability.console import console, errors
 from keel.observability.utilization import LEARNER
-from keel.plan import Machine, Prediction, predict
-from keel.rates import Rates
-from keel.splits import Budget, best, of_cpus, of_gpus, ranked
 
 _SHOWN = 5  # splits
 _SEARCH_STEPS = 8
@@ -76,13 +76,13 @@ def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: boo
     if path:
         return loader.load_as(Rates, path)
     if runs:
-        from keel import measurement
+        from keel.analysis import measurement
 
         return measurement.measured(runs)
     from keel.observability import progress, quiet
 
     quiet.libraries()
-    from keel import calibration
+    from keel.analysis import calibration
 
     with progress.display(errors if as_json else console, calibration.STEPS) as display:
         display.note(f"measuring {calibration.STEPS} steps of {settings.run.name}")

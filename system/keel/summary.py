@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keel import checkpoint, frontier_picture
+from keel import checkpoint
+from keel.analysis import frontier_plot
 from keel.config.run import Settings
 from keel.observability import evaluations
 from keel.observability.console import from_here
@@ -52,7 +53,7 @@ def draw_frontier(directory: Path, settings: Settings) -> str | None:
     if settings.reference is None or len(rows) < 2:
         return None
     gold = "gold" if any(reward.name == "gold" for reward in settings.rewards) else None
-    frontier_picture.draw({settings.run.name: rows}, directory / "frontier.png", "proxy", gold)
+    frontier_plot.draw({settings.run.name: rows}, directory / "frontier.png", "proxy", gold)
     return from_here(directory / "frontier.png")
 
 

@@ -26,7 +26,8 @@ from faults import ENDING, FAULTS
 from rich.console import Console
 from rich.table import Table
 
-from keel import files, schema, verify
+from keel import files, schema
+from keel.analysis import verify
 from keel.learner import tiny
 
 

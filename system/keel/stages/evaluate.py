@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import evaluation_report, files, schema
+from keel import files, schema
+from keel.analysis import evaluation_report
 from keel.cluster import actors
 from keel.config.run import Settings
 from keel.errors import ConfigError

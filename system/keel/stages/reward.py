@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import files, reward_report, schema
+from keel import files, schema
+from keel.analysis import reward_report
 from keel.cluster import learner_group
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings

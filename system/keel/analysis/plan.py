@@ -16,11 +16,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from keel.analysis.rates import LearnerRates, Rates, StageRates, waves
+from keel.analysis.simulation import Shape, Simulation, Timeline
 from keel.cluster import capacity
 from keel.config.run import Settings
 from keel.observability.utilization import LEARNER, STAGES
-from keel.rates import LearnerRates, Rates, StageRates, waves
-from keel.simulation import Shape, Simulation, Timeline
 
 WARM_UP_STEPS = 3
 """Left out of every prediction, besides those in which the staleness bound fills the pipeline."""

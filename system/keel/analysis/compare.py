@@ -25,8 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from keel import frontier_picture
-from keel.arms import Arm, Evaluation, load, notes
+from keel.analysis import frontier_plot
+from keel.analysis.compared_runs import Arm, Evaluation, load, notes
 from keel.errors import ConfigError
 from keel.observability import evaluations
 from keel.observability.diagnostics import Estimate, estimate
@@ -79,7 +79,7 @@ def run(directories: list[Path], console: Console, *, as_json: bool, picture: Pa
     if picture is not None:
         rows = {name: evaluations.frontier(path) for name, path in zip(comparison.names, directories, strict=True)}
         has_gold = any(row.get("gold") is not None for each in rows.values() for row in each)
-        frontier_picture.draw(rows, picture, proxy="proxy", gold="gold" if has_gold else None)
+        frontier_plot.draw(rows, picture, proxy="proxy", gold="gold" if has_gold else None)
     (_print_json if as_json else _print_tables)(console, comparison)
 
 

@@ -8,12 +8,12 @@ in a cluster there are as many as configured, since ZeRO may have to divide the 
 import tempfile
 from pathlib import Path
 
-from keel import measurement
+from keel.analysis import measurement
+from keel.analysis.rates import Rates
 from keel.config import loader
 from keel.config.run import Settings
 from keel.online import preflight, train
 from keel.online.recorder import Display
-from keel.rates import Rates
 
 STEPS = 5
 """The first warms up, the last evaluates: three are measured."""

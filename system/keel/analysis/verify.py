@@ -20,12 +20,12 @@ from typing import Any
 
 from keel import checkpoint, reads, schema
 from keel import files as atomic_files
-from keel.audit import UNREADABLE, Audit, Finding, Progress, audit
+from keel.analysis.audit import UNREADABLE, Audit, Finding, Progress, audit
+from keel.analysis.evaluation_audit import audit_evaluations
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import command_of
 from keel.errors import ConfigError
-from keel.evaluation_audit import audit_evaluations
 from keel.observability import metric_table
 
 _COUNTERS = [metric.name for metric in metric_table.TABLE if metric.kind == "counter"]

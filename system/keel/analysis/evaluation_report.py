@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from keel import schema, win_rates
+from keel import schema
+from keel.analysis import win_rates
 from keel.observability.diagnostics import Estimate, estimate, per_completion
 from keel.observability.evaluations import shown
 

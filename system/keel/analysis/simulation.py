@@ -18,8 +18,8 @@ from itertools import islice, pairwise
 from operator import attrgetter
 from typing import Protocol
 
+from keel.analysis.virtual_time import Clock, Event, Process, Turn
 from keel.observability.utilization import STAGES, WAITING, Occupancy
-from keel.virtual_time import Clock, Event, Process, Turn
 
 Counted = dict[str, dict[str, float]]
 

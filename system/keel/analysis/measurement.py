@@ -18,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 
 from keel import files, schema
+from keel.analysis.rates import ASSUMED_FIXED_RATIO, Rates, waves
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.observability import evaluations
 from keel.observability.utilization import LEARNER, STAGES, STEPPING
-from keel.rates import ASSUMED_FIXED_RATIO, Rates, waves
 
 _MOST_KEPT = 200  # relative durations
 

@@ -8,12 +8,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from keel.analysis.plan import Prediction
+from keel.analysis.rates import Rates
 from keel.cluster import capacity
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.observability.utilization import LEARNER
-from keel.plan import Prediction
-from keel.rates import Rates
 
 _ALL = 1500
 """Splits that are all tried."""

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import reads, schema
-from keel.audit import UNREADABLE, Audit
+from keel.analysis.audit import UNREADABLE, Audit
 from keel.config.run import Settings
 
 _RELATIVE_ERROR = 1e-6  # means of the frontier are summed in another order here
