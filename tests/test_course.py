@@ -15,8 +15,8 @@ from keel.config.stages import SupervisedSettings
 from keel.errors import ConfigError
 from keel.observability.metrics import RunMetrics
 from keel.protocols import StepReport
-from keel.stages import course
-from keel.stages.course import Course, Recorder, State
+from keel.stages import offline_loop
+from keel.stages.offline_loop import Course, Recorder, State
 
 ROWS = 20
 
@@ -112,8 +112,8 @@ class Run:
 
     async def finish(self) -> State:
         recorder = Recorder(self.plan, self.metrics, self.display)
-        state = await course.restore(self.plan, self.trainee, recorder)
-        return await course.run(self.plan, self.trainee, recorder, state, self.plan.model)
+        state = await offline_loop.restore(self.plan, self.trainee, recorder)
+        return await offline_loop.run(self.plan, self.trainee, recorder, state, self.plan.model)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return files.read_json_lines(self.plan.directory / name)
@@ -249,12 +249,12 @@ async def test_an_export_replaces_the_whole_folder(tmp_path: Path) -> None:
 
 
 async def test_a_finished_stage_says_what_it_did(tmp_path: Path) -> None:
-    assert course.finished(tmp_path) is None
+    assert offline_loop.finished(tmp_path) is None
     run = Run(course_of(tmp_path, steps=4, checkpoints=1), FakeTrainee([2] * 5))
     state = await run.finish()
-    assert course.finished(tmp_path) is None  # a model is no end yet
-    summary = course.finish(run.plan, "sft", 0.0, trained_steps=state.version)
-    assert course.finished(tmp_path) == summary == json.loads((tmp_path / "stage.json").read_text())
+    assert offline_loop.finished(tmp_path) is None  # a model is no end yet
+    summary = offline_loop.finish(run.plan, "sft", 0.0, trained_steps=state.version)
+    assert offline_loop.finished(tmp_path) == summary == json.loads((tmp_path / "stage.json").read_text())
     assert {**summary, "seconds": 0} == {
         "stage": "sft", "steps": 4, "rows": ROWS, "dropped": {"empty": 3}, "digest": "", "trained_steps": 4, "seconds": 0,
     }  # fmt: skip
@@ -266,4 +266,4 @@ async def test_a_course_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
     await run.finish()
     other = dataclasses.replace(run.plan, digest="of other rows")
     with pytest.raises(ConfigError, match="holds this stage on other rows"):
-        await course.restore(other, FakeTrainee([2] * 5), Recorder(other, run.metrics, run.display))
+        await offline_loop.restore(other, FakeTrainee([2] * 5), Recorder(other, run.metrics, run.display))

@@ -13,7 +13,7 @@ from keel.learner import end_tokens, tiny
 from keel.learner.end_tokens import EndTokens
 from keel.learner.model_text import ModelText
 from keel.online import preflight
-from keel.stages import evaluate, label, likelihood, reward
+from keel.stages import evaluate, label, policy, reward
 from vocabularies import CLOSES, byte_level, family
 
 
@@ -186,8 +186,8 @@ def prepared_for(command: str, tree: dict[str, Any]) -> Any:
             messages = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A good question!"}]
             rows = [{"messages": [{"role": "user", "content": f"What {n}?"}, messages[1]]} for n in range(8)]
             Path(tree["prompts"]["source"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-            return likelihood.prepare(loader.parse_as(SupervisedSettings, tree))
-    return likelihood.prepare(loader.parse_as(PreferSettings, tree))
+            return policy.prepare(loader.parse_as(SupervisedSettings, tree))
+    return policy.prepare(loader.parse_as(PreferSettings, tree))
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "label", "reward", "sft", "prefer"])
@@ -263,7 +263,7 @@ def test_texts_with_a_token_that_the_model_has_not_are_one_line(
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree["prompts"]["source"] = str(source)
-    stages = {"sft": (SupervisedSettings, likelihood), "prefer": (PreferSettings, likelihood)}
+    stages = {"sft": (SupervisedSettings, policy), "prefer": (PreferSettings, policy)}
     if command in stages:
         kind, stage = stages[command]
         prepare = lambda: stage.prepare(loader.parse_as(kind, tree))  # noqa: E731

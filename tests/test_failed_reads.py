@@ -22,7 +22,7 @@ from keel.learner import loading, sharded_checkpoint, tiny
 from keel.reads import ReadFailed
 from keel.rollout import segments
 from keel.rollout.buffer import RolloutBuffer
-from keel.stages import course, reference_logprobs
+from keel.stages import offline_loop, reference_logprobs
 from runs import Writer, scored, settings
 from test_course import FakeTrainee, Run, course_of
 from test_learner_state import Whole
@@ -85,7 +85,7 @@ def _finish_stage(directory: Path) -> None:
     state = asyncio.run(run.finish())
     shutil.rmtree(run.plan.model)
     tiny.write(run.plan.model)
-    course.finish(run.plan, "sft", 0.0, trained_steps=state.version)
+    offline_loop.finish(run.plan, "sft", 0.0, trained_steps=state.version)
 
 
 def unmade(steps: list[str]) -> Callable[[Path], None]:
@@ -117,7 +117,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         + [f"{NEWEST}/learner/state", "evaluations/step-000002.arrow", "frontier.arrow", ".arrow"],
     ),
     "finished": (
-        lambda directory: course.finished(directory / "stage"),
+        lambda directory: offline_loop.finished(directory / "stage"),
         ["stage/stage.json", "stage/MANIFEST.json", "stage/model/config.json", "stage/model/model.safetensors"],
     ),
     "located": (located, ["stage/MANIFEST.json", "stage/model/model.safetensors"]),
@@ -238,7 +238,7 @@ def test_a_finished_stage_whose_model_is_not_whole_is_neither_finished_nor_read(
         path.write_bytes(b"" if damage == "empty" else content[:-1])
     message = rf"1 files are missing or changed, for instance model/{file}"
     with pytest.raises(ConfigError, match=rf"run.directory={stage}: finished, by stage.json, but.*{message}"):
-        course.finished(stage)
+        offline_loop.finished(stage)
     if (file, damage) == ("config.json", "gone"):
         message = "no config.json in it"
     for model in (stage, stage / "model"):

@@ -22,7 +22,7 @@ from keel.online import preflight, train
 from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
 from keel.rollout import manifest as rollout_manifest
-from keel.stages import course
+from keel.stages import offline_loop
 from runs import Writer, settings
 from test_course import FakeTrainee, Killed, Run, course_of
 from test_recorder import Quiet
@@ -246,10 +246,10 @@ async def test_a_stage_whose_commits_are_gone_is_refused(
 async def test_a_finished_stage_has_no_commits_and_is_not_refused(tmp_path: Path) -> None:
     run = Run(course_of(tmp_path, checkpoints=2), FakeTrainee(HELD_OUT))
     await run.finish()
-    done = course.finish(run.plan, "sft", 0.0)
+    done = offline_loop.finish(run.plan, "sft", 0.0)
     assert not (tmp_path / "checkpoints").exists()
     preflight.check_directory(tmp_path, run.plan.settings)
-    assert course.finished(tmp_path) == json.loads(json.dumps(done))
+    assert offline_loop.finished(tmp_path) == json.loads(json.dumps(done))
 
 
 async def test_a_best_model_that_was_moved_away_is_brought_back(tmp_path: Path) -> None:
@@ -258,6 +258,6 @@ async def test_a_best_model_that_was_moved_away_is_brought_back(tmp_path: Path) 
     await run.finish()
     run.plan.model.rename(tmp_path / ".model.old")
     again = Run(run.plan, FakeTrainee([1, 2, 3, 4, 5, 6, 7]))
-    recorder = course.Recorder(run.plan, again.metrics, again.display)
-    await course.restore(run.plan, again.trainee, recorder)
+    recorder = offline_loop.Recorder(run.plan, again.metrics, again.display)
+    await offline_loop.restore(run.plan, again.trainee, recorder)
     assert again.exported == 0 and not (tmp_path / ".model.old").exists()

@@ -21,7 +21,7 @@ from keel.learner import loading
 from keel.observability.metrics import RunMetrics
 from keel.rollout import segments
 from keel.rollout.buffer import RolloutBuffer
-from keel.stages import course, label, reference_logprobs
+from keel.stages import label, offline_loop, reference_logprobs
 from power import MODELS, Disk, Model
 from runs import Writer, settings
 from test_course import FakeTrainee, Listener, course_of
@@ -147,19 +147,19 @@ class PoweredTrainee(FakeTrainee):
 
 def train_stage(directory: Path, patience: int) -> dict[str, Any]:
     """What `keel sft` does around its learner."""
-    if done := course.finished(directory):
+    if done := offline_loop.finished(directory):
         return done
     files.make_folder(directory)
     plan = course_of(directory, every=1, patience=patience, checkpoints=2)
     trainee = PoweredTrainee([9, 8, 7, 7.5, 6, 6.5, 6.25])
-    recorder = course.Recorder(plan, RunMetrics("test", directory / "metrics.jsonl"), Listener())
+    recorder = offline_loop.Recorder(plan, RunMetrics("test", directory / "metrics.jsonl"), Listener())
 
-    async def to_the_end() -> course.State:
-        state = await course.restore(plan, trainee, recorder)
-        return await course.run(plan, trainee, recorder, state, plan.model)
+    async def to_the_end() -> offline_loop.State:
+        state = await offline_loop.restore(plan, trainee, recorder)
+        return await offline_loop.run(plan, trainee, recorder, state, plan.model)
 
     state = asyncio.run(to_the_end())
-    return course.finish(plan, "sft", 0.0, model_step=course.kept(plan, state))
+    return offline_loop.finish(plan, "sft", 0.0, model_step=offline_loop.kept(plan, state))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -171,7 +171,7 @@ def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model,
         done = train_stage(directory, patience)
     for number, moment in enumerate(disk.moments):
         found = disk.after_a_cut(moment, model, scratch / "found") / "stage"
-        if course.finished(found) is None:
+        if offline_loop.finished(found) is None:
             _, state, damaged = checkpoint.newest_intact(found)
             assert damaged == [] and (state or {"version": 0})["version"] >= 2 * moment.promised, moment.operation
             if state and state["best_version"] and patience:
@@ -206,14 +206,14 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     for moment in disk.moments:
         found = disk.after_a_cut(moment, model, scratch / "found") / "run"
         for member in range(members):
-            if course.finished(found / "members" / str(member)):
+            if offline_loop.finished(found / "members" / str(member)):
                 assert model_of(found / "members" / str(member) / "model") == expected[member], moment.operation
         whole = found / "model"
         parts = [whole / f"member-{member}" for member in range(members)] if members > 1 else [whole]
         if (whole / "ensemble.json").exists() if members > 1 else whole.exists():
             assert [model_of(part) for part in parts] == expected, moment.operation
             seen.add("model")
-        if course.finished(found):
+        if offline_loop.finished(found):
             assert [model_of(part) for part in parts] == expected, moment.operation
             assert (found / "report.json").stat().st_size
             seen.add("finished")
@@ -234,7 +234,7 @@ def test_labels_survive_a_power_cut_at_any_moment(scratch: Path, monkeypatch: py
     seen = set()
     for moment in disk.moments:
         found = disk.after_a_cut(moment, model, scratch / "found") / "label"
-        if course.finished(found):
+        if offline_loop.finished(found):
             assert parquet.read_table(found / "pairs.parquet").num_rows == done["pairs"] == 2, moment.operation
             assert schema.from_bytes((found / "completions.arrow").read_bytes()).num_rows == 4
             seen.add("finished")

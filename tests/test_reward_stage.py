@@ -12,7 +12,7 @@ from keel.config.stages import RewardModelSettings
 from keel.learner import reward_models
 from keel.learner.reward_models import RewardText
 from keel.observability.metrics import RunMetrics
-from keel.stages import course, reward
+from keel.stages import offline_loop, reward
 from keel.stages.reward import PairRows, Prepared
 from test_course import FakeTrainee, Killed, Listener
 from test_prompts import PLAIN, jsonl
@@ -147,7 +147,7 @@ async def test_a_killed_member_with_patience_is_trained_to_its_end(
 async def test_a_finished_stage_is_said_to_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     summary = await stage.train(FakeGang(LOSSES))
-    assert course.finished(stage.directory) == summary
+    assert offline_loop.finished(stage.directory) == summary
 
 
 async def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,13 +244,13 @@ def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
     quiet.libraries()
     from keel import summary
     from keel.observability import progress
-    from keel.stages import likelihood
+    from keel.stages import policy
 
-    prepared = likelihood.prepare(settings)
+    prepared = policy.prepare(settings)
     steps = prepared.learning.run.steps
     with progress.display(console, steps, prepared.columns) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {prepared.name}, {steps} steps, {prepared.rows.counts}")
-        done = likelihood.run(prepared, display)
+        done = policy.run(prepared, display)
     summary.show_stage(console, prepared.directory, done)
 
 

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from keel.config import loader
 from keel.config.stages import SupervisedSettings
 from keel.learner import tiny
-from keel.stages import likelihood
+from keel.stages import policy
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +92,7 @@ def test_the_held_out_loss_of_sft_is_the_models_own(family: str, tmp_path: Path,
     settings = settings.model_copy(
         update={"run": settings.run.model_copy(update={"directory": str(tmp_path / "other")})}
     )
-    expected = plain_loss(folder, likelihood.prepare(settings).rows.held_out())
+    expected = plain_loss(folder, policy.prepare(settings).rows.held_out())
     print(f"{family}: held-out loss {first['loss']:.4f}, transformers {expected:.4f}")
     assert first["step"] == 0 and first["loss"] == pytest.approx(expected, abs=2e-4)
     assert ("takes one row a sequence" in out + err) == (family == "falcon_h1"), out + err

@@ -18,7 +18,7 @@ from keel.config import loader
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.learner import reward_models
 from keel.learner.reward_learner import RewardModelLearner
-from keel.stages import likelihood, reward
+from keel.stages import policy, reward
 
 pytestmark = pytest.mark.slow
 STEPS, RATE, EPSILON = 10, 1e-3, 1e-3  # Adam divides tiny gradients by their own noise at a smaller epsilon
@@ -135,7 +135,7 @@ def test_supervised_steps_are_those_of_a_plain_loop(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tree = blocks(tmp_path, tiny_model, source, **learners)
-    prepared = likelihood.prepare(loader.parse_as(SupervisedSettings, tree))
+    prepared = policy.prepare(loader.parse_as(SupervisedSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
     own = gang_losses(LearnerGang(prepared.learning, prepared.folder), batches, "loss")
 
@@ -160,7 +160,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     tree = blocks(tmp_path, tiny_model, source.with_name("pairs.jsonl"), packed_tokens=128)
     tree |= {"objective": {"kind": "preference", "loss": "dpo", "beta": 0.5}, "reference": {"dtype": "float32"}}
     monkeypatch.setenv("KEEL_CACHE", str(tmp_path / "cache"))
-    prepared = likelihood.prepare(loader.parse_as(PreferSettings, tree))
+    prepared = policy.prepare(loader.parse_as(PreferSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))

@@ -28,7 +28,7 @@ from keel.protocols import Sampling
 from keel.rollout.conversations import turns
 from keel.rollout.prompts import Prompts
 from keel.rollout.stored_completions import StoredCompletions
-from keel.stages import sampled
+from keel.stages import sampling
 
 COLUMN = "column:"
 _PARTS = 2**40  # tickets of different answers to one prompt are kept apart while they are scored
@@ -162,7 +162,7 @@ async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
     sides = (("policy", prepared.folder, prepared.draws), ("other", prepared.other_folder, prepared.other_draws))
     for model, folder, draws in sides:
         if folder is not None:
-            samplers = sampled.Samplers(settings, folder, settings.generators.max_sequences)
+            samplers = sampling.Samplers(settings, folder, settings.generators.max_sequences)
             rows = prepared.prompts.held_out(settings.evaluation.samples_per_prompt)
             parts.append((model, "sampled", await samplers.answer(rows, draws, display, f"{model}, sampled")))
             if settings.evaluation.greedy:
@@ -172,7 +172,7 @@ async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
     if prepared.given is not None:
         parts.append(("other", "given", prepared.given))
     together = schema.concat([_apart(part, number) for number, (_, _, part) in enumerate(parts)])
-    scored = await sampled.score(settings, prepared.reference_folder, together, display)
+    scored = await sampling.score(settings, prepared.reference_folder, together, display)
     sizes = [part.num_rows for _, _, part in parts]
     labels = {
         "model": pa.array(np.repeat([model for model, _, _ in parts], sizes)),

@@ -29,7 +29,8 @@ from keel.online.recorder import Display
 from keel.protocols import Sampling
 from keel.rollout import preference_labels
 from keel.rollout.prompts import Prompts
-from keel.stages import course, sampled
+from keel.stages import offline_loop
+from keel.stages import sampling as sampled_rows
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
 _SCORED = ("reward", "reference_", "score", "failure")
@@ -119,7 +120,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     """
     started = time.monotonic()
     directory = prepared.directory
-    if done := course.finished(directory):
+    if done := offline_loop.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
     atomic_files.make_folder(directory)
@@ -158,7 +159,7 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         "truncated_ratio": float(1 - np.mean([r == "stop" for r in batch.column("finish_reason").to_pylist()])),
         "seconds": round(time.monotonic() - started, 1),
     }
-    course.mark(directory, ["completions.arrow", "pairs.parquet"], summary)
+    offline_loop.mark(directory, ["completions.arrow", "pairs.parquet"], summary)
     (directory / "sampled.arrow").unlink(missing_ok=True)
     return summary
 
@@ -188,7 +189,7 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     if path.is_file():
         display.note(f"sampled before: {path}")
         return schema.from_bytes(reads.read(path))
-    samplers = sampled.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
+    samplers = sampled_rows.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()
     atomic_files.write(path, schema.to_bytes(batch))
@@ -200,4 +201,4 @@ async def _scored(prepared: Prepared, display: Display) -> pa.RecordBatch:
     if batch is None:
         assert prepared.folder is not None and prepared.prompts is not None
         batch = await _sampled(prepared, prepared.folder, prepared.prompts, display)
-    return await sampled.score(prepared.sampling, prepared.reference_folder, batch, display)
+    return await sampled_rows.score(prepared.sampling, prepared.reference_folder, batch, display)

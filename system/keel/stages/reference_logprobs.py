@@ -18,7 +18,7 @@ from keel.learner import loading, model_files
 from keel.online.recorder import Display
 from keel.online.retries import retrying
 from keel.rollout.offline_rows import OfflineRows
-from keel.stages import sampled
+from keel.stages import sampling
 
 _ROWS_PER_BATCH = 256
 
@@ -48,7 +48,7 @@ class ReferenceLogprobs:
 
         workers, what = pool.pool.count, "reference log-probs"
         display.doing(what)
-        found = [await sampled.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
+        found = [await sampling.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
         pool.pool.stop()
         table = schema.concat(found)
         _keep(path, schema.to_bytes(table))

@@ -38,8 +38,8 @@ from keel.rollout.datasets import Row
 from keel.rollout.offline_rows import digest_of, usable_rows
 from keel.rollout.reward_functions import describe
 from keel.rollout.row_columns import from_json
-from keel.stages import course, sampled
-from keel.stages.course import Course, Recorder
+from keel.stages import offline_loop, sampling
+from keel.stages.offline_loop import Course, Recorder
 
 _MEMBER_SEEDS = 1000
 
@@ -183,7 +183,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
-    return course.conduct(
+    return offline_loop.conduct(
         *place, prepared.settings.learning(prepared.steps), functools.partial(_train, prepared), display
     )
 
@@ -191,19 +191,21 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, rows = prepared.settings, prepared.rows
     learner = learner_group.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
-    await course.ready(settings, learner)
+    await offline_loop.ready(settings, learner)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
     plans = [_course(prepared, member) for member in range(settings.members.count)]
     for member, plan in enumerate(plans):
-        if course.finished(plan.directory) is None:
+        if offline_loop.finished(plan.directory) is None:
             display.doing(f"member {member}")
             metrics.path = plan.directory / "metrics.jsonl"
-            await course.call(plan, learner, "begin", member)
+            await offline_loop.call(plan, learner, "begin", member)
             recorder = Recorder(plan, metrics, display)
-            state = await course.restore(plan, learner, recorder)
-            await course.run(plan, learner, recorder, state, plan.model)
-            course.finish(plan, "member", started, evaluations=state.evaluations, model_step=course.kept(plan, state))
-    ended = [course.finished(plan.directory) or {} for plan in plans]
+            state = await offline_loop.restore(plan, learner, recorder)
+            await offline_loop.run(plan, learner, recorder, state, plan.model)
+            offline_loop.finish(
+                plan, "member", started, evaluations=state.evaluations, model_step=offline_loop.kept(plan, state)
+            )
+    ended = [offline_loop.finished(plan.directory) or {} for plan in plans]
     folders = [plan.model for plan in plans]
     learner.stop()
     display.doing("scoring held-out pairs")
@@ -214,7 +216,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     files.write_json(prepared.directory / "report.json", found)
     first = {name: ended[0][name] for name in ("evaluations", "model_step")}
     whole = dataclasses.replace(plans[0], directory=prepared.directory)
-    return course.finish(whole, "reward", started, **first, report=found)
+    return offline_loop.finish(whole, "reward", started, **first, report=found)
 
 
 def _course(prepared: Prepared, member: int) -> Course:
@@ -255,7 +257,7 @@ async def _scores(
 ) -> np.ndarray:
     """float64 [members, texts] through the scorer that online training uses."""
     rewards = [RewardSettings(name=f"m{n}", kind="model", source=str(folder)) for n, folder in enumerate(folders)]
-    batch = await sampled.score(settings.scoring(rewards), None, reward_models.as_batch(scored), display)
+    batch = await sampling.score(settings.scoring(rewards), None, reward_models.as_batch(scored), display)
     return np.stack(
         [batch.column(f"reward_{reward.name}").to_numpy(zero_copy_only=False) for reward in rewards]
     ).astype(float)

@@ -22,8 +22,8 @@ from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
 from keel.online.recorder import Display
 from keel.rollout.offline_rows import OfflineRows
-from keel.stages import course
-from keel.stages.course import Course, Recorder
+from keel.stages import offline_loop
+from keel.stages.offline_loop import Course, Recorder
 from keel.stages.reference_logprobs import ReferenceLogprobs
 
 PolicyStage = SupervisedSettings | PreferSettings
@@ -85,7 +85,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
-    return course.conduct(*place, prepared.learning, functools.partial(_train, prepared), display)
+    return offline_loop.conduct(*place, prepared.learning, functools.partial(_train, prepared), display)
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
@@ -105,10 +105,14 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         digest=rows.digest,
     )
     learner = learner_group.LearnerGang(learning, prepared.folder, prepared.others)
-    await course.ready(settings, learner)
+    await offline_loop.ready(settings, learner)
     recorder = Recorder(plan, metrics, display)
-    state = await course.restore(plan, learner, recorder)
+    state = await offline_loop.restore(plan, learner, recorder)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
-    state = await course.run(plan, learner, recorder, state, plan.model)
-    done = {"trained_steps": state.version, "model_step": course.kept(plan, state), "evaluations": state.evaluations}
-    return course.finish(plan, prepared.name, started, **done)
+    state = await offline_loop.run(plan, learner, recorder, state, plan.model)
+    done = {
+        "trained_steps": state.version,
+        "model_step": offline_loop.kept(plan, state),
+        "evaluations": state.evaluations,
+    }
+    return offline_loop.finish(plan, prepared.name, started, **done)
