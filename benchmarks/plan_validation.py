@@ -80,7 +80,7 @@ def train(runs: Path, name: str) -> None:
     """One run of a case by the command line."""
     import yaml
 
-    from keel import doctor
+    from keel.cli import doctor
     from keel.learner import tiny
 
     case, folder = CASES[name], folder_of(runs, name)

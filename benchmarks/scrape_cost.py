@@ -156,7 +156,7 @@ def with_and_without(steps: int, block_seconds: float) -> dict[bool, list[float]
     """Seconds from step to step of a real run, by whether its page was asked for once a second then."""
     import yaml
 
-    from keel import doctor
+    from keel.cli import doctor
     from keel.learner import tiny
 
     blocks: list[float] = []  # when each began; every other one, from the second, is scraped

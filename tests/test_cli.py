@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli, doctor, summary
+from keel.cli import doctor, main, summary
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError, WorkerLost
@@ -84,7 +84,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Exit code of the command line; 0 when it returns."""
     monkeypatch.setattr(sys, "argv", ["keel", *arguments])
     try:
-        cli.main()
+        main.main()
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
@@ -94,7 +94,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str]]:
     """Runs that would have been trained, in place of training them."""
     calls: list[tuple[Settings, str]] = []
-    monkeypatch.setattr(cli, "_train", lambda settings, path: calls.append((settings, path)))
+    monkeypatch.setattr(main, "_train", lambda settings, path: calls.append((settings, path)))
     return calls
 
 
@@ -177,7 +177,7 @@ def test_how_a_run_ends(
     def fail(settings: Settings, path: str) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setattr(main, "_train", fail)
     assert run(monkeypatch, "train", QUICKSTART) == code
     assert capsys.readouterr().err == line
 
@@ -194,7 +194,7 @@ def test_an_error_of_nobody_keeps_its_traceback(
     def fail(settings: Settings, path: str) -> None:
         raise LookupError("a defect\x1b]0;title\x07 [bold]\u202e\ud800")
 
-    monkeypatch.setattr(cli, "_train", fail)
+    monkeypatch.setattr(main, "_train", fail)
     assert run(monkeypatch, "train", QUICKSTART) == 1
     shown = capfd.readouterr().err
     assert "Traceback (most recent call last):\n" in shown and f'"{__file__}", line' in shown.replace("\n", "")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hatchling.builders.wheel import WheelBuilder
 
-from keel import cli, deploy_commands
+from keel.cli import deploy_commands, main
 from manifests import made
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -21,7 +21,7 @@ def deploy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None
     """Exit code of `keel deploy`."""
     monkeypatch.setattr(sys, "argv", ["keel", "deploy", *arguments])
     with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
-        cli.main()
+        main.main()
     return stop.value.code
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from keel import doctor
+from keel.cli import doctor
 from keel.config.workers import LearnerSettings
 from keel.learner.optimizer import learning_rate
 

@@ -130,20 +130,20 @@ def test_nothing_counted_is_said(lines: list[dict[str, Any]]) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from keel import operations
+    from keel.cli import run_commands
 
     lines = synchronous(reference=6.0).lines
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ConfigError, match=r"RUN_DIR=.*: no config.yaml in it; expected the directory of a run"):
-        operations.explain(tmp_path)
+        run_commands.explain(tmp_path)
     (tmp_path / "config.yaml").write_text(loader.dump(settings()))
-    operations.explain(tmp_path)
+    run_commands.explain(tmp_path)
     shown = capsys.readouterr().out
     assert "steps 2 to 3, 10.00 s each" in shown and "Time     reference 60%" in shown
     assert "Advice   reference is what the learner waits for 60% of the time" in shown
-    operations.explain(tmp_path, last=1, as_json=True)
+    run_commands.explain(tmp_path, last=1, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert (found["first_step"], found["timeline"]["reference"]) == (3, pytest.approx(0.6))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0}\n')
     with pytest.raises(ConfigError, match="no two steps"):
-        operations.explain(tmp_path)
+        run_commands.explain(tmp_path)

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, cli, reads, references, schema
+from keel import checkpoint, reads, references, schema
 from keel import files as atomic_files
 from keel.analysis import verify
+from keel.cli import main
 from keel.errors import ConfigError
 from keel.learner import loading, sharded_checkpoint, tiny
 from keel.reads import ReadFailed
@@ -268,7 +269,7 @@ def test_a_failed_read_ends_a_command_with_one_line(made: Path, capsys: pytest.C
         checkpoint.newest_intact(made)
     error = pickle.loads(pickle.dumps(caught.value))  # as it comes from a learner rank or the buffer
     with pytest.raises(SystemExit, match=r"^1$"):
-        cli._fail_run(error)
+        main._fail_run(error)
     path = made / NEWEST / "state.json"
     assert (
         capsys.readouterr().err == f"keel: ReadFailed: [Errno 5] Input/output error; it was left as it is: '{path}'\n"

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from rich.table import Table
 from rich.text import Text
 
-from keel import cli, schema, summary
+from keel import schema
 from keel.analysis import frontier_plot
+from keel.cli import main, summary
 from keel.config import loader
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
@@ -158,7 +159,7 @@ def test_a_command_line_with_escapes_ends_with_one_line(
         ):
             monkeypatch.setattr(sys, "argv", ["keel", *arguments])
             with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
-                cli.main()
+                main.main()
             output = capfd.readouterr()
             assert stop.value.code == 2 and output.out == ""
             assert output.err.startswith("keel: ") and shows(output.err[:-1]), arguments

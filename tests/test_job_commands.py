@@ -21,7 +21,8 @@ from ray.job_submission import JobDetails
 
 import tools
 from fakes import settings_for
-from keel import checkpoint, cli, files
+from keel import checkpoint, files
+from keel.cli import main
 from keel.cluster import control, job_server, jobs
 from keel.config import loader
 from keel.errors import ConfigError
@@ -140,7 +141,7 @@ def keel(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     """What a command says: standard output, or the one line of a refusal."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=r"\A\d*\Z") as ended:
         patch.setattr(sys, "argv", ["keel", *arguments])
-        cli.main()
+        main.main()
     out, err = capsys.readouterr()
     assert ended.value.code == code, (ended.value.code, out, err)
     if code:

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli
+from keel.cli import main
 from keel.cluster import kubernetes
 from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
 from keel.config import loader
@@ -29,7 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Exit code of `keel deploy kubernetes`."""
     monkeypatch.setattr(sys, "argv", ["keel", "deploy", "kubernetes", *arguments])
     with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
-        cli.main()
+        main.main()
     assert isinstance(stop.value.code, int)
     return stop.value.code
 

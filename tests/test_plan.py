@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli
 from keel.analysis.allocation import best, of_cpus, of_gpus
 from keel.analysis.footprint import footprints
 from keel.analysis.plan import Machine, Prediction, predict
 from keel.analysis.rates import Rates
+from keel.cli import main
 from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.errors import ConfigError
@@ -163,7 +163,7 @@ def config_file(folder: Path) -> Path:
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    cli.app(["plan", *arguments], standalone_mode=False)
+    main.app(["plan", *arguments], standalone_mode=False)
     return capsys.readouterr().out
 
 
@@ -231,7 +231,7 @@ def test_the_same_counts_take_the_same_time_in_both_tables(tmp_path: Path, capsy
 def test_what_is_wrong_is_said_before_minutes_of_measuring(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keel import plan_commands
+    from keel.cli import plan_commands
 
     def measure(*_: Any) -> Rates:
         raise AssertionError("measured")

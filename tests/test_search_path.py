@@ -49,7 +49,7 @@ def as_module(folder: Path) -> list[str]:
 def as_script(folder: Path) -> list[str]:
     """What pip installs as `keel`."""
     script = folder.parent / "keel-script"
-    script.write_text("import sys\nfrom keel.cli import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom keel.cli.main import main\nsys.exit(main())\n")
     return [sys.executable, str(script)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from keel import cli
+from keel.cli import main
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings
 from keel.config.run import Settings
@@ -82,7 +82,7 @@ def test_the_server_gets_the_secret_and_nobody_else(
     preflight.check_reward_source(settings.rewards[0], "rewards.mine.source")
     monkeypatch.setattr("sys.argv", ["keel", "train", str(path), "--dry-run"])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        main.main()
     scorer = scorers.RewardScorer(settings.rewards, EnsembleSettings(), 1, "scorer-0")
     answer, receipt = scorer.score(generated(prompts([0])))
     assert Handler.asked_by == [f"Bearer {SECRET}"] * 3

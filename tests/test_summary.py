@@ -3,7 +3,7 @@
 import pytest
 
 import rollouts
-from keel import summary
+from keel.cli import summary
 
 NAN = float("nan")
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from keel import cli
+from keel.cli import main
 from keel.config import loader
 from keel.config.stages import RewardModelSettings, SupervisedSettings
 
@@ -27,7 +27,7 @@ def command_of(path: Path) -> str:
 
 
 def dry_run(command: str, *arguments: str) -> str:
-    answer = CliRunner().invoke(cli.app, [command, *arguments, "--dry-run"])
+    answer = CliRunner().invoke(main.app, [command, *arguments, "--dry-run"])
     assert answer.exit_code == 0, answer.output or answer.exception
     return answer.output
 

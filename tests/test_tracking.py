@@ -370,7 +370,7 @@ WITHOUT = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import keel.cli, keel.online.train, keel.stages.policy, keel.stages.reward
+import keel.cli.main, keel.online.train, keel.stages.policy, keel.stages.reward
 from keel.observability.metrics import RunMetrics
 from keel.online.recorder import Recorder
 from fakes import settings_for

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from keel import cli, files, schema
+from keel import files, schema
 from keel.analysis import verify
+from keel.cli import main
 from keel.rollout import segments
 from runs import STEPS, Writer, read_rows, scored, settings
 
@@ -376,7 +377,7 @@ def test_who_made_a_row_and_how_long_it_took_is_no_difference(original: Path, ru
 def keel(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["keel", *map(str, arguments)])
     with pytest.raises(SystemExit, match=r"\A\d*\Z") as stop:
-        cli.main()
+        main.main()
     assert isinstance(stop.value.code, int)
     return stop.value.code
 

@@ -7,7 +7,7 @@ if __name__ == "__main__" and __spec__ is not None and not sys.flags.safe_path:
     # imports, all of which would look there.
     del sys.path[0]
 
-from keel.cli import main
+from keel.cli.main import main
 
 if __name__ == "__main__":
     main()

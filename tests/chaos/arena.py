@@ -16,7 +16,8 @@ import yaml
 from reward_server import RewardServer
 
 import keel
-from keel import doctor, files
+from keel import files
+from keel.cli import doctor
 
 PROCESSES = {
     "generator": "VllmGenerator",

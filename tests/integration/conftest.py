@@ -13,7 +13,7 @@ import yaml
 from commands import AUTHENTICATION, kill, start_keel
 
 import process_state
-from keel import doctor
+from keel.cli import doctor
 from keel.learner import tiny
 
 TEST_SECONDS = 1800

@@ -15,7 +15,7 @@ import ray
 import yaml
 from arms import ARMS, CRITIC_ARMS
 
-from keel import doctor
+from keel.cli import doctor
 from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.config.run import Settings

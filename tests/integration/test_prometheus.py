@@ -21,7 +21,8 @@ from live import PATIENCE_SECONDS, last_step, wait
 from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
 from test_runs import is_generator
 
-from keel import doctor, files, schema
+from keel import files, schema
+from keel.cli import doctor
 from keel.observability import dashboards
 from keel.observability.metric_table import PREFIX, TABLE
 

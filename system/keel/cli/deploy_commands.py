@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from keel import kubernetes_commands
+from keel.cli import kubernetes_commands
 from keel.errors import ConfigError
 
 app = typer.Typer(help="Print or write dashboards, rules and manifests.", no_args_is_help=True)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__, deploy_commands, job_commands, operations, plan_commands
+from keel import __version__
+from keel.cli import deploy_commands, job_commands, plan_commands, run_commands
 from keel.config import loader
 from keel.config.base import Section
 from keel.config.pipeline import PipelineSettings
@@ -104,7 +105,7 @@ def doctor(
     self_test: Annotated[bool, typer.Option(help="train a tiny model for one step through the whole stack")] = True,
 ) -> None:
     """Check this machine: Python, compiler, memory, ports, packages, and one step of training."""
-    from keel import doctor as checks
+    from keel.cli import doctor as checks
     from keel.observability import quiet
 
     quiet.libraries()
@@ -121,7 +122,7 @@ def reward(config_path: Config, overrides: Overrides = None, address: Address = 
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import summary
+    from keel.cli import summary
     from keel.observability import progress
     from keel.stages import reward as stage
 
@@ -143,7 +144,7 @@ def label(config_path: Config, overrides: Overrides = None, address: Address = N
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import summary
+    from keel.cli import summary
     from keel.observability import progress
     from keel.stages import label as stage
 
@@ -174,7 +175,7 @@ def evaluate(
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import summary
+    from keel.cli import summary
     from keel.observability import progress
     from keel.stages import evaluate as stage
 
@@ -207,11 +208,11 @@ def pipeline(
     stages.run(planned, console)
 
 
-app.command()(operations.compare)
-app.command()(operations.verify)
-app.command()(operations.scale)
-app.command()(operations.replay)
-app.command()(operations.explain)
+app.command()(run_commands.compare)
+app.command()(run_commands.verify)
+app.command()(run_commands.scale)
+app.command()(run_commands.replay)
+app.command()(run_commands.explain)
 app.add_typer(deploy_commands.app, name="deploy")
 app.command()(job_commands.submit)
 app.command()(job_commands.status)
@@ -242,7 +243,7 @@ def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import summary
+    from keel.cli import summary
     from keel.observability import progress
     from keel.stages import policy
 
@@ -258,7 +259,7 @@ def _train(settings: Settings, config_path: str) -> None:
     from keel.observability import quiet
 
     quiet.libraries()
-    from keel import summary
+    from keel.cli import summary
     from keel.observability import progress
     from keel.online import preflight
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from keel.cli.run_commands import Address, AsJson, Run, elsewhere, needed
 from keel.cluster import bundle
 from keel.config import loader
 from keel.config.stages import COMMANDS, command_of
@@ -18,7 +19,6 @@ from keel.errors import ConfigError
 from keel.observability.console import console, errors
 from keel.online import status as run_status
 from keel.online import stopping
-from keel.operations import Address, AsJson, Run, elsewhere, needed
 
 if TYPE_CHECKING:
     from keel.cluster.jobs import Attempt, Submission
