@@ -153,7 +153,7 @@ def test_what_did_not_fit_takes_no_space(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_directory_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
-    code = f"import sys, time; from pathlib import Path; from keel import durable; held = durable.lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    code = f"import sys, time; from pathlib import Path; from keel import files; held = files.lock(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert other.stdout is not None and other.stdout.readline() == b"held\n"
     with pytest.raises(ConfigError, match="another process works on it"):

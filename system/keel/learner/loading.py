@@ -210,11 +210,6 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
-def end_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion, as `end_tokens.decide` says."""
-    return end_tokens.decide(folder, ModelText(tokenizer), model_files.vocabulary(folder, str(folder))).stop
-
-
 def load_policy(folder: Path, dtype: str) -> Policy:
     """A causal language model with dropout off: sampler, learner and reference must be the same function."""
     from transformers import AutoModelForCausalLM
