@@ -1,6 +1,6 @@
 """What `keel plan` predicts against what runs take: one run is measured, the step time of others is predicted.
 
-A tiny random model (keel.learner.tiny) on the CPU, 4 prompts x 8 answers x 128 tokens a step, and a reward that sleeps, so that
+A tiny random model (keel.learner.tiny) on the CPU, 4 prompts x 8 answers x 128 tokens a step, a reward that sleeps: so
 two cores hold a run of which one stage is long without computing. `measured` runs give the rates, every case is
 predicted from the rates of its `measured` run alone; what the case changes in the reward's sleep is added to the
 scorer's seconds by hand.

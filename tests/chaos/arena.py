@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chaos_rewards
 import psutil
 import yaml
-from reward_server import RewardServer
 
+import chaos_rewards
 import keel
 from keel import files
 from keel.cli import doctor
+from reward_server import RewardServer
 
 PROCESSES = {
     "generator": "VllmGenerator",

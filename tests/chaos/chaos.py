@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from arena import GROUPS_PER_STEP, Arena
-from faults import ENDING, FAULTS
 from rich.console import Console
 from rich.table import Table
 
+from arena import GROUPS_PER_STEP, Arena
+from faults import ENDING, FAULTS
 from keel import files, schema
 from keel.analysis import verify
 from keel.learner import tiny

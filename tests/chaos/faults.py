@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-from arena import RECOVERY_SECONDS, Arena
-from reward_server import WAYS
 
+from arena import RECOVERY_SECONDS, Arena
 from keel import checkpoint
+from reward_server import WAYS
 
 Outcome = tuple[str, float]
 Fault = Callable[[Arena, random.Random], Outcome]

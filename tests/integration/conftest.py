@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import ray  # noqa: F401 it sets up its loggers once, when it is imported: not in the middle of a module
-import rewards
 import yaml
-from commands import AUTHENTICATION, kill, start_keel
 
 import process_state
+import rewards
+from commands import AUTHENTICATION, kill, start_keel
 from keel.cli import doctor
 from keel.learner import tiny
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from commands import finish, wait_for
 from ray.cluster_utils import Cluster
 
+from commands import finish, wait_for
 from keel import files
 from keel.cluster.actors import tried
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from test_learner import settings
 from torch import Tensor, nn
 
 from keel.config import loader
@@ -18,6 +17,7 @@ from keel.errors import NotFinite
 from keel.learner.engine import Engine, join_gang
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.learner.reward_learner import PAIR, RewardModelLearner
+from test_learner import settings
 
 
 class Rank:

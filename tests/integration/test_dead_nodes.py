@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import finish
-from live import add_node, check_intact, events_of, last_step, more_steps, title_of, wait
 from ray.cluster_utils import Cluster
 
 import keel as package
+from commands import finish
+from live import add_node, check_intact, events_of, last_step, more_steps, title_of, wait
 
 pytestmark = pytest.mark.slow
 NODES = {"learner": {"num_cpus": 3}, "generator": {"num_cpus": 1, "num_gpus": 1}}

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import RUN_SECONDS
 
 import keel as package
+from commands import RUN_SECONDS
 
 pytestmark = pytest.mark.slow
 LATE_ONCE = """

@@ -9,13 +9,13 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from arms import ARMS, CRITIC_ARMS
-from probe import Probe, meeting_point
-from test_learner import rollouts, settings
 
+from arms import ARMS, CRITIC_ARMS
 from keel.cluster import actors as ray_actors
 from keel.config import loader
 from keel.config.run import Settings
+from probe import Probe, meeting_point
+from test_learner import rollouts, settings
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def configured(arm: dict[str, Any], **learners: Any) -> Settings:
 @pytest.fixture(scope="module")
 def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """(flavour, ranks) -> Probe actors; made once each."""
-    folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find probe.py and this keel
+    folders = [Path(__file__).parent, Path(loader.__file__).parents[2]]  # where the actors find probe.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     ray_actors.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made: dict[tuple[str, int], list[Any]] = {}

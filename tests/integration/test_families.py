@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from commands import finish
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from commands import finish
 from keel.config import loader
 from keel.config.stages import SupervisedSettings
 from keel.learner import tiny

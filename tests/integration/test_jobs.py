@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rewards
 import yaml
-from commands import finish, kill, start_keel, wait_for
-from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, free_port, last_step, refusal
-from test_runs import metrics_of
 
 import keel as package
+import rewards
+from commands import finish, kill, start_keel, wait_for
 from keel import checkpoint, files
 from keel.cluster.actors import tried
 from keel.cluster.jobs import LIMIT_BYTES
+from live import PATIENCE_SECONDS, Start, answer, check_intact, events_of, free_port, last_step, refusal
+from test_runs import metrics_of
 
 pytestmark = pytest.mark.slow
 STEPS = 60

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from probe import meeting_point
 
 from keel import schema
 from keel.cluster import actors
@@ -19,6 +18,7 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.learner import weights
 from keel.learner.policy_learner import DeepSpeedLearner
+from probe import meeting_point
 
 STEPS = 3
 RATE = 1e-2

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import ray
 import yaml
-from arms import ARMS, CRITIC_ARMS
 
+from arms import ARMS, CRITIC_ARMS
 from keel.cli import doctor
 from keel.cluster import actors, learner_group
 from keel.config import loader
@@ -100,7 +100,7 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     tree["rewards"] = [{"name": "low", "source": "rewards:share_of_low_ids"}]
     tree["learners"] |= {"learning_rate": 3e-3, "tokens_per_batch": 2048}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find rewards and this keel
+    folders = [Path(__file__).parent, Path(loader.__file__).parents[2]]  # where the actors find rewards and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     actors.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made = Stack(folder, tree, tiny_model)

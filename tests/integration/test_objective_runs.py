@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import finish
-from test_runs import metrics_of, policy_of, rollouts_of
 
+from commands import finish
 from keel import files
+from test_runs import metrics_of, policy_of, rollouts_of
 
 pytestmark = pytest.mark.slow
 

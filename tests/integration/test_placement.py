@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import ray
-import test_pool
-from live import add_node, refusal
 from ray._raylet import PlacementGroupID
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import (
@@ -22,9 +20,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from test_pool import LIMITS, Log, Worker, ask
 
 import keel as package
+import test_pool
 from keel.cluster import learner_group, placement
 from keel.cluster.capacity import bundles
 from keel.cluster.placement import Room
@@ -33,6 +31,8 @@ from keel.cluster.worker import Spawn
 from keel.config.workers import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.rollout import generator
+from live import add_node, refusal
+from test_pool import LIMITS, Log, Worker, ask
 
 HERE = [str(Path(__file__).parent), str(Path(package.__file__).parents[1])]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import finish
 
+from commands import finish
 from keel import files
 
 PACED = {"rewards": [{"name": "paced", "source": "rewards:paced"}], "evaluation": {"every_steps": 0}, "checkpoint": {"every_steps": 0}}  # fmt: skip

@@ -14,17 +14,17 @@ from typing import Any
 
 import psutil
 import pytest
-import rewards
 import yaml
-from commands import finish, kill, start_keel, wait_for
-from live import PATIENCE_SECONDS, last_step, wait
-from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
-from test_runs import is_generator
 
+import rewards
+from commands import finish, kill, start_keel, wait_for
 from keel import files, schema
 from keel.cli import doctor
 from keel.observability import dashboards
 from keel.observability.metric_table import PREFIX, TABLE
+from live import PATIENCE_SECONDS, last_step, wait
+from prometheus import CONFIG, Prometheus, Samples, Series, program, shipped
+from test_runs import is_generator
 
 pytestmark = pytest.mark.slow
 RUN = "observed"

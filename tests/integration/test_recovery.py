@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from commands import finish, kill
+from keel import checkpoint, files, schema
 from live import Start, answer, check_intact, events_of, last_step, more_steps, ranks_of, refusal, wait
 from test_runs import metrics_of
-
-from keel import checkpoint, files, schema
 
 pytestmark = pytest.mark.slow
 STEPS = 2000

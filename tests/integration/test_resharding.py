@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import ray
 import torch
-from arms import CRITIC_ARMS
-from probe import meeting_point
-from rank import Rank
-from test_learner import rollouts, settings
 
+from arms import CRITIC_ARMS
 from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import NotFinite
+from probe import meeting_point
+from rank import Rank
+from test_learner import rollouts, settings
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def gangs(tiny_model: Path) -> Iterator[dict[int, Ranks]]:
-    folders = [Path(__file__).parent, Path(loader.__file__).parents[1]]  # where the actors find rank.py and this keel
+    folders = [Path(__file__).parent, Path(loader.__file__).parents[2]]  # where the actors find rank.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     actors.embedded(num_cpus=4, object_store_memory=2**27, runtime_env=here)
     yield {ranks: Ranks(tiny_model, ranks) for ranks in (1, 2)}

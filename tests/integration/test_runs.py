@@ -12,12 +12,12 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
-from commands import finish, kill
-from live import last_step, title_of, wait
 from safetensors.torch import load_file
 
+from commands import finish, kill
 from keel import checkpoint, files, schema
 from keel.learner import weights
+from live import last_step, title_of, wait
 
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
 Start = Callable[..., Any]

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from commands import finish
+from keel import schema
 from live import Start, answer, check_intact, end, events_of, last_step, more_steps, ranks_of, refusal, wait
 from test_runs import metrics_of
-
-from keel import schema
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 CURVE_STEPS = 60

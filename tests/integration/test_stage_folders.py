@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import RUN_SECONDS
 
+from commands import RUN_SECONDS
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.learner import loading, reward_models, tiny

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import finish, kill
-from live import last_step, wait
 
+from commands import finish, kill
 from keel import checkpoint, files, schema
 from keel.learner import reward_models
+from live import last_step, wait
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., Any]

@@ -10,11 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
-from commands import finish
-from live import answer, last_step, more_steps, title_of, wait
 
+from commands import finish
 from keel import files
 from keel.observability.bottlenecks import largest_share
+from live import answer, last_step, more_steps, title_of, wait
 
 pytestmark = pytest.mark.slow
 ROLES = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from commands import finish
 from safetensors.torch import load_file, save_file
 
+from commands import finish
 from keel import schema
 from keel.learner import model_files, tiny, weights
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from commands import finish, kill, start_keel
-from test_runs import metrics_of, rollouts_of, same_policy
 
+from commands import finish, kill, start_keel
 from keel import checkpoint, files
 from keel.learner import reward_models, tiny
 from keel.learner.reward_models import ScoredText
+from test_runs import metrics_of, rollouts_of, same_policy
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]  # test_stage_runs.py: other files
 CONFIGS = Path(__file__).parents[2] / "configs" / "tldr"

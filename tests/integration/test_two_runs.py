@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 import ray
-from commands import finish, wait_for
-from live import add_node, check_intact, free_port, title_of, wait
 from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 import keel as package
+from commands import finish, wait_for
+from live import add_node, check_intact, free_port, title_of, wait
 
 pytestmark = pytest.mark.slow
 STEPS = 4

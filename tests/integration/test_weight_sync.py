@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import RUN_SECONDS
 from safetensors.torch import load_file
 
+from commands import RUN_SECONDS
 from keel.learner import loading, tiny, weights
 
 SCRIPT = Path(__file__).with_name("engines.py")

@@ -1,1 +1,6 @@
-"""analysis."""
+"""Reading what runs left behind: compare, verify, replay, plan. Trains nothing.
+
+In: run directories, or settings and measured rates. Out: tables, plots, verdicts.
+Every command here works on a run that is finished, stopped or still running.
+Start reading at `compare.py` (frontier of reward and KL), `verify.py` (is a run whole?), `plan.py` (how fast would it be?).
+"""

@@ -11,8 +11,7 @@ import torch
 
 from keel import checkpoint, files, reads
 from keel.errors import ConfigError
-from keel.learner import end_tokens, model_files, scaled_down_models
-from keel.learner.model_text import ModelText
+from keel.learner import model_files, scaled_down_models
 from keel.learner.networks import Policy
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

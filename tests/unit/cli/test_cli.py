@@ -1,0 +1,245 @@
+"""The command line: answers at once where no model is needed, and one line with an exit code for what goes wrong."""
+
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keel.cli import doctor, main, summary
+from keel.config import loader
+from keel.config.run import Settings
+from keel.errors import ConfigError, WorkerLost
+from keel.observability.metric_table import reference_table
+
+pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
+HEAVY = {"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}
+QUICK = [["--help"], ["schema"], ["metrics"], ["deploy", "grafana"], ["train", QUICKSTART, "--dry-run"]]
+
+
+def keel(*arguments: str, folder: Path) -> tuple[int, str, str, float]:
+    """Exit code, standard output, standard error and seconds of the processor of a command in its own process."""
+    before = _children_seconds()
+    command = [sys.executable, "-m", "keel", *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    return answer.returncode, answer.stdout, answer.stderr, _children_seconds() - before
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.fixture(scope="module")
+def torch_seconds() -> float:
+    """Of the processor, for the import of torch on this machine."""
+    before = _children_seconds()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, timeout=120)
+    return _children_seconds() - before
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=lambda arguments: arguments[0])
+def test_answers_that_need_no_model_come_quickly(tmp_path: Path, arguments: list[str], torch_seconds: float) -> None:
+    """Half a second to one, less than torch alone would add: two on the machine where this was measured.
+
+    Of the processor, because the machine may be busy, and the best of a few runs; nothing is written.
+    """
+    seconds: list[float] = []
+    while len(seconds) < 8 and min(seconds, default=torch_seconds) >= torch_seconds:
+        code, out, err, took = keel(*arguments, folder=tmp_path)
+        assert (code, err) == (0, "") and out
+        seconds.append(took)
+    assert min(seconds) < torch_seconds, seconds
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=lambda arguments: arguments[0])
+def test_answers_that_need_no_model_import_no_heavy_library(tmp_path: Path, arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["keel", *{arguments!r}]
+from keel import cli
+cli.app(standalone_mode=False)
+assert "typer" in sys.modules
+sys.stderr.write(" ".join(sorted({HEAVY!r} & set(sys.modules))))
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+# ---- in this process
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of the command line; 0 when it returns."""
+    monkeypatch.setattr(sys, "argv", ["keel", *arguments])
+    try:
+        main.main()
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    return 0
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str]]:
+    """Runs that would have been trained, in place of training them."""
+    calls: list[tuple[Settings, str]] = []
+    monkeypatch.setattr(main, "_train", lambda settings, path: calls.append((settings, path)))
+    return calls
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    page = capsys.readouterr().out
+    assert all(f" {command} " in page for command in ("train", "resume", "schema", "metrics", "doctor"))
+
+
+def test_schema_and_metrics_come_from_the_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "schema") == 0
+    assert json.loads(capsys.readouterr().out) == Settings.model_json_schema()
+    assert run(monkeypatch, "metrics") == 0
+    assert capsys.readouterr().out == reference_table() + "\n"
+
+
+def test_dry_run_prints_what_would_run_and_starts_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    calls = started(monkeypatch)
+    assert run(monkeypatch, "train", QUICKSTART, "run.steps=7", "--address", "auto", "--dry-run") == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert loader.load(printed) == loader.load(QUICKSTART, ["run.steps=7", "cluster.address=auto"])
+    assert calls == []
+
+
+@pytest.mark.parametrize("name", ["moved", "a #1", "2024"])
+def test_train_and_resume_hand_over_the_same_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = started(monkeypatch)
+    assert run(monkeypatch, "train", QUICKSTART, "run.seed=5", "rewards.vader.weight=2") == 0
+    settings, path = calls.pop()
+    assert (settings.run.seed, settings.rewards[0].weight, path) == (5, 2.0, QUICKSTART)
+    Path(name).mkdir()
+    Path(name, "config.yaml").write_text(loader.dump(settings))
+    assert run(monkeypatch, "resume", name) == 0
+    resumed, path = calls.pop()
+    assert resumed.run_directory == name and path == f"{name}/config.yaml"
+    assert loader.digest(resumed) == loader.digest(settings)
+
+
+@pytest.mark.parametrize("folder", ["runs", "runs of mine/pipeline"])
+def test_the_next_command_is_another_run_beside_the_one_that_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = started(monkeypatch)
+    assert run(monkeypatch, "train", QUICKSTART, "run.seed=5", "rewards.vader.weight=2") == 0
+    settings, _ = calls.pop()
+    directory = Path(folder, "quickstart")
+    directory.mkdir(parents=True)
+    alone = settings.run.model_copy(update={"directory": str(directory)})  # as keel resume writes it
+    (directory / "config.yaml").write_text(loader.dump(settings.model_copy(update={"run": alone})))
+    keel, *arguments = shlex.split(summary._next(directory, settings, "configs/pipeline/train.yaml"))
+    assert (keel, run(monkeypatch, *arguments)) == ("keel", 0)
+    other, path = calls.pop()
+    assert (other.run_directory, other.run.seed) == (f"{folder}/another", 6) and path == str(directory / "config.yaml")
+    assert other.rewards[0].weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("a.b=[red]x[/red]: expected y"), 2, "keel: a.b=[red]x[/red]: expected y\n"),
+        (WorkerLost("gone: " + "x" * 300), 1, f"keel: WorkerLost: gone: {'x' * 300}\n"),
+        (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` goes on from the last checkpoint\n"),
+    ],
+    ids=["bad input", "failed run", "interrupt"],
+)
+def test_how_a_run_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    """The message as it is: neither wrapped at the terminal's width nor read as markup."""
+
+    def fail(settings: Settings, path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "_train", fail)
+    assert run(monkeypatch, "train", QUICKSTART) == code
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_doctor_ends_with_1_when_a_check_failed(monkeypatch: pytest.MonkeyPatch, healthy: bool) -> None:
+    monkeypatch.setattr(doctor, "run", lambda console, as_json, self_test: healthy)
+    assert run(monkeypatch, "doctor") == (0 if healthy else 1)
+
+
+def test_an_error_of_nobody_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(settings: Settings, path: str) -> None:
+        raise LookupError("a defect\x1b]0;title\x07 [bold]\u202e\ud800")
+
+    monkeypatch.setattr(main, "_train", fail)
+    assert run(monkeypatch, "train", QUICKSTART) == 1
+    shown = capfd.readouterr().err
+    assert "Traceback (most recent call last):\n" in shown and f'"{__file__}", line' in shown.replace("\n", "")
+    assert shown.endswith("LookupError: a defect\\x1b]0;title\\x07 [bold]\\u202e\\ud800\n")
+
+
+# ---- bad input, in an empty working directory
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hello"}\n')
+    tree: dict[str, Any] = {
+        "policy": {"model": "./absent"},
+        "prompts": {"source": str(tmp_path / "prompts.jsonl")},
+        "rewards": [{"name": "distinct", "source": "keel.examples:distinct_token_ratio"}],
+        "metrics": {"port": 0},
+        "cluster": {"object_store_bytes": 2**27, "min_memory_bytes": 0},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "CONFIG"], "policy.model=./absent: no such folder"),
+        (["train", "CONFIG", "polcy.model=x"], "polcy: unknown setting; did you mean policy?"),
+        (["train", "CONFIG", "run.steps=many"], "run.steps='many': input should be a valid integer"),
+        (["train", "CONFIG", "sampling.samples_per_prompt=1"], "sampling.samples_per_prompt=1: "),
+        (["train", "absent.yaml"], "config absent.yaml: no such file"),
+        (["resume", "absent"], "RUN_DIR=absent: no config.yaml in it"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["nonsense"], "No such command 'nonsense'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_input_ends_with_2_one_line_and_nothing_written(
+    tmp_path: Path, config_file: str, arguments: list[str], expected: str
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    given = [config_file if word == "CONFIG" else word for word in arguments]
+    code, out, err, _ = keel(*given, folder=empty)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"keel: {expected}") and err.count("\n") == 1, err
+    assert list(empty.iterdir()) == []

@@ -1,0 +1,218 @@
+"""Settings from files and overrides, and one line for every mistake."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keel.config import loader
+from keel.config.run import Settings
+from keel.errors import ConfigError
+from shipped import FILES, identity, settings_class
+
+
+def tree(**blocks: Any) -> dict[str, Any]:
+    basic = {
+        "policy": {"model": "m"},
+        "prompts": {"source": "p", "max_tokens": 16},
+        "rewards": [{"name": "a", "source": "pkg:function"}],
+    }
+    return {**basic, **blocks}
+
+
+def message(changed: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
+        loader.parse(changed)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=identity)
+def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    settings = loader.load_as(settings_class(path), path)
+    (tmp_path / "again.yaml").write_text(loader.dump(settings))
+    assert loader.load_as(settings_class(path), tmp_path / "again.yaml") == settings
+    assert loader.digest(settings) in loader.dump(settings).splitlines()[0]
+
+
+def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
+    folder = Path(__file__).parents[3] / "configs"
+    kl, maxent = (yaml.safe_load((folder / f"quickstart{suffix}.yaml").read_text()) for suffix in ("", "-maxent"))
+    assert kl.pop("regulariser") != maxent.pop("regulariser")
+    assert (kl["run"].pop("name"), maxent["run"].pop("name")) == ("quickstart", "quickstart-maxent")
+    assert kl == maxent
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (tree(polcy={}), "polcy: unknown setting; did you mean policy?"),
+        ({"polcy": {"model": "m"}, "prompts": {"source": "p"}, "rewards": []}, "polcy: unknown setting; did you mean policy?"),
+        (tree(learners={"learning_rat": 1}), "learners.learning_rat: unknown setting; did you mean learning_rate?"),
+        (tree(rewards=[{"name": "a", "source": "a:b", "wieght": 2}]), "rewards.0.wieght: unknown setting; did you mean weight?"),
+        (tree(regulariser={"kl": {"betta": 1}}), "regulariser.kl.betta: unknown setting; expected one of"),
+        (tree(reference={"modle": "m"}), "reference.modle: unknown setting; did you mean model?"),
+        (tree(run={"steps": "many"}), "run.steps='many': input should be a valid integer"),
+        (tree(run={"steps": 0}), "run.steps=0: input should be greater than or equal to 1"),
+        (tree(run=None), "run=None: input should be a valid dictionary"),
+        (tree(rewards=[3]), "rewards.0=3: input should be a valid dictionary"),
+        (tree(rewards=[]), "rewards=[]: list should have at least 1 item"),
+        (tree(learners={"learning_rate": float("nan")}), "learners.learning_rate=nan: input should be a finite number"),
+        (tree(sampling={"stop_token_ids": [1, "x"]}), "sampling.stop_token_ids.1='x': input should be a valid integer"),
+        (tree(objective={"advantage": "foo"}), "objective.advantage='foo': expected rloo, group_mean, grpo"),
+        (tree(objective={"advantage": "gae"}), "objective.critic=null: advantage=gae needs a learned value"),
+        ({"policy": {"model": "m"}, "rewards": []}, "prompts: missing"),
+        (tree(sampling={"samples_per_prompt": 1}), "sampling.samples_per_prompt=1: rloo compares"),
+        (tree(reference=None, regulariser={"kl": {"coefficient": 0.1}}), "needs column reference_logprobs but reference is null"),
+        (tree(reference=None, rewards=[{"name": "f", "kind": "reference"}]), "rewards.f: kind=reference but reference is null"),
+        (tree(rewards=[{"name": "a", "source": "a:b", "role": "monitor"}]), "rewards: none has role train"),
+        (tree(rewards=[{"name": "a", "source": "a:b"}] * 2), "name 'a' is used twice"),
+        (tree(rewards=[{"name": "a", "source": "a.b"}]), "expected module:function"),
+        (tree(rewards=[{"name": "a", "kind": "reference", "source": "x"}]), "expects no source"),
+        (tree(rewards=[{"name": "a"}]), "rewards.0.source='': kind=rule expects module:function"),
+        (tree(rewards=[{"name": "a", "kind": "model"}]), "rewards.0.source='': kind=model expects a folder or hub name"),
+        (tree(rewards=[{"name": "a", "kind": "http"}]), "rewards.0.source='': kind=http expects a URL"),
+        (tree(rewards=[{"name": "std", "source": "a:b"}]), "rewards.0.name=std: reward_std is a metric of the run"),
+        (tree(regulariser={"kl": {"placement": "loss"}}), "estimator=k1 in the loss: its expected gradient is zero"),
+        (tree(regulariser={"kl": {"estimator": "k2"}}), "estimator=k2 in the reward: its expected gradient is not that"),
+        (tree(regulariser={"kl": {"estimator": "k3"}}), "estimator=k3 in the reward: its expected gradient is KL(pi,ref) minus"),
+        (tree(regulariser={"kl": {"placement": "reward", "estimator": "exact"}}), "estimator=exact in the reward: it is a sum over"),
+        (tree(objective={"level": "sequence"}), "level=sequence has one ratio a completion"),
+        (tree(objective={"level": "sequence", "reduction": "token_mean", "correction": "none"}), "expected sequence_sum"),
+        (tree(buffer={"groups_per_step": 2, "groups_per_batch": 3}), "buffer.groups_per_batch=3"),
+        (tree(buffer={"groups_per_step": 2, "groups_per_batch": 5, "max_staleness": 1}), "(1 + max_staleness) * groups_per_step=2"),
+        (tree(buffer={"groups_per_step": 1}, learners={"count": 9}), "learners.count=9: a step has 4 rows"),
+        (tree(learners={"tokens_per_batch": 8}), "learners.tokens_per_batch=8"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_it(changed: dict[str, Any], expected: str) -> None:
+    assert expected in message(changed)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        {"sampling": {"samples_per_prompt": 2}},
+        {"reference": None},
+        {"regulariser": {"kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.1}}},
+        {"objective": {"level": "sequence", "correction": "sequence"}},
+        {"buffer": {"groups_per_step": 2, "groups_per_batch": 4, "max_staleness": 1}},
+        {"buffer": {"groups_per_step": 1}, "learners": {"count": 4}},
+        {"learners": {"tokens_per_batch": 16 + 128}},
+    ],
+)
+def test_what_the_rules_only_just_allow(blocks: dict[str, Any]) -> None:
+    assert loader.parse(tree(**blocks)).run.name == "run"
+
+
+def write(folder: Path, content: dict[str, Any]) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, tree())
+    changes = [
+        "learners.learning_rate=6e-5",
+        "regulariser.kl.coefficient=0.5",
+        "regulariser.kl.coefficient=0",
+        "sampling.stop_token_ids=[7, 8]",
+        "rewards.a.weight=2",
+        "rewards.0.role=train",
+        "reference=null",
+        "run.name=x",
+    ]
+    settings = loader.load(path, changes)
+    assert settings.learners.learning_rate == 6e-5
+    assert settings.rewards[0].weight == 2
+    assert settings.reference is None
+    assert settings.regulariser.kl.coefficient == 0
+    assert settings.sampling.stop_token_ids == [7, 8]
+    assert yaml.safe_load(path.read_text()) == tree()  # the file stays as it was
+    assert settings.run_directory == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("run.steps", "expected key.key=value"),
+        ("=3", "expected key.key=value"),
+        ("rewards.a=3", "rewards is not a block"),
+        ("learners.learning_rate=fast", "learners.learning_rate='fast': input should be a valid number"),
+        ("rewards.b.weight=1", "no entry rewards.b; expected one of a"),
+        ("policy.model.size=3", "policy.model is not a block"),
+        ("run.steps=[", "not YAML"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected.replace(".", r"\.")):
+        loader.load(write(tmp_path, tree()), [override])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("a: [", "not YAML"), ("- 1", "list at the top"), ("", "NoneType at the top")]
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=expected):
+        loader.load(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        loader.load(tmp_path / "absent.yaml")
+
+
+UNSEEN = [
+    {"run": {"directory": "elsewhere"}},
+    {"metrics": {"host": "0.0.0.0", "port": 1}},
+    {
+        "tracking": {
+            "trackers": ["wandb"],
+            "project": "p",
+            "tags": ["t"],
+            "tensorboard_directory": "d",
+            "finish_seconds": 1,
+        }
+    },
+    {"cluster": {"address": "auto", "min_memory_bytes": 0}},
+    {"deadlines": {"step_seconds": 5}},
+]
+SEEN: list[dict[str, Any]] = [
+    {"run": {"seed": 1}},
+    {"policy": {"model": "n"}},
+    {"prompts": {"source": "q", "max_tokens": 16}},
+    {"sampling": {"temperature": 0.9}},
+    {"objective": {"advantage": "grpo"}},
+    {"regulariser": {"kl": {"coefficient": 0.1}}},
+    {"rewards": [{"name": "a", "source": "pkg:function", "weight": 2.0}]},
+    {"failures": {"retries": 0}},
+    {"buffer": {"max_staleness": 1}},
+    {"generators": {"dtype": "float32"}},
+    {"scorers": {"count": 2}},
+    {"reference": None},
+    {"learners": {"learning_rate": 1e-3}},
+    {"evaluation": {"every_steps": 0}},
+    {"checkpoint": {"keep": 3}},
+    {"parity": {"max_gap_nats": 0.2}},
+    {"ensemble": {"coefficient": 2.0}},
+    {"shaping": {"missing_end_penalty": 1.0}},
+]
+
+
+def test_the_digest_covers_what_changes_a_number() -> None:
+    """Every block of the settings is in one of the two lists; only where a run lives and is watched is left out."""
+    assert {name for blocks in UNSEEN + SEEN for name in blocks} == set(Settings.model_fields)
+    base = loader.digest(loader.parse(tree()))
+    assert {loader.digest(loader.parse(tree(**blocks))) for blocks in UNSEEN} == {base}
+    assert len({base, *(loader.digest(loader.parse(tree(**blocks))) for blocks in SEEN)}) == 1 + len(SEEN)
+
+
+def test_a_difference_names_two_settings_and_counts_the_rest() -> None:
+    stored = loader.parse(tree()).model_dump(mode="json")
+    assert loader.difference(stored, loader.parse(tree())) == ""
+    one = loader.parse(tree(rewards=[{"name": "a", "source": "pkg:function", "weight": 2}]))
+    assert loader.difference(stored, one) == "rewards.0.weight: 1.0 there, 2.0 here"
+    many = loader.parse(tree(run={"seed": 1, "steps": 2}, learners={"learning_rate": 0.5}, reference=None))
+    line = loader.difference(stored, many)
+    assert line.startswith("run.seed: 0 there, 1 here; run.steps: 30 there, 2 here; ") and line.endswith(" more")

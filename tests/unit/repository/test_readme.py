@@ -1,0 +1,130 @@
+"""What the pages say is there: files, links, commands and their options."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from keel.cli.main import app
+
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text(encoding="utf8")
+TREE = README.partition("\n## Files\n")[2]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("docs", "configs", "requirements") for page in (ROOT / folder).rglob("*.md")),
+    ]
+)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def named(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in ROOT.glob(pattern) if "__" not in path.name)
+
+
+FILES = named(
+    "system/keel/**/*.py",
+    "docs/*",
+    "deploy/*",
+    "benchmarks/*",
+    "configs/*",
+    "*.md",
+    "Makefile",
+    "pyproject.toml",
+    "LICENSE",
+    ".ci/run",
+    ".dockerignore",
+    "tests/[!t]*.py",
+    "tests/support/tabular.py",
+    "tests/support/tools.py",
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_tree_names(path: Path) -> None:
+    name = f"{path.name}/" if path.is_dir() else path.name
+    assert re.search(rf"(?<![\w.-]){re.escape(name)}", TREE), f"no line in README.md, Files, for {path}"
+
+
+def test_the_tree_names_nothing_twice_and_nothing_that_is_not_there() -> None:
+    lines = [line for line in TREE.split("```")[1].splitlines() if line]
+    starts = [line.split("  ")[0] for line in lines if not line.startswith(" ")]
+    assert len(set(starts)) == len(starts)
+    there = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert set(re.findall(r"[\w-]+\.py\b", TREE)) <= there
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)", page.read_text(encoding="utf8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@each_page
+def test_a_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        to = page.parent / path if path else page
+        assert to.exists(), link
+        assert not anchor or anchor in anchors(to), link
+
+
+def command_of(words: list[str]) -> TyperCommand | TyperGroup | None:
+    """The command that a line calls; None where the first word is none of Keel's."""
+    found: Any = typer.main.get_command(app)
+    for word in words:
+        if not isinstance(found, TyperGroup):
+            break
+        if word not in found.commands:
+            return None
+        found = found.commands[word]
+    return found
+
+
+def calls(text: str) -> list[str]:
+    """Every `keel ...` of a page's code, without its first word; lines that go on are one."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [line for code in [*blocks, *spans] for line in code.replace("\\\n", " ").splitlines()]
+    return [found for line in lines for found in re.findall(r"(?<!from )(?<![\w.-])keel ([a-z][^|;#&>`]*)", line)]
+
+
+@each_page
+def test_a_command_and_its_options_exist(page: Path) -> None:
+    for call in calls(page.read_text(encoding="utf8")):
+        command = command_of(call.replace(",", " ").split())
+        assert command, f"keel {call}"
+        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", call)) <= options | {"--help"}, f"keel {call}"
+
+
+def test_calls_are_found() -> None:
+    found = calls(
+        "`keel scale RUN_DIR --learners 2`\n```\n$ keel plan a.yaml \\\n  --gpus 8 | less\n.venv/bin/keel sft b\n```\n"
+    )
+    assert [call.split()[0] for call in found] == ["plan", "sft", "scale"] and "--gpus 8" in found[0]
+
+
+def test_the_table_of_commands_has_all_of_them() -> None:
+    table = README.partition("| command | what it does |")[2].partition("\n\n")[0]
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    missing = {name for name in root.commands if not re.search(rf"`keel {name}[ `]", table)}
+    assert missing == set()
+
+
+def test_the_table_of_events_has_all_of_them() -> None:
+    table = (
+        (ROOT / "docs/reliability.md").read_text(encoding="utf8").partition("| event | when |")[2].partition("\n\n")[0]
+    )
+    sources = [path.read_text(encoding="utf8") for path in (ROOT / "system/keel").rglob("*.py")]
+    written = {name for text in sources for name in re.findall(r'(?:\.event\(\s*|"event": )"(\w+)"', text)}
+    listed = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+    }
+    assert listed == written and len(written) > 10
