@@ -94,7 +94,7 @@ def trl(python: Path, settings: Settings, steps: int, scratch: Path) -> list[Ste
         "rows": settings.buffer.groups_per_step * samples,
         "samples": samples,
         "tokens": settings.sampling.max_tokens,
-        "beta": settings.regulariser.kl.coefficient,
+        "beta": settings.regularizer.kl.coefficient,
         "learning_rate": learners.learning_rate,
         "adam_betas": learners.adam_betas,
         "max_grad_norm": learners.max_grad_norm,

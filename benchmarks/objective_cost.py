@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def settings(objective: dict[str, Any], regulariser: dict[str, Any], arguments: argparse.Namespace) -> Any:
+def settings(objective: dict[str, Any], regularizer: dict[str, Any], arguments: argparse.Namespace) -> Any:
     from keel.config import loader
 
     return loader.parse(
@@ -51,7 +51,7 @@ def settings(objective: dict[str, Any], regulariser: dict[str, Any], arguments: 
             "sampling": {"samples_per_prompt": 4, "max_tokens": arguments.tokens},
             "rewards": [{"name": "a", "source": "a:b"}],
             "objective": objective,
-            "regulariser": regulariser,
+            "regularizer": regularizer,
             "learners": {"learning_rate": 1e-6, "tokens_per_batch": 1024},
         }
     )

@@ -1,4 +1,4 @@
-"""Keel trains language models from reward and shows over-optimisation while it happens.
+"""Keel trains language models from reward and shows over-optimization while it happens.
 
  prompts.py      prompt columns                   pure function of (run seed, ticket)
     |

@@ -153,7 +153,7 @@ class Learner(Protocol):
         """Write the current policy as a Hugging Face folder."""
 
     async def state(self) -> Mapping[str, Any]:
-        """What changes the run and is not in the weights: coefficients, moments, normalisers. JSON."""
+        """What changes the run and is not in the weights: coefficients, moments, normalizers. JSON."""
 
     async def renew_reference(self, folder: str) -> None:
         """Read the reference inside the learner from this folder from now on, where there is one."""

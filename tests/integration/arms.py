@@ -27,7 +27,7 @@ PPO = {
 }
 SAFE = {
     "advantage": "value_baseline",
-    "normalise_reward": True,
+    "normalize_reward": True,
     "critic": {"trunk": "detached", "head": "mlp", "softmin_temperature": 0.3, "loss": "huber", "clipped": "mean"},
 }
 EAPO = {
@@ -40,20 +40,20 @@ DAPO = {"advantage": "grpo", "clip_low": 0.2, "clip_high": 0.28, "reduction": "t
 Arm = dict[str, Any]
 
 
-def policy_gradient(regulariser: dict[str, Any] = KL, **objective: Any) -> Arm:
-    return {"objective": objective, "regulariser": regulariser}
+def policy_gradient(regularizer: dict[str, Any] = KL, **objective: Any) -> Arm:
+    return {"objective": objective, "regularizer": regularizer}
 
 
-def preference(loss: str, regulariser: dict[str, Any] = NONE, **more: Any) -> Arm:
-    return {"objective": {"kind": "preference", "loss": loss, **more}, "regulariser": regulariser}
+def preference(loss: str, regularizer: dict[str, Any] = NONE, **more: Any) -> Arm:
+    return {"objective": {"kind": "preference", "loss": loss, **more}, "regularizer": regularizer}
 
 
 def likelihood(weights: str, **more: Any) -> Arm:
-    return {"objective": {"kind": "weighted_likelihood", "weights": weights, **more}, "regulariser": NONE}
+    return {"objective": {"kind": "weighted_likelihood", "weights": weights, **more}, "regularizer": NONE}
 
 
-def convex(form: str, regulariser: dict[str, Any] = KL, **more: Any) -> Arm:
-    return {"objective": {"kind": "logits_convexity", "form": form, **more}, "regulariser": regulariser}
+def convex(form: str, regularizer: dict[str, Any] = KL, **more: Any) -> Arm:
+    return {"objective": {"kind": "logits_convexity", "form": form, **more}, "regularizer": regularizer}
 
 
 # the reference of these tests is the start model: anchored there, a policy moves only as far as A / eta says

@@ -21,7 +21,7 @@ class Poisoned(Objective):
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         self._step = measured.version + 1
-        rewards = self.regularised_rewards(batch, measured)
+        rewards = self.regularized_rewards(batch, measured)
         lengths = np.array([len(tokens) for tokens in batch.column("completion_tokens").to_pylist()])
         return Credit((rewards - rewards.mean()).repeat(lengths), len(lengths), int(lengths.sum()), {})
 

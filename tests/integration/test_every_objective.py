@@ -24,7 +24,7 @@ def configured(arm: dict[str, Any], **learners: Any) -> Settings:
     tree = settings(**learners).model_dump(mode="json")
     tree["objective"] = {"correction": "none"} if "kind" not in arm["objective"] else {}
     blocks = {name: {**tree.get(name, {}), **arm[name]} if name == "objective" else arm[name] for name in arm}
-    return loader.parse({**tree, **blocks, "regulariser": arm["regulariser"]})
+    return loader.parse({**tree, **blocks, "regularizer": arm["regularizer"]})
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ def test_training_starts_where_the_sampler_is(
         run={"steps": 2},
         prompts={"source": str(prompts), "max_tokens": 80, "held_out": 2},
         sampling={"samples_per_prompt": 4, "max_tokens": 24},
-        regulariser={"kl": {"coefficient": 0.1}},
+        regularizer={"kl": {"coefficient": 0.1}},
         checkpoint={"every_steps": 0},
     )
     code, _, err = finish(keel("train", str(path)))

@@ -40,7 +40,7 @@ def settings(**learners: Any) -> Settings:
             "prompts": {"source": "unused", "max_tokens": 16},
             "sampling": {"samples_per_prompt": SAMPLES, "max_tokens": 12, "temperature": 0.7},
             "rewards": [{"name": "a", "source": "a:b"}],
-            "regulariser": {
+            "regularizer": {
                 "kl": {"coefficient": 0.05, "placement": "loss", "estimator": "k2"},
                 "entropy": {"form": "token_bonus", "coefficient": 0.01},
             },

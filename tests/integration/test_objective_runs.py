@@ -24,7 +24,7 @@ def test_simpo_learns_offline_from_stored_pairs(write_config: Start, keel: Start
         run={"name": "offline", "steps": 8, "directory": str(run)},
         sampling={"samples_per_prompt": 2, "max_tokens": 12, "stored_ratio": 1.0},
         objective={"kind": "preference", "loss": "simpo", "beta": 2.0, "target_margin": 0.5},
-        regulariser={"kl": {"coefficient": 0.0}},
+        regularizer={"kl": {"coefficient": 0.0}},
         rewards=[
             {"name": "label", "kind": "stored"},
             {"name": "distinct", "source": "keel.examples:distinct_token_ratio", "role": "monitor"},
@@ -63,7 +63,7 @@ def test_a_stopping_rule_ends_the_run_for_good(write_config: Start, keel: Start,
             "kind": "preference",
             "pairs": {"selection": "most_disagreeing", "stop_settled_ratio": 0.9, "judge": "gold"},
         },
-        regulariser={"kl": {"coefficient": 0.0}},
+        regularizer={"kl": {"coefficient": 0.0}},
         ensemble={"form": "worst"},
         rewards=[{"name": "a", **member}, {"name": "b", **member}, {"name": "gold", "role": "judge", **member}],
     )

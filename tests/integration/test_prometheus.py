@@ -124,7 +124,7 @@ def test_prometheus_knows_every_metric_of_the_table(observed_run: Observed) -> N
 ABSENT = {
     "no such term in the configuration": {
         *("kl_loss", "kl_loss_nats", "entropy_loss", "policy_entropy_nats"),
-        *("safe_threshold_nats", "safe_gate", "safe_penalty", "normaliser_mean", "normaliser_std", "objective_term"),
+        *("safe_threshold_nats", "safe_gate", "safe_penalty", "normalizer_mean", "normalizer_std", "objective_term"),
     },
     "no pairs, no rankings, no weights": {
         *("preference_loss", "pairs", "chosen_implicit_reward", "rejected_implicit_reward", "implicit_margin"),

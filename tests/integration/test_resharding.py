@@ -59,7 +59,7 @@ def configured(arm: dict[str, Any] | None = None, **learners: Any) -> Settings:
     chosen = settings(schedule="cosine", warmup_steps=4, tokens_per_batch=1024, **learners).model_dump(mode="json")
     chosen["run"]["steps"] = 10
     if arm is not None:
-        chosen |= {"objective": arm["objective"], "regulariser": arm["regulariser"]}
+        chosen |= {"objective": arm["objective"], "regularizer": arm["regularizer"]}
     return loader.parse(chosen)
 
 

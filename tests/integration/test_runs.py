@@ -28,12 +28,12 @@ ADAPTING: dict[str, Any] = {
     "objective": {
         "advantage": "gae",
         "critic": {"trunk": "own", "popart": True, "learning_rate": 1e-2},
-        "normalise_reward": True,
+        "normalize_reward": True,
         "epochs": 2,
         "clip_low": 0.2,
         "clip_high": 0.2,
     },
-    "regulariser": {"kl": {"coefficient": 0.05, "controller": {"kind": "dual", "target_nats": 1.0}}},
+    "regularizer": {"kl": {"coefficient": 0.05, "controller": {"kind": "dual", "target_nats": 1.0}}},
     "reference": {"threads": 1, "dtype": "float32", "ref_policy": "previous", "iteration_steps": 2},
     "rewards": [
         {"name": "even", "source": "rewards:mostly_even"},
@@ -41,7 +41,7 @@ ADAPTING: dict[str, Any] = {
     ],
     "buffer": {"groups_per_step": 2, "dynamic_sampling_refills": 2},
 }
-"""Critic with PopArt, reward normaliser, dual KL, dynamic sampling, a new reference every two steps."""
+"""Critic with PopArt, reward normalizer, dual KL, dynamic sampling, a new reference every two steps."""
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def check_adaptation(lines: list[dict[str, Any]], state: dict[str, Any]) -> None
     assert coefficients[0] == 0.05 and len(set(coefficients)) == len(lines)
     assert state["kl"]["value"] != coefficients[-1]  # the file holds what the next step would have used
     assert state["popart"]["value"]["mean"] != 0 and lines[-1]["popart_mean"]["value"] != 0
-    assert state["moments"]["count"] > 10 and lines[-1]["normaliser_std"] > 0
+    assert state["moments"]["count"] > 10 and lines[-1]["normalizer_std"] > 0
     assert {"critic_loss", "explained_variance", "advantage_std"} <= set(lines[-1])
     kl = [abs(line["kl_nats"]) for line in lines]
     assert max(kl[0], kl[2], kl[4]) < 1e-3 < min(kl[1], kl[3], kl[5])

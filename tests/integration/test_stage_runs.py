@@ -84,7 +84,7 @@ def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_mo
     assert evaluations[0][-1]["loss"] < evaluations[0][0]["loss"]
 
 
-def test_rollouts_of_a_run_become_labels_and_a_centred_ensemble(
+def test_rollouts_of_a_run_become_labels_and_a_centered_ensemble(
     write_config: Start, keel: Start, tmp_path: Path, tiny_model: Path
 ) -> None:
     """train -> label by a judge that fails on some rows -> two reward models -> a run that they reward."""

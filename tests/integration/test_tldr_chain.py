@@ -108,7 +108,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = ["prompts.source=demonstrations.jsonl", "prompts.max_tokens=96", "prompts.held_out=8"]
     own = [f"policy.model={model}", "completions.max_tokens=24", "training.epochs=4"]
     keel(folder, "sft", str(CONFIGS / "sft-1b.yaml"), *SMALL, *sizes, *data, *own)
-    data = ["prompts.source=pairs.jsonl", "prompts.held_out=12", "centre.source=demonstrations.jsonl"]
+    data = ["prompts.source=pairs.jsonl", "prompts.held_out=12", "center.source=demonstrations.jsonl"]
     own = ["completions.max_tokens=128", "training.epochs=5"]
     keel(folder, "reward", str(CONFIGS / "reward-1b.yaml"), *SMALL, *sizes, *data, *own)
     for arm in ("rloo-kl", "rloo-entropy-sum"):

@@ -167,8 +167,8 @@ class Listener(Observer):
 
     def add(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            labelled = {(name, key): each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-            for key, each in labelled.items():
+            labeled = {(name, key): each for key, each in value.items()} if isinstance(value, dict) else {name: value}
+            for key, each in labeled.items():
                 self.totals[key] = self.totals.get(key, 0.0) + each
 
     def event(self, name: str, **fields: Any) -> None:

@@ -179,7 +179,7 @@ POLICY_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sequence": ({"level": "sequence", "correction": "none", **CLIP}, KL_REWARD),
     "reinforce_pp": ({"advantage": "reinforce_pp", "discount": 0.9, **CLIP}, KL_REWARD),
     "reinforce_pp_baseline": ({"advantage": "reinforce_pp_baseline", "reduction": "token_mean"}, KL_REWARD),
-    "none": ({"advantage": "none", "normalise_reward": True}, KL_REWARD),
+    "none": ({"advantage": "none", "normalize_reward": True}, KL_REWARD),
     "gae": ({"advantage": "gae", "critic": {}, **CLIP}, KL_REWARD),
     "value_baseline": (
         {
@@ -244,9 +244,9 @@ WEIGHTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ]
 }
 CASES = {**POLICY_GRADIENT, **LCO, **PREFERENCE, **WEIGHTED}
-"""Every kind of objective in its variants: blocks `objective` and `regulariser`."""
+"""Every kind of objective in its variants: blocks `objective` and `regularizer`."""
 
 
 def case(name: str, **more: Any) -> Objective:
     by, terms = CASES[name]
-    return objective(objective={**by, **more}, regulariser=terms)
+    return objective(objective={**by, **more}, regularizer=terms)

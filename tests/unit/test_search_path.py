@@ -97,7 +97,7 @@ def configuration(folder: Path, command: str) -> list[str]:
     ("command", "start"),
     [("train", as_module), ("train", as_script), ("label", as_script), ("evaluate", as_module)],
 )
-def test_a_reward_beside_the_configuration_is_found_and_its_neighbours_are_not_run(
+def test_a_reward_beside_the_configuration_is_found_and_its_neighbors_are_not_run(
     hostile: Path, command: str, start: Any
 ) -> None:
     code, modules, said = ran(hostile, [*start(hostile), *configuration(hostile, command)])

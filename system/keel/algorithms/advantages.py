@@ -58,7 +58,7 @@ def group_mean(rewards: np.ndarray) -> np.ndarray:
 def grpo(rewards: np.ndarray) -> np.ndarray:
     """GRPO (2402.03300): A_i = (R_i - mean R) / (std R + 1e-4), sample standard deviation (k-1). [k] -> [k].
 
-    Unlike its neighbours it gives every prompt the same weight, however little its samples differ.
+    Unlike its neighbors it gives every prompt the same weight, however little its samples differ.
     """
     if len(rewards) < 2:
         return np.zeros(1)
@@ -97,7 +97,7 @@ def returns(rewards: np.ndarray, lengths: np.ndarray, discount: float) -> np.nda
 
 
 def gae(rewards: np.ndarray, values: np.ndarray, lengths: np.ndarray, discount: float, trace: float) -> np.ndarray:
-    """Generalised advantage estimation (1506.02438) of each row: A_t = delta_t + discount * trace * A_{t+1}.
+    """Generalized advantage estimation (1506.02438) of each row: A_t = delta_t + discount * trace * A_{t+1}.
 
     delta_t = r_t + discount V_{t+1} - V_t. A completion is over after its last token, also one that was cut at the
     budget: its reward stands there and V behind it is 0. trace 0 is the one-step advantage, 1 is G_t - V_t.
@@ -114,7 +114,7 @@ def gae(rewards: np.ndarray, values: np.ndarray, lengths: np.ndarray, discount: 
     return advantage[:, :-1][inside]
 
 
-def centre_by_position(values: np.ndarray, lengths: np.ndarray, tickets: np.ndarray) -> np.ndarray:
+def center_by_position(values: np.ndarray, lengths: np.ndarray, tickets: np.ndarray) -> np.ndarray:
     """Values minus their mean over the group's rows that reach the same position. Flat [tokens] -> [tokens]."""
     position = np.concatenate([np.arange(n) for n in lengths])
     _, place = np.unique(np.stack([np.repeat(tickets, lengths), position]), axis=1, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Coefficients that adapt: what one regulariser weighs at this step, moved after every step by what was seen.
+"""Coefficients that adapt: what one regularizer weighs at this step, moved after every step by what was seen.
 
 Every rank sees the same step and so holds the same coefficient; it is in metrics.jsonl and in state.json.
 """
@@ -17,7 +17,7 @@ class Observation:
     """What a step says to the controllers: means over its completions or tokens."""
 
     nats: float
-    """Of the regularised quantity: sequence KL, or entropy in the unit of its form."""
+    """Of the regularized quantity: sequence KL, or entropy in the unit of its form."""
     completions: int
     kl_per_token_nats: float
     entropy_per_token_nats: float

@@ -52,7 +52,7 @@ def explained_variance(values: np.ndarray, targets: np.ndarray) -> float:
 
 @dataclass
 class PopArt:
-    """PopArt (1602.07714, as EAPO 2407.18143 uses it): a head works on normalised targets and its outputs are kept.
+    """PopArt (1602.07714, as EAPO 2407.18143 uses it): a head works on normalized targets and its outputs are kept.
 
         mu, nu   <- (1 - rate) old + rate * mean of targets, of their squares;   sigma = sqrt(nu - mu^2) in [1e-4, 1e6],
                     and never below the rounding of mu: targets that are all alike are not blown up to unit size
@@ -104,7 +104,7 @@ class RunningMoments:
         """Of all rewards so far; 0 before the first."""
         return math.sqrt(self.square_sum / self.count) if self.count else 0.0
 
-    def normalise(self, values: np.ndarray) -> np.ndarray:
+    def normalize(self, values: np.ndarray) -> np.ndarray:
         """Take the values in, then return them with the mean removed and divided by the deviation. [n] -> [n].
 
         Exactly 0 where they differ from the mean by rounding alone.

@@ -1,4 +1,4 @@
-"""LCO: regress the logits of each state onto the closed-form optimum of one KL-regularised step (2603.00963).
+"""LCO: regress the logits of each state onto the closed-form optimum of one KL-regularized step (2603.00963).
 
     z* = z_anchor + A / eta,   pi* = softmax(z*)
     mse        1/2 ||z - z*||^2            gradient z - z*
@@ -8,7 +8,7 @@
 All three are convex in the logits, where clipped policy gradients are not, and their gradient dies out at the target.
 Only the abstract and reviews of the paper were to be had: these equations are a reconstruction from its description.
 Sparse advantages touch the sampled token alone, so nothing of vocabulary size is stored between passes: with anchor
-behaviour and one epoch the anchor is the policy itself; with more, its hidden states and output head.
+behavior and one epoch the anchor is the policy itself; with more, its hidden states and output head.
 Logits are defined up to a constant: mse and log_cosh compare them after removing their mean, which keeps them convex.
 """
 
@@ -53,7 +53,7 @@ def ratio_shift(log_probability: Tensor, ratio: Tensor) -> Tensor:
     return torch.where((rest <= 0) | (capped == 1), torch.zeros_like(shift), shift)
 
 
-def centred(logits: Tensor) -> Tensor:
+def centered(logits: Tensor) -> Tensor:
     return logits - logits.mean(-1, keepdim=True)
 
 
@@ -74,7 +74,7 @@ class ConvexTerm:
             shift = self._shift(own, targets, advantages.to(logits.dtype))
             target = own.scatter_add(-1, targets[:, None], shift[:, None])
         if self.by.form != "kl":
-            return distance(centred(logits), centred(target), self.by.form)
+            return distance(centered(logits), centered(target), self.by.form)
         weight = advantages.abs() if self.by.target == "ratio" else 1.0
         return weight * distance(logits, target, "kl")
 
@@ -107,18 +107,18 @@ class LogitsConvexity(Objective):
         tickets = batch.column("ticket").to_numpy()
         kl = schema.row_sums(self.penalty(batch, measured), lengths)
         bonus = schema.row_sums(self.bonus(batch, measured), lengths)
-        regularised = self.regularised_rewards(batch, measured)
+        regularized = self.regularized_rewards(batch, measured)
         late = kl if self.kl.order == "after_baseline" else 0.0
-        rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularised + late, tickets) - late
+        rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularized + late, tickets) - late
         deviation = advantages.deviation(rows, size=advantages.magnitude(self.rewards(batch), kl, bonus))
-        if self.by.normalise_advantage and deviation:
+        if self.by.normalize_advantage and deviation:
             rows = rows / deviation
         return Credit(
             advantages=np.repeat(rows, lengths),
             num_rows=len(rows),
             num_tokens=int(lengths.sum()),
             metrics={
-                **self.reward_metrics(regularised, kl, bonus, tickets),
+                **self.reward_metrics(regularized, kl, bonus, tickets),
                 "advantage_std": deviation,
             },
         )

@@ -27,7 +27,7 @@ from keel.config.run import Settings
 
 
 class Objective:
-    """Regularisers, their coefficients, and the frame into which every kind of objective puts its surrogate."""
+    """Regularizers, their coefficients, and the frame into which every kind of objective puts its surrogate."""
 
     measures: frozenset[str] = frozenset()
     """What `weigh` reads of Measured: logprobs, values."""
@@ -41,7 +41,7 @@ class Objective:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.kl, self.entropy = settings.regulariser.kl, settings.regulariser.entropy
+        self.kl, self.entropy = settings.regularizer.kl, settings.regularizer.entropy
         self.max_tokens = settings.sampling.max_tokens
         self.needs = frozenset(settings.needed_columns())
         self.epochs: int = settings.objective.epochs
@@ -50,8 +50,8 @@ class Objective:
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
         self._terms = [
-            (term, user_code.load(term.source, f"regulariser.terms.{term.name}.source"))
-            for term in settings.regulariser.terms
+            (term, user_code.load(term.source, f"regularizer.terms.{term.name}.source"))
+            for term in settings.regularizer.terms
         ]
         if self.kl.exact:
             self.vocabulary = regularizers.ExactKL(self.kl.token_share)
@@ -89,7 +89,7 @@ class Objective:
         return {"loss": -float(measured.logprobs.mean())}
 
     def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
-        """The micro-batch's share of the loss without regularisers, and shares of further metrics.
+        """The micro-batch's share of the loss without regularizers, and shares of further metrics.
 
         Here: a weighted likelihood, -sum_t A_t log pi_t / rows, for objectives whose whole idea is in the weights.
         """
@@ -97,7 +97,7 @@ class Objective:
         return loss, {"policy_loss": loss.item()}
 
     def loss(self, rows: Rows, outputs: Outputs, credit: Credit) -> LossTerms:
-        """The micro-batch's share of the loss: surrogate, then every regulariser under its own name."""
+        """The micro-batch's share of the loss: surrogate, then every regularizer under its own name."""
         total, sums = self.surrogate(rows, outputs, credit)
         if self.kl.in_loss:
             tokens = self._kl_tokens(rows, outputs)
@@ -116,7 +116,7 @@ class Objective:
                 values = function(rows=rows, outputs=outputs)
                 if values.shape != outputs.logprobs.shape:
                     shapes = f"{tuple(values.shape)}; expected {tuple(outputs.logprobs.shape)}, one number a token"
-                    raise ValueError(f"regulariser term {term.name}: shape {shapes}")
+                    raise ValueError(f"regularizer term {term.name}: shape {shapes}")
                 share = term.coefficient * self.reduce(values, rows, credit)
                 total = total + share
                 sums[f"objective_term/{term.name}"] = share.item()
@@ -157,7 +157,7 @@ class Objective:
     def reduce(self, terms: Tensor, rows: Rows, credit: Credit) -> Tensor:
         """Sum of terms [N] divided by counts of the whole step, as `reduction` says.
 
-        Surrogate and regularisers weigh a token alike, so a coefficient means the same at every length.
+        Surrogate and regularizers weigh a token alike, so a coefficient means the same at every length.
         """
         match self.reduction:
             case "sequence_mean":
@@ -215,27 +215,27 @@ class Objective:
                 values = np.asarray(function(batch), np.float64)
                 if values.shape != (batch.num_rows,) or not np.isfinite(values).all():
                     raise ValueError(
-                        f"regulariser term {term.name}: expected {batch.num_rows} finite numbers, one a row"
+                        f"regularizer term {term.name}: expected {batch.num_rows} finite numbers, one a row"
                     )
                 found[term.name] = term.coefficient * values
         return found
 
-    def regularised_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
-        """Reward of each row with every regulariser that lives in it: KL, entropy, own terms. float64 [rows]."""
+    def regularized_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
+        """Reward of each row with every regularizer that lives in it: KL, entropy, own terms. float64 [rows]."""
         by_token = self.bonus(batch, measured) - self.penalty(batch, measured)
         rows = schema.row_sums(by_token, schema.completion_lengths(batch))
         return self.rewards(batch) + rows + sum(self.own_terms(batch).values())
 
     @staticmethod
     def reward_metrics(
-        regularised: np.ndarray, kl: np.ndarray, bonus: np.ndarray, tickets: np.ndarray
+        regularized: np.ndarray, kl: np.ndarray, bonus: np.ndarray, tickets: np.ndarray
     ) -> dict[str, float]:
-        """What regularisers did to the reward of the step, from the regularised reward and its terms, each [rows]."""
+        """What regularizers did to the reward of the step, from the regularized reward and its terms, each [rows]."""
         return {
-            "regularised_reward": float(regularised.mean()),
+            "regularized_reward": float(regularized.mean()),
             "reward_kl_term": float(-kl.mean()),
             "reward_entropy_term": float(bonus.mean()),
-            "uniform_groups": float(advantages.num_uniform_groups(regularised, tickets)),
+            "uniform_groups": float(advantages.num_uniform_groups(regularized, tickets)),
         }
 
     def selected(self, batch: pa.RecordBatch, version: int) -> np.ndarray | None:

@@ -16,16 +16,16 @@ from keel.config.objective import PairSettings
 
 
 def combine(
-    members: np.ndarray, weights: np.ndarray, form: str, coefficient: float, centred: np.ndarray | None = None
+    members: np.ndarray, weights: np.ndarray, form: str, coefficient: float, centered: np.ndarray | None = None
 ) -> np.ndarray:
     """One reward of several, [M, rows] -> [rows]: population moments over members, each times its weight.
 
     sum | mean | lower_bound: mean - c std (2310.02743; QAM's critic target) | worst: min | variance: mean - c var.
     Members whose zero is arbitrary differ by it, which is no uncertainty: spread and worst case are then those of the
-    `centred` members, around the same mean.
+    `centered` members, around the same mean.
     """
     weighted = members * weights[:, None]
-    spread = weighted if centred is None else centred * weights[:, None]
+    spread = weighted if centered is None else centered * weights[:, None]
     mean = weighted.mean(0)
     return {
         "sum": lambda: weighted.sum(0),
@@ -36,18 +36,18 @@ def combine(
     }[form]()
 
 
-def centre(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
+def center(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
     """Each member minus its mean over the prompt's completions; NaN (failed) ones stay. [M, rows] -> [M, rows]."""
-    centred = members.astype(np.float64)
+    centered = members.astype(np.float64)
     for ticket in np.unique(tickets):
         rows = tickets == ticket
-        for member in range(len(centred)):
-            values = centred[member, rows]
+        for member in range(len(centered)):
+            values = centered[member, rows]
             known = np.isfinite(values)
             zero = values[known].mean() if vary(values[known]) else values[known]  # equal ones: no rounding is left
             values[known] -= zero
-            centred[member, rows] = values
-    return centred
+            centered[member, rows] = values
+    return centered
 
 
 def plausible(members: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
     reward   r_t = -beta (log pi - log ref)_t - alpha log pi_t, at the last token + score          (terms in the reward)
     A        of R = sum_t r_t within its group, or of the r_t that follow a token (returns, GAE)
              + tau A^H, EAPO's advantage of the entropy still to come
-    loss     = reduce_t [ -min(rho A, clip(rho) A) w ] + c_V L_V + the regularisers that live in the loss
+    loss     = reduce_t [ -min(rho A, clip(rho) A) w ] + c_V L_V + the regularizers that live in the loss
 
     rho = pi / pi_old, per token, per completion, or its geometric mean;  pi_old: the learner when the step began
     w   = min(pi_old / mu, cap), mu: the sampler's log-probs as stored; detached (truncated importance weight)
@@ -39,7 +39,7 @@ class PolicyGradient(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PolicyGradientSettings)
         self.by: PolicyGradientSettings = settings.objective
-        if self.by.level == "sequence_mean":  # a geometric mean has the slope of a token mean, and so have regularisers
+        if self.by.level == "sequence_mean":  # a geometric mean has the slope of a token mean, and so have regularizers
             self.reduction = "sequence_mean"
         auto = _WHITENED.get(self.by.advantage, "none")
         self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
@@ -65,23 +65,23 @@ class PolicyGradient(Objective):
             raise ConfigError(f"{setting}: fails on 3 rewards of 2 prompts ({reason})") from None
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
-        """Advantages of all tokens of the step, regularisers that live in the reward included."""
+        """Advantages of all tokens of the step, regularizers that live in the reward included."""
         missing = self.needs - set(batch.schema.names)
         assert not missing, missing
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch, measured)
         own = self.own_terms(batch)
-        scores = self.moments.normalise(rewards) if self.by.normalise_reward else rewards
+        scores = self.moments.normalize(rewards) if self.by.normalize_reward else rewards
         scores = scores + sum(own.values())
         parts = (scores, penalty, bonus, lengths)
         row_penalty, row_bonus = schema.row_sums(penalty, lengths), schema.row_sums(bonus, lengths)
-        regularised = scores + row_bonus - row_penalty
+        regularized = scores + row_bonus - row_penalty
         values = self._values(measured, len(logprobs))
         flat, targets = self._advantages(batch, parts, values)
         if self.by.entropy_advantage:
             flat = flat + self._entropy_advantage(batch, self.by.entropy_advantage, values, targets)
         metrics = {
-            **self.reward_metrics(regularised, row_penalty, row_bonus, batch.column("ticket").to_numpy()),
+            **self.reward_metrics(regularized, row_penalty, row_bonus, batch.column("ticket").to_numpy()),
             "advantage_std": float(flat.std()),
             "shaping_term": float(rewards.mean() - batch.column("reward").to_numpy(zero_copy_only=False).mean()),
             **self._judge_values(values, targets),
@@ -90,7 +90,7 @@ class PolicyGradient(Objective):
             weighed = self.kl_coefficient.value * self.kl.in_reward * schema.row_sums(logprobs, lengths)
             size = advantages.magnitude(scores, weighed, row_penalty, row_bonus, *values.values())
             flat = self._whiten(flat, lengths, size)
-        target_columns, old = self._normalised(targets, values)
+        target_columns, old = self._normalized(targets, values)
         return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old)
 
     def _whiten(self, flat: np.ndarray, lengths: np.ndarray, size: float) -> np.ndarray:
@@ -147,7 +147,7 @@ class PolicyGradient(Objective):
         surprise = -logprobs.astype(np.float64)
         if not by.critic:
             to_come = advantages.returns(surprise, lengths, by.discount)
-            return by.coefficient * advantages.centre_by_position(to_come, lengths, batch.column("ticket").to_numpy())
+            return by.coefficient * advantages.center_by_position(to_come, lengths, batch.column("ticket").to_numpy())
         found = advantages.gae(surprise, values["entropy"], lengths, by.discount, by.gae_lambda)
         targets["entropy"] = found + values["entropy"]
         return by.coefficient * found
@@ -160,7 +160,7 @@ class PolicyGradient(Objective):
         raw = measured.values.astype(np.float64)
         return {head: self.popart[head].value(raw[:, column]) for column, head in enumerate(self.heads)}
 
-    def _normalised(
+    def _normalized(
         self, targets: dict[str, np.ndarray], values: dict[str, np.ndarray]
     ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Targets and old values [tokens, K] in the unit the heads are trained in, after PopArt saw the targets."""
@@ -255,9 +255,9 @@ class PolicyGradient(Objective):
 
     def coefficients(self) -> dict[str, Any]:
         found: dict[str, Any] = super().coefficients()
-        if self.by.normalise_reward:
+        if self.by.normalize_reward:
             state = self.moments
-            found |= {"normaliser_mean": state.mean, "normaliser_std": state.deviation}
+            found |= {"normalizer_mean": state.mean, "normalizer_std": state.deviation}
         if self.by.critic and self.by.critic.popart:
             found["popart_mean"] = {head: art.mean for head, art in self.popart.items()}
             found["popart_std"] = {head: art.deviation for head, art in self.popart.items()}

@@ -108,7 +108,7 @@ RANKING_SCORES: dict[str, Score] = {"dpo_plackett_luce": log_ratio, "simpo_plack
 
 
 _AVERAGES = ("ipo_average", "simpo", "simpo_hinge", "simpo_plackett_luce", "orpo")
-"""Losses of log-probs per token: regularisers beside them are per token, too."""
+"""Losses of log-probs per token: regularizers beside them are per token, too."""
 
 
 def pair_logits(rows: Sequences, chosen: Tensor, rejected: Tensor, by: PreferenceSettings) -> Tensor:
@@ -145,7 +145,7 @@ def kto_losses(rows: Sequences, chosen: Tensor, rejected: Tensor, by: Preference
 
 
 def likelihood_loss(rows: Sequences, chosen: Tensor, form: str) -> Tensor:
-    """-S or -A of the chosen completions [P]: RPO's adversarial regulariser (2405.16436), CPO's and ORPO's NLL."""
+    """-S or -A of the chosen completions [P]: RPO's adversarial regularizer (2405.16436), CPO's and ORPO's NLL."""
     return -(rows.policy if form == "sum" else mean_logprob(rows))[chosen]
 
 
@@ -206,7 +206,7 @@ class Preference(Objective):
             judged=column(judge) if judge else rewards,
             lengths=lengths,
             finished=finished(batch),
-            members=pair_selection.centre(members, tickets),
+            members=pair_selection.center(members, tickets),
         )
 
     def _sequences(self, batch: pa.RecordBatch, logprobs: np.ndarray, seen: Candidates) -> Sequences:

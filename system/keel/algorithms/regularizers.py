@@ -1,4 +1,4 @@
-"""Regularisers: KL to the reference and entropy, as reward terms (numpy) or loss terms (torch).
+"""Regularizers: KL to the reference and entropy, as reward terms (numpy) or loss terms (torch).
 
 Where a term lives decides its gradient (in the reward: detached, through the advantage; in the loss: differentiated):
 

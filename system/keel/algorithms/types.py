@@ -64,7 +64,7 @@ class LossTerms:
     loss: Tensor
     """Scalar; shares of all micro-batches of all ranks add up to the step's loss."""
     sums: Mapping[str, float]
-    """Shares that add up in the same way: means over the step's tokens or rows. name/label for labelled metrics."""
+    """Shares that add up in the same way: means over the step's tokens or rows. name/label for labeled metrics."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class VocabularyTerm(Protocol):
         """fp32 logits [n, V] at the sampling temperature, sampled ids [n], advantages [n] -> [n]."""
 
 
-def labelled(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def labeled(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as floats; `name/label` keys gathered under their name."""
     found: dict[str, Any] = {}
     for key, value in metrics.items():

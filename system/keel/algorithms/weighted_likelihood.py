@@ -53,7 +53,7 @@ def effective_samples(weights: np.ndarray) -> float:
 
 
 _REDUCTIONS = {"sum": "sequence_sum", "average": "sequence_mean", "token_mean": "token_mean"}
-"""How regularisers in the loss are reduced: as the likelihood is."""
+"""How regularizers in the loss are reduced: as the likelihood is."""
 
 
 class WeightedLikelihood(Objective):

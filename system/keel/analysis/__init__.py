@@ -2,5 +2,5 @@
 
 In: run directories, or settings and measured rates. Out: tables, plots, verdicts.
 Every command here works on a run that is finished, stopped or still running.
-Start reading at `compare.py` (frontier of reward and KL), `verify.py` (is a run whole?), `plan.py` (how fast would it be?).
+Start reading at `compare.py` (reward over KL of several runs), `verify.py` (is a run whole?), `plan.py` (how fast?).
 """

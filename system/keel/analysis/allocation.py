@@ -1,7 +1,7 @@
 """Which counts of workers suit a budget: predictions of many splits, the fastest first.
 
 A budget of devices is divided; cores of one machine are shared, so there any role may have up to as many workers as
-there are cores. All splits are tried where they are few, else neighbours of the best so far, from shares by work on.
+there are cores. All splits are tried where they are few, else neighbors of the best so far, from shares by work on.
 """
 
 import itertools
@@ -127,7 +127,7 @@ def _climb(
     """Move workers between roles, many at first, then one, as long as that makes steps shorter."""
     stride = max(1, max(budget.most.values()) // 4)
     while stride:
-        near = [each for each in _neighbours(split, stride) if budget.allows(dict(zip(roles, each, strict=True)))]
+        near = [each for each in _neighbors(split, stride) if budget.allows(dict(zip(roles, each, strict=True)))]
         better = min(near, key=lambda each: trial(each).step_seconds, default=split)
         if trial(better).step_seconds < (1 - _EQUAL_RATIO / 5) * trial(split).step_seconds:
             split = better
@@ -135,7 +135,7 @@ def _climb(
             stride = 1 if 1 < stride < 4 else stride // 4
 
 
-def _neighbours(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]]:
+def _neighbors(split: tuple[int, ...], stride: int) -> Iterator[tuple[int, ...]]:
     """More workers of one role: new ones, or another role's, also a busier one's: they may hardly save it any time."""
     places = range(len(split))
     for more in places:

@@ -1,7 +1,7 @@
 """The frontier as a picture: training reward and gold against the square root of the KL (arXiv 2210.10760).
 
 Gao et al. fit gold as d (alpha - beta d) for best-of-n and d (alpha - beta log d) for RL, d = sqrt(KL): on this axis
-the proxy keeps rising where over-optimisation makes gold turn down.
+the proxy keeps rising where over-optimization makes gold turn down.
 """
 
 import io
@@ -50,7 +50,7 @@ def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | 
 def draw(
     arms: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, proxy: str = "proxy", gold: str | None = "gold"
 ) -> None:
-    """Write a PNG or SVG, by suffix: a colour a run, proxy solid, gold dashed, a point an evaluation.
+    """Write a PNG or SVG, by suffix: a color a run, proxy solid, gold dashed, a point an evaluation.
 
     Bars are one standard error over held-out prompts. `arms` holds frontier rows by name of the run; proxy and gold are
     columns of these, gold None where no run has one. Raises ConfigError, one line, for another suffix, where no run has
@@ -86,18 +86,18 @@ def draw(
     files.write(path, content.getvalue())
 
 
-def _plot(axis: Any, each: Curves, name: str, colour: str, proxy: str, gold: str | None) -> None:
+def _plot(axis: Any, each: Curves, name: str, color: str, proxy: str, gold: str | None) -> None:
     bars = np.where(np.isfinite(each.stderr), each.stderr, 0)
     axis.errorbar(
-        each.root_kl, each.proxy, yerr=bars, fmt="o-", markersize=4, capsize=2, color=colour, label=f"{proxy}: {name}"
+        each.root_kl, each.proxy, yerr=bars, fmt="o-", markersize=4, capsize=2, color=color, label=f"{proxy}: {name}"
     )
     if gold and np.isfinite(each.gold).any():
-        axis.plot(each.root_kl, each.gold, "s--", markersize=4, color=colour, label=f"{gold}: {name}")
+        axis.plot(each.root_kl, each.gold, "s--", markersize=4, color=color, label=f"{gold}: {name}")
     for end in dict.fromkeys((0, len(each.steps) - 1)):
         if np.isfinite(each.proxy[end]):
             where = (each.root_kl[end], each.proxy[end])
             text = f"step {each.steps[end]:.0f}"
-            axis.annotate(text, where, xytext=(4, 5), textcoords="offset points", fontsize=7, color=colour)
+            axis.annotate(text, where, xytext=(4, 5), textcoords="offset points", fontsize=7, color=color)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:

@@ -29,7 +29,7 @@ from keel.errors import ConfigError
 from keel.observability import metric_table
 
 _COUNTERS = [metric.name for metric in metric_table.TABLE if metric.kind == "counter"]
-_LABELLED = {metric.name for metric in metric_table.TABLE if metric.labels}
+_LABELED = {metric.name for metric in metric_table.TABLE if metric.labels}
 _OPERATIONAL = {metric.name for metric in metric_table.TABLE if metric.operational}
 _CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
 _ODD = (ValueError, KeyError, TypeError, AttributeError, checkpoint.CheckpointError)
@@ -126,11 +126,11 @@ def _metrics(
 
 
 def _counters(line: Mapping[str, Any]) -> dict[str, float]:
-    """Counters of a line of metrics.jsonl, or of the totals of a checkpoint; labelled ones as name/label."""
+    """Counters of a line of metrics.jsonl, or of the totals of a checkpoint; labeled ones as name/label."""
     found: dict[str, Any] = {}
     for name in _COUNTERS:
         value = line.get(name)
-        if name in _LABELLED and isinstance(value, dict):
+        if name in _LABELED and isinstance(value, dict):
             found |= {f"{name}/{label}": number for label, number in value.items()}
         elif value is not None:
             found[name] = value

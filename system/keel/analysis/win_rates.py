@@ -52,7 +52,7 @@ def length_controlled_win_rate(
     instruction's difficulty is left out: that needs the wins of many models on the same instructions. A tie is half
     a win.
 
-    (a, b) maximise the log-likelihood, each prompt weighing 1, minus RIDGE b^2 / 2: where length separates wins from
+    (a, b) maximize the log-likelihood, each prompt weighing 1, minus RIDGE b^2 / 2: where length separates wins from
     losses b would be infinite; where it does not, the ridge moves b by the order of RIDGE b / P. a is free: shrinking
     it would pull every rate to 0.5. Equal to `win_rate` where there is nothing to control for or nothing to explain:
     no variance of the difference [also when own is always 10 longer: then length and quality cannot be told apart], or
@@ -118,8 +118,8 @@ def _rates_at_equal_length(weights: np.ndarray, won: np.ndarray, difference: np.
     """sigmoid(a) of each weighting [R, n] of the rows; the plain rate where there is nothing to control for."""
     total = weights.sum(axis=1)
     plain = weights @ won / total
-    centre = weights @ difference / total
-    spread = np.sqrt(np.maximum(weights @ difference**2 / total - centre**2, 0))
+    center = weights @ difference / total
+    spread = np.sqrt(np.maximum(weights @ difference**2 / total - center**2, 0))
     varies = spread > 1e-9 * np.abs(difference).max()
     fitted = varies & (np.minimum(plain, 1 - plain) > 1e-12)  # all wins: a is infinite, its sigmoid 1
     if fitted.any():
@@ -129,7 +129,7 @@ def _rates_at_equal_length(weights: np.ndarray, won: np.ndarray, difference: np.
 
 
 def _intercepts(weights: np.ndarray, won: np.ndarray, regressor: np.ndarray) -> np.ndarray:
-    """a [R] of the penalised logistic regressions of won [n] on regressor [R, n], rows weighted by weights [R, n].
+    """a [R] of the penalized logistic regressions of won [n] on regressor [R, n], rows weighted by weights [R, n].
 
     Newton steps on (a, b), halved for the resamples whose objective would fall: concave, so this ends at the maximum.
     """

@@ -159,7 +159,7 @@ def self_test_config(folder: Path, model: str) -> Path:
         "prompts": {"source": str(folder / "prompts.jsonl"), "max_tokens": 32, "held_out": 2},
         "sampling": {"samples_per_prompt": 2, "max_tokens": 8},
         "rewards": [{"name": "distinct", "source": "keel.examples:distinct_token_ratio"}],
-        "regulariser": {"kl": {"coefficient": 0.02}},
+        "regularizer": {"kl": {"coefficient": 0.02}},
         "buffer": {"groups_per_step": 2},
         "generators": {"threads": 1, "kv_cache_bytes": 2**26, "dtype": "float32"},
         "reference": {"threads": 1, "dtype": "float32"},

@@ -27,7 +27,7 @@ from keel.errors import ConfigError, KeelError
 from keel.observability.console import console, errors, from_here
 
 app = typer.Typer(
-    help="Keel: RLHF with entropy or KL regularisation, on a laptop or a Ray cluster.",
+    help="Keel: RLHF with entropy or KL regularization, on a laptop or a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

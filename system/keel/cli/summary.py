@@ -181,7 +181,7 @@ def _next(directory: Path, settings: Settings, config_path: str) -> str:
     """From the run's own config.yaml: what was given may have been changed by overrides, or by a pipeline."""
     other = Path(config_path).with_name("quickstart-maxent.yaml")
     if Path(config_path).name == "quickstart.yaml" and other.exists():
-        return f"keel train {other}  (the same run regularised by entropy: watch KL and the answers)"
+        return f"keel train {other}  (the same run regularized by entropy: watch KL and the answers)"
     beside = f"run.directory={from_here(directory.parent)}/{{name}}"  # a resumed run's names that run alone
     changes = ["run.name=another", beside, f"run.seed={settings.run.seed + 1}"]
     return shlex.join(["keel", "train", from_here(directory / "config.yaml"), *changes])

@@ -1,4 +1,4 @@
-"""What is optimised: one block per kind of objective, each with the rules between its own settings."""
+"""What is optimized: one block per kind of objective, each with the rules between its own settings."""
 
 import itertools
 from typing import Annotated, Any, Literal, Self
@@ -53,7 +53,7 @@ class CriticSettings(Section):
     coefficient: float = Field(0.1, gt=0, description="of the value loss")
     entropy_coefficient: float = Field(1.0, gt=0, description="of the entropy critic's loss, times coefficient")
     learning_rate: float | None = Field(None, gt=0, description="null: the policy's; follows the same schedule")
-    popart: bool = Field(False, description="PopArt: targets normalised by running moments, outputs kept")
+    popart: bool = Field(False, description="PopArt: targets normalized by running moments, outputs kept")
     popart_rate: float = Field(0.03, gt=0, le=1, description="how fast these moments move")
 
 
@@ -70,7 +70,7 @@ class PolicyGradientSettings(ObjectiveSection):
     )
     discount: Fraction = Field(1.0, description="gamma of returns and GAE")
     gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
-    normalise_reward: bool = Field(False, description="by running mean and deviation before the advantage (SAFE)")
+    normalize_reward: bool = Field(False, description="by running mean and deviation before the advantage (SAFE)")
     entropy_advantage: EntropyAdvantageSettings | None = Field(None, description="EAPO's second advantage; null: none")
     critic: CriticSettings | None = Field(None, description="needed by gae, value_baseline and EAPO's critic")
     level: Literal["token", "sequence", "sequence_mean"] = Field(
@@ -182,7 +182,7 @@ class PreferenceSettings(ObjectiveSection):
         if self.label_smoothing and not sigmoid:
             raise ValueError(f"label_smoothing={self.label_smoothing}: loss={self.loss} has no labels; expected dpo")
         if self.exact_length_margin and not self.loss.startswith("simpo"):
-            raise ValueError(f"exact_length_margin=true: loss={self.loss} is not length-normalised; expected simpo")
+            raise ValueError(f"exact_length_margin=true: loss={self.loss} is not length-normalized; expected simpo")
         margins = self.loss.startswith(("simpo", "dpo")) or self.loss == "cpo"
         if self.target_margin and not margins:
             raise ValueError(f"target_margin={self.target_margin}: loss={self.loss} has no margin; expected simpo")
@@ -237,9 +237,9 @@ class LogitsConvexitySettings(ObjectiveSection):
     kind: Literal["logits_convexity"]
     form: Literal["mse", "log_cosh", "kl"] = Field("kl", description="distance of the logits to their target")
     advantage: Literal[GROUP_ADVANTAGES] = Field("rloo", description="sparse: of the sampled token")  # type: ignore[valid-type]
-    normalise_advantage: bool = Field(True, description="divide by the step's deviation first: exp(A / eta) saturates")
+    normalize_advantage: bool = Field(True, description="divide by the step's deviation first: exp(A / eta) saturates")
     temperature: float = Field(1.0, gt=0, description="eta: the target's logits are the anchor's + A / eta")
-    anchor: Literal["behaviour", "reference"] = Field("behaviour", description="the policy when the step began, or ref")
+    anchor: Literal["behavior", "reference"] = Field("behavior", description="the policy when the step began, or ref")
     target: Literal["advantage", "ratio"] = Field(
         "advantage", description="ratio: the sampled token's probability times ratio_up or ratio_down (first version)"
     )
@@ -252,10 +252,8 @@ class LogitsConvexitySettings(ObjectiveSection):
 
     @model_validator(mode="after")
     def _target_fits(self) -> Self:
-        if self.target == "ratio" and (self.form != "kl" or self.dense or self.anchor != "behaviour"):
-            raise ValueError(
-                "target=ratio: moves one probability of the behaviour; expected form=kl, sparse, behaviour"
-            )
+        if self.target == "ratio" and (self.form != "kl" or self.dense or self.anchor != "behavior"):
+            raise ValueError("target=ratio: moves one probability of the behavior; expected form=kl, sparse, behavior")
         return self
 
 

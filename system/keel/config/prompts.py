@@ -19,7 +19,7 @@ class PolicySettings(Section):
 
 
 class ColumnSettings(Section):
-    """Which column of the source is what; null: recognised by the layouts of docs/stages.md."""
+    """Which column of the source is what; null: recognized by the layouts of docs/stages.md."""
 
     prompt: str | None = Field(None, description="text or messages that are answered")
     system: str | None = Field(None, description="system message of a row; makes a text prompt a conversation")
@@ -56,7 +56,7 @@ class SamplingSettings(Section):
     temperature: float = Field(
         1.0, ge=0.01, le=2, description="applied to sampler, learner and reference log-probs alike"
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalised")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalized")
     max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
     stop_token_ids: list[int] | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Settings of the regularisers: KL to the reference, entropy, terms of the user's own, and coefficients that adapt."""
+"""Settings of the regularizers: KL to the reference, entropy, terms of the user's own, and coefficients that adapt."""
 
 from typing import Any, Literal, Self
 
@@ -12,7 +12,7 @@ _GRADIENTS = {
     ("reward", "k3"): "its expected gradient is KL(pi,ref) minus KL(ref,pi)",
     ("reward", "k3_k2"): "a value with another gradient makes no sense where nothing is differentiated",
     ("reward", "exact"): "it is a sum over the vocabulary, to be differentiated",
-    ("loss", "k1"): "its expected gradient is zero: no regularisation at all",
+    ("loss", "k1"): "its expected gradient is zero: no regularization at all",
 }
 _RIGHT = {"reward": "k1", "loss": "k2, k3, k3_k2 or exact"}
 LENGTH_FORMS = ("sequence_mean_exact", "sequence_mean_naive")
@@ -90,7 +90,7 @@ class KLSettings(Section):
         """Raises ValueError for a weight pi/sampler of completions that no known policy sampled."""
         if stored_ratio > 0 and self.importance_weighted:
             raise ValueError(
-                f"regulariser.kl.importance_weighted=true: no known policy sampled the stored completions"
+                f"regularizer.kl.importance_weighted=true: no known policy sampled the stored completions"
                 f" (sampling.stored_ratio={stored_ratio}), so there is no ratio to weigh by; expected false"
             )
 
@@ -148,13 +148,13 @@ class EntropySettings(Section):
         """Raises ValueError for a form that only a whole completion can be paid: a token does not know |y| yet."""
         if self.in_reward and self.form in LENGTH_FORMS:
             raise ValueError(
-                f"regulariser.entropy.form={self.form}: {advantage} pays by token, before |y| is known, which pays for"
+                f"regularizer.entropy.form={self.form}: {advantage} pays by token, before |y| is known, which pays for"
                 " length; expected an advantage of whole completions (rloo, grpo, value_baseline), or sequence_sum"
             )
 
 
 class TermSettings(Section):
-    """A regulariser of the user's own."""
+    """A regularizer of the user's own."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="label of its metric objective_term")
     source: Source = Field(description="module:name of the function")
@@ -165,10 +165,10 @@ class TermSettings(Section):
     coefficient: float = Field(1.0, description="factor of the term")
 
 
-class RegulariserSettings(Section):
+class RegularizerSettings(Section):
     kl: KLSettings = KLSettings()
     entropy: EntropySettings = EntropySettings()
-    terms: list[TermSettings] = Field([], description="regularisers of your own")
+    terms: list[TermSettings] = Field([], description="regularizers of your own")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
@@ -178,7 +178,7 @@ class RegulariserSettings(Section):
         return self
 
     def reward_terms(self) -> list[str]:
-        """The settings that put a regulariser into the reward."""
+        """The settings that put a regularizer into the reward."""
         found = ["kl.placement=reward"] if self.kl.in_reward else []
         found += [f"entropy.form={self.entropy.form}"] if self.entropy.in_reward else []
         return found + [f"terms.{term.name}.placement=reward" for term in self.terms if term.placement == "reward"]

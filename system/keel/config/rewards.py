@@ -19,18 +19,18 @@ class EnsembleSettings(Section):
         description="sum: weighted sum; mean; lower_bound: mean - c std; worst: smallest; variance: mean - c variance",
     )
     coefficient: float = Field(1.0, ge=0, description="c, population standard deviation or variance over members")
-    centre: bool = Field(
-        True, description="spread and worst case are those of members centred per prompt: their zero is arbitrary"
+    center: bool = Field(
+        True, description="spread and worst case are those of members centered per prompt: their zero is arbitrary"
     )
 
 
 class MembersSettings(EnsembleSettings):
-    """How the members of one reward-model folder become one reward; each was centred when it was trained."""
+    """How the members of one reward-model folder become one reward; each was centered when it was trained."""
 
     form: Literal["sum", "mean", "lower_bound", "worst", "variance"] = Field(
         "mean", description="as ensemble.form, over the members of the folder"
     )
-    centre: bool = Field(False, description="as ensemble.centre; members of keel reward have their zero already")
+    center: bool = Field(False, description="as ensemble.center; members of keel reward have their zero already")
 
 
 class RewardSettings(Section):
@@ -105,7 +105,7 @@ _SOURCE_FORMS = {
 
 
 class ShapingSettings(Section):
-    """What length and end of a completion do to its reward, before baselines and regularisers."""
+    """What length and end of a completion do to its reward, before baselines and regularizers."""
 
     overlong_buffer_tokens: int = Field(
         0, ge=0, description="DAPO: in the last so many tokens of the budget the penalty grows to its whole; 0: none"

@@ -12,7 +12,7 @@ from keel.config.base import Fraction, Seconds, Section
 from keel.config.monitoring import MetricsSettings
 from keel.config.objective import LogitsConvexitySettings, ObjectiveSettings, PolicyGradientSettings, PreferenceSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
-from keel.config.regularizer import RegulariserSettings
+from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings, ShapingSettings
 from keel.config.tracking import TrackingSettings
 from keel.config.workers import (
@@ -91,7 +91,7 @@ class Settings(Section):
     prompts: PromptSettings
     sampling: SamplingSettings = SamplingSettings()
     objective: ObjectiveSettings = PolicyGradientSettings()
-    regulariser: RegulariserSettings = RegulariserSettings()
+    regularizer: RegularizerSettings = RegularizerSettings()
     rewards: list[RewardSettings] = Field(min_length=1)
     ensemble: EnsembleSettings = EnsembleSettings()
     shaping: ShapingSettings = ShapingSettings()
@@ -137,8 +137,8 @@ class Settings(Section):
 
     def reference_readers(self) -> list[str]:
         """Settings that make the objective read the reference policy."""
-        kl, objective = self.regulariser.kl, self.objective
-        readers = [f"regulariser.kl.coefficient={kl.coefficient}"] if kl.coefficient > 0 else []
+        kl, objective = self.regularizer.kl, self.objective
+        readers = [f"regularizer.kl.coefficient={kl.coefficient}"] if kl.coefficient > 0 else []
         if isinstance(objective, PreferenceSettings) and objective.uses_reference:
             readers.append(f"objective.loss={objective.loss}")
         if isinstance(objective, LogitsConvexitySettings) and (objective.anchor == "reference" or objective.dense):
@@ -196,36 +196,36 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
-    def _regularisers_fit_the_objective(self) -> Self:
-        objective, terms = self.objective, self.regulariser.reward_terms()
+    def _regularizers_fit_the_objective(self) -> Self:
+        objective, terms = self.objective, self.regularizer.reward_terms()
         linear = isinstance(objective, PolicyGradientSettings) or objective.kind == "custom"
         sparse = isinstance(objective, LogitsConvexitySettings) and not objective.dense
         if terms and not (linear or sparse):
             raise ValueError(
-                f"regulariser.{terms[0]}: objective.kind={objective.kind} has no gradient that is linear in the reward,"
-                " so a term in it is no regulariser; expected placement=loss or form=token_bonus"
+                f"regularizer.{terms[0]}: objective.kind={objective.kind} has no gradient that is linear in the reward,"
+                " so a term in it is no regularizer; expected placement=loss or form=token_bonus"
             )
-        kl = self.regulariser.kl
+        kl = self.regularizer.kl
         if (
             kl.in_reward
             and kl.order == "after_baseline"
             and (objective.kind == "custom" or getattr(objective, "by_token", False))
         ):
             raise ValueError(
-                "regulariser.kl.order=after_baseline: the KL is part of the reward before"
+                "regularizer.kl.order=after_baseline: the KL is part of the reward before"
                 f" {getattr(objective, 'advantage', 'your objective')} sees it; expected before_baseline"
             )
         if getattr(objective, "by_token", False):
-            self.regulariser.entropy.check_paid_by_token(f"objective.advantage={getattr(objective, 'advantage', '')}")
+            self.regularizer.entropy.check_paid_by_token(f"objective.advantage={getattr(objective, 'advantage', '')}")
         if isinstance(objective, LogitsConvexitySettings):
             if kl.exact:
                 raise ValueError(
-                    "regulariser.kl.estimator=exact: logits_convexity already reads the whole vocabulary towards its"
+                    "regularizer.kl.estimator=exact: logits_convexity already reads the whole vocabulary towards its"
                     " anchor; expected k2, or objective.anchor=reference"
                 )
-            if self.learners.zero_stage == 3 and objective.epochs > 1 and objective.anchor == "behaviour":
+            if self.learners.zero_stage == 3 and objective.epochs > 1 and objective.anchor == "behavior":
                 raise ValueError(
-                    "learners.zero_stage=3: objective.anchor=behaviour with epochs > 1 keeps a copy of the output head,"
+                    "learners.zero_stage=3: objective.anchor=behavior with epochs > 1 keeps a copy of the output head,"
                     " which no rank holds whole; expected 1 or 2"
                 )
         return self
@@ -239,10 +239,10 @@ class Settings(Section):
             "objective.pairs.selection=most_disagreeing": pairs and pairs.selection == "most_disagreeing",
             f"objective.pessimism={getattr(objective, 'pessimism', 0)}": bool(getattr(objective, "pessimism", 0)),
         }
-        spread = self.ensemble.form in ("lower_bound", "variance") and self.ensemble.centre
+        spread = self.ensemble.form in ("lower_bound", "variance") and self.ensemble.center
         if (getattr(objective, "pessimism", 0) or spread) and self.sampling.samples_per_prompt < 3:
             raise ValueError(
-                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: ensemble members centred per prompt"
+                f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: ensemble members centered per prompt"
                 " deviate alike on two samples, so their spread says nothing; expected at least 3"
             )
         for setting, reads in readers.items():
@@ -259,7 +259,7 @@ class Settings(Section):
     @model_validator(mode="after")
     def _stored_completions_fit(self) -> Self:
         ratio = self.sampling.stored_ratio
-        self.regulariser.kl.check_stored(ratio)
+        self.regularizer.kl.check_stored(ratio)
         for reward in self.train_rewards:
             if reward.kind == "stored" and ratio < 1:
                 raise ValueError(

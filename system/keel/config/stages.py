@@ -13,7 +13,7 @@ from keel.config.base import Section
 from keel.config.monitoring import MetricsSettings
 from keel.config.objective import PairSettings, PreferenceSettings
 from keel.config.offline import (
-    CentreSettings,
+    Centersettings,
     CompletionSettings,
     LabelRun,
     MemberSettings,
@@ -23,7 +23,7 @@ from keel.config.offline import (
     TrainingSettings,
 )
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
-from keel.config.regularizer import RegulariserSettings
+from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import RewardSettings
 from keel.config.run import FailureSettings, RunIdentity, Settings
 from keel.config.tracking import TrackingSettings
@@ -95,31 +95,31 @@ class SupervisedSettings(StageSettings):
     """`keel sft`: likelihood of demonstrations. Loss: -log pi averaged over all completion tokens of a step."""
 
     def learning(self, steps: int) -> Settings:
-        return self._learning(1, steps, objective=_LIKELIHOOD, regulariser=_NO_KL, reference=None)
+        return self._learning(1, steps, objective=_LIKELIHOOD, regularizer=_NO_KL, reference=None)
 
 
 class PreferSettings(StageSettings):
     """`keel prefer`: the DPO family on stored pairs or rankings."""
 
     objective: PreferenceSettings = PreferenceSettings(kind="preference")
-    regulariser: RegulariserSettings = RegulariserSettings(kl={"coefficient": 0.0})
+    regularizer: RegularizerSettings = RegularizerSettings(kl={"coefficient": 0.0})
     reference: ReferenceSettings = Field(
         ReferenceSettings(), description="read also by losses that need none: log-ratios are how displacement is seen"
     )
     samples: int = Field(2, ge=2, description="completions of a row: 2 for chosen and rejected, more for rankings")
 
     @model_validator(mode="after")
-    def _regulariser_is_offline(self) -> Self:
-        kl = self.regulariser.kl
+    def _regularizer_is_offline(self) -> Self:
+        kl = self.regularizer.kl
         if kl.importance_weighted or kl.controller.kind != "fixed":
             raise ValueError(
-                "regulariser.kl: nobody samples, so there is no ratio to weigh by and no KL to follow; expected"
+                "regularizer.kl: nobody samples, so there is no ratio to weigh by and no KL to follow; expected"
                 " importance_weighted=false and controller.kind=fixed"
             )
         return self
 
     def learning(self, steps: int) -> Settings:
-        blocks = {"objective": self.objective, "regulariser": self.regulariser, "reference": self.reference}
+        blocks = {"objective": self.objective, "regularizer": self.regularizer, "reference": self.reference}
         return self._learning(self.samples, steps, **blocks)
 
 
@@ -132,13 +132,13 @@ class RewardModelSettings(StageSettings):
     margin: float = Field(0.0, ge=0, description="subtracted from every pair's difference")
     margin_column: str | None = Field(None, description="column of the source with a margin of each pair (Llama 2)")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong")
-    centre_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
-    centre: CentreSettings = CentreSettings()
+    center_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
+    center: Centersettings = Centersettings()
 
     def learning(self, steps: int) -> Settings:
         """Settings of the cluster it runs on; what a step learns is not an objective of online training."""
         learners = self.learners.model_copy(update={"tokens_per_batch": 2**30})
-        return self._learning(2, steps, objective=_LIKELIHOOD, regulariser=_NO_KL, reference=None, learners=learners)
+        return self._learning(2, steps, objective=_LIKELIHOOD, regularizer=_NO_KL, reference=None, learners=learners)
 
     def scoring(self, rewards: list[RewardSettings]) -> Settings:
         """Settings of a run that scores with these models on the learner's threads and GPUs."""
@@ -150,7 +150,7 @@ class LabelSettings(Section):
     """`keel label`: preference pairs from sampled completions and a judge."""
 
     run: LabelRun = LabelRun()
-    runs: list[str] = Field([], description="run directories whose rollouts are labelled; empty: sample from prompts")
+    runs: list[str] = Field([], description="run directories whose rollouts are labeled; empty: sample from prompts")
     policy: PolicySettings | None = Field(None, description="samples the completions; null with `runs`")
     prompts: PromptSettings | None = Field(None, description="null with `runs`")
     sampling: SamplingSettings = SamplingSettings()
@@ -187,7 +187,7 @@ class LabelSettings(Section):
             policy=self.policy or PolicySettings(model="-"),
             prompts=self.prompts or PromptSettings(source="-"),
             objective={"kind": "weighted_likelihood", "weights": "uniform"},
-            regulariser=_NO_KL,
+            regularizer=_NO_KL,
             rewards=[self.judge.model_copy(update={"role": "train"})],
             learners=wide,
             **own,
@@ -248,4 +248,4 @@ _NAMES = {
 }
 """What the learner's settings are called here."""
 _SHARED = ("policy", "prompts", "learners", "metrics", "cluster", "deadlines")
-_NO_KL = RegulariserSettings(kl={"coefficient": 0.0})
+_NO_KL = RegularizerSettings(kl={"coefficient": 0.0})

@@ -1,4 +1,4 @@
-"""One rank of a gang around a torch module: joined, optimised by DeepSpeed, gathered. Every learner has one.
+"""One rank of a gang around a torch module: joined, optimized by DeepSpeed, gathered. Every learner has one.
 
 All methods are collective: every rank must call them alike.
 """

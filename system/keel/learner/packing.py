@@ -24,7 +24,7 @@ from torch import Tensor
 from keel import schema
 
 Unit = np.ndarray
-"""Row numbers that go through the model as one sequence; rows of a prompt are neighbours."""
+"""Row numbers that go through the model as one sequence; rows of a prompt are neighbors."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from keel import schema
 from keel.algorithms import registry
-from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
+from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
 from keel.config.run import Settings
 from keel.errors import NotFinite
 from keel.learner import forward_contract, loading, optimizer, packing, weights
@@ -121,12 +121,12 @@ class DeepSpeedLearner:
             sums = self._update(batch, plan, credit, old)
         self.objective.adapt(seen)
         self.version += 1
-        metrics = dict(diagnostics.summarise(batch)) | dict(credit.metrics) | sums | coefficients
+        metrics = dict(diagnostics.summarize(batch)) | dict(credit.metrics) | sums | coefficients
         # later updates move away from the sampler on purpose
         metrics |= {name: first[name] for name in ("gap_nats", "fresh_gap_nats") if name in first}
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
         metrics |= {"micro_batches": float(len(plan.real[self.rank])), "trained_tokens": float(credit.num_tokens)}
-        return StepReport(self.version, labelled(metrics), credit.counts, credit.finished)
+        return StepReport(self.version, labeled(metrics), credit.counts, credit.finished)
 
     def _asked(self, epochs: int) -> frozenset[str]:
         """What must be measured before weighing; several updates also need the log-probs they start from."""

@@ -2,7 +2,7 @@
 
     L = -(1 - e) log sigma(u) - e log sigma(-u) + c (r_w + r_l)^2,    u = r_w - r_l - margin
 
-averaged over the pairs of a step; w chosen, l rejected, e label smoothing, c `centre_penalty` (2312.09244). Both texts
+averaged over the pairs of a step; w chosen, l rejected, e label smoothing, c `center_penalty` (2312.09244). Both texts
 of a pair go through the model together. Shapes: P pairs, B = 2 P rows (chosen, rejected, chosen, ...).
 """
 
@@ -50,7 +50,7 @@ def pair_loss(scores: Tensor, margins: Tensor, by: RewardModelSettings) -> PairL
     chosen, rejected = scores[0::2], scores[1::2]
     u, smoothing = chosen - rejected - margins, by.label_smoothing
     losses = -(1 - smoothing) * logsigmoid(u) - smoothing * logsigmoid(-u)
-    return PairLoss(losses + by.centre_penalty * (chosen + rejected).square(), (chosen - rejected).detach())
+    return PairLoss(losses + by.center_penalty * (chosen + rejected).square(), (chosen - rejected).detach())
 
 
 class RewardModelLearner:

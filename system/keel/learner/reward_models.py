@@ -232,14 +232,14 @@ def check_readable(folder: Path, setting: str) -> None:
 
 
 def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:
-    """A folder that transformers and vLLM load, not centred."""
+    """A folder that transformers and vLLM load, not centered."""
     own = {"offset": 0.0, "max_tokens": model.text.max_tokens}
     model.model.config.keel_reward = own | ({"chat_template_options": o} if (o := model.text.options) else {})
     model.model.save_pretrained(folder, state_dict=named)
     model.text.tokenizer.save_pretrained(folder)
 
 
-def centre(folder: Path, offset: float) -> None:
+def center(folder: Path, offset: float) -> None:
     """Subtract a number from all scores of a written model: in its head's bias, or by config.json where it has none.
 
     In place, so not of a model that a marker vouches for.

@@ -76,7 +76,7 @@ def largest_share(before: Line, now: Line) -> str:
 
 
 def _increase(name: str, first: Line, last: Line) -> dict[str, float]:
-    """What a labelled counter grew by; a run that went on from a checkpoint may have forgotten some of it."""
+    """What a labeled counter grew by; a run that went on from a checkpoint may have forgotten some of it."""
     before, now = first.get(name, {}), last.get(name, {})
     return {label: grown for label in now if (grown := now[label] - before.get(label, 0.0)) > 0}
 

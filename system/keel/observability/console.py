@@ -13,7 +13,7 @@ from keel.text import printable
 class Terminal(Console):
     """A console without markup whose every text, also in cells and titles of tables, went through `printable`.
 
-    Line ends stay, and nothing is cut. Colours are those of `style=` and of rich's own Text.
+    Line ends stay, and nothing is cut. Colors are those of `style=` and of rich's own Text.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:

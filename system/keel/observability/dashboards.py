@@ -8,7 +8,7 @@ from keel.observability.promql import BYTES, COUNT, RANGE, RATE, RATIO, Expressi
 from keel.observability.run_dashboard import (
     EVENTS,
     LEARNING,
-    OVER_OPTIMISATION,
+    OVER_OPTIMIZATION,
     ROOT_KL,
     RUN,
     STEP,
@@ -49,7 +49,7 @@ def _states() -> Panel:
 
 def _falls() -> Panel:
     columns = (Query(gauge("reward_component"), "Reward now"), Query(fall_from_peak(), "Below its peak by"))
-    note = "By reward. A monitor far below its peak while the training reward is at its own: over-optimised."
+    note = "By reward. A monitor far below its peak while the training reward is at its own: over-optimized."
     return Panel("Rewards now, and how far below their peak", columns, note, kind="table", width=12)
 
 
@@ -60,17 +60,17 @@ COMPARE = Dashboard(
     "Keel: runs compared",
     "The same curves of several runs, over KL, steps and time.",
     (
-        Row("Over-optimisation by run", (_states(), _falls())),
+        Row("Over-optimization by run", (_states(), _falls())),
         Row("Over KL", tuple(_over("sqrt(KL)", ROOT_KL, title, name) for title, name in _OVER_KL)),
         Row("Over steps", tuple(_over("steps", _STEPS, title, name) for title, name in _CURVES)),
-        Row("Over-optimisation over time", OVER_OPTIMISATION),
+        Row("Over-optimization over time", OVER_OPTIMIZATION),
         Row("Learning over time", LEARNING, collapsed=True),
     ),
     EVENTS,
 )
 
 
-def _utilisation(*by: str, **equal: str) -> Expression:
+def _utilization(*by: str, **equal: str) -> Expression:
     """Busy seconds over busy and idle ones."""
     busy, idle = (rate(name, None, **equal).together(*by) for name in ("busy_seconds_total", "idle_seconds_total"))
     return busy / (busy + idle.or_zero_like(busy))
@@ -104,8 +104,8 @@ _EFFICIENCY = (
         ),
         bounds=("wanted",),
     ),
-    Panel("Utilisation by role", (Query(_utilisation("role")),), "Busy over busy and idle, all runs together."),
-    Panel("Utilisation by run and role", (Query(_utilisation("run", "role")),), "Busy over busy and idle."),
+    Panel("Utilization by role", (Query(_utilization("role")),), "Busy over busy and idle, all runs together."),
+    Panel("Utilization by run and role", (Query(_utilization("run", "role")),), "Busy over busy and idle."),
     Panel(
         "Who waits for whom",
         (Query(increase("idle_seconds_total").together("role", "on"), legend="{{role}} for {{on}}"),),
@@ -131,7 +131,7 @@ _EFFICIENCY = (
             Query(gauge("generate_tokens_per_second"), "over the busy ones"),
         ),
     ),
-    Panel("Share of time the learner works", (Query(_utilisation("run", role="learner")),), "The rest it waits."),
+    Panel("Share of time the learner works", (Query(_utilization("run", role="learner")),), "The rest it waits."),
     Panel(
         "Learn loops by phase",
         (Query(rate("phase_seconds_total").together("phase").in_unit(COUNT)),),

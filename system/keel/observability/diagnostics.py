@@ -1,4 +1,4 @@
-"""What a batch of rollouts says about over-optimisation: reward, KL, entropy, length, repetition. Pure numpy."""
+"""What a batch of rollouts says about over-optimization: reward, KL, entropy, length, repetition. Pure numpy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def _of_logprobs(batch: pa.RecordBatch, lengths: np.ndarray) -> dict[str, np.nda
     return {name: np.where(rows, value, np.nan) for part, rows in parts if rows.any() for name, value in part.items()}
 
 
-def summarise(batch: pa.RecordBatch) -> Mapping[str, float]:
+def summarize(batch: pa.RecordBatch) -> Mapping[str, float]:
     """Mean of every value of `per_completion` over the rows, and the spread of the reward."""
     values = per_completion(batch)
     means = {name: float(np.nanmean(value)) for name, value in values.items() if np.isfinite(value).any()}

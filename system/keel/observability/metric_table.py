@@ -38,10 +38,10 @@ TABLE: list[Metric] = [
         ("version", "Weight version the generators hold."),
         (
             "reward",
-            "Mean over the step's completions of the training reward (sum or ensemble), regularisers excluded.",
+            "Mean over the step's completions of the training reward (sum or ensemble), regularizers excluded.",
         ),
         ("reward_std", "Standard deviation of the reward over the step's completions."),
-        ("regularised_reward", "Mean reward plus the regularisers that live in it: what the advantage is made of."),
+        ("regularized_reward", "Mean reward plus the regularizers that live in it: what the advantage is made of."),
         ("reward_kl_term", "Mean KL term inside the reward: minus coefficient times nats."),
         (
             "reward_entropy_term",
@@ -86,8 +86,8 @@ TABLE: list[Metric] = [
         ("safe_threshold_nats", "SAFE: KL per token that cost nothing, by PID and phase."),
         ("safe_gate", "SAFE: how much low entropy raised the cost."),
         ("safe_penalty", "SAFE: the penalty whose slope is the coefficient, reward units."),
-        ("normaliser_mean", "Running mean of the reward (objective.normalise_reward)."),
-        ("normaliser_std", "Running standard deviation of the reward (objective.normalise_reward)."),
+        ("normalizer_mean", "Running mean of the reward (objective.normalize_reward)."),
+        ("normalizer_std", "Running standard deviation of the reward (objective.normalize_reward)."),
         ("preference_loss", "Mean loss of the step's pairs or rankings, likelihood term included."),
         ("pairs", "Pairs the step trained on."),
         ("chosen_implicit_reward", "Mean beta * score of the chosen completions."),
@@ -131,7 +131,7 @@ TABLE: list[Metric] = [
     Metric(
         "reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", ("reward",)
     ),
-    Metric("objective_term", "gauge", "Regulariser terms and metrics of the user's own objective, by name.", ("term",)),
+    Metric("objective_term", "gauge", "Regularizer terms and metrics of the user's own objective, by name.", ("term",)),
     Metric("critic_loss", "gauge", "Loss of each value head, coefficient included.", ("head",)),
     Metric("explained_variance", "gauge", "1 - var(target - value) / var(target) before the step.", ("head",)),
     Metric("value_mean", "gauge", "Mean predicted value of the step's states before the step.", ("head",)),

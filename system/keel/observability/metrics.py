@@ -99,7 +99,7 @@ class RunMetrics:
             self.totals[metric.name] = stored if metric.labels else stored.get("", 0.0)
 
     def record(self, step: int, time_seconds: float) -> dict[str, Any]:
-        """Append the step: every metric under its name without the prefix, labelled ones as objects."""
+        """Append the step: every metric under its name without the prefix, labeled ones as objects."""
         line = {"step": step, "time": time_seconds, **self._gauge_values, **self._operational, **self.totals}
         self._gauge_values = {}  # what the next step does not say is absent from its line, not repeated
         files.append_json(self.path, line)
@@ -118,7 +118,7 @@ def _by_label(value: float | Mapping[str, float]) -> Mapping[str, float]:
 
 
 def gauges_of_step(report: Any, buffered: Any) -> dict[str, Any]:
-    """Numbers of the learner and the buffer under their metric names; reward_<name> become one labelled metric."""
+    """Numbers of the learner and the buffer under their metric names; reward_<name> become one labeled metric."""
     numbers = {**report, **buffered}
     for name in ("trained_tokens", "rollout_bytes", "counts"):
         del numbers[name]
@@ -127,6 +127,6 @@ def gauges_of_step(report: Any, buffered: Any) -> dict[str, Any]:
     return numbers | {"reward_component": {name.removeprefix("reward_"): value for name, value in components.items()}}
 
 
-def unlabelled(values: Mapping[str, float]) -> float | Mapping[str, float]:
+def unlabeled(values: Mapping[str, float]) -> float | Mapping[str, float]:
     """A counter without label travels under the empty one."""
     return values.get("", values)

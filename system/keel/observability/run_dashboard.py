@@ -38,12 +38,12 @@ EVENTS = (
     Query(events("workers_lost_total"), "Worker lost"),
 )
 ROOT_KL = Query(gauge("kl_nats").root(), "sqrt(KL)")
-OVER_OPTIMISATION = (
-    curves("Reward", "reward", "regularised_reward"),
+OVER_OPTIMIZATION = (
+    curves("Reward", "reward", "regularized_reward"),
     curves(
         "Rewards by name",
         "reward_component",
-        note="A monitor (gold) that turns down while the training reward goes up: over-optimisation.",
+        note="A monitor (gold) that turns down while the training reward goes up: over-optimization.",
     ),
     curves("KL from the reference", "kl_nats", "kl_k3_nats", note="What the reward was bought with."),
     against("Rewards over sqrt(KL)", ROOT_KL, Query(gauge("reward_component"), "Reward")),
@@ -176,7 +176,7 @@ OTHERS = (
     curves("Explained variance", "explained_variance"),
     curves("Values", "value_mean"),
     curves("PopArt", "popart_mean", "popart_std"),
-    curves("Normalised reward", "normaliser_mean", "normaliser_std"),
+    curves("Normalized reward", "normalizer_mean", "normalizer_std"),
     curves("SAFE: threshold", "safe_threshold_nats"),
     curves("SAFE: gate and penalty", "safe_gate", "safe_penalty"),
     curves("Likelihood weights: effective samples", "effective_samples"),
@@ -203,10 +203,10 @@ NOW = (
 RUN = Dashboard(
     "keel-run",
     "Keel: one run",
-    "Is it over-optimising, does it learn, who waits for whom, what went wrong.",
+    "Is it over-optimizing, does it learn, who waits for whom, what went wrong.",
     (
         Row("Now", NOW),
-        Row("Over-optimisation", OVER_OPTIMISATION),
+        Row("Over-optimization", OVER_OPTIMIZATION),
         Row("Learning", LEARNING),
         Row("Pipeline", PIPELINE),
         Row("Reliability", RELIABILITY),

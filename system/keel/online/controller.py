@@ -216,7 +216,7 @@ class Controller:
         self._progress("step")
         num_bytes = await self.sync()
         self.observer.add(
-            {name: metrics.unlabelled(values) for name, values in buffered["counts"].items()}
+            {name: metrics.unlabeled(values) for name, values in buffered["counts"].items()}
             | {
                 "steps_total": 1.0,
                 "weight_syncs_total": 1.0,

@@ -57,7 +57,7 @@ def judge_step(step: int, metrics: Mapping[str, float], settings: Settings, obse
 def _likely_cause(settings: Settings) -> str:
     if settings.sampling.top_p < 1:
         return (
-            f"sampling.top_p={settings.sampling.top_p} renormalises the sampler's log-probs over the kept tokens,"
+            f"sampling.top_p={settings.sampling.top_p} renormalizes the sampler's log-probs over the kept tokens,"
             " the learner's are over all; set it to 1"
         )
     if settings.generators.dtype == "bfloat16" or settings.learners.precision == "bf16":

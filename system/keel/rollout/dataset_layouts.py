@@ -1,6 +1,6 @@
 """Which columns of a data set are what: the layouts that other projects write, or those that `prompts.columns` names.
 
-column names --recognise--> roles (prompt, chosen, ...) --read--> of every row its prompt and its answers
+column names --recognize--> roles (prompt, chosen, ...) --read--> of every row its prompt and its answers
 
 Only documented layouts are guessed (docs/stages.md has the table); what may be read in two ways is refused with the
 name of the setting that decides it.
@@ -140,7 +140,7 @@ class Layout:
         return {"given": given, "rewards": rewards, "finished": finished, "problem": problem, "labeled": labeled}
 
 
-def recognise(names: Sequence[str], prompts: PromptSettings, samples: int) -> Layout:
+def recognize(names: Sequence[str], prompts: PromptSettings, samples: int) -> Layout:
     """Roles of these columns for rows with this number of answers. Raises ConfigError."""
     roles = _named(names, prompts)
     named = frozenset(roles)

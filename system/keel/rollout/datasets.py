@@ -94,7 +94,7 @@ def read(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -
 def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, samples: int) -> Layout:
     """The layout of all rows. Raises ConfigError."""
     names = list(dict.fromkeys(name for _, columns in raw for name in columns))
-    layout = dataset_layouts.recognise(names, prompts, samples)
+    layout = dataset_layouts.recognize(names, prompts, samples)
     if label := dataset_layouts.label_column([columns for _, columns in raw], layout):
         layout = dataclasses.replace(layout, roles={**layout.roles, "label": label})
     beside = {"messages", "chosen"} & layout.roles.keys()

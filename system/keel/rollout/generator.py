@@ -29,7 +29,7 @@ def environment(settings: GeneratorSettings) -> dict[str, str]:
     ranks = settings.tensor_parallel
     bundles = {"VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, range(1, ranks + 1)))} if ranks > 1 else {}
     return {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, no serialisation
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, no serialization
         "OMP_NUM_THREADS": str(settings.threads),
         **bundles,
     }
@@ -93,7 +93,7 @@ class VllmGenerator:
     def generate(
         self, prompts: pa.RecordBatch, sampling: Sampling, given: Sequence[list[int]] | None = None
     ) -> tuple[pa.RecordBatch, StageReceipt]:
-        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbours.
+        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbors.
 
         `given` holds the completion of each row that already has one, else []: these are not sampled, only their
         log-probs under the weights of now are computed.

@@ -25,7 +25,7 @@ from keel.config.stages import LabelSettings, NoiseSettings
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Preference rows and what was left out on the way."""
 
     table: pa.Table
@@ -37,7 +37,7 @@ class Labelled:
         return float(np.mean(self.table.column("flipped").to_numpy())) if self.table.num_rows else 0.0
 
 
-def label(batch: pa.RecordBatch, by: LabelSettings) -> Labelled:
+def label(batch: pa.RecordBatch, by: LabelSettings) -> Labeled:
     """Pairs of every ticket's completions, ordered by the column `reward`."""
     kept, dropped = usable(batch, truncated=by.truncated == "keep")
     rows = schema.select(batch, kept)
@@ -60,7 +60,7 @@ def label(batch: pa.RecordBatch, by: LabelSettings) -> Labelled:
     flipped = flips(judged[pairs.chosen] - judged[pairs.rejected], draws, by.noise, by.run.seed)
     chosen = np.where(flipped, pairs.rejected, pairs.chosen)
     rejected = np.where(flipped, pairs.chosen, pairs.rejected)
-    return Labelled(_table(rows, chosen, rejected, flipped), dict(dropped))
+    return Labeled(_table(rows, chosen, rejected, flipped), dict(dropped))
 
 
 def usable(batch: pa.RecordBatch, *, truncated: bool) -> tuple[np.ndarray, Counter[str]]:

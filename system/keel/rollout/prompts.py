@@ -1,4 +1,4 @@
-"""From a ticket to prompt rows: read the source once, tokenise it once, then answer as a pure function.
+"""From a ticket to prompt rows: read the source once, tokenize it once, then answer as a pure function.
 
 Nothing here depends on time, worker or call order: the held-out rows follow from the run seed, the order of
 an epoch from (run seed, epoch), a seed from (run seed, ticket, sample).
@@ -30,7 +30,7 @@ _HELD_OUT, _TRAINING = 1, 2  # domains of randomness
 
 
 class Prompts:
-    """All prompts of a run, tokenised, split into held-out and training rows.
+    """All prompts of a run, tokenized, split into held-out and training rows.
 
     `counts` holds numbers of rows: `read` = `skipped` (too long) + `duplicates` (of a held-out prompt) +
     `held_out` + `train`; `cut` of those not skipped were shortened. Raises ConfigError, one line, for every

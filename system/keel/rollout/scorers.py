@@ -153,9 +153,9 @@ class RewardScorer:
     def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
         weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
-        centred = pair_selection.centre(members, batch.column("ticket").to_numpy()) if self.ensemble.centre else None
+        centered = pair_selection.center(members, batch.column("ticket").to_numpy()) if self.ensemble.center else None
         by = self.ensemble
-        return np.nan_to_num(pair_selection.combine(members, weights, by.form, by.coefficient, centred))
+        return np.nan_to_num(pair_selection.combine(members, weights, by.form, by.coefficient, centered))
 
 
 def num_members(reward: RewardSettings) -> int:
@@ -185,9 +185,9 @@ def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray)
     by = reward.ensemble
     known = ~np.isnan(members).any(0)
     own = members[:, known]
-    centred = pair_selection.centre(own, tickets[known]) if by.centre else None
+    centered = pair_selection.center(own, tickets[known]) if by.center else None
     found = np.full(members.shape[1], np.nan)
-    found[known] = pair_selection.combine(own, np.ones(len(members)), by.form, by.coefficient, centred)
+    found[known] = pair_selection.combine(own, np.ones(len(members)), by.form, by.coefficient, centered)
     return found
 
 

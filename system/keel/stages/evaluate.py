@@ -96,9 +96,9 @@ def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
 def _check_ensembles(settings: Settings) -> None:
     """A greedy or given answer is alone: there are no samples to compare it with. Raises ConfigError."""
     for name, by in {"": settings.ensemble, **{f"rewards.{r.name}.": r.ensemble for r in settings.rewards}}.items():
-        if by.centre and by.form in ("lower_bound", "worst", "variance"):
+        if by.center and by.form in ("lower_bound", "worst", "variance"):
             raise ConfigError(
-                f"{name}ensemble.centre=true: form={by.form} compares samples of one prompt, an evaluation has single"
+                f"{name}ensemble.center=true: form={by.form} compares samples of one prompt, an evaluation has single"
                 " answers; expected false"
             )
 

@@ -163,14 +163,14 @@ def prepare(settings: RewardModelSettings) -> Prepared:
 
 
 def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText]:
-    """Up to `centre.max_rows` texts of the reference set, in an order of the seed."""
-    by = settings.centre
+    """Up to `center.max_rows` texts of the reference set, in an order of the seed."""
+    by = settings.center
     if by.source is not None:
         own = datasets.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
         stored_completions.check_shape(own, 1, by.source)
         found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
         if not found:
-            raise ConfigError(f"centre.source={by.source}: every completion is too long; expected one that fits")
+            raise ConfigError(f"center.source={by.source}: every completion is too long; expected one that fits")
     else:
         sides = {"all": (0, 1), "chosen": (0,), "rejected": (1,), "none": ()}[by.rows]
         found = [rows.pairs[place][side] for place in rows.train for side in sides]
@@ -237,7 +237,7 @@ def _course(prepared: Prepared, member: int) -> Course:
 
 
 async def _judge(prepared: Prepared, folders: Sequence[Path], display: Display) -> dict[str, Any]:
-    """Centre the members on the reference set and report on the held-out pairs, both as the scorer sees them."""
+    """Center the members on the reference set and report on the held-out pairs, both as the scorer sees them."""
     rows = prepared.rows
     held_out = [text for place in rows.held_out for text in rows.pairs[place]]
     scores = await _scores(prepared.settings, folders, [*prepared.reference, *held_out], display)
@@ -245,7 +245,7 @@ async def _judge(prepared: Prepared, folders: Sequence[Path], display: Display) 
     count = len(prepared.reference)
     offsets = scores[:, :count].mean(1) if count else np.zeros(len(folders))
     for folder, offset in zip(folders, offsets, strict=True):
-        reward_models.centre(folder, float(offset))
+        reward_models.center(folder, float(offset))
     judged = scores[:, count:] - offsets[:, None]
     lengths = np.array([len(text.completion) for text in held_out], np.float64)
     found = reward_report.report(judged[:, 0::2], judged[:, 1::2], (lengths[0::2], lengths[1::2]))

@@ -1,4 +1,4 @@
-"""Advantages and regularisers against hand-derived numbers."""
+"""Advantages and regularizers against hand-derived numbers."""
 
 import numpy as np
 import pytest
@@ -15,18 +15,18 @@ TICKETS = np.zeros(4, int)
 
 
 def test_rloo_with_kl_before_the_baseline() -> None:
-    regularised = SCORES - 0.05 * KL
+    regularized = SCORES - 0.05 * KL
     expected = [-3.9666666667, -2.5666666667, 1.2333333333, 5.3]
-    assert advantages.rloo(regularised) == pytest.approx(expected, abs=1e-9)
+    assert advantages.rloo(regularized) == pytest.approx(expected, abs=1e-9)
 
 
 def test_group_mean_and_grpo() -> None:
-    regularised = SCORES - 0.05 * KL
-    centred = [-2.975, -1.925, 0.925, 3.975]
-    assert advantages.group_mean(regularised) == pytest.approx(centred, abs=1e-9)
-    deviation = np.std(regularised, ddof=1)
-    assert advantages.grpo(regularised) == pytest.approx(np.array(centred) / (deviation + 1e-4), abs=1e-9)
-    assert advantages.grpo(regularised) == pytest.approx([-0.9533, -0.6169, 0.2964, 1.2738], abs=1e-4)
+    regularized = SCORES - 0.05 * KL
+    centered = [-2.975, -1.925, 0.925, 3.975]
+    assert advantages.group_mean(regularized) == pytest.approx(centered, abs=1e-9)
+    deviation = np.std(regularized, ddof=1)
+    assert advantages.grpo(regularized) == pytest.approx(np.array(centered) / (deviation + 1e-4), abs=1e-9)
+    assert advantages.grpo(regularized) == pytest.approx([-0.9533, -0.6169, 0.2964, 1.2738], abs=1e-4)
 
 
 def test_entropy_in_the_reward() -> None:

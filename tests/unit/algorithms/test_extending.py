@@ -13,7 +13,7 @@ import yaml
 from keel import schema
 from keel.algorithms import advantages, registry
 from keel.algorithms.objective import Objective
-from keel.algorithms.types import Credit, Measured, Outputs, Rows, labelled
+from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
@@ -146,9 +146,9 @@ def test_the_advantage() -> None:
     assert gradient.numpy() == pytest.approx(-credit.advantages / 9, abs=1e-9)
 
 
-def test_the_advantage_sees_regularised_rewards_and_groups_of_any_size() -> None:
+def test_the_advantage_sees_regularized_rewards_and_groups_of_any_size() -> None:
     """KL is 0.1 a token: scores 0.1 sample - 0.05 * 0.1 |y|. One sample of the first prompt is missing."""
-    own = registry.build(settings(BLOCKS["my_advantages"], {"regulariser": {"kl": {"coefficient": 0.05}}}))
+    own = registry.build(settings(BLOCKS["my_advantages"], {"regularizer": {"kl": {"coefficient": 0.05}}}))
     batch = schema.select(STEP, np.arange(9) != 1)
     lengths = schema.lengths(batch, "completion_tokens")
     scores = batch.column("reward").to_numpy().astype(np.float64) - 0.005 * lengths
@@ -164,7 +164,7 @@ def test_the_term_of_the_reward() -> None:
     credit = own.credited(STEP, Measured())
     expected = advantages.by_ticket(advantages.rloo, REWARDS + 0.1 * fluency, TICKETS)
     assert credit.advantages == pytest.approx(np.repeat(expected, LENGTHS), abs=1e-6)
-    assert labelled(credit.metrics)["objective_term"] == {"fluency": pytest.approx(0.1 * fluency.mean(), abs=1e-6)}
+    assert labeled(credit.metrics)["objective_term"] == {"fluency": pytest.approx(0.1 * fluency.mean(), abs=1e-6)}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_the_objective_weighs() -> None:
     credit = own.credited(STEP, Measured())
     assert credit.advantages == pytest.approx(np.repeat([-0.15, 0.0, 0.15] * 3, LENGTHS), abs=1e-6)
     assert (credit.num_rows, credit.num_tokens) == (9, LENGTHS.sum())
-    assert labelled(credit.metrics) == {"objective_term": {"positive_ratio": pytest.approx(1 / 3)}}
+    assert labeled(credit.metrics) == {"objective_term": {"positive_ratio": pytest.approx(1 / 3)}}
 
 
 @pytest.mark.parametrize(("shift", "weight"), [(-0.5, np.exp(-0.5)), (0.0, 1.0), (0.5, 1.0)])
@@ -229,14 +229,14 @@ def test_options_reach_the_class() -> None:
     assert terms.sums["objective_term/weight"] == pytest.approx(weights.mean())
 
 
-def test_every_regulariser_works_with_the_objective() -> None:
+def test_every_regularizer_works_with_the_objective() -> None:
     """KL and entropy in the reward and both terms of the page: alpha .1 and beta .05, KL 0.1 a token."""
-    regulariser = {
-        **BLOCKS["my_terms"]["regulariser"],
+    regularizer = {
+        **BLOCKS["my_terms"]["regularizer"],
         "kl": {"coefficient": 0.05},
         "entropy": {"form": "sequence_sum", "coefficient": 0.1},
     }
-    own = tapered({"regulariser": regulariser})
+    own = tapered({"regularizer": regularizer})
     credit = own.credited(STEP, Measured())
     fluency = np.array([np.mean(row) for row in STEP.column("reference_logprobs").to_pylist()])
     scores = REWARDS - 0.005 * LENGTHS - 0.1 * schema.row_sums(SAMPLER, LENGTHS) + 0.1 * fluency
@@ -262,7 +262,7 @@ def test_its_metrics_are_in_the_table() -> None:
     own = tapered(BLOCKS["my_terms"])
     credit = own.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
-    found = labelled({**credit.metrics, **own.loss(rows, outputs(rows, 0.0), credit).sums})
+    found = labeled({**credit.metrics, **own.loss(rows, outputs(rows, 0.0), credit).sums})
     assert set(found) <= {metric.name for metric in TABLE}
     assert set(found["objective_term"]) == {"positive_ratio", "weight", "near_sampler", "fluency"}
 
@@ -281,14 +281,14 @@ def with_source(setting: str, source: str) -> Settings:
     return {
         "objective.source": lambda: settings({"objective": {"kind": "custom", "source": source}}),
         "objective.advantage": lambda: settings({"objective": {"advantage": source}}),
-        "regulariser.terms.mine.source": lambda: settings(
-            {"regulariser": {"terms": [{"name": "mine", "source": source}]}}
+        "regularizer.terms.mine.source": lambda: settings(
+            {"regularizer": {"terms": [{"name": "mine", "source": source}]}}
         ),
         "rewards.mine.source": lambda: settings({"rewards": [{"name": "mine", "source": source}]}),
     }[setting]()
 
 
-SETTINGS = ["objective.source", "objective.advantage", "regulariser.terms.mine.source", "rewards.mine.source"]
+SETTINGS = ["objective.source", "objective.advantage", "regularizer.terms.mine.source", "rewards.mine.source"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -333,6 +333,6 @@ def test_an_advantage_that_does_not_fit_the_rows_is_refused(name: str) -> None:
 
 def test_a_term_of_the_reward_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short_term.py").write_text("def term(batch):\n    return [0.0]\n", encoding="utf8")
-    by = {"regulariser": {"terms": [{"name": "mine", "source": "short_term:term"}]}}
-    with pytest.raises(ValueError, match="regulariser term mine: expected 9 finite numbers"):
+    by = {"regularizer": {"terms": [{"name": "mine", "source": "short_term:term"}]}}
+    with pytest.raises(ValueError, match="regularizer term mine: expected 9 finite numbers"):
         registry.build(settings(by)).weigh(STEP, Measured())

@@ -156,7 +156,7 @@ def test_kto_holds_its_baseline() -> None:
 def test_straight_through_kl_has_the_value_of_one_and_the_gradient_of_the_other() -> None:
     found = {}
     for estimator in ("k2", "k3", "k3_k2"):
-        own = objective(regulariser=token_kl(estimator))
+        own = objective(regularizer=token_kl(estimator))
         found[estimator] = gradients(own, weigh(own, STEP))
     assert found["k3_k2"][0] == pytest.approx(found["k3"][0], abs=1e-12)
     assert found["k3_k2"][1].tolist() == pytest.approx(found["k2"][1].tolist(), abs=1e-12)

@@ -73,13 +73,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "rloo whitened": {"advantage": "rloo", "whiten": "population"},
     "reinforce": {"advantage": "none", "whiten": "population"},
     "reinforce sample": {"advantage": "none", "whiten": "sample"},
-    "reinforce normalised": {"advantage": "none", "normalise_reward": True},
+    "reinforce normalized": {"advantage": "none", "normalize_reward": True},
     "reinforce_pp": {"advantage": "reinforce_pp"},
     "reinforce_pp sample": {"advantage": "reinforce_pp", "whiten": "sample"},
-    "reinforce_pp normalised": {"advantage": "reinforce_pp", "normalise_reward": True, "whiten": "none"},
+    "reinforce_pp normalized": {"advantage": "reinforce_pp", "normalize_reward": True, "whiten": "none"},
     "reinforce_pp_baseline": {"advantage": "reinforce_pp_baseline"},
     "lco": {"kind": "logits_convexity"},
-    "lco grpo": {"kind": "logits_convexity", "advantage": "grpo", "normalise_advantage": True},
+    "lco grpo": {"kind": "logits_convexity", "advantage": "grpo", "normalize_advantage": True},
     "lco ratio": {"kind": "logits_convexity", "target": "ratio"},
 }
 
@@ -121,7 +121,7 @@ def test_kl_of_a_policy_that_is_still_the_reference_is_not_blown_up() -> None:
     rows = [part.tolist() for part in np.split(logprobs + noise, cuts)]
     batch = rollout(rows, [0.5] * 8, TICKETS, [part.tolist() for part in np.split(logprobs, cuts)])
     built = objective(
-        objective={"advantage": "none", "whiten": "population"}, regulariser={"kl": {"coefficient": 0.05}}
+        objective={"advantage": "none", "whiten": "population"}, regularizer={"kl": {"coefficient": 0.05}}
     )
     assert built.weigh(batch, Measured()).advantages.tolist() == [0.0] * sum(LENGTHS)
 
@@ -130,9 +130,9 @@ def test_running_moments_of_equal_rewards_are_no_scale() -> None:
     for value in (-0.1, 1e6 + 0.1, 0.0):
         moments = critics.RunningMoments()
         for _ in range(50):
-            assert moments.normalise(np.full(16, value)).tolist() == [0.0] * 16
+            assert moments.normalize(np.full(16, value)).tolist() == [0.0] * 16
         assert moments.deviation <= 1e-9 * abs(value)
-        result = moments.normalise(value + np.array([0.0, 1.0]))
+        result = moments.normalize(value + np.array([0.0, 1.0]))
         assert result[1] - result[0] == pytest.approx(1 / moments.deviation, rel=1e-6)  # a first difference is one
 
 
@@ -189,9 +189,9 @@ def test_a_ranking_leaves_out_what_differs_by_rounding() -> None:
     assert result.metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-12)
 
 
-def test_members_without_an_opinion_are_centred_to_nothing() -> None:
+def test_members_without_an_opinion_are_centered_to_nothing() -> None:
     members = np.array([nearly(1 / 3)[:4], [1.0, np.nan, 3.0, 2.0], [np.nan] * 4])
-    result = pair_selection.centre(members, np.zeros(4))
+    result = pair_selection.center(members, np.zeros(4))
     assert result[0].tolist() == [0.0] * 4
     assert result[1] == pytest.approx([-1.0, np.nan, 1.0, 0.0], nan_ok=True)
     assert np.isnan(result[2]).all()
@@ -250,7 +250,7 @@ def test_with_an_entropy_advantage_that_weighs_something_tokens_are_whitened(coe
         assert (result.advantages.mean(), result.advantages.std()) == (pytest.approx(0, abs=1e-12), pytest.approx(1))
 
 
-# ---- a term of the loss is reduced as what it regularises
+# ---- a term of the loss is reduced as what it regularizes
 
 
 def value_of_kl(built: Objective, lengths: list[int]) -> float:
@@ -281,7 +281,7 @@ def test_kl_in_the_loss_is_reduced_like_the_likelihood(likelihood: str, expected
     """k2 is 1/2 and 2 nats^2 a token, on completions of 5 tokens and 1; the likelihood's own weights say the same."""
     kl = {"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}}
     blocks = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": likelihood}
-    built = objective(objective=blocks, regulariser=kl)
+    built = objective(objective=blocks, regularizer=kl)
     assert value_of_kl(built, [5, 1]) == pytest.approx(expected, abs=1e-12)
     batch = rollout([[-1.0] * 5, [-1.0]], [0.0, 0.0])
     credit = built.weigh(batch, Measured())
@@ -306,7 +306,7 @@ def test_kl_in_the_loss_is_reduced_like_the_likelihood(likelihood: str, expected
 def test_kl_in_the_loss_weighs_a_token_as_the_objective_does(blocks: dict[str, Any], expected: float) -> None:
     """Summed beside sums of log-probs, averaged beside averages; GSPO's ratio is such an average."""
     built = objective(
-        objective=blocks, regulariser={"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}}
+        objective=blocks, regularizer={"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"}}
     )
     assert built.reduction in ("sequence_sum", "sequence_mean", "token_mean")
     assert value_of_kl(built, [5, 1]) == pytest.approx(expected, abs=1e-12)

@@ -75,9 +75,9 @@ def test_log_probs_are_measured_for_a_weighted_term_in_the_reward_alone(
 ) -> None:
     form = {"form": "sequence_sum"} if which == "entropy" else {}
     term = {"coefficient": 0.3 * active, "importance_weighted": weighted, **form}
-    assert objective(regulariser={which: term}).measures == ({"logprobs"} if weighted and active else set())
+    assert objective(regularizer={which: term}).measures == ({"logprobs"} if weighted and active else set())
     in_loss = {"kl": {"placement": "loss", "estimator": "k2"}, "entropy": {"form": "token_bonus"}}[which]
-    assert objective(regulariser={which: {**term, **in_loss, "coefficient": 0.3}}).measures == set()
+    assert objective(regularizer={which: {**term, **in_loss, "coefficient": 0.3}}).measures == set()
 
 
 @pytest.mark.parametrize(("entropy", "needed"), [
@@ -88,7 +88,7 @@ def test_log_probs_are_measured_for_a_weighted_term_in_the_reward_alone(
     ({"form": "sequence_sum", "coefficient": 0.1}, False),
 ])  # fmt: skip
 def test_the_whole_entropy_is_computed_where_it_is_read(entropy: dict[str, Any], needed: bool) -> None:
-    assert objective(regulariser={"entropy": entropy}).needs_entropy == needed
+    assert objective(regularizer={"entropy": entropy}).needs_entropy == needed
 
 
 def test_what_is_not_said_has_these_values() -> None:
@@ -119,7 +119,7 @@ def test_a_credit_that_is_none_is_refused(values: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "gae", "lco_mse", "sequence_sum", "reward_weighted"])
-def test_what_regularisers_did_to_the_reward(name: str) -> None:
+def test_what_regularizers_did_to_the_reward(name: str) -> None:
     own, by = case(name), CASES[name][1]
     found = weigh(own, STEP).metrics
     kl = by.get("kl", {}).get("coefficient", 0.0) * by_row(
@@ -128,17 +128,17 @@ def test_what_regularisers_did_to_the_reward(name: str) -> None:
     bonus = by.get("entropy", {}).get("coefficient", 0.0) * by_row(-SAMPLER)
     assert found["reward_kl_term"] == pytest.approx(-kl.mean(), abs=1e-12)
     assert found["reward_entropy_term"] == pytest.approx(bonus.mean(), abs=1e-12)
-    assert found["regularised_reward"] == pytest.approx((REWARDS - kl + bonus).mean(), abs=1e-12)
+    assert found["regularized_reward"] == pytest.approx((REWARDS - kl + bonus).mean(), abs=1e-12)
     assert found["uniform_groups"] == 0
     assert abs(kl.mean()) + abs(bonus.mean()) > 1e-3
 
 
-def test_uniform_groups_are_those_of_the_regularised_reward() -> None:
+def test_uniform_groups_are_those_of_the_regularized_reward() -> None:
     """Rewards 1, 1 | 2, 3; a KL that differs within the first group makes it teach something."""
     batch = rollout([[-1.0], [-2.0], [-1.0], [-1.0]], [1.0, 1.0, 2.0, 3.0], [0, 0, 1, 1], [[-1.0]] * 4)
     assert objective().weigh(batch, Measured()).metrics["uniform_groups"] == 1
     kl = {"kl": {"coefficient": 0.1}}
-    assert objective(regulariser=kl).weigh(batch, Measured()).metrics["uniform_groups"] == 0
+    assert objective(regularizer=kl).weigh(batch, Measured()).metrics["uniform_groups"] == 0
 
 
 @pytest.mark.parametrize("name", ["gae", "eapo", "value_baseline", "eapo_rloo"])
@@ -188,24 +188,24 @@ def test_the_spread_of_advantages_is_that_before_whitening_and_shaping_is_told_a
     assert credit.metrics["advantage_std"] == pytest.approx(flat.std(), abs=1e-12)
     assert credit.advantages == pytest.approx((flat - flat.mean()) / flat.std(), abs=1e-12)
     assert credit.metrics["shaping_term"] == pytest.approx(-0.125, abs=1e-12)
-    assert credit.metrics["regularised_reward"] == pytest.approx(rewards.mean(), abs=1e-12)
+    assert credit.metrics["regularized_reward"] == pytest.approx(rewards.mean(), abs=1e-12)
 
 
 def test_what_adapts_is_told_by_its_name() -> None:
     own = objective(
         objective={
             "advantage": "gae",
-            "normalise_reward": True,
+            "normalize_reward": True,
             "critic": {"popart": True, "popart_rate": 0.5},
             "entropy_advantage": {},
         },
-        regulariser={"kl": {"coefficient": 0.25, "controller": {"kind": "safe"}}},
+        regularizer={"kl": {"coefficient": 0.25, "controller": {"kind": "safe"}}},
     )
     assert weigh(own, STEP) and own.coefficients()["entropy_coefficient"] == 0.0
     moments, popart = own.moments, own.popart  # type: ignore[attr-defined]
     found = own.coefficients()
-    assert found["normaliser_mean"] == moments.mean == pytest.approx(REWARDS.mean(), abs=1e-3)
-    assert found["normaliser_std"] == pytest.approx(REWARDS.std(), abs=1e-3) and abs(moments.mean) > 0.01
+    assert found["normalizer_mean"] == moments.mean == pytest.approx(REWARDS.mean(), abs=1e-3)
+    assert found["normalizer_std"] == pytest.approx(REWARDS.std(), abs=1e-3) and abs(moments.mean) > 0.01
     assert found["popart_mean"] == {head: art.mean for head, art in popart.items()}
     assert found["popart_std"] == {head: art.deviation for head, art in popart.items()}
     assert set(found["popart_mean"]) == {"value", "entropy"} and found["kl_coefficient"] == own.kl_coefficient.value
@@ -424,10 +424,10 @@ def test_acceptance_carries_samples_from_one_temperature_to_the_next(rewards: li
 # ---- terms in the loss, by their share
 
 
-def test_every_regulariser_in_the_loss_is_told_under_its_own_name() -> None:
+def test_every_regularizer_in_the_loss_is_told_under_its_own_name() -> None:
     own = objective(
         objective={"correction": "none"},
-        regulariser={
+        regularizer={
             "kl": {"coefficient": 0.3, "placement": "loss", "estimator": "k2"},
             "entropy": {"form": "token_bonus", "coefficient": 0.2},
         },

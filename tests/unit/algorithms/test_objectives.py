@@ -122,7 +122,7 @@ def test_shares_of_micro_batches_add_up() -> None:
     """The loss of a step is the sum over any split of its rows, gradients included."""
     own = objective(
         objective={"correction": "token", "reduction": "token_mean"},
-        regulariser={
+        regularizer={
             "kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"},
             "entropy": {"form": "token_bonus", "coefficient": 0.2},
         },
@@ -169,9 +169,9 @@ def by_row(credit: Credit) -> list[float]:
 
 def test_kl_before_and_after_the_baseline_differ() -> None:
     kl = {"coefficient": 0.05}
-    before = objective(regulariser={"kl": kl}).weigh(ROLLOUT, Measured())
+    before = objective(regularizer={"kl": kl}).weigh(ROLLOUT, Measured())
     assert by_row(before) == pytest.approx([-3.9666666667, -2.5666666667, 1.2333333333, 5.3], abs=1e-6)
-    after = objective(regulariser={"kl": {**kl, "order": "after_baseline"}}).weigh(ROLLOUT, Measured())
+    after = objective(regularizer={"kl": {**kl, "order": "after_baseline"}}).weigh(ROLLOUT, Measured())
     plain = [-4.0, -2.6666666667, 1.3333333333, 5.3333333333]
     assert by_row(after) == pytest.approx(np.array(plain) - [0.1, 0.05, 0.2, 0.15], abs=1e-6)
     assert before.metrics["reward_kl_term"] == pytest.approx(-0.125)
@@ -181,12 +181,12 @@ def test_zero_coefficients_change_no_bit() -> None:
     none = objective().weigh(ROLLOUT, Measured()).advantages
     for form in ("sequence_sum", "sequence_mean_exact", "sequence_mean_naive"):
         zero = (
-            objective(regulariser={"entropy": {"form": form, "coefficient": 0.0}}).weigh(ROLLOUT, Measured()).advantages
+            objective(regularizer={"entropy": {"form": form, "coefficient": 0.0}}).weigh(ROLLOUT, Measured()).advantages
         )
         assert zero.tobytes() == none.tobytes()
 
 
 def test_missing_columns_are_a_broken_invariant() -> None:
-    own = objective(regulariser={"kl": {"coefficient": 0.05}})
+    own = objective(regularizer={"kl": {"coefficient": 0.05}})
     with pytest.raises(AssertionError, match="reference_logprobs"):
         own.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]), Measured())

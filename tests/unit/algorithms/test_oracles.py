@@ -23,12 +23,12 @@ def test_gae() -> None:
     """P2b_gae: token KL [.2, -.1, .4] at .05, score 1.5 at the end, V = [.3, .6, .9], discount 1, lambda .95."""
     by: dict[str, Any] = {"advantage": "gae", "critic": {}}
     kl = {"kl": {"coefficient": 0.05}}
-    plain = objective(objective={**by, "whiten": "none"}, regulariser=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
+    plain = objective(objective={**by, "whiten": "none"}, regularizer=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
     assert plain.advantages == pytest.approx([1.1032, 0.856, 0.58], abs=1e-9)
     assert plain.targets is not None and plain.old_values is not None
     assert plain.targets[:, 0] == pytest.approx([1.4032, 1.456, 1.48], abs=1e-9)
     assert plain.old_values[:, 0] == pytest.approx([0.3, 0.6, 0.9], abs=1e-12)
-    whitened = objective(objective=by, regulariser=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
+    whitened = objective(objective=by, regularizer=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
     # the oracle has TRL's 1e-8 under the root, which is 7e-8 here
     assert whitened.advantages == pytest.approx([0.981155938, 0.0366787267, -1.0178346646], abs=1e-7)
     assert whitened.targets is not None
@@ -40,9 +40,9 @@ def test_reinforce_pp() -> None:
     x = [[0.01, -0.02, 0.03], [-0.005, 0.01]]
     batch = rollout(x, [1.0, -0.5], tickets=[0, 1], reference=[[0.0] * 3, [0.0] * 2])
     kl = {"kl": {"coefficient": 1.0}}
-    to_go = objective(objective={"advantage": "reinforce_pp", "whiten": "none"}, regulariser=kl)
+    to_go = objective(objective={"advantage": "reinforce_pp", "whiten": "none"}, regularizer=kl)
     assert to_go.weigh(batch, Measured()).advantages == pytest.approx([0.98, 0.99, 0.97, -0.505, -0.51], abs=1e-9)
-    whitened = objective(objective={"advantage": "reinforce_pp"}, regulariser=kl).weigh(batch, Measured()).advantages
+    whitened = objective(objective={"advantage": "reinforce_pp"}, regularizer=kl).weigh(batch, Measured()).advantages
     expected = [0.81646391, 0.8301859925, 0.8027418274, -1.2212653443, -1.2281263856]
     assert whitened == pytest.approx(expected, abs=1e-9)
 
@@ -185,7 +185,7 @@ def test_the_weight_of_the_kl_is_cut_at_the_cap_of_the_objective(
 ) -> None:
     """pi / sampler = e^-1, e^.5 and e^5, of which the last is above every cap; slope and value x = 2 times the weight."""
     kl = {"placement": "loss", "estimator": estimator, "coefficient": 1.0, "importance_weighted": True}
-    built = objective(objective=blocks, regulariser={"kl": kl})
+    built = objective(objective=blocks, regularizer={"kl": kl})
     logprobs = torch.full((3,), -1.0, dtype=torch.float64, requires_grad=True)
     sampler = logprobs.detach() - torch.tensor([-1.0, 0.5, 5.0], dtype=torch.float64)
     rows = Rows(

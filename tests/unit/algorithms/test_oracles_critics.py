@@ -137,7 +137,7 @@ def test_zieglers_controller_moves_by_a_fifth_at_most(completions: int) -> None:
 def safe_after(updates: int) -> Objective:
     """k2 in the loss under SAFE's controller after so many steps with 2 nats of KL and 1 of entropy per token."""
     controlled = {"coefficient": 0.1, "placement": "loss", "estimator": "k2", "controller": {"kind": "safe"}}
-    own = objective(regulariser={"kl": controlled}, objective={"correction": "none"})
+    own = objective(regularizer={"kl": controlled}, objective={"correction": "none"})
     batch = rollout([[-1.0, -1.0], [-1.0, -1.0]], [0.5, 0.5], reference=[[-3.0, -3.0], [-3.0, -3.0]])
     for _ in range(updates):
         own.adapt(batch)
@@ -267,9 +267,9 @@ def test_popart_in_the_objective() -> None:
     assert gradient[:, 0].tolist() == pytest.approx(0.1 * error * 4 / deviation / 3, abs=1e-12)
 
 
-def test_rewards_are_normalised_by_all_so_far() -> None:
+def test_rewards_are_normalized_by_all_so_far() -> None:
     """SAFE: running mean and deviation over both steps, the second step's own rewards included."""
-    own = objective(objective={"advantage": "none", "normalise_reward": True})
+    own = objective(objective={"advantage": "none", "normalize_reward": True})
     steps = [[1.0, 3.0], [10.0, 12.0, 20.0]]
     for upto in (1, 2):
         seen = np.concatenate(steps[:upto])

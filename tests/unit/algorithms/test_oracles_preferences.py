@@ -50,8 +50,8 @@ def test_simpo_is_maximum_entropy_up_to_a_length_term() -> None:
     policy = np.exp((rewards - 0.4373697355) / temperatures - 1)
     assert policy == pytest.approx([0.645732637, 0.2795037776, 0.0747635854], abs=1e-9)
     assert policy @ (rewards - temperatures * np.log(policy)) == pytest.approx(1.2527596954, abs=1e-9)
-    normalised = np.exp(rewards / temperatures) / np.exp(rewards / temperatures).sum()
-    assert normalised @ (rewards - temperatures * np.log(normalised)) == pytest.approx(1.2325, abs=5e-5)
+    normalized = np.exp(rewards / temperatures) / np.exp(rewards / temperatures).sum()
+    assert normalized @ (rewards - temperatures * np.log(normalized)) == pytest.approx(1.2325, abs=5e-5)
     rows = sequences(np.log(policy), lengths)
     assert logit(rows, 0, 1, settings("simpo", beta=2.0)) == pytest.approx(0.2, abs=1e-9)
     for chosen, rejected in ((0, 1), (1, 2), (0, 2)):
@@ -154,8 +154,8 @@ def test_pessimistic_dpo() -> None:
     assert loss.item() == pytest.approx(0.7602581947, abs=1e-9)
 
 
-def test_pessimism_reads_the_deviation_of_the_centred_ensemble() -> None:
-    """Three completions: members centred per prompt are [-1, 0, 1] and [-2, 0, 2]; deviations .5, 0, .5."""
+def test_pessimism_reads_the_deviation_of_the_centered_ensemble() -> None:
+    """Three completions: members centered per prompt are [-1, 0, 1] and [-2, 0, 2]; deviations .5, 0, .5."""
     members = {"reward_a": [9.0, 10.0, 11.0], "reward_b": [1.0, 3.0, 5.0]}
     batch = rollout([[-1.0], [-2.0], [-1.5]], [10.0, 13.0, 16.0], reference=[[-1.0]] * 3, **members)
     by = {"kind": "preference", "loss": "dpo", "pessimism": 0.4, "pairs": {"selection": "max_max"}}
@@ -243,7 +243,7 @@ def test_optidice_weights(form: str) -> None:
     assert weighted_likelihood.divergence_weights(rewards + 7.0, form, 0.5) == pytest.approx(OPTIDICE[form], abs=1e-9)
 
 
-def test_optidice_normalisers() -> None:
+def test_optidice_normalizers() -> None:
     """P9_optidice: nu = .0167111426 where w = exp(e / alpha - 1), 1/3 where w = e / alpha + 1."""
     found = {
         form: weighted_likelihood.divergence_weights(np.array([1.0, 0.0, -1.0, 0.5]), form, 0.5)[0] for form in OPTIDICE

@@ -30,13 +30,13 @@ def closed_form(won: float, lost: float, margin: float, smoothing: float, penalt
     return -(1 - smoothing) * log_sigma[0] - smoothing * log_sigma[1] + penalty * (won + lost) ** 2
 
 
-CASES = [{}, {"label_smoothing": 0.1}, {"centre_penalty": 0.01}, {"label_smoothing": 0.3, "centre_penalty": 0.5}]
+CASES = [{}, {"label_smoothing": 0.1}, {"center_penalty": 0.01}, {"label_smoothing": 0.3, "center_penalty": 0.5}]
 
 
 @pytest.mark.parametrize("blocks", CASES)
 def test_losses_are_those_of_the_formula(blocks: dict[str, float]) -> None:
     found = pair_loss(interleaved(CHOSEN, REJECTED), torch.from_numpy(MARGINS), settings_for(**blocks))
-    terms = blocks.get("label_smoothing", 0.0), blocks.get("centre_penalty", 0.0)
+    terms = blocks.get("label_smoothing", 0.0), blocks.get("center_penalty", 0.0)
     expected = [closed_form(*row, *terms) for row in zip(CHOSEN, REJECTED, MARGINS, strict=True)]
     assert found.losses.tolist() == pytest.approx(expected, rel=1e-12)
     assert found.margins.tolist() == pytest.approx((CHOSEN - REJECTED).tolist())  # as the pair is, no margin taken off

@@ -51,7 +51,7 @@ def expected_ranking_loss(log_p: torch.Tensor, by: PreferenceSettings) -> torch.
 
 
 def fitted(loss: Any, by: PreferenceSettings) -> torch.Tensor:
-    """log pi [3] that minimises the loss over all policies."""
+    """log pi [3] that minimizes the loss over all policies."""
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"

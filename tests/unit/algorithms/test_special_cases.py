@@ -53,13 +53,13 @@ def policy_gradient(**by: Any) -> dict[str, Any]:
         (preference("simpo", exact_length_margin=False), preference("simpo")),
         (preference("dpo", pairs={"length_penalty": 0.0, "min_margin": 0.0}), preference("dpo")),
         (preference("dpo", pairs={"finished_only": True}), preference("dpo")),  # all are
-        ({"regulariser": {"entropy": {"form": "sequence_sum", "coefficient": 0.0}}}, {}),
-        ({"regulariser": {"entropy": {"form": "sequence_mean_exact", "coefficient": 0.0}}}, {}),
-        ({"regulariser": {"entropy": {"form": "sequence_mean_naive", "coefficient": 0.0}}}, {}),
-        ({"regulariser": {"entropy": {"form": "token_bonus", "coefficient": 0.0}}}, {}),
-        ({"regulariser": {"entropy": {"monitor": True}}}, {}),
-        ({"regulariser": {"kl": {"coefficient": 0.0}}}, {}),
-        ({"regulariser": token_kl("k2") | {"kl": token_kl("k2")["kl"] | {"coefficient": 0.0}}}, {}),
+        ({"regularizer": {"entropy": {"form": "sequence_sum", "coefficient": 0.0}}}, {}),
+        ({"regularizer": {"entropy": {"form": "sequence_mean_exact", "coefficient": 0.0}}}, {}),
+        ({"regularizer": {"entropy": {"form": "sequence_mean_naive", "coefficient": 0.0}}}, {}),
+        ({"regularizer": {"entropy": {"form": "token_bonus", "coefficient": 0.0}}}, {}),
+        ({"regularizer": {"entropy": {"monitor": True}}}, {}),
+        ({"regularizer": {"kl": {"coefficient": 0.0}}}, {}),
+        ({"regularizer": token_kl("k2") | {"kl": token_kl("k2")["kl"] | {"coefficient": 0.0}}}, {}),
         (policy_gradient(**CLIP), policy_gradient(clip_low=0.2, clip_high=0.28, correction_cap=2.0)),
         (policy_gradient(advantage="dr_grpo"), policy_gradient(advantage="group_mean")),
         (policy_gradient(advantage="none", discount=0.5), policy_gradient(advantage="none", gae_lambda=0.5)),
@@ -79,7 +79,7 @@ def test_neutral_settings_change_no_bit(general: dict[str, Any], special: dict[s
         (policy_gradient(advantage="reinforce_pp_baseline", whiten="none"), policy_gradient(advantage="group_mean")),
         (policy_gradient(clip_low=0.999, clip_high=1e6), policy_gradient()),
         (policy_gradient(correction_cap=1e9), policy_gradient(correction_cap=1e6)),
-        (policy_gradient(normalise_reward=False, advantage="grpo"), policy_gradient(advantage="grpo")),
+        (policy_gradient(normalize_reward=False, advantage="grpo"), policy_gradient(advantage="grpo")),
         (
             {"objective": {"kind": "weighted_likelihood", "temperature": 1e-3}},
             {"objective": {"kind": "weighted_likelihood", "weights": "best_of_n"}},
@@ -112,7 +112,7 @@ def test_rloo_is_dr_grpo_but_for_a_factor() -> None:
     assert one[2].flatten().tolist() == pytest.approx((4 / 3 * two[2]).flatten().tolist(), abs=1e-12)
 
 
-def test_generalised_advantages_in_their_limits() -> None:
+def test_generalized_advantages_in_their_limits() -> None:
     """Trace 1: reward to go minus value; trace 0: one step; values 0 and trace 1: REINFORCE++."""
     rewards, values, lengths = np.array([1.0, 2.0, 4.0, -3.0]), np.array([0.5, 0.25, 1.0, 2.0]), np.array([3, 1])
     to_go = np.array([1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4, -3])
@@ -188,7 +188,7 @@ def test_a_margin_of_a_ranking_is_subtracted_from_the_better_one() -> None:
 
 
 def test_a_ranking_with_pessimism_adds_it_to_every_score() -> None:
-    """Deviations of the centred ensemble .5, 0, .5; the best is row 2."""
+    """Deviations of the centered ensemble .5, 0, .5; the best is row 2."""
     members = {"reward_a": [9.0, 10.0, 11.0], "reward_b": [1.0, 3.0, 5.0]}
     batch = rollout([[-1.0], [-2.0], [-1.5]], [10.0, 13.0, 16.0], **members)
     own = objective(**preference("simpo_plackett_luce", beta=2.0, pessimism=0.4))

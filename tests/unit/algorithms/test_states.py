@@ -108,15 +108,15 @@ def adaptive(kind: str) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, Any] = {name: (lambda name=name: case(name)) for name in CASES}
-VARIANTS |= {f"kl {kind}": (lambda kind=kind: objective(regulariser=adaptive(kind))) for kind in CONTROLLERS}
+VARIANTS |= {f"kl {kind}": (lambda kind=kind: objective(regularizer=adaptive(kind))) for kind in CONTROLLERS}
 VARIANTS["popart of two heads"] = lambda: objective(
     objective={
         "advantage": "gae",
-        "normalise_reward": True,
+        "normalize_reward": True,
         "critic": {"popart": True, "popart_rate": 0.4},
         "entropy_advantage": {},
     },
-    regulariser=adaptive("dual"),
+    regularizer=adaptive("dual"),
 )
 MOVING = {"kl proportional", "kl dual", "kl safe", "kl fixed", "none", "eapo", "popart of two heads"}
 

@@ -1,4 +1,4 @@
-"""Weighted likelihood averaged over tokens: what supervised training minimises, against a loop."""
+"""Weighted likelihood averaged over tokens: what supervised training minimizes, against a loop."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def loss_and_gradient(likelihood: str, weights: str, rewards: list[float]) -> tu
     blocks: dict[str, Any] = {
         "objective": {"kind": "weighted_likelihood", "weights": weights, "likelihood": likelihood}
     }
-    objective = registry.build(settings_for(**blocks, regulariser={"kl": {"coefficient": 0.0}}))
+    objective = registry.build(settings_for(**blocks, regularizer={"kl": {"coefficient": 0.0}}))
     credit = objective.credited(batch, Measured(flat, np.zeros((len(flat), 0))))
     rows = Rows(
         advantages=torch.from_numpy(credit.advantages),

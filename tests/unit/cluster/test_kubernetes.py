@@ -272,7 +272,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown role": (["--memory", "judges=16Gi"], "--memory judges: the run has none; expected one of head, generators"),
     "per pod": (["--per-pod", "learners=0"], "--per-pod learners=0: expected at least 1"),
     "per pod text": (["--per-pod", "learners=two"], "--per-pod learners=two: expected a number of workers"),
-    "absent role": (["reference=null", "regulariser.kl.coefficient=0", "rewards=[{name: a, source: 'a:b'}]", "--max-reference", "2"], "--max-reference: the run has none"),
+    "absent role": (["reference=null", "regularizer.kl.coefficient=0", "rewards=[{name: a, source: 'a:b'}]", "--max-reference", "2"], "--max-reference: the run has none"),
     "fewer than there are": (["generators.count=3", "--max-generators", "2"], "--max-generators=2: generators.count=3"),
     "split GPU": (["generators.gpus=1.5"], "generators.gpus=1.5: Ray shares no more than one"),
     "CPU generators": (["learners.gpus=1"], "generators.gpus=0: other roles have GPUs"),

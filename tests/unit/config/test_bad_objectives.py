@@ -28,13 +28,13 @@ def entropy(**settings: Any) -> dict[str, Any]:
 
 BAD: list[tuple[dict[str, Any], str]] = [
     # estimators where their gradient is none of a KL's
-    ({"regulariser": kl("loss", "k1")}, "regulariser.kl.estimator=k1 in the loss: its expected gradient is zero: no regularisation at all; expected k2, k3, k3_k2 or exact"),
-    ({"regulariser": kl("reward", "k2")}, "regulariser.kl.estimator=k2 in the reward: its expected gradient is not that of any KL; expected k1"),
-    ({"regulariser": kl("reward", "k3")}, "regulariser.kl.estimator=k3 in the reward: its expected gradient is KL(pi,ref) minus KL(ref,pi); expected k1"),
-    ({"regulariser": kl("reward", "k3_k2")}, "regulariser.kl.estimator=k3_k2 in the reward: "),
-    ({"regulariser": kl("reward", "exact")}, "regulariser.kl.estimator=exact in the reward: "),
-    ({"regulariser": kl("loss", "k2", token_share=0.5)}, "regulariser.kl.token_share=0.5: estimator=k2 uses all; expected exact"),
-    ({"regulariser": kl("loss", "exact", importance_weighted=True)}, "regulariser.kl.importance_weighted=true: exact has no sampled action to weigh; expected k2 or k3"),
+    ({"regularizer": kl("loss", "k1")}, "regularizer.kl.estimator=k1 in the loss: its expected gradient is zero: no regularization at all; expected k2, k3, k3_k2 or exact"),
+    ({"regularizer": kl("reward", "k2")}, "regularizer.kl.estimator=k2 in the reward: its expected gradient is not that of any KL; expected k1"),
+    ({"regularizer": kl("reward", "k3")}, "regularizer.kl.estimator=k3 in the reward: its expected gradient is KL(pi,ref) minus KL(ref,pi); expected k1"),
+    ({"regularizer": kl("reward", "k3_k2")}, "regularizer.kl.estimator=k3_k2 in the reward: "),
+    ({"regularizer": kl("reward", "exact")}, "regularizer.kl.estimator=exact in the reward: "),
+    ({"regularizer": kl("loss", "k2", token_share=0.5)}, "regularizer.kl.token_share=0.5: estimator=k2 uses all; expected exact"),
+    ({"regularizer": kl("loss", "exact", importance_weighted=True)}, "regularizer.kl.importance_weighted=true: exact has no sampled action to weigh; expected k2 or k3"),
     # critics
     ({"objective": {"advantage": "gae"}}, "objective.critic=null: advantage=gae needs a learned value; expected a critic block"),
     ({"objective": {"advantage": "value_baseline"}}, "objective.critic=null: advantage=value_baseline needs a learned value"),
@@ -49,7 +49,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reference": None, "objective": {**PREFER, "loss": "kto"}}, "objective.loss=kto needs column reference_logprobs but reference is null"),
     ({"reference": None, "objective": {**CONVEX, "anchor": "reference"}}, "objective.anchor=reference needs column reference_logprobs but reference is null"),
     ({"reference": None, "objective": {**CONVEX, "dense": {"teacher": "t"}}}, "objective.dense needs column reference_logprobs but reference is null"),
-    ({"reference": None, "regulariser": kl("loss", "exact")}, "regulariser.kl.coefficient=0.1 needs column reference_logprobs but reference is null"),
+    ({"reference": None, "regularizer": kl("loss", "exact")}, "regularizer.kl.coefficient=0.1 needs column reference_logprobs but reference is null"),
     # groups of one
     *[
         ({"sampling": {"samples_per_prompt": 1}, "objective": by}, f"sampling.samples_per_prompt=1: {what} compares samples of one prompt; expected at least 2")
@@ -69,7 +69,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     # options a preference loss has no place for
     ({"objective": {**PREFER, "loss": "ipo_sum", "label_smoothing": 0.1}}, "objective.label_smoothing=0.1: loss=ipo_sum has no labels; expected dpo"),
     ({"objective": {**PREFER, "loss": "orpo", "label_smoothing": 0.1}}, "objective.label_smoothing=0.1: loss=orpo has no labels; expected dpo"),
-    ({"objective": {**PREFER, "loss": "cpo", "exact_length_margin": True}}, "objective.exact_length_margin=true: loss=cpo is not length-normalised; expected simpo"),
+    ({"objective": {**PREFER, "loss": "cpo", "exact_length_margin": True}}, "objective.exact_length_margin=true: loss=cpo is not length-normalized; expected simpo"),
     ({"objective": {**PREFER, "loss": "orpo", "target_margin": 0.5}}, "objective.target_margin=0.5: loss=orpo has no margin; expected simpo"),
     ({"objective": {**PREFER, "loss": "ipo_average", "pessimism": 0.5}}, "objective.pessimism=0.5: loss=ipo_average has no logit of a pair; expected dpo"),
     ({"objective": {**PREFER, "loss": "kto", "pessimism": 0.5}}, "objective.pessimism=0.5: loss=kto has no logit of a pair; expected dpo"),
@@ -89,27 +89,27 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective": {**PREFER, "pairs": {"judge": "silver"}}}, "objective.pairs.judge=silver: no such reward with role judge or train; expected one of a, b, gold"),
     ({"rewards": [*ALONE, {"name": "m", "source": "x:y", "role": "monitor"}], "objective": {**PREFER, "pairs": {"judge": "m"}}}, "objective.pairs.judge=m: no such reward with role judge or train; expected one of a"),
     # controllers
-    ({"regulariser": entropy(controller={"kind": "proportional", "target_nats": 1.0})}, "regulariser.entropy.controller.kind=proportional: is for KL; expected fixed or dual"),
-    ({"regulariser": entropy(controller={"kind": "safe"})}, "regulariser.entropy.controller.kind=safe: is for KL; expected fixed or dual"),
-    ({"regulariser": entropy(coefficient=0.0, controller={"kind": "dual", "target_nats": 1.0})}, "regulariser.entropy.coefficient=0.0: controller.kind=dual starts from it; expected more"),
-    ({"regulariser": kl("reward", "k1", controller={"kind": "dual"})}, "regulariser.kl.controller.target_nats=null: kind=dual steers towards it; expected a number of nats"),
-    ({"regulariser": kl("reward", "k1", controller={"kind": "safe", "target_nats": 1.0})}, "regulariser.kl.controller.target_nats=1.0: kind=safe ignores it; expected dual, or null"),
-    ({"regulariser": kl("reward", "k1", coefficient=0.0, controller={"kind": "safe"})}, "regulariser.kl.coefficient=0.0: controller.kind=safe starts from it; expected more"),
+    ({"regularizer": entropy(controller={"kind": "proportional", "target_nats": 1.0})}, "regularizer.entropy.controller.kind=proportional: is for KL; expected fixed or dual"),
+    ({"regularizer": entropy(controller={"kind": "safe"})}, "regularizer.entropy.controller.kind=safe: is for KL; expected fixed or dual"),
+    ({"regularizer": entropy(coefficient=0.0, controller={"kind": "dual", "target_nats": 1.0})}, "regularizer.entropy.coefficient=0.0: controller.kind=dual starts from it; expected more"),
+    ({"regularizer": kl("reward", "k1", controller={"kind": "dual"})}, "regularizer.kl.controller.target_nats=null: kind=dual steers towards it; expected a number of nats"),
+    ({"regularizer": kl("reward", "k1", controller={"kind": "safe", "target_nats": 1.0})}, "regularizer.kl.controller.target_nats=1.0: kind=safe ignores it; expected dual, or null"),
+    ({"regularizer": kl("reward", "k1", coefficient=0.0, controller={"kind": "safe"})}, "regularizer.kl.coefficient=0.0: controller.kind=safe starts from it; expected more"),
     # entropies over |y|
     *[
-        ({"regulariser": entropy(form=form), "objective": by}, f"regulariser.entropy.form={form}: objective.advantage={by['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
+        ({"regularizer": entropy(form=form), "objective": by}, f"regularizer.entropy.form={form}: objective.advantage={by['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
         for form in ("sequence_mean_exact", "sequence_mean_naive")
         for by in ({"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, {"advantage": "gae", "critic": {}})
     ],
-    ({"regulariser": entropy(form="sequence_mean")}, "regulariser.entropy.form='sequence_mean': two forms were meant by it; expected sequence_mean_naive (reward R - (beta/|y|) S, what it was) or sequence_mean_exact ("),
-    ({"sampling": {"stored_ratio": 0.5}, "objective": PREFER, "regulariser": kl("loss", "k2", importance_weighted=True)}, "regulariser.kl.importance_weighted=true: no known policy sampled the stored completions (sampling.stored_ratio=0.5), so there is no ratio to weigh by; expected false"),
-    ({"regulariser": {"entropy": {"coefficient": 0.1}}}, "regulariser.entropy.coefficient=0.1: form=none ignores it; expected a form, or 0"),
-    # regularisers an objective cannot take
-    ({"objective": PREFER, "regulariser": kl("reward", "k1")}, "regulariser.kl.placement=reward: objective.kind=preference has no gradient that is linear in the reward"),
-    ({"objective": WEIGH, "regulariser": entropy()}, "regulariser.entropy.form=sequence_sum: objective.kind=weighted_likelihood has no gradient that is linear in the reward"),
-    ({"objective": {**CONVEX, "dense": {"teacher": "t"}}, "regulariser": kl("reward", "k1")}, "regulariser.kl.placement=reward: objective.kind=logits_convexity has no gradient"),
-    ({"objective": CONVEX, "regulariser": kl("loss", "exact")}, "regulariser.kl.estimator=exact: logits_convexity already reads the whole vocabulary"),
-    ({"objective": {**CONVEX, "target": "ratio", "form": "mse"}}, "objective.target=ratio: moves one probability of the behaviour; expected form=kl, sparse, behaviour"),
+    ({"regularizer": entropy(form="sequence_mean")}, "regularizer.entropy.form='sequence_mean': two forms were meant by it; expected sequence_mean_naive (reward R - (beta/|y|) S, what it was) or sequence_mean_exact ("),
+    ({"sampling": {"stored_ratio": 0.5}, "objective": PREFER, "regularizer": kl("loss", "k2", importance_weighted=True)}, "regularizer.kl.importance_weighted=true: no known policy sampled the stored completions (sampling.stored_ratio=0.5), so there is no ratio to weigh by; expected false"),
+    ({"regularizer": {"entropy": {"coefficient": 0.1}}}, "regularizer.entropy.coefficient=0.1: form=none ignores it; expected a form, or 0"),
+    # regularizers an objective cannot take
+    ({"objective": PREFER, "regularizer": kl("reward", "k1")}, "regularizer.kl.placement=reward: objective.kind=preference has no gradient that is linear in the reward"),
+    ({"objective": WEIGH, "regularizer": entropy()}, "regularizer.entropy.form=sequence_sum: objective.kind=weighted_likelihood has no gradient that is linear in the reward"),
+    ({"objective": {**CONVEX, "dense": {"teacher": "t"}}, "regularizer": kl("reward", "k1")}, "regularizer.kl.placement=reward: objective.kind=logits_convexity has no gradient"),
+    ({"objective": CONVEX, "regularizer": kl("loss", "exact")}, "regularizer.kl.estimator=exact: logits_convexity already reads the whole vocabulary"),
+    ({"objective": {**CONVEX, "target": "ratio", "form": "mse"}}, "objective.target=ratio: moves one probability of the behavior; expected form=kl, sparse, behavior"),
     ({"objective": {**WEIGH, "rejection_temperatures": [1.0, 2.0]}}, "objective.rejection_temperatures=[1.0, 2.0]: every stage goes further; expected falling numbers"),
     # names
     ({"objective": {"kind": "dpo"}}, "objective.kind=dpo: expected one of 'policy_gradient', 'preference', 'weighted_likelihood', 'logits_convexity', 'custom'"),
@@ -233,7 +233,7 @@ def test_settled_prompts_end_the_run() -> None:
         assert credit.finished is finished
 
 
-def test_a_ranking_whose_neighbours_are_ties_still_ranks_its_ends() -> None:
+def test_a_ranking_whose_neighbors_are_ties_still_ranks_its_ends() -> None:
     """Rewards 1, .7, .4 and a margin of .5: only the first and the last differ enough, and they are a pair."""
     by = {**PREFER, "loss": "simpo_plackett_luce", "beta": 2.0, "pairs": {"min_margin": 0.5}}
     batch = rollout([[-1.0]] * 3, [1.0, 0.7, 0.4])

@@ -36,10 +36,10 @@ def test_every_shipped_configuration_loads_and_survives_a_round_trip(path: Path,
     assert loader.digest(settings) in loader.dump(settings).splitlines()[0]
 
 
-def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
+def test_the_two_quickstarts_differ_in_the_regularizer_alone() -> None:
     folder = Path(__file__).parents[3] / "configs"
     kl, maxent = (yaml.safe_load((folder / f"quickstart{suffix}.yaml").read_text()) for suffix in ("", "-maxent"))
-    assert kl.pop("regulariser") != maxent.pop("regulariser")
+    assert kl.pop("regularizer") != maxent.pop("regularizer")
     assert (kl["run"].pop("name"), maxent["run"].pop("name")) == ("quickstart", "quickstart-maxent")
     assert kl == maxent
 
@@ -51,7 +51,7 @@ def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
         ({"polcy": {"model": "m"}, "prompts": {"source": "p"}, "rewards": []}, "polcy: unknown setting; did you mean policy?"),
         (tree(learners={"learning_rat": 1}), "learners.learning_rat: unknown setting; did you mean learning_rate?"),
         (tree(rewards=[{"name": "a", "source": "a:b", "wieght": 2}]), "rewards.0.wieght: unknown setting; did you mean weight?"),
-        (tree(regulariser={"kl": {"betta": 1}}), "regulariser.kl.betta: unknown setting; expected one of"),
+        (tree(regularizer={"kl": {"betta": 1}}), "regularizer.kl.betta: unknown setting; expected one of"),
         (tree(reference={"modle": "m"}), "reference.modle: unknown setting; did you mean model?"),
         (tree(run={"steps": "many"}), "run.steps='many': input should be a valid integer"),
         (tree(run={"steps": 0}), "run.steps=0: input should be greater than or equal to 1"),
@@ -64,7 +64,7 @@ def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
         (tree(objective={"advantage": "gae"}), "objective.critic=null: advantage=gae needs a learned value"),
         ({"policy": {"model": "m"}, "rewards": []}, "prompts: missing"),
         (tree(sampling={"samples_per_prompt": 1}), "sampling.samples_per_prompt=1: rloo compares"),
-        (tree(reference=None, regulariser={"kl": {"coefficient": 0.1}}), "needs column reference_logprobs but reference is null"),
+        (tree(reference=None, regularizer={"kl": {"coefficient": 0.1}}), "needs column reference_logprobs but reference is null"),
         (tree(reference=None, rewards=[{"name": "f", "kind": "reference"}]), "rewards.f: kind=reference but reference is null"),
         (tree(rewards=[{"name": "a", "source": "a:b", "role": "monitor"}]), "rewards: none has role train"),
         (tree(rewards=[{"name": "a", "source": "a:b"}] * 2), "name 'a' is used twice"),
@@ -74,10 +74,10 @@ def test_the_two_quickstarts_differ_in_the_regulariser_alone() -> None:
         (tree(rewards=[{"name": "a", "kind": "model"}]), "rewards.0.source='': kind=model expects a folder or hub name"),
         (tree(rewards=[{"name": "a", "kind": "http"}]), "rewards.0.source='': kind=http expects a URL"),
         (tree(rewards=[{"name": "std", "source": "a:b"}]), "rewards.0.name=std: reward_std is a metric of the run"),
-        (tree(regulariser={"kl": {"placement": "loss"}}), "estimator=k1 in the loss: its expected gradient is zero"),
-        (tree(regulariser={"kl": {"estimator": "k2"}}), "estimator=k2 in the reward: its expected gradient is not that"),
-        (tree(regulariser={"kl": {"estimator": "k3"}}), "estimator=k3 in the reward: its expected gradient is KL(pi,ref) minus"),
-        (tree(regulariser={"kl": {"placement": "reward", "estimator": "exact"}}), "estimator=exact in the reward: it is a sum over"),
+        (tree(regularizer={"kl": {"placement": "loss"}}), "estimator=k1 in the loss: its expected gradient is zero"),
+        (tree(regularizer={"kl": {"estimator": "k2"}}), "estimator=k2 in the reward: its expected gradient is not that"),
+        (tree(regularizer={"kl": {"estimator": "k3"}}), "estimator=k3 in the reward: its expected gradient is KL(pi,ref) minus"),
+        (tree(regularizer={"kl": {"placement": "reward", "estimator": "exact"}}), "estimator=exact in the reward: it is a sum over"),
         (tree(objective={"level": "sequence"}), "level=sequence has one ratio a completion"),
         (tree(objective={"level": "sequence", "reduction": "token_mean", "correction": "none"}), "expected sequence_sum"),
         (tree(buffer={"groups_per_step": 2, "groups_per_batch": 3}), "buffer.groups_per_batch=3"),
@@ -95,7 +95,7 @@ def test_a_mistake_is_one_line_that_names_it(changed: dict[str, Any], expected: 
     [
         {"sampling": {"samples_per_prompt": 2}},
         {"reference": None},
-        {"regulariser": {"kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.1}}},
+        {"regularizer": {"kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.1}}},
         {"objective": {"level": "sequence", "correction": "sequence"}},
         {"buffer": {"groups_per_step": 2, "groups_per_batch": 4, "max_staleness": 1}},
         {"buffer": {"groups_per_step": 1}, "learners": {"count": 4}},
@@ -116,8 +116,8 @@ def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, tree())
     changes = [
         "learners.learning_rate=6e-5",
-        "regulariser.kl.coefficient=0.5",
-        "regulariser.kl.coefficient=0",
+        "regularizer.kl.coefficient=0.5",
+        "regularizer.kl.coefficient=0",
         "sampling.stop_token_ids=[7, 8]",
         "rewards.a.weight=2",
         "rewards.0.role=train",
@@ -128,7 +128,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert settings.learners.learning_rate == 6e-5
     assert settings.rewards[0].weight == 2
     assert settings.reference is None
-    assert settings.regulariser.kl.coefficient == 0
+    assert settings.regularizer.kl.coefficient == 0
     assert settings.sampling.stop_token_ids == [7, 8]
     assert yaml.safe_load(path.read_text()) == tree()  # the file stays as it was
     assert settings.run_directory == "runs/x"
@@ -184,7 +184,7 @@ SEEN: list[dict[str, Any]] = [
     {"prompts": {"source": "q", "max_tokens": 16}},
     {"sampling": {"temperature": 0.9}},
     {"objective": {"advantage": "grpo"}},
-    {"regulariser": {"kl": {"coefficient": 0.1}}},
+    {"regularizer": {"kl": {"coefficient": 0.1}}},
     {"rewards": [{"name": "a", "source": "pkg:function", "weight": 2.0}]},
     {"failures": {"retries": 0}},
     {"buffer": {"max_staleness": 1}},

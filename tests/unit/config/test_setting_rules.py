@@ -85,8 +85,8 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
     ),
     "names of rewards": ([{"rewards": TWO}], [{"rewards": [*TWO, TRAIN]}], "rewards: name 'a' is used twice"),
     "names of terms": (
-        [{"regulariser": terms("reward", "loss")}],
-        [{"regulariser": terms("reward", "loss", names="uu")}, {"regulariser": terms("loss", "loss", "loss", names="uvv")}],
+        [{"regularizer": terms("reward", "loss")}],
+        [{"regularizer": terms("reward", "loss", names="uu")}, {"regularizer": terms("loss", "loss", "loss", names="uvv")}],
         r"terms: name '[uv]' is used twice",
     ),
     "evaluation judge": (
@@ -105,7 +105,7 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         "the ensemble has 1 rewards of role train; expected at least 2",
     ),
     "spread of two samples": (
-        [{"rewards": TWO, "sampling": samples(3), "ensemble": {"form": form}} for form in ("lower_bound", "variance")] + [{"rewards": TWO, "sampling": samples(2), "ensemble": {"form": "lower_bound", "centre": False}}, {"rewards": TWO, "sampling": samples(2), "ensemble": {"form": "worst"}}, {"rewards": TWO, "sampling": samples(3), "objective": {**PREFER, "pessimism": 0.1}}],
+        [{"rewards": TWO, "sampling": samples(3), "ensemble": {"form": form}} for form in ("lower_bound", "variance")] + [{"rewards": TWO, "sampling": samples(2), "ensemble": {"form": "lower_bound", "center": False}}, {"rewards": TWO, "sampling": samples(2), "ensemble": {"form": "worst"}}, {"rewards": TWO, "sampling": samples(3), "objective": {**PREFER, "pessimism": 0.1}}],
         [{"rewards": TWO, "sampling": samples(2), "ensemble": {"form": form}} for form in ("lower_bound", "variance")] + [{"rewards": TWO, "sampling": samples(2), "objective": {**PREFER, "pessimism": 0.1}}],
         "deviate alike on two samples, so their spread says nothing; expected at least 3",
     ),
@@ -130,33 +130,33 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         "rewards.r: kind=reference but reference is null",
     ),
     "linear in the reward": (
-        [{"objective": by, "regulariser": kl()} for by in (GAE, CONVEX, OWN)] + [{"objective": by, "regulariser": terms("loss")} for by in (PREFER, WEIGH)] + [{"objective": by, "regulariser": kl(placement="loss", estimator="k2")} for by in (PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}})],
-        [{"objective": by, "regulariser": regulariser} for by, regulariser in itertools.product((PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}}), (kl(), entropy(), terms("loss", "reward")))],
+        [{"objective": by, "regularizer": kl()} for by in (GAE, CONVEX, OWN)] + [{"objective": by, "regularizer": terms("loss")} for by in (PREFER, WEIGH)] + [{"objective": by, "regularizer": kl(placement="loss", estimator="k2")} for by in (PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}})],
+        [{"objective": by, "regularizer": regularizer} for by, regularizer in itertools.product((PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}}), (kl(), entropy(), terms("loss", "reward")))],
         "has no gradient that is linear in the reward",
     ),
     "after the baseline": (
-        [{"regulariser": kl(order="after_baseline"), "objective": by} for by in ({"advantage": "rloo"}, CONVEX, {"advantage": "value_baseline", "critic": {}})] + [{"regulariser": {"kl": {"order": "after_baseline"}}, "objective": GAE}],
-        [{"regulariser": kl(order="after_baseline"), "objective": by} for by in (GAE, {"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, OWN)],
+        [{"regularizer": kl(order="after_baseline"), "objective": by} for by in ({"advantage": "rloo"}, CONVEX, {"advantage": "value_baseline", "critic": {}})] + [{"regularizer": {"kl": {"order": "after_baseline"}}, "objective": GAE}],
+        [{"regularizer": kl(order="after_baseline"), "objective": by} for by in (GAE, {"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, OWN)],
         "order=after_baseline: the KL is part of the reward before",
     ),
     "a copy of the head": (
         [{"objective": {**CONVEX, "epochs": 2}, "learners": {"zero_stage": 2}}, {"objective": {**CONVEX, "epochs": 1}, "learners": {"zero_stage": 3}}, {"objective": {**CONVEX, "epochs": 2, "anchor": "reference"}, "learners": {"zero_stage": 3}}],
         [{"objective": {**CONVEX, "epochs": 2}, "learners": {"zero_stage": 3}}],
-        "learners.zero_stage=3: objective.anchor=behaviour with epochs > 1",
+        "learners.zero_stage=3: objective.anchor=behavior with epochs > 1",
     ),
     "controller of a KL": (
-        [{"regulariser": controlled()}, {"regulariser": kl(controller={"kind": "safe"})}, {"regulariser": controlled(minimum=2.0, maximum=2.0)}],
-        [{"regulariser": kl(coefficient=0.0, controller=DUAL)}, {"regulariser": kl(controller={"kind": "dual"})}, {"regulariser": kl(controller={"kind": "fixed", "target_nats": 1.0})}, {"regulariser": controlled(minimum=2.1, maximum=2.0)}],
+        [{"regularizer": controlled()}, {"regularizer": kl(controller={"kind": "safe"})}, {"regularizer": controlled(minimum=2.0, maximum=2.0)}],
+        [{"regularizer": kl(coefficient=0.0, controller=DUAL)}, {"regularizer": kl(controller={"kind": "dual"})}, {"regularizer": kl(controller={"kind": "fixed", "target_nats": 1.0})}, {"regularizer": controlled(minimum=2.1, maximum=2.0)}],
         "starts from it|steers towards it|ignores it|above maximum",
     ),
     "controller of an entropy": (
-        [{"regulariser": entropy(controller=DUAL)}, {"regulariser": entropy(controller={"kind": "fixed"}, coefficient=0.0)}],
-        [{"regulariser": entropy(controller=DUAL, coefficient=0.0)}, {"regulariser": entropy(controller={"kind": "proportional", "target_nats": 1.0})}, {"regulariser": entropy(form="none")}],
+        [{"regularizer": entropy(controller=DUAL)}, {"regularizer": entropy(controller={"kind": "fixed"}, coefficient=0.0)}],
+        [{"regularizer": entropy(controller=DUAL, coefficient=0.0)}, {"regularizer": entropy(controller={"kind": "proportional", "target_nats": 1.0})}, {"regularizer": entropy(form="none")}],
         "starts from it|is for KL|form=none ignores it",
     ),
     "share of the tokens": (
-        [{"regulariser": kl(placement="loss", estimator="exact", token_share=0.5)}, {"regulariser": kl(token_share=1.0)}],
-        [{"regulariser": kl(token_share=0.99)}, {"regulariser": kl(placement="loss", estimator="exact", importance_weighted=True)}],
+        [{"regularizer": kl(placement="loss", estimator="exact", token_share=0.5)}, {"regularizer": kl(token_share=1.0)}],
+        [{"regularizer": kl(token_share=0.99)}, {"regularizer": kl(placement="loss", estimator="exact", importance_weighted=True)}],
         "uses all; expected exact|no sampled action",
     ),
     "gpus": (
@@ -236,15 +236,15 @@ def test_tokens_directory_and_training_rewards() -> None:
     ("blocks", "readers"),
     [
         ({}, []),
-        ({"regulariser": kl()}, ["regulariser.kl.coefficient=0.1"]),
+        ({"regularizer": kl()}, ["regularizer.kl.coefficient=0.1"]),
         ({"objective": PREFER}, ["objective.loss=dpo"]),
         ({"objective": {**PREFER, "loss": "simpo"}}, []),
         ({"objective": CONVEX}, []),
         ({"objective": {**CONVEX, "anchor": "reference"}}, ["objective.anchor=reference"]),
         ({"objective": {**CONVEX, "dense": {"teacher": "t"}}}, ["objective.dense"]),
         (
-            {"objective": PREFER, "regulariser": kl(placement="loss", estimator="k2")},
-            ["regulariser.kl.coefficient=0.1", "objective.loss=dpo"],
+            {"objective": PREFER, "regularizer": kl(placement="loss", estimator="k2")},
+            ["regularizer.kl.coefficient=0.1", "objective.loss=dpo"],
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_who_reads_the_reference(blocks: dict[str, Any], readers: list[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("regulariser", "in_reward", "in_loss", "exact", "named"),
+    ("regularizer", "in_reward", "in_loss", "exact", "named"),
     [
         ({}, False, False, False, []),
         (kl(), True, False, False, ["kl.placement=reward"]),
@@ -272,8 +272,8 @@ def test_who_reads_the_reference(blocks: dict[str, Any], readers: list[str]) -> 
         (kl() | entropy() | terms("loss", "reward"), True, False, False, ["kl.placement=reward", "entropy.form=sequence_sum", "terms.v.placement=reward"]),
     ],
 )  # fmt: skip
-def test_where_a_kl_lives(regulariser: Any, in_reward: bool, in_loss: bool, exact: bool, named: list[str]) -> None:
-    own = parse(regulariser=regulariser).regulariser
+def test_where_a_kl_lives(regularizer: Any, in_reward: bool, in_loss: bool, exact: bool, named: list[str]) -> None:
+    own = parse(regularizer=regularizer).regularizer
     assert (own.kl.in_reward, own.kl.in_loss, own.kl.exact) == (in_reward, in_loss, exact)
     assert own.reward_terms() == named
 
@@ -281,7 +281,7 @@ def test_where_a_kl_lives(regulariser: Any, in_reward: bool, in_loss: bool, exac
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 @pytest.mark.parametrize("form", ["sequence_sum", "sequence_mean_naive", "sequence_mean_exact", "token_bonus"])
 def test_where_an_entropy_lives(form: str, coefficient: float) -> None:
-    own = parse(regulariser=entropy(form=form, coefficient=coefficient)).regulariser.entropy
+    own = parse(regularizer=entropy(form=form, coefficient=coefficient)).regularizer.entropy
     assert own.in_loss == (coefficient > 0 and form == "token_bonus")
     assert own.in_reward == (coefficient > 0 and form != "token_bonus")
 

@@ -308,7 +308,7 @@ def test_a_text_as_long_as_the_limit_can_be_read(trunks: dict[str, Path], tmp_pa
 def test_a_written_folder_is_the_model(kind: str, trunks: dict[str, Path], tmp_path: Path) -> None:
     """transformers gives the same logits for the same padded ids; keel's scores are those minus the offset."""
     source = trained(trunks[kind], tmp_path / "m", max_tokens=33)
-    reward_models.centre(tmp_path / "m", 0.75)
+    reward_models.center(tmp_path / "m", 0.75)
     model = reward_models.load(tmp_path / "m")
     assert model.text.max_tokens == 33 and model.text.encoder == (kind == "encoder")
     rows = [row for row in map(source.text.tokens, TEXTS) if row]
@@ -329,11 +329,11 @@ def test_a_written_folder_is_the_model(kind: str, trunks: dict[str, Path], tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_centred_scores_average_nothing(kind: str, trunks: dict[str, Path], tmp_path: Path) -> None:
+def test_centered_scores_average_nothing(kind: str, trunks: dict[str, Path], tmp_path: Path) -> None:
     trained(trunks[kind], tmp_path / "m")
     for _ in range(2):  # a second time moves nothing
         offset = float(np.mean(reward_models.load(tmp_path / "m").scores(TEXTS)))
-        reward_models.centre(tmp_path / "m", offset)
+        reward_models.center(tmp_path / "m", offset)
         assert np.mean(reward_models.load(tmp_path / "m").scores(TEXTS)) == pytest.approx(0.0, abs=1e-6)
     assert abs(offset) < 1e-6
 
@@ -408,7 +408,7 @@ def critic_from(folder: Path, **settings: Any) -> Critic:
 def test_a_critic_keeps_the_head_of_the_reward_model_it_starts_from(trunks: dict[str, Path], tmp_path: Path) -> None:
     """Value of the last state = score of the text, the subtracted offset included; the entropy's head is a new one."""
     model = trained(trunks["decoder"], tmp_path / "reward")
-    reward_models.centre(tmp_path / "reward", 0.75)
+    reward_models.center(tmp_path / "reward", 0.75)
     critic = critic_from(tmp_path / "reward")
     ids, lengths, _ = model.padded([([5, 6, 7, 8], 4)])
     with torch.no_grad():

@@ -267,7 +267,7 @@ SERIES = {
 }
 VALUES = {  # dashboard, panel, query -> labels and value at 58 minutes, by hand
     ("keel-run", "Time left", 0): [('{run="a"}', (300 - 232) * 15)],
-    ("keel-cluster", "Utilisation by role", 0): [('{role="generator"}', 0.25), ('{role="learner"}', 1)],
+    ("keel-cluster", "Utilization by role", 0): [('{role="generator"}', 0.25), ('{role="learner"}', 1)],
     ("keel-cluster", "Share of time the learner works", 0): [('{run="a"}', 1)],
     ("keel-cluster", "Tokens a second per generator", 0): [("{}", 25)],
     ("keel-cluster", "Who waits for whom", 0): [

@@ -1,4 +1,4 @@
-"""What a batch says about over-optimisation, against naive sums; intervals against their coverage."""
+"""What a batch says about over-optimization, against naive sums; intervals against their coverage."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_k3_of_a_token_the_policy_hates_stays_finite() -> None:
 
 
 def test_means_leave_out_what_a_monitor_failed_to_give() -> None:
-    means = diagnostics.summarise(batch([0.1, 0.2, 0.3, 0.4]))
+    means = diagnostics.summarize(batch([0.1, 0.2, 0.3, 0.4]))
     assert means["reward"] == pytest.approx(0.25)
     assert means["reward_gold"] == pytest.approx(1.0)
     assert means["reward_std"] == pytest.approx(math.sqrt(0.0125))
@@ -63,13 +63,13 @@ def test_means_leave_out_what_a_monitor_failed_to_give() -> None:
 
 def test_a_monitor_that_gave_nothing_has_no_mean() -> None:
     rows = scored(referenced(generated(prompts([0]))), extra={"gold": [None, None]})
-    means = diagnostics.summarise(rows)
+    means = diagnostics.summarize(rows)
     assert "reward_gold" not in means
     assert all(math.isfinite(value) for value in means.values())
 
 
 def test_a_sample_without_reward_does_not_take_the_spread_away() -> None:
-    means = diagnostics.summarise(batch([0.1, None, 0.3, 0.5]))
+    means = diagnostics.summarize(batch([0.1, None, 0.3, 0.5]))
     assert means["reward"] == pytest.approx(0.3)
     assert means["reward_std"] == pytest.approx(math.sqrt(0.08 / 3))
 
@@ -153,7 +153,7 @@ def test_a_number_nobody_measured_is_no_number(tmp_path: Path) -> None:
     assert (row["n"], row["length_tokens"]) == (0, 2.75)
 
 
-def test_estimates_cover_rewards_monitors_and_the_signs_of_over_optimisation() -> None:
+def test_estimates_cover_rewards_monitors_and_the_signs_of_over_optimization() -> None:
     rows = held_out([0.5, 0.25, None, 1.5], kl=0.75)
     found = evaluations.estimates(rows)
     assert list(found) == ["reward", "reward_gold", "kl_nats", "entropy_nats", "length_tokens", "finished_ratio"]

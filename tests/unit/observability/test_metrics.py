@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fakes import Run, settings_for
 from keel import schema, user_code
 from keel.algorithms import registry
-from keel.algorithms.types import Measured, Outputs, Rows, labelled
+from keel.algorithms.types import Measured, Outputs, Rows, labeled
 from keel.learner import policy_learner
 from keel.observability import diagnostics, metric_table
 from keel.observability.metric_table import PREFIX, TABLE
@@ -108,13 +108,13 @@ def test_a_name_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
 # ---- every number of a step has a row, and every row gets a number
 
 
-CRITIC = {"advantage": "gae", "critic": {"popart": True}, "normalise_reward": True}
+CRITIC = {"advantage": "gae", "critic": {"popart": True}, "normalize_reward": True}
 MEMBERS = [{"name": name, "source": "a:b"} for name in ("a", "b")]
 KL = {"placement": "loss", "estimator": "k2", "coefficient": 0.1, "controller": {"kind": "safe"}}
 EVERYTHING: list[dict[str, Any]] = [
     {
         "objective": CRITIC,
-        "regulariser": {
+        "regularizer": {
             "kl": KL,
             "entropy": {"form": "token_bonus", "coefficient": 1},
             "terms": [{"name": "length", "source": "builtins:len", "placement": "reward", "coefficient": 0}],
@@ -125,7 +125,7 @@ EVERYTHING: list[dict[str, Any]] = [
     {
         "objective": {"kind": "preference"},
         "sampling": {"stored_ratio": 0.5, "samples_per_prompt": 2},
-        "regulariser": {
+        "regularizer": {
             "kl": {"placement": "loss", "estimator": "k2", "coefficient": 0.1},
             "entropy": {"form": "token_bonus", "coefficient": 1},
         },
@@ -140,7 +140,7 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     place = batch.schema.get_field_index("generator")
     batch = batch.set_column(place, batch.schema.field(place), pa.array(["generator-0"] * 2 + [schema.STORED] * 2))
     sampler, lengths = schema.ragged(batch, "completion_logprobs")
-    names = set(diagnostics.summarise(batch))
+    names = set(diagnostics.summarize(batch))
     for blocks in EVERYTHING:
         objective = registry.build(settings_for(**blocks))
         values = np.zeros((len(sampler), len(objective.heads)))
@@ -157,7 +157,7 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
         )
         outputs = Outputs(rows.sampler, rows.sampler, torch.from_numpy(values))
         sums = objective.loss(rows, outputs, credit).sums
-        names |= set(labelled(dict(credit.metrics) | dict(sums) | objective.coefficients()))
+        names |= set(labeled(dict(credit.metrics) | dict(sums) | objective.coefficients()))
     return names
 
 

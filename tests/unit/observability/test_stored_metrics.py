@@ -38,7 +38,7 @@ def rollout(kind: str) -> pa.RecordBatch:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_says_kl_and_entropy_of_its_samples_alone(kind: str) -> None:
-    means = diagnostics.summarise(rollout(kind))
+    means = diagnostics.summarize(rollout(kind))
     names = OF_SAMPLES | OF_STORED
     expected = {"sampled": OF_SAMPLES, "mixed": names, "stored": OF_STORED}[kind]
     assert {name for name in means if name in names} == expected
@@ -86,7 +86,7 @@ def steered(kind: str, controller: dict[str, Any]) -> Objective:
     return objective(
         objective=PREFER,
         sampling={"stored_ratio": RATIOS[kind], "samples_per_prompt": 2},
-        regulariser={"kl": kl, "entropy": BONUS},
+        regularizer={"kl": kl, "entropy": BONUS},
     )
 
 
@@ -115,7 +115,7 @@ def losses(kind: str, columns: bool = True) -> tuple[float, dict[str, float]]:
     built = objective(
         objective=PREFER,
         sampling={"stored_ratio": RATIOS[kind], "samples_per_prompt": 2},
-        regulariser={"kl": kl, "entropy": {"form": "token_bonus", "coefficient": 0.3}},
+        regularizer={"kl": kl, "entropy": {"form": "token_bonus", "coefficient": 0.3}},
     )
     batch = rollout(kind)
     lengths = schema.completion_lengths(batch)

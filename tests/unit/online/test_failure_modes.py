@@ -55,7 +55,7 @@ def trained(arm: str, temperature: float) -> np.ndarray:
         "policy": {"model": "m"},
         "prompts": {"source": "p"},
         "objective": {"correction_cap": 1e9},
-        "regulariser": ARMS[arm](temperature),
+        "regularizer": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
     own = registry.build(loader.parse(tree))
@@ -172,7 +172,7 @@ def chain_objective(arm: str, temperature: float, **objective: Any) -> Any:
         "policy": {"model": "m"},
         "prompts": {"source": "p"},
         "objective": {"advantage": "none", "correction": "sequence", "correction_cap": 1e9, **objective},
-        "regulariser": ARMS[arm](temperature),
+        "regularizer": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
     return registry.build(loader.parse(tree))
@@ -259,7 +259,7 @@ def test_with_answers_of_many_lengths_every_arm_reaches_its_own_optimum(arm: str
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_the_naive_mean_is_no_maximum_of_what_the_exact_one_maximises(temperature: float) -> None:
+def test_the_naive_mean_is_no_maximum_of_what_the_exact_one_maximizes(temperature: float) -> None:
     def reached(policy: np.ndarray) -> float:
         return float(policy @ (CHAIN_SCORES - temperature / CHAIN_LENGTHS * np.log(policy)))
 

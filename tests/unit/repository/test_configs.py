@@ -29,9 +29,9 @@ def test_the_shipped_pipeline_can_be_planned(tmp_path: Path) -> None:
     assert not any(stage.done for stage in planned)
 
 
-def test_the_quickstarts_differ_in_their_regulariser_alone() -> None:
+def test_the_quickstarts_differ_in_their_regularizer_alone() -> None:
     one, other = (loader.load(FOLDER / f"{name}.yaml").model_dump() for name in ("quickstart", "quickstart-maxent"))
-    assert {name for name in one if one[name] != other[name]} == {"run", "regulariser"}
+    assert {name for name in one if one[name] != other[name]} == {"run", "regularizer"}
     assert {name for name in one["run"] if one["run"][name] != other["run"][name]} == {"name"}
 
 
@@ -42,4 +42,4 @@ def test_eapo_is_configured_as_published() -> None:
     assert critic is not None and entropy is not None
     assert (critic.clip, critic.loss, critic.popart, critic.popart_rate) == (None, "mse", True, 0.03)
     assert (entropy.coefficient, entropy.discount, entropy.gae_lambda) == (0.02, 0.9, 0.0)
-    assert settings.regulariser.entropy.form == "none"
+    assert settings.regularizer.entropy.form == "none"

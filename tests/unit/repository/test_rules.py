@@ -254,9 +254,9 @@ def test_a_runbook_names_metrics_and_settings_that_are_there(page: Path) -> None
 
 
 def test_a_setting_that_is_not_there_is_seen() -> None:
-    assert setting("regulariser.kl.controller") and setting("objective.clip_high") and setting("rewards.NAME.retries")
+    assert setting("regularizer.kl.controller") and setting("objective.clip_high") and setting("rewards.NAME.retries")
     assert setting("objective.pairs.length_penalty") and setting("reference.dtype")
-    assert not setting("regulariser.kl.strength") and not setting("rewards.NAME.patience") and not setting("buffer.max")
+    assert not setting("regularizer.kl.strength") and not setting("rewards.NAME.patience") and not setting("buffer.max")
 
 
 @pytest.mark.parametrize("name", list(alerts()))

@@ -43,12 +43,12 @@ def test_every_file_passes_a_dry_run(path: Path, tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_arms_differ_in_their_regulariser_alone() -> None:
+def test_the_arms_differ_in_their_regularizer_alone() -> None:
     trees = [loader.load(path).model_dump(mode="json") for path in ARMS]
     assert [tree["run"].pop("name") for tree in trees] == [path.stem for path in ARMS]
-    regularisers = [tree.pop("regulariser") for tree in trees]
+    regularizers = [tree.pop("regularizer") for tree in trees]
     assert len(trees) == 5 and all(tree == trees[0] for tree in trees)
-    assert {terms(each) for each in regularisers} == {
+    assert {terms(each) for each in regularizers} == {
         (0.05, "none", 0.0),
         (0.0, "none", 0.0),
         (0.0, "sequence_sum", 0.01),
@@ -57,11 +57,11 @@ def test_the_arms_differ_in_their_regulariser_alone() -> None:
     }
 
 
-def terms(regulariser: dict[str, Any]) -> tuple[float, str, float]:
+def terms(regularizer: dict[str, Any]) -> tuple[float, str, float]:
     return (
-        regulariser["kl"]["coefficient"],
-        regulariser["entropy"]["form"],
-        regulariser["entropy"]["coefficient"],
+        regularizer["kl"]["coefficient"],
+        regularizer["entropy"]["form"],
+        regularizer["entropy"]["coefficient"],
     )
 
 
@@ -71,15 +71,15 @@ def test_numbers_are_those_of_the_papers() -> None:
         sft = loader.load_as(SupervisedSettings, FOLDER / f"sft-{size}.yaml")
         reward = loader.load_as(RewardModelSettings, FOLDER / f"reward-{size}.yaml")
         for stage, rows in ((sft, 128), (reward, 64)):
-            optimiser = stage.learners
-            assert (optimiser.learning_rate, optimiser.adam_epsilon, optimiser.weight_decay) == (3e-6, 1e-5, 0.01)
+            optimizer = stage.learners
+            assert (optimizer.learning_rate, optimizer.adam_epsilon, optimizer.weight_decay) == (3e-6, 1e-5, 0.01)
             assert (stage.training.rows_per_step, stage.training.epochs) == (rows, 1)
         assert (sft.prompts.max_tokens, sft.completions.max_tokens) == (512, 53)
-        assert reward.centre.source == sft.prompts.source  # demonstrations score 0
+        assert reward.center.source == sft.prompts.source  # demonstrations score 0
         assert reward.policy.model == sft.run_directory
     arm = loader.load(FOLDER / "rloo-kl.yaml")
     assert (arm.sampling.temperature, arm.sampling.samples_per_prompt, arm.sampling.max_tokens) == (0.7, 2, 53)
-    assert arm.shaping.missing_end_penalty == 1 and arm.regulariser.kl.in_reward
+    assert arm.shaping.missing_end_penalty == 1 and arm.regularizer.kl.in_reward
     episodes = arm.run.steps * arm.buffer.groups_per_step * arm.sampling.samples_per_prompt
     assert episodes == pytest.approx(1e6, rel=1e-3)
 

@@ -46,7 +46,7 @@ def judged(texts: list[list[str]], rewards: list[list[float | None]], cut: tuple
     return replaced(batch, completion=list(itertools.chain(*texts)), finish_reason=reasons)
 
 
-def pairs(found: preference_labels.Labelled) -> list[tuple[str, str]]:
+def pairs(found: preference_labels.Labeled) -> list[tuple[str, str]]:
     table = found.table
     return sorted(zip(table.column("chosen").to_pylist(), table.column("rejected").to_pylist(), strict=True))
 

@@ -243,13 +243,13 @@ MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
         ({"form": "worst"}, [1.0, 3.0, 10.0, 20.0]),
         ({"form": "lower_bound", "coefficient": 0.5}, [26.25, 27.25, 32.5, 42.5]),
         ({"form": "variance", "coefficient": 0.1}, [51.5 - 255.025, 51.5 - 235.225, 55 - 202.5, 65 - 202.5]),
-        # centred per prompt the members are [-1, 1, -5, 5] and [1, -1, -5, 5]
-        ({"form": "worst", "centre": True}, [50.5, 50.5, 55.0, 65.0]),
-        ({"form": "lower_bound", "centre": True}, [50.5, 50.5, 55.0, 65.0]),
+        # centered per prompt the members are [-1, 1, -5, 5] and [1, -1, -5, 5]
+        ({"form": "worst", "center": True}, [50.5, 50.5, 55.0, 65.0]),
+        ({"form": "lower_bound", "center": True}, [50.5, 50.5, 55.0, 65.0]),
     ],
 )
 def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
-    own = reward(kind="model", source="m", ensemble={"form": "mean", "centre": False, **ensemble})
+    own = reward(kind="model", source="m", ensemble={"form": "mean", "center": False, **ensemble})
     assert scorers.of_members(own, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
     assert scorers.spread_names(own, 2) == ["mine_mean", "mine_std", "mine_worst"]
     assert scorers.spread_names(own, 1) == []
@@ -269,7 +269,7 @@ def test_a_text_no_member_can_read_has_no_reward() -> None:
 
 
 def test_a_text_that_is_too_long_leaves_its_siblings_what_they_are() -> None:
-    own = reward(kind="model", source="m", ensemble={"form": "lower_bound", "centre": True})
+    own = reward(kind="model", source="m", ensemble={"form": "lower_bound", "center": True})
     members = np.array([[10.0, 11.0, 12.0], [112.0, 110.0, 111.0]])
     whole = scorers.of_members(own, members, np.zeros(3))
     with_another = scorers.of_members(own, np.concatenate([members, np.full((2, 1), np.nan)], axis=1), np.zeros(4))

@@ -115,11 +115,11 @@ def gold(completions: list[str], **columns: Any) -> list[float | None]:
     [
         ({}, [103.0, 103.0, 110.0, 130.0]),
         ({"form": "mean"}, [51.5, 51.5, 55.0, 65.0]),
-        # centred per prompt the members are [-1, 1, -5, 5] and [1, -1, -5, 5]: they agree on the second prompt
+        # centered per prompt the members are [-1, 1, -5, 5] and [1, -1, -5, 5]: they agree on the second prompt
         ({"form": "worst"}, [50.5, 50.5, 55.0, 65.0]),
         ({"form": "lower_bound", "coefficient": 0.5}, [51.0, 51.0, 55.0, 65.0]),
         ({"form": "variance", "coefficient": 2.0}, [49.5, 49.5, 55.0, 65.0]),
-        ({"form": "worst", "centre": False}, [1.0, 3.0, 10.0, 20.0]),
+        ({"form": "worst", "center": False}, [1.0, 3.0, 10.0, 20.0]),
     ],
 )
 def test_the_reward_of_an_ensemble(ensemble: dict[str, Any], expected: list[float]) -> None:
@@ -139,12 +139,12 @@ def test_a_failed_member_leaves_its_siblings_what_they_are() -> None:
     members = np.array([[10.0, 11.0, 12.0, np.nan], [12.0, 10.0, 11.0, 11.0]])
     tickets, weights = np.zeros(4, int), np.ones(2)
     whole = pair_selection.combine(
-        members[:, :3], weights, "lower_bound", 1.0, pair_selection.centre(members[:, :3], tickets[:3])
+        members[:, :3], weights, "lower_bound", 1.0, pair_selection.center(members[:, :3], tickets[:3])
     )
-    broken = pair_selection.combine(members, weights, "lower_bound", 1.0, pair_selection.centre(members, tickets))
+    broken = pair_selection.combine(members, weights, "lower_bound", 1.0, pair_selection.center(members, tickets))
     assert broken[:3] == pytest.approx(whole) and np.isnan(broken[3])
     alone = members[:, :1]
-    assert pair_selection.combine(alone, weights, "lower_bound", 1.0, pair_selection.centre(alone, tickets[:1])) == 11.0
+    assert pair_selection.combine(alone, weights, "lower_bound", 1.0, pair_selection.center(alone, tickets[:1])) == 11.0
 
 
 def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> None:

@@ -89,7 +89,7 @@ def test_what_is_shown() -> None:
 
 
 def shown(*renderables: Any, terminal: bool = True) -> str:
-    """What reaches the terminal, without the colours that rich itself puts there."""
+    """What reaches the terminal, without the colors that rich itself puts there."""
     file = io.StringIO()
     console = Terminal(file=file, width=100_000, force_terminal=terminal, color_system=None)
     for each in renderables:

@@ -177,7 +177,7 @@ def demonstrations(path: Path, words: list[int]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("centre", "completions"),
+    ("center", "completions"),
     [
         ({"rows": "all"}, {"n", "n n"}),
         ({"rows": "chosen"}, {"n n"}),
@@ -187,13 +187,13 @@ def demonstrations(path: Path, words: list[int]) -> str:
     ],
 )
 def test_what_scores_zero_on_average(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, centre: dict[str, Any], completions: set[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, center: dict[str, Any], completions: set[str]
 ) -> None:
     """Training pairs alone, every text once; the same ones every time."""
-    stage = Stage(tmp_path, monkeypatch, centre=centre)
+    stage = Stage(tmp_path, monkeypatch, center=center)
     found = reward._reference(stage.settings, stage.rows)
     said = [(text.prompt.strip(), text.completion) for text in found]
-    assert len(found) == len(set(said)) == centre.get("max_rows", 20 * len(completions))
+    assert len(found) == len(set(said)) == center.get("max_rows", 20 * len(completions))
     assert {" ".join("n" for _ in completion.split()) for _, completion in said} <= completions
     train = set(stage.rows.train.tolist())
     assert {int(prompt) for prompt, _ in said} <= train
@@ -202,12 +202,12 @@ def test_what_scores_zero_on_average(
 
 def test_demonstrations_can_score_zero_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = demonstrations(tmp_path / "d.jsonl", [1, 2, 3])
-    stage = Stage(tmp_path, monkeypatch, centre={"source": source})
+    stage = Stage(tmp_path, monkeypatch, center={"source": source})
     found = reward._reference(stage.settings, stage.rows)
     assert sorted(text.completion for text in found) == ["0", "0 0", "0 0 0"]
 
 
 def test_demonstrations_that_are_too_long_score_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = demonstrations(tmp_path / "d.jsonl", [1, 70])
-    stage = Stage(tmp_path, monkeypatch, centre={"source": source})
+    stage = Stage(tmp_path, monkeypatch, center={"source": source})
     assert all(stage.rows.text.tokens(text) for text in reward._reference(stage.settings, stage.rows))
