@@ -10,7 +10,7 @@
     |
  learn.py        batch.py -> algorithms/ -> DeepSpeed step      gang of ranks
     |
- weights.py      publish(version) ------------->  generators.load      <- the only arrow that points back
+ weights.py      publish(version) ------------->  generators.load_weights      <- the only arrow that points back
 
 A record batch grows to the right from stage to stage; `controller.py` composes the stages, `train.py` starts them.
 """

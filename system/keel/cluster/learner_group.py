@@ -153,8 +153,8 @@ class LearnerGang(Gang):
     async def save(self, directory: str) -> None:
         await self.call("save", directory)
 
-    async def load(self, directory: str) -> int:
-        return await self.call("load", directory)
+    async def load_checkpoint(self, directory: str) -> int:
+        return await self.call("load_checkpoint", directory)
 
     async def export(self, folder: str) -> None:
         await self.call("export", folder)

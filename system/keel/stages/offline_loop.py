@@ -244,7 +244,7 @@ async def restore(course: Course, trainee: Trainee, recorder: Recorder) -> State
     if saved is None:
         return State(digest=course.digest)
     check_rows(course.directory, stored["digest"], course.digest)
-    await call(course, trainee, "load", str(saved))
+    await call(course, trainee, "load_checkpoint", str(saved))
     # rows left out are counted at every start
     metrics = recorder.metrics
     metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})

@@ -121,7 +121,7 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
     gang = FakeGang(LOSSES)
     await stage.train(gang)
     assert gang.log.count(("begin", 0)) == 2 - killed[0]  # a finished member is left alone
-    assert gang.log.count(("load", 2)) == (killed[1] > 2)
+    assert gang.log.count(("load_checkpoint", 2)) == (killed[1] > 2)
     assert stage.judged == [["4", "4"]]
     for number in (0, 1):
         assert [line["step"] for line in files.read_json_lines(stage.member(number) / "evaluations.jsonl")] == [
