@@ -20,7 +20,8 @@ from keel.cluster import actors, learner_group
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, SupervisedSettings
 from keel.learner import loading, model_files
-from keel.observability import endpoint, progress, tracking
+from keel.observability import endpoint, tracking
+from keel.observability.console import PREFERENCE_COLUMNS, SUPERVISED_COLUMNS, Columns
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
 from keel.online.recorder import Display
@@ -54,8 +55,8 @@ class Prepared:
         return "sft" if isinstance(self.settings, SupervisedSettings) else "prefer"
 
     @property
-    def columns(self) -> progress.Columns:
-        return progress.SUPERVISED if self.name == "sft" else progress.PREFERENCE
+    def columns(self) -> Columns:
+        return SUPERVISED_COLUMNS if self.name == "sft" else PREFERENCE_COLUMNS
 
 
 def prepare(settings: PolicyStage) -> Prepared:
