@@ -36,7 +36,7 @@ _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored row
 
 
 class OfflineLearner(Protocol):
-    """A learner group: `step`, `assess`, `save`, `load` and `export` run on all of its ranks."""
+    """A learner group: `step`, `assess`, `save`, `load_checkpoint` and `export` run on all of its ranks."""
 
     async def call(self, method: str, *arguments: Any) -> Any: ...
 
