@@ -17,7 +17,8 @@ from keel.cluster import learner_group
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, SupervisedSettings
 from keel.learner import loading
-from keel.observability import endpoint, progress, tracking
+from keel.observability import endpoint, tracking
+from keel.observability.console import PREFERENCE_COLUMNS, SUPERVISED_COLUMNS, Columns
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
 from keel.online.recorder import Display
@@ -50,8 +51,8 @@ class Prepared:
         return "sft" if isinstance(self.settings, SupervisedSettings) else "prefer"
 
     @property
-    def columns(self) -> progress.Columns:
-        return progress.SUPERVISED if self.name == "sft" else progress.PREFERENCE
+    def columns(self) -> Columns:
+        return SUPERVISED_COLUMNS if self.name == "sft" else PREFERENCE_COLUMNS
 
 
 def prepare(settings: PolicyStage) -> Prepared:
