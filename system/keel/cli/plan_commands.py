@@ -172,7 +172,8 @@ def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: l
     if not memory:
         console.print("Memory   unknown: the model is not here; policy_parameters of the rates would say it")
         return
-    table = Table("one", "GiB", "of which", title="memory, lower bounds (see docs/scaling.md)", title_justify="left")
+    title = "memory, lower bounds (see docs/operate/scaling.md)"
+    table = Table("one", "GiB", "of which", title=title, title_justify="left")
     for footprint in memory:
         parts = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in footprint.parts.items())
         one = f"of {ranks} learner ranks" if footprint.role == LEARNER else footprint.role

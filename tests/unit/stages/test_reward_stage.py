@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_offline_loop import FakeTrainee, Killed, Listener
+from test_offline_loop import FakeOfflineLearner, Killed, Listener
 from test_prompts import PLAIN, jsonl
 
 from keel import files
@@ -20,7 +20,7 @@ from keel.stages.reward import PairRows, Prepared
 STEPS = 4
 
 
-class FakeGang(FakeTrainee):
+class FakeGang(FakeOfflineLearner):
     """A gang that trains one member after the other; rows are checked by what they hold."""
 
     def __init__(self, losses: list[float], killed: tuple[int, int] | None = None) -> None:
@@ -47,7 +47,7 @@ class FakeGang(FakeTrainee):
 
 
 def _of(version: int) -> pa.RecordBatch:
-    """What the scripted trainee looks at."""
+    """What the scripted learner looks at."""
     return pa.record_batch({"version": [version]})
 
 
@@ -78,7 +78,7 @@ class Stage:
         return {"pairs": 3}
 
     async def train(self, gang: FakeGang) -> dict[str, Any]:
-        self.monkeypatch.setattr(reward.gang, "Gang", lambda *arguments: gang)
+        self.monkeypatch.setattr(reward.learner_group, "Gang", lambda *arguments: gang)
         prepared = Prepared(self.settings, self.directory, "m", self.rows, [], STEPS)
         self.metrics = RunMetrics("test", self.directory / "metrics.jsonl")
         return await reward._train(prepared, self.metrics, Listener(), 0.0)
