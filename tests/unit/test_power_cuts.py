@@ -15,7 +15,7 @@ from pyarrow import parquet
 from test_offline_loop import FakeTrainee, Listener, course_of
 from test_preference_labels import judged
 from test_preference_labels import settings_for as labels_for
-from test_reward_stage import LOSSES, FakeGang, Stage
+from test_reward_stage import LOSSES, FakeRankGroup, Stage
 
 import rollouts
 from keel import checkpoint, files, references, schema
@@ -184,7 +184,7 @@ def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model,
             assert model_of(found / "model") == str(done["model_step"]), moment.operation
 
 
-class PoweredGang(FakeGang):
+class PoweredRankGroup(FakeRankGroup):
     def _export(self, folder: str) -> None:
         super()._export(folder)
         write_model(Path(folder), f"{self.member} {self.version}")
@@ -200,7 +200,7 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     disk = Disk(scratch / "disk")
     with disk.followed():
         files.sync_tree(stage.directory.parent)  # the rows, and the folder that stages.conduct makes
-        await stage.train(PoweredGang(LOSSES))
+        await stage.train(PoweredRankGroup(LOSSES))
     expected = [f"{member} 4" for member in range(members)]
     seen = set()
     for moment in disk.moments:
