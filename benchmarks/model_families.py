@@ -1,8 +1,8 @@
-"""Table of docs/models.md: which passes through the model are the model's own, for every family of transformers.
+"""Make the table of docs/use/models.md: which passes are the model's own, for every family of transformers.
 
 Usage: python benchmarks/model_families.py [--write] [--families NAME ...] [--seconds N]
 
-Prints the table; with --write, puts it into docs/models.md. A family is tried with the configurations of public models
+Prints the table; with --write, puts it into docs/use/models.md. A family is tried with configurations of public models
 in public_models.py, else with the defaults of its own class, always as a twin of small sizes. What cannot be built is a
 row with the reason. Takes about a minute of one core; --seconds bounds that, and what is left is listed as not tried.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from public_models import PUBLIC
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "use" / "models.md"
 START, END = "<!-- table: python benchmarks/model_families.py --write -->\n", "<!-- end of the table -->"
 HEAD = "| family | tried with | alone | shared | packed | note |\n|---|---|---|---|---|---|\n"
 FAMILY_SECONDS = 300
@@ -196,7 +196,7 @@ def summary(results: list[Outcome]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/use/models.md")
     parser.add_argument("--families", nargs="*", help="only these")
     parser.add_argument("--seconds", type=float, default=600.0, help="stop trying after so long")
     options = parser.parse_args()

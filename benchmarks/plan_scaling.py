@@ -1,4 +1,4 @@
-"""Tables of docs/scaling.md: the best counts for 8, 64 and 512 devices by `keel plan`, at max_staleness 0, 1 and 2.
+"""Make the tables of docs/operate/scaling.md: the best counts for 8, 64 and 512 devices at max_staleness 0, 1 and 2.
 
 Usage: python benchmarks/plan_scaling.py RATES.yaml [--devices 8 64 512] [--max-staleness 0 1 2] [--settings A.B=C ...]
 

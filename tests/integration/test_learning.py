@@ -26,7 +26,7 @@ from keel.rollout.prompts import Prompts
 
 pytestmark = pytest.mark.slow
 STEPS = 20
-# sparse targets anchored at the reference pull all other tokens back to it: no rise in so few steps (docs/algorithms.md)
+# sparse targets anchored at the reference pull all other tokens back to it: no rise in so few steps (docs/use/algorithms.md)
 EVERY = {name: arm for name, arm in {**ARMS, **CRITIC_ARMS}.items() if name != "lco_reference"}
 
 

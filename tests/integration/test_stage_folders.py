@@ -17,7 +17,7 @@ from keel.learner import loading, reward_models, tiny
 from keel.learner.reward_models import ScoredText
 from keel.online import preflight
 from keel.stages import evaluate, label
-from keel.stages import policy as likelihood_stage
+from keel.stages import policy as policy_stage
 from keel.stages import reward as reward_stage
 
 pytestmark = pytest.mark.slow
@@ -79,7 +79,7 @@ class Work:
         )
 
     def train(self, stage: str, model: str, run: str) -> None:
-        module: Any = reward_stage if stage == "reward" else likelihood_stage
+        module: Any = reward_stage if stage == "reward" else policy_stage
         done = module.run(module.prepare(self.settings(stage, model, run)), Silent())
         assert done["steps"] == 2
 
@@ -197,7 +197,7 @@ def test_vllm_scores_like_keel(work: Work, answers: dict[str, Any], name: str) -
 def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) -> None:
     """The run directory and the model folder alike: policy, reference, trunk, evaluation and its opponent."""
     given, found = str(work.folder / name if of == "run" else work.model(name)), str(work.model(name))
-    for stage, module in (("sft", likelihood_stage), ("prefer", likelihood_stage), ("reward", reward_stage)):
+    for stage, module in (("sft", policy_stage), ("prefer", policy_stage), ("reward", reward_stage)):
         assert module.prepare(work.settings(stage, given, "next")).folder == found
     online = preflight.prepare(work.online(given))
     assert (online.policy_folder, online.reference_folder) == (found, found)

@@ -66,20 +66,24 @@ def test_a_killed_stage_goes_on_bit_for_bit(keel: Start, tmp_path: Path, tiny_mo
         config = write(tmp_path / name, tiny_model, source, checkpoint={"every_steps": 3}, training={"epochs": EPOCHS})
         runs[name] = run = tmp_path / name / "run"
         process = keel(command, str(config))
-        course = run if command == "sft" else run / "members" / "0"
+        offline_run = run if command == "sft" else run / "members" / "0"
         if name == "broken":
-            wait(process, lambda course=course: last_step(course) >= 5 and checkpoint.latest(course), "5 steps")
+            wait(
+                process,
+                lambda offline_run=offline_run: last_step(offline_run) >= 5 and checkpoint.latest(offline_run),
+                "5 steps",
+            )
             kill(process)
             assert not (run / "stage.json").exists()
             process = keel("resume", str(run))
         code, _, err = finish(process)
         assert code == 0, err
-    courses = [run if command == "sft" else run / "members" / "0" for run in runs.values()]
-    assert numbers(courses[0]) == numbers(courses[1]) and len(numbers(courses[0])) == STEPS
+    offline_runs = [run if command == "sft" else run / "members" / "0" for run in runs.values()]
+    assert numbers(offline_runs[0]) == numbers(offline_runs[1]) and len(numbers(offline_runs[0])) == STEPS
     assert [files.digest(run / "model" / "model.safetensors") for run in runs.values()] == [
         files.digest(runs["whole"] / "model" / "model.safetensors")
     ] * 2
-    evaluations = [files.read_json_lines(course / "evaluations.jsonl") for course in courses]
+    evaluations = [files.read_json_lines(offline_run / "evaluations.jsonl") for offline_run in offline_runs]
     assert evaluations[0] == evaluations[1] and [line["step"] for line in evaluations[0]] == [0, STEPS]
     assert evaluations[0][-1]["loss"] < evaluations[0][0]["loss"]
 

@@ -165,7 +165,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model, reference = (AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32) for _ in range(2))
 
-    from keel.stages.reference_logprobs import ReferenceLogprobs
+    from keel.stages.policy import ReferenceLogprobs
 
     with torch.no_grad():
         known = {

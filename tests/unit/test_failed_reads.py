@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_offline_loop import FakeTrainee, Run, course_of
+from test_offline_loop import FakeOfflineLearner, Run, offline_run_of
 from test_sharded_checkpoint import Whole
 from test_sharded_checkpoint import written as write_state
 
@@ -26,7 +26,8 @@ from keel.learner import loading, sharded_checkpoint, tiny
 from keel.reads import ReadFailed
 from keel.rollout import segments
 from keel.rollout.buffer import RolloutBuffer
-from keel.stages import offline_loop, reference_logprobs
+from keel.stages import offline_loop
+from keel.stages import policy as policy_stage
 from runs import Writer, scored, settings
 
 
@@ -50,7 +51,7 @@ def located(directory: Path) -> None:
 
 
 def log_probs(directory: Path) -> None:
-    assert reference_logprobs._kept(directory / "cache" / "a.arrow") is not None
+    assert policy_stage._kept(directory / "cache" / "a.arrow") is not None
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_state(directory / "state", Whole(0))
     _finish_stage(directory / "stage")
     (directory / "stage" / "config.yaml").write_text("{}\n")
-    reference_logprobs._keep(directory / "cache" / "a.arrow", schema.to_bytes(rows))
+    policy_stage._keep(directory / "cache" / "a.arrow", schema.to_bytes(rows))
     return directory
 
 
@@ -82,7 +83,7 @@ async def _accept(directory: Path) -> pa.RecordBatch:
 
 def _finish_stage(directory: Path) -> None:
     directory.mkdir()
-    run = Run(course_of(directory, steps=2, checkpoints=1), FakeTrainee([3, 2, 1]))
+    run = Run(offline_run_of(directory, steps=2, checkpoints=1), FakeOfflineLearner([3, 2, 1]))
     state = asyncio.run(run.finish())
     shutil.rmtree(run.plan.model)
     tiny.write(run.plan.model)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pyarrow.dataset
 import pytest
-from test_offline_loop import FakeTrainee, Killed, Run, course_of
+from test_offline_loop import FakeOfflineLearner, Killed, Run, offline_run_of
 from test_recorder import Quiet
 
 from disks import tree_of
@@ -229,22 +229,22 @@ def test_files_of_a_run_on_two_disks_are_moved_aside(run: Path, monkeypatch: pyt
 async def test_a_stage_whose_commits_are_gone_is_refused(
     tmp_path: Path, lose: Callable[[Path], None], source: str
 ) -> None:
-    plan = course_of(tmp_path / "stage", every=1, checkpoints=2)
+    plan = offline_run_of(tmp_path / "stage", every=1, checkpoints=2)
     plan.directory.mkdir()
     with pytest.raises(Killed, match="at step 6"):
-        await Run(plan, FakeTrainee(HELD_OUT, killed_at=6)).finish()
+        await Run(plan, FakeOfflineLearner(HELD_OUT, killed_at=6)).finish()
     lose(plan.directory / "checkpoints")
     (plan.directory / ({"events.jsonl", "metrics.jsonl"} - {source}).pop()).unlink()
     before = tree_of(plan.directory)
     with pytest.raises(ConfigError, match=f"{source} knows of a commit at step 4"):
-        await Run(plan, FakeTrainee(HELD_OUT)).finish()
+        await Run(plan, FakeOfflineLearner(HELD_OUT)).finish()
     with pytest.raises(ConfigError, match=f"{source} knows of a commit at step 4"):
         preflight.check_directory(plan.directory, plan.settings)
     assert tree_of(plan.directory) == before
 
 
 async def test_a_finished_stage_has_no_commits_and_is_not_refused(tmp_path: Path) -> None:
-    run = Run(course_of(tmp_path, checkpoints=2), FakeTrainee(HELD_OUT))
+    run = Run(offline_run_of(tmp_path, checkpoints=2), FakeOfflineLearner(HELD_OUT))
     await run.finish()
     done = offline_loop.finish(run.plan, "sft", 0.0)
     assert not (tmp_path / "checkpoints").exists()
@@ -254,10 +254,10 @@ async def test_a_finished_stage_has_no_commits_and_is_not_refused(tmp_path: Path
 
 async def test_a_best_model_that_was_moved_away_is_brought_back(tmp_path: Path) -> None:
     """A stage that was killed between the two renames of a replacement."""
-    run = Run(course_of(tmp_path, every=1, patience=2, checkpoints=2), FakeTrainee([1, 2, 3, 4, 5, 6, 7]))
+    run = Run(offline_run_of(tmp_path, every=1, patience=2, checkpoints=2), FakeOfflineLearner([1, 2, 3, 4, 5, 6, 7]))
     await run.finish()
     run.plan.model.rename(tmp_path / ".model.old")
-    again = Run(run.plan, FakeTrainee([1, 2, 3, 4, 5, 6, 7]))
-    recorder = offline_loop.Recorder(run.plan, again.metrics, again.display)
-    await offline_loop.restore(run.plan, again.trainee, recorder)
+    again = Run(run.plan, FakeOfflineLearner([1, 2, 3, 4, 5, 6, 7]))
+    recorder = offline_loop.OfflineRecorder(run.plan, again.metrics, again.display)
+    await offline_loop.restore(run.plan, again.learner, recorder)
     assert again.exported == 0 and not (tmp_path / ".model.old").exists()

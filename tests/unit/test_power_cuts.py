@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import transformers
 from pyarrow import parquet
-from test_offline_loop import FakeTrainee, Listener, course_of
+from test_offline_loop import FakeOfflineLearner, Listener, offline_run_of
 from test_preference_labels import judged
 from test_preference_labels import settings_for as labels_for
 from test_reward_stage import LOSSES, FakeRankGroup, Stage
@@ -25,7 +25,8 @@ from keel.learner import loading
 from keel.observability.metrics import RunMetrics
 from keel.rollout import segments
 from keel.rollout.buffer import RolloutBuffer
-from keel.stages import label, offline_loop, reference_logprobs
+from keel.stages import label, offline_loop
+from keel.stages import policy as policy_stage
 from power import MODELS, Disk, Model
 from runs import Writer, settings
 
@@ -133,7 +134,7 @@ def test_a_run_survives_a_power_cut_at_any_moment(
             assert verify.check(found).findings == () and verify.compare(found, whole.directory) == []
 
 
-class PoweredTrainee(FakeTrainee):
+class PoweredOfflineLearner(FakeOfflineLearner):
     """Writes models of several files, as libraries do."""
 
     def _export(self, folder: str) -> None:
@@ -150,13 +151,13 @@ def train_stage(directory: Path, patience: int) -> dict[str, Any]:
     if done := offline_loop.finished(directory):
         return done
     files.make_folder(directory)
-    plan = course_of(directory, every=1, patience=patience, checkpoints=2)
-    trainee = PoweredTrainee([9, 8, 7, 7.5, 6, 6.5, 6.25])
-    recorder = offline_loop.Recorder(plan, RunMetrics("test", directory / "metrics.jsonl"), Listener())
+    plan = offline_run_of(directory, every=1, patience=patience, checkpoints=2)
+    learner = PoweredOfflineLearner([9, 8, 7, 7.5, 6, 6.5, 6.25])
+    recorder = offline_loop.OfflineRecorder(plan, RunMetrics("test", directory / "metrics.jsonl"), Listener())
 
     async def to_the_end() -> offline_loop.State:
-        state = await offline_loop.restore(plan, trainee, recorder)
-        return await offline_loop.run(plan, trainee, recorder, state, plan.model)
+        state = await offline_loop.restore(plan, learner, recorder)
+        return await offline_loop.run(plan, learner, recorder, state)
 
     state = asyncio.run(to_the_end())
     return offline_loop.finish(plan, "sft", 0.0, model_step=offline_loop.kept(plan, state))
@@ -284,11 +285,11 @@ def test_kept_log_probs_survive_a_power_cut_at_any_moment(scratch: Path, model: 
     content = schema.to_bytes(rollouts.prompts(range(3)))
     disk = Disk(scratch / "disk")
     with disk.followed():
-        reference_logprobs._keep(scratch / "disk" / "cache" / "reference_logprobs" / "a.arrow", content)
+        policy_stage._keep(scratch / "disk" / "cache" / "reference_logprobs" / "a.arrow", content)
     for moment in disk.moments:
         found = disk.after_a_cut(moment, model, scratch / "found") / "cache" / "reference_logprobs" / "a.arrow"
-        assert reference_logprobs._kept(found) in (None, content.to_pybytes()), moment.operation
-    assert reference_logprobs._kept(found) == content.to_pybytes()
+        assert policy_stage._kept(found) in (None, content.to_pybytes()), moment.operation
+    assert policy_stage._kept(found) == content.to_pybytes()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -24,7 +24,14 @@ from keel.config.stages import (
     command_of,
 )
 from keel.errors import ConfigError, KeelError
-from keel.observability.console import console, errors, from_here
+from keel.observability.console import (
+    REWARD_MODEL_COLUMNS,
+    console,
+    errors,
+    from_here,
+    progress_display,
+    quiet_libraries,
+)
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularization, on a laptop or a Ray cluster.",
@@ -106,9 +113,8 @@ def doctor(
 ) -> None:
     """Check this machine: Python, compiler, memory, ports, packages, and one step of training."""
     from keel.cli import doctor as checks
-    from keel.observability import quiet
 
-    quiet.libraries()
+    quiet_libraries()
     if not checks.run(console, as_json=as_json, self_test=self_test):
         raise typer.Exit(1)
 
@@ -119,15 +125,12 @@ def reward(config_path: Config, overrides: Overrides = None, address: Address = 
     settings = loader.load_as(RewardModelSettings, config_path, _with(overrides, address))
     if _shown(settings, dry_run):
         return
-    from keel.observability import quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.cli import summary
-    from keel.observability import progress
     from keel.stages import reward as stage
 
     prepared = stage.prepare(settings)
-    with progress.display(console, prepared.steps, progress.REWARD_MODEL) as display:
+    with progress_display(console, prepared.steps, REWARD_MODEL_COLUMNS) as display:
         members = f"{settings.members.count} x {prepared.steps} steps"
         display.note(f"keel {__version__}: {settings.run.name}, reward, {members}, {prepared.rows.counts}")
         done = stage.run(prepared, display)
@@ -141,15 +144,12 @@ def label(config_path: Config, overrides: Overrides = None, address: Address = N
     settings = loader.load_as(LabelSettings, config_path, _with(overrides, address))
     if _shown(settings, dry_run):
         return
-    from keel.observability import quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.cli import summary
-    from keel.observability import progress
     from keel.stages import label as stage
 
     prepared = stage.prepare(settings)
-    with progress.display(console, 0) as display:
+    with progress_display(console, 0) as display:
         what = f"{prepared.completions} completions, judged by {settings.judge.name}"
         display.note(f"keel {__version__}: {settings.run.name}, label, {what}")
         done = stage.run(prepared, display)
@@ -172,16 +172,13 @@ def evaluate(
     if config_path is None and not (stored.is_file() and command_of(loader.read(stored)) == "train"):
         raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
     settings = loader.load(config_path or stored, _with(overrides, address))
-    from keel.observability import quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.cli import summary
-    from keel.observability import progress
     from keel.stages import evaluate as stage
 
     default = Path(model) if Path(model).is_dir() else Path(settings.run_directory)
     prepared = stage.prepare(settings, model, output or default / "evaluation")
-    with progress.display(errors if as_json else console, 0) as display:
+    with progress_display(errors if as_json else console, 0) as display:
         display.note(f"keel {__version__}: evaluating {model}, {prepared.prompts.counts['held_out']} held-out prompts")
         found = stage.run(prepared, display)
     if as_json:
@@ -240,33 +237,27 @@ def _shown(settings: Section, dry_run: bool) -> bool:
 
 
 def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
-    from keel.observability import quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.cli import summary
-    from keel.observability import progress
     from keel.stages import policy
 
     prepared = policy.prepare(settings)
     steps = prepared.learning.run.steps
-    with progress.display(console, steps, prepared.columns) as display:
+    with progress_display(console, steps, prepared.columns) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {prepared.name}, {steps} steps, {prepared.rows.counts}")
         done = policy.run(prepared, display)
     summary.show_stage(console, prepared.directory, done)
 
 
 def _train(settings: Settings, config_path: str) -> None:
-    from keel.observability import quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.cli import summary
-    from keel.observability import progress
     from keel.online import preflight
 
     prepared = preflight.prepare(settings)
     from keel.online import train as training  # Ray and vLLM: only once the input is known to be good
 
-    with progress.display(console, settings.run.steps) as display:
+    with progress_display(console, settings.run.steps) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
         outcome = training.run(prepared, display)
     if outcome.stopped:

@@ -21,7 +21,7 @@ from keel.cluster.capacity import configured
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.observability.console import console, errors
+from keel.observability.console import console, errors, progress_display, quiet_libraries
 from keel.observability.utilization import LEARNER
 
 _SHOWN = 5  # splits
@@ -79,12 +79,10 @@ def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: boo
         from keel.analysis import measurement
 
         return measurement.measured(runs)
-    from keel.observability import progress, quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.analysis import calibration
 
-    with progress.display(errors if as_json else console, calibration.STEPS) as display:
+    with progress_display(errors if as_json else console, calibration.STEPS) as display:
         display.note(f"measuring {calibration.STEPS} steps of {settings.run.name}")
         return calibration.run(settings, display)
 
@@ -137,9 +135,7 @@ def _parameters(settings: Settings) -> int | None:
     model = settings.policy.model
     if not (model.startswith("wheel:") or Path(model).is_dir()):
         return None
-    from keel.observability import quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.learner import loading, model_files
 
     return model_files.num_parameters(loading.locate_policy(model, "policy.model"))
@@ -176,7 +172,8 @@ def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: l
     if not memory:
         console.print("Memory   unknown: the model is not here; policy_parameters of the rates would say it")
         return
-    table = Table("one", "GiB", "of which", title="memory, lower bounds (see docs/scaling.md)", title_justify="left")
+    title = "memory, lower bounds (see docs/operate/scaling.md)"
+    table = Table("one", "GiB", "of which", title=title, title_justify="left")
     for footprint in memory:
         parts = ", ".join(f"{name} {num_bytes / 2**30:.2f}" for name, num_bytes in footprint.parts.items())
         one = f"of {ranks} learner ranks" if footprint.role == LEARNER else footprint.role

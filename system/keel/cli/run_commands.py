@@ -12,7 +12,7 @@ from rich.text import Text
 
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.observability.console import console, errors
+from keel.observability.console import console, errors, progress_display, quiet_libraries
 from keel.online import status
 
 if TYPE_CHECKING:
@@ -169,12 +169,10 @@ def replay(
     as_json: AsJson = False,
 ) -> None:
     """Make one learner step again from checkpoint and stored rollouts, and compare it with what the run wrote."""
-    from keel.observability import progress, quiet
-
-    quiet.libraries()
+    quiet_libraries()
     from keel.analysis import replay as replaying
 
-    with progress.display(errors if as_json else console, step) as display:
+    with progress_display(errors if as_json else console, step) as display:
         found = replaying.run(run_directory, step, display)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))

@@ -1,4 +1,4 @@
-"""Blocks of settings that stages are made of: rows, length of a course, members and zero of reward models, noise."""
+"""Blocks of settings that stages are made of: rows, length of a run, members and zero of reward models, noise."""
 
 from typing import Literal, Self
 

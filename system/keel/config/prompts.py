@@ -19,7 +19,7 @@ class PolicySettings(Section):
 
 
 class ColumnSettings(Section):
-    """Which column of the source is what; null: recognized by the layouts of docs/stages.md."""
+    """Which column of the source is what; null: recognized by the layouts of docs/use/stages.md."""
 
     prompt: str | None = Field(None, description="text or messages that are answered")
     system: str | None = Field(None, description="system message of a row; makes a text prompt a conversation")

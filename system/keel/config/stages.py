@@ -68,7 +68,7 @@ class StageSettings(Section):
         return self.run.directory.replace("{name}", self.run.name)
 
     def learning(self, steps: int) -> Settings:
-        """Settings of the learner, for a course of so many steps."""
+        """Settings of the learner, for so many steps."""
         raise NotImplementedError
 
     @model_validator(mode="after")

@@ -255,7 +255,7 @@ def require(folders: Mapping[str, Path | str], longest_row: int) -> list[str]:
         if not result.alone:
             raise ConfigError(
                 f"{setting}={folder}: the log-probs that Keel computes for {family} are not the model's own"
-                f" ({result.reasons['alone']}); expected a family that docs/models.md does not list as refused"
+                f" ({result.reasons['alone']}); expected a family that docs/use/models.md does not list as refused"
             )
         failing = [name for name in ("shared", "packed") if name in result.reasons]
         if failing:

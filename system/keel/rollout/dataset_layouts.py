@@ -2,7 +2,7 @@
 
 column names --recognize--> roles (prompt, chosen, ...) --read--> of every row its prompt and its answers
 
-Only documented layouts are guessed (docs/stages.md has the table); what may be read in two ways is refused with the
+Only documented layouts are guessed (docs/use/stages.md has the table); what may be read in two ways is refused with the
 name of the setting that decides it.
 """
 

@@ -105,7 +105,7 @@ class OfflineRows:
 
 
 def digest_of(rows: Sequence[Row]) -> str:
-    """xxh3-128 of what rows say: a course of training goes on with the rows it began with, or not at all."""
+    """xxh3-128 of what rows say: a resumed offline run needs the rows it began with."""
     hasher = xxhash.xxh3_128()
     for row in rows:
         hasher.update(json.dumps([row.prompt, row.further], ensure_ascii=False).encode())

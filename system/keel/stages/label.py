@@ -29,8 +29,7 @@ from keel.online.recorder import Display
 from keel.protocols import Sampling
 from keel.rollout import preference_labels
 from keel.rollout.prompts import Prompts
-from keel.stages import offline_loop
-from keel.stages import sampling as sampled_rows
+from keel.stages import offline_loop, sampling
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
 _SCORED = ("reward", "reference_", "score", "failure")
@@ -189,7 +188,7 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     if path.is_file():
         display.note(f"sampled before: {path}")
         return schema.from_bytes(reads.read(path))
-    samplers = sampled_rows.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
+    samplers = sampling.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()
     atomic_files.write(path, schema.to_bytes(batch))
@@ -201,4 +200,4 @@ async def _scored(prepared: Prepared, display: Display) -> pa.RecordBatch:
     if batch is None:
         assert prepared.folder is not None and prepared.prompts is not None
         batch = await _sampled(prepared, prepared.folder, prepared.prompts, display)
-    return await sampled_rows.score(prepared.sampling, prepared.reference_folder, batch, display)
+    return await sampling.score(prepared.sampling, prepared.reference_folder, batch, display)

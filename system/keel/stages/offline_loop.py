@@ -1,10 +1,10 @@
-"""One offline course of training, from the start model to a model folder; resuming is the same path.
+"""The loop of one offline run, from the start model to a model folder; resuming takes the same path.
 
 version -> step(rows of the step) -> version + 1     metrics.jsonl, Prometheus
              |  when due: held-out loss -> evaluations.jsonl; the best model so far is kept aside
              |  when due: checkpoint (learner, state.json, COMMIT)
 until the last step, or until `patience` evaluations brought no lower held-out loss
-             -> RUN_DIR/model (Hugging Face folder), RUN_DIR/stage.json: what was done
+             -> RUN_DIR/model (Hugging Face folder), RUN_DIR/stage.json (the summary)
 """
 
 import asyncio
@@ -32,32 +32,32 @@ from keel.observability.tracking import Tracking
 from keel.online.controller import Stalled
 from keel.online.recorder import Display
 
-_LABELS = ("reward", "reward_std", "finished_ratio")  # of stored rows: no news
+_LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored rows
 
 
-class Trainee(Protocol):
-    """Ranks that move together: `step`, `assess`, `save`, `load`, `export` on all of them."""
+class OfflineLearner(Protocol):
+    """A learner group: `step`, `assess`, `save`, `load` and `export` run on all of its ranks."""
 
     async def call(self, method: str, *arguments: Any) -> Any: ...
 
 
 @dataclass
 class State:
-    """What a resumed course needs beside the weights."""
+    """The state of an offline run beside the weights, as a checkpoint stores it."""
 
     version: int = 0
     best_loss: float | None = None
     best_version: int = 0
     waited: int = 0
-    """Evaluations since the best."""
+    """Evaluations since the best one."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     digest: str = ""
-    """Of the rows it began with."""
+    """Digest of the rows that the run began with."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """What is trained on, how long, and where it is kept."""
+class OfflineRun:
+    """One training run on stored rows: its batches, its length and its directory."""
 
     settings: StageSettings
     directory: Path
@@ -68,26 +68,26 @@ class Course:
     held_out: pa.RecordBatch
     dropped: Mapping[str, int]
     digest: str = ""
-    """Of the rows."""
+    """Digest of the rows."""
     member: int | None = None
-    """Which one of an ensemble it trains."""
+    """Number of the ensemble member that is trained."""
 
     @property
     def model(self) -> Path:
         return self.directory / "model"
 
 
-class Recorder:
-    """Puts numbers into metrics, files and the display."""
+class OfflineRecorder:
+    """Record steps and evaluations: metrics, files, trackers and the display."""
 
-    def __init__(self, course: Course, metrics: RunMetrics, display: Display) -> None:
-        self.course, self.metrics, self.display = course, metrics, display
-        self.tracking = Tracking(course.settings, course.directory, metrics, display.note, course.member)
+    def __init__(self, offline_run: OfflineRun, metrics: RunMetrics, display: Display) -> None:
+        self.offline_run, self.metrics, self.display = offline_run, metrics, display
+        self.tracking = Tracking(offline_run.settings, offline_run.directory, metrics, display.note, offline_run.member)
 
     def step(self, report: Any) -> None:
         numbers = {name: value for name, value in report.metrics.items() if name not in _LABELS}
         tokens = numbers.pop("trained_tokens", 0.0)
-        epochs = report.version * self.course.settings.training.rows_per_step / self.course.rows
+        epochs = report.version * self.offline_run.settings.training.rows_per_step / self.offline_run.rows
         memory = float(psutil.virtual_memory().available)
         self.metrics.set({**numbers, "epochs": epochs, "version": float(report.version), "free_memory_bytes": memory})
         counts = {"steps_total": 1.0, "trained_tokens_total": tokens, "learner_seconds_total": numbers["step_seconds"]}
@@ -97,15 +97,15 @@ class Recorder:
         self.display.step(line)
         self.tracking.step(line)
 
-    def evaluated(self, version: int, found: Mapping[str, float]) -> None:
-        files.append_json(self.course.directory / "evaluations.jsonl", {"step": version, **found})
-        self.tracking.evaluated(version, found)
-        gauges = {"held_out_loss": found["loss"]}
-        if "preference_accuracy_ratio" in found:
-            gauges["held_out_accuracy_ratio"] = found["preference_accuracy_ratio"]
+    def evaluated(self, version: int, evaluation: Mapping[str, float]) -> None:
+        files.append_json(self.offline_run.directory / "evaluations.jsonl", {"step": version, **evaluation})
+        self.tracking.evaluated(version, evaluation)
+        gauges = {"held_out_loss": evaluation["loss"]}
+        if "preference_accuracy_ratio" in evaluation:
+            gauges["held_out_accuracy_ratio"] = evaluation["preference_accuracy_ratio"]
         self.metrics.set(gauges)
         self.metrics.add({"evaluations_total": 1.0})
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in found.items() if name in _SHOWN)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items() if name in _SHOWN)
         self.display.note(f"held out at step {version}: {shown}")
 
 
@@ -113,13 +113,13 @@ _SHOWN = ("loss", "preference_accuracy_ratio", "implicit_margin", "chosen_log_ra
 
 
 Train = Callable[[RunMetrics, Display, float], Coroutine[Any, Any, dict[str, Any]]]
-"""Metrics, display, when the stage started -> what stage.json says."""
+"""(metrics, display, start time) -> the summary for stage.json."""
 
 
 def conduct(
     settings: StageSettings, directory: Path, digest: str, online: Settings, train: Train, display: Display
 ) -> dict[str, Any]:
-    """Run a stage on a cluster sized for `online`, unless it is finished; what stage.json says."""
+    """Run a stage unless it is finished; returns the summary in stage.json."""
     started = time.monotonic()
     if done := finished(directory):
         check_rows(directory, done["digest"], digest)
@@ -144,7 +144,7 @@ def _conduct(
 
 
 async def ready(settings: StageSettings, learner: RankGroup) -> None:
-    """All ranks are up within their deadline. Raises Stalled."""
+    """Wait until all ranks have started. Raises Stalled after deadlines.start_seconds."""
     seconds = settings.deadlines.start_seconds
     try:
         async with asyncio.timeout(seconds):
@@ -155,109 +155,109 @@ async def ready(settings: StageSettings, learner: RankGroup) -> None:
         raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds){why}") from None
 
 
-async def run(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:
-    """Train to the last step or the end of patience; the model lies at `target` then."""
+async def run(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> State:
+    """Train to the last step or the end of patience and leave the model in the run's directory."""
     recorder.tracking.begin(state.version)
     with recorder.tracking:
-        return await _to_the_end(course, trainee, recorder, state, target)
+        return await _loop(offline_run, learner, recorder, state)
 
 
-async def _to_the_end(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> State:
-    training = course.settings.training
+async def _loop(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> State:
+    training = offline_run.settings.training
     if not state.evaluations:
-        await _evaluate(course, trainee, recorder, state, target)
-    while state.version < course.steps and not _out_of_patience(course, state):
-        recorder.step(await call(course, trainee, "step", course.batch(state.version)))
+        await _evaluate(offline_run, learner, recorder, state)
+    while state.version < offline_run.steps and not _out_of_patience(offline_run, state):
+        recorder.step(await call(offline_run, learner, "step", offline_run.batch(state.version)))
         state.version += 1
-        last = state.version == course.steps
+        last = state.version == offline_run.steps
         if last or (training.evaluate_every_steps and state.version % training.evaluate_every_steps == 0):
-            await _evaluate(course, trainee, recorder, state, target)
-        every = course.settings.checkpoint.every_steps
+            await _evaluate(offline_run, learner, recorder, state)
+        every = offline_run.settings.checkpoint.every_steps
         if every and state.version % every == 0 and not last:
-            await save(course, trainee, recorder, state)
+            await save(offline_run, learner, recorder, state)
     if not training.patience:
-        await _export(course, trainee, target)
+        await _export(offline_run, learner)
     return state
 
 
-async def call(course: Course, trainee: Trainee, method: str, *arguments: Any) -> Any:
-    """A method of the learner within its deadline. Raises Stalled."""
-    seconds = course.settings.deadlines.step_seconds
+async def call(offline_run: OfflineRun, learner: OfflineLearner, method: str, *arguments: Any) -> Any:
+    """Call a method of the learner. Raises Stalled after deadlines.step_seconds."""
+    seconds = offline_run.settings.deadlines.step_seconds
     try:
         async with asyncio.timeout(seconds):
-            return await trainee.call(method, *arguments)
+            return await learner.call(method, *arguments)
     except TimeoutError:
         raise Stalled(f"the learner did not answer {method} within {seconds:.0f} s (deadlines.step_seconds)") from None
 
 
-def _out_of_patience(course: Course, state: State) -> bool:
-    return 0 < course.settings.training.patience <= state.waited
+def _out_of_patience(offline_run: OfflineRun, state: State) -> bool:
+    return 0 < offline_run.settings.training.patience <= state.waited
 
 
-async def _evaluate(course: Course, trainee: Trainee, recorder: Recorder, state: State, target: Path) -> None:
-    found = await call(course, trainee, "assess", course.held_out)
-    state.evaluations.append({"step": float(state.version), **found})
-    recorder.evaluated(state.version, found)
-    if state.best_loss is None and not math.isfinite(found["loss"]):
-        raise FloatingPointError(f"step {state.version}: the held-out loss is {found['loss']}")
-    if state.best_loss is not None and not found["loss"] < state.best_loss:  # also where it is no number
+async def _evaluate(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> None:
+    evaluation = await call(offline_run, learner, "assess", offline_run.held_out)
+    state.evaluations.append({"step": float(state.version), **evaluation})
+    recorder.evaluated(state.version, evaluation)
+    if state.best_loss is None and not math.isfinite(evaluation["loss"]):
+        raise FloatingPointError(f"step {state.version}: the held-out loss is {evaluation['loss']}")
+    if state.best_loss is not None and not evaluation["loss"] < state.best_loss:  # also if it is NaN
         state.waited += 1
         return
-    state.best_loss, state.best_version, state.waited = found["loss"], state.version, 0
-    if course.settings.training.patience:
-        await _export(course, trainee, target)
+    state.best_loss, state.best_version, state.waited = evaluation["loss"], state.version, 0
+    if offline_run.settings.training.patience:
+        await _export(offline_run, learner)
 
 
-async def _export(course: Course, trainee: Trainee, target: Path) -> None:
-    """The model of now at `target`, whole or as it was."""
+async def _export(offline_run: OfflineRun, learner: OfflineLearner) -> None:
+    """Replace the model of the run by the current one, atomically."""
+    target = offline_run.model
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     files.make_folder(aside.parent)
-    await call(course, trainee, "export", str(aside))
+    await call(offline_run, learner, "export", str(aside))
     files.replace_folder(aside, target)
 
 
-async def save(course: Course, trainee: Trainee, recorder: Recorder, state: State) -> None:
-    aside = checkpoint.begin(course.directory, state.version)
-    await call(course, trainee, "save", str(aside))
+async def save(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> None:
+    aside = checkpoint.begin(offline_run.directory, state.version)
+    await call(offline_run, learner, "save", str(aside))
     recorder.metrics.add({"checkpoints_total": 1.0})
-    objective = await call(course, trainee, "state")
+    objective = await call(offline_run, learner, "state")
     checkpoint.commit(aside, {**asdict(state), "totals": recorder.metrics.totals, "objective": objective})
     files.append_json(
-        course.directory / "events.jsonl", {"event": "checkpoint", "time": time.time(), "step": state.version}
+        offline_run.directory / "events.jsonl", {"event": "checkpoint", "time": time.time(), "step": state.version}
     )
-    checkpoint.prune(course.directory, course.settings.checkpoint.keep)
+    checkpoint.prune(offline_run.directory, offline_run.settings.checkpoint.keep)
 
 
-async def restore(course: Course, trainee: Trainee, recorder: Recorder) -> State:
-    """The state of the newest checkpoint, learner and counters with it; a fresh one without.
+async def restore(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder) -> State:
+    """Load the newest intact checkpoint into learner and counters and return its state; a new state without one.
 
-    Raises ConfigError where a commit that the stage made is gone, or its rows are other ones.
+    Raises ConfigError if a committed checkpoint is missing, or if the rows differ from those the run began with.
     """
-    saved, state, damaged = checkpoint.newest_intact(course.directory)
+    saved, state, damaged = checkpoint.newest_intact(offline_run.directory)
     stored = state or {"version": -1}
     for name in damaged:
         recorder.display.note(f"{name} is damaged and was put aside; {saved} is used")
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        files.keep_steps(course.directory / name, stored["version"])
-    files.bring_back(course.model)
+        files.keep_steps(offline_run.directory / name, stored["version"])
+    files.bring_back(offline_run.model)
     if saved is None:
-        return State(digest=course.digest)
-    check_rows(course.directory, stored["digest"], course.digest)
-    await call(course, trainee, "load", str(saved))
-    # rows left out are counted at every start
-    metrics = recorder.metrics
+        return State(digest=offline_run.digest)
+    check_rows(offline_run.directory, stored["digest"], offline_run.digest)
+    await call(offline_run, learner, "load", str(saved))
+    metrics = recorder.metrics  # which have counted the dropped rows again
     metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})
 
 
-def kept(course: Course, state: State) -> int:
-    """The step whose model the course leaves."""
-    return state.best_version if course.settings.training.patience else state.version
+def kept(offline_run: OfflineRun, state: State) -> int:
+    """The step whose model the run leaves."""
+    return state.best_version if offline_run.settings.training.patience else state.version
 
 
 def check_rows(directory: Path, stored: str, digest: str) -> None:
-    """What lies there was made from these rows. Raises ConfigError."""
+    """Refuse a directory whose stage was trained on other rows. Raises ConfigError."""
     if stored != digest:
         raise ConfigError(
             f"run.directory={directory}: holds this stage on other rows of its source; expected another run.name"
@@ -265,21 +265,26 @@ def check_rows(directory: Path, stored: str, digest: str) -> None:
 
 
 def finished(directory: Path) -> dict[str, Any] | None:
-    """What a stage that reached its end says of itself; None: it has not. Raises ConfigError, as `checkpoint.stage`."""
+    """The summary of a finished stage; None for an unfinished one. Raises ConfigError, as `checkpoint.stage`."""
     return checkpoint.stage(directory)
 
 
 def mark(directory: Path, names: Sequence[str], summary: Mapping[str, Any]) -> None:
-    """Write stage.json, the mark of a finished stage, once what it vouches for is on the disk and has its digests."""
+    """Seal the named outputs by their digests, then write stage.json, the mark of a finished stage."""
     checkpoint.seal(directory, names)
     files.write_json(directory / "stage.json", summary)
 
 
-def finish(course: Course, stage: str, started: float, **said: Any) -> dict[str, Any]:
-    """Mark the stage as finished; checkpoints are needed no more."""
-    summary = {"stage": stage, "steps": course.steps, "rows": course.rows, "dropped": dict(course.dropped)}
-    summary |= {"digest": course.digest, **said}
+def finish(offline_run: OfflineRun, stage: str, started: float, **results: Any) -> dict[str, Any]:
+    """Mark the stage as finished and delete its checkpoints."""
+    summary = {
+        "stage": stage,
+        "steps": offline_run.steps,
+        "rows": offline_run.rows,
+        "dropped": dict(offline_run.dropped),
+    }
+    summary |= {"digest": offline_run.digest, **results}
     summary["seconds"] = round(time.monotonic() - started, 1)
-    mark(course.directory, [course.model.name], summary)
-    shutil.rmtree(course.directory / "checkpoints", ignore_errors=True)
+    mark(offline_run.directory, [offline_run.model.name], summary)
+    shutil.rmtree(offline_run.directory / "checkpoints", ignore_errors=True)
     return summary

@@ -39,7 +39,7 @@ from keel.rollout.offline_rows import digest_of, usable_rows
 from keel.rollout.reward_functions import describe
 from keel.rollout.row_columns import from_json
 from keel.stages import offline_loop, sampling
-from keel.stages.offline_loop import Course, Recorder
+from keel.stages.offline_loop import OfflineRecorder, OfflineRun
 
 _MEMBER_SEEDS = 1000
 
@@ -193,15 +193,15 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     learner = learner_group.RankGroup(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
     await offline_loop.ready(settings, learner)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
-    plans = [_course(prepared, member) for member in range(settings.members.count)]
+    plans = [_offline_run(prepared, member) for member in range(settings.members.count)]
     for member, plan in enumerate(plans):
         if offline_loop.finished(plan.directory) is None:
             display.doing(f"member {member}")
             metrics.path = plan.directory / "metrics.jsonl"
             await offline_loop.call(plan, learner, "begin", member)
-            recorder = Recorder(plan, metrics, display)
+            recorder = OfflineRecorder(plan, metrics, display)
             state = await offline_loop.restore(plan, learner, recorder)
-            await offline_loop.run(plan, learner, recorder, state, plan.model)
+            await offline_loop.run(plan, learner, recorder, state)
             offline_loop.finish(
                 plan, "member", started, evaluations=state.evaluations, model_step=offline_loop.kept(plan, state)
             )
@@ -219,11 +219,11 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     return offline_loop.finish(whole, "reward", started, **first, report=found)
 
 
-def _course(prepared: Prepared, member: int) -> Course:
+def _offline_run(prepared: Prepared, member: int) -> OfflineRun:
     rows = prepared.rows
     directory = prepared.directory / "members" / str(member)
     files.make_folder(directory)
-    return Course(
+    return OfflineRun(
         settings=prepared.settings,
         directory=directory,
         steps=prepared.steps,

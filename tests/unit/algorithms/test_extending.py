@@ -1,4 +1,4 @@
-"""Every example of docs/extending.md runs as it stands there, and does what the page says."""
+"""Every example of docs/develop/extending.md runs as it stands there, and does what the page says."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ from keel.online import preflight
 from keel.rollout import scorers
 from rollouts import generated, prompts, rollouts
 
-PAGE = (Path(__file__).parents[3] / "docs" / "extending.md").read_text(encoding="utf8")
+PAGE = (Path(__file__).parents[3] / "docs" / "develop" / "extending.md").read_text(encoding="utf8")
 MODULES = dict(re.findall(r"^`(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, re.M | re.S))
 BLOCKS = dict(zip(MODULES, map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)```", PAGE, re.M | re.S)), strict=True))
 BROKEN = """

@@ -1,4 +1,4 @@
-"""The table of model families in docs/models.md is what the script says, and no family's code ends the script."""
+"""The table of model families in docs/use/models.md is what the script says, and no family's code ends the script."""
 
 import re
 import signal
@@ -19,7 +19,7 @@ with pytest.MonkeyPatch.context() as patch:
     from public_models import PUBLIC
 
 ROOT = Path(__file__).parents[3]
-PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf8")
+PAGE = (ROOT / "docs" / "use" / "models.md").read_text(encoding="utf8")
 TABLE = PAGE.split(model_families.START)[1].split(model_families.END)[0]
 ROWS = [line for line in TABLE.splitlines() if re.match(r"\| [\w-]+ \|", line) and not line.startswith("| family")]
 SAMPLE = [

@@ -22,7 +22,7 @@ from transformers import (
 
 from keel.errors import ConfigError
 from keel.learner import loading, model_files, reward_models, tiny, weights
-from keel.stages import reference_logprobs
+from keel.stages import policy as policy_stage
 
 SIZES = {
     "vocab_size": 96,
@@ -241,7 +241,7 @@ def test_reference_logprobs_are_kept_by_the_weights_alone(tmp_path: Path) -> Non
             dtype = "float32"
 
     def key() -> str:
-        return reference_logprobs._key(Settings, str(folder), [])  # type: ignore[arg-type]
+        return policy_stage._key(Settings, str(folder), [])  # type: ignore[arg-type]
 
     folder = tiny.write(tmp_path / "m")
     first = key()

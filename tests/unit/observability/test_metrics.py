@@ -196,7 +196,7 @@ def test_promtool_finds_nothing_to_say(tmp_path: Path) -> None:
 
 
 def test_the_reference_in_the_documentation_is_the_table() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "operate" / "metrics.md").read_text()
     assert metric_table.reference_table() in page
 
 

@@ -1,4 +1,4 @@
-"""A scrape of the page of 64 busy actors is cheap. Numbers of a quiet machine: docs/log.md."""
+"""A scrape of the page of 64 busy actors is cheap. Numbers of a quiet machine: docs/develop/log.md."""
 
 import sys
 from pathlib import Path

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from test_offline_loop import FakeTrainee, Killed, Listener, course_of
-from test_offline_loop import Run as Course
+from test_offline_loop import FakeOfflineLearner, Killed, Listener, offline_run_of
+from test_offline_loop import Run as OfflineRun
 from test_reward_stage import LOSSES, FakeRankGroup, Stage
 
 from fakes import settings_for
@@ -427,12 +427,12 @@ async def test_the_recorder_tells_what_it_writes(tmp_path: Path, made: Made) -> 
 
 
 async def test_a_stage_tells_its_trackers_also_when_it_is_resumed(tmp_path: Path, made: Made) -> None:
-    plan = course_of(tmp_path, steps=4, checkpoints=2)
+    plan = offline_run_of(tmp_path, steps=4, checkpoints=2)
     tracked = plan.settings.model_copy(update={"tracking": TrackingSettings(trackers=["wandb"])})
     plan = dataclasses.replace(plan, settings=tracked)
     with pytest.raises(Killed, match="at step 4"):
-        await Course(plan, FakeTrainee([5.0, 4.0, 3.0, 2.0, 1.0], killed_at=4)).finish()
-    await Course(plan, FakeTrainee([5.0, 4.0, 3.0, 2.0, 1.0])).finish()
+        await OfflineRun(plan, FakeOfflineLearner([5.0, 4.0, 3.0, 2.0, 1.0], killed_at=4)).finish()
+    await OfflineRun(plan, FakeOfflineLearner([5.0, 4.0, 3.0, 2.0, 1.0])).finish()
     broken, whole = made.trackers
     held_out = {"evaluation.loss": 5.0, "evaluation.preference_accuracy_ratio": 0.25}
     assert broken.told[0] == (0, held_out) and [told[0] for told in broken.told[1:-1]] == [1, 2, 3]

@@ -43,7 +43,7 @@ def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
 
 
 def test_the_page_names_what_there_is() -> None:
-    page = (FOLDER.parent.parent / "docs" / "rewards.md").read_text(encoding="utf8")
+    page = (FOLDER.parent.parent / "docs" / "use" / "rewards.md").read_text(encoding="utf8")
     named = re.findall(r"keel\.\w+:\w+", page)
     assert len(named) >= 8 and all(user_code.load(source, "source") for source in named)
     configurations = set(re.findall(r"configs/rewards/([\w-]+)\.yaml", page))

@@ -124,15 +124,16 @@ def test_an_expression_names_what_is_there(expression: str) -> None:
 
 def test_matched_values_are_those_of_the_code() -> None:
     """A role, phase or stage that nobody writes would leave an alert silent for ever."""
-    code = {name: (ROOT / f"system/keel/{name}.py").read_text(encoding="utf8") for name in ("controller", "buffer")}
-    phases = {name.replace(" ", "_") for name in re.findall(r'\.doing\("([a-z ]+)"\)', code["controller"])}
+    packages = ("online", "rollout")
+    code = "".join(path.read_text("utf8") for name in packages for path in (ROOT / "system/keel" / name).glob("*.py"))
+    phases = {name.replace(" ", "_") for name in re.findall(r'\.doing\("([a-z ]+)"\)', code)}
     roles = {*STAGES, LEARNER}
     known = {
         "role": roles,
         "on": roles | phases | {"driver"},
         "phase": phases,
-        "stage": set(re.findall(r'_progress\("(\w+)"\)', code["controller"])),
-        "reason": {*re.findall(r'"(uniform_rewards)"', code["buffer"]), *re.findall(r"}(_monitor)\"", code["buffer"])},
+        "stage": set(re.findall(r'_progress\("(\w+)"\)', code)),
+        "reason": {*re.findall(r'"(uniform_rewards)"', code), *re.findall(r"}(_monitor)\"", code)},
         "reward": {"gold"},
         "job": {"keel"},
     }

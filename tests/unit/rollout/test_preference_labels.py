@@ -16,7 +16,7 @@ from keel import files, schema
 from keel.config import loader
 from keel.config.stages import LabelSettings, NoiseSettings
 from keel.errors import ConfigError
-from keel.observability.progress import ONLINE, PlainProgress
+from keel.observability.console import ONLINE_COLUMNS, PlainProgress
 from keel.protocols import Sampling
 from keel.rollout import preference_labels
 from keel.stages import label as stage
@@ -281,5 +281,5 @@ def test_two_processes_do_not_label_into_one_directory(tmp_path: Path) -> None:
     draws = Sampling(1.0, 1.0, 8, ())
     prepared = stage.Prepared(settings, settings.sampling_run(), tmp_path, None, None, None, rollouts([0]), draws)
     with files.lock(tmp_path), pytest.raises(ConfigError, match="another process works on it"):
-        stage.run(prepared, PlainProgress(Console(), 1, ONLINE))
+        stage.run(prepared, PlainProgress(Console(), 1, ONLINE_COLUMNS))
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]

@@ -27,8 +27,7 @@ from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.learner import export
-from keel.observability import progress
-from keel.observability.console import Terminal
+from keel.observability.console import Terminal, progress_display
 from keel.rollout import datasets, scorers
 from keel.text import printable
 from rollouts import generated, prompts
@@ -114,7 +113,7 @@ def test_a_note_and_a_status_show_what_a_text_holds(tty: bool) -> None:
     for text in SPARSE:
         file = io.StringIO()
         console = Terminal(file=file, width=100_000, force_terminal=tty, color_system=None)
-        with progress.display(console, 3) as display:
+        with progress_display(console, 3) as display:
             display.note(f"note {text}")
             display.doing(f"starting {text}")
         own = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()) if tty else file.getvalue()  # of rich's live table

@@ -1,4 +1,4 @@
-"""The loop of a stage: evaluations, early stopping, checkpoints, resuming. The trainee is scripted."""
+"""The loop of a stage: evaluations, early stopping, checkpoints, resuming. The learner is scripted."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from keel.errors import ConfigError
 from keel.observability.metrics import RunMetrics
 from keel.protocols import StepReport
 from keel.stages import offline_loop
-from keel.stages.offline_loop import Course, Recorder, State
+from keel.stages.offline_loop import OfflineRecorder, OfflineRun, State
 
 ROWS = 20
 
@@ -25,7 +25,7 @@ class Killed(Exception):
     """The process ends here."""
 
 
-class FakeTrainee:
+class FakeOfflineLearner:
     """Its weights are the number of its steps. `losses`: held-out loss by version; `killed_at`: a step that never ends."""
 
     def __init__(self, losses: Sequence[float], killed_at: int | None = None) -> None:
@@ -91,7 +91,9 @@ def rows(version: int) -> pa.RecordBatch:
     return pa.record_batch({"version": [version]})
 
 
-def course_of(directory: Path, steps: int = 6, every: int = 0, patience: int = 0, checkpoints: int = 0) -> Course:
+def offline_run_of(
+    directory: Path, steps: int = 6, every: int = 0, patience: int = 0, checkpoints: int = 0
+) -> OfflineRun:
     tree = {
         "run": {"name": "test"},
         "policy": {"model": "m"},
@@ -100,20 +102,20 @@ def course_of(directory: Path, steps: int = 6, every: int = 0, patience: int = 0
         "checkpoint": {"every_steps": checkpoints, "keep": 2},
     }
     settings = loader.parse_as(SupervisedSettings, tree)
-    return Course(settings, directory, steps, ROWS, batch=rows, held_out=rows(-1), dropped={"empty": 3})
+    return OfflineRun(settings, directory, steps, ROWS, batch=rows, held_out=rows(-1), dropped={"empty": 3})
 
 
 class Run:
-    """A course from the newest checkpoint (or the start) to its end."""
+    """An offline run from the newest checkpoint (or the start) to its end."""
 
-    def __init__(self, plan: Course, trainee: FakeTrainee) -> None:
-        self.plan, self.trainee, self.display = plan, trainee, Listener()
+    def __init__(self, plan: OfflineRun, learner: FakeOfflineLearner) -> None:
+        self.plan, self.learner, self.display = plan, learner, Listener()
         self.metrics = RunMetrics("test", plan.directory / "metrics.jsonl")
 
     async def finish(self) -> State:
-        recorder = Recorder(self.plan, self.metrics, self.display)
-        state = await offline_loop.restore(self.plan, self.trainee, recorder)
-        return await offline_loop.run(self.plan, self.trainee, recorder, state, self.plan.model)
+        recorder = OfflineRecorder(self.plan, self.metrics, self.display)
+        state = await offline_loop.restore(self.plan, self.learner, recorder)
+        return await offline_loop.run(self.plan, self.learner, recorder, state)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         return files.read_json_lines(self.plan.directory / name)
@@ -123,11 +125,11 @@ class Run:
         return int((self.plan.model / "weights").read_text())
 
     def done(self, method: str) -> list[int]:
-        return [version for name, version in self.trainee.log if name == method]
+        return [version for name, version in self.learner.log if name == method]
 
 
 async def test_a_course_evaluates_before_the_first_and_after_the_last_step(tmp_path: Path) -> None:
-    run = Run(course_of(tmp_path, steps=3), FakeTrainee([3, 2, 1, 5]))
+    run = Run(offline_run_of(tmp_path, steps=3), FakeOfflineLearner([3, 2, 1, 5]))
     state = await run.finish()
     assert (state.version, run.exported) == (3, 3)  # the last, though it is not the best
     assert run.done("assess") == [0, 3] and run.done("step") == [1, 2, 3] and run.done("export") == [3]
@@ -140,7 +142,7 @@ async def test_evaluations_are_due_by_step_and_once_at_the_end(tmp_path: Path) -
     for steps, expected in ((4, [0, 2, 4]), (5, [0, 2, 4, 5])):
         directory = tmp_path / str(steps)
         directory.mkdir()
-        run = Run(course_of(directory, steps=steps, every=2), FakeTrainee([9] * 6))
+        run = Run(offline_run_of(directory, steps=steps, every=2), FakeOfflineLearner([9] * 6))
         await run.finish()
         assert run.done("assess") == expected
 
@@ -153,13 +155,13 @@ async def test_evaluations_are_due_by_step_and_once_at_the_end(tmp_path: Path) -
         ([5, 5, 5, 5, 5, 5, 5], 3, 3, 0),  # equal is not lower: what it started from is the best
         ([5, 6, 4, 6, 6, 6, 1], 1, 1, 0),
         ([7, 6, 5, 4, 3, 2, 1], 1, 6, 6),
-        ([1, 2, 3, 4, 5, 6, 7], 9, 6, 0),  # patience outlives the course: still the best
+        ([1, 2, 3, 4, 5, 6, 7], 9, 6, 0),  # patience outlives the run: still the best
     ],
 )
 async def test_patience_ends_a_course_and_keeps_the_best(
     tmp_path: Path, losses: list[float], patience: int, ends: int, best: int
 ) -> None:
-    run = Run(course_of(tmp_path, every=1, patience=patience), FakeTrainee(losses))
+    run = Run(offline_run_of(tmp_path, every=1, patience=patience), FakeOfflineLearner(losses))
     state = await run.finish()
     assert (state.version, state.best_version, run.exported) == (ends, best, best)
     assert state.best_loss == min(losses[: ends + 1])
@@ -169,13 +171,13 @@ async def test_patience_ends_a_course_and_keeps_the_best(
 
 async def test_a_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
     nan = float("nan")
-    run = Run(course_of(tmp_path, every=1, patience=2), FakeTrainee([3, 2, nan, nan, nan, nan, nan]))
+    run = Run(offline_run_of(tmp_path, every=1, patience=2), FakeOfflineLearner([3, 2, nan, nan, nan, nan, nan]))
     state = await run.finish()
     assert (state.best_version, run.exported, state.version) == (1, 1, 3)
 
 
 async def test_numbers_of_a_course(tmp_path: Path) -> None:
-    run = Run(course_of(tmp_path, steps=6, every=2), FakeTrainee([6, 5, 4, 3, 2, 1, 0]))
+    run = Run(offline_run_of(tmp_path, steps=6, every=2), FakeOfflineLearner([6, 5, 4, 3, 2, 1, 0]))
     await run.finish()
     lines = run.lines("metrics.jsonl")
     assert [line["epochs"] for line in lines] == [step * 5 / ROWS for step in range(1, 7)]
@@ -198,14 +200,14 @@ async def test_numbers_of_a_course(tmp_path: Path) -> None:
 async def test_a_resumed_course_is_the_uninterrupted_one(tmp_path: Path, patience: int, killed_at: int) -> None:
     """Same model, same evaluations, same steps in the same files, whenever it was killed."""
     losses = [9, 8, 7, 7.5, 6, 6.5, 6.25]
-    plans = [course_of(tmp_path / name, every=1, patience=patience, checkpoints=2) for name in ("whole", "killed")]
+    plans = [offline_run_of(tmp_path / name, every=1, patience=patience, checkpoints=2) for name in ("whole", "killed")]
     for plan in plans:
         plan.directory.mkdir()
-    whole = Run(plans[0], FakeTrainee(losses))
+    whole = Run(plans[0], FakeOfflineLearner(losses))
     expected = await whole.finish()
     with pytest.raises(Killed, match=f"at step {killed_at}"):
-        await Run(plans[1], FakeTrainee(losses, killed_at)).finish()
-    resumed = Run(plans[1], FakeTrainee(losses))
+        await Run(plans[1], FakeOfflineLearner(losses, killed_at)).finish()
+    resumed = Run(plans[1], FakeOfflineLearner(losses))
     assert await resumed.finish() == expected
     begins = (killed_at - 1) // 2 * 2  # the newest checkpoint before it
     assert resumed.done("step") == list(range(begins + 1, 7)) and len(resumed.done("load")) == (begins > 0)
@@ -222,15 +224,15 @@ async def test_a_resumed_course_is_the_uninterrupted_one(tmp_path: Path, patienc
 
 async def test_a_course_that_ran_out_of_patience_before_a_checkpoint_trains_no_further(tmp_path: Path) -> None:
     losses = [1, 2, 3, 4, 5, 6, 7]
-    plan = course_of(tmp_path, every=1, patience=2, checkpoints=2)
-    first = Run(plan, FakeTrainee(losses))
+    plan = offline_run_of(tmp_path, every=1, patience=2, checkpoints=2)
+    first = Run(plan, FakeOfflineLearner(losses))
     assert (await first.finish()).version == 2
-    again = Run(plan, FakeTrainee(losses))
+    again = Run(plan, FakeOfflineLearner(losses))
     assert (await again.finish()).version == 2 and again.done("step") == [] and again.exported == 0
 
 
 async def test_checkpoints_are_pruned_and_hold_the_objective(tmp_path: Path) -> None:
-    run = Run(course_of(tmp_path, checkpoints=1), FakeTrainee([9] * 7))
+    run = Run(offline_run_of(tmp_path, checkpoints=1), FakeOfflineLearner([9] * 7))
     await run.finish()
     assert checkpoint.steps(tmp_path) == [4, 5]  # none after the last step: the model is what is left of it
     newest = checkpoint.latest(tmp_path)
@@ -240,7 +242,7 @@ async def test_checkpoints_are_pruned_and_hold_the_objective(tmp_path: Path) -> 
 
 
 async def test_an_export_replaces_the_whole_folder(tmp_path: Path) -> None:
-    run = Run(course_of(tmp_path, steps=1), FakeTrainee([2, 1]))
+    run = Run(offline_run_of(tmp_path, steps=1), FakeOfflineLearner([2, 1]))
     for folder in (run.plan.model, tmp_path / ".model.tmp"):  # of an earlier run, and one that was killed in it
         folder.mkdir()
         (folder / "old").write_text("old")
@@ -250,7 +252,7 @@ async def test_an_export_replaces_the_whole_folder(tmp_path: Path) -> None:
 
 async def test_a_finished_stage_says_what_it_did(tmp_path: Path) -> None:
     assert offline_loop.finished(tmp_path) is None
-    run = Run(course_of(tmp_path, steps=4, checkpoints=1), FakeTrainee([2] * 5))
+    run = Run(offline_run_of(tmp_path, steps=4, checkpoints=1), FakeOfflineLearner([2] * 5))
     state = await run.finish()
     assert offline_loop.finished(tmp_path) is None  # a model is no end yet
     summary = offline_loop.finish(run.plan, "sft", 0.0, trained_steps=state.version)
@@ -262,8 +264,8 @@ async def test_a_finished_stage_says_what_it_did(tmp_path: Path) -> None:
 
 
 async def test_a_course_does_not_go_on_with_other_rows(tmp_path: Path) -> None:
-    run = Run(course_of(tmp_path, steps=4, checkpoints=1), FakeTrainee([2] * 5))
+    run = Run(offline_run_of(tmp_path, steps=4, checkpoints=1), FakeOfflineLearner([2] * 5))
     await run.finish()
     other = dataclasses.replace(run.plan, digest="of other rows")
     with pytest.raises(ConfigError, match="holds this stage on other rows"):
-        await offline_loop.restore(other, FakeTrainee([2] * 5), Recorder(other, run.metrics, run.display))
+        await offline_loop.restore(other, FakeOfflineLearner([2] * 5), OfflineRecorder(other, run.metrics, run.display))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_offline_loop import FakeTrainee, Killed, Listener
+from test_offline_loop import FakeOfflineLearner, Killed, Listener
 from test_prompts import PLAIN, jsonl
 
 from keel import files
@@ -20,7 +20,7 @@ from keel.stages.reward import PairRows, Prepared
 STEPS = 4
 
 
-class FakeRankGroup(FakeTrainee):
+class FakeRankGroup(FakeOfflineLearner):
     """A learner group that trains one member after the other; rows are checked by what they hold."""
 
     def __init__(self, losses: list[float], killed: tuple[int, int] | None = None) -> None:
@@ -47,7 +47,7 @@ class FakeRankGroup(FakeTrainee):
 
 
 def _of(version: int) -> pa.RecordBatch:
-    """What the scripted trainee looks at."""
+    """What the scripted learner looks at."""
     return pa.record_batch({"version": [version]})
 
 

@@ -5,7 +5,15 @@ import io
 import pytest
 from rich.console import Console
 
-from keel.observability import progress
+from keel.observability.console import (
+    ONLINE_COLUMNS,
+    PREFERENCE_COLUMNS,
+    REWARD_MODEL_COLUMNS,
+    SUPERVISED_COLUMNS,
+    Columns,
+    LiveProgress,
+    progress_display,
+)
 from keel.observability.metric_table import TABLE
 
 NAMES = {metric.name for metric in TABLE}
@@ -26,17 +34,17 @@ class Asked(dict[str, float]):
         return 1.0
 
 
-@pytest.mark.parametrize("columns", [progress.ONLINE, progress.SUPERVISED, progress.PREFERENCE, progress.REWARD_MODEL])
-def test_columns_read_metrics_of_the_table(columns: progress.Columns) -> None:
+@pytest.mark.parametrize("columns", [ONLINE_COLUMNS, SUPERVISED_COLUMNS, PREFERENCE_COLUMNS, REWARD_MODEL_COLUMNS])
+def test_columns_read_metrics_of_the_table(columns: Columns) -> None:
     line = Asked()
     for cell in columns.values():
         assert cell(line)
     assert line.names <= NAMES | {"step"}  # largest_share is asked for with get
 
 
-def lines_of(columns: progress.Columns, *steps: dict[str, float]) -> list[str]:
+def lines_of(columns: Columns, *steps: dict[str, float]) -> list[str]:
     file = io.StringIO()
-    with progress.display(Console(file=file, width=200), 7, columns) as display:
+    with progress_display(Console(file=file, width=200), 7, columns) as display:
         for step in steps:
             display.step(step)
     return file.getvalue().splitlines()
@@ -51,7 +59,7 @@ def test_a_supervised_step_is_a_line() -> None:
         "learning_rate": 2e-5,
         "step_seconds": 1.26,
     }
-    (line,) = lines_of(progress.SUPERVISED, step)
+    (line,) = lines_of(SUPERVISED_COLUMNS, step)
     assert line == "step 3/7  loss 1.2346  length 12.0  grad 0.50  rate 2.0e-05  train s 1.3  (0 s)"
 
 
@@ -63,15 +71,15 @@ def test_a_preference_step_shows_the_log_ratios_and_a_dash_for_what_it_has_not()
         "implicit_margin": -0.01,
         "chosen_log_ratio_nats": 0.5,
     }
-    (line,) = lines_of(progress.PREFERENCE, step)
+    (line,) = lines_of(PREFERENCE_COLUMNS, step)
     assert line.startswith("step 1/7  loss 0.6900  accuracy 0.50  margin -0.010  chosen +0.50  rejected -  length -")
 
 
 def test_a_live_table_has_the_last_steps() -> None:
     file = io.StringIO()
     console = Console(file=file, width=160, force_terminal=True)
-    with progress.display(console, 20, progress.REWARD_MODEL) as display:
-        assert isinstance(display, progress.LiveProgress)
+    with progress_display(console, 20, REWARD_MODEL_COLUMNS) as display:
+        assert isinstance(display, LiveProgress)
         display.doing("member 0")
         for step in range(1, 16):
             display.step({"step": step, "loss": float(step)})
