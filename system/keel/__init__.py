@@ -15,4 +15,4 @@
 A record batch grows to the right from stage to stage; `controller.py` composes the stages, `train.py` starts them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -33,7 +33,7 @@ def of(directory: Path) -> dict[str, Any]:
     `state`: live (a process works on it), ended, stopped (as it was asked to) or broken off; a number that the run has
     not written is null.
     """
-    tree = loader.read(loader.stored_config(directory, f"RUN_DIR={directory}"))
+    tree = loader.read(loader.stored_config(directory, f"RUN_DIR={directory}", any_version=True))
     if not isinstance(tree.get("run"), dict) or "name" not in tree["run"]:
         raise ConfigError(f"RUN_DIR={directory}: its config.yaml is no run's own; expected the directory of a run")
     command = command_of(tree)

@@ -13,9 +13,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from test_offline_loop import FakeOfflineLearner, Killed, Listener, offline_run_of
-from test_offline_loop import Run as OfflineRun
-from test_reward_stage import LOSSES, FakeRankGroup, Stage
 
 from fakes import settings_for
 from keel import files
@@ -27,6 +24,9 @@ from keel.observability.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 from keel.observability.tracking import Tracking
 from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
+from offline_runs import FakeOfflineLearner, Killed, Listener, offline_run_of
+from offline_runs import Run as OfflineRun
+from reward_stages import LOSSES, FakeRankGroup, Stage
 from rollouts import generated, prompts, referenced, scored
 
 SECRET = "sk-live-4f9a"
@@ -374,7 +374,7 @@ import keel.cli.main, keel.online.train, keel.stages.policy, keel.stages.reward
 from keel.observability.metrics import RunMetrics
 from keel.online.recorder import Recorder
 from fakes import settings_for
-from test_recorder import Quiet
+from quiet_display import Quiet
 folder = Path(sys.argv[1])
 prepared = SimpleNamespace(settings=settings_for(), directory=folder)
 recorder = Recorder(prepared, RunMetrics("test", folder / "metrics.jsonl"), Quiet())
@@ -391,7 +391,7 @@ def test_a_run_without_trackers_imports_none_of_the_libraries(tmp_path: Path) ->
     for name in ("tensorboard", "wandb", "mlflow", "trackio"):
         (tmp_path / "site" / name).mkdir(parents=True)
         (tmp_path / "site" / name / "__init__.py").touch()
-    places = [tmp_path / "site", Path(__file__).parent, Path(__file__).parents[3] / "system"]
+    places = [tmp_path / "site", Path(__file__).parents[2] / "support", Path(__file__).parents[3] / "system"]
     program = f"import sys; sys.path[:0] = {[str(place) for place in places]!r}\n{WITHOUT}"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

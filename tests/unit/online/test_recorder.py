@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -17,24 +17,7 @@ from keel.observability.metrics import RunMetrics
 from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
 from keel.online.train import Saved, _Run
-
-
-class Quiet:
-    """A display that shows nothing, and keeps all."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.now = ""
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def doing(self, what: str) -> None:
-        self.now = what
-
-    def step(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
+from quiet_display import Quiet
 
 
 def test_a_step_says_how_far_the_run_goes_and_where_its_seconds_went(tmp_path: Path) -> None:
