@@ -8,7 +8,7 @@
     |
  buffer.py       ordered, bounded, durable Arrow  one actor: admit / add / drop / take / advance
     |
- learn.py        batch.py -> algorithms/ -> DeepSpeed step      gang of ranks
+ learn.py        batch.py -> algorithms/ -> DeepSpeed step      learner group of ranks
     |
  weights.py      publish(version) ------------->  generators.load      <- the only arrow that points back
 
