@@ -16,7 +16,7 @@ from keel.observability import evaluations
 from keel.observability.bottlenecks import largest_share
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
-from keel.observability.utilization import Occupancy
+from keel.observability.utilization import Utilization
 from keel.online.preflight import Prepared
 from keel.parts import Observer
 from keel.protocols import Batch
@@ -41,7 +41,7 @@ class Recorder(Observer):
         self.buffer: actors.RemoteBuffer | None = None
         self.learner: learner_group.LearnerGang | None = None
         self.reference: actors.ScorerPool | None = None
-        self.occupancy = Occupancy()
+        self.utilization = Utilization()
         settings = prepared.settings
         self.tracking = Tracking(settings, self.directory, metrics, display.note)
         bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
@@ -58,7 +58,7 @@ class Recorder(Observer):
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
-        self.occupancy.ranks(learner.room.ranks)
+        self.utilization.ranks(learner.room.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -74,11 +74,11 @@ class Recorder(Observer):
         self.display.note(text)
 
     def doing(self, what: str) -> None:
-        self.occupancy.doing(what.replace(" ", "_"))
+        self.utilization.doing(what.replace(" ", "_"))
         self.display.doing(what)
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
-        self.occupancy.occupied(role, running, waiting, serving)
+        self.utilization.occupied(role, running, waiting, serving)
         self.metrics.set({"batches_waiting": {role: float(waiting)}})
 
     def waiting_for_room(self, who: str, asked: str, free: str) -> None:
@@ -91,7 +91,7 @@ class Recorder(Observer):
             others = len(self._without_room) - 1
             whom = f"{who} ({asked})" + (f" and {others} more" if others else "")
             self.display.note(f"waiting for room for {whom}: {free}")
-            if self.occupancy.starting:
+            if self.utilization.starting:
                 self.display.doing(f"waiting for room for {who}")
 
     def waited_for_room(self, who: str, seconds: float, *, found: bool) -> None:
@@ -99,12 +99,12 @@ class Recorder(Observer):
         if found:
             self.event("room_found", who=who, seconds=round(seconds, 3))
             self.display.note(f"room for {who} after {seconds:.0f} s")
-            if self.occupancy.starting:
+            if self.utilization.starting:
                 self.display.doing(f"{who} comes up")
 
     def tick(self) -> None:
         """Each second, also while a step takes long: an alert waits five minutes for little memory."""
-        self.metrics.add(self.occupancy.drain())
+        self.metrics.add(self.utilization.drain())
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
 
     def step(self, step: int) -> None:

@@ -441,7 +441,7 @@ def test_verifying_imports_nothing_that_computes(original: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from keel import verify
+from keel.analysis import verify
 verify.compare(Path({str(original)!r}), Path({str(original)!r}))
 verify.check(Path({str(original)!r}))
 print(sorted({{"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}} & set(sys.modules)))
