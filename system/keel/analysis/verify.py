@@ -94,8 +94,7 @@ def _settings(audit: Audit) -> Settings | None:
         return None
     if settings is None:
         raise ConfigError(f"RUN_DIR={audit.directory}: is of keel {command}; expected the directory of an online run")
-    first = path.read_text(encoding="utf8").splitlines()[0]
-    audit.test("config.yaml", "first line", loader.dump(settings).splitlines()[0], first)
+    audit.test("config.yaml", "digest in the first line", loader.digest(settings), loader.stored_digest(path))
     return settings
 
 

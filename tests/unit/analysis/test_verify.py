@@ -250,7 +250,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "setting changed": (lambda run: change_setting(run, "seed: 7", "seed: 8"), "config.yaml"),
     "setting broken": (lambda run: change_setting(run, "groups_per_step: 2", "groups_per_step: two"), "config.yaml"),
     "setting of another name": (lambda run: change_setting(run, "\nrewards:", "\nrewbrds:"), "config.yaml"),
-    "digest line deleted": (lambda run: change_setting(run, "# sha256", "# sha"), "config.yaml"),
+    "digest line deleted": (lambda run: change_setting(run, "# written", "# wrote"), "config.yaml"),
 }
 
 
