@@ -1,6 +1,6 @@
 """Where the time of a run goes: what the learner did or whom it waited for, how busy each role is, what to change.
 
-    metrics.jsonl (busy, idle, queue seconds of occupancy.py) --> the difference of two lines --> Explanation
+    metrics.jsonl (busy, idle, queue seconds of utilization.py) --> the difference of two lines --> Explanation
 
 `keel explain` and the column of the live table are this one computation.
 """

@@ -206,7 +206,7 @@ class _Run:
     ) -> tuple[learner_group.LearnerGroup, actors.RemoteBuffer, Controller]:
         """Room, a learner group and a buffer, and everyone at the checkpoint. `ends` ends the two."""
         settings, recorder = self.settings, self.recorder
-        recorder.occupancy.doing("start")  # whatever the learner did that was lost, nobody does it now
+        recorder.utilization.doing("start")  # whatever the learner did that was lost, nobody does it now
         began = time.monotonic()
         self.generators.pool.forget_load()
         # at first others may occupy a part of the cluster, later only this run's own workers do as a rule

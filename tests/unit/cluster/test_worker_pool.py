@@ -158,7 +158,7 @@ class Log(Observer):
         self.events: list[tuple[float, str, dict[str, Any]]] = []
         self.added: dict[str, float] = defaultdict(float)
         self.gauges: dict[str, Any] = {}
-        self.occupancy: list[tuple[int, int, int]] = []
+        self.utilization: list[tuple[int, int, int]] = []
 
     def event(self, name: str, **fields: Any) -> None:
         self.events.append((now(), name, fields))
@@ -173,7 +173,7 @@ class Log(Observer):
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
         assert role == "generator"
-        self.occupancy.append((running, waiting, serving))
+        self.utilization.append((running, waiting, serving))
 
     def names(self) -> list[str]:
         return [name for _, name, _ in self.events]
@@ -550,15 +550,15 @@ def test_a_call_that_is_cancelled_keeps_its_turn_until_the_actor_has_answered(wo
         first = asyncio.create_task(ask(pool, "cancelled"))
         in_line = asyncio.create_task(ask(pool, "never"))
         await seconds(4)
-        assert log.occupancy[-1] == (1, 1, 1)
+        assert log.utilization[-1] == (1, 1, 1)
         first.cancel()
         in_line.cancel()
         await asyncio.gather(first, in_line, return_exceptions=True)
-        assert log.occupancy[-1] == (1, 0, 1)
+        assert log.utilization[-1] == (1, 0, 1)
         assert await ask(pool, "next") == (0, 1)
         assert now() == pytest.approx(20.0)
         await seconds(0.1)
-        assert log.occupancy[-1] == (0, 0, 1) and pool._serving[0].waiting == 0
+        assert log.utilization[-1] == (0, 0, 1) and pool._serving[0].waiting == 0
         pool.stop()
 
     run(work())
@@ -577,7 +577,7 @@ def test_calls_wait_while_nobody_serves(world: World) -> None:
             await ask(pool, "die")
         waiting = asyncio.create_task(ask(pool))
         await seconds(1)
-        assert log.occupancy[-1] == (0, 1, 0)
+        assert log.utilization[-1] == (0, 1, 0)
         assert await waiting == (0, 2) and now() == pytest.approx(25.25)
         pool.stop()
 
