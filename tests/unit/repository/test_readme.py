@@ -1,5 +1,6 @@
 """The pages name only what exists (files, links, commands, options), say what they are for, and are written plainly."""
 
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,26 @@ def test_a_path_exists(page: Path) -> None:
     assert set(rooted) - FILES - MADE == set()
     for name in set(re.findall(r"`([\w/]+\.py)\b", text)):
         assert OF_USERS.fullmatch(name) or any(f"/{file}".endswith(f"/{name}") for file in FILES), name
+
+
+@of_today
+def test_an_import_of_a_page_works(page: Path) -> None:
+    """Those from Keel itself, and the modules of Keel that a page names with dots."""
+    text = page.read_text(encoding="utf8")
+    for module, names in re.findall(r"from (keel[\w.]*) import ([\w, ]+)", text):
+        for name in names.replace(" ", "").split(","):
+            assert importable(f"{module}.{name}"), (module, name)
+    for name in re.findall(r"`(keel(?:\.[a-zA-Z]\w*)+)`", text):
+        assert importable(name), name
+
+
+def importable(name: str) -> bool:
+    """Whether a dotted name is a module of Keel, or a name in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 @of_today
