@@ -229,8 +229,8 @@ class RemoteBuffer:
     async def waiting(self) -> str:
         return await _of_buffer(self.actor.waiting.remote())
 
-    async def found(self) -> dict[str, Any]:
-        return await _of_buffer(self.actor.found.remote())
+    async def restored(self) -> dict[str, Any]:
+        return await _of_buffer(self.actor.restored.remote())
 
     async def state(self) -> dict[str, int]:
         return await _of_buffer(self.actor.state.remote())

@@ -260,7 +260,7 @@ class _Run:
             async with asyncio.timeout(patience) as limit:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
                 version = await learner.restore_checkpoint(str(saved.path)) if saved.path else 0
-                found = await buffer.found()
+                found = await buffer.restored()
                 await recorder.refer_to(
                     references.of_version(self.prepared.directory, settings.reference_iteration_steps, version)
                 )
