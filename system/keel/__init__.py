@@ -10,7 +10,7 @@
     |
  learner/policy_learner.py  packing -> algorithms/ -> step   group of DeepSpeed ranks
     |
- learner/weights.py         publish(version) ----------->    generators.load      <- the only arrow that points back
+ learner/weights.py         publish(version) ----------->    generators.load_weights <- the only arrow that points back
 
 A record batch grows to the right from stage to stage; `online/controller.py` composes the stages, `online/train.py`
 starts them. A ticket is the number of a prompt group: its place in the order of admission.
