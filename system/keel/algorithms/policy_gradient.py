@@ -39,16 +39,15 @@ class PolicyGradient(Objective):
         super().__init__(settings)
         assert isinstance(settings.objective, PolicyGradientSettings)
         self.config: PolicyGradientSettings = settings.objective
-        if (
-            self.config.level == "sequence_mean"
-        ):  # a geometric mean has the slope of a token mean, and so have regularizers
+        if self.config.level == "sequence_mean":
+            # a geometric mean has the slope of a token mean, and so have regularizers
             self.reduction = "sequence_mean"
         auto = _WHITENED.get(self.config.advantage, "none")
         self.whitened = auto if self.config.whiten == "auto" else self.config.whiten
         self.group = advantages.GROUP.get(self.config.advantage)
         self.user_advantage = None
         if ":" in self.config.advantage:
-            self.user_advantage = user_code.load(self.config.advantage, "objective.advantage")
+            self.user_advantage = user_code.import_symbol(self.config.advantage, "objective.advantage")
             self._probe(self.user_advantage)
         self.moments = critics.RunningMoments()
         self.heads = ["value"] * (self.config.advantage in ("gae", "value_baseline"))

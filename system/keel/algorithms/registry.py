@@ -24,7 +24,7 @@ def build(settings: Settings) -> Objective:
     config = settings.objective
     if not isinstance(config, CustomObjectiveSettings):
         return OBJECTIVES[config.kind](settings)
-    user_class = user_code.load(config.source, "objective.source")
+    user_class = user_code.import_symbol(config.source, "objective.source")
     if not (isinstance(user_class, type) and issubclass(user_class, Objective)):
         raise ConfigError(
             f"objective.source={config.source}: not a class derived from keel.algorithms.objective.Objective;"

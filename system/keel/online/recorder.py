@@ -186,5 +186,5 @@ class Recorder(Observer):
     async def renew(self, folder: str) -> None:
         assert self.learner and self.reference
         self._renewed = True
-        await self.reference.pool.load(folder)
+        await self.reference.pool.load_weights(folder)
         await self.learner.renew_reference(folder)
