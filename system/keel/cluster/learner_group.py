@@ -14,7 +14,7 @@ from keel.cluster.capacity import bundles
 from keel.cluster.placement import Room, Wait
 from keel.cluster.ray_errors import GONE, cause_of, init_failed
 from keel.cluster.rendezvous import MeetingPoint
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
@@ -134,7 +134,7 @@ class LearnerGang(Gang):
     """A Learner made of ranks."""
 
     def __init__(
-        self, settings: Settings, folder: str, others: Mapping[str, str] | None = None, room: Room | None = None
+        self, settings: LearnerSpec, folder: str, others: Mapping[str, str] | None = None, room: Room | None = None
     ) -> None:
         """`others`: folders of models beside the policy in the learner: reference, teacher, critic."""
         super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}), room=room)
