@@ -8,11 +8,11 @@
     |
  buffer.py       ordered, bounded, durable Arrow  one actor: admit / add / drop / take / advance
     |
- learn.py        batch.py -> algorithms/ -> DeepSpeed step      gang of ranks
+ learn.py        batch.py -> algorithms/ -> DeepSpeed step      learner group of ranks
     |
  weights.py      publish(version) ------------->  generators.load      <- the only arrow that points back
 
 A record batch grows to the right from stage to stage; `controller.py` composes the stages, `train.py` starts them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

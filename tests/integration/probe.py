@@ -14,8 +14,8 @@ from keel.learner.frozen_models import Anchors
 from keel.learner.policy_learner import DeepSpeedLearner
 
 
-def meeting_point() -> tuple[str, int]:
-    """Address and a port, free now, for the ranks of a gang without its placement."""
+def rendezvous() -> tuple[str, int]:
+    """Address and a port, free now, for the ranks of a learner group without its placement."""
     address = ray.util.get_node_ip_address()
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as trial:

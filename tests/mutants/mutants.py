@@ -142,7 +142,7 @@ def copy_tree(target: Path, *, modules: bool) -> None:
 
 def preload(tree: Path) -> None:
     """Import what every test run would import, but for the code under test, and look for that in the copy."""
-    paths = [str(tree / "system"), str(tree / "tests")]
+    paths = [str(tree / "system"), str(tree / "tests" / "support")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.path[:0] = paths

@@ -16,8 +16,7 @@ from keel import schema
 from keel.config import loader
 from keel.config.run import Settings
 from keel.online.controller import Controller
-from keel.parts import Observer, Parts
-from keel.protocols import LoadReceipt, Sampling, StageReceipt, StepReport
+from keel.protocols import Components, LoadReceipt, Observer, Sampling, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=5, stop_token_ids=(1,))
@@ -223,7 +222,7 @@ class Run:
             taken=taken,
             next_ticket=taken,
         )
-        parts = Parts(
+        components = Components(
             generators=self.generator,
             scorers=[self.scorer],
             buffer=self.buffer,
@@ -232,7 +231,7 @@ class Run:
             held_out=rollouts.prompts(range(HELD_OUT), samples=1),
             fetch=self._fetch,
         )
-        self.controller = Controller(settings, parts, SAMPLING, self.observer, version)
+        self.controller = Controller(settings, components, SAMPLING, self.observer, version)
 
     async def _fetch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         await a_turn()

@@ -19,8 +19,7 @@ from keel.cluster.actors import GeneratorPool, ScorerPool
 from keel.cluster.pool import Pool
 from keel.observability.utilization import Occupancy
 from keel.online.controller import Controller
-from keel.parts import Observer, Parts
-from keel.protocols import LoadReceipt, StageReceipt, StepReport
+from keel.protocols import Components, LoadReceipt, Observer, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
 
 HELD_OUT = 1_000_000
@@ -155,7 +154,7 @@ class Spawned:
     def __init__(self, role: str, durations: Durations) -> None:
         self.arguments = lambda index: (role, index, durations)
 
-    def room(self) -> Space:
+    def placement(self) -> Space:
         return Space()
 
 
@@ -272,7 +271,7 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
     async def fetch(batch: Any) -> pa.RecordBatch:
         return (await batch)[0]
 
-    parts = Parts(
+    components = Components(
         generators=GeneratorPool(pools.pop("generator"), 1e6, None),
         scorers=[ScorerPool(pools[role], 1e6) for role in ("reference", "scorer") if role in pools],
         buffer=buffer,
@@ -282,5 +281,5 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
         fetch=fetch,
     )
     with contextlib.suppress(asyncio.CancelledError):
-        await Controller(settings, parts, SAMPLING, listener, 0).run()
+        await Controller(settings, components, SAMPLING, listener, 0).run()
     return line

@@ -11,7 +11,7 @@ from keel.cluster import kubernetes
 from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options
 from keel.config import loader as config_loader
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = ROOT / "configs" / "quickstart.yaml"
 GPU = ROOT / "deploy" / "kubernetes" / "gpu.yaml"
 ON_STORAGE = "run.directory=/mnt/keel/runs/{name}"

@@ -7,8 +7,9 @@ from keel.config.pipeline import PipelineSettings
 from keel.config.run import Settings
 from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
 
-FOLDER = Path(__file__).parent.parent / "configs"
+FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
+assert FILES, "configurations in configs/"
 _OF_COMMANDS: dict[str, type[Section]] = {
     "sft": SupervisedSettings,
     "prefer": PreferSettings,

@@ -12,9 +12,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_offline_loop import FakeOfflineLearner, Run, offline_run_of
-from test_sharded_checkpoint import Whole
-from test_sharded_checkpoint import written as write_state
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
 from keel import checkpoint, reads, references, schema
@@ -28,7 +25,10 @@ from keel.rollout import segments
 from keel.rollout.buffer import RolloutBuffer
 from keel.stages import offline_loop
 from keel.stages import policy as policy_stage
+from offline_runs import FakeOfflineLearner, Run, offline_run_of
 from runs import Writer, scored, settings
+from whole_learner import Whole
+from whole_learner import written as write_state
 
 
 def restored(directory: Path) -> list[str]:

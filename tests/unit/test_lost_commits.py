@@ -11,8 +11,6 @@ from typing import Any, cast
 
 import pyarrow.dataset
 import pytest
-from test_offline_loop import FakeOfflineLearner, Killed, Run, offline_run_of
-from test_recorder import Quiet
 
 from disks import tree_of
 from keel import checkpoint, commits, files, schema
@@ -25,6 +23,8 @@ from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
 from keel.rollout import manifest as rollout_manifest
 from keel.stages import offline_loop
+from offline_runs import FakeOfflineLearner, Killed, Run, offline_run_of
+from quiet_display import Quiet
 from runs import Writer, settings
 
 

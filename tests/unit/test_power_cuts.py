@@ -12,12 +12,10 @@ from typing import Any, cast
 import pytest
 import transformers
 from pyarrow import parquet
-from test_offline_loop import FakeOfflineLearner, Listener, offline_run_of
-from test_preference_labels import judged
-from test_preference_labels import settings_for as labels_for
-from test_reward_stage import LOSSES, FakeGang, Stage
 
 import rollouts
+from judged_pairs import judged
+from judged_pairs import settings_for as labels_for
 from keel import checkpoint, files, references, schema
 from keel.analysis import verify
 from keel.config.run import Settings
@@ -27,7 +25,9 @@ from keel.rollout import segments
 from keel.rollout.buffer import RolloutBuffer
 from keel.stages import label, offline_loop
 from keel.stages import policy as policy_stage
+from offline_runs import FakeOfflineLearner, Listener, offline_run_of
 from power import MODELS, Disk, Model
+from reward_stages import LOSSES, FakeRankGroup, Stage
 from runs import Writer, settings
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -185,7 +185,7 @@ def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model,
             assert model_of(found / "model") == str(done["model_step"]), moment.operation
 
 
-class PoweredGang(FakeGang):
+class PoweredRankGroup(FakeRankGroup):
     def _export(self, folder: str) -> None:
         super()._export(folder)
         write_model(Path(folder), f"{self.member} {self.version}")
@@ -201,7 +201,7 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     disk = Disk(scratch / "disk")
     with disk.followed():
         files.sync_tree(stage.directory.parent)  # the rows, and the folder that stages.conduct makes
-        await stage.train(PoweredGang(LOSSES))
+        await stage.train(PoweredRankGroup(LOSSES))
     expected = [f"{member} 4" for member in range(members)]
     seen = set()
     for moment in disk.moments:
@@ -227,7 +227,7 @@ def test_labels_survive_a_power_cut_at_any_moment(scratch: Path, monkeypatch: py
         return judged([["a", "b"], ["c", "d"]], [[1, 2], [4, 3]])
 
     monkeypatch.setattr(label, "_scored", judge)
-    monkeypatch.setattr(label, "cluster", SimpleNamespace(connect=lambda _: "connected", disconnect=lambda: None))
+    monkeypatch.setattr(label, "actors", SimpleNamespace(connect=lambda _: "connected", disconnect=lambda: None))
     prepared = SimpleNamespace(settings=labels_for(), sampling=None, directory=scratch / "disk" / "label", notes=())
     disk = Disk(scratch / "disk")
     with disk.followed():

@@ -95,8 +95,7 @@ def _settings(own: Audit) -> Settings | None:
         return None
     if settings is None:
         raise ConfigError(f"RUN_DIR={own.directory}: is of keel {command}; expected the directory of an online run")
-    first = path.read_text(encoding="utf8").splitlines()[0]
-    own.test("config.yaml", "first line", loader.dump(settings).splitlines()[0], first)
+    own.test("config.yaml", "digest in the first line", loader.digest(settings), loader.stored_digest(path))
     return settings
 
 

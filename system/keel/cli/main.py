@@ -169,6 +169,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
     stored = Path(model) / "config.yaml"
+    if config_path is None and stored.is_file():
+        loader.stored_config(Path(model), f"MODEL={model}")
     if config_path is None and not (stored.is_file() and command_of(loader.read(stored)) == "train"):
         raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
     settings = loader.load(config_path or stored, _with(overrides, address))

@@ -20,8 +20,7 @@ from keel.cluster.ray_errors import GONE, cause_of, own_fault, why
 from keel.cluster.worker import NoWorkers, Spawn, Worker
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
-from keel.parts import Observer
-from keel.protocols import LoadReceipt
+from keel.protocols import LoadReceipt, Observer
 from keel.schema import ContractError
 
 _BACK_OFF_SECONDS = 30.0

@@ -8,6 +8,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from keel import __version__
 from keel.config.base import Section
 from keel.config.run import Settings
 from keel.errors import ConfigError
@@ -26,6 +28,20 @@ Model = TypeVar("Model", bound=Section)
 SECRET = "headers"
 """The setting whose values are shown nowhere, also not where they are wrong: the user may have typed a secret."""
 
+
+RENAMED = {
+    "regulariser": "regularizer",
+    "normalise_reward": "normalize_reward",
+    "normalise_advantage": "normalize_advantage",
+    "centre": "center",
+    "centre_penalty": "center_penalty",
+}
+"""Settings of Keel 0.1.0 that have another name since 0.2.0."""
+_READ_SINCE = (0, 2)
+"""The first version, as major and minor number, whose run directories this one reads."""
+_HEADER = "# written by keel {version}; sha256 of the resolved settings: {digest}"
+_HEADER_PATTERN = re.compile(_HEADER.format(version=r"(?P<version>\d+\.\d+\S*)", digest=r"(?P<digest>\S+)"))
+_HEADER_OF_0_1_0 = "# sha256 of the resolved settings: "
 
 INTERRUPTED = 130
 """Exit code of a run that a signal or `keel stop` ended; bad input, ConfigError, is 2."""
@@ -77,18 +93,47 @@ def parse_as(model: type[Model], tree: dict[str, Any]) -> Model:
         raise ConfigError(_one_line(error, model)) from None
 
 
-def stored_config(directory: Path, name: str, kind: str = "a run") -> Path:
-    """The config.yaml in a run's directory. Raises ConfigError for none, where `name` is the directory's."""
+def stored_config(directory: Path, name: str, kind: str = "a run", any_version: bool = False) -> Path:
+    """The config.yaml in a run's directory, which messages call `name`.
+
+    Raises ConfigError where there is none, and for a run of a version whose files this one does not read.
+    """
     path = directory / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{name}: no config.yaml in it; expected the directory of {kind}")
+    version = _version_that_wrote(path)
+    if not any_version and version and tuple(int(part) for part in version.split(".")[:2]) < _READ_SINCE:
+        raise ConfigError(
+            f"{name}: was written by Keel {version}; this is Keel {__version__}, whose settings, metrics and"
+            f" checkpoints have other names; expected a run of this version: resume it with Keel {version}, or"
+            f" start a new run with the renamed settings ({', '.join(RENAMED.values())})"
+        )
     return path
 
 
+def stored_digest(path: Path) -> str:
+    """The digest in the first line of a config.yaml; the line itself where it is not one that Keel writes."""
+    line = _first_line(path)
+    header = _HEADER_PATTERN.fullmatch(line)
+    return header["digest"] if header else line
+
+
+def _version_that_wrote(path: Path) -> str | None:
+    """The version of Keel in the first line of a config.yaml; None for a file that Keel did not write."""
+    line = _first_line(path)
+    header = _HEADER_PATTERN.fullmatch(line)
+    return header["version"] if header else "0.1.0" if line.startswith(_HEADER_OF_0_1_0) else None
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf8", errors="replace") as file:
+        return file.readline().rstrip("\n")
+
+
 def dump(settings: Section) -> str:
-    """The resolved configuration as YAML, its hash in the first line."""
+    """The resolved configuration as YAML; the first line has the version of Keel and the digest."""
     body = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    return f"# sha256 of the resolved settings: {digest(settings)}\n{body}"
+    return f"{_HEADER.format(version=__version__, digest=digest(settings))}\n{body}"
 
 
 def digest(settings: Section) -> str:
@@ -174,6 +219,8 @@ def _one_line(error: ValidationError, model: type[Section]) -> str:
     if first["type"] == "extra_forbidden":
         *parents, key = first["loc"]
         names = list(_fields_at(model, parents))
+        if RENAMED.get(str(key)) in names:
+            return f"{where}: is called {RENAMED[str(key)]} since Keel 0.2.0; expected {RENAMED[str(key)]}"
         near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(names)}"
         return f"{' '.join(where.split())}: unknown setting; {hint}"

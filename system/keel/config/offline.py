@@ -54,7 +54,7 @@ class StageCheckpointSettings(CheckpointSettings):
     every_steps: int = Field(0, ge=0, description="0: none; a stage that broke off begins anew")
 
 
-class Centersettings(Section):
+class CenterSettings(Section):
     """Bradley-Terry scores have no zero: which completions score 0 on average afterwards."""
 
     rows: Literal["all", "chosen", "rejected", "none"] = Field("all", description="of the training pairs")

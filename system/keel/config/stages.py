@@ -13,7 +13,7 @@ from keel.config.base import Section
 from keel.config.monitoring import MetricsSettings
 from keel.config.objective import PairSettings, PreferenceSettings
 from keel.config.offline import (
-    Centersettings,
+    CenterSettings,
     CompletionSettings,
     LabelRun,
     MemberSettings,
@@ -189,7 +189,7 @@ class RewardModelSettings(StageSettings):
     margin_column: str | None = Field(None, description="column of the source with a margin of each pair (Llama 2)")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong")
     center_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
-    center: Centersettings = Centersettings()
+    center: CenterSettings = CenterSettings()
 
     @property
     def scorers(self) -> WorkerSettings:

@@ -1,4 +1,4 @@
-"""One rank of a gang around a torch module: joined, optimized by DeepSpeed, gathered. Every learner has one.
+"""One rank of a learner group around a torch module: joined, optimized by DeepSpeed, gathered. Every learner has one.
 
 All methods are collective: every rank must call them alike.
 """
@@ -117,7 +117,7 @@ class Engine:
         return version
 
 
-def join_gang(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
+def join_ranks(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
     """Set up this process for DeepSpeed without its launcher: gloo on CPU, NCCL on GPUs."""
     os.environ |= {
         "RANK": str(rank),

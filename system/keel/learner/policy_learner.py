@@ -1,4 +1,4 @@
-"""DeepSpeed behind the Learner protocol: one rank of the gang. Every rank sees the whole step and trains its own rows.
+"""DeepSpeed behind the Learner protocol: one rank of a learner group. Every rank gets all rows and trains its own.
 
 step:  measure   log-probs and values of the whole step under the current weights, if the objective reads them
        weigh     the whole batch (numpy, alike on every rank)
@@ -26,7 +26,7 @@ from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
 from keel.config.run import LearnerSpec
 from keel.errors import NotFinite
 from keel.learner import forward_contract, loading, optimizer, packing, weights
-from keel.learner.engine import Engine, join_gang
+from keel.learner.engine import Engine, join_ranks
 from keel.learner.forward_contract import Verdict
 from keel.learner.frozen_models import Anchors
 from keel.learner.networks import Critic, Learnable, Piece, Policy
@@ -49,7 +49,7 @@ class DeepSpeedLearner:
     ) -> None:
         """`others`: folders of the frozen models that live in the learner (reference, teacher) and of `critic`."""
         learners = settings.learners
-        join_gang(learners, rank, ranks, address, port, settings.deadlines.step_seconds)
+        join_ranks(learners, rank, ranks, address, port, settings.deadlines.step_seconds)
         self.settings, self.folder, self.others = settings, folder, others
         self.rank, self.ranks = rank, ranks
         self.version = 0

@@ -151,6 +151,7 @@ def check_directory(directory: Path, settings: Section) -> None:
     checkpoint.check_known(directory)
     if not stored.exists():
         return
+    loader.stored_config(directory, f"run.directory={directory}")
     if not isinstance(settings, COMMANDS[command := command_of(loader.read(stored))]):
         raise ConfigError(f"run.directory={directory}: holds a run of keel {command}; expected another run.name")
     other = loader.digest(loader.load_as(type(settings), stored))

@@ -18,8 +18,7 @@ from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
 from keel.observability.utilization import Occupancy
 from keel.online.preflight import Prepared
-from keel.parts import Observer
-from keel.protocols import Batch
+from keel.protocols import Batch, Observer
 
 
 class Display(Protocol):
@@ -39,7 +38,7 @@ class Recorder(Observer):
         self.prepared, self.metrics, self.display = prepared, metrics, display
         self.directory = prepared.directory
         self.buffer: actors.RemoteBuffer | None = None
-        self.learner: learner_group.LearnerGang | None = None
+        self.learner: learner_group.LearnerGroup | None = None
         self.reference: actors.ScorerPool | None = None
         self.occupancy = Occupancy()
         settings = prepared.settings
@@ -48,17 +47,17 @@ class Recorder(Observer):
         metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
         self.finished = self._renewed = False
         self._before: dict[str, Any] | None = None
-        self._without_room: list[str] = []
+        self._waiting: list[str] = []
         self.furthest = 0
         """The last step that was ever recorded."""
 
-    def begin(self, learner: learner_group.LearnerGang, buffer: actors.RemoteBuffer, version: int) -> None:
+    def begin(self, learner: learner_group.LearnerGroup, buffer: actors.RemoteBuffer, version: int) -> None:
         """These are the learner and the buffer from now on; steps after `version` are made, perhaps again."""
         self.tracking.begin(version)
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
-        self.occupancy.ranks(learner.room.ranks)
+        self.occupancy.ranks(learner.placement.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -81,26 +80,26 @@ class Recorder(Observer):
         self.occupancy.occupied(role, running, waiting, serving)
         self.metrics.set({"batches_waiting": {role: float(waiting)}})
 
-    def waiting_for_room(self, who: str, asked: str, free: str) -> None:
-        """An event for each that waits; when many do, the first of them speaks for all."""
-        new = who not in self._without_room
+    def waiting_for_resources(self, name: str, asked: str, free: str) -> None:
+        """Record an event for each; when many wait, only the first is shown."""
+        new = name not in self._waiting
         if new:
-            self._without_room.append(who)
-            self.event("waiting_for_room", who=who, asked=asked, reason=free)
-        if new or who == self._without_room[0]:
-            others = len(self._without_room) - 1
-            whom = f"{who} ({asked})" + (f" and {others} more" if others else "")
-            self.display.note(f"waiting for room for {whom}: {free}")
+            self._waiting.append(name)
+            self.event("waiting_for_resources", who=name, asked=asked, reason=free)
+        if new or name == self._waiting[0]:
+            others = len(self._waiting) - 1
+            names = f"{name} ({asked})" + (f" and {others} more" if others else "")
+            self.display.note(f"waiting for resources for {names}: {free}")
             if self.occupancy.starting:
-                self.display.doing(f"waiting for room for {who}")
+                self.display.doing(f"waiting for resources for {name}")
 
-    def waited_for_room(self, who: str, seconds: float, *, found: bool) -> None:
-        self._without_room.remove(who)
-        if found:
-            self.event("room_found", who=who, seconds=round(seconds, 3))
-            self.display.note(f"room for {who} after {seconds:.0f} s")
+    def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
+        self._waiting.remove(name)
+        if granted:
+            self.event("resources_found", who=name, seconds=round(seconds, 3))
+            self.display.note(f"resources for {name} after {seconds:.0f} s")
             if self.occupancy.starting:
-                self.display.doing(f"{who} comes up")
+                self.display.doing(f"{name} comes up")
 
     def tick(self) -> None:
         """Each second, also while a step takes long: an alert waits five minutes for little memory."""

@@ -26,7 +26,7 @@ class NotStopped(KeelError, RuntimeError):
 def stop(directory: Path) -> dict[str, Any]:
     """Where the run stands when it has ended. Raises ConfigError where none is alive, NotStopped."""
     found = _alive(directory)
-    by = loader.load(directory / "config.yaml").deadlines
+    by = loader.load(loader.stored_config(directory, f"RUN_DIR={directory}")).deadlines
     _ask(directory)
     patience = by.generate_seconds + by.score_seconds + 2 * by.step_seconds + _HEARD_SECONDS
     deadline = time.monotonic() + patience

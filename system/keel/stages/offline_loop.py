@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from keel import checkpoint, files
 from keel.cluster import actors
-from keel.cluster.learner_group import Gang
+from keel.cluster.learner_group import RankGroup
 from keel.config import loader
 from keel.config.stages import StageSettings
 from keel.errors import ConfigError
@@ -140,15 +140,15 @@ def _conduct(
             return asyncio.run(train(metrics, display, started))
 
 
-async def ready(settings: StageSettings, learner: Gang) -> None:
+async def ready(settings: StageSettings, learner: RankGroup) -> None:
     """Wait until all ranks have started. Raises Stalled after deadlines.start_seconds."""
     seconds = settings.deadlines.start_seconds
     try:
         async with asyncio.timeout(seconds):
             await learner.ready()
     except TimeoutError:
-        room = learner.room
-        why = "" if room.placed() else f": no room for {room.asked()}; {room.free()}"
+        placement = learner.placement
+        why = "" if placement.placed() else f": no resources for {placement.asked()}; {placement.free()}"
         raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds){why}") from None
 
 

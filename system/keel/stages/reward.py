@@ -1,7 +1,7 @@
 """`keel reward`: Bradley-Terry reward models from preference pairs, one or an ensemble.
 
 pairs -> tokens | held out (by prompt) | training order, with replacement for each of several members
-member 0, 1, ...   each its own course on the learner gang           -> members/N/
+member 0, 1, ...   each its own course on the learner group           -> members/N/
 all members        scored as they were written: reference set, held-out pairs
                    -> offsets (the reference set scores 0 on average), report.json, model/
 """
@@ -188,7 +188,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, rows = prepared.settings, prepared.rows
-    learner = learner_group.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
+    learner = learner_group.RankGroup(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
     await offline_loop.ready(settings, learner)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
     plans = [_offline_run(prepared, member) for member in range(settings.members.count)]

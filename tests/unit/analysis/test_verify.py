@@ -250,7 +250,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "setting changed": (lambda run: change_setting(run, "seed: 7", "seed: 8"), "config.yaml"),
     "setting broken": (lambda run: change_setting(run, "groups_per_step: 2", "groups_per_step: two"), "config.yaml"),
     "setting of another name": (lambda run: change_setting(run, "\nrewards:", "\nrewbrds:"), "config.yaml"),
-    "digest line deleted": (lambda run: change_setting(run, "# sha256", "# sha"), "config.yaml"),
+    "digest line deleted": (lambda run: change_setting(run, "# written", "# wrote"), "config.yaml"),
 }
 
 
@@ -441,7 +441,7 @@ def test_verifying_imports_nothing_that_computes(original: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from keel import verify
+from keel.analysis import verify
 verify.compare(Path({str(original)!r}), Path({str(original)!r}))
 verify.check(Path({str(original)!r}))
 print(sorted({{"torch", "ray", "vllm", "transformers", "deepspeed", "datasets"}} & set(sys.modules)))

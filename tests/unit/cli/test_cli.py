@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from keel import __version__
 from keel.cli import doctor, main, summary
 from keel.config import loader
 from keel.config.run import Settings
@@ -33,6 +34,49 @@ def keel(*arguments: str, folder: Path) -> tuple[int, str, str, float]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     answer = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
     return answer.returncode, answer.stdout, answer.stderr, _children_seconds() - before
+
+
+@pytest.fixture
+def old_run(tmp_path: Path) -> Path:
+    """A run directory as Keel 0.1.0 left it: config.yaml with the digest alone, and a checkpoint."""
+    directory = tmp_path / "old"
+    settings = loader.load(QUICKSTART, [f"run.directory={directory}"])
+    _, body = loader.dump(settings).split("\n", 1)
+    body = body.replace("regularizer:", "regulariser:").replace("center:", "centre:")
+    (directory / "checkpoints" / "step-000001").mkdir(parents=True)
+    (directory / "config.yaml").write_text(f"# sha256 of the resolved settings: {'0' * 64}\n{body}")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["resume", "RUN"], "RUN_DIR="),
+        (["train", QUICKSTART, "run.directory=RUN"], "run.directory="),
+        (["verify", "RUN"], "RUN_DIR="),
+        (["compare", "RUN", "RUN"], "run "),
+        (["explain", "RUN"], "RUN_DIR="),
+        (["replay", "RUN", "--step", "1"], "RUN_DIR="),
+        (["plan", QUICKSTART, "--from", "RUN"], "--from "),
+        (["evaluate", "RUN"], "MODEL="),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], old_run: Path, arguments: list[str], name: str
+) -> None:
+    """Before anything of it is read: the states of its checkpoints have other names than those of this version."""
+    assert run(monkeypatch, *(word.replace("RUN", str(old_run)) for word in arguments)) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"keel: {name}{old_run}: was written by Keel 0.1.0; this is Keel {__version__}, ")
+    assert line.count("\n") == 1
+
+
+def test_the_status_of_a_run_of_an_earlier_version_is_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], old_run: Path
+) -> None:
+    assert run(monkeypatch, "status", str(old_run)) == 0
+    assert "broken off" in capsys.readouterr().out
 
 
 def _children_seconds() -> float:
@@ -68,8 +112,8 @@ def test_answers_that_need_no_model_import_no_heavy_library(tmp_path: Path, argu
     code = f"""
 import sys
 sys.argv = ["keel", *{arguments!r}]
-from keel import cli
-cli.app(standalone_mode=False)
+from keel.cli import main
+main.app(standalone_mode=False)
 assert "typer" in sys.modules
 sys.stderr.write(" ".join(sorted({HEAVY!r} & set(sys.modules))))
 """

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import yaml
 
+from keel import __version__
 from keel.config import loader
 from keel.config.run import Settings
+from keel.config.stages import RewardModelSettings
 from keel.errors import ConfigError
+from setting_blocks import sections
 from shipped import FILES, identity, settings_class
 
 
@@ -216,3 +219,64 @@ def test_a_difference_names_two_settings_and_counts_the_rest() -> None:
     many = loader.parse(tree(run={"seed": 1, "steps": 2}, learners={"learning_rate": 0.5}, reference=None))
     line = loader.difference(stored, many)
     assert line.startswith("run.seed: 0 there, 1 here; run.steps: 30 there, 2 here; ") and line.endswith(" more")
+
+
+def stored(folder: Path, first_line: str) -> Path:
+    (folder / "config.yaml").write_text(f"{first_line}\n{yaml.safe_dump(tree(regulariser={}))}")
+    return folder
+
+
+BEFORE = "# sha256 of the resolved settings: " + "0" * 64
+
+
+def test_a_run_directory_says_which_version_wrote_it(tmp_path: Path) -> None:
+    settings = loader.parse(tree())
+    (tmp_path / "config.yaml").write_text(loader.dump(settings))
+    assert loader.dump(settings).splitlines()[0].startswith(f"# written by keel {__version__}; sha256 of ")
+    assert loader.stored_digest(loader.stored_config(tmp_path, "run")) == loader.digest(settings)
+
+
+@pytest.mark.parametrize(
+    ("first_line", "version"),
+    [(BEFORE, "0.1.0"), (f"# written by keel 0.1.7rc1; sha256 of the resolved settings: {'0' * 64}", "0.1.7rc1")],
+)
+def test_a_run_directory_of_an_earlier_version_is_refused(tmp_path: Path, first_line: str, version: str) -> None:
+    """Before its checkpoints are read: their states have other names, too."""
+    with pytest.raises(ConfigError, match=rf"^RUN_DIR={tmp_path}: was written by Keel {version}; ") as caught:
+        loader.stored_config(stored(tmp_path, first_line), f"RUN_DIR={tmp_path}")
+    line = str(caught.value)
+    assert f"; this is Keel {__version__}, whose settings" in line
+    assert f"resume it with Keel {version}, or start a new run with the renamed settings (regularizer, " in line
+    assert loader.stored_config(tmp_path, "run", any_version=True) == tmp_path / "config.yaml"
+
+
+@pytest.mark.parametrize("first_line", ["", "# mine", "# written by keel 0.10.0; sha256 of the resolved settings: 1"])
+def test_a_file_of_the_user_or_of_a_later_version_is_read(tmp_path: Path, first_line: str) -> None:
+    assert loader.stored_config(stored(tmp_path, first_line), "run") == tmp_path / "config.yaml"
+
+
+RENAMED_BLOCKS: dict[str, dict[str, Any]] = {
+    "regulariser": {"regulariser": {}},
+    "objective.normalise_reward": {"objective": {"normalise_reward": True}},
+    "objective.normalise_advantage": {"objective": {"kind": "logits_convexity", "normalise_advantage": True}},
+    "ensemble.centre": {"ensemble": {"centre": True}},
+    "rewards.0.ensemble.centre": {"rewards": [{"name": "a", "source": "a:b", "ensemble": {"centre": False}}]},
+}
+
+
+@pytest.mark.parametrize("setting", RENAMED_BLOCKS)
+def test_a_renamed_setting_is_refused_with_its_new_name(setting: str) -> None:
+    name = loader.RENAMED[setting.rpartition(".")[2]]
+    expected = f"{setting}: is called {name} since Keel 0.2.0; expected {name}"
+    assert message(tree(**RENAMED_BLOCKS[setting])) == expected
+
+
+@pytest.mark.parametrize("setting", ["centre", "centre_penalty"])
+def test_a_renamed_setting_of_a_reward_model_is_refused_with_its_new_name(setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{setting}: is called {loader.RENAMED[setting]} since Keel 0.2.0"):
+        loader.parse_as(RewardModelSettings, {"policy": {"model": "m"}, "prompts": {"source": "p"}, setting: {}})
+
+
+def test_every_renamed_setting_is_one_that_there_is() -> None:
+    names = {name for section in sections().values() for name in section.model_fields}
+    assert set(loader.RENAMED.values()) <= names and not set(loader.RENAMED) & names

@@ -7,8 +7,6 @@ A changed default is another experiment under the same file, so it has to be mea
 writes the table again, and the difference is there to be read.
 """
 
-import importlib
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,10 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-import keel
-from keel.config.base import Section
+from setting_blocks import sections
 
 TABLE = Path(__file__).with_name("setting_values.txt")
 BOUNDS = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")
-
-
-def sections() -> dict[str, type[Section]]:
-    """Every block of settings, by its name."""
-    found = {}
-    for path in sorted(Path(keel.__file__).parent.glob("*settings.py")):
-        module = importlib.import_module(f"keel.{path.stem}")
-        for name, each in inspect.getmembers(module, inspect.isclass):
-            if issubclass(each, Section) and each.__module__ == module.__name__:
-                found[name] = each
-    return found
 
 
 def bounds(field: FieldInfo) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_prompts import BOS, word_tokenizer
 from tokenizers import AddedToken
 from transformers import (
     AutoModel,
@@ -36,6 +35,7 @@ from keel.learner.reward_models import RewardModel, RewardText, ScoredText
 from keel.rollout import scorers
 from keel.rollout.datasets import Row
 from keel.stages.reward import texts
+from prompt_files import BOS, word_tokenizer
 from vocabularies import CHATML, CLOSES, ends_every_text, family
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "how", "are", "you", "fine", "thanks", "and", "well"]

@@ -13,35 +13,12 @@ from torch import Tensor
 from keel.checkpoint import CheckpointError
 from keel.errors import NotFinite
 from keel.learner import sharded_checkpoint
-
-SHAPES = {"weight/a": (3, 4), "exp_avg/a": (3, 4), "weight/b.c": (40,), "weight/d": (2,)}
-
-
-class Whole:
-    """A learner that lies on one rank."""
-
-    def __init__(self, seed: int, adam_steps: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.shapes, self.adam_steps = dict(SHAPES), adam_steps
-        self.tensors = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-
-    def gather(self, name: str, rank: int) -> Tensor:
-        return self.tensors[name]
-
-    def scatter(self, name: str, whole: Tensor) -> None:
-        self.tensors[name] = whole
+from whole_learner import SHAPES, Whole, written
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded_checkpoint, "BLOCK_BYTES", 100)
-
-
-def written(folder: Path, learner: Whole, ranks: int = 1) -> Path:
-    for rank in range(ranks):
-        sharded_checkpoint.write_blocks(folder, learner, rank, ranks)
-    sharded_checkpoint.write_index(folder, 7, learner)
-    return folder
 
 
 def test_blocks_are_full_and_a_large_tensor_is_alone() -> None:

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pytest
 import torch
 from scipy import optimize
-from test_compared_runs import GOLD, OPTIMA, PROXY, REFERENCE, optimum
 
 from keel.algorithms import registry
 from keel.algorithms.types import Measured, Outputs, Rows
 from keel.config import loader
 from keel.learner.frozen_models import FrozenView, vocabulary_piece
+from optimal_policies import GOLD, OPTIMA, PROXY, REFERENCE, optimum
 
 N = len(PROXY)
 STEPS = 800

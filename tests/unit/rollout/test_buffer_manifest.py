@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_buffer import admit_all, buffer_in, soon, tickets_of, uniform
 
+from buffers import admit_all, buffer_in, soon, tickets_of, uniform
 from keel import schema
 from keel.rollout import manifest, segments
 from rollouts import rollouts

@@ -5,8 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from test_buffer import admit_all, buffer_in, soon
 
+from buffers import admit_all, buffer_in, soon
 from keel import schema
 from keel.rollout import segments
 from rollouts import generated, prompts, referenced, rollouts, scored

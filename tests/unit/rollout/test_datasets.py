@@ -11,7 +11,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_prompts import (
+
+from keel.rollout.prompts import Prompts
+from prompt_files import (
     BOS,
     BOT,
     CHAT,
@@ -30,8 +32,6 @@ from test_prompts import (
     settings_for,
     word_tokenizer,
 )
-
-from keel.rollout.prompts import Prompts
 
 # ---- sources
 

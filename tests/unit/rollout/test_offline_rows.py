@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_prompts import CHAT, PLAIN, jsonl, word_tokenizer
 
 from keel import schema
 from keel.config import loader
@@ -19,6 +18,7 @@ from keel.rollout import stored_completions
 from keel.rollout.datasets import Row
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages.reward import PairRows
+from prompt_files import CHAT, PLAIN, jsonl, word_tokenizer
 
 END = 4
 TOKENS = word_tokenizer(chat_template=None, numbers=300)

@@ -6,10 +6,10 @@ from pathlib import Path
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_prompts import CHAT, PLAIN, jsonl, numbered, settings_for, word_tokenizer
 
 from keel import schema
 from keel.rollout.prompts import Prompts
+from prompt_files import CHAT, PLAIN, jsonl, numbered, settings_for, word_tokenizer
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

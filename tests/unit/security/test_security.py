@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_layers import imports, modules
 
 from keel import schema
 from keel.config import loader
@@ -29,6 +28,7 @@ from keel.learner import loading, reward_models, tiny
 from keel.observability import endpoint, metrics
 from keel.online import preflight
 from keel.rollout import datasets, generator
+from source_tree import imports, modules
 
 UNPICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "code", "runpy"}
 OPENERS = {"load_checkpoint", "read_pickle", "unsafe_load", "full_load"}
@@ -79,7 +79,7 @@ def test_every_model_is_loaded_from_safetensors_without_its_code() -> None:
     assert seen >= 8
     given = generator.engine_arguments("folder", GeneratorSettings(), 128)
     assert given["load_format"] == "safetensors" and "trust_remote_code" not in given
-    tree = modules()["generate"]
+    tree = modules()["rollout.generator"]
     engines = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "LLM"]
     assert [ast.unparse(engine) for engine in engines] == ["LLM(**arguments)"]
     set_arguments = [
@@ -330,7 +330,7 @@ def test_the_metrics_are_for_this_machine_alone(tmp_path: Path) -> None:
 def test_an_embedded_ray_has_no_dashboard() -> None:
     calls = [
         node
-        for node in ast.walk(modules()["cluster"])
+        for node in ast.walk(modules()["cluster.actors"])
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init"
     ]
     embedded = [{k.arg: ast.unparse(k.value) for k in call.keywords} for call in calls]

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from test_prompts import jsonl
 
 from keel.config import loader
 from keel.config.pipeline import PipelineSettings
 from keel.errors import ConfigError
 from keel.stages import pipeline
 from keel.stages.pipeline import Planned, StageFailed
+from prompt_files import jsonl
 
 LABEL: dict[str, Any] = {
     "policy": {"model": "start"},

@@ -3,98 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from test_offline_loop import FakeOfflineLearner, Killed, Listener
-from test_prompts import PLAIN, jsonl
 
 from keel import files
-from keel.config import loader
-from keel.config.stages import RewardModelSettings
 from keel.learner import reward_models
-from keel.learner.reward_models import RewardText
-from keel.observability.metrics import RunMetrics
 from keel.stages import offline_loop, reward
-from keel.stages.reward import PairRows, Prepared
-
-STEPS = 4
-
-
-class FakeGang(FakeOfflineLearner):
-    """A gang that trains one member after the other; rows are checked by what they hold."""
-
-    def __init__(self, losses: list[float], killed: tuple[int, int] | None = None) -> None:
-        super().__init__(losses)
-        self.killed, self.member = killed, -1
-        self.stopped = False
-
-    async def ready(self) -> None: ...
-
-    def stop(self) -> None:
-        self.stopped = True
-
-    def _begin(self, member: int) -> None:
-        self.member, self.version = member, 0
-        self.killed_at = self.killed[1] if self.killed and self.killed[0] == member else None
-
-    def _step(self, batch: Any) -> Any:
-        assert batch.num_rows == 2 * 5, batch.num_rows
-        return super()._step(_of(self.version))
-
-    def _assess(self, batch: Any) -> dict[str, float]:
-        assert batch.num_rows == 2 * 3, batch.num_rows
-        return super()._assess(_of(-1))
-
-
-def _of(version: int) -> pa.RecordBatch:
-    """What the scripted learner looks at."""
-    return pa.record_batch({"version": [version]})
-
-
-class Stage:
-    """A prepared stage in a folder of its own, trained by fake gangs; no member is scored."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, **blocks: Any) -> None:
-        rows = [{"prompt": f"{n} ", "chosen": f"{n} {n}", "rejected": f"{n}"} for n in range(23)] + [
-            {"prompt": "1 ", "chosen": "", "rejected": "1"}
-        ]
-        tree = {
-            "policy": {"model": "m"},
-            "prompts": {"source": str(jsonl(root / "pairs.jsonl", rows)), "held_out": 3},
-            "training": {"rows_per_step": 5, "evaluate_every_steps": 1},
-            "checkpoint": {"every_steps": 2},
-            "members": {"count": 2},
-            **blocks,
-        }
-        self.settings = loader.parse_as(RewardModelSettings, tree)
-        self.directory, self.monkeypatch = root / "run", monkeypatch
-        self.directory.mkdir()
-        self.rows = PairRows(self.settings, RewardText(PLAIN, False, 50))
-        self.judged: list[list[str]] = []
-        monkeypatch.setattr(reward, "_judge", self._judge)
-
-    async def _judge(self, prepared: Prepared, folders: list[Path], display: Any) -> dict[str, Any]:
-        self.judged.append([(folder / "weights").read_text() for folder in folders])
-        return {"pairs": 3}
-
-    async def train(self, gang: FakeGang) -> dict[str, Any]:
-        self.monkeypatch.setattr(reward.learner_group, "Gang", lambda *arguments: gang)
-        prepared = Prepared(self.settings, self.directory, "m", self.rows, [], STEPS)
-        self.metrics = RunMetrics("test", self.directory / "metrics.jsonl")
-        return await reward._train(prepared, self.metrics, Listener(), 0.0)
-
-    def member(self, number: int) -> Path:
-        return self.directory / "members" / str(number)
-
-
-LOSSES = [5.0, 4.0, 3.0, 2.0, 1.0]
+from offline_runs import Killed
+from prompt_files import jsonl
+from reward_stages import LOSSES, FakeRankGroup, Stage
 
 
 async def test_every_member_is_trained_and_assembled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, gang = Stage(tmp_path, monkeypatch), FakeGang(LOSSES)
-    summary = await stage.train(gang)
-    assert stage.judged == [["4", "4"]] and gang.stopped
-    assert gang.log.count(("step", 1)) == gang.log.count(("begin", 0)) == 2
+    stage, group = Stage(tmp_path, monkeypatch), FakeRankGroup(LOSSES)
+    summary = await stage.train(group)
+    assert stage.judged == [["4", "4"]] and group.stopped
+    assert group.log.count(("step", 1)) == group.log.count(("begin", 0)) == 2
     folder = stage.directory / "model"
     assert (folder / reward_models.ENSEMBLE).is_file()
     assert [(folder / f"member-{n}" / "weights").read_text() for n in (0, 1)] == ["4", "4"]
@@ -107,7 +30,7 @@ async def test_every_member_is_trained_and_assembled(tmp_path: Path, monkeypatch
 
 async def test_one_member_is_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch, members={"count": 1})
-    await stage.train(FakeGang(LOSSES))
+    await stage.train(FakeRankGroup(LOSSES))
     assert [path.name for path in (stage.directory / "model").iterdir()] == ["weights"]
 
 
@@ -117,11 +40,11 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
 ) -> None:
     stage = Stage(tmp_path, monkeypatch)
     with pytest.raises(Killed, match=f"at step {killed[1]}"):
-        await stage.train(FakeGang(LOSSES, killed))
-    gang = FakeGang(LOSSES)
-    await stage.train(gang)
-    assert gang.log.count(("begin", 0)) == 2 - killed[0]  # a finished member is left alone
-    assert gang.log.count(("load", 2)) == (killed[1] > 2)
+        await stage.train(FakeRankGroup(LOSSES, killed))
+    group = FakeRankGroup(LOSSES)
+    await stage.train(group)
+    assert group.log.count(("begin", 0)) == 2 - killed[0]  # a finished member is left alone
+    assert group.log.count(("load", 2)) == (killed[1] > 2)
     assert stage.judged == [["4", "4"]]
     for number in (0, 1):
         assert [line["step"] for line in files.read_json_lines(stage.member(number) / "evaluations.jsonl")] == [
@@ -139,35 +62,35 @@ async def test_a_killed_member_with_patience_is_trained_to_its_end(
     training = {"rows_per_step": 5, "evaluate_every_steps": 1, "patience": 2}
     stage = Stage(tmp_path, monkeypatch, training=training)
     with pytest.raises(Killed, match="at step 2"):
-        await stage.train(FakeGang(LOSSES, killed=(0, 2)))
-    await stage.train(FakeGang(LOSSES))
+        await stage.train(FakeRankGroup(LOSSES, killed=(0, 2)))
+    await stage.train(FakeRankGroup(LOSSES))
     assert stage.judged == [["4", "4"]]
 
 
 async def test_a_finished_stage_is_said_to_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
-    summary = await stage.train(FakeGang(LOSSES))
+    summary = await stage.train(FakeRankGroup(LOSSES))
     assert offline_loop.finished(stage.directory) == summary
 
 
 async def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
-    await stage.train(FakeGang(LOSSES))
+    await stage.train(FakeRankGroup(LOSSES))
     assert not list(stage.directory.rglob("step-*"))
 
 
 async def test_dropped_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     with pytest.raises(Killed, match="at step 4"):
-        await stage.train(FakeGang(LOSSES, killed=(0, 4)))
-    await stage.train(FakeGang(LOSSES))
+        await stage.train(FakeRankGroup(LOSSES, killed=(0, 4)))
+    await stage.train(FakeRankGroup(LOSSES))
     assert stage.metrics.totals["rows_dropped_total"] == {"empty": 1.0}
 
 
 async def test_the_summary_names_the_step_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"rows_per_step": 5, "evaluate_every_steps": 1, "patience": 1}
     stage = Stage(tmp_path, monkeypatch, training=training, members={"count": 1})
-    summary = await stage.train(FakeGang([5.0, 4.0, 6.0, 7.0, 8.0]))
+    summary = await stage.train(FakeRankGroup([5.0, 4.0, 6.0, 7.0, 8.0]))
     assert stage.judged == [["1"]] and summary["model_step"] == 1
 
 
