@@ -24,7 +24,7 @@ from keel.algorithms import advantages
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import LogitsConvexitySettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 
 
 def distance(logits: Tensor, target: Tensor, form: str) -> Tensor:
@@ -98,7 +98,7 @@ class LogitsConvexity(Objective):
 
     reads_old = False
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, LogitsConvexitySettings)
         self.config: LogitsConvexitySettings = settings.objective

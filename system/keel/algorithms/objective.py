@@ -23,7 +23,7 @@ from keel.algorithms import advantages, coefficients, regularizers
 from keel.algorithms.coefficients import Observation
 from keel.algorithms.reward_shaping import shape
 from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 
 
 class Objective:
@@ -39,7 +39,7 @@ class Objective:
     heads: Sequence[str] = ()
     """Names of the critic's outputs, K of them."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LearnerSpec) -> None:
         self.settings = settings
         self.kl, self.entropy = settings.regularizer.kl, settings.regularizer.entropy
         self.max_tokens = settings.sampling.max_tokens
@@ -281,7 +281,7 @@ class Objective:
         self.entropy_coefficient.restore(state["entropy"])
 
 
-Build = Callable[[Settings], Objective]
+Build = Callable[[LearnerSpec], Objective]
 
 
 def finished(batch: pa.RecordBatch) -> np.ndarray:

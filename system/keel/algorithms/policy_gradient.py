@@ -24,7 +24,7 @@ from keel.algorithms import advantages, critics, regularizers
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.errors import ConfigError
 from keel.text import one_line
 
@@ -35,7 +35,7 @@ _WHITENED |= {"value_baseline": "sample"}
 class PolicyGradient(Objective):
     """`weigh` the whole step in numpy, then `loss` of each micro-batch in torch."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, PolicyGradientSettings)
         self.config: PolicyGradientSettings = settings.objective

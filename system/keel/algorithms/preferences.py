@@ -27,7 +27,7 @@ from keel.algorithms.objective import Objective, finished
 from keel.algorithms.pair_selection import Candidates, Pairs
 from keel.algorithms.types import Credit, Measured
 from keel.config.objective import PreferenceSettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Preference(Objective):
     weighs_every_epoch = True
     reads_old = False
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, PreferenceSettings)
         self.config: PreferenceSettings = settings.objective

@@ -7,7 +7,7 @@ from keel.algorithms.policy_gradient import PolicyGradient
 from keel.algorithms.preferences import Preference
 from keel.algorithms.weighted_likelihood import WeightedLikelihood
 from keel.config.objective import CustomObjectiveSettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.errors import ConfigError
 from keel.text import one_line
 
@@ -19,7 +19,7 @@ OBJECTIVES: dict[str, Build] = {
 }
 
 
-def build(settings: Settings) -> Objective:
+def build(settings: LearnerSpec) -> Objective:
     """The configured objective. Raises ConfigError when code of the user's own cannot be imported or built."""
     config = settings.objective
     if not isinstance(config, CustomObjectiveSettings):

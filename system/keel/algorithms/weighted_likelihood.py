@@ -20,7 +20,7 @@ from keel.algorithms import advantages, pair_selection
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured
 from keel.config.objective import WeightedLikelihoodSettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 
 
 def chi2(x: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ class WeightedLikelihood(Objective):
 
     reads_old = False
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, WeightedLikelihoodSettings)
         self.config: WeightedLikelihoodSettings = settings.objective
