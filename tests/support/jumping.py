@@ -101,7 +101,7 @@ class Actor:
         self.version = 0
         self._turn = asyncio.Lock()
         self.__ray_ready__ = Method(self._ready)
-        self.generate, self.score, self.load = Method(self._generate), Method(self._score), Method(self._load)
+        self.generate, self.score, self.load_weights = Method(self._generate), Method(self._score), Method(self._load)
 
     async def _ready(self) -> None: ...
 

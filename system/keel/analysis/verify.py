@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, reads, schema
-from keel import files as atomic_files
+from keel import checkpoint, files, reads, schema
 from keel.analysis.audit import UNREADABLE, Audit, Finding, Progress, audit_evaluations, audit_rollouts
 from keel.config import loader
 from keel.config.run import Settings
@@ -218,9 +217,7 @@ def _content(path: Path) -> bytes:
 
 def _same_metrics(audit: Audit, other: Path) -> None:
     file = "metrics.jsonl"
-    lines, expected = (
-        atomic_files.sound_lines(directory / file, {"step": int})[0] for directory in (audit.directory, other)
-    )
+    lines, expected = (files.sound_lines(directory / file, {"step": int})[0] for directory in (audit.directory, other))
     audit.test(file, "steps", len(expected), len(lines))
     for line, right in zip(lines, expected, strict=False):
         left_out = {*_CLOCKS, *_OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}
@@ -229,12 +226,12 @@ def _same_metrics(audit: Audit, other: Path) -> None:
 
 
 def _same_rows(audit: Audit, other: Path) -> None:
-    files, expected = (
+    paths, expected = (
         [f"rollouts/{path.name}" for path in sorted((directory / "rollouts").glob("step-*.arrow"))]
         for directory in (audit.directory, other)
     )
-    audit.test("rollouts", "steps", len(expected), len(files))
-    for file in (file for file in expected if file in files):
+    audit.test("rollouts", "steps", len(expected), len(paths))
+    for file in (file for file in expected if file in paths):
         contents = [reads.read(directory / file) for directory in (audit.directory, other)]
         try:
             batch, right = (schema.from_bytes(content) for content in contents)
@@ -256,7 +253,7 @@ def _same_policy(audit: Audit, other: Path) -> None:
         return
     folder = f"checkpoints/step-{max(common):06d}/policy"
     digests, expected = (
-        {path.name: atomic_files.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
+        {path.name: files.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
         for directory in (audit.directory, other)
     )
     for name in sorted({*digests, *expected}):

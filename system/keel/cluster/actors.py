@@ -29,6 +29,7 @@ from keel.cluster.pool import Pool
 from keel.cluster.ray_errors import answer
 from keel.cluster.worker import Spawn
 from keel.config.run import Settings
+from keel.config.stages import AnySettings, SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import BufferLost, ConfigError, WorkerLost
 from keel.protocols import AddReceipt, Batch, Observer, Sampling, StageReceipt
@@ -43,7 +44,7 @@ _STARTS = 5
 _LATE = "node timed out during startup"
 
 
-def connect(settings: Settings) -> str:
+def connect(settings: AnySettings) -> str:
     """Join the Ray cluster that cluster.address or RAY_ADDRESS names, or start an embedded one sized for the actors.
 
     Returns which of them, for the user. Raises ConfigError for a cluster that cannot be joined.
@@ -125,7 +126,7 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[str]:
+def joined(settings: AnySettings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[str]:
     """A cluster with room for so many workers of each role, or for one of each; left at the end. Says which it is.
 
     Raises ConfigError where there never can be. What others occupy now may come free, and is waited for.
@@ -243,7 +244,7 @@ class RemoteBuffer:
 
 
 def generators(
-    settings: Settings, folder: str, given: Given | None = None, observer: Observer | None = None
+    settings: Settings | SamplingSpec, folder: str, given: Given | None = None, observer: Observer | None = None
 ) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
     workers, options = settings.generators, settings.policy.chat_template_options
@@ -253,7 +254,7 @@ def generators(
     return pool
 
 
-def reference(settings: Settings, folder: str, observer: Observer | None = None) -> ScorerPool:
+def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ScorerPool:
     """The frozen reference policy."""
     workers, temperature = settings.reference, settings.sampling.temperature
     assert workers is not None
@@ -261,7 +262,9 @@ def reference(settings: Settings, folder: str, observer: Observer | None = None)
     return ScorerPool("reference", spawn, workers.count, **_options(settings, observer))
 
 
-def scorers(settings: Settings, reference_folder: str | None, observer: Observer | None = None) -> list[ScorerPool]:
+def scorers(
+    settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
+) -> list[ScorerPool]:
     """The reference policy first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
@@ -270,13 +273,13 @@ def scorers(settings: Settings, reference_folder: str | None, observer: Observer
     return [*pools, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
 
 
-def _options(settings: Settings, observer: Observer | None) -> dict[str, Any]:
+def _options(settings: Settings | ScoringSpec, observer: Observer | None) -> dict[str, Any]:
     """The arguments that all pools of a run share."""
     failures = settings.failures
     return {
         "deadlines": settings.deadlines,
         "restarts": failures.retries,
         "patience_seconds": failures.degrade_after_seconds,
-        "by_ticket": settings.buffer.max_staleness == 0,
+        "by_ticket": settings.in_ticket_order,
         "observer": observer,
     }

@@ -13,7 +13,7 @@ from keel.cluster.capacity import bundles
 from keel.cluster.placement import Placement, PlacementWait
 from keel.cluster.ray_errors import answer
 from keel.cluster.rendezvous import Rendezvous
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
@@ -122,7 +122,7 @@ class LearnerGroup(RankGroup):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: LearnerSpec,
         folder: str,
         others: Mapping[str, str] | None = None,
         placement: Placement | None = None,
@@ -144,8 +144,8 @@ class LearnerGroup(RankGroup):
     async def save(self, directory: str) -> None:
         await self.ask(DeepSpeedLearner.save, directory)
 
-    async def load(self, directory: str) -> int:
-        return await self.ask(DeepSpeedLearner.load, directory)
+    async def restore_checkpoint(self, directory: str) -> int:
+        return await self.ask(DeepSpeedLearner.restore_checkpoint, directory)
 
     async def export(self, folder: str) -> None:
         await self.ask(DeepSpeedLearner.export, folder)

@@ -156,7 +156,7 @@ class Pool:
         """Drop the cached weights handle; its object may have died with a node."""
         self._loaded = None
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
         """Everyone who serves takes over the weights; those who fail are replaced. Receipts of all that serve then.
 
         Raises LearnerLost when the weights themselves are lost.
@@ -261,11 +261,11 @@ class Pool:
         held = None
         while held is not self._loaded:  # there may be newer weights when these are loaded
             held = self._loaded
-            await worker.load(held, self.deadlines)
+            await worker.load_weights(held, self.deadlines)
 
     async def _load_or_lose(self, worker: Worker) -> None:
         try:
-            await worker.load(self._loaded, self.deadlines)
+            await worker.load_weights(self._loaded, self.deadlines)
         except ObjectLostError as error:
             raise LearnerLost("the weights were lost with their node") from error
         except (*GONE, TimeoutError, RayTaskError) as error:

@@ -1,6 +1,7 @@
 """The weights of a version on their way from the learner to the generators, through Ray's object store.
 
-DeepSpeedLearner.publish -> LearnerGroup.publish -> ObjectStoreTransport -> GeneratorPool.load -> VllmGenerator.load
+DeepSpeedLearner.publish -> LearnerGroup.publish -> ObjectStoreTransport -> GeneratorPool.load_weights ->
+    VllmGenerator.load_weights
 """
 
 import asyncio
@@ -25,6 +26,6 @@ class ObjectStoreTransport:
             return receipt
 
         async def load() -> Sequence[LoadReceipt]:
-            return await generators.load(await handle)
+            return await generators.load_weights(await handle)
 
         return publish(), load()

@@ -35,7 +35,7 @@ class Role:
     waiting_batches: float
     """Mean number of batches in line for a worker."""
     idle_ratios: dict[str, float]
-    """Share of the workers' time without work, by whom they waited for; with `busy_ratio` they add up to 1."""
+    """Share of the workers' time without work, by what they waited for; with `busy_ratio` they add up to 1."""
 
 
 @dataclass(frozen=True)

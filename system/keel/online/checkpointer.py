@@ -62,7 +62,7 @@ class Checkpointer:
 
     async def restore(self, saved: Path | None) -> int:
         """Load a checkpoint into the learner, and its reference where that is; None: the start. Its version."""
-        version = await self.learner.load(str(saved)) if saved else 0
+        version = await self.learner.restore_checkpoint(str(saved)) if saved else 0
         folder = references.of_version(self.directory, self.settings.reference_iteration_steps, version)
         if folder is not None:
             references.check(folder)
@@ -81,5 +81,5 @@ class Checkpointer:
 
     async def _load_reference(self, folder: Path) -> None:
         assert self.reference
-        await self.reference.load(str(folder))
+        await self.reference.load_weights(str(folder))
         await self.learner.renew_reference(str(folder))

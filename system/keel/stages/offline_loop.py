@@ -23,7 +23,6 @@ from keel import checkpoint, files
 from keel.cluster import actors
 from keel.cluster.learner_group import RankGroup
 from keel.config import loader
-from keel.config.run import Settings
 from keel.config.stages import StageSettings
 from keel.errors import ConfigError
 from keel.observability import endpoint
@@ -36,7 +35,7 @@ _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored row
 
 
 class OfflineLearner(Protocol):
-    """A learner group: `step`, `assess`, `save`, `load` and `export` run on all of its ranks."""
+    """A learner group: `step`, `assess`, `save`, `restore_checkpoint` and `export` run on all of its ranks."""
 
     async def call(self, method: str, *arguments: Any) -> Any: ...
 
@@ -116,9 +115,7 @@ Train = Callable[[RunMetrics, Display, float], Coroutine[Any, Any, dict[str, Any
 """(metrics, display, start time) -> the summary for stage.json."""
 
 
-def conduct(
-    settings: StageSettings, directory: Path, digest: str, online: Settings, train: Train, display: Display
-) -> dict[str, Any]:
+def conduct(settings: StageSettings, directory: Path, digest: str, train: Train, display: Display) -> dict[str, Any]:
     """Run a stage unless it is finished; returns the summary in stage.json."""
     started = time.monotonic()
     if done := finished(directory):
@@ -127,18 +124,18 @@ def conduct(
         return done
     files.make_folder(directory)
     with files.lock(directory):
-        return _conduct(settings, directory, online, train, display, started)
+        return _conduct(settings, directory, train, display, started)
 
 
 def _conduct(
-    settings: StageSettings, directory: Path, online: Settings, train: Train, display: Display, started: float
+    settings: StageSettings, directory: Path, train: Train, display: Display, started: float
 ) -> dict[str, Any]:
     files.write(directory / "config.yaml", loader.dump(settings).encode())
     metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")
         display.doing("starting Ray, learner")
-        with actors.joined(online, {"learner": online.learners.count}) as ray:
+        with actors.joined(settings, {"learner": settings.learners.count}) as ray:
             display.note(ray)
             return asyncio.run(train(metrics, display, started))
 
@@ -245,7 +242,7 @@ async def restore(offline_run: OfflineRun, learner: OfflineLearner, recorder: Of
     if saved is None:
         return State(digest=offline_run.digest)
     check_rows(offline_run.directory, stored["digest"], offline_run.digest)
-    await call(offline_run, learner, "load", str(saved))
+    await call(offline_run, learner, "restore_checkpoint", str(saved))
     metrics = recorder.metrics  # which have counted the dropped rows again
     metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})

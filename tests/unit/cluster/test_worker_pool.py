@@ -126,7 +126,7 @@ class Actor:
         self.world, self.index, self.attempt = world, index, len(world.starts[index])
         self.busy = False
         self.__ray_ready__ = Method(self._ready)
-        self.load, self.generate = Method(self._load), Method(self._generate)
+        self.load_weights, self.generate = Method(self._load), Method(self._generate)
 
     async def _do(self, what: Any) -> None:
         """Take so many seconds, or raise."""
@@ -597,7 +597,7 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
     async def work() -> Sequence[LoadReceipt]:
         pool = pool_of(world, 3)
         await pool.ready()
-        receipts = await pool.load(7)
+        receipts = await pool.load_weights(7)
         pool.stop()
         return receipts
 
@@ -623,10 +623,10 @@ def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World,
     async def work() -> None:
         pool = pool_of(world, 2, log)
         await pool.ready()
-        receipts = await pool.load(7)
+        receipts = await pool.load_weights(7)
         assert [each.digest for each in receipts] == ["digest 0"] and pool.serving == 1
         await seconds(1)
-        assert pool.serving == 2 and [each.version for each in await pool.load(8)] == [8, 8]
+        assert pool.serving == 2 and [each.version for each in await pool.load_weights(8)] == [8, 8]
         pool.stop()
 
     run(work())
@@ -641,7 +641,7 @@ def test_weights_that_are_lost_are_the_learners_loss(world: World) -> None:
         pool = pool_of(world, 1)
         await pool.ready()
         with pytest.raises(LearnerLost, match="the weights were lost with their node"):
-            await pool.load(7)
+            await pool.load_weights(7)
         assert pool.serving == 1
         pool.stop()
 
@@ -658,7 +658,7 @@ def test_a_busy_worker_has_its_call_to_finish_before_a_load(world: World) -> Non
         await pool.ready()
         call = asyncio.create_task(ask(pool)) if busy else None
         await seconds(1)
-        loading = asyncio.create_task(pool.load(7))
+        loading = asyncio.create_task(pool.load_weights(7))
         await seconds(49)
         lost = len(world.killed)
         loading.cancel()
@@ -679,10 +679,10 @@ def test_a_worker_that_comes_up_holds_the_newest_weights_before_it_serves(world:
     async def work() -> None:
         pool = pool_of(world, 2)
         await pool.first()
-        await pool.load(1)
+        await pool.load_weights(1)
         pool.resize(2)
         await seconds(4)  # worker 1 is loading version 1
-        await pool.load(2)
+        await pool.load_weights(2)
         await seconds(5)
         assert pool.serving == 1
         await seconds(5)

@@ -15,7 +15,7 @@ from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSe
 from keel.errors import ConfigError
 from keel.learner.reward_models import RewardText
 from keel.rollout import stored_completions
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages.reward import PairRows
 from prompt_files import CHAT, PLAIN, jsonl, word_tokenizer
@@ -39,12 +39,12 @@ def tree(path: Path, **blocks: Any) -> dict[str, Any]:
 
 def demonstrations(path: Path, tokenizer: Any = PLAIN, **blocks: Any) -> OfflineRows:
     settings = loader.parse_as(SupervisedSettings, tree(path, **blocks))
-    return OfflineRows(settings.learning(1), settings.completions, tokenizer, (END,))
+    return OfflineRows(settings.learner_spec(1), settings.completions, tokenizer, (END,))
 
 
 def preferences(path: Path, tokenizer: Any = PLAIN, **blocks: Any) -> OfflineRows:
     settings = loader.parse_as(PreferSettings, tree(path, **blocks))
-    return OfflineRows(settings.learning(1), settings.completions, tokenizer, (END,))
+    return OfflineRows(settings.learner_spec(1), settings.completions, tokenizer, (END,))
 
 
 def numbered(path: Path, count: int) -> Path:
@@ -124,7 +124,7 @@ def test_what_a_row_says(tmp_path: Path) -> None:
 def test_rankings_have_the_rewards_of_their_source(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "responses": ["1", "2", "3"], "rewards": [n, -n, 0.5]} for n in range(8)]
     settings = loader.parse_as(PreferSettings, {**tree(jsonl(tmp_path / "r.jsonl", rows)), "samples": 3})
-    batch = OfflineRows(settings.learning(1), settings.completions, PLAIN, (END,)).step(0)
+    batch = OfflineRows(settings.learner_spec(1), settings.completions, PLAIN, (END,)).step(0)
     expected = [value for n in said(batch)[::3] for value in (n, -n, 0.5)]
     assert batch.column("reward").to_pylist() == expected
 
@@ -194,7 +194,7 @@ def test_a_demonstration_is_the_last_message(tmp_path: Path) -> None:
 
 def test_a_conversation_that_ends_with_the_user_is_no_demonstration() -> None:
     """Nobody should learn to say what the user said."""
-    row = Row(
+    row = SourceRow(
         "line 1",
         [{"role": "user", "content": "hello"}],
         json.dumps({"messages": [{"role": "user", "content": "hello"}]}),
