@@ -8,8 +8,9 @@
     rho = pi / pi_old, per token, per completion, or its geometric mean;  pi_old: the learner when the step began
     w   = min(pi_old / mu, cap), mu: the sampler's log-probs as stored; detached (truncated importance weight)
 
-Settings of these: RLOO (2402.14740), REINFORCE, REINFORCE++ (2501.03262) with and without baseline, PPO (1707.06347),
-GRPO (2402.03300), Dr. GRPO (2503.20783), GSPO (2507.18071), DAPO (2503.14476), SAFE (2602.04651), EAPO (2407.18143).
+Published algorithms are settings of these: RLOO (2402.14740), REINFORCE, REINFORCE++ (2501.03262) with and without
+baseline, PPO (1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), GSPO (2507.18071), DAPO (2503.14476), SAFE
+(2602.04651), EAPO (2407.18143). Recipes in docs/use/algorithms.md has the exact switches of each.
 """
 
 from typing import Any
