@@ -1,11 +1,11 @@
 """Settings of the stages around online training: supervised, preference and reward-model training, labels.
 
-A stage trains on rows that come with their completions. `learning()` of each gives the settings of the learner it
-runs on: those of a run whose completions are all stored.
+A stage trains on rows that come with their completions. `learner_spec()` gives the settings of the learner it runs on,
+`scoring_spec()` those of generators and scorers.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -24,11 +24,10 @@ from keel.config.offline import (
 )
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
-from keel.config.rewards import RewardSettings
-from keel.config.run import FailureSettings, RunIdentity, Settings
+from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.run import FailureSettings, LearnerSpec, RunIdentity, Settings
 from keel.config.tracking import TrackingSettings
 from keel.config.workers import (
-    BufferSettings,
     ClusterSettings,
     DeadlineSettings,
     GeneratorSettings,
@@ -67,38 +66,91 @@ class StageSettings(Section):
     def run_directory(self) -> str:
         return self.run.directory.replace("{name}", self.run.name)
 
-    def learning(self, steps: int) -> Settings:
-        """Settings of the learner, for so many steps."""
+
+class OfflineSpec(LearnerSpec):
+    """A learner on stored completions, whose reward is the order in which a row holds them."""
+
+    budget_setting: ClassVar[str] = "completions.max_tokens"
+
+    rows_per_step: int
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.rows_per_step
+
+    @property
+    def weights_dtype(self) -> Literal["bfloat16", "float32"]:
+        return "float32" if self.learners.precision == "fp32" else "bfloat16"
+
+
+class PolicyStageSettings(StageSettings):
+    """What the stages that train a policy share."""
+
+    def learner_spec(self, steps: int) -> OfflineSpec:
+        """The settings of the learner for this many steps."""
         raise NotImplementedError
 
     @model_validator(mode="after")
     def _learner_can_run(self) -> Self:
-        _checked(lambda: self.learning(1))
+        try:
+            self.learner_spec(1)
+        except ValidationError as error:  # of rules that all learners share; they name settings of this stage
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
 
-    def _learning(self, samples: int, steps: int, **blocks: Any) -> Settings:
-        """Settings of a run on stored completions, `samples` a row."""
-        own = {name: getattr(self, name) for name in _SHARED}
-        exact = self.learners.precision == "fp32"
-        return Settings(
-            generators=GeneratorSettings(dtype="float32" if exact else "bfloat16"),  # what the model is written in
+    def _spec(self, samples: int, steps: int, **blocks: Any) -> OfflineSpec:
+        """The learner's settings for rows of `samples` completions."""
+        return OfflineSpec(
             run={**self.run.model_dump(), "steps": steps},
+            policy=self.policy,
+            prompts=self.prompts,
             sampling=SamplingSettings(
                 samples_per_prompt=samples, max_tokens=self.completions.max_tokens, stored_ratio=1.0
             ),
-            buffer=BufferSettings(groups_per_step=self.training.rows_per_step),
-            **{**own, "rewards": [RewardSettings(name="label", kind="stored")], **blocks},
+            rewards=[RewardSettings(name="label", kind="stored")],
+            learners=self.learners,
+            deadlines=self.deadlines,
+            rows_per_step=self.training.rows_per_step,
+            **blocks,
         )
 
 
-class SupervisedSettings(StageSettings):
+class ScoringSpec(Section):
+    """The settings that scorers work by where no online run is trained."""
+
+    deadlines: DeadlineSettings
+    rewards: list[RewardSettings] = Field([], description="what the scorers compute")
+    scorers: WorkerSettings = WorkerSettings()
+    reference: ReferenceSettings | None = None
+    sampling: SamplingSettings = SamplingSettings()
+    ensemble: EnsembleSettings = EnsembleSettings()
+    failures: FailureSettings = FailureSettings()
+    in_ticket_order: bool = True
+
+
+class SamplingSpec(ScoringSpec):
+    """The settings that prompts, generators and scorers work by where no online run is trained."""
+
+    run: RunIdentity
+    policy: PolicySettings
+    prompts: PromptSettings
+    generators: GeneratorSettings
+
+    @property
+    def max_model_tokens(self) -> int:
+        return self.prompts.max_tokens + self.sampling.max_tokens
+
+
+class SupervisedSettings(PolicyStageSettings):
     """`keel sft`: likelihood of demonstrations. Loss: -log pi averaged over all completion tokens of a step."""
 
-    def learning(self, steps: int) -> Settings:
-        return self._learning(1, steps, objective=_LIKELIHOOD, regularizer=_NO_KL, reference=None)
+    def learner_spec(self, steps: int) -> OfflineSpec:
+        likelihood = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
+        no_kl = RegularizerSettings(kl={"coefficient": 0.0})
+        return self._spec(1, steps, objective=likelihood, regularizer=no_kl, reference=None)
 
 
-class PreferSettings(StageSettings):
+class PreferSettings(PolicyStageSettings):
     """`keel prefer`: the DPO family on stored pairs or rankings."""
 
     objective: PreferenceSettings = PreferenceSettings(kind="preference")
@@ -118,9 +170,13 @@ class PreferSettings(StageSettings):
             )
         return self
 
-    def learning(self, steps: int) -> Settings:
+    def learner_spec(self, steps: int) -> OfflineSpec:
         blocks = {"objective": self.objective, "regularizer": self.regularizer, "reference": self.reference}
-        return self._learning(self.samples, steps, **blocks)
+        return self._spec(self.samples, steps, **blocks)
+
+    def reference_spec(self) -> ScoringSpec:
+        """Settings of the scorers that read rows under the reference."""
+        return ScoringSpec(deadlines=self.deadlines, reference=self.reference)
 
 
 class RewardModelSettings(StageSettings):
@@ -135,15 +191,13 @@ class RewardModelSettings(StageSettings):
     center_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
     center: CenterSettings = CenterSettings()
 
-    def learning(self, steps: int) -> Settings:
-        """Settings of the cluster it runs on; what a step learns is not an objective of online training."""
-        learners = self.learners.model_copy(update={"tokens_per_batch": 2**30})
-        return self._learning(2, steps, objective=_LIKELIHOOD, regularizer=_NO_KL, reference=None, learners=learners)
+    @property
+    def scorers(self) -> WorkerSettings:
+        """The scorers of held-out pairs take the threads and GPUs of the learner, which has ended then."""
+        return WorkerSettings(threads=self.learners.threads, gpus=self.learners.gpus)
 
-    def scoring(self, rewards: list[RewardSettings]) -> Settings:
-        """Settings of a run that scores with these models on the learner's threads and GPUs."""
-        scorers = WorkerSettings(threads=self.learners.threads, gpus=self.learners.gpus)
-        return self.learning(1).model_copy(update={"rewards": rewards, "scorers": scorers})
+    def scoring_spec(self, rewards: Sequence[RewardSettings]) -> ScoringSpec:
+        return ScoringSpec(deadlines=self.deadlines, rewards=list(rewards), scorers=self.scorers)
 
 
 class LabelSettings(Section):
@@ -177,20 +231,20 @@ class LabelSettings(Section):
     def policy_model(self) -> str:
         return self.policy.model if self.policy else ""
 
-    def sampling_run(self) -> Settings:
-        """Settings of an online run that samples and scores like this."""
-        shared = ("sampling", "reference", "generators", "scorers", "failures", "cluster", "deadlines")
-        own = {name: getattr(self, name) for name in shared}
-        wide = LearnerSettings(tokens_per_batch=2**30)  # no learner runs
-        return Settings(
-            run={**self.run.model_dump(), "steps": 1},
-            policy=self.policy or PolicySettings(model="-"),
-            prompts=self.prompts or PromptSettings(source="-"),
-            objective={"kind": "weighted_likelihood", "weights": "uniform"},
-            regularizer=_NO_KL,
-            rewards=[self.judge.model_copy(update={"role": "train"})],
-            learners=wide,
-            **own,
+    def scoring_spec(self) -> ScoringSpec:
+        """Settings of the judge and the reference; also of prompts and generators, where completions are sampled."""
+        scoring: dict[str, Any] = {
+            "deadlines": self.deadlines,
+            "rewards": [self.judge.model_copy(update={"role": "train"})],
+            "scorers": self.scorers,
+            "reference": self.reference,
+            "sampling": self.sampling,
+            "failures": self.failures,
+        }
+        if self.policy is None or self.prompts is None:
+            return ScoringSpec(**scoring)
+        return SamplingSpec(
+            run=self.run, policy=self.policy, prompts=self.prompts, generators=self.generators, **scoring
         )
 
     @model_validator(mode="after")
@@ -208,21 +262,12 @@ class LabelSettings(Section):
             raise ValueError("sampling.samples_per_prompt=1: one completion makes no pair; expected at least 2")
         if self.pairs.selection == "most_disagreeing":
             raise ValueError("pairs.selection=most_disagreeing: one judge never disagrees; expected another selection")
-        _checked(self.sampling_run)
+        self.sampling.check_stored()
         return self
 
 
-def _checked(build: Callable[[], Settings]) -> None:
-    """Raise what is wrong with the run behind a stage as the stage's own mistake, by the stage's names."""
-    try:
-        build()
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        for theirs, ours in _NAMES.items():
-            message = message.replace(theirs, ours)
-        raise ValueError(message) from None
-
-
+AnySettings = Settings | StageSettings | LabelSettings
+"""The configuration of one command."""
 COMMANDS: dict[str, type[Section]] = {
     "train": Settings,
     "evaluate": Settings,
@@ -238,14 +283,3 @@ def command_of(tree: dict[str, Any]) -> str:
     """Which command a run directory's configuration belongs to, by the blocks that only it has."""
     marks = {"rewards": "train", "judge": "label", "members": "reward", "objective": "prefer"}
     return next((command for block, command in marks.items() if block in tree), "sft")
-
-
-_LIKELIHOOD = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
-_NAMES = {
-    "sampling.max_tokens": "completions.max_tokens",
-    "sampling.samples_per_prompt": "samples",
-    "buffer.groups_per_step": "training.rows_per_step",
-}
-"""What the learner's settings are called here."""
-_SHARED = ("policy", "prompts", "learners", "metrics", "cluster", "deadlines")
-_NO_KL = RegularizerSettings(kl={"coefficient": 0.0})

@@ -30,9 +30,9 @@ from keel.learner import loading, reward_models, score_contract
 from keel.learner.reward_learner import PAIR, RewardModelLearner
 from keel.learner.reward_models import RewardText, ScoredText
 from keel.observability import endpoint, tracking
+from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
-from keel.online.recorder import Display
 from keel.rollout import datasets, prompts, stored_completions
 from keel.rollout.datasets import SourceRow
 from keel.rollout.offline_rows import digest_of, usable_rows
@@ -183,9 +183,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
-    return offline_loop.conduct(
-        *place, prepared.settings.learning(prepared.steps), functools.partial(_train, prepared), display
-    )
+    return offline_loop.conduct(*place, functools.partial(_train, prepared), display)
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
@@ -257,7 +255,7 @@ async def _scores(
 ) -> np.ndarray:
     """float64 [members, texts] through the scorer that online training uses."""
     rewards = [RewardSettings(name=f"m{n}", kind="model", source=str(folder)) for n, folder in enumerate(folders)]
-    batch = await sampling.score(settings.scoring(rewards), None, reward_models.as_batch(scored), display)
+    batch = await sampling.score(settings.scoring_spec(rewards), None, reward_models.as_batch(scored), display)
     return np.stack(
         [batch.column(f"reward_{reward.name}").to_numpy(zero_copy_only=False) for reward in rewards]
     ).astype(float)

@@ -12,7 +12,8 @@ import pyarrow as pa
 from keel import schema
 from keel.cluster import actors
 from keel.config.run import Settings
-from keel.online.recorder import Display
+from keel.config.stages import SamplingSpec, ScoringSpec
+from keel.observability.console import Display
 from keel.online.retries import retrying
 from keel.protocols import Batch, Sampling
 
@@ -20,7 +21,7 @@ from keel.protocols import Batch, Sampling
 class Samplers:
     """Generators on one model folder, as the configuration has them."""
 
-    def __init__(self, settings: Settings, folder: str, rows_per_batch: int) -> None:
+    def __init__(self, settings: Settings | SamplingSpec, folder: str, rows_per_batch: int) -> None:
         self.settings, self.rows_per_batch = settings, rows_per_batch
         self._generators = actors.generators(settings, folder)
 
@@ -33,19 +34,19 @@ class Samplers:
             return await actors.fetch(handle)
 
         display.doing(what)
-        await self._generators.pool.ready()
+        await self._generators.ready()
         return await in_parts(prompts, one, self.rows_per_batch, self.settings.generators.count, display, what)
 
     def stop(self) -> None:
-        self._generators.pool.stop()
+        self._generators.stop()
 
 
 async def score(
-    settings: Settings, reference_folder: str | None, batch: pa.RecordBatch, display: Display
+    settings: Settings | ScoringSpec, reference_folder: str | None, batch: pa.RecordBatch, display: Display
 ) -> pa.RecordBatch:
     """The rows with reference log-probs (where there is a reference) and rewards appended; the scorers end after it."""
     pools = actors.scorers(settings, reference_folder)
-    await asyncio.gather(*(pool.pool.ready() for pool in pools))
+    await asyncio.gather(*(pool.ready() for pool in pools))
 
     async def one(rows: Batch) -> pa.RecordBatch:
         for pool in pools:
@@ -55,7 +56,7 @@ async def score(
     display.doing("scoring")
     scored = await in_parts(batch, one, 128, settings.scorers.count, display, "scored")
     for pool in pools:
-        pool.pool.stop()
+        pool.stop()
     return scored
 
 
