@@ -23,8 +23,8 @@ from keel import files as atomic_files
 from keel.analysis.audit import UNREADABLE, Audit, Finding, Progress, audit
 from keel.analysis.evaluation_audit import audit_evaluations
 from keel.config import loader
+from keel.config.commands import command_of
 from keel.config.run import Settings
-from keel.config.stages import command_of
 from keel.errors import ConfigError
 from keel.observability import metric_table
 

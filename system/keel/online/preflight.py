@@ -15,9 +15,9 @@ from keel import checkpoint, schema, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
+from keel.config.commands import COMMANDS, command_of
 from keel.config.rewards import RewardSettings
 from keel.config.run import Settings
-from keel.config.stages import COMMANDS, command_of
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading, model_files, reward_models, score_contract

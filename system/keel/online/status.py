@@ -8,7 +8,7 @@ from typing import Any
 
 from keel import checkpoint, files, reads
 from keel.config import loader
-from keel.config.stages import command_of
+from keel.config.commands import command_of
 from keel.errors import ConfigError
 
 

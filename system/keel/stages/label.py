@@ -20,8 +20,8 @@ from keel import files as atomic_files
 from keel import reads, schema
 from keel.cluster import actors
 from keel.config import loader
+from keel.config.label import LabelSettings
 from keel.config.run import Settings
-from keel.config.stages import LabelSettings
 from keel.errors import ConfigError, KeelError
 from keel.learner import forward_contract, loading
 from keel.online import preflight, text_checks

@@ -25,8 +25,8 @@ from keel import __version__, checkpoint
 from keel import files as atomic_files
 from keel.config import loader
 from keel.config.base import Section
+from keel.config.commands import COMMANDS
 from keel.config.pipeline import PipelineSettings, StageEntry
-from keel.config.stages import COMMANDS
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import from_here
 
