@@ -37,7 +37,7 @@ class WorkerLost(KeelError, RuntimeError):
 
 
 class LearnerLost(KeelError, RuntimeError):
-    """A rank died or missed its deadline, and with it the gang: it goes on from the last commit with a new one."""
+    """A learner rank died or missed its deadline; a new learner group continues from the newest checkpoint."""
 
 
 class BuildFailed(KeelError, RuntimeError):

@@ -1,14 +1,16 @@
-"""The nouns of the system: what a generator, scorer, buffer and learner promise, and what travels between them.
+"""What the components of a run promise, what travels between them, and what the controller reports to an observer.
 
 A batch travels as a `Batch`: either an Arrow record batch or a handle to one (a Ray object reference). The
-controller passes it on unseen; only the two ends open it.
+controller passes it on unopened; only the two ends open it. Nothing of Ray, torch or vLLM: in a unit test the
+components are in-process fakes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 Batch = Any
 """A pa.RecordBatch, or an opaque handle to one that the receiving end resolves."""
@@ -63,7 +65,7 @@ class LoadReceipt:
 
 @dataclass(frozen=True)
 class StageReceipt:
-    """What a stage did, in numbers: travels instead of the batch to whoever only counts."""
+    """Row, token and failure counts of one generate or score call; the driver gets this instead of the batch."""
 
     rows: int
     tokens: int
@@ -103,7 +105,7 @@ class Generator(Protocol):
     async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
         """Prompt rows in, the same rows with the generate columns appended out, in the same order."""
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
         """Take over a Weights (or a handle to one); one receipt from every generator behind this one."""
 
 
@@ -146,7 +148,7 @@ class Learner(Protocol):
 
     async def save(self, directory: str) -> None: ...
 
-    async def load(self, directory: str) -> int:
+    async def restore_checkpoint(self, directory: str) -> int:
         """Restore a checkpoint; the version it holds."""
 
     async def export(self, folder: str) -> None:
@@ -157,3 +159,56 @@ class Learner(Protocol):
 
     async def renew_reference(self, folder: str) -> None:
         """Read the reference inside the learner from this folder from now on, where there is one."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """What a run is made of. A component may stand for one worker or for many."""
+
+    generators: Generator
+    scorers: Sequence[Scorer]
+    buffer: Buffer
+    learner: Learner
+    prompts: Callable[[list[int]], pa.RecordBatch]
+    """Prompt rows of tickets."""
+    held_out: pa.RecordBatch
+    fetch: Callable[[Batch], Awaitable[pa.RecordBatch]]
+    """Bring a batch into this process: only for evaluations and the start-up test, which are small."""
+
+
+class Observer:
+    """What the controller reports to. The default ignores everything."""
+
+    def set(self, values: dict[str, Any]) -> None: ...
+
+    def add(self, values: dict[str, Any]) -> None: ...
+
+    def event(self, name: str, **fields: Any) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def step(self, step: int) -> None: ...
+
+    def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
+        """Report how many workers of a role work, how many batches wait for one, and how many workers serve."""
+
+    def tick(self) -> None:
+        """Record what is measured once a second, also while a step runs."""
+
+    def waiting_for_resources(self, name: str, asked: str, free: str) -> None:
+        """Report that a worker or the learner waits for a placement group; repeated while the wait lasts."""
+
+    def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
+        """Report that such a wait is over: the placement group was granted, or is not wanted any more."""
+
+    async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
+
+    async def checkpoint(self, step: int) -> None: ...
+
+    async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
+        """Keep the rows of a step that the learner refused."""
+
+    async def iteration(self, step: int) -> None:
+        """Make the current policy the reference."""

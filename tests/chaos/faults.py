@@ -1,7 +1,7 @@
 """The faults: each does its harm to an arena, waits until the run has got over it, and tells how long that took.
 
 A fault returns (what was hit, seconds until it was made good). "Made good" is read from the run's own files: a worker
-serves again, a gang runs again, a step is recorded. `assert` is what a fault demands of the run beyond that.
+serves again, a learner group runs again, a step is recorded. `assert` is what a fault demands of the run beyond that.
 """
 
 import json
@@ -44,8 +44,8 @@ def serves_again(arena: Arena, role: str, hit: float) -> float:
 
 
 def runs_again(arena: Arena, role: str, hit: float) -> float:
-    """Seconds until gang and buffer, both built again from the newest commit, run."""
-    running = arena.wait(lambda: arena.events(hit, "running"), "a new gang")
+    """Seconds until learner group and buffer, both built again from the newest commit, run."""
+    running = arena.wait(lambda: arena.events(hit, "running"), "a new learner group")
     assert arena.events(hit, "rebuild")
     arena.wait_for_step(running[0]["time"])
     return running[0]["time"] - hit

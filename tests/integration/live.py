@@ -24,7 +24,7 @@ Start = Callable[..., Any]
 
 
 def free_port() -> int:
-    """Of a range that no client gets a port from, nor Ray's workers or a gang; never the same one, of no other process."""
+    """Of a range that no client gets a port from, nor Ray's workers or a learner group; never the same one, of no other process."""
     while True:
         port = next(_PORTS)
         with socket.socket() as probe:

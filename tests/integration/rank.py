@@ -14,7 +14,7 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import RewardModelSettings
 from keel.errors import NotFinite
-from keel.learner.engine import Engine, join_gang
+from keel.learner.engine import Engine, join_ranks
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.learner.reward_learner import PAIR, RewardModelLearner
 from test_learner import settings
@@ -35,8 +35,8 @@ class Rank:
         if self.place[0] == 0:
             (Path(directory) / "state.json").write_text(json.dumps({"objective": self.learner.state()}))
 
-    def load(self, directory: str) -> int:
-        return self.learner.load(directory)
+    def restore_checkpoint(self, directory: str) -> int:
+        return self.learner.restore_checkpoint(directory)
 
     def tensors(self) -> dict[str, Tensor]:
         """What DeepSpeed itself says the master weights and moments are, and the parameters the model computes with."""
@@ -93,7 +93,7 @@ class Rank:
     def odd(self, stage: int, directory: str, steps: int) -> dict[str, Tensor]:
         """A module of odd sizes with a frozen part and two parameter groups: load if there is what to load, step, save."""
         by = settings(zero_stage=stage).learners
-        join_gang(by, *self.place, 60.0)
+        join_ranks(by, *self.place, 60.0)
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.Linear(7, 1))
         module[1].requires_grad_(False)
@@ -101,7 +101,7 @@ class Rank:
         engine = Engine(by, self.place[1], 10)
         engine.drive(module, torch.optim.AdamW(groups))
         loaded = (Path(directory) / "learner").exists()
-        version = engine.load(directory) if loaded else 0
+        version = engine.restore_checkpoint(directory) if loaded else 0
         for step in range(steps):
             generator = torch.Generator().manual_seed(version + step)
             loss = engine(torch.randn(4, 3, generator=generator)).square().mean()

@@ -14,7 +14,7 @@ from arms import ARMS, CRITIC_ARMS
 from keel.cluster import actors as ray_actors
 from keel.config import loader
 from keel.config.run import Settings
-from probe import Probe, meeting_point
+from probe import Probe, rendezvous
 from test_learner import rollouts, settings
 
 pytestmark = pytest.mark.slow
@@ -28,20 +28,20 @@ def configured(arm: dict[str, Any], **learners: Any) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def groups(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """(flavour, ranks) -> Probe actors; made once each."""
     folders = [Path(__file__).parent, Path(loader.__file__).parents[2]]  # where the actors find probe.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     ray_actors.embedded(num_cpus=8, object_store_memory=2**27, runtime_env=here)
     made: dict[tuple[str, int], list[Any]] = {}
 
-    def gang(flavour: str, ranks: int) -> list[Any]:
+    def group(flavour: str, ranks: int) -> list[Any]:
         for key in [key for key in made if key[0] not in ("none", flavour)]:
             for actor in made.pop(key):
                 ray.kill(actor)
         if (flavour, ranks) not in made:
             chosen = configured(CRITIC_ARMS.get(flavour, ARMS["kl"]), count=ranks, zero_stage=1)
-            address, port = meeting_point()
+            address, port = rendezvous()
             actors = [
                 ray.remote(num_cpus=1)(Probe).remote(chosen, str(tiny_model), {}, rank, ranks, address, port)
                 for rank in range(ranks)
@@ -51,13 +51,13 @@ def gangs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             made[flavour, ranks] = actors
         return made[flavour, ranks]
 
-    yield gang
+    yield group
     ray.shutdown()
 
 
-def probe(gang: list[Any], chosen: Settings) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def probe(group: list[Any], chosen: Settings) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     batch = rollouts(0)
-    return ray.get([actor.probe.remote(chosen, batch) for actor in gang])[0]
+    return ray.get([actor.probe.remote(chosen, batch) for actor in group])[0]
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -68,21 +68,21 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 STARTED: dict[str, dict[str, torch.Tensor]] = {}
 
 
-def started(gangs: Any, flavour: str, arm: dict[str, Any]) -> dict[str, torch.Tensor]:
+def started(groups: Any, flavour: str, arm: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights every step of a flavour starts from."""
     if flavour not in STARTED:
-        STARTED[flavour] = probe(gangs(flavour, 1), configured(arm, learning_rate=1e-12))[0]
+        STARTED[flavour] = probe(groups(flavour, 1), configured(arm, learning_rate=1e-12))[0]
     return STARTED[flavour]
 
 
 @pytest.mark.parametrize("name", [*ARMS, *CRITIC_ARMS])
-def test_a_step_is_the_same_however_it_is_divided(gangs: Any, name: str, tiny_model: Path) -> None:
+def test_a_step_is_the_same_however_it_is_divided(groups: Any, name: str, tiny_model: Path) -> None:
     arm = {**ARMS, **CRITIC_ARMS}[name]
     flavour = name if name in CRITIC_ARMS else "none"
-    one, metrics = probe(gangs(flavour, 1), configured(arm))
-    two, of_two = probe(gangs(flavour, 2), configured(arm, count=2))
-    small, of_small = probe(gangs(flavour, 1), configured(arm, tokens_per_batch=32, shared_prompt_tokens=0))
-    start = started(gangs, flavour, arm)
+    one, metrics = probe(groups(flavour, 1), configured(arm))
+    two, of_two = probe(groups(flavour, 2), configured(arm, count=2))
+    small, of_small = probe(groups(flavour, 1), configured(arm, tokens_per_batch=32, shared_prompt_tokens=0))
+    start = started(groups, flavour, arm)
     assert difference(one, start) > 1e-4  # the step moved the weights, so equality says something
     assert difference(one, two) < 1e-5
     assert difference(one, small) < 1e-5
@@ -93,7 +93,7 @@ def test_a_step_is_the_same_however_it_is_divided(gangs: Any, name: str, tiny_mo
 
 
 @pytest.mark.parametrize("name", ["kl", "dpo"])
-def test_log_probs_that_are_not_finite_stop_the_step_before_the_optimizer(gangs: Any, name: str) -> None:
+def test_log_probs_that_are_not_finite_stop_the_step_before_the_optimizer(groups: Any, name: str) -> None:
     """rloo sees it in its loss, dpo when it measures; neither moves a weight."""
     batch = rollouts(0)
     broken = batch.set_column(
@@ -102,6 +102,6 @@ def test_log_probs_that_are_not_finite_stop_the_step_before_the_optimizer(gangs:
         pa.array([[0, 0, 5]] * batch.num_rows, batch.schema.field("prompt_tokens").type),
     )  # the token whose embedding is broken
     (message,) = ray.get(
-        [actor.step_with_a_broken_weight.remote(configured(ARMS[name]), broken) for actor in gangs("none", 1)]
+        [actor.step_with_a_broken_weight.remote(configured(ARMS[name]), broken) for actor in groups("none", 1)]
     )
     assert message.startswith("step 1: ") and ("the loss is nan" in message or "not finite" in message)

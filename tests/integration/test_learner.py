@@ -18,7 +18,7 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.learner import weights
 from keel.learner.policy_learner import DeepSpeedLearner
-from probe import meeting_point
+from probe import rendezvous
 
 STEPS = 3
 RATE = 1e-2
@@ -108,11 +108,11 @@ def rollouts(step: int, vocabulary: int = 300) -> pa.RecordBatch:
 
 
 def train(folder: Path, ranks: int, **learners: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """Weights after STEPS steps of a gang, and what each step reported."""
+    """Weights after STEPS steps of a learner group, and what each step reported."""
     from keel.cluster import learner_group
 
     chosen = settings(count=ranks, **learners)
-    learner = learner_group.LearnerGang(chosen, str(folder))
+    learner = learner_group.LearnerGroup(chosen, str(folder))
     asyncio.run(learner.ready())
     reports = [ray.get([rank.step.remote(rollouts(step)) for rank in learner.ranks])[0] for step in range(STEPS)]
     answers = [rank.publish.options(num_returns=2).remote() for rank in learner.ranks]
@@ -185,7 +185,7 @@ def test_a_second_epoch_moves_the_ratio_and_the_clip_sees_it(small_ray: None, ti
     chosen = settings().model_copy(
         update={"objective": settings().objective.model_copy(update={"epochs": 2, "clip_low": 0.01, "clip_high": 0.01})}
     )
-    rank = learner.remote(chosen, str(tiny_model), {}, 0, 1, *meeting_point())
+    rank = learner.remote(chosen, str(tiny_model), {}, 0, 1, *rendezvous())
     report = ray.get(rank.step.remote(rollouts(0)))
     ray.kill(rank)
     assert report.metrics["clip_ratio"] > 0.05

@@ -1,6 +1,6 @@
 """Every online objective raises a simple reward in 20 steps through the whole stack: vLLM, scorers, buffer, DeepSpeed.
 
-Ray, generator and scorers are started once; each objective gets a learner gang and a buffer of its own.
+Ray, generator and scorers are started once; each objective gets a learner group and a buffer of its own.
 """
 
 import asyncio
@@ -21,8 +21,7 @@ from keel.config import loader
 from keel.config.run import Settings
 from keel.learner import loading
 from keel.online.controller import Controller
-from keel.parts import Observer, Parts
-from keel.protocols import Sampling
+from keel.protocols import Components, Observer, Sampling
 from keel.rollout.prompts import Prompts
 
 pytestmark = pytest.mark.slow
@@ -70,10 +69,10 @@ class Stack:
     async def train(self, name: str) -> list[float]:
         """Rewards of STEPS steps from the start model."""
         settings, directory = self.settings(EVERY[name]), self.folder / name
-        learner = learner_group.LearnerGang(settings, str(self.model))
+        learner = learner_group.LearnerGroup(settings, str(self.model))
         await learner.ready()
         curve = Curve()
-        parts = Parts(
+        components = Components(
             generators=self.generators,
             scorers=self.scorers,
             buffer=actors.RemoteBuffer(settings, str(directory), settings.groups_per_batch, {}),
@@ -82,7 +81,7 @@ class Stack:
             held_out=self.prompts.held_out(),
             fetch=actors.fetch,
         )
-        controller = Controller(settings, parts, self.sampling, curve)
+        controller = Controller(settings, components, self.sampling, curve)
         await controller.sync()
         await controller.run()
         learner.stop()

@@ -1,4 +1,4 @@
-"""Room for workers and gangs on a cluster of two nodes: granted, waited for, given back, refused. No model in them."""
+"""Room for workers and learner groups on a cluster of two nodes: granted, waited for, given back, refused. No model in them."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ import keel as package
 import test_pool
 from keel.cluster import learner_group, placement
 from keel.cluster.capacity import bundles
-from keel.cluster.placement import Room
+from keel.cluster.placement import Placement
 from keel.cluster.pool import NoWorkers, Pool
 from keel.cluster.worker import Spawn
 from keel.config.workers import DeadlineSettings, GeneratorSettings, LearnerSettings, WorkerSettings
@@ -78,11 +78,11 @@ class Waits(Log):
         super().__init__()
         self.told: list[tuple[str, ...]] = []
 
-    def waiting_for_room(self, *said: str) -> None:
+    def waiting_for_resources(self, *said: str) -> None:
         self.told.append(said)
 
-    def waited_for_room(self, who: str, seconds: float, *, found: bool) -> None:
-        self.told.append((who, "found" if found else "gave up"))
+    def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
+        self.told.append((name, "found" if granted else "gave up"))
 
 
 def pool_of(
@@ -102,7 +102,7 @@ def impatient(seconds: float) -> DeadlineSettings:
     return DeadlineSettings(**{**LIMITS.model_dump(), "room_seconds": seconds})
 
 
-async def test_a_worker_comes_when_somebody_elses_room_is_given_back() -> None:
+async def test_a_worker_comes_when_somebody_elses_resources_is_given_back() -> None:
     other = placement_group([{"CPU": 3.0}])
     await other.ready()
     log = Waits()
@@ -125,7 +125,7 @@ async def test_where_nobody_serves_the_wait_ends_and_says_for_what() -> None:
     pool = pool_of(1, WorkerSettings(threads=2, gpus=1, resources={"fast": 1}), log, impatient(3.0))
     with pytest.raises(
         NoWorkers,
-        match=r"generator-0 waited [3-9] s for room \(2 CPUs and 1 GPU and 1 fast\) and nobody else serves;"
+        match=r"generator-0 waited [3-9] s for resources \(2 CPUs and 1 GPU and 1 fast\) and nobody else serves;"
         r" free are 2, 2 CPUs and 0, 0 GPUs and 2, 0 fast on 2 nodes",
     ):
         await pool.ready()
@@ -193,12 +193,12 @@ async def test_a_worker_that_was_to_retire_when_the_pool_ends_is_ended_with_it()
     assert pool.serving == 0
 
 
-def test_a_driver_that_is_killed_leaves_no_room_behind(cluster: Cluster) -> None:
+def test_a_driver_that_is_killed_leaves_no_resources_behind(cluster: Cluster) -> None:
     code = (
-        "import ray, time; from keel.cluster.placement import Room\n"
+        "import ray, time; from keel.cluster.placement import Placement\n"
         f"ray.init({cluster.address!r}, log_to_driver=False, logging_level='ERROR')\n"
-        "rooms = [Room([{'CPU': 1.0}] * 2, 'PACK'), Room([{'CPU': 9.0}], 'PACK')]\n"
-        "ray.get(rooms[0].group.ready()); print('here', flush=True); time.sleep(60)"
+        "placements = [Placement([{'CPU': 1.0}] * 2, 'PACK'), Placement([{'CPU': 9.0}], 'PACK')]\n"
+        "ray.get(placements[0].group.ready()); print('here', flush=True); time.sleep(60)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None and driver.stdout.readline() == "here\n"
@@ -218,10 +218,10 @@ class Rank:
         return ray.get_runtime_context().get_node_id(), self.port
 
 
-async def test_a_gang_goes_where_its_resources_are_and_tells_what_it_waits_for() -> None:
+async def test_a_rank_group_goes_where_its_resources_are_and_tells_what_it_waits_for() -> None:
     learners = LearnerSettings(count=2, threads=2, resources={"fast": 1})
-    found = await learner_group.largest_room(learners, 2, 60.0, 60.0)
-    ranks = learner_group.Gang(Rank, learners, room=found)
+    found = await learner_group.largest_placement(learners, 2, 60.0, 60.0)
+    ranks = learner_group.RankGroup(Rank, learners, placement=found)
     await ranks.ready()
     (with_gpus,) = [node["NodeID"] for node in ray.nodes() if "GPU" in node["Resources"]]
     assert [node for node, _ in await asyncio.gather(*(each.where.remote() for each in ranks.ranks))] == [with_gpus] * 2
@@ -231,7 +231,7 @@ async def test_a_gang_goes_where_its_resources_are_and_tells_what_it_waits_for()
         match=r"no node has room for one learner rank \(2 CPUs and 1 fast\); waited [1-9] s;"
         r" free are 2, 0 CPUs and 0, 0 fast on 2 nodes",
     ):
-        await learner_group.largest_room(learners, 1, 1.0, 1.0, log)
+        await learner_group.largest_placement(learners, 1, 1.0, 1.0, log)
     assert log.told[0] == ("the learner", "2 CPUs and 1 fast", "free are 2, 0 CPUs and 0, 0 fast on 2 nodes")
     ranks.stop()
     found.release()
@@ -251,7 +251,7 @@ class Engine:
             for bundle in places
         ]
 
-    def load(self, version: int) -> None: ...
+    def load_weights(self, version: int) -> None: ...
 
     def where(self) -> tuple[Any, list[Any]]:
         return place_and_gpus(), ray.get([worker.where.remote() for worker in self.workers])
@@ -288,7 +288,7 @@ async def test_vllm_accepts_the_bundles_of_a_tensor_parallel_generator() -> None
     from vllm.v1.executor.ray_utils import get_bundles_for_indices
 
     settings = GeneratorSettings(threads=2, gpus=1, tensor_parallel=4)
-    taken = Room(bundles(settings), "STRICT_PACK")
+    taken = Placement(bundles(settings), "STRICT_PACK")
     assert await taken.granted(60.0)
     indices = [int(each) for each in generator.environment(settings)["VLLM_RAY_BUNDLE_INDICES"].split(",")]
     ranks = generator.engine_arguments("folder", settings, 128)["tensor_parallel_size"]

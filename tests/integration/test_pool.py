@@ -1,4 +1,4 @@
-"""Pools and gangs of Ray actors under deaths, hangs, garbage, failed loads, scaling and want of room. No model in them."""
+"""Pools and rank groups of Ray actors under deaths, hangs, garbage, failed loads, scaling and want of room. No model in them."""
 
 import asyncio
 import os
@@ -16,8 +16,7 @@ from keel.cluster.pool import NoWorkers, Pool
 from keel.cluster.worker import Spawn
 from keel.config.workers import DeadlineSettings, LearnerSettings, WorkerSettings
 from keel.errors import LearnerLost, NotFinite, WorkerLost
-from keel.parts import Observer
-from keel.protocols import LoadReceipt
+from keel.protocols import LoadReceipt, Observer
 from keel.schema import ContractError
 
 LIMITS = DeadlineSettings(start_seconds=60, generate_seconds=20, score_seconds=20, step_seconds=20, load_seconds=20)
@@ -40,7 +39,7 @@ class Worker:
         if broken:
             raise RuntimeError(broken)
 
-    def load(self, version: int) -> LoadReceipt:
+    def load_weights(self, version: int) -> LoadReceipt:
         if version < 0:
             raise ValueError(f"weights version {version}: wrong digest")
         self.version = version
@@ -103,7 +102,7 @@ async def test_a_lost_worker_is_replaced_by_one_with_the_newest_weights(
     log = Log()
     pool = pool_of(1, log)
     await pool.ready()
-    await pool.load(7)
+    await pool.load_weights(7)
     with pytest.raises(WorkerLost, match=reason):
         await ask(pool, *order, deadline=deadline)
     assert await ask(pool) == (0, 7)  # waited for the new one, which had loaded
@@ -116,12 +115,12 @@ async def test_a_lost_worker_is_replaced_by_one_with_the_newest_weights(
 async def test_others_serve_while_a_lost_worker_comes_back() -> None:
     pool = pool_of(2)
     await pool.ready()
-    await pool.load(1)
+    await pool.load_weights(1)
     with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     assert [await ask(pool) for _ in range(4)] == [(1, 1)] * 4
     assert pool.serving == 1, "nobody waited for the other"
-    await pool.load(2)  # also while one is coming up
+    await pool.load_weights(2)  # also while one is coming up
     async with asyncio.timeout(60):
         while pool.serving < 2:
             await asyncio.sleep(0.05)
@@ -142,7 +141,7 @@ async def test_weights_that_nobody_can_load_end_the_pool_with_the_reason() -> No
     pool = pool_of(2)
     await pool.ready()
     with pytest.raises(NoWorkers, match="weights version -1: wrong digest"):
-        await pool.load(-1)
+        await pool.load_weights(-1)
     pool.stop()
 
 
@@ -156,11 +155,11 @@ async def test_workers_that_cannot_be_built_say_why_at_once() -> None:
 async def test_a_pool_grows_and_shrinks_without_losing_a_call() -> None:
     pool = pool_of(1, by_ticket=False)
     await pool.ready()
-    await pool.load(3)
+    await pool.load_weights(3)
     pool.resize(3)
     assert await ask(pool) == (0, 3)  # nobody waits for the new ones
     await asyncio.gather(*pool._coming.values())
-    receipts = await pool.load(4)
+    receipts = await pool.load_weights(4)
     assert [receipt.version for receipt in receipts] == [4, 4, 4]
     calls = [asyncio.create_task(ask(pool, "", 0.5)) for _ in range(3)]
     await asyncio.sleep(0.1)
@@ -173,7 +172,7 @@ async def test_a_pool_grows_and_shrinks_without_losing_a_call() -> None:
     pool.stop()
 
 
-async def test_more_workers_than_there_is_room_for_are_pending_and_come_when_there_is() -> None:
+async def test_more_workers_than_there_is_resources_for_are_pending_and_come_when_there_is() -> None:
     log = Log()
     pool = pool_of(3, log, cpus=2, patience_seconds=15.0)
     await pool.ready()
@@ -221,11 +220,11 @@ class Rank:
         (["broken collective", "broken collective"], RuntimeError, "Connection closed by peer"),
     ],
 )
-async def test_a_gang_tells_a_lost_rank_from_an_error_of_its_own(
+async def test_a_rank_group_tells_a_lost_rank_from_an_error_of_its_own(
     orders: list[str], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learner_group, "_GRACE_SECONDS", 3 if "hang" in orders else 60)
-    ranks = learner_group.Gang(Rank, LearnerSettings(count=2, threads=1))
+    ranks = learner_group.RankGroup(Rank, LearnerSettings(count=2, threads=1))
     await ranks.ready()
     first, (count, _, port) = await ranks.call("step", ["", ""])
     assert (first, count) == (0, 2) and 20_000 <= port < 32_000
@@ -234,17 +233,17 @@ async def test_a_gang_tells_a_lost_rank_from_an_error_of_its_own(
     ranks.stop()
 
 
-async def test_a_gang_takes_the_room_there_is() -> None:
+async def test_a_rank_group_takes_the_resources_there_is() -> None:
     learners = LearnerSettings(count=3, threads=2)
-    room = await learner_group.largest_room(learners, 3, seconds=1.0, last_seconds=1.0)
-    assert room.ranks == 2  # of four CPUs
-    ranks = learner_group.Gang(Rank, learners, room=room)
+    placement = await learner_group.largest_placement(learners, 3, seconds=1.0, last_seconds=1.0)
+    assert placement.ranks == 2  # of four CPUs
+    ranks = learner_group.RankGroup(Rank, learners, placement=placement)
     await ranks.ready()
     assert (await ranks.call("step", ["", ""]))[1][0] == 2
     with pytest.raises(LearnerLost, match=r"no node has room for one learner rank \(2 CPUs\)"):
-        await learner_group.largest_room(learners, 1, seconds=0.5, last_seconds=0.5)
+        await learner_group.largest_placement(learners, 1, seconds=0.5, last_seconds=0.5)
     ranks.stop()
-    room.release()
-    again = await learner_group.largest_room(learners, 2, seconds=10.0, last_seconds=10.0)
+    placement.release()
+    again = await learner_group.largest_placement(learners, 2, seconds=10.0, last_seconds=10.0)
     assert again.ranks == 2
     again.release()

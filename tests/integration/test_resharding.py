@@ -16,7 +16,7 @@ from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import NotFinite
-from probe import meeting_point
+from probe import rendezvous
 from rank import Rank
 from test_learner import rollouts, settings
 
@@ -29,7 +29,7 @@ class Ranks:
     """Every call goes to all ranks; rank 0 answers."""
 
     def __init__(self, folder: Path, ranks: int) -> None:
-        place = (ranks, *meeting_point())
+        place = (ranks, *rendezvous())
         self.actors = [ray.remote(num_cpus=1)(Rank).remote(str(folder), rank, *place) for rank in range(ranks)]
 
     def __call__(self, method: str, *arguments: Any) -> Any:
@@ -46,7 +46,7 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def gangs(tiny_model: Path) -> Iterator[dict[int, Ranks]]:
+def groups(tiny_model: Path) -> Iterator[dict[int, Ranks]]:
     folders = [Path(__file__).parent, Path(loader.__file__).parents[2]]  # where the actors find rank.py and this keel
     here = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, folders))}}
     actors.embedded(num_cpus=4, object_store_memory=2**27, runtime_env=here)
@@ -87,14 +87,14 @@ def distance(one: Tensors, other: Tensors) -> float:
     ],
 )
 def test_one_rank_to_two_and_back_is_the_run_that_never_moved(
-    gangs: dict[int, Ranks],
+    groups: dict[int, Ranks],
     tmp_path: Path,
     stage: int,
     precision: str,
     arm: dict[str, Any] | None,
     tolerance: float,
 ) -> None:
-    one, two = gangs[1], gangs[2]
+    one, two = groups[1], groups[2]
     chosen = {ranks: configured(arm, zero_stage=stage, precision=precision, count=ranks) for ranks in (1, 2)}
     one("begin", chosen[1])
     for step in range(3):
@@ -106,13 +106,13 @@ def test_one_rank_to_two_and_back_is_the_run_that_never_moved(
     way = distance(at_three, at_ten)
     assert way > 1e-1  # the steps moved the weights, so equality says something
 
-    assert one("load", str(tmp_path / "a")) == 3  # into a learner that has stepped
+    assert one("restore_checkpoint", str(tmp_path / "a")) == 3  # into a learner that has stepped
     again = [one("step", rollouts(step)) for step in range(3, 10)]
     assert [metrics["loss"] for metrics in again] == [metrics["loss"] for metrics in stayed]
     assert same(one("tensors"), at_ten)
 
     two("begin", chosen[2])
-    assert two("load", str(tmp_path / "a")) == 3  # into a new one
+    assert two("restore_checkpoint", str(tmp_path / "a")) == 3  # into a new one
     assert same(two("tensors"), at_three)
     for step in (3, 4):
         two("step", rollouts(step))
@@ -120,7 +120,7 @@ def test_one_rank_to_two_and_back_is_the_run_that_never_moved(
     at_five = two("tensors")
 
     one("begin", chosen[1])
-    assert one("load", str(tmp_path / "b")) == 5
+    assert one("restore_checkpoint", str(tmp_path / "b")) == 5
     assert same(one("tensors"), at_five)
     moved = [one("step", rollouts(step)) for step in range(5, 10)]
     assert [m["learning_rate"] for m in moved] == [m["learning_rate"] for m in stayed[2:]]
@@ -129,12 +129,12 @@ def test_one_rank_to_two_and_back_is_the_run_that_never_moved(
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_odd_sizes_frozen_parameters_and_groups(gangs: dict[int, Ranks], tmp_path: Path, stage: int) -> None:
+def test_odd_sizes_frozen_parameters_and_groups(groups: dict[int, Ranks], tmp_path: Path, stage: int) -> None:
     """Uneven parts on two ranks; what is frozen is not in the files; any stage reads what any stage wrote."""
-    saved = gangs[1]("odd", stage, str(tmp_path), 2)
+    saved = groups[1]("odd", stage, str(tmp_path), 2)
     assert not any(name.startswith("weight/1.") for name in saved)
-    assert same(gangs[2]("odd", stage % 3 + 1, str(tmp_path), 0), saved)
-    expected, got = gangs[1]("odd", stage, str(tmp_path), 2), gangs[2]("odd", stage, str(tmp_path), 2)
+    assert same(groups[2]("odd", stage % 3 + 1, str(tmp_path), 0), saved)
+    expected, got = groups[1]("odd", stage, str(tmp_path), 2), groups[2]("odd", stage, str(tmp_path), 2)
     assert distance(expected, got) < 1e-6 < distance(expected, saved)
 
 
@@ -142,46 +142,46 @@ def test_odd_sizes_frozen_parameters_and_groups(gangs: dict[int, Ranks], tmp_pat
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_that_is_not_finite_leaves_no_trace(
-    gangs: dict[int, Ranks], stage: int, precision: str, ranks: int
+    groups: dict[int, Ranks], stage: int, precision: str, ranks: int
 ) -> None:
     """One rank spoils it, all refuse it; the next step is the one that a learner without the accidents takes."""
-    gang = gangs[ranks]
-    gang("begin", configured(zero_stage=stage, precision=precision, count=ranks))
-    gang("step", rollouts(0))
-    before, state = gang("tensors"), gang("state")
+    group = groups[ranks]
+    group("begin", configured(zero_stage=stage, precision=precision, count=ranks))
+    group("step", rollouts(0))
+    before, state = group("tensors"), group("state")
     for what in ("gradient", "loss"):
-        gang("spoil", what)
-        for refusal in gang.refusals(1):
+        group("spoil", what)
+        for refusal in group.refusals(1):
             assert isinstance(refusal, FloatingPointError) and not refusal.weights_moved
             loss, norm = re.findall(r"step 2: the loss is (\S+), the gradient norm (\S+);", str(refusal))[0]
             assert norm == "inf" and math.isfinite(float(loss)) == (what == "gradient")
-        gang("mend")
-        assert same(gang("tensors"), before) and gang("state") == state
-    after = gang("step", rollouts(2))
-    weights = gang("tensors")
-    gang("begin", configured(zero_stage=stage, precision=precision, count=ranks))
-    gang("step", rollouts(0))
-    undisturbed = gang("step", rollouts(2))
-    assert after["loss"] == undisturbed["loss"] and same(weights, gang("tensors"))
+        group("mend")
+        assert same(group("tensors"), before) and group("state") == state
+    after = group("step", rollouts(2))
+    weights = group("tensors")
+    group("begin", configured(zero_stage=stage, precision=precision, count=ranks))
+    group("step", rollouts(0))
+    undisturbed = group("step", rollouts(2))
+    assert after["loss"] == undisturbed["loss"] and same(weights, group("tensors"))
 
 
-def test_a_refused_second_update_says_that_the_weights_moved(gangs: dict[int, Ranks]) -> None:
+def test_a_refused_second_update_says_that_the_weights_moved(groups: dict[int, Ranks]) -> None:
     """And the objective's running numbers are those of before the step."""
-    gang = gangs[1]
-    gang("begin", configured(CRITIC_ARMS["eapo"]))
-    gang("step", rollouts(0))
-    before, state = gang("tensors"), gang("state")
+    group = groups[1]
+    group("begin", configured(CRITIC_ARMS["eapo"]))
+    group("step", rollouts(0))
+    before, state = group("tensors"), group("state")
     assert '"popart"' in state[1]
-    gang("spoil", "loss", 2)
-    (refusal,) = gang.refusals(1)
+    group("spoil", "loss", 2)
+    (refusal,) = group.refusals(1)
     assert refusal.weights_moved
-    gang("mend")
-    assert gang("state") == state and distance(gang("tensors"), before) > 1e-4
+    group("mend")
+    assert group("state") == state and distance(group("tensors"), before) > 1e-4
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_learner_of_reward_models_refuses_alike(gangs: dict[int, Ranks], ranks: int) -> None:
-    answers = ray.get([actor.refuse_pairs.remote() for actor in gangs[ranks].actors])
+def test_the_learner_of_reward_models_refuses_alike(groups: dict[int, Ranks], ranks: int) -> None:
+    answers = ray.get([actor.refuse_pairs.remote() for actor in groups[ranks].actors])
     for message, unchanged, version in answers:
         assert message.startswith("step 2: the loss is 0.") and "the gradient norm inf" in message
         assert unchanged and version == 1

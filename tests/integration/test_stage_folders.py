@@ -131,7 +131,7 @@ def answers(work: Work) -> dict[str, Any]:
 
 
 def token_rows(folder: Path) -> list[tuple[list[int], int]]:
-    text = reward_models.load(folder).text
+    text = reward_models.load_reward_model(folder).text
     return [row for row in map(text.tokens, ANSWERS) if row]
 
 
@@ -161,7 +161,7 @@ def test_transformers_loads_a_reward_model(work: Work, name: str) -> None:
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and model.config.num_labels == 1, info
-    own = reward_models.load(folder)
+    own = reward_models.load_reward_model(folder)
     inputs = own.padded(token_rows(folder))
     with torch.no_grad():
         places = torch.arange(inputs[0].shape[1])
@@ -187,7 +187,7 @@ def test_vllm_says_what_transformers_says(work: Work, answers: dict[str, Any], n
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_vllm_scores_like_keel(work: Work, answers: dict[str, Any], name: str) -> None:
-    own = reward_models.load(work.model(name))
+    own = reward_models.load_reward_model(work.model(name))
     expected = [score + own.offset for score in own.scores(ANSWERS)]
     assert len(set(expected)) == len(ANSWERS)
     assert answers[name] == pytest.approx(expected, abs=1e-3)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from keel.cluster import actors
-from keel.cluster.learner_group import Gang, LearnerGang
+from keel.cluster.learner_group import LearnerGroup, RankGroup
 from keel.config import loader
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.learner import reward_models
@@ -116,7 +116,7 @@ def logprob(model: Any, tokenizer: Any, prompt: str, completion: str) -> tuple[t
     return logits.log_softmax(-1)[torch.arange(len(after)), torch.tensor(after)].sum(), len(after)
 
 
-def gang_losses(learner: Gang, batches: list[Any], name: str, member: int | None = None) -> list[float]:
+def group_losses(learner: RankGroup, batches: list[Any], name: str, member: int | None = None) -> list[float]:
     async def steps() -> list[Any]:
         await learner.ready()
         if member is not None:
@@ -137,7 +137,7 @@ def test_supervised_steps_are_those_of_a_plain_loop(
     tree = blocks(tmp_path, tiny_model, source, **learners)
     prepared = policy.prepare(loader.parse_as(SupervisedSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
-    own = gang_losses(LearnerGang(prepared.learning, prepared.folder), batches, "loss")
+    own = group_losses(LearnerGroup(prepared.learning, prepared.folder), batches, "loss")
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -186,7 +186,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     reads = ReferenceLogprobs.read(prepared.learning, prepared.reference_folder or "", prepared.rows, Quiet())
     table = asyncio.run(reads)
     completed = [table.append(batch) for batch in batches]
-    own = gang_losses(LearnerGang(prepared.learning, prepared.folder), completed, "preference_loss")
+    own = group_losses(LearnerGroup(prepared.learning, prepared.folder), completed, "preference_loss")
 
     def loss(step: int) -> torch.Tensor:
         pairs = list(zip(*(batches[step].column(name).to_pylist() for name in ("prompt", "completion")), strict=True))
@@ -211,8 +211,8 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
     tree |= {"margin": 0.2, "label_smoothing": 0.05, "center_penalty": 0.01}
     prepared = reward.prepare(loader.parse_as(RewardModelSettings, tree))
     batches = [prepared.rows.step(version, member=0) for version in range(STEPS)]
-    learner = Gang(RewardModelLearner, prepared.settings.learners, prepared.settings, prepared.folder, STEPS)
-    own = gang_losses(learner, batches, "loss", member=0)
+    learner = RankGroup(RewardModelLearner, prepared.settings.learners, prepared.settings, prepared.folder, STEPS)
+    own = group_losses(learner, batches, "loss", member=0)
 
     start = reward_models.start(Path(prepared.folder), "float32", 64, seed=0)
     start.model.save_pretrained(tmp_path / "start")

@@ -16,8 +16,7 @@ from keel import schema
 from keel.config import loader
 from keel.config.run import Settings
 from keel.online.controller import Controller
-from keel.parts import Observer, Parts
-from keel.protocols import LoadReceipt, Sampling, StageReceipt, StepReport
+from keel.protocols import Components, LoadReceipt, Observer, Sampling, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=5, stop_token_ids=(1,))
@@ -85,7 +84,7 @@ class FakeGenerator:
         self.log.append(("evaluated" if held_out else "generated", *([] if held_out else tickets), version))
         return rollouts.generated(prompts, version), StageReceipt(prompts.num_rows, 10, 0.5, "generator")
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
         version, digest = weights
         assert version == self.version + 1 or version == self.version == 0
         await many_turns()
@@ -149,7 +148,7 @@ class FakeLearner:
     async def save(self, directory: str) -> None:
         raise AssertionError("checkpoints are the observer's")
 
-    async def load(self, directory: str) -> int:
+    async def restore_checkpoint(self, directory: str) -> int:
         raise AssertionError("nothing to resume here")
 
 
@@ -223,7 +222,7 @@ class Run:
             taken=taken,
             next_ticket=taken,
         )
-        parts = Parts(
+        components = Components(
             generators=self.generator,
             scorers=[self.scorer],
             buffer=self.buffer,
@@ -232,7 +231,7 @@ class Run:
             held_out=rollouts.prompts(range(HELD_OUT), samples=1),
             fetch=self._fetch,
         )
-        self.controller = Controller(settings, parts, SAMPLING, self.observer, version)
+        self.controller = Controller(settings, components, SAMPLING, self.observer, version)
 
     async def _fetch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         await a_turn()

@@ -18,7 +18,7 @@ from prompt_files import PLAIN, jsonl
 STEPS = 4
 
 
-class FakeGang(FakeOfflineLearner):
+class FakeRankGroup(FakeOfflineLearner):
     """A gang that trains one member after the other; rows are checked by what they hold."""
 
     def __init__(self, losses: list[float], killed: tuple[int, int] | None = None) -> None:
@@ -75,8 +75,8 @@ class Stage:
         self.judged.append([(folder / "weights").read_text() for folder in folders])
         return {"pairs": 3}
 
-    async def train(self, gang: FakeGang) -> dict[str, Any]:
-        self.monkeypatch.setattr(reward.learner_group, "Gang", lambda *arguments: gang)
+    async def train(self, group: FakeRankGroup) -> dict[str, Any]:
+        self.monkeypatch.setattr(reward.learner_group, "RankGroup", lambda *arguments: group)
         prepared = Prepared(self.settings, self.directory, "m", self.rows, [], STEPS)
         self.metrics = RunMetrics("test", self.directory / "metrics.jsonl")
         return await reward._train(prepared, self.metrics, Listener(), 0.0)

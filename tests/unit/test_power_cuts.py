@@ -27,7 +27,7 @@ from keel.stages import label, offline_loop
 from keel.stages import policy as policy_stage
 from offline_runs import FakeOfflineLearner, Listener, offline_run_of
 from power import MODELS, Disk, Model
-from reward_stages import LOSSES, FakeGang, Stage
+from reward_stages import LOSSES, FakeRankGroup, Stage
 from runs import Writer, settings
 
 FILES = ("config.json", "tokenizer.json", "model.safetensors")
@@ -185,7 +185,7 @@ def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model,
             assert model_of(found / "model") == str(done["model_step"]), moment.operation
 
 
-class PoweredGang(FakeGang):
+class PoweredRankGroup(FakeRankGroup):
     def _export(self, folder: str) -> None:
         super()._export(folder)
         write_model(Path(folder), f"{self.member} {self.version}")
@@ -201,7 +201,7 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     disk = Disk(scratch / "disk")
     with disk.followed():
         files.sync_tree(stage.directory.parent)  # the rows, and the folder that stages.conduct makes
-        await stage.train(PoweredGang(LOSSES))
+        await stage.train(PoweredRankGroup(LOSSES))
     expected = [f"{member} 4" for member in range(members)]
     seen = set()
     for moment in disk.moments:

@@ -65,11 +65,11 @@ async def _replay(
     prepared: Prepared, start: int, rows: list[pa.RecordBatch], display: Display
 ) -> tuple[Mapping[str, Any], str | None]:
     settings, directory = prepared.settings, prepared.directory
-    learner = learner_group.LearnerGang(settings, prepared.policy_folder, prepared.learner_folders)
+    learner = learner_group.LearnerGroup(settings, prepared.policy_folder, prepared.learner_folders)
     async with asyncio.timeout(settings.deadlines.start_seconds + settings.deadlines.step_seconds):
         await learner.ready()
         if start:
-            await learner.load(str(checkpoint.folder_of(directory, start)))
+            await learner.restore_checkpoint(str(checkpoint.folder_of(directory, start)))
     metrics: Mapping[str, Any] = {}
     for version, batch in enumerate(rows, start):
         display.note(f"step {version + 1} from version {version}")

@@ -18,7 +18,6 @@ from keel.config.commands import COMMANDS, command_of
 from keel.errors import ConfigError
 from keel.observability.console import console, errors
 from keel.online import status as run_status
-from keel.online import stopping
 
 if TYPE_CHECKING:
     from keel.cluster.jobs import Attempt, Submission
@@ -142,7 +141,7 @@ def stop(
     if now:
         _stop_now(where, run, as_json)
         return
-    found = _stop_there(where, run) if where else stopping.stop(Path(run))
+    found = _stop_there(where, run) if where else run_status.stop(Path(run))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

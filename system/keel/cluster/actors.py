@@ -1,8 +1,8 @@
-"""A run's actors on Ray behind the protocols of `protocols.py`; pool.py, gang.py and control.py know Ray, too.
+"""A run's actors on Ray behind the protocols of `protocols.py`; pool.py, learner_group.py and control.py know Ray, too.
 
     driver --prompts--> Pool(generators) --ref--> Pool(reference) --ref--> Pool(scorers) --ref--> buffer actor
       ^ receipts, reports (small)                                                                    | ref
-      +------------------------------- Gang(learner ranks), gang.py <-------------------------------+
+      +------------------------------- RankGroup(learner ranks) <------------------------------+
 
 Every stage method returns (batch, receipt): the driver awaits the small receipt and passes the reference on, so bytes
 go actor -> object store -> actor.
@@ -31,8 +31,7 @@ from keel.cluster.worker import Spawn
 from keel.config.run import Settings
 from keel.config.workers import ClusterSettings
 from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
-from keel.parts import Observer
-from keel.protocols import AddReceipt, Batch, LoadReceipt, Sampling, StageReceipt
+from keel.protocols import AddReceipt, Batch, LoadReceipt, Observer, Sampling, StageReceipt
 from keel.rollout.buffer import RolloutBuffer
 from keel.rollout.generator import VllmGenerator
 from keel.rollout.scorers import ReferenceScorer, RewardScorer
@@ -171,8 +170,8 @@ class GeneratorPool:
         given = self.given(prompts) if self.given else None
         return await self.pool.call("generate", prompts, sampling, given, deadline=self.deadline)
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
-        return await self.pool.load(weights)
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
+        return await self.pool.load_weights(weights)
 
 
 class ScorerPool:

@@ -1,6 +1,6 @@
 """Learner ranks as Ray actors that move together: every call goes to all, rank 0 answers; one lost, all lost.
 
-Room (room.py) -> a port on rank 0's node -> ranks -> call ... call -> LearnerLost: stop, and a new gang at a new port
+placement group -> port on rank 0's node -> ranks -> call ... call -> LearnerLost: stop, then a new learner group
 """
 
 import asyncio
@@ -11,80 +11,81 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.cluster.capacity import bundles
-from keel.cluster.placement import Room, Wait
+from keel.cluster.placement import Placement, PlacementWait
 from keel.cluster.ray_errors import GONE, cause_of, init_failed
-from keel.cluster.rendezvous import MeetingPoint
+from keel.cluster.rendezvous import Rendezvous
 from keel.config.run import Settings
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
-from keel.parts import Observer
-from keel.protocols import Batch, LoadReceipt, StepReport
+from keel.protocols import Batch, LoadReceipt, Observer, StepReport
 from keel.text import last_line
 
 _GRACE_SECONDS = 15
 """Between the first error of a rank and the others': a dead rank makes the rest fail, and is noticed last."""
 
 
-def room_for(learners: LearnerSettings, ranks: int) -> Room:
-    """Room for a gang: its ranks need not be on one node."""
-    return Room(bundles(learners) * ranks, "PACK")
+def placement_for(learners: LearnerSettings, ranks: int) -> Placement:
+    """Room for a learner group: its ranks need not be on one node."""
+    return Placement(bundles(learners) * ranks, "PACK")
 
 
-async def largest_room(
+async def largest_placement(
     learners: LearnerSettings, ranks: int, seconds: float, last_seconds: float, observer: Observer | None = None
-) -> Room:
+) -> Placement:
     """Room for `ranks`; after so many seconds without it, for as many as there is room.
 
     For one rank it waits `last_seconds`: a cluster may be growing. Raises LearnerLost then.
     """
     for count in range(ranks, 0, -1):
-        room = room_for(learners, count)
+        placement = placement_for(learners, count)
         patience = last_seconds if count == 1 else seconds if count == ranks else 5.0
         try:
-            with Wait(room, "the learner", observer or Observer()) as wait:
+            with PlacementWait(placement, "the learner", observer or Observer()) as wait:
                 if await wait.granted(patience):
-                    return room
+                    return placement
         except asyncio.CancelledError:
-            room.release()
+            placement.release()
             raise
-        asked, free = room.asked(), room.free()
-        room.release()
+        asked, free = placement.asked(), placement.free()
+        placement.release()
     raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {last_seconds:.0f} s; {free}")
 
 
-class Gang:
+class RankGroup:
     """Ranks of one class. `arguments` come before rank, ranks, address and port in its constructor."""
 
-    def __init__(self, actor_class: type, learners: LearnerSettings, *arguments: Any, room: Room | None = None) -> None:
-        self.room = room or room_for(learners, learners.count)
-        self._own_room = room is None
+    def __init__(
+        self, actor_class: type, learners: LearnerSettings, *arguments: Any, placement: Placement | None = None
+    ) -> None:
+        self.placement = placement or placement_for(learners, learners.count)
+        self._owns_placement = placement is None
         self._actor_class, self._arguments = actor_class, arguments
         self.ranks: list[Any] = []
 
     async def ready(self) -> None:
         """The room is granted and all ranks have met there."""
-        await self.room.granted()
-        meeting = self.room.beside(MeetingPoint).remote()
+        await self.placement.granted()
+        rendezvous = self.placement.beside(Rendezvous).remote()
         try:
-            address, port = await _met(meeting)
-            for rank in range(self.room.ranks):
-                actor = self.room.place(self._actor_class, rank)
-                self.ranks.append(actor.remote(*self._arguments, rank, self.room.ranks, address, port))
+            address, port = await _met(rendezvous)
+            for rank in range(self.placement.ranks):
+                actor = self.placement.place(self._actor_class, rank)
+                self.ranks.append(actor.remote(*self._arguments, rank, self.placement.ranks, address, port))
             await self._all("start", [rank.__ray_ready__.remote() for rank in self.ranks])
         finally:
-            ray.kill(meeting, no_restart=True)  # rank 0 listens there now, or nobody will
+            ray.kill(rendezvous, no_restart=True)  # rank 0 listens there now, or nobody will
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """The method on every rank; rank 0's answer. Raises LearnerLost, or what the ranks raised."""
         return (await self._all(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
 
     def stop(self) -> None:
-        """End all ranks: what comes next needs their memory. Room that was given to the gang is the giver's."""
+        """End all ranks to free their memory. A placement group that the caller passed in stays the caller's."""
         for rank in self.ranks:
             ray.kill(rank, no_restart=True)
-        if self._own_room:
-            self.room.release()
+        if self._owns_placement:
+            self.placement.release()
 
     async def _all(self, method: str, references: list[Any]) -> list[Any]:
         """Answers of all ranks; the first error ends the wait."""
@@ -113,10 +114,10 @@ class Gang:
         return [answer.result() for answer in answers]
 
 
-async def _met(meeting: Any) -> tuple[str, int]:
-    """Where the ranks of a gang are to find each other. Raises LearnerLost, and BuildFailed where no port is free."""
+async def _met(rendezvous: Any) -> tuple[str, int]:
+    """Address and port for the ranks of a learner group. Raises LearnerLost, or BuildFailed where no port is free."""
     try:
-        return await meeting.where.remote()
+        return await rendezvous.where.remote()
     except GONE as error:
         if init_failed(error):
             raise BuildFailed(f"the ranks have no place to meet: {last_line(str(error))}") from error
@@ -130,14 +131,18 @@ async def _answer(reference: Any) -> Any:
         raise cause_of(error) from error
 
 
-class LearnerGang(Gang):
+class LearnerGroup(RankGroup):
     """A Learner made of ranks."""
 
     def __init__(
-        self, settings: Settings, folder: str, others: Mapping[str, str] | None = None, room: Room | None = None
+        self,
+        settings: Settings,
+        folder: str,
+        others: Mapping[str, str] | None = None,
+        placement: Placement | None = None,
     ) -> None:
         """`others`: folders of models beside the policy in the learner: reference, teacher, critic."""
-        super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}), room=room)
+        super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}), placement=placement)
 
     async def step(self, batch: Batch) -> StepReport:
         return await self.call("step", batch)
@@ -153,8 +158,8 @@ class LearnerGang(Gang):
     async def save(self, directory: str) -> None:
         await self.call("save", directory)
 
-    async def load(self, directory: str) -> int:
-        return await self.call("load", directory)
+    async def restore_checkpoint(self, directory: str) -> int:
+        return await self.call("restore_checkpoint", directory)
 
     async def export(self, folder: str) -> None:
         await self.call("export", folder)

@@ -1,4 +1,4 @@
-"""Room: CPUs, GPUs and custom resources of one worker or one gang as a placement group, all of it or none.
+"""Room: CPUs, GPUs and custom resources of one worker or one learner group as a placement group, all of it or none.
 
 asked --> granted, on one node or on several --> actors in its bundles --> released
   |
@@ -16,13 +16,13 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from keel.cluster.capacity import Amounts, free_words, words
-from keel.parts import Observer
+from keel.protocols import Observer
 
 FIRST_TOLD_SECONDS = 5.0
 TOLD_EVERY_SECONDS = 60.0
 
 
-class Room:
+class Placement:
     """Bundles, each on one node; with STRICT_PACK all on the same. Whoever makes one releases it."""
 
     def __init__(self, bundles: Sequence[Amounts], strategy: Literal["PACK", "STRICT_PACK"]) -> None:
@@ -32,7 +32,7 @@ class Room:
 
     @property
     def ranks(self) -> int:
-        """Bundles: one for each rank of a gang."""
+        """Bundles: one for each rank of a learner group."""
         return len(self.bundles)
 
     async def granted(self, seconds: float | None = None) -> bool:
@@ -81,21 +81,21 @@ class Room:
         return list(dict.fromkeys(name for bundle in self.bundles for name in bundle))
 
 
-class Wait:
+class PlacementWait:
     """The wait of one for its room, told to an observer while it lasts and when it ends."""
 
-    def __init__(self, room: Room, who: str, observer: Observer) -> None:
-        self.room, self.who, self._observer = room, who, observer
+    def __init__(self, placement: Placement, name: str, observer: Observer) -> None:
+        self.placement, self.name, self._observer = placement, name, observer
         self._began = time.monotonic()
         self._tells = self._began + FIRST_TOLD_SECONDS
-        self._told = self._found = False
+        self._told = self._granted = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._told:
-            self._observer.waited_for_room(self.who, self.seconds, found=self._found)
+            self._observer.waited_for_resources(self.name, self.seconds, granted=self._granted)
 
     @property
     def seconds(self) -> float:
@@ -104,15 +104,15 @@ class Wait:
     async def granted(self, seconds: float) -> bool:
         """Whether Ray finds it within so many seconds."""
         until = time.monotonic() + seconds
-        while not self._found and (now := time.monotonic()) < until:
-            self._found = await self.room.granted(min(until, self._tells) - now)
-            if not self._found and time.monotonic() >= self._tells:
+        while not self._granted and (now := time.monotonic()) < until:
+            self._granted = await self.placement.granted(min(until, self._tells) - now)
+            if not self._granted and time.monotonic() >= self._tells:
                 self._tells = time.monotonic() + TOLD_EVERY_SECONDS
-                if self.room.placed():  # the first process there is slow to start
+                if self.placement.placed():  # the first process there is slow to start
                     continue
                 self._told = True
-                self._observer.waiting_for_room(self.who, self.room.asked(), self.room.free())
-        return self._found
+                self._observer.waiting_for_resources(self.name, self.placement.asked(), self.placement.free())
+        return self._granted
 
 
 def nodes() -> list[Mapping[str, float]]:

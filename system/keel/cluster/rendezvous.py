@@ -1,4 +1,4 @@
-"""Where the ranks of a gang find each other: a port that no other gang, and nobody else, can have."""
+"""Where the ranks of a learner group find each other: a port that no other learner group, and nobody else, can have."""
 
 import random
 import socket
@@ -9,7 +9,7 @@ PORTS = range(20_000, 32_000)
 """Below the range the kernel hands out by itself and above Ray's."""
 
 
-class MeetingPoint:
+class Rendezvous:
     """A free port on the node of rank 0, kept from everybody else until rank 0 listens there.
 
     It is bound here without SO_REUSEADDR, so no other socket can have it, and marked as reusable afterwards, so that

@@ -11,11 +11,10 @@ import ray
 from ray.actor import ActorHandle
 
 from keel.cluster.capacity import bundles
-from keel.cluster.placement import Room, Wait
+from keel.cluster.placement import Placement, PlacementWait
 from keel.config.workers import DeadlineSettings, WorkerSettings
 from keel.errors import KeelError
-from keel.parts import Observer
-from keel.protocols import LoadReceipt
+from keel.protocols import LoadReceipt, Observer
 
 
 class NoWorkers(KeelError, RuntimeError):
@@ -31,9 +30,9 @@ class Spawn:
     arguments: Callable[[int], tuple[Any, ...]]
     """Of the constructor, by the worker's index."""
 
-    def room(self) -> Room:
+    def placement(self) -> Placement:
         """What one worker asks for: all of an engine's GPUs on one node."""
-        return Room(bundles(self.workers), "STRICT_PACK")
+        return Placement(bundles(self.workers), "STRICT_PACK")
 
 
 @dataclass(eq=False)
@@ -50,7 +49,7 @@ class Worker:
     _actor: ActorHandle | None = None
 
     def __post_init__(self) -> None:
-        self.room = self.spawn.room()
+        self.placement = self.spawn.placement()
 
     @property
     def handle(self) -> ActorHandle:
@@ -62,30 +61,30 @@ class Worker:
 
         Raises NoWorkers.
         """
-        with Wait(self.room, self.name, observer) as wait:
+        with PlacementWait(self.placement, self.name, observer) as wait:
             nobody_since = time.monotonic()
             while not await wait.granted(1.0):
                 if serving():
                     nobody_since = time.monotonic()
                 if time.monotonic() - nobody_since >= seconds:
-                    asked = f"waited {wait.seconds:.0f} s for room ({self.room.asked()})"
-                    raise NoWorkers(f"{self.name} {asked} and nobody else serves; {self.room.free()}")
-        actor = self.room.place(self.spawn.actor_class, 0, with_children=self.room.ranks > 1)
+                    asked = f"waited {wait.seconds:.0f} s for resources ({self.placement.asked()})"
+                    raise NoWorkers(f"{self.name} {asked} and nobody else serves; {self.placement.free()}")
+        actor = self.placement.place(self.spawn.actor_class, 0, with_children=self.placement.ranks > 1)
         self._actor = actor.remote(*self.spawn.arguments(self.index))
 
     def end_turn(self) -> None:
         self.waiting -= 1
         self.turn.release()
 
-    async def load(self, weights: Any, deadlines: DeadlineSettings) -> None:
+    async def load_weights(self, weights: Any, deadlines: DeadlineSettings) -> None:
         """Take over the weights and prove it. Raises TimeoutError, and what Ray raises."""
         # a worker that is busy loads after its call
         seconds = deadlines.load_seconds + deadlines.generate_seconds * self.turn.locked()
         async with asyncio.timeout(seconds):
-            self.receipt = await self.handle.load.remote(weights)
+            self.receipt = await self.handle.load_weights.remote(weights)
 
     def kill(self) -> None:
         with contextlib.suppress(ValueError):  # Ray was shut down
             if self._actor is not None:
                 ray.kill(self._actor, no_restart=True)
-        self.room.release()
+        self.placement.release()

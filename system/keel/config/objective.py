@@ -76,9 +76,7 @@ class PolicyGradientSettings(ObjectiveSection):
     )
     discount: Fraction = Field(1.0, description="gamma of returns and GAE")
     gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
-    normalize_reward: bool = Field(
-        False, description="normalize rewards by running mean and deviation (SAFE)"
-    )
+    normalize_reward: bool = Field(False, description="normalize rewards by running mean and deviation (SAFE)")
     entropy_advantage: EntropyAdvantageSettings | None = Field(None, description="EAPO's second advantage; null: none")
     critic: CriticSettings | None = Field(
         None, description="needed by gae, value_baseline and EAPO's critic; null: none"
@@ -184,9 +182,7 @@ class PreferenceSettings(ObjectiveSection):
     likelihood_coefficient: float = Field(
         0.0, ge=0, description="factor of -log pi(chosen) (RPO: eta * beta; CPO, ORPO)"
     )
-    likelihood: Literal["sum", "average"] = Field(
-        "sum", description="of the chosen completion: over its tokens"
-    )
+    likelihood: Literal["sum", "average"] = Field("sum", description="of the chosen completion: over its tokens")
     pessimism: float = Field(
         0.0, ge=0, description="factor of the reward ensemble's deviation, added for chosen and subtracted for rejected"
     )
@@ -257,13 +253,9 @@ class LogitsConvexitySettings(ObjectiveSection):
     kind: Literal["logits_convexity"] = Field(description="kind of the objective")
     form: Literal["mse", "log_cosh", "kl"] = Field("kl", description="distance of the logits to their target")
     advantage: Literal[GROUP_ADVANTAGES] = Field("rloo", description="sparse: advantage estimator of the sampled token")  # type: ignore[valid-type]
-    normalize_advantage: bool = Field(
-        True, description="divide A by the step's deviation: exp(A / eta) saturates"
-    )
+    normalize_advantage: bool = Field(True, description="divide A by the step's deviation: exp(A / eta) saturates")
     temperature: float = Field(1.0, gt=0, description="eta: the target's logits are the anchor's + A / eta")
-    anchor: Literal["behavior", "reference"] = Field(
-        "behavior", description="policy when the step began, or reference"
-    )
+    anchor: Literal["behavior", "reference"] = Field("behavior", description="policy when the step began, or reference")
     target: Literal["advantage", "ratio"] = Field(
         "advantage", description="ratio: the sampled token's probability times ratio_up or ratio_down (first version)"
     )

@@ -65,9 +65,7 @@ class SamplingSettings(Section):
         le=2,
         description="temperature of sampler, learner and reference log-probs",
     )
-    top_p: float = Field(
-        1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalized"
-    )
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalized")
     max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
     stop_token_ids: list[int] | None = Field(
         None,

@@ -56,9 +56,7 @@ class WorkerSettings(Section):
 class GeneratorSettings(WorkerSettings):
     """Workers that sample completions with vLLM."""
 
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="weights and arithmetic of the sampler"
-    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the sampler")
     kv_cache_bytes: int = Field(2**30, ge=2**26, description="size of one generator's key-value cache")
     max_sequences: int = Field(64, ge=1, description="largest number of sequences decoded together")
     enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
@@ -78,9 +76,7 @@ class ReferenceSettings(WorkerSettings):
     """Workers that compute log-probs under the frozen reference policy."""
 
     model: str | None = Field(None, description="the reference model; null: the policy before training")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="weights and arithmetic of the reference"
-    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the reference")
     tokens_per_batch: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
     shared_prompt_tokens: int = Field(512, ge=0, description="as learners.shared_prompt_tokens")
     ref_policy: Literal["initial", "previous"] = Field(

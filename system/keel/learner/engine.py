@@ -1,4 +1,4 @@
-"""One rank of a gang around a torch module: joined, optimized by DeepSpeed, gathered. Every learner has one.
+"""One rank of a learner group around a torch module: joined, optimized by DeepSpeed, gathered. Every learner has one.
 
 All methods are collective: every rank must call them alike.
 """
@@ -110,14 +110,14 @@ class Engine:
         if rank == 0:
             sharded_checkpoint.write_index(folder, version, self._shards)
 
-    def load(self, directory: str) -> int:
+    def restore_checkpoint(self, directory: str) -> int:
         """Continue from `save`'s output; its version. Raises CheckpointError if it is damaged or another model's."""
         version = sharded_checkpoint.read(Path(directory) / "learner", self._shards)
         self._shards.refresh()
         return version
 
 
-def join_gang(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
+def join_ranks(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
     """Set up this process for DeepSpeed without its launcher: gloo on CPU, NCCL on GPUs."""
     os.environ |= {
         "RANK": str(rank),

@@ -1,4 +1,4 @@
-"""One rank of the gang that trains reward models: Bradley-Terry on pairs, behind the same engine as every learner.
+"""One learner rank that trains reward models: Bradley-Terry on pairs, on the same engine as every learner.
 
     L = -(1 - e) log sigma(u) - e log sigma(-u) + c (r_w + r_l)^2,    u = r_w - r_l - margin
 
@@ -22,7 +22,7 @@ from torch.nn.functional import logsigmoid
 from keel import files, schema
 from keel.config.stages import RewardModelSettings
 from keel.learner import optimizer, packing, reward_models
-from keel.learner.engine import Engine, join_gang
+from keel.learner.engine import Engine, join_ranks
 from keel.protocols import StepReport
 
 PAIR = pa.schema(
@@ -59,7 +59,7 @@ class RewardModelLearner:
     def __init__(
         self, settings: RewardModelSettings, folder: str, steps: int, rank: int, ranks: int, address: str, port: int
     ) -> None:
-        join_gang(settings.learners, rank, ranks, address, port, settings.deadlines.step_seconds)
+        join_ranks(settings.learners, rank, ranks, address, port, settings.deadlines.step_seconds)
         self.settings, self.folder, self.steps = settings, folder, steps
         self.rank, self.ranks = rank, ranks
         self.version = 0
@@ -126,8 +126,8 @@ class RewardModelLearner:
     def save(self, directory: str) -> None:
         self._engine.save(directory, self.version)
 
-    def load(self, directory: str) -> int:
-        self.version = self._engine.load(directory)
+    def restore_checkpoint(self, directory: str) -> int:
+        self.version = self._engine.restore_checkpoint(directory)
         return self.version
 
     def state(self) -> dict[str, Any]:

@@ -22,8 +22,7 @@ from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLos
 from keel.observability import metrics
 from keel.online import parity
 from keel.online.retries import FailureWatch, retrying
-from keel.parts import Observer, Parts
-from keel.protocols import AddReceipt, Batch, Sampling, StageReceipt
+from keel.protocols import AddReceipt, Batch, Components, Observer, Sampling, StageReceipt
 
 Result = TypeVar("Result")
 
@@ -36,9 +35,9 @@ class Controller:
     """Runs the loops from `version` to `settings.run.steps`."""
 
     def __init__(
-        self, settings: Settings, parts: Parts, sampling: Sampling, observer: Observer, version: int = 0
+        self, settings: Settings, components: Components, sampling: Sampling, observer: Observer, version: int = 0
     ) -> None:
-        self.settings, self.parts, self.sampling, self.observer = settings, parts, sampling, observer
+        self.settings, self.components, self.sampling, self.observer = settings, components, sampling, observer
         self.version = version
         self._failures = FailureWatch(settings)
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
@@ -60,10 +59,10 @@ class Controller:
         started = time.monotonic()
         self.observer.doing("weight sync")
         deadline = self.settings.deadlines.load_seconds
-        publishing = self.parts.learner.publish()
+        publishing = self.components.learner.publish()
         handle, published = await self._within(deadline, publishing, "the learner to publish", LearnerLost)
         self._progress("publish")
-        loading = self.parts.generators.load(handle)
+        loading = self.components.generators.load_weights(handle)
         patience = deadline + self._grace + self.settings.deadlines.generate_seconds
         receipts = await self._within(patience, loading, "generators to load weights")
         self._progress("load")
@@ -77,8 +76,8 @@ class Controller:
         self.observer.doing("evaluation")
 
         async def once() -> pa.RecordBatch:
-            scored, _ = await self._generate_and_score(self.parts.held_out)
-            return await self._within(self._grace, self.parts.fetch(scored), "evaluated rows to arrive")
+            scored, _ = await self._generate_and_score(self.components.held_out)
+            return await self._within(self._grace, self.components.fetch(scored), "evaluated rows to arrive")
 
         await self.observer.evaluated(step, await retrying(once, self.settings.failures.retries, self.observer))
         self.observer.add({"evaluations_total": 1.0})
@@ -87,15 +86,15 @@ class Controller:
         """Completions of some prompt rows, unscored: for the start-up parity test."""
 
         async def once() -> pa.RecordBatch:
-            generating = self.parts.generators.generate(prompts, self.sampling)
+            generating = self.components.generators.generate(prompts, self.sampling)
             batch, _ = await self._within(self._patience, generating, "a generator")
-            return await self._within(self._grace, self.parts.fetch(batch), "generated rows to arrive")
+            return await self._within(self._grace, self.components.fetch(batch), "generated rows to arrive")
 
         return await retrying(once, self.settings.failures.retries, self.observer)
 
     async def compare(self, batch: pa.RecordBatch) -> Mapping[str, float]:
         """Gap between the learner's and the sampler's log-probs of these rows."""
-        comparing = self.parts.learner.compare(batch)
+        comparing = self.components.learner.compare(batch)
         return await self._within(
             self.settings.deadlines.step_seconds, comparing, "the learner to compare", LearnerLost
         )
@@ -104,7 +103,7 @@ class Controller:
         async with asyncio.TaskGroup() as tasks:  # its own: what is under way at the end is cancelled with it
             while True:
                 # no deadline: it waits for the learn loop, whose every wait has one
-                tickets = await self.parts.buffer.admit()
+                tickets = await self.components.buffer.admit()
                 tasks.create_task(self._one(tickets))
 
     async def _one(self, tickets: list[int]) -> None:
@@ -112,14 +111,14 @@ class Controller:
         deadline = self.settings.deadlines.score_seconds
 
         async def once() -> tuple[list[StageReceipt], AddReceipt]:
-            batch, receipts = await self._generate_and_score(self.parts.prompts(tickets))
-            adding = self.parts.buffer.add(tickets, batch)
+            batch, receipts = await self._generate_and_score(self.components.prompts(tickets))
+            adding = self.components.buffer.add(tickets, batch)
             return receipts, await self._within(deadline, adding, "the buffer to accept rows", BufferLost)
 
         try:
             receipts, added = await retrying(once, self.settings.failures.retries, self.observer)
         except WorkerLost:
-            dropping = self.parts.buffer.drop(tickets, "worker_lost")
+            dropping = self.components.buffer.drop(tickets, "worker_lost")
             await self._within(deadline, dropping, "the buffer to drop tickets", BufferLost)
             self._failures.saw({"worker_lost": len(tickets) * self.settings.sampling.samples_per_prompt}, accepted=0)
             return
@@ -147,12 +146,12 @@ class Controller:
         return self.settings.deadlines.generate_seconds * in_line + self._grace
 
     async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
-        generating = self.parts.generators.generate(prompts, self.sampling)
+        generating = self.components.generators.generate(prompts, self.sampling)
         batch, receipt = await self._within(self._patience, generating, "a generator")
         self._progress("generate")
         receipts = [receipt]
         patience = self.settings.deadlines.score_seconds + self._grace
-        for scorer in self.parts.scorers:
+        for scorer in self.components.scorers:
             batch, receipt = await self._within(patience, scorer.score(batch), "a scorer")
             receipts.append(receipt)
         self._progress("score")
@@ -170,7 +169,7 @@ class Controller:
                 await self.evaluate(self.version)
             if not last:
                 await self._iterate()
-                advancing = self.parts.buffer.advance(self.version)
+                advancing = self.components.buffer.advance(self.version)
                 await self._within(settings.deadlines.score_seconds, advancing, "the buffer to advance", BufferLost)
             self.observer.step(self.version)
             if last or self._leaving or (checkpoint_every and self.version % checkpoint_every == 0):
@@ -199,7 +198,7 @@ class Controller:
         self._generated = [0.0, 0.0]
         self.observer.doing("learner step")
         wait_seconds = time.monotonic() - waited
-        stepping = self.parts.learner.step(batch)
+        stepping = self.components.learner.step(batch)
         try:
             report = await self._within(
                 self.settings.deadlines.step_seconds, stepping, "the learner to step", LearnerLost
@@ -235,8 +234,8 @@ class Controller:
 
     async def _take(self) -> tuple[Batch, Mapping[str, Any]]:
         """The rows of the next step; who holds them up, when they do not come."""
-        deadlines, buffer = self.settings.deadlines, self.parts.buffer
-        attempt = deadlines.generate_seconds + deadlines.score_seconds * (len(self.parts.scorers) + 1)
+        deadlines, buffer = self.settings.deadlines, self.components.buffer
+        attempt = deadlines.generate_seconds + deadlines.score_seconds * (len(self.components.scorers) + 1)
         patience = attempt * (self.settings.failures.retries + 1) + self._grace
         taking = buffer.take(self.settings.buffer.groups_per_step)
         try:

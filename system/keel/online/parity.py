@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from keel.config.run import Settings
 from keel.errors import KeelError
-from keel.parts import Observer
+from keel.protocols import Observer
 
 PROMPTS = 8
 

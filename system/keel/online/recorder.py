@@ -16,10 +16,9 @@ from keel.observability import evaluations
 from keel.observability.bottlenecks import largest_share
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
-from keel.observability.utilization import Occupancy
+from keel.observability.utilization import Utilization
 from keel.online.preflight import Prepared
-from keel.parts import Observer
-from keel.protocols import Batch
+from keel.protocols import Batch, Observer
 
 
 class Display(Protocol):
@@ -39,26 +38,26 @@ class Recorder(Observer):
         self.prepared, self.metrics, self.display = prepared, metrics, display
         self.directory = prepared.directory
         self.buffer: actors.RemoteBuffer | None = None
-        self.learner: learner_group.LearnerGang | None = None
+        self.learner: learner_group.LearnerGroup | None = None
         self.reference: actors.ScorerPool | None = None
-        self.occupancy = Occupancy()
+        self.utilization = Utilization()
         settings = prepared.settings
         self.tracking = Tracking(settings, self.directory, metrics, display.note)
         bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
         metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
         self.finished = self._renewed = False
         self._before: dict[str, Any] | None = None
-        self._without_room: list[str] = []
+        self._waiting: list[str] = []
         self.furthest = 0
         """The last step that was ever recorded."""
 
-    def begin(self, learner: learner_group.LearnerGang, buffer: actors.RemoteBuffer, version: int) -> None:
+    def begin(self, learner: learner_group.LearnerGroup, buffer: actors.RemoteBuffer, version: int) -> None:
         """These are the learner and the buffer from now on; steps after `version` are made, perhaps again."""
         self.tracking.begin(version)
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
-        self.occupancy.ranks(learner.room.ranks)
+        self.utilization.ranks(learner.placement.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -74,37 +73,37 @@ class Recorder(Observer):
         self.display.note(text)
 
     def doing(self, what: str) -> None:
-        self.occupancy.doing(what.replace(" ", "_"))
+        self.utilization.doing(what.replace(" ", "_"))
         self.display.doing(what)
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
-        self.occupancy.occupied(role, running, waiting, serving)
+        self.utilization.occupied(role, running, waiting, serving)
         self.metrics.set({"batches_waiting": {role: float(waiting)}})
 
-    def waiting_for_room(self, who: str, asked: str, free: str) -> None:
-        """An event for each that waits; when many do, the first of them speaks for all."""
-        new = who not in self._without_room
+    def waiting_for_resources(self, name: str, asked: str, free: str) -> None:
+        """Record an event for each; when many wait, only the first is shown."""
+        new = name not in self._waiting
         if new:
-            self._without_room.append(who)
-            self.event("waiting_for_room", who=who, asked=asked, reason=free)
-        if new or who == self._without_room[0]:
-            others = len(self._without_room) - 1
-            whom = f"{who} ({asked})" + (f" and {others} more" if others else "")
-            self.display.note(f"waiting for room for {whom}: {free}")
-            if self.occupancy.starting:
-                self.display.doing(f"waiting for room for {who}")
+            self._waiting.append(name)
+            self.event("waiting_for_resources", who=name, asked=asked, reason=free)
+        if new or name == self._waiting[0]:
+            others = len(self._waiting) - 1
+            names = f"{name} ({asked})" + (f" and {others} more" if others else "")
+            self.display.note(f"waiting for resources for {names}: {free}")
+            if self.utilization.starting:
+                self.display.doing(f"waiting for resources for {name}")
 
-    def waited_for_room(self, who: str, seconds: float, *, found: bool) -> None:
-        self._without_room.remove(who)
-        if found:
-            self.event("room_found", who=who, seconds=round(seconds, 3))
-            self.display.note(f"room for {who} after {seconds:.0f} s")
-            if self.occupancy.starting:
-                self.display.doing(f"{who} comes up")
+    def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
+        self._waiting.remove(name)
+        if granted:
+            self.event("resources_found", who=name, seconds=round(seconds, 3))
+            self.display.note(f"resources for {name} after {seconds:.0f} s")
+            if self.utilization.starting:
+                self.display.doing(f"{name} comes up")
 
     def tick(self) -> None:
         """Each second, also while a step takes long: an alert waits five minutes for little memory."""
-        self.metrics.add(self.occupancy.drain())
+        self.metrics.add(self.utilization.drain())
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
 
     def step(self, step: int) -> None:
@@ -187,5 +186,5 @@ class Recorder(Observer):
     async def renew(self, folder: str) -> None:
         assert self.learner and self.reference
         self._renewed = True
-        await self.reference.pool.load(folder)
+        await self.reference.pool.load_weights(folder)
         await self.learner.renew_reference(folder)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from keel.config.run import Settings
 from keel.errors import KeelError, WorkerLost
-from keel.parts import Observer
+from keel.protocols import Observer
 
 Result = TypeVar("Result")
 

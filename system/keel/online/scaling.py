@@ -1,7 +1,7 @@
 """Keeps a run at the counts that are wanted: workers at once, learner ranks through a commit.
 
-wanted counts (control actor) --> generator, reference, scorer pools: resize, nobody waits
-                              --> learner: once there is room, the controller leaves with a commit; a new gang loads it
+wanted counts (control actor) --> generator, reference, scorer pools: resized at once
+                              --> learner: with a placement group for them, through a checkpoint and a new learner group
 a stop (control actor)        --> the controller leaves with a commit, or a start is broken off, and the run ends
 RUN_DIR/scale.json            desired and actual; a resumed run starts with the desired ones
 """
@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 from keel import files
 from keel.cluster import actors, capacity
 from keel.cluster.control import ControlLink
-from keel.cluster.learner_group import Gang, room_for
-from keel.cluster.placement import Room
+from keel.cluster.learner_group import RankGroup, placement_for
+from keel.cluster.placement import Placement
 from keel.cluster.pool import Pool
 from keel.config.run import Settings
 from keel.errors import BufferLost
 from keel.online.controller import Controller, within
-from keel.parts import Observer
+from keel.protocols import Observer
 
 _POLL_SECONDS = 1.0
 Result = TypeVar("Result")
@@ -42,7 +42,7 @@ def has_counts(directory: Path) -> bool:
 
 
 class Scaling:
-    """The counts of one run, over all gangs it has."""
+    """The counts of one run, over all learner groups it has."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Scaling:
         self.settings, self.pools, self.observer = settings, pools, observer
         self._path, self._link, self._asked_to_stop = directory / "scale.json", link, asked_to_stop
         self._written = {"desired": dict(link.desired)}
-        self._spare: Room | None = None
+        self._spare: Placement | None = None
         self._requested = False
 
     @property
@@ -74,13 +74,13 @@ class Scaling:
         return self.settings.groups_per_batch_of(self.desired["generator"])
 
     def release(self) -> None:
-        """Give back room that was found for more ranks, so that the next gang gets it."""
+        """Give back room that was found for more ranks, so that the next learner group gets it."""
         if self._spare is not None:
             self._spare.release()
             self._spare = None
 
     async def unless_stopped(self, start: Coroutine[Any, Any, Result]) -> Result | None:
-        """What the start of a gang returns; None, and it is cancelled, where the run is asked to end before."""
+        """Return the result of a start; cancel it and return None if the run is asked to stop before."""
         starting = asyncio.ensure_future(start)
         try:
             while not (await asyncio.wait([starting], timeout=_POLL_SECONDS))[0]:
@@ -98,21 +98,21 @@ class Scaling:
             if not starting.cancelled() and self.stopping and (error := starting.exception()):
                 self.observer.event("start_failed", reason=str(error))
 
-    async def follow(self, gang: Gang, buffer: actors.RemoteBuffer, controller: Controller) -> None:
+    async def follow(self, group: RankGroup, buffer: actors.RemoteBuffer, controller: Controller) -> None:
         """Do what is wanted, once a second, until it is cancelled."""
-        self._record(gang.room.ranks)
+        self._record(group.placement.ranks)
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             self.observer.tick()
-            await self._link.exchange(self._serving(gang.room.ranks))
+            await self._link.exchange(self._serving(group.placement.ranks))
             for role, pool in self.pools.items():
                 if pool.count != self.desired[role]:
                     pool.resize(self.desired[role])
             if buffer.groups_per_batch != self.groups_per_batch:
                 await self._resize(buffer)
-            if self.stopping or await self._ranks_can_change(gang.room.ranks):
+            if self.stopping or await self._ranks_can_change(group.placement.ranks):
                 controller.leave()
-            self._record(gang.room.ranks)
+            self._record(group.placement.ranks)
 
     async def _resize(self, buffer: actors.RemoteBuffer) -> None:
         deadline = self.settings.deadlines.score_seconds
@@ -126,7 +126,7 @@ class Scaling:
             self.release()
         if more <= 0:
             return more < 0
-        self._spare = self._spare or room_for(self.settings.learners, more)
+        self._spare = self._spare or placement_for(self.settings.learners, more)
         return await self._spare.granted(0.1)
 
     def end(self) -> None:

@@ -7,8 +7,8 @@ run directory, config.yaml
 Ray: generators | reference | scorers                 live as long as the run, each worker replaced alone  (pool.py)
     |
     +--> newest intact checkpoint                                                                   (checkpoint.py)
-    |    learner ranks | buffer actor                 a gang: one lost, all built again    (gang.py, cluster.py)
-    |        learner.load(checkpoint), buffer state, counters
+    |    learner ranks | buffer actor                 one lost, all built again       (learner_group.py, actors.py)
+    |        learner.restore_checkpoint(checkpoint), buffer state, counters
     |    publish -> load: every generator proves its weights
     |    parity test: learner and sampler agree on the same tokens, or stop
     |        |
@@ -46,7 +46,7 @@ from keel.online.controller import Controller, one_cause
 from keel.online.preflight import Prepared
 from keel.online.recorder import Display, Recorder
 from keel.online.scaling import Scaling
-from keel.parts import Parts
+from keel.protocols import Components
 from keel.rollout import manifest
 
 _STARTING = "starting Ray, generators, scorers, learner"
@@ -125,7 +125,7 @@ class Saved:
 
 
 def _newest(recorder: Recorder) -> Saved:
-    """The newest intact checkpoint; what a lost process or gang did after it is moved aside, and done again."""
+    """Find the newest intact checkpoint and move aside what was written after it: those steps are made again."""
     path, state, damaged = checkpoint.newest_intact(recorder.directory)
     for what in damaged:
         recorder.event("checkpoint_damaged", what=what, step=state["version"] if state else 0)
@@ -140,7 +140,7 @@ def _newest(recorder: Recorder) -> Saved:
 
 
 class _Run:
-    """The pools of a run, and one learner gang and buffer after the other."""
+    """The pools of a run, and one learner group and buffer after the other."""
 
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
@@ -151,7 +151,7 @@ class _Run:
         for role, pool in pools.items():
             pool.count = desired[role]
         link = ControlLink(self.settings, prepared.directory, desired)
-        self.room: learner_group.Room | None = None
+        self.placement: learner_group.Placement | None = None
         self.has_run = False
         self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder, asked_to_stop)
         recorder.reference = next((pool for pool in self.scorers if pool.pool.role == "reference"), None)
@@ -190,7 +190,7 @@ class _Run:
         return saved
 
     async def _go_on(self, saved: Saved) -> None:
-        """One gang and one buffer, from a checkpoint until the run ends, or one of them does."""
+        """One learner group and one buffer, from a checkpoint until the run ends, or one of them does."""
         with contextlib.ExitStack() as ends:
             started = await self.scaling.unless_stopped(self._start(saved, ends))
             if started is None:
@@ -203,10 +203,10 @@ class _Run:
 
     async def _start(
         self, saved: Saved, ends: contextlib.ExitStack
-    ) -> tuple[learner_group.LearnerGang, actors.RemoteBuffer, Controller]:
-        """Room, a gang and a buffer, and everyone at the checkpoint. `ends` ends the two."""
+    ) -> tuple[learner_group.LearnerGroup, actors.RemoteBuffer, Controller]:
+        """Room, a learner group and a buffer, and everyone at the checkpoint. `ends` ends the two."""
         settings, recorder = self.settings, self.recorder
-        recorder.occupancy.doing("start")  # whatever the learner did that was lost, nobody does it now
+        recorder.utilization.doing("start")  # whatever the learner did that was lost, nobody does it now
         began = time.monotonic()
         self.generators.pool.forget_load()
         # at first others may occupy a part of the cluster, later only this run's own workers do as a rule
@@ -214,8 +214,10 @@ class _Run:
             for pool in self._pools():
                 pool.give_way()  # a worker that waits for room would take the learner's
             await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
-        room = await self._room_for(self.scaling.desired["learner"])
-        learner = learner_group.LearnerGang(settings, self.prepared.policy_folder, self.prepared.learner_folders, room)
+        placement = await self._placement_for(self.scaling.desired["learner"])
+        learner = learner_group.LearnerGroup(
+            settings, self.prepared.policy_folder, self.prepared.learner_folders, placement
+        )
         ends.callback(learner.stop)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
         buffer = actors.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
@@ -223,28 +225,33 @@ class _Run:
         recorder.begin(learner, buffer, saved.version)
         controller = await self._build(saved, learner, buffer)
         self.has_run = True
-        recorder.event("running", step=saved.version, ranks=room.ranks, seconds=round(time.monotonic() - began, 3))
+        recorder.event("running", step=saved.version, ranks=placement.ranks, seconds=round(time.monotonic() - began, 3))
         return learner, buffer, controller
 
-    async def _room_for(self, ranks: int) -> learner_group.Room:
-        """The room there was, where it has the size: nobody else can take it between two gangs. Else another."""
+    async def _placement_for(self, ranks: int) -> learner_group.Placement:
+        """Reuse the current placement group if its size fits, else request a new one.
+
+        No other process can claim a reused one between two learner groups.
+        """
         self.scaling.release()
         patience = self.settings.failures.degrade_after_seconds
-        if self.room is not None:
-            if self.room.ranks == ranks and await self.room.granted(patience):
-                return self.room
-            self.room.release()
-            self.room = None  # nobody may find room for the next one, and then this one is not asked again
+        if self.placement is not None:
+            if self.placement.ranks == ranks and await self.placement.granted(patience):
+                return self.placement
+            self.placement.release()
+            self.placement = None  # nobody may find room for the next one, and then this one is not asked again
         last = self.settings.deadlines.room_seconds
-        self.room = await learner_group.largest_room(
+        self.placement = await learner_group.largest_placement(
             self.settings.learners, ranks, patience, max(patience, last), self.recorder
         )
-        if self.room.ranks < ranks:
-            self.recorder.event("degraded", role="learner", desired=ranks, actual=self.room.ranks)
-            self.recorder.display.note(f"no room for {ranks} learner ranks: going on with {self.room.ranks}")
-        return self.room
+        if self.placement.ranks < ranks:
+            self.recorder.event("degraded", role="learner", desired=ranks, actual=self.placement.ranks)
+            self.recorder.display.note(f"no resources for {ranks} learner ranks: going on with {self.placement.ranks}")
+        return self.placement
 
-    async def _build(self, saved: Saved, learner: learner_group.LearnerGang, buffer: actors.RemoteBuffer) -> Controller:
+    async def _build(
+        self, saved: Saved, learner: learner_group.LearnerGroup, buffer: actors.RemoteBuffer
+    ) -> Controller:
         """Everyone is up, holds what the checkpoint says, and agrees on log-probs."""
         settings, recorder = self.settings, self.recorder
         limits = settings.deadlines
@@ -252,7 +259,7 @@ class _Run:
         try:
             async with asyncio.timeout(patience) as limit:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
-                version = await learner.load(str(saved.path)) if saved.path else 0
+                version = await learner.restore_checkpoint(str(saved.path)) if saved.path else 0
                 found = await buffer.found()
                 await recorder.refer_to(
                     references.of_version(self.prepared.directory, settings.reference_iteration_steps, version)
@@ -264,7 +271,7 @@ class _Run:
             raise LearnerLost(f"not everyone was up after {patience:.0f} s; serving: {serving}") from None
         if found["groups"] or found["damaged"]:
             recorder.event("restored", step=version, **found)
-        parts = Parts(
+        components = Components(
             generators=self.generators,
             scorers=self.scorers,
             buffer=buffer,
@@ -273,12 +280,12 @@ class _Run:
             held_out=self.prepared.prompts.held_out(),
             fetch=actors.fetch,
         )
-        controller = Controller(settings, parts, self.prepared.sampling, recorder, version)
+        controller = Controller(settings, components, self.prepared.sampling, recorder, version)
         await controller.sync()
         recorder.doing("parity test")
         samples = settings.sampling.samples_per_prompt
-        prompts = min(parity.num_prompts(samples, learner.room.ranks), parts.held_out.num_rows)
-        samples = max(samples, math.ceil(learner.room.ranks / prompts))  # every rank needs a row
+        prompts = min(parity.num_prompts(samples, learner.placement.ranks), components.held_out.num_rows)
+        samples = max(samples, math.ceil(learner.placement.ranks / prompts))  # every rank needs a row
         probe = self.prepared.prompts.held_out(samples).slice(0, prompts * samples)
         parity.judge_start(await controller.compare(await controller.generate(probe)), settings, recorder)
         return controller

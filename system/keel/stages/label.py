@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import files as atomic_files
-from keel import reads, schema
+from keel import files, reads, schema
 from keel.cluster import actors
 from keel.config import loader
 from keel.config.label import LabelSettings
@@ -96,10 +95,10 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
     """Every rollout of the runs, tickets made different from step to step. Raises ConfigError for a run without any."""
     parts: list[pa.RecordBatch] = []
     for run in runs:
-        files = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
-        if not files:
+        paths = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
+        if not paths:
             raise ConfigError(f"runs={run}: no rollouts/step-*.arrow in it; expected the directory of a run")
-        for file in files:
+        for file in paths:
             batch = schema.from_bytes(reads.read(file))
             if missing := [name for name in _ROLLOUT if name not in batch.schema.names]:
                 raise ConfigError(
@@ -122,14 +121,14 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     if done := offline_loop.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
-    atomic_files.make_folder(directory)
-    with atomic_files.lock(directory):
+    files.make_folder(directory)
+    with files.lock(directory):
         return _label(prepared, display, started)
 
 
 def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
-    atomic_files.write(directory / "config.yaml", loader.dump(settings).encode())
+    files.write(directory / "config.yaml", loader.dump(settings).encode())
     for line in prepared.notes:
         display.note(line)
     display.note(actors.connect(prepared.sampling))
@@ -137,16 +136,16 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
         batch = asyncio.run(_scored(prepared, display))
     finally:
         actors.disconnect()
-    atomic_files.write(directory / "completions.arrow", schema.to_bytes(batch))
+    files.write(directory / "completions.arrow", schema.to_bytes(batch))
     found = preference_labels.label(batch, settings)
     _check_share(batch, settings)
     if found.table.num_rows == 0:
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(found.table, aside)
-    atomic_files.sync_file(aside)
+    files.sync_file(aside)
     aside.rename(directory / "pairs.parquet")
-    atomic_files.sync_directory(directory)
+    files.sync_directory(directory)
     margins = np.abs(found.table.column("score_chosen").to_numpy() - found.table.column("score_rejected").to_numpy())
     summary = {
         "stage": "label",
@@ -191,7 +190,7 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     samplers = sampling.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()
-    atomic_files.write(path, schema.to_bytes(batch))
+    files.write(path, schema.to_bytes(batch))
     return batch
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from keel import checkpoint, files
 from keel.cluster import actors
-from keel.cluster.learner_group import Gang
+from keel.cluster.learner_group import RankGroup
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
@@ -36,7 +36,7 @@ _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored row
 
 
 class OfflineLearner(Protocol):
-    """A learner group: `step`, `assess`, `save`, `load` and `export` run on all of its ranks."""
+    """A learner group: `step`, `assess`, `save`, `restore_checkpoint` and `export` run on all of its ranks."""
 
     async def call(self, method: str, *arguments: Any) -> Any: ...
 
@@ -143,15 +143,15 @@ def _conduct(
             return asyncio.run(train(metrics, display, started))
 
 
-async def ready(settings: StageSettings, learner: Gang) -> None:
+async def ready(settings: StageSettings, learner: RankGroup) -> None:
     """Wait until all ranks have started. Raises Stalled after deadlines.start_seconds."""
     seconds = settings.deadlines.start_seconds
     try:
         async with asyncio.timeout(seconds):
             await learner.ready()
     except TimeoutError:
-        room = learner.room
-        why = "" if room.placed() else f": no room for {room.asked()}; {room.free()}"
+        placement = learner.placement
+        why = "" if placement.placed() else f": no resources for {placement.asked()}; {placement.free()}"
         raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds){why}") from None
 
 
@@ -245,7 +245,7 @@ async def restore(offline_run: OfflineRun, learner: OfflineLearner, recorder: Of
     if saved is None:
         return State(digest=offline_run.digest)
     check_rows(offline_run.directory, stored["digest"], offline_run.digest)
-    await call(offline_run, learner, "load", str(saved))
+    await call(offline_run, learner, "restore_checkpoint", str(saved))
     metrics = recorder.metrics  # which have counted the dropped rows again
     metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})

@@ -109,7 +109,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         dropped=rows.dropped,
         digest=rows.digest,
     )
-    learner = learner_group.LearnerGang(learning, prepared.folder, prepared.others)
+    learner = learner_group.LearnerGroup(learning, prepared.folder, prepared.others)
     await offline_loop.ready(settings, learner)
     recorder = OfflineRecorder(plan, metrics, display)
     state = await offline_loop.restore(plan, learner, recorder)

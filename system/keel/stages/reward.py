@@ -1,7 +1,7 @@
 """`keel reward`: Bradley-Terry reward models from preference pairs, one or an ensemble.
 
 pairs -> tokens | held out (by prompt) | training order, with replacement for each of several members
-member 0, 1, ...   each its own course on the learner gang           -> members/N/
+member 0, 1, ...   each its own course on the learner group           -> members/N/
 all members        scored as they were written: reference set, held-out pairs
                    -> offsets (the reference set scores 0 on average), report.json, model/
 """
@@ -34,7 +34,7 @@ from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
 from keel.online.recorder import Display
 from keel.rollout import datasets, prompts, stored_completions
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.rollout.offline_rows import digest_of, usable_rows
 from keel.rollout.reward_functions import describe
 from keel.rollout.row_columns import from_json
@@ -50,7 +50,7 @@ class PairRows:
     def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.settings, self.text = settings, text
-        rows = datasets.read(settings.prompts, 2)
+        rows = datasets.read_rows(settings.prompts, 2)
         stored_completions.check_shape(rows, 2, settings.prompts.source)
         by = settings.completions
         usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
@@ -63,14 +63,14 @@ class PairRows:
             self.dropped["of_held_out_prompt"] = further
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
 
-    def _problem(self, row: Row) -> str | None:
+    def _problem(self, row: SourceRow) -> str | None:
         first, second = stored_completions.rewards(json.loads(row.further))
         if first == second:
             return "tie"
         found = [self.text.tokens(text, cut=False) for text in texts(row)]
         return None if all(found) else "too_long"
 
-    def _margin(self, row: Row) -> float:
+    def _margin(self, row: SourceRow) -> float:
         column = self.settings.margin_column
         if column is None:
             return self.settings.margin
@@ -101,7 +101,7 @@ class PairRows:
         return schema.build(PAIR, columns)
 
 
-def texts(row: Row) -> list[ScoredText]:
+def texts(row: SourceRow) -> list[ScoredText]:
     """Every completion of a row behind its prompt."""
     columns = json.loads(row.further)
     messages = [] if isinstance(row.prompt, str) else row.prompt
@@ -117,7 +117,7 @@ def texts(row: Row) -> list[ScoredText]:
     ]
 
 
-def best_first(row: Row) -> list[ScoredText]:
+def best_first(row: SourceRow) -> list[ScoredText]:
     """The two completions of a row, the one with the higher reward first."""
     pair, values = texts(row), stored_completions.rewards(json.loads(row.further))
     return pair if values[0] > values[1] else pair[::-1]
@@ -166,7 +166,7 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
     """Up to `center.max_rows` texts of the reference set, in an order of the seed."""
     by = settings.center
     if by.source is not None:
-        own = datasets.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
+        own = datasets.read_rows(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
         stored_completions.check_shape(own, 1, by.source)
         found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
         if not found:
@@ -190,7 +190,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, rows = prepared.settings, prepared.rows
-    learner = learner_group.Gang(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
+    learner = learner_group.RankGroup(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
     await offline_loop.ready(settings, learner)
     metrics.add({"rows_dropped_total": {reason: float(count) for reason, count in rows.dropped.items()}})
     plans = [_offline_run(prepared, member) for member in range(settings.members.count)]

@@ -27,7 +27,6 @@ from keel.cluster import control, job_server, jobs
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.online import status as run_status
-from keel.online import stopping
 from runs import Writer
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -330,10 +329,10 @@ def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.
     (newest / "state.json").write_text(json.dumps(state))
     assert run_status.of(run)["state"] == "ended", "an objective may want no further step"
     with pytest.raises(ConfigError, match="ended at step 2 of 4; expected a live run"):
-        stopping.stop(run)
+        run_status.stop(run)
 
 
-@pytest.mark.parametrize("last_event", ["stopped", "room_found"])
+@pytest.mark.parametrize("last_event", ["stopped", "resources_found"])
 def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, last_event: str
 ) -> None:
@@ -345,7 +344,7 @@ def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
         files.append_json(directory / "events.jsonl", {"event": last_event, "time": 5.0})
         lock.close()
 
-    monkeypatch.setattr(stopping, "_ask", end)
+    monkeypatch.setattr(run_status, "_ask", end)
     said = keel(capsys, "stop", str(run), code=0 if last_event == "stopped" else 1)
     assert ("stopped, as asked, at step 2" in said) == (last_event == "stopped")
     assert ("broken off at step 2" in said) != (last_event == "stopped")
@@ -357,15 +356,15 @@ def test_a_run_that_ends_before_it_can_be_asked_to_has_ended(tmp_path: Path, mon
     files.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0})
     lock = files.lock(run)
     monkeypatch.setattr(run_status, "control_of", lambda directory: lock.close() or _no_control(directory))
-    assert stopping.stop(run)["state"] == "stopped"
+    assert run_status.stop(run)["state"] == "stopped"
 
 
 def test_a_stop_that_nobody_hears_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     write_run(run)
-    monkeypatch.setattr(stopping, "_STARTS_SECONDS", 0.0)
-    with files.lock(run), pytest.raises(stopping.NotStopped, match=r"has not answered for 0 s \(.*no control.json"):
-        stopping.stop(run)
+    monkeypatch.setattr(run_status, "_STARTS_SECONDS", 0.0)
+    with files.lock(run), pytest.raises(run_status.NotStopped, match=r"has not answered for 0 s \(.*no control.json"):
+        run_status.stop(run)
 
 
 def test_a_cluster_of_another_ray_says_which_and_is_not_asked_again(
@@ -383,7 +382,7 @@ def test_a_cluster_of_another_ray_says_which_and_is_not_asked_again(
     monkeypatch.setattr(control, "reach", lambda address: None)
     monkeypatch.setattr(control.ray, "init", init)
     with files.lock(run), pytest.raises(ConfigError, match=r"Version mismatch: .* Ray: 2.1 This process: Ray: 2.2"):
-        stopping.stop(run)
+        run_status.stop(run)
     assert asked == ["head:6379"]
 
 
@@ -391,7 +390,7 @@ def _no_control(directory: Path) -> None:
     raise ConfigError(f"RUN_DIR={directory}: no control.json in it")
 
 
-def test_a_question_that_no_node_has_room_for_is_given_up(
+def test_a_question_that_no_node_has_resources_for_is_given_up(
     server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that may take as long as the run likes once it has begun."""

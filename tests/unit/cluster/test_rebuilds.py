@@ -50,7 +50,7 @@ def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.Mo
     return own
 
 
-LOST = [LearnerLost("the gang"), BufferLost("the buffer"), BuildFailed("a rank")]
+LOST = [LearnerLost("the learner group"), BufferLost("the buffer"), BuildFailed("a rank")]
 
 
 @pytest.mark.parametrize("rebuilds", [0, 1, 2, 3])
@@ -71,11 +71,11 @@ def test_so_many_losses_in_a_row_are_built_again_and_one_more_is_not(
 
 def test_a_step_between_losses_starts_the_count_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these gets one step further and is lost then: with two in a row allowed it goes on for ever."""
-    lost = LearnerLost("the gang")
+    lost = LearnerLost("the learner group")
     run = run_of(tmp_path, [1, lost, 1, lost, 1, lost, 3, lost, 4], 2, monkeypatch)
     assert asyncio.run(run.to_the_end(Saved(None, {}))).version == 10
     run = run_of(tmp_path, [1, lost, 1, lost, lost], 2, monkeypatch)
-    with pytest.raises(LearnerLost, match="the gang"):
+    with pytest.raises(LearnerLost, match="the learner group"):
         asyncio.run(run.to_the_end(Saved(None, {})))
     assert run.attempts == 5
 

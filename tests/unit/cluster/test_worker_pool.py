@@ -12,14 +12,13 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 import jumping
 from jumping import now
-from keel.cluster import placement as room_module
+from keel.cluster import placement as placement_module
 from keel.cluster import pool as pool_module
 from keel.cluster import worker as worker_module
 from keel.cluster.pool import NoWorkers, Pool
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
-from keel.parts import Observer
-from keel.protocols import LoadReceipt
+from keel.protocols import LoadReceipt, Observer
 from keel.schema import ContractError
 
 LIMITS = DeadlineSettings(
@@ -68,9 +67,9 @@ class World:
         self.start: Callable[[int, int], Any] = lambda index, attempt: 0.0
         self.load: Callable[[int, Any], Any] = lambda index, weights: 0.0
         self.answer: Callable[[int, Any], Any] = lambda index, order: 0.0
-        self.room: Callable[[int, int], float] = lambda index, attempt: 0.0
+        self.placement: Callable[[int, int], float] = lambda index, attempt: 0.0
         """Seconds until there is room."""
-        self._rooms = 0
+        self._placements = 0
 
     # what pool.py and worker.py ask of a Spawn
 
@@ -84,7 +83,7 @@ class World:
         self.killed.append((actor.index, actor.attempt))
 
 
-class Room:
+class Placement:
     """Room that is there after the seconds the world says; the index comes with the first question."""
 
     ranks = 1
@@ -94,7 +93,7 @@ class Room:
         self.free_again = False
 
     async def granted(self, seconds: float | None = None) -> bool:
-        wait = self.world.room(self.index, len(self.world.starts[self.index]) + 1) - (now() - self.began)
+        wait = self.world.placement(self.index, len(self.world.starts[self.index]) + 1) - (now() - self.began)
         assert seconds is not None
         await asyncio.sleep(min(max(wait, 0.0), seconds))
         return wait <= seconds
@@ -126,7 +125,7 @@ class Actor:
         self.world, self.index, self.attempt = world, index, len(world.starts[index])
         self.busy = False
         self.__ray_ready__ = Method(self._ready)
-        self.load, self.generate = Method(self._load), Method(self._generate)
+        self.load_weights, self.generate = Method(self._load), Method(self._generate)
 
     async def _do(self, what: Any) -> None:
         """Take so many seconds, or raise."""
@@ -159,7 +158,7 @@ class Log(Observer):
         self.events: list[tuple[float, str, dict[str, Any]]] = []
         self.added: dict[str, float] = defaultdict(float)
         self.gauges: dict[str, Any] = {}
-        self.occupancy: list[tuple[int, int, int]] = []
+        self.utilization: list[tuple[int, int, int]] = []
 
     def event(self, name: str, **fields: Any) -> None:
         self.events.append((now(), name, fields))
@@ -174,7 +173,7 @@ class Log(Observer):
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
         assert role == "generator"
-        self.occupancy.append((running, waiting, serving))
+        self.utilization.append((running, waiting, serving))
 
     def names(self) -> list[str]:
         return [name for _, name, _ in self.events]
@@ -184,15 +183,17 @@ class Log(Observer):
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
     clock = SimpleNamespace(monotonic=now)
-    for module in (pool_module, worker_module, room_module):
+    for module in (pool_module, worker_module, placement_module):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(worker_module, "ray", SimpleNamespace(kill=made.kill))
-    monkeypatch.setattr(worker_module.Worker, "__post_init__", lambda self: setattr(self, "room", room(made, self)))
+    monkeypatch.setattr(
+        worker_module.Worker, "__post_init__", lambda self: setattr(self, "placement", placement(made, self))
+    )
     return made
 
 
-def room(world: World, worker: Any) -> Room:
-    made = Room(world)
+def placement(world: World, worker: Any) -> Placement:
+    made = Placement(world)
     made.index = worker.index
     return made
 
@@ -310,8 +311,8 @@ def test_a_start_that_takes_too_long_is_given_up(world: World) -> None:
     assert world.killed[0] == (0, 1)
 
 
-def test_a_worker_waits_for_room_for_ever_while_others_serve(world: World) -> None:
-    world.room = lambda index, attempt: 5000.0 if index == 1 else 3.0
+def test_a_worker_waits_for_resources_for_ever_while_others_serve(world: World) -> None:
+    world.placement = lambda index, attempt: 5000.0 if index == 1 else 3.0
     log = Log()
 
     async def work() -> None:
@@ -328,12 +329,12 @@ def test_a_worker_waits_for_room_for_ever_while_others_serve(world: World) -> No
     assert started == {"generator-0": 3.0, "generator-1": 5000.0}
 
 
-def test_a_worker_waits_for_room_only_so_long_when_nobody_serves(world: World) -> None:
-    world.room = lambda index, attempt: 5000.0
+def test_a_worker_waits_for_resources_only_so_long_when_nobody_serves(world: World) -> None:
+    world.placement = lambda index, attempt: 5000.0
 
     async def work() -> None:
         with pytest.raises(
-            NoWorkers, match=r"generator-0 waited 200 s for room \(1 CPU\) and nobody else serves; nothing"
+            NoWorkers, match=r"generator-0 waited 200 s for resources \(1 CPU\) and nobody else serves; nothing"
         ):
             await pool_of(world, 1).ready()
         assert now() == pytest.approx(200)
@@ -342,8 +343,8 @@ def test_a_worker_waits_for_room_only_so_long_when_nobody_serves(world: World) -
     assert world.starts[0] == [] and world.released == 1
 
 
-def test_the_time_without_room_counts_from_when_the_last_one_stopped_serving(world: World) -> None:
-    world.room = lambda index, attempt: FOREVER if index == 1 or attempt > 1 else 0.0
+def test_the_time_without_resources_counts_from_when_the_last_one_stopped_serving(world: World) -> None:
+    world.placement = lambda index, attempt: FOREVER if index == 1 or attempt > 1 else 0.0
     world.answer = lambda index, order: died()
 
     async def work() -> float:
@@ -353,7 +354,7 @@ def test_the_time_without_room_counts_from_when_the_last_one_stopped_serving(wor
         with pytest.raises(WorkerLost, match="died"):
             await ask(pool)
         lost = now()
-        with pytest.raises(NoWorkers, match="for room"):
+        with pytest.raises(NoWorkers, match="for resources"):
             await ask(pool)
         return now() - lost
 
@@ -549,15 +550,15 @@ def test_a_call_that_is_cancelled_keeps_its_turn_until_the_actor_has_answered(wo
         first = asyncio.create_task(ask(pool, "cancelled"))
         in_line = asyncio.create_task(ask(pool, "never"))
         await seconds(4)
-        assert log.occupancy[-1] == (1, 1, 1)
+        assert log.utilization[-1] == (1, 1, 1)
         first.cancel()
         in_line.cancel()
         await asyncio.gather(first, in_line, return_exceptions=True)
-        assert log.occupancy[-1] == (1, 0, 1)
+        assert log.utilization[-1] == (1, 0, 1)
         assert await ask(pool, "next") == (0, 1)
         assert now() == pytest.approx(20.0)
         await seconds(0.1)
-        assert log.occupancy[-1] == (0, 0, 1) and pool._serving[0].waiting == 0
+        assert log.utilization[-1] == (0, 0, 1) and pool._serving[0].waiting == 0
         pool.stop()
 
     run(work())
@@ -576,7 +577,7 @@ def test_calls_wait_while_nobody_serves(world: World) -> None:
             await ask(pool, "die")
         waiting = asyncio.create_task(ask(pool))
         await seconds(1)
-        assert log.occupancy[-1] == (0, 1, 0)
+        assert log.utilization[-1] == (0, 1, 0)
         assert await waiting == (0, 2) and now() == pytest.approx(25.25)
         pool.stop()
 
@@ -595,7 +596,7 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
     async def work() -> Sequence[LoadReceipt]:
         pool = pool_of(world, 3)
         await pool.ready()
-        receipts = await pool.load(7)
+        receipts = await pool.load_weights(7)
         pool.stop()
         return receipts
 
@@ -621,10 +622,10 @@ def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World,
     async def work() -> None:
         pool = pool_of(world, 2, log)
         await pool.ready()
-        receipts = await pool.load(7)
+        receipts = await pool.load_weights(7)
         assert [each.digest for each in receipts] == ["digest 0"] and pool.serving == 1
         await seconds(1)
-        assert pool.serving == 2 and [each.version for each in await pool.load(8)] == [8, 8]
+        assert pool.serving == 2 and [each.version for each in await pool.load_weights(8)] == [8, 8]
         pool.stop()
 
     run(work())
@@ -639,7 +640,7 @@ def test_weights_that_are_lost_are_the_learners_loss(world: World) -> None:
         pool = pool_of(world, 1)
         await pool.ready()
         with pytest.raises(LearnerLost, match="the weights were lost with their node"):
-            await pool.load(7)
+            await pool.load_weights(7)
         assert pool.serving == 1
         pool.stop()
 
@@ -656,7 +657,7 @@ def test_a_busy_worker_has_its_call_to_finish_before_a_load(world: World) -> Non
         await pool.ready()
         call = asyncio.create_task(ask(pool)) if busy else None
         await seconds(1)
-        loading = asyncio.create_task(pool.load(7))
+        loading = asyncio.create_task(pool.load_weights(7))
         await seconds(49)
         lost = len(world.killed)
         loading.cancel()
@@ -677,10 +678,10 @@ def test_a_worker_that_comes_up_holds_the_newest_weights_before_it_serves(world:
     async def work() -> None:
         pool = pool_of(world, 2)
         await pool.first()
-        await pool.load(1)
+        await pool.load_weights(1)
         pool.resize(2)
         await seconds(4)  # worker 1 is loading version 1
-        await pool.load(2)
+        await pool.load_weights(2)
         await seconds(5)
         assert pool.serving == 1
         await seconds(5)
@@ -782,7 +783,7 @@ def test_when_one_comes_up_again_those_that_gave_up_are_tried_again(world: World
     """Both failed while nobody served; worker 0 had more attempts left, and worker 1 has not been forgotten."""
     world.answer = lambda index, order: died()
     world.start = lambda index, attempt: died() if (index, attempt) in {(0, 2), (1, 2), (1, 3)} else 0.0
-    world.room = lambda index, attempt: 3.0 if index == 0 and attempt == 3 else 0.0
+    world.placement = lambda index, attempt: 3.0 if index == 0 and attempt == 3 else 0.0
 
     async def work() -> None:
         pool = pool_of(world, 2, restarts=1)

@@ -26,7 +26,7 @@ from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
 from offline_runs import FakeOfflineLearner, Killed, Listener, offline_run_of
 from offline_runs import Run as OfflineRun
-from reward_stages import LOSSES, FakeGang, Stage
+from reward_stages import LOSSES, FakeRankGroup, Stage
 from rollouts import generated, prompts, referenced, scored
 
 SECRET = "sk-live-4f9a"
@@ -379,7 +379,7 @@ folder = Path(sys.argv[1])
 prepared = SimpleNamespace(settings=settings_for(), directory=folder)
 recorder = Recorder(prepared, RunMetrics("test", folder / "metrics.jsonl"), Quiet())
 with recorder.tracking:
-    recorder.begin(SimpleNamespace(room=SimpleNamespace(ranks=1)), None, 0)
+    recorder.begin(SimpleNamespace(placement=SimpleNamespace(ranks=1)), None, 0)
     recorder.step(1)
 for name in ("tensorboard", "wandb", "mlflow", "trackio"):
     assert name not in sys.modules, name
@@ -403,7 +403,7 @@ def test_a_run_without_trackers_imports_none_of_the_libraries(tmp_path: Path) ->
 async def test_the_recorder_tells_what_it_writes(tmp_path: Path, made: Made) -> None:
     prepared = SimpleNamespace(settings=settings_for(tracking={"trackers": ["wandb"]}), directory=tmp_path)
     recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), Listener())
-    learner: Any = SimpleNamespace(room=SimpleNamespace(ranks=1))
+    learner: Any = SimpleNamespace(placement=SimpleNamespace(ranks=1))
     buffer: Any = None
     batch = scored(referenced(generated(prompts([0, 1]))))
     with recorder.tracking:
@@ -446,7 +446,7 @@ async def test_every_member_of_an_ensemble_is_a_run(
     tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Stage(tmp_path, monkeypatch, tracking={"trackers": ["wandb"]})
-    await stage.train(FakeGang(LOSSES))
+    await stage.train(FakeRankGroup(LOSSES))
     first, second = made.trackers
     name = stage.settings.run.name
     assert (first.run.name, second.run.name) == (f"{name}-0", f"{name}-1")

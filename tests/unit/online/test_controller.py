@@ -247,7 +247,7 @@ async def test_generators_with_other_weights_than_published_end_the_run(tmp_path
         version, digest = weights
         return [LoadReceipt(version, digest, 100, 0.1), LoadReceipt(version, "other", 100, 0.1)]
 
-    run.generator.load = one_is_wrong  # type: ignore[method-assign]
+    run.generator.load_weights = one_is_wrong  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="other"):
         await run.finish()
     assert run.buffer.version == 0  # nothing was admitted on their account
@@ -290,7 +290,7 @@ async def test_a_finished_run_does_not_wait_for_rows_nobody_trains_on(tmp_path: 
 
 async def test_an_objective_that_is_done_ends_the_run_with_an_evaluation_and_a_checkpoint(tmp_path: Path) -> None:
     run = Run(tmp_path, settings_for(steps=9))
-    learner = run.controller.parts.learner
+    learner = run.controller.components.learner
     step = learner.step
 
     async def done_at_two(batch: Any) -> Any:

@@ -14,7 +14,7 @@ from keel import schema
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.online import parity
 from keel.online.parity import ParityError
-from keel.parts import Observer
+from keel.protocols import Observer
 
 
 class Told(Observer):
@@ -81,13 +81,13 @@ def test_the_bound_is_a_setting() -> None:
 
 def drifting(run: Run, gaps: dict[int, float]) -> None:
     """Let the run's learner report these gaps by version."""
-    step = run.controller.parts.learner.step
+    step = run.controller.components.learner.step
 
     async def with_gap(batch: Any) -> Any:
         report = await step(batch)
         return dataclasses.replace(report, metrics=dict(report.metrics) | {"fresh_gap_nats": gaps[report.version]})
 
-    run.controller.parts.learner.step = with_gap  # type: ignore[method-assign]
+    run.controller.components.learner.step = with_gap  # type: ignore[method-assign]
 
 
 async def test_a_run_whose_sampler_drifts_away_ends_before_its_weights_are_served(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from fakes import settings_for
 from keel import files
 from keel.cluster import actors
 from keel.cluster.actors import RemoteBuffer
-from keel.cluster.learner_group import LearnerGang
+from keel.cluster.learner_group import LearnerGroup
 from keel.errors import BuildFailed
 from keel.observability.metrics import RunMetrics
 from keel.online.preflight import Prepared
@@ -41,7 +41,7 @@ def test_a_learner_that_is_built_again_is_at_its_checkpoint(tmp_path: Path) -> N
     prepared = SimpleNamespace(settings=settings_for(steps=7), directory=tmp_path)
     metrics = RunMetrics("test", tmp_path / "metrics.jsonl")
     recorder = Recorder(cast(Prepared, prepared), metrics, Quiet())
-    learner = cast(LearnerGang, SimpleNamespace(room=SimpleNamespace(ranks=2)))
+    learner = cast(LearnerGroup, SimpleNamespace(placement=SimpleNamespace(ranks=2)))
     recorder.set({"learner_version": 6.0})
     recorder.begin(learner, cast(RemoteBuffer, None), 4)
     recorder.set({"version": 4.0})
@@ -51,30 +51,30 @@ def test_a_learner_that_is_built_again_is_at_its_checkpoint(tmp_path: Path) -> N
     assert values == [4.0, 4.0]
 
 
-def test_of_many_that_wait_for_room_one_speaks_for_all(tmp_path: Path) -> None:
+def test_of_many_that_wait_for_resources_one_speaks_for_all(tmp_path: Path) -> None:
     prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
     display = Quiet()
     recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), display)
     free = "free are 1, 0 CPUs on 2 nodes"
     for _ in range(2):  # as after 5 and after 65 seconds
-        recorder.waiting_for_room("generator-1", "2 CPUs", free)
-        recorder.waiting_for_room("generator-2", "2 CPUs", free)
-    first = f"waiting for room for generator-1 (2 CPUs): {free}"
-    many = f"waiting for room for generator-1 (2 CPUs) and 1 more: {free}"
+        recorder.waiting_for_resources("generator-1", "2 CPUs", free)
+        recorder.waiting_for_resources("generator-2", "2 CPUs", free)
+    first = f"waiting for resources for generator-1 (2 CPUs): {free}"
+    many = f"waiting for resources for generator-1 (2 CPUs) and 1 more: {free}"
     assert display.notes == [first, many.replace("generator-1", "generator-2"), many]
-    assert display.now == "waiting for room for generator-1"
+    assert display.now == "waiting for resources for generator-1"
     recorder.doing("learner step")
     assert display.now == "learner step"
-    recorder.waited_for_room("generator-1", 66.3, found=True)
-    recorder.waiting_for_room("generator-2", "2 CPUs", free)
-    recorder.waited_for_room("generator-2", 70.0, found=False)
-    assert display.notes[3:] == ["room for generator-1 after 66 s", first.replace("generator-1", "generator-2")]
+    recorder.waited_for_resources("generator-1", 66.3, granted=True)
+    recorder.waiting_for_resources("generator-2", "2 CPUs", free)
+    recorder.waited_for_resources("generator-2", 70.0, granted=False)
+    assert display.notes[3:] == ["resources for generator-1 after 66 s", first.replace("generator-1", "generator-2")]
     assert display.now == "learner step"  # others work
     events = [(each["event"], each["who"]) for each in files.read_json_lines(tmp_path / "events.jsonl")]
     assert events == [
-        ("waiting_for_room", "generator-1"),
-        ("waiting_for_room", "generator-2"),
-        ("room_found", "generator-1"),
+        ("waiting_for_resources", "generator-1"),
+        ("waiting_for_resources", "generator-2"),
+        ("resources_found", "generator-1"),
     ]
 
 
@@ -92,15 +92,15 @@ def test_memory_is_measured_between_steps_and_is_in_the_line_of_a_step(tmp_path:
 async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait for room and the new gang are start-up: neither the step nor the checkpoint goes on meanwhile."""
+    """The wait for room and the new learner group are start-up: neither the step nor the checkpoint goes on meanwhile."""
     prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
     recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), Quiet())
-    recorder.occupancy.ranks(1)
+    recorder.utilization.ranks(1)
     recorder.doing("learner step")
     asked: list[bool] = []
 
-    async def room_for(ranks: int) -> None:
-        asked.append(recorder.occupancy.starting)
+    async def placement_for(ranks: int) -> None:
+        asked.append(recorder.utilization.starting)
         raise BuildFailed("the end of this test")
 
     monkeypatch.setattr(actors, "holds", lambda *_, **__: True)
@@ -111,7 +111,7 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         generators=SimpleNamespace(pool=pool),
         scaling=SimpleNamespace(desired={"learner": 1}),
         has_run=True,
-        _room_for=room_for,
+        _placement_for=placement_for,
     )
     with pytest.raises(BuildFailed, match="the end of this test"):
         await _Run._start(cast(_Run, own), Saved(None, {}), contextlib.ExitStack())

@@ -15,7 +15,7 @@ from keel.cluster import actors
 from keel.errors import BufferLost, LearnerLost
 from keel.online import scaling as scaling_module
 from keel.online.scaling import Scaling
-from keel.parts import Observer
+from keel.protocols import Observer
 
 
 def test_the_autoscaler_holds_what_is_wanted_now_and_nothing_after_the_end(
@@ -128,10 +128,10 @@ def test_a_buffer_that_does_not_size_its_batches_is_lost(tmp_path: Path, monkeyp
             await asyncio.sleep(60)
 
     scaling = scaling_of(tmp_path, monkeypatch, Link(exchanges=None), deadlines={"score_seconds": 0.05})
-    gang: Any = SimpleNamespace(room=SimpleNamespace(ranks=2))
+    group: Any = SimpleNamespace(placement=SimpleNamespace(ranks=2))
     buffer: Any = Buffer()
     with pytest.raises(BufferLost, match="waited 0 s for the buffer to size batches anew"):
-        asyncio.run(asyncio.wait_for(scaling.follow(gang, buffer, SimpleNamespace()), 5))  # type: ignore[arg-type]
+        asyncio.run(asyncio.wait_for(scaling.follow(group, buffer, SimpleNamespace()), 5))  # type: ignore[arg-type]
 
 
 def test_a_signal_stops_a_start_and_an_error_of_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

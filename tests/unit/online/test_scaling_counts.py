@@ -13,7 +13,7 @@ from fakes import settings_for
 from keel.cluster import actors
 from keel.online import scaling
 from keel.online.scaling import Scaling
-from keel.parts import Observer
+from keel.protocols import Observer
 
 
 class Spare:
@@ -39,12 +39,12 @@ class World:
         self.exchanges = 0
         self.at: dict[int, Any] = {}
         """What happens at an exchange, by its number from 1."""
-        self.rooms: list[Spare] = []
+        self.placements: list[Spare] = []
         self.granted_at = 1
         self.requests: list[dict[str, int]] = []
         self.left = 0
         monkeypatch.setattr(scaling, "_POLL_SECONDS", 0.001)
-        monkeypatch.setattr(scaling, "room_for", self.room_for)
+        monkeypatch.setattr(scaling, "placement_for", self.placement_for)
         monkeypatch.setattr(actors, "request", lambda settings, counts: self.requests.append(dict(counts)))
         self.pools: Any = {role: self.pool(role) for role in ("generator", "scorer")}
         self.asked_to_stop = threading.Event()
@@ -52,7 +52,7 @@ class World:
         self.own = Scaling(self.settings, tmp_path, self.pools, self.link, Observer(), self.asked_to_stop)
         self.resized: list[int] = []
         self.buffer: Any = SimpleNamespace(groups_per_batch=self.own.groups_per_batch, resize=self.resize)
-        self.gang: Any = SimpleNamespace(room=SimpleNamespace(ranks=2))
+        self.group: Any = SimpleNamespace(placement=SimpleNamespace(ranks=2))
 
     def pool(self, role: str) -> Any:
         made = SimpleNamespace(count=self.desired[role], serving=self.desired[role], resizes=[])
@@ -64,9 +64,9 @@ class World:
         made.resize = resize
         return made
 
-    def room_for(self, learners: Any, ranks: int) -> Spare:
-        self.rooms.append(Spare(ranks, self.granted_at))
-        return self.rooms[-1]
+    def placement_for(self, learners: Any, ranks: int) -> Spare:
+        self.placements.append(Spare(ranks, self.granted_at))
+        return self.placements[-1]
 
     async def resize(self, groups: int) -> None:
         await asyncio.sleep(0)
@@ -85,7 +85,7 @@ class World:
 
     async def follow(self, exchanges: int) -> None:
         """Follow what is wanted for so many exchanges."""
-        following = asyncio.create_task(self.own.follow(self.gang, self.buffer, SimpleNamespace(leave=self.leave)))  # type: ignore[arg-type]
+        following = asyncio.create_task(self.own.follow(self.group, self.buffer, SimpleNamespace(leave=self.leave)))  # type: ignore[arg-type]
         async with asyncio.timeout(20):
             while self.exchanges < exchanges and not following.done():
                 await asyncio.sleep(0.001)
@@ -98,7 +98,7 @@ def test_nothing_changes_where_nothing_is_wanted(monkeypatch: pytest.MonkeyPatch
     world = World(monkeypatch, tmp_path)
     asyncio.run(world.follow(4))
     assert [pool.resizes for pool in world.pools.values()] == [[], []]
-    assert (world.left, world.rooms, world.resized, world.requests) == (0, [], [], [])
+    assert (world.left, world.placements, world.resized, world.requests) == (0, [], [], [])
     assert world.link.told[0] == {"generator": 2, "scorer": 1, "learner": 2}
 
 
@@ -116,15 +116,17 @@ def test_pools_get_their_counts_and_batches_the_size_of_the_generators(
     assert stored == {"desired": world.desired, "actual": {"generator": 3, "scorer": 2, "learner": 2}}
 
 
-def test_fewer_ranks_leave_at_once_without_asking_for_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_fewer_ranks_leave_at_once_without_asking_for_resources(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     world = World(monkeypatch, tmp_path)
     world.at = {3: lambda: world.desired.update(learner=1)}
     asyncio.run(world.follow(3))
-    assert world.left >= 1 and world.rooms == []
+    assert world.left >= 1 and world.placements == []
 
 
 @pytest.mark.parametrize("granted_at", [1, 3])
-def test_more_ranks_leave_once_there_is_room_for_those_that_are_missing(
+def test_more_ranks_leave_once_there_is_resources_for_those_that_are_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, granted_at: int
 ) -> None:
     world = World(monkeypatch, tmp_path, learner=5)
@@ -133,20 +135,23 @@ def test_more_ranks_leave_once_there_is_room_for_those_that_are_missing(
         asyncio.run(world.follow(granted_at - 1))
         assert world.left == 0
     asyncio.run(world.follow(granted_at + 1))
-    assert world.left >= 1 and [room.ranks for room in world.rooms] == [3]
+    assert world.left >= 1 and [placement.ranks for placement in world.placements] == [3]
     world.own.release()
     world.own.release()
-    assert [room.released for room in world.rooms] == [1]
+    assert [placement.released for placement in world.placements] == [1]
 
 
-def test_room_of_another_size_is_given_back_before_the_next_is_asked_for(
+def test_resources_of_another_size_is_given_back_before_the_next_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     world = World(monkeypatch, tmp_path, learner=5)
     world.granted_at = 1000
     world.at = {3: lambda: world.desired.update(learner=3), 6: lambda: world.desired.update(learner=2)}
     asyncio.run(world.follow(9))
-    assert [(room.ranks, room.released) for room in world.rooms] == [(3, 1), (1, 1)] and world.left == 0
+    assert [(placement.ranks, placement.released) for placement in world.placements] == [
+        (3, 1),
+        (1, 1),
+    ] and world.left == 0
 
 
 @pytest.mark.parametrize("how", ["link", "signal"])

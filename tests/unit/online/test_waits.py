@@ -50,18 +50,18 @@ def ends(run: Run) -> tuple[float, BaseException]:
 
 def replace(run: Run, **parts: Any) -> None:
     """Other parts for the controller."""
-    run.controller.parts = dataclasses.replace(run.controller.parts, **parts)
+    run.controller.components = dataclasses.replace(run.controller.components, **parts)
 
 
 Hang = Callable[[Run], None]
 HANGS: dict[str, tuple[Hang, float, type[Exception], str]] = {
-    "publish": (lambda run: setattr(run.controller.parts.learner, "publish", forever), LOAD, LearnerLost, "step 2: .* for the learner to publish"),
-    "load": (lambda run: setattr(run.generator, "load", forever), LOAD + GRACE + GENERATE, Stalled, "step 2: .* for generators to load weights"),
+    "publish": (lambda run: setattr(run.controller.components.learner, "publish", forever), LOAD, LearnerLost, "step 2: .* for the learner to publish"),
+    "load": (lambda run: setattr(run.generator, "load_weights", forever), LOAD + GRACE + GENERATE, Stalled, "step 2: .* for generators to load weights"),
     "score": (lambda run: setattr(run.scorer, "score", forever), SCORE + GRACE, Stalled, "step 1: .* for a scorer"),
     "generate": (lambda run: setattr(run.generator, "generate", forever), IN_LINE, Stalled, "step 1: .* for a generator"),
     "add": (lambda run: setattr(run.buffer, "add", forever), SCORE, BufferLost, "step 1: .* for the buffer to accept rows"),
     "take": (lambda run: setattr(run.buffer, "take", forever), (GENERATE + 2 * SCORE) * (RETRIES + 1) + GRACE, Stalled, "step 1: .* for rollouts of a step; "),
-    "step": (lambda run: setattr(run.controller.parts.learner, "step", forever), STEP, LearnerLost, "step 1: .* for the learner to step"),
+    "step": (lambda run: setattr(run.controller.components.learner, "step", forever), STEP, LearnerLost, "step 1: .* for the learner to step"),
     "advance": (lambda run: setattr(run.buffer, "advance", forever), SCORE, BufferLost, "step 2: .* for the buffer to advance"),
     "checkpoint": (lambda run: setattr(run.observer, "checkpoint", forever), STEP, LearnerLost, "step 2: .* for the learner to save"),
     "iteration": (lambda run: setattr(run.observer, "iteration", forever), LOAD + GRACE, LearnerLost, "step 2: .* for the reference to be renewed"),
@@ -116,7 +116,7 @@ def test_rows_that_are_refused_are_kept_within_a_time(tmp_path: Path) -> None:
     async def refuse(batch: Any) -> Any:
         raise NotFinite("step 1: the loss is nan")
 
-    run.controller.parts.learner.step = refuse  # type: ignore[method-assign]
+    run.controller.components.learner.step = refuse  # type: ignore[method-assign]
     run.observer.quarantine = forever  # type: ignore[method-assign]
     ended, raised = ends(run)
     assert isinstance(raised, Stalled) and "for quarantine" in str(raised) and ended == pytest.approx(GRACE)
@@ -149,7 +149,7 @@ async def test_a_timeout_of_the_awaited_itself_stays_one() -> None:
 
 def test_a_comparison_before_the_run_waits_a_steps_time(tmp_path: Path) -> None:
     run = run_of(tmp_path)
-    run.controller.parts.learner.compare = forever  # type: ignore[method-assign]
+    run.controller.components.learner.compare = forever  # type: ignore[method-assign]
 
     async def work() -> float:
         with pytest.raises(LearnerLost, match="waited 20 s for the learner to compare"):
@@ -168,11 +168,11 @@ def test_the_seconds_of_a_step_are_those_of_the_clock(tmp_path: Path, monkeypatc
     settings = settings_for(steps=1)
     run = Run(tmp_path, settings, generator=lambda tickets, attempt: asyncio.sleep(3))
     replace(run, scorers=[FakeScorer(hook=lambda tickets, call: asyncio.sleep(2))])
-    learner, load = run.controller.parts.learner, run.generator.load
+    learner, load = run.controller.components.learner, run.generator.load_weights
     step, publish = learner.step, learner.publish
     learner.step = lambda batch: after(4, step, batch)  # type: ignore[method-assign]
     learner.publish = lambda: after(1, publish)  # type: ignore[method-assign]
-    run.generator.load = lambda weights: after(6, load, weights)  # type: ignore[method-assign]
+    run.generator.load_weights = lambda weights: after(6, load, weights)  # type: ignore[method-assign]
     done: list[str] = []
     run.observer.doing = done.append  # type: ignore[method-assign, assignment]
     jumping.run(run.controller.run())
@@ -211,7 +211,7 @@ def test_a_step_without_new_rollouts_has_no_rate(tmp_path: Path) -> None:
 
 async def test_a_controller_that_is_told_no_version_starts_at_none(tmp_path: Path) -> None:
     run = Run(tmp_path, settings_for(steps=2))
-    fresh = Controller(settings_for(steps=2), run.controller.parts, SAMPLING, run.observer)
+    fresh = Controller(settings_for(steps=2), run.controller.components, SAMPLING, run.observer)
     await asyncio.wait_for(fresh.run(), 60)
     assert run.entries("evaluation") == [("evaluation", 0), ("evaluation", 2)]
     assert [entry[1] for entry in run.entries("stepped")] == [1, 2]

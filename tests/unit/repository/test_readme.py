@@ -1,5 +1,6 @@
-"""What the pages say is there: files, links, commands and their options."""
+"""The pages name only what exists (files, links, commands, options), say what they are for, and are written plainly."""
 
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,90 @@ PAGES = sorted(
     ]
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+HISTORY = {"CHANGELOG.md", "docs/develop/log.md"}
+"""Pages that speak of earlier versions."""
+of_today = pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+ROOMS = ["system/keel", "tests", "benchmarks", "configs", "deploy", "docs", "requirements"]
+FILES = {
+    str(path.relative_to(ROOT))
+    for room in ROOMS
+    for path in (ROOT / room).rglob("*")
+    if "__pycache__" not in path.parts
+}
+OF_USERS = re.compile(r"my_\w+\.py|yaml\.py")
+"""Python files that examples have a user write."""
+MADE = {"deploy/prometheus/discovery"}
+"""Folders that a command of a page makes."""
+PRIVATE_WORDS = re.compile(r"\b(nobody|whoever|whom|anew|goes on|so many)\b", re.IGNORECASE)
+PLAIN = ["*.py"]
+"""Files of Keel that are free of them, as patterns."""
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.encode("utf8")) <= 12_000
+
+
+def test_the_map_has_every_page() -> None:
+    """Runbooks have a map of their own."""
+    text = (ROOT / "docs/README.md").read_text(encoding="utf8")
+    listed = {(ROOT / "docs" / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)\)", text)}
+    runbooks = ROOT / "docs/runbooks"
+    pages = {page for page in (ROOT / "docs").rglob("*.md") if runbooks not in page.parents}
+    assert {page.resolve() for page in pages - {ROOT / "docs/README.md"}} <= listed
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.name.startswith("keel-")], ids=str)
+def test_a_page_says_first_what_it_is_for(page: Path) -> None:
+    title, first, *_ = [block for block in page.read_text(encoding="utf8").split("\n\n") if block.strip()]
+    assert re.fullmatch(r"# .+", title.strip()), title
+    assert re.match(r"[\w`*\[]", first) and first.rstrip()[-1] in ".:", first
+
+
+@of_today
+def test_a_path_exists(page: Path) -> None:
+    """Those from the root of the repository, and the module names of every other mention of a Python file."""
+    text = re.sub(r"https?://\S+", "", page.read_text(encoding="utf8"))
+    rooted = re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})/[\w./-]*\w(?![\w{{*])", text)
+    assert set(rooted) - FILES - MADE == set()
+    for name in set(re.findall(r"`([\w/]+\.py)\b", text)):
+        assert OF_USERS.fullmatch(name) or any(f"/{file}".endswith(f"/{name}") for file in FILES), name
+
+
+@of_today
+def test_an_import_of_a_page_works(page: Path) -> None:
+    """Those from Keel itself, and the modules of Keel that a page names with dots."""
+    text = page.read_text(encoding="utf8")
+    for module, names in re.findall(r"from (keel[\w.]*) import ([\w, ]+)", text):
+        for name in names.replace(" ", "").split(","):
+            assert importable(f"{module}.{name}"), (module, name)
+    for name in re.findall(r"`(keel(?:\.[a-zA-Z]\w*)+)`", text):
+        assert importable(name), name
+
+
+def importable(name: str) -> bool:
+    """Whether a dotted name is a module of Keel, or a name in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@of_today
+def test_a_page_is_written_plainly(page: Path) -> None:
+    lines = page.read_text(encoding="utf8").splitlines()
+    assert [line for line in lines if PRIVATE_WORDS.search(line)] == []
+
+
+@pytest.mark.parametrize("pattern", PLAIN)
+def test_code_is_written_plainly(pattern: str) -> None:
+    for path in (ROOT / "system/keel").glob(pattern):
+        lines = path.read_text(encoding="utf8").splitlines()
+        assert [line for line in lines if PRIVATE_WORDS.search(line)] == [], path
 
 
 def anchors(page: Path) -> set[str]:

@@ -204,7 +204,7 @@ def test_the_file_is_a_preference_dataset(chat: bool, tmp_path: Path) -> None:
     loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
     assert loaded.to_list() == read
     assert set(loaded.column_names) >= {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}
-    rows = prompt_datasets.read(PromptSettings(source=str(path)))
+    rows = prompt_datasets.read_rows(PromptSettings(source=str(path)))
     stored_completions.check(rows, 2, str(path))
     assert [row.conversational for row in rows] == [chat] * 3
     columns = [json.loads(row.further) for row in rows]

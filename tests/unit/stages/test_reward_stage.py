@@ -10,14 +10,14 @@ from keel.learner import reward_models
 from keel.stages import offline_loop, reward
 from offline_runs import Killed
 from prompt_files import jsonl
-from reward_stages import LOSSES, FakeGang, Stage
+from reward_stages import LOSSES, FakeRankGroup, Stage
 
 
 async def test_every_member_is_trained_and_assembled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage, gang = Stage(tmp_path, monkeypatch), FakeGang(LOSSES)
-    summary = await stage.train(gang)
-    assert stage.judged == [["4", "4"]] and gang.stopped
-    assert gang.log.count(("step", 1)) == gang.log.count(("begin", 0)) == 2
+    stage, group = Stage(tmp_path, monkeypatch), FakeRankGroup(LOSSES)
+    summary = await stage.train(group)
+    assert stage.judged == [["4", "4"]] and group.stopped
+    assert group.log.count(("step", 1)) == group.log.count(("begin", 0)) == 2
     folder = stage.directory / "model"
     assert (folder / reward_models.ENSEMBLE).is_file()
     assert [(folder / f"member-{n}" / "weights").read_text() for n in (0, 1)] == ["4", "4"]
@@ -30,7 +30,7 @@ async def test_every_member_is_trained_and_assembled(tmp_path: Path, monkeypatch
 
 async def test_one_member_is_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch, members={"count": 1})
-    await stage.train(FakeGang(LOSSES))
+    await stage.train(FakeRankGroup(LOSSES))
     assert [path.name for path in (stage.directory / "model").iterdir()] == ["weights"]
 
 
@@ -40,11 +40,11 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
 ) -> None:
     stage = Stage(tmp_path, monkeypatch)
     with pytest.raises(Killed, match=f"at step {killed[1]}"):
-        await stage.train(FakeGang(LOSSES, killed))
-    gang = FakeGang(LOSSES)
-    await stage.train(gang)
-    assert gang.log.count(("begin", 0)) == 2 - killed[0]  # a finished member is left alone
-    assert gang.log.count(("load", 2)) == (killed[1] > 2)
+        await stage.train(FakeRankGroup(LOSSES, killed))
+    group = FakeRankGroup(LOSSES)
+    await stage.train(group)
+    assert group.log.count(("begin", 0)) == 2 - killed[0]  # a finished member is left alone
+    assert group.log.count(("restore_checkpoint", 2)) == (killed[1] > 2)
     assert stage.judged == [["4", "4"]]
     for number in (0, 1):
         assert [line["step"] for line in files.read_json_lines(stage.member(number) / "evaluations.jsonl")] == [
@@ -62,35 +62,35 @@ async def test_a_killed_member_with_patience_is_trained_to_its_end(
     training = {"rows_per_step": 5, "evaluate_every_steps": 1, "patience": 2}
     stage = Stage(tmp_path, monkeypatch, training=training)
     with pytest.raises(Killed, match="at step 2"):
-        await stage.train(FakeGang(LOSSES, killed=(0, 2)))
-    await stage.train(FakeGang(LOSSES))
+        await stage.train(FakeRankGroup(LOSSES, killed=(0, 2)))
+    await stage.train(FakeRankGroup(LOSSES))
     assert stage.judged == [["4", "4"]]
 
 
 async def test_a_finished_stage_is_said_to_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
-    summary = await stage.train(FakeGang(LOSSES))
+    summary = await stage.train(FakeRankGroup(LOSSES))
     assert offline_loop.finished(stage.directory) == summary
 
 
 async def test_no_checkpoint_is_left_of_a_finished_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
-    await stage.train(FakeGang(LOSSES))
+    await stage.train(FakeRankGroup(LOSSES))
     assert not list(stage.directory.rglob("step-*"))
 
 
 async def test_dropped_rows_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch)
     with pytest.raises(Killed, match="at step 4"):
-        await stage.train(FakeGang(LOSSES, killed=(0, 4)))
-    await stage.train(FakeGang(LOSSES))
+        await stage.train(FakeRankGroup(LOSSES, killed=(0, 4)))
+    await stage.train(FakeRankGroup(LOSSES))
     assert stage.metrics.totals["rows_dropped_total"] == {"empty": 1.0}
 
 
 async def test_the_summary_names_the_step_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {"rows_per_step": 5, "evaluate_every_steps": 1, "patience": 1}
     stage = Stage(tmp_path, monkeypatch, training=training, members={"count": 1})
-    summary = await stage.train(FakeGang([5.0, 4.0, 6.0, 7.0, 8.0]))
+    summary = await stage.train(FakeRankGroup([5.0, 4.0, 6.0, 7.0, 8.0]))
     assert stage.judged == [["1"]] and summary["model_step"] == 1
 
 
