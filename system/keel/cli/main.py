@@ -246,7 +246,7 @@ def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
     from keel.stages import policy
 
     prepared = policy.prepare(settings)
-    steps = prepared.learning.run.steps
+    steps = prepared.spec.run.steps
     with progress_display(console, steps, prepared.columns) as display:
         display.note(f"keel {__version__}: {settings.run.name}, {prepared.name}, {steps} steps, {prepared.rows.counts}")
         done = policy.run(prepared, display)

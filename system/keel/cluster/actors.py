@@ -28,7 +28,9 @@ from keel.cluster.control import reach
 from keel.cluster.pool import Pool
 from keel.cluster.ray_errors import GONE, cause_of, init_failed
 from keel.cluster.worker import Spawn
+from keel.config.commands import AnySettings
 from keel.config.run import Settings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
 from keel.protocols import AddReceipt, Batch, LoadReceipt, Observer, Sampling, StageReceipt
@@ -42,7 +44,7 @@ _STARTS = 5
 _LATE = "node timed out during startup"
 
 
-def connect(settings: Settings) -> str:
+def connect(settings: AnySettings) -> str:
     """Join the Ray cluster that cluster.address or RAY_ADDRESS names, or start an embedded one sized for the actors.
 
     Returns which of them, for the user. Raises ConfigError for a cluster that cannot be joined.
@@ -124,7 +126,7 @@ def disconnect() -> None:
 
 
 @contextlib.contextmanager
-def joined(settings: Settings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[str]:
+def joined(settings: AnySettings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[str]:
     """A cluster with room for so many workers of each role, or for one of each; left at the end. Says which it is.
 
     Raises ConfigError where there never can be. What others occupy now may come free, and is waited for.
@@ -254,7 +256,7 @@ async def _of_buffer(answer: Awaitable[Any]) -> Any:
 
 
 def generators(
-    settings: Settings, folder: str, given: Given | None = None, observer: Observer | None = None
+    settings: Settings | SamplingSpec, folder: str, given: Given | None = None, observer: Observer | None = None
 ) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
     by = settings.generators
@@ -265,7 +267,7 @@ def generators(
     )
 
 
-def reference(settings: Settings, folder: str, observer: Observer | None = None) -> ScorerPool:
+def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ScorerPool:
     """The frozen reference policy."""
     by, temperature = settings.reference, settings.sampling.temperature
     assert by is not None
@@ -273,7 +275,9 @@ def reference(settings: Settings, folder: str, observer: Observer | None = None)
     return ScorerPool(_pool("reference", spawn, by.count, settings, observer), settings.deadlines.score_seconds)
 
 
-def scorers(settings: Settings, reference_folder: str | None, observer: Observer | None = None) -> list[ScorerPool]:
+def scorers(
+    settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
+) -> list[ScorerPool]:
     """The reference policy first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     by = settings.scorers
@@ -283,7 +287,7 @@ def scorers(settings: Settings, reference_folder: str | None, observer: Observer
     return [*pools, ScorerPool(scorer, seconds)]
 
 
-def _pool(role: str, spawn: Spawn, count: int, settings: Settings, observer: Observer | None) -> Pool:
+def _pool(role: str, spawn: Spawn, count: int, settings: Settings | ScoringSpec, observer: Observer | None) -> Pool:
     failures = settings.failures
     return Pool(
         role,
@@ -292,6 +296,6 @@ def _pool(role: str, spawn: Spawn, count: int, settings: Settings, observer: Obs
         settings.deadlines,
         restarts=failures.retries,
         patience_seconds=failures.degrade_after_seconds,
-        by_ticket=settings.buffer.max_staleness == 0,
+        by_ticket=settings.in_ticket_order,
         observer=observer,
     )

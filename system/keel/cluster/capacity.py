@@ -10,6 +10,7 @@ What is refused is proven not to fit: where a proof would take too long, the run
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from keel.config.commands import AnySettings
 from keel.config.run import Settings
 from keel.config.workers import GeneratorSettings, WorkerSettings
 
@@ -70,15 +71,13 @@ def bundles(workers: WorkerSettings) -> list[dict[str, float]]:
     return [actor | ({"GPU": workers.gpus} if workers.gpus else {}) | workers.resources]
 
 
-def workers(settings: Settings) -> dict[str, WorkerSettings]:
+_BLOCKS = {"generator": "generators", "reference": "reference", "scorer": "scorers", "learner": "learners"}
+
+
+def workers(settings: AnySettings) -> dict[str, WorkerSettings]:
     """Settings of the workers by role, in the order in which a batch passes through them."""
-    reference = {"reference": settings.reference} if settings.reference else {}
-    return {
-        "generator": settings.generators,
-        **reference,
-        "scorer": settings.scorers,
-        "learner": settings.learners,
-    }
+    blocks = {role: getattr(settings, block, None) for role, block in _BLOCKS.items()}
+    return {role: block for role, block in blocks.items() if block is not None}
 
 
 def configured(settings: Settings) -> dict[str, int]:
@@ -86,7 +85,7 @@ def configured(settings: Settings) -> dict[str, int]:
     return {role: by.count for role, by in workers(settings).items()}
 
 
-def asks(settings: Settings, counts: Mapping[str, int]) -> list[Ask]:
+def asks(settings: AnySettings, counts: Mapping[str, int]) -> list[Ask]:
     """What so many workers of each role ask for."""
     return [Ask(role, counts[role], by) for role, by in workers(settings).items() if counts.get(role)]
 

@@ -14,7 +14,7 @@ from keel.cluster.capacity import bundles
 from keel.cluster.placement import Placement, PlacementWait
 from keel.cluster.ray_errors import GONE, cause_of, init_failed
 from keel.cluster.rendezvous import Rendezvous
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
@@ -136,7 +136,7 @@ class LearnerGroup(RankGroup):
 
     def __init__(
         self,
-        settings: Settings,
+        settings: LearnerSpec,
         folder: str,
         others: Mapping[str, str] | None = None,
         placement: Placement | None = None,

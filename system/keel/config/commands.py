@@ -6,8 +6,10 @@ from keel.config.base import CommandSettings
 from keel.config.label import LabelSettings
 from keel.config.pipeline import PipelineSettings
 from keel.config.run import Settings
-from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.config.stages import PreferSettings, RewardModelSettings, StageSettings, SupervisedSettings
 
+AnySettings = Settings | StageSettings | LabelSettings
+"""The configuration of one command."""
 COMMANDS: dict[str, type[CommandSettings]] = {
     "train": Settings,
     "evaluate": Settings,

@@ -1,6 +1,6 @@
 """Settings of `keel label`: preference pairs from sampled completions and a judge."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -8,13 +8,12 @@ from keel.config.base import CommandSettings, Fraction, RunIdentity, Section
 from keel.config.objective import PairSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.rewards import RewardSettings
-from keel.config.run import FailureSettings, Settings
-from keel.config.stages import NO_KL, check_run
+from keel.config.run import FailureSettings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import (
     ClusterSettings,
     DeadlineSettings,
     GeneratorSettings,
-    LearnerSettings,
     ReferenceSettings,
     WorkerSettings,
 )
@@ -64,19 +63,20 @@ class LabelSettings(CommandSettings):
     def policy_model(self) -> str:
         return self.policy.model if self.policy else ""
 
-    def sampling_run(self) -> Settings:
-        """Settings of an online run that samples and scores like this."""
-        shared = ("sampling", "reference", "generators", "scorers", "failures", "cluster", "deadlines")
-        blocks = {name: getattr(self, name) for name in shared}
-        return Settings(
-            run={**self.run.model_dump(), "steps": 1},
-            policy=self.policy or PolicySettings(model="-"),
-            prompts=self.prompts or PromptSettings(source="-"),
-            objective={"kind": "weighted_likelihood", "weights": "uniform"},
-            regularizer=NO_KL,
-            rewards=[self.judge.model_copy(update={"role": "train"})],
-            learners=LearnerSettings(tokens_per_batch=2**30),  # no learner runs
-            **blocks,
+    def scoring_spec(self) -> ScoringSpec:
+        """Settings of the judge and the reference; also of prompts and generators, where completions are sampled."""
+        scoring: dict[str, Any] = {
+            "deadlines": self.deadlines,
+            "rewards": [self.judge.model_copy(update={"role": "train"})],
+            "scorers": self.scorers,
+            "reference": self.reference,
+            "sampling": self.sampling,
+            "failures": self.failures,
+        }
+        if self.policy is None or self.prompts is None:
+            return ScoringSpec(**scoring)
+        return SamplingSpec(
+            run=self.run, policy=self.policy, prompts=self.prompts, generators=self.generators, **scoring
         )
 
     @model_validator(mode="after")
@@ -94,5 +94,5 @@ class LabelSettings(CommandSettings):
             raise ValueError("sampling.samples_per_prompt=1: one completion makes no pair; expected at least 2")
         if self.pairs.selection == "most_disagreeing":
             raise ValueError("pairs.selection=most_disagreeing: one judge never disagrees; expected another selection")
-        check_run(self.sampling_run)
+        self.sampling.check_stored()
         return self

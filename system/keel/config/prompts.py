@@ -77,3 +77,8 @@ class SamplingSettings(Section):
         description="share of prompts whose completions are those of the prompt source (columns chosen and rejected, or"
         " responses and rewards): 0 online, 1 offline, between: hybrid",
     )
+
+    def check_stored(self) -> None:
+        """Raises ValueError for a temperature at which stored completions are not scored."""
+        if self.stored_ratio > 0 and self.temperature != 1:
+            raise ValueError(f"sampling.temperature={self.temperature}: stored completions are scored at 1; expected 1")

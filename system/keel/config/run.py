@@ -3,7 +3,7 @@
 Plain pydantic models without a heavy import: `keel --help`, `--dry-run` and `keel schema` load keel.config alone.
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -84,8 +84,11 @@ class ParitySettings(Section):
     on_step_gap: Literal["warn", "stop"] = Field("stop", description="what a step with a larger gap does to the run")
 
 
-class Settings(CommandSettings):
-    """One online run. `keel schema` prints this as JSON schema."""
+class LearnerSpec(CommandSettings):
+    """The settings that a learner trains by: those of an online run, or what an offline stage derives from its own."""
+
+    budget_setting: ClassVar[str] = "sampling.max_tokens"
+    """Name of the setting that holds the completion budget."""
 
     run: RunSettings = Field(RunSettings(), description="name, directory, seed and length of the run")
     policy: PolicySettings = Field(description="the model that is trained")
@@ -102,39 +105,25 @@ class Settings(CommandSettings):
         EnsembleSettings(), description="how several training rewards become the one that is optimized"
     )
     shaping: ShapingSettings = Field(ShapingSettings(), description="penalties for length and missing ends")
-    failures: FailureSettings = Field(FailureSettings(), description="how many failures the run tolerates")
-    buffer: BufferSettings = Field(BufferSettings(), description="how many prompts a step takes, and how stale")
-    generators: GeneratorSettings = Field(GeneratorSettings(), description="workers that sample with vLLM")
-    scorers: WorkerSettings = Field(WorkerSettings(threads=1), description="workers that compute rewards")
     reference: ReferenceSettings | None = Field(
         ReferenceSettings(), description="workers that hold the reference policy; null: none"
     )
     learners: LearnerSettings = Field(LearnerSettings(), description="ranks that train the policy with DeepSpeed")
-    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="evaluation on held-out prompts")
-    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints of the run")
-    parity: ParitySettings = Field(ParitySettings(), description="allowed gap between learner and sampler")
-    metrics: MetricsSettings = Field(MetricsSettings(), description="HTTP endpoint of the metrics")
-    tracking: TrackingSettings = Field(TrackingSettings(), description="experiment trackers")
-    cluster: ClusterSettings = Field(ClusterSettings(), description="the Ray cluster that the run uses")
     deadlines: DeadlineSettings = Field(DeadlineSettings(), description="longest waits for single operations")
 
     @property
-    def reference_iteration_steps(self) -> int | None:
-        """Steps after which the policy of now becomes the reference; None where the reference stays the initial one."""
-        return self.reference.iteration_steps if self.reference else None
+    def groups_per_step(self) -> int:
+        """Prompts a step trains on."""
+        raise NotImplementedError
+
+    @property
+    def weights_dtype(self) -> Literal["bfloat16", "float32"]:
+        """Number format of published and exported weights."""
+        raise NotImplementedError
 
     @property
     def max_model_tokens(self) -> int:
         return self.prompts.max_tokens + self.sampling.max_tokens
-
-    @property
-    def groups_per_batch(self) -> int:
-        """Tickets that share a generator batch: a number of the configuration, never of timing."""
-        return self.groups_per_batch_of(self.generators.count)
-
-    def groups_per_batch_of(self, generators: int) -> int:
-        """The same for another number of generators: a step's groups divided among them, unless set."""
-        return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // generators)
 
     @property
     def train_rewards(self) -> list[RewardSettings]:
@@ -180,19 +169,8 @@ class Settings(CommandSettings):
         return self
 
     @model_validator(mode="after")
-    def _evaluation_has_a_judge(self) -> Self:
-        names, judge = [reward.name for reward in self.rewards], self.evaluation.judge
-        if judge is not None and judge not in names:
-            raise ValueError(f"evaluation.judge={judge}: no such reward; expected one of {', '.join(names)}")
-        return self
-
-    @model_validator(mode="after")
-    def _group_has_a_baseline(self) -> Self:
+    def _samples_are_enough(self) -> Self:
         samples, wanted = self.sampling.samples_per_prompt, self.objective.min_samples
-        if self.buffer.dynamic_sampling_refills and samples < 2:
-            raise ValueError(
-                "sampling.samples_per_prompt=1: buffer.dynamic_sampling_refills replaces every group of one"
-            )
         if samples < wanted:
             what = getattr(self.objective, "advantage", self.objective.kind)
             raise ValueError(
@@ -276,15 +254,70 @@ class Settings(CommandSettings):
                 f"sampling.stored_ratio={ratio}: objective.kind={self.objective.kind} needs samples of the policy;"
                 " expected preference or weighted_likelihood"
             )
-        if ratio > 0 and self.sampling.temperature != 1:
-            raise ValueError(
-                f"sampling.temperature={self.sampling.temperature}: stored completions are scored at 1; expected 1"
-            )
+        self.sampling.check_stored()
         if self.shaping.overlong_buffer_tokens > self.sampling.max_tokens:
             raise ValueError(
                 f"shaping.overlong_buffer_tokens={self.shaping.overlong_buffer_tokens}: longer than"
                 f" sampling.max_tokens={self.sampling.max_tokens}; expected at most that"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit_a_batch(self) -> Self:
+        if self.max_model_tokens > self.learners.tokens_per_batch:
+            raise ValueError(
+                f"learners.tokens_per_batch={self.learners.tokens_per_batch}: one row may have prompts.max_tokens +"
+                f" {self.budget_setting}={self.max_model_tokens} tokens; expected at least that"
+            )
+        return self
+
+
+class Settings(LearnerSpec):
+    """One run. `keel schema` prints this as JSON schema."""
+
+    failures: FailureSettings = Field(FailureSettings(), description="how many failures the run tolerates")
+    buffer: BufferSettings = Field(BufferSettings(), description="how many prompts a step takes, and how stale")
+    generators: GeneratorSettings = Field(GeneratorSettings(), description="workers that sample with vLLM")
+    scorers: WorkerSettings = Field(WorkerSettings(threads=1), description="workers that compute rewards")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="evaluation on held-out prompts")
+    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints of the run")
+    parity: ParitySettings = Field(ParitySettings(), description="allowed gap between learner and sampler")
+    metrics: MetricsSettings = Field(MetricsSettings(), description="HTTP endpoint of the metrics")
+    tracking: TrackingSettings = Field(TrackingSettings(), description="experiment trackers")
+    cluster: ClusterSettings = Field(ClusterSettings(), description="the Ray cluster that the run uses")
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.buffer.groups_per_step
+
+    @property
+    def weights_dtype(self) -> Literal["bfloat16", "float32"]:
+        return self.generators.dtype
+
+    @property
+    def in_ticket_order(self) -> bool:
+        """Whether batches go to workers by ticket, as synchronous training needs to be repeatable."""
+        return self.buffer.max_staleness == 0
+
+    @property
+    def reference_iteration_steps(self) -> int | None:
+        """Steps after which the policy of now becomes the reference; None where the reference stays the initial one."""
+        return self.reference.iteration_steps if self.reference else None
+
+    @property
+    def groups_per_batch(self) -> int:
+        """Tickets that share a generator batch: a number of the configuration, never of timing."""
+        return self.groups_per_batch_of(self.generators.count)
+
+    def groups_per_batch_of(self, generators: int) -> int:
+        """The same for another number of generators: a step's groups divided among them, unless set."""
+        return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // generators)
+
+    @model_validator(mode="after")
+    def _evaluation_has_a_judge(self) -> Self:
+        names, judge = [reward.name for reward in self.rewards], self.evaluation.judge
+        if judge is not None and judge not in names:
+            raise ValueError(f"evaluation.judge={judge}: no such reward; expected one of {', '.join(names)}")
         return self
 
     @model_validator(mode="after")
@@ -297,9 +330,12 @@ class Settings(CommandSettings):
         rows = self.buffer.groups_per_step * self.sampling.samples_per_prompt
         if rows < self.learners.count:
             raise ValueError(f"learners.count={self.learners.count}: a step has {rows} rows; expected at most {rows}")
-        if self.max_model_tokens > self.learners.tokens_per_batch:
+        return self
+
+    @model_validator(mode="after")
+    def _refills_have_a_baseline(self) -> Self:
+        if self.buffer.dynamic_sampling_refills and self.sampling.samples_per_prompt < 2:
             raise ValueError(
-                f"learners.tokens_per_batch={self.learners.tokens_per_batch}: one row may have prompts.max_tokens +"
-                f" sampling.max_tokens={self.max_model_tokens} tokens; expected at least that"
+                "sampling.samples_per_prompt=1: buffer.dynamic_sampling_refills replaces every group of one"
             )
         return self

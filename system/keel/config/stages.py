@@ -1,11 +1,11 @@
 """Settings of the stages that train beside online training: supervised, preference and reward-model training.
 
-A stage trains on rows that come with their completions. Its `learning()` gives the settings of the learner that it
-runs on: those of an online run whose completions are all stored.
+A stage trains on rows that come with their completions. `learner_spec()` gives the settings of the learner it runs on,
+`scoring_spec()` those of generators and scorers.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -14,10 +14,9 @@ from keel.config.monitoring import MetricsSettings, TrackingSettings
 from keel.config.objective import PreferenceSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
-from keel.config.rewards import RewardSettings
-from keel.config.run import CheckpointSettings, Settings
+from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.run import CheckpointSettings, FailureSettings, LearnerSpec
 from keel.config.workers import (
-    BufferSettings,
     ClusterSettings,
     DeadlineSettings,
     GeneratorSettings,
@@ -125,38 +124,91 @@ class StageSettings(CommandSettings):
             )
         return self
 
-    def learning(self, steps: int) -> Settings:
-        """Settings of the learner for this number of steps."""
+
+class OfflineSpec(LearnerSpec):
+    """A learner on stored completions, whose reward is the order in which a row holds them."""
+
+    budget_setting: ClassVar[str] = "completions.max_tokens"
+
+    rows_per_step: int
+
+    @property
+    def groups_per_step(self) -> int:
+        return self.rows_per_step
+
+    @property
+    def weights_dtype(self) -> Literal["bfloat16", "float32"]:
+        return "float32" if self.learners.precision == "fp32" else "bfloat16"
+
+
+class PolicyStageSettings(StageSettings):
+    """What the stages that train a policy share."""
+
+    def learner_spec(self, steps: int) -> OfflineSpec:
+        """The settings of the learner for this many steps."""
         raise NotImplementedError
 
     @model_validator(mode="after")
     def _learner_can_run(self) -> Self:
-        check_run(lambda: self.learning(1))
+        try:
+            self.learner_spec(1)
+        except ValidationError as error:  # of rules that all learners share; they name settings of this stage
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
         return self
 
-    def _learning(self, samples: int, steps: int, **blocks: Any) -> Settings:
-        """Settings of a run on stored completions, `samples` a row."""
-        shared = {name: getattr(self, name) for name in _SHARED}
-        exact = self.learners.precision == "fp32"
-        return Settings(
-            generators=GeneratorSettings(dtype="float32" if exact else "bfloat16"),  # what the model is written in
+    def _spec(self, samples: int, steps: int, **blocks: Any) -> OfflineSpec:
+        """The learner's settings for rows of `samples` completions."""
+        return OfflineSpec(
             run={**self.run.model_dump(), "steps": steps},
+            policy=self.policy,
+            prompts=self.prompts,
             sampling=SamplingSettings(
                 samples_per_prompt=samples, max_tokens=self.completions.max_tokens, stored_ratio=1.0
             ),
-            buffer=BufferSettings(groups_per_step=self.training.rows_per_step),
-            **{**shared, "rewards": [RewardSettings(name="label", kind="stored")], **blocks},
+            rewards=[RewardSettings(name="label", kind="stored")],
+            learners=self.learners,
+            deadlines=self.deadlines,
+            rows_per_step=self.training.rows_per_step,
+            **blocks,
         )
 
 
-class SupervisedSettings(StageSettings):
+class ScoringSpec(Section):
+    """The settings that scorers work by where no online run is trained."""
+
+    deadlines: DeadlineSettings
+    rewards: list[RewardSettings] = Field([], description="what the scorers compute")
+    scorers: WorkerSettings = WorkerSettings()
+    reference: ReferenceSettings | None = None
+    sampling: SamplingSettings = SamplingSettings()
+    ensemble: EnsembleSettings = EnsembleSettings()
+    failures: FailureSettings = FailureSettings()
+    in_ticket_order: bool = True
+
+
+class SamplingSpec(ScoringSpec):
+    """The settings that prompts, generators and scorers work by where no online run is trained."""
+
+    run: RunIdentity
+    policy: PolicySettings
+    prompts: PromptSettings
+    generators: GeneratorSettings
+
+    @property
+    def max_model_tokens(self) -> int:
+        return self.prompts.max_tokens + self.sampling.max_tokens
+
+
+class SupervisedSettings(PolicyStageSettings):
     """`keel sft`: likelihood of demonstrations. Loss: -log pi averaged over all completion tokens of a step."""
 
-    def learning(self, steps: int) -> Settings:
-        return self._learning(1, steps, objective=_LIKELIHOOD, regularizer=NO_KL, reference=None)
+    def learner_spec(self, steps: int) -> OfflineSpec:
+        likelihood = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
+        no_kl = RegularizerSettings(kl={"coefficient": 0.0})
+        return self._spec(1, steps, objective=likelihood, regularizer=no_kl, reference=None)
 
 
-class PreferSettings(StageSettings):
+class PreferSettings(PolicyStageSettings):
     """`keel prefer`: the DPO family on stored pairs or rankings."""
 
     objective: PreferenceSettings = Field(PreferenceSettings(kind="preference"), description="the loss")
@@ -179,9 +231,13 @@ class PreferSettings(StageSettings):
             )
         return self
 
-    def learning(self, steps: int) -> Settings:
+    def learner_spec(self, steps: int) -> OfflineSpec:
         blocks = {"objective": self.objective, "regularizer": self.regularizer, "reference": self.reference}
-        return self._learning(self.samples, steps, **blocks)
+        return self._spec(self.samples, steps, **blocks)
+
+    def reference_spec(self) -> ScoringSpec:
+        """Settings of the scorers that read rows under the reference."""
+        return ScoringSpec(deadlines=self.deadlines, reference=self.reference)
 
 
 class RewardModelSettings(StageSettings):
@@ -196,34 +252,10 @@ class RewardModelSettings(StageSettings):
     center_penalty: float = Field(0.0, ge=0, description="coefficient of (r_chosen + r_rejected)^2 in the loss (TRL)")
     center: CenterSettings = Field(CenterSettings(), description="the zero of the scores")
 
-    def learning(self, steps: int) -> Settings:
-        """Settings of the cluster it runs on; what a step learns is not an objective of online training."""
-        learners = self.learners.model_copy(update={"tokens_per_batch": 2**30})
-        return self._learning(2, steps, objective=_LIKELIHOOD, regularizer=NO_KL, reference=None, learners=learners)
+    @property
+    def scorers(self) -> WorkerSettings:
+        """The scorers of held-out pairs take the threads and GPUs of the learner, which has ended then."""
+        return WorkerSettings(threads=self.learners.threads, gpus=self.learners.gpus)
 
-    def scoring(self, rewards: list[RewardSettings]) -> Settings:
-        """Settings of a run that scores with these models on the learner's threads and GPUs."""
-        scorers = WorkerSettings(threads=self.learners.threads, gpus=self.learners.gpus)
-        return self.learning(1).model_copy(update={"rewards": rewards, "scorers": scorers})
-
-
-def check_run(build: Callable[[], Settings]) -> None:
-    """Raise the mistake of the run behind a stage as one of the stage, with the names of its settings."""
-    try:
-        build()
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        for learner_setting, stage_setting in _NAMES.items():
-            message = message.replace(learner_setting, stage_setting)
-        raise ValueError(message) from None
-
-
-_LIKELIHOOD = {"kind": "weighted_likelihood", "weights": "uniform", "likelihood": "token_mean"}
-_NAMES = {
-    "sampling.max_tokens": "completions.max_tokens",
-    "sampling.samples_per_prompt": "samples",
-    "buffer.groups_per_step": "training.rows_per_step",
-}
-"""Settings of the learner -> the settings of a stage that they come from."""
-_SHARED = ("policy", "prompts", "learners", "metrics", "cluster", "deadlines")
-NO_KL = RegularizerSettings(kl={"coefficient": 0.0})
+    def scoring_spec(self, rewards: Sequence[RewardSettings]) -> ScoringSpec:
+        return ScoringSpec(deadlines=self.deadlines, rewards=list(rewards), scorers=self.scorers)

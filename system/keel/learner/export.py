@@ -10,14 +10,14 @@ from torch import Tensor
 
 from keel import files
 from keel.config import loader
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.learner.loading import DTYPES
 from keel.text import printable
 
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
-def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Settings, version: int) -> None:
+def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: LearnerSpec, version: int) -> None:
     """Write a folder that `from_pretrained` and vLLM load, with the tokenizer and template of the start model.
 
     All of it is on the disk when this returns: no other machine could have that done.
@@ -27,14 +27,14 @@ def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: Se
         for path in source.glob(pattern):
             if not path.name.endswith(".safetensors.index.json") and path.name != "MANIFEST.json":  # of other files
                 shutil.copy(path, target / path.name)
-    dtype = DTYPES[settings.generators.dtype]
+    dtype = DTYPES[settings.weights_dtype]
     tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in named.items()}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "README.md").write_text(_card(settings, version), encoding="utf8")
     files.sync_tree(target)
 
 
-def _card(settings: Settings, version: int) -> str:
+def _card(settings: LearnerSpec, version: int) -> str:
     kl, entropy = settings.regularizer.kl, settings.regularizer.entropy
     rewards = "\n".join(f"| {r.name} | {r.role} | {r.kind} | {r.weight} |" for r in settings.rewards)
     model = printable(settings.policy.model)
@@ -54,7 +54,7 @@ tags: [rlhf, keel, {_objective(settings)}]
 | KL to the reference | coefficient {kl.coefficient}, in the {kl.placement} |
 | entropy | {entropy.form}, coefficient {entropy.coefficient} |
 | learning rate | {settings.learners.learning_rate} |
-| prompts x samples a step | {settings.buffer.groups_per_step} x {settings.sampling.samples_per_prompt} |
+| prompts x samples a step | {settings.groups_per_step} x {settings.sampling.samples_per_prompt} |
 | settings digest (sha256) | {loader.digest(settings)} |
 
 | reward | role | kind | weight |
@@ -63,7 +63,7 @@ tags: [rlhf, keel, {_objective(settings)}]
 """
 
 
-def _objective(settings: Settings) -> str:
+def _objective(settings: LearnerSpec) -> str:
     """The one word that tells an objective from others of its kind."""
     by = settings.objective
     words = {

@@ -23,7 +23,7 @@ from torch import Tensor
 from keel import schema
 from keel.algorithms import registry
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.errors import NotFinite
 from keel.learner import forward_contract, loading, optimizer, packing, weights
 from keel.learner.engine import Engine, join_ranks
@@ -39,7 +39,7 @@ class DeepSpeedLearner:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: LearnerSpec,
         folder: str,
         others: Mapping[str, str],
         rank: int,
@@ -184,7 +184,7 @@ class DeepSpeedLearner:
         named = self._full_parameters()
         if self.rank != 0:
             return None, None
-        packed = weights.pack(named.items(), self.version, self.settings.generators.dtype)
+        packed = weights.pack(named.items(), self.version, self.settings.weights_dtype)
         return packed, LoadReceipt(packed.version, packed.digest, packed.buffer.nbytes, time.monotonic() - started)
 
     def save(self, directory: str) -> None:

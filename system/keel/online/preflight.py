@@ -17,7 +17,8 @@ from keel.config import loader
 from keel.config.base import Section
 from keel.config.commands import COMMANDS, command_of
 from keel.config.rewards import RewardSettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec, Settings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading, model_files, reward_models, score_contract
@@ -89,22 +90,22 @@ def prepare(settings: Settings) -> Prepared:
         stop_token_ids=ends.stop,
     )
     folders = learner_folders(settings, policy, reference)
-    notes = (*ends.notes, *check_passes(settings, policy, folders))
+    notes = [*ends.notes, *check_passes(settings, policy, folders)]
+    if late := settings.buffer.max_staleness:
+        notes.append(f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats")
     place = (settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
-    prepared = Prepared(*place, notes)
+    prepared = Prepared(*place, tuple(notes))
     text_checks.check_stored(prepared.given(), prompts, policy, settings)
     return prepared
 
 
-def check_passes(settings: Settings, policy: Path, folders: Mapping[str, str]) -> list[str]:
+def check_passes(settings: LearnerSpec, policy: Path, folders: Mapping[str, str]) -> list[str]:
     """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
     named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
-    late = settings.buffer.max_staleness
-    unjudged = f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats"
-    return forward_contract.require(named, settings.max_model_tokens) + ([unjudged] if late else [])
+    return forward_contract.require(named, settings.max_model_tokens)
 
 
-def learner_folders(settings: Settings, policy: Path, reference: str | None) -> dict[str, str]:
+def learner_folders(settings: LearnerSpec, policy: Path, reference: str | None) -> dict[str, str]:
     """Folders of the models an objective reads beside the policy. Raises ConfigError for one that is not there."""
     objective = settings.objective
     named = {
@@ -186,7 +187,7 @@ def check_memory(cluster: ClusterSettings) -> None:
             )
 
 
-def check_context(policy: Path, settings: Settings) -> None:
+def check_context(policy: Path, settings: LearnerSpec | SamplingSpec) -> None:
     """Prompt and completion fit the model's positions."""
     known = model_files.model_config(policy, f"policy.model={policy}").get_text_config()
     positions = getattr(known, "max_position_embeddings", None)
@@ -216,7 +217,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
         http_rewards.check(reward, setting)
 
 
-def check_rewards(settings: Settings, prompts: pa.RecordBatch) -> None:
+def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) -> None:
     """Call every reward function once, on two real prompts, to see that it answers one number for each."""
     text = "Yes, of course. I am glad to help you."
     names = [name for name in schema.PROMPT.names if name in prompts.schema.names]

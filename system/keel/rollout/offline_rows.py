@@ -13,7 +13,7 @@ import pyarrow as pa
 import xxhash
 
 from keel import schema
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
 from keel.config.stages import CompletionSettings
 from keel.errors import ConfigError
 from keel.protocols import Sampling
@@ -32,11 +32,11 @@ class OfflineRows:
     """Batches of stored completions: prompt columns, COMPLETION, and `reward` as the source ranks them."""
 
     def __init__(
-        self, settings: Settings, by: CompletionSettings, tokenizer: Any, stop_token_ids: tuple[int, ...]
+        self, settings: LearnerSpec, by: CompletionSettings, tokenizer: Any, stop_token_ids: tuple[int, ...]
     ) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.samples = settings.sampling.samples_per_prompt
-        self.rows_per_step = settings.buffer.groups_per_step
+        self.rows_per_step = settings.groups_per_step
         sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
         self._completions = StoredCompletions(1.0, tokenizer, sampling, settings.policy.chat_template_options)
         self.largest_token = 0
@@ -56,7 +56,7 @@ class OfflineRows:
             **self.dropped,
         }
 
-    def _problem(self, settings: Settings, max_tokens: int) -> Callable[[SourceRow], str | None]:
+    def _problem(self, settings: LearnerSpec, max_tokens: int) -> Callable[[SourceRow], str | None]:
         from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"
 
         def of(row: SourceRow) -> str | None:

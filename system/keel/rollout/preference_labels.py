@@ -1,7 +1,7 @@
 """From scored completions to preference pairs: rules first, then selection, then (on purpose) wrong labels.
 
     failed judge, empty, cut, equal     completions left out, counted by reason
-    pairs.*                             which two of a prompt's completions are compared (elicitation.py)
+    pairs.*                             which two of a prompt's completions are compared (pair_selection.py)
     noise.*                             which of them is called chosen
 
 Rows have TRL's columns (`prompt`, `chosen`, `rejected`), messages where the prompt is conversational, and what the

@@ -15,7 +15,8 @@ import xxhash
 
 from keel import schema
 from keel.config.prompts import PromptSettings
-from keel.config.run import Settings
+from keel.config.run import LearnerSpec
+from keel.config.stages import SamplingSpec
 from keel.errors import ConfigError
 from keel.learner.chat_text import ChatText
 from keel.learner.model_text import ModelText
@@ -26,6 +27,7 @@ from keel.rollout.row_columns import asked_columns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PromptSpec = LearnerSpec | SamplingSpec
 _HELD_OUT, _TRAINING = 1, 2  # domains of randomness
 
 
@@ -38,7 +40,10 @@ class Prompts:
     """
 
     def __init__(
-        self, settings: Settings, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[SourceRow] | None = None
+        self,
+        settings: PromptSpec,
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[SourceRow] | None = None,
     ) -> None:
         """`rows`: of the source, where they were read and checked before."""
         given, samples = rows is not None, settings.sampling.samples_per_prompt
@@ -160,7 +165,7 @@ def place_of(ticket: int, count: int, seed: int) -> int:
     return int(_permutation(_TRAINING, seed, ticket // count, count)[ticket % count])
 
 
-def _metadata(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+def _metadata(settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     vocabulary = sorted(tokenizer.get_vocab().items())
     options = settings.policy.chat_template_options
     content = json.dumps(
@@ -173,7 +178,7 @@ def _metadata(settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> dict[
     }
 
 
-def _tokenize(rows: list[SourceRow], settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _tokenize(rows: list[SourceRow], settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Token ids of every prompt, a beginning-of-text token once if the tokenizer or its template has one.
 
     No end token, also of a tokenizer that puts one behind every text: a completion follows.
@@ -194,7 +199,7 @@ def _tokenize(rows: list[SourceRow], settings: Settings, tokenizer: "PreTrainedT
     return tokens
 
 
-def require_template(row: SourceRow, settings: Settings, tokenizer: "PreTrainedTokenizerBase") -> None:
+def require_template(row: SourceRow, settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ConfigError when a conversation cannot go through a chat template."""
     prompts = settings.prompts
     conversational = f"{row.place} of {prompts.source} is a list of messages"
@@ -208,7 +213,7 @@ def require_template(row: SourceRow, settings: Settings, tokenizer: "PreTrainedT
         )
 
 
-def _render(row: SourceRow, settings: Settings, chat: ChatText) -> str:
+def _render(row: SourceRow, settings: PromptSpec, chat: ChatText) -> str:
     """The text the model reads, up to where the assistant begins to speak."""
     if isinstance(row.prompt, str):
         return row.prompt

@@ -20,7 +20,7 @@ from keel import files, reads, schema
 from keel.cluster import actors
 from keel.config import loader
 from keel.config.label import LabelSettings
-from keel.config.run import Settings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.errors import ConfigError, KeelError
 from keel.learner import forward_contract, loading
 from keel.online import preflight, text_checks
@@ -39,8 +39,7 @@ class Prepared:
     """A checked stage."""
 
     settings: LabelSettings
-    sampling: Settings
-    """Of an online run that samples and scores like this."""
+    spec: ScoringSpec
     directory: Path
     folder: str | None
     reference_folder: str | None
@@ -62,33 +61,42 @@ def prepare(settings: LabelSettings) -> Prepared:
     directory = Path(settings.run_directory).resolve()
     preflight.check_directory(directory, settings)
     preflight.check_memory(settings.cluster)
-    online = settings.sampling_run()
+    spec = settings.scoring_spec()
     preflight.check_reward_source(settings.judge, "judge.source")
     folder = prompts = rollouts = None
     stop, notes = tuple[int, ...](settings.sampling.stop_token_ids or ()), tuple[str, ...]()
-    if settings.policy:
-        located = loading.locate_policy(settings.policy.model, "policy.model")
-        preflight.check_context(located, online)
+    if isinstance(spec, SamplingSpec):
+        located = loading.locate_policy(spec.policy.model, "policy.model")
+        preflight.check_context(located, spec)
         tokenizer = loading.load_tokenizer(located, "policy.model")
-        source = Prompts(online, tokenizer)
+        source = Prompts(spec, tokenizer)
         count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
         prompts, folder = source.batch(range(count)), str(located)
-        text_checks.check_token_ids(located, source.largest_token, settings)
-        preflight.check_rewards(online, prompts)
-        ends = text_checks.check_text(located, settings, tokenizer, settings.sampling.stop_token_ids)
+        text_checks.check_token_ids(located, source.largest_token, spec)
+        preflight.check_rewards(spec, prompts)
+        ends = text_checks.check_text(located, spec, tokenizer, settings.sampling.stop_token_ids)
         stop, notes = ends.stop, ends.notes
     else:
         rollouts = _rollouts(settings.runs)
-        preflight.check_rewards(online, rollouts)
+        preflight.check_rewards(spec, rollouts)
     reference = None
     if settings.reference:
         reference = str(loading.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
         if folder is not None:
             preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
-        notes += tuple(forward_contract.require({"reference.model": reference}, online.max_model_tokens))
+        notes += tuple(forward_contract.require({"reference.model": reference}, _longest_row(spec, rollouts)))
     by = settings.sampling
     draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
-    return Prepared(settings, online, directory, folder, reference, prompts, rollouts, draws, notes)
+    return Prepared(settings, spec, directory, folder, reference, prompts, rollouts, draws, notes)
+
+
+def _longest_row(spec: ScoringSpec, rollouts: pa.RecordBatch | None) -> int:
+    """Tokens of the longest prompt with its completion."""
+    if isinstance(spec, SamplingSpec):
+        return spec.max_model_tokens
+    assert rollouts is not None
+    lengths = schema.lengths(rollouts, "prompt_tokens") + schema.lengths(rollouts, "completion_tokens")
+    return int(lengths.max(initial=1))
 
 
 def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
@@ -131,7 +139,7 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
     files.write(directory / "config.yaml", loader.dump(settings).encode())
     for line in prepared.notes:
         display.note(line)
-    display.note(actors.connect(prepared.sampling))
+    display.note(actors.connect(prepared.settings))
     try:
         batch = asyncio.run(_scored(prepared, display))
     finally:
@@ -187,7 +195,8 @@ async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, dis
     if path.is_file():
         display.note(f"sampled before: {path}")
         return schema.from_bytes(reads.read(path))
-    samplers = sampling.Samplers(prepared.sampling, folder, prepared.settings.generators.max_sequences)
+    assert isinstance(prepared.spec, SamplingSpec)
+    samplers = sampling.Samplers(prepared.spec, folder, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
     samplers.stop()
     files.write(path, schema.to_bytes(batch))
@@ -199,4 +208,4 @@ async def _scored(prepared: Prepared, display: Display) -> pa.RecordBatch:
     if batch is None:
         assert prepared.folder is not None and prepared.prompts is not None
         batch = await _sampled(prepared, prepared.folder, prepared.prompts, display)
-    return await sampling.score(prepared.sampling, prepared.reference_folder, batch, display)
+    return await sampling.score(prepared.spec, prepared.reference_folder, batch, display)

@@ -23,7 +23,6 @@ from keel import checkpoint, files
 from keel.cluster import actors
 from keel.cluster.learner_group import RankGroup
 from keel.config import loader
-from keel.config.run import Settings
 from keel.config.stages import StageSettings
 from keel.errors import ConfigError
 from keel.observability import endpoint
@@ -116,9 +115,7 @@ Train = Callable[[RunMetrics, Display, float], Coroutine[Any, Any, dict[str, Any
 """(metrics, display, start time) -> the summary for stage.json."""
 
 
-def conduct(
-    settings: StageSettings, directory: Path, digest: str, online: Settings, train: Train, display: Display
-) -> dict[str, Any]:
+def conduct(settings: StageSettings, directory: Path, digest: str, train: Train, display: Display) -> dict[str, Any]:
     """Run a stage unless it is finished; returns the summary in stage.json."""
     started = time.monotonic()
     if done := finished(directory):
@@ -127,18 +124,18 @@ def conduct(
         return done
     files.make_folder(directory)
     with files.lock(directory):
-        return _conduct(settings, directory, online, train, display, started)
+        return _conduct(settings, directory, train, display, started)
 
 
 def _conduct(
-    settings: StageSettings, directory: Path, online: Settings, train: Train, display: Display, started: float
+    settings: StageSettings, directory: Path, train: Train, display: Display, started: float
 ) -> dict[str, Any]:
     files.write(directory / "config.yaml", loader.dump(settings).encode())
     metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
     with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
         display.note(f"metrics: {url}")
         display.doing("starting Ray, learner")
-        with actors.joined(online, {"learner": online.learners.count}) as ray:
+        with actors.joined(settings, {"learner": settings.learners.count}) as ray:
             display.note(ray)
             return asyncio.run(train(metrics, display, started))
 

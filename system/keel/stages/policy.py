@@ -17,8 +17,8 @@ import xxhash
 from keel import files, reads, schema
 from keel.algorithms import registry
 from keel.cluster import actors, learner_group
-from keel.config.run import Settings
-from keel.config.stages import PreferSettings, SupervisedSettings
+from keel.config.run import LearnerSpec
+from keel.config.stages import PreferSettings, ScoringSpec, SupervisedSettings
 from keel.learner import loading, model_files
 from keel.observability import endpoint, tracking
 from keel.observability.console import PREFERENCE_COLUMNS, SUPERVISED_COLUMNS, Columns
@@ -39,8 +39,7 @@ class Prepared:
     """A checked stage."""
 
     settings: PolicyStage
-    learning: Settings
-    """Of the learner, as of a run whose completions are all stored."""
+    spec: LearnerSpec
     directory: Path
     folder: str
     reference_folder: str | None
@@ -66,7 +65,7 @@ def prepare(settings: PolicyStage) -> Prepared:
     endpoint.check(settings.metrics)
     tracking.check(settings.tracking)
     preflight.check_memory(settings.cluster)
-    draft = settings.learning(steps=1)
+    draft = settings.learner_spec(steps=1)
     registry.build(draft)
     folder = loading.locate_policy(settings.policy.model, "policy.model")
     preflight.check_context(folder, draft)
@@ -80,9 +79,9 @@ def prepare(settings: PolicyStage) -> Prepared:
         name = draft.reference.model
         reference = str(loading.locate_policy(name, "reference.model") if name else folder)
         others = preflight.learner_folders(draft, folder, reference)
-    learning = settings.learning(settings.training.steps(rows.num_training))
-    notes = (*ends.notes, *preflight.check_passes(learning, folder, others))
-    return Prepared(settings, learning, directory, str(folder), reference, others, rows, notes)
+    spec = settings.learner_spec(settings.training.steps(rows.num_training))
+    notes = (*ends.notes, *preflight.check_passes(spec, folder, others))
+    return Prepared(settings, spec, directory, str(folder), reference, others, rows, notes)
 
 
 def run(prepared: Prepared, display: Display) -> dict[str, Any]:
@@ -90,26 +89,26 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
-    return offline_loop.conduct(*place, prepared.learning, functools.partial(_train, prepared), display)
+    return offline_loop.conduct(*place, functools.partial(_train, prepared), display)
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
-    settings, learning, rows = prepared.settings, prepared.learning, prepared.rows
+    settings, spec, rows = prepared.settings, prepared.spec, prepared.rows
     completed: Callable[[pa.RecordBatch], pa.RecordBatch] = lambda batch: batch  # noqa: E731
-    if prepared.reference_folder:
-        logprobs = await ReferenceLogprobs.read(learning, prepared.reference_folder, rows, display)
+    if prepared.reference_folder and isinstance(settings, PreferSettings):
+        logprobs = await ReferenceLogprobs.read(settings.reference_spec(), prepared.reference_folder, rows, display)
         completed = logprobs.append
     plan = OfflineRun(
         settings=settings,
         directory=prepared.directory,
-        steps=learning.run.steps,
+        steps=spec.run.steps,
         rows=rows.num_training,
         batch=lambda version: completed(rows.step(version)),
         held_out=completed(rows.held_out()),
         dropped=rows.dropped,
         digest=rows.digest,
     )
-    learner = learner_group.LearnerGroup(learning, prepared.folder, prepared.others)
+    learner = learner_group.LearnerGroup(spec, prepared.folder, prepared.others)
     await offline_loop.ready(settings, learner)
     recorder = OfflineRecorder(plan, metrics, display)
     state = await offline_loop.restore(plan, learner, recorder)
@@ -136,7 +135,7 @@ class ReferenceLogprobs:
         self._places = {key: place for place, key in enumerate(zip(ids, samples, strict=True))}
 
     @classmethod
-    async def read(cls, settings: Settings, folder: str, rows: OfflineRows, display: Display) -> "ReferenceLogprobs":
+    async def read(cls, settings: ScoringSpec, folder: str, rows: OfflineRows, display: Display) -> "ReferenceLogprobs":
         """From the cache, or through the reference scorers and into it."""
         parts = rows.everything()
         path = loading.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, parts)}.arrow"
@@ -186,7 +185,7 @@ def _kept(path: Path) -> bytes | None:
     return reads.settled(path, look, lambda found: found is not None) if reads.is_there(path) else None
 
 
-def _key(settings: Settings, folder: str, parts: Sequence[pa.RecordBatch]) -> str:
+def _key(settings: ScoringSpec, folder: str, parts: Sequence[pa.RecordBatch]) -> str:
     """Hash of the model's files, the rows' tokens and the arithmetic."""
     assert settings.reference is not None
     hasher = xxhash.xxh3_128(settings.reference.dtype.encode())

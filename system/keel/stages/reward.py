@@ -183,9 +183,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
-    return offline_loop.conduct(
-        *place, prepared.settings.learning(prepared.steps), functools.partial(_train, prepared), display
-    )
+    return offline_loop.conduct(*place, functools.partial(_train, prepared), display)
 
 
 async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
@@ -257,7 +255,7 @@ async def _scores(
 ) -> np.ndarray:
     """float64 [members, texts] through the scorer that online training uses."""
     rewards = [RewardSettings(name=f"m{n}", kind="model", source=str(folder)) for n, folder in enumerate(folders)]
-    batch = await sampling.score(settings.scoring(rewards), None, reward_models.as_batch(scored), display)
+    batch = await sampling.score(settings.scoring_spec(rewards), None, reward_models.as_batch(scored), display)
     return np.stack(
         [batch.column(f"reward_{reward.name}").to_numpy(zero_copy_only=False) for reward in rewards]
     ).astype(float)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from keel import schema
 from keel.cluster import actors
 from keel.config.run import Settings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.online.recorder import Display
 from keel.online.retries import retrying
 from keel.protocols import Batch, Sampling
@@ -20,7 +21,7 @@ from keel.protocols import Batch, Sampling
 class Samplers:
     """Generators on one model folder, as the configuration has them."""
 
-    def __init__(self, settings: Settings, folder: str, rows_per_batch: int) -> None:
+    def __init__(self, settings: Settings | SamplingSpec, folder: str, rows_per_batch: int) -> None:
         self.settings, self.rows_per_batch = settings, rows_per_batch
         self._generators = actors.generators(settings, folder)
 
@@ -41,7 +42,7 @@ class Samplers:
 
 
 async def score(
-    settings: Settings, reference_folder: str | None, batch: pa.RecordBatch, display: Display
+    settings: Settings | ScoringSpec, reference_folder: str | None, batch: pa.RecordBatch, display: Display
 ) -> pa.RecordBatch:
     """The rows with reference log-probs (where there is a reference) and rewards appended; the scorers end after it."""
     pools = actors.scorers(settings, reference_folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from keel import schema
-from keel.algorithms import advantages, critics, pair_selection, weighted_likelihood
+from keel.algorithms import advantages, critics, pair_selection, reward_ensembles, weighted_likelihood
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Measured
 from keel.config.objective import PairSettings
@@ -191,7 +191,7 @@ def test_a_ranking_leaves_out_what_differs_by_rounding() -> None:
 
 def test_members_without_an_opinion_are_centered_to_nothing() -> None:
     members = np.array([nearly(1 / 3)[:4], [1.0, np.nan, 3.0, 2.0], [np.nan] * 4])
-    result = pair_selection.center(members, np.zeros(4))
+    result = reward_ensembles.center(members, np.zeros(4))
     assert result[0].tolist() == [0.0] * 4
     assert result[1] == pytest.approx([-1.0, np.nan, 1.0, 0.0], nan_ok=True)
     assert np.isnan(result[2]).all()

@@ -27,6 +27,7 @@ def test_every_setting_is_described() -> None:
         f"{block}.{name}": field.description
         for block, section in sections().items()
         for name, field in section.model_fields.items()
+        if not block.endswith("Spec")  # of the code alone, no user writes them
     }
     assert [name for name, description in described.items() if not description] == []
 

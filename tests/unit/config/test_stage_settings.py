@@ -108,19 +108,19 @@ def test_files_and_overrides_are_those_of_every_command(tmp_path: Path) -> None:
         ({"rows_per_step": 7}, 20, 3),
     ],
 )
-def test_steps_of_a_course(fields: dict[str, Any], rows: int, expected: int) -> None:
+def test_steps_of_a_stage(fields: dict[str, Any], rows: int, expected: int) -> None:
     assert TrainingSettings(**fields).steps(rows) == expected
 
 
 def test_the_learner_of_a_stage_reads_stored_completions() -> None:
-    sft = loader.parse_as(SFT, training(run={"name": "x", "seed": 5}, training={"rows_per_step": 8})).learning(12)
+    sft = loader.parse_as(SFT, training(run={"name": "x", "seed": 5}, training={"rows_per_step": 8})).learner_spec(12)
     assert (sft.run.name, sft.run.seed, sft.run.steps) == ("x", 5, 12)
-    assert (sft.sampling.stored_ratio, sft.sampling.samples_per_prompt, sft.buffer.groups_per_step) == (1.0, 1, 8)
+    assert (sft.sampling.stored_ratio, sft.sampling.samples_per_prompt, sft.groups_per_step) == (1.0, 1, 8)
     assert sft.reference is None and [reward.kind for reward in sft.rewards] == ["stored"]
     assert sft.needed_columns() == {}
     prefer = loader.parse_as(
         PREFER, {**training(objective={"kind": "preference", "beta": 0.3}), "samples": 4}
-    ).learning(1)
+    ).learner_spec(1)
     assert prefer.sampling.samples_per_prompt == 4 and prefer.objective.beta == 0.3  # type: ignore[union-attr]
     assert prefer.needed_columns() == {"reference_logprobs": "objective.loss=dpo"}
 
@@ -129,14 +129,14 @@ def test_a_label_stage_samples_and_scores_like_an_online_run() -> None:
     settings = loader.parse_as(
         LABEL, {**SAMPLED, "judge": {**JUDGE, "role": "monitor"}, "sampling": {"samples_per_prompt": 3}}
     )
-    online = settings.sampling_run()
+    online = settings.scoring_spec()
     assert [(reward.name, reward.role) for reward in online.rewards] == [("gold", "train")]
     assert online.sampling == settings.sampling and online.policy.model == "m" and online.prompts.source == "p"
 
 
 def test_scorers_of_a_reward_stage_run_where_its_learner_ran() -> None:
     settings = loader.parse_as(REWARD, training(learners={"threads": 3}))
-    assert settings.scoring(settings.learning(1).rewards).scorers.threads == 3
+    assert settings.scoring_spec([]).scorers.threads == 3
     assert settings.completions.max_tokens == 512
 
 

@@ -39,12 +39,12 @@ def tree(path: Path, **blocks: Any) -> dict[str, Any]:
 
 def demonstrations(path: Path, tokenizer: Any = PLAIN, **blocks: Any) -> OfflineRows:
     settings = loader.parse_as(SupervisedSettings, tree(path, **blocks))
-    return OfflineRows(settings.learning(1), settings.completions, tokenizer, (END,))
+    return OfflineRows(settings.learner_spec(1), settings.completions, tokenizer, (END,))
 
 
 def preferences(path: Path, tokenizer: Any = PLAIN, **blocks: Any) -> OfflineRows:
     settings = loader.parse_as(PreferSettings, tree(path, **blocks))
-    return OfflineRows(settings.learning(1), settings.completions, tokenizer, (END,))
+    return OfflineRows(settings.learner_spec(1), settings.completions, tokenizer, (END,))
 
 
 def numbered(path: Path, count: int) -> Path:
@@ -124,7 +124,7 @@ def test_what_a_row_says(tmp_path: Path) -> None:
 def test_rankings_have_the_rewards_of_their_source(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "responses": ["1", "2", "3"], "rewards": [n, -n, 0.5]} for n in range(8)]
     settings = loader.parse_as(PreferSettings, {**tree(jsonl(tmp_path / "r.jsonl", rows)), "samples": 3})
-    batch = OfflineRows(settings.learning(1), settings.completions, PLAIN, (END,)).step(0)
+    batch = OfflineRows(settings.learner_spec(1), settings.completions, PLAIN, (END,)).step(0)
     expected = [value for n in said(batch)[::3] for value in (n, -n, 0.5)]
     assert batch.column("reward").to_pylist() == expected
 
