@@ -68,6 +68,17 @@ def test_the_architecture_has_every_package() -> None:
     assert set(re.findall(r"^\*\*(\w+)\*\*", text, re.MULTILINE)) == packages
 
 
+def test_the_architecture_names_what_exists() -> None:
+    """Classes, their methods and functions in its tables are defined in Keel."""
+    text = (ROOT / "docs/understand/architecture.md").read_text(encoding="utf8")
+    code = "".join(path.read_text(encoding="utf8") for path in (ROOT / "system/keel").rglob("*.py"))
+    defined = set(re.findall(r"^\s*(?:async def|def|class) (\w+)|^([A-Z]\w+) = ", code, re.MULTILINE))
+    names = {name for pair in defined for name in pair}
+    for span in re.findall(r"`([A-Z]\w+(?:\.\w+)?|\w+\.\w+)`", text):
+        if not span.endswith((".py", ".jsonl", ".json")):
+            assert set(span.split(".")) <= names, span
+
+
 def test_the_map_has_every_page() -> None:
     """Runbooks have a map of their own."""
     text = (ROOT / "docs/README.md").read_text(encoding="utf8")
