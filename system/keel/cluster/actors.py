@@ -28,8 +28,9 @@ from keel.cluster.control import reach
 from keel.cluster.pool import Pool
 from keel.cluster.ray_errors import answer
 from keel.cluster.worker import Spawn
+from keel.config.commands import AnySettings
 from keel.config.run import Settings
-from keel.config.stages import AnySettings, SamplingSpec, ScoringSpec
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import BufferLost, ConfigError, WorkerLost
 from keel.protocols import AddReceipt, Batch, Observer, Sampling, StageReceipt

@@ -16,7 +16,7 @@ import pytest
 
 from fakes import settings_for
 from keel import files
-from keel.config.tracking import TrackingSettings
+from keel.config.monitoring import TrackingSettings
 from keel.errors import ConfigError
 from keel.observability import tracking
 from keel.observability.metrics import RunMetrics
