@@ -22,9 +22,9 @@ from typing import Any, Self
 
 from keel import errors, files
 from keel.config import loader
+from keel.config.monitoring import TrackingSettings
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
-from keel.config.tracking import TrackingSettings
 from keel.errors import ConfigError
 from keel.observability.metric_table import TABLE
 from keel.observability.metrics import RunMetrics

@@ -22,8 +22,8 @@ from keel.cluster import actors
 from keel.config.run import Settings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading
+from keel.observability.console import Display
 from keel.online import preflight, text_checks
-from keel.online.recorder import Display
 from keel.protocols import Sampling
 from keel.rollout.conversations import turns
 from keel.rollout.prompts import Prompts
