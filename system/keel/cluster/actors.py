@@ -28,8 +28,9 @@ from keel.cluster.control import reach
 from keel.cluster.pool import Pool
 from keel.cluster.ray_errors import answer
 from keel.cluster.worker import Spawn
+from keel.config.commands import AnySettings
 from keel.config.run import Settings
-from keel.config.stages import AnySettings, SamplingSpec, ScoringSpec
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import BufferLost, ConfigError, WorkerLost
 from keel.protocols import AddReceipt, Batch, Observer, Sampling, StageReceipt
@@ -222,8 +223,8 @@ class RemoteBuffer:
     async def waiting(self) -> str:
         return await self._answer(self.actor.waiting.remote())
 
-    async def found(self) -> dict[str, Any]:
-        return await self._answer(self.actor.found.remote())
+    async def restored(self) -> dict[str, Any]:
+        return await self._answer(self.actor.restored.remote())
 
     async def state(self) -> dict[str, int]:
         return await self._answer(self.actor.state.remote())

@@ -15,9 +15,10 @@ from keel import checkpoint, schema, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
+from keel.config.commands import COMMANDS, command_of
 from keel.config.rewards import RewardSettings
 from keel.config.run import LearnerSpec, Settings
-from keel.config.stages import COMMANDS, SamplingSpec, ScoringSpec, command_of
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.learner import forward_contract, loading, model_files, reward_models, score_contract

@@ -266,7 +266,7 @@ class _Run:
             async with asyncio.timeout(patience) as limit:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
                 version = await checkpointer.restore(saved.path)
-                restored = await buffer.found()
+                restored = await buffer.restored()
         except TimeoutError:
             if not limit.expired():
                 raise

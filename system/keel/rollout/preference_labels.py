@@ -21,7 +21,7 @@ from scipy import special
 from keel import schema
 from keel.algorithms import pair_selection
 from keel.algorithms.pair_selection import Candidates
-from keel.config.stages import LabelSettings, NoiseSettings
+from keel.config.label import LabelSettings, NoiseSettings
 
 
 @dataclass(frozen=True)

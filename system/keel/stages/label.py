@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from keel import files, reads, schema
 from keel.cluster import actors
 from keel.config import loader
-from keel.config.stages import LabelSettings, SamplingSpec, ScoringSpec
+from keel.config.label import LabelSettings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.errors import ConfigError, KeelError
 from keel.learner import forward_contract, loading
 from keel.observability.console import Display

@@ -203,11 +203,11 @@ def test_dynamic_sampling_replaces_groups_that_differ_by_rounding() -> None:
     scored_rows = np.ones(3, bool)
     one, up, down = nearly(1 / 3)[:3].tolist()
 
-    def refusal(rewards: list[float]) -> str | None:
-        return built._refusal(scored(generated(prompts([0], samples=3)), rewards), scored_rows)
+    def reason(rewards: list[float]) -> str:
+        return built._reason_to_drop(scored(generated(prompts([0], samples=3)), rewards), scored_rows)
 
-    assert refusal([one, up, down]) == refusal([one, one, one]) == "uniform_rewards"
-    assert refusal([one, one, one * 1.001]) is None
+    assert reason([one, up, down]) == reason([one, one, one]) == "uniform_rewards"
+    assert reason([one, one, one * 1.001]) == ""
 
 
 def test_groups_of_one_are_not_uniform() -> None:

@@ -250,7 +250,7 @@ async def test_generators_with_other_weights_than_published_end_the_run(tmp_path
     run.generator.load_weights = one_is_wrong  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="other"):
         await run.finish()
-    assert run.buffer.version == 0  # nothing was admitted on their account
+    assert run.buffer.window.version == 0  # nothing was admitted on their account
 
 
 async def test_a_cancelled_run_leaves_nothing_behind(tmp_path: Path) -> None:
