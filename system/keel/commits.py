@@ -16,22 +16,22 @@ from keel import files, reads
 def newest_known(run_directory: Path) -> tuple[int, str]:
     """Step of the newest commit that was made, and the file that says so; 0 where none is known of."""
     known = {
-        "events.jsonl": _by_events(run_directory / "events.jsonl"),
-        "metrics.jsonl": _by_metrics(run_directory / "metrics.jsonl"),
-        "rollouts/MANIFEST.jsonl": _by_ledger(run_directory),
+        "events.jsonl": _from_events(run_directory / "events.jsonl"),
+        "metrics.jsonl": _from_metrics(run_directory / "metrics.jsonl"),
+        "rollouts/MANIFEST.jsonl": _from_manifest(run_directory),
     }
     file = max(known, key=lambda name: known[name])
     return known[file], file
 
 
-def _by_events(path: Path) -> int:
-    """The last commit made or gone on from; going on from an older one gave up the newer ones."""
+def _from_events(path: Path) -> int:
+    """The last commit made or resumed from; resuming from an older one gave up the newer ones."""
     lines, _ = files.sound_lines(path, {"event": str, "step": int})
     steps = [line["step"] for line in lines if line["event"] in ("checkpoint", "resume", "checkpoint_damaged")]
     return steps[-1] if steps else 0
 
 
-def _by_metrics(path: Path) -> int:
+def _from_metrics(path: Path) -> int:
     """The step before the first line that counts the last commit."""
     lines, _ = files.sound_lines(path, {"step": int})
     counts = [(line["step"], _count(line)) for line in lines]
@@ -45,7 +45,7 @@ def _count(line: Mapping[str, Any]) -> float:
     return count if isinstance(count, int | float) else 0.0
 
 
-def _by_ledger(run_directory: Path) -> int:
+def _from_manifest(run_directory: Path) -> int:
     """The last commit that was due before the last rows were taken: a step waits for the commit of the one before."""
     lines, _ = files.sound_lines(run_directory / "rollouts" / "MANIFEST.jsonl", {"step": int})
     if not lines or not reads.is_there(run_directory / "config.yaml"):

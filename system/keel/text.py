@@ -1,4 +1,4 @@
-"""Text that somebody else wrote, made safe to show: prompts, completions, replies, file names, messages of errors."""
+"""Make third-party text safe to show: prompts, completions, replies, file names, messages of errors."""
 
 import unicodedata
 
@@ -30,6 +30,6 @@ def one_line(error: object) -> str:
 
 
 def last_line(text: str) -> str:
-    """What an error says in the end, without the traceback that Ray puts before it."""
+    """The last line of an error's text, without the traceback that Ray puts before it."""
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else "no reason given"

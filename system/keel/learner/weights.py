@@ -44,7 +44,7 @@ def pack(named: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str) ->
 def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Named tensors of a Weights, without copying."""
     for spec in weights.specs:
-        # frombuffer takes the read-only memory of the object store as it is; nobody writes to it
+        # frombuffer takes the read-only memory of the object store as it is; nothing writes to it
         piece = torch.frombuffer(weights.buffer.data, dtype=torch.uint8, count=spec.num_bytes, offset=spec.offset)
         yield spec.name, piece.view(_DTYPES[spec.dtype]).view(spec.shape)
 
@@ -78,9 +78,9 @@ def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -
         "of wrong shape": shapes,
         "of wrong dtype": dtypes,
     }
-    for problem, found in problems.items():
-        if found:
-            raise WeightError(f"weights version {weights.version}: {len(found)} parameters {problem}: {found[:3]}")
+    for problem, wrong in problems.items():
+        if wrong:
+            raise WeightError(f"weights version {weights.version}: {len(wrong)} parameters {problem}: {wrong[:3]}")
 
 
 def load_engine(engine: Any, weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -> LoadReceipt:
