@@ -178,8 +178,8 @@ class Recorder(Observer):
         if folder is not None:
             references.check(folder)
         elif self._renewed:
-            assert self.prepared.reference_folder
-            folder = Path(self.prepared.reference_folder)
+            assert self.prepared.models.reference
+            folder = Path(self.prepared.models.reference)
         if folder is not None:
             await self.renew(str(folder))
 
