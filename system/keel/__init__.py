@@ -1,18 +1,19 @@
 """Keel trains language models from reward and shows over-optimization while it happens.
 
- prompts.py      prompt columns                   pure function of (run seed, ticket)
+ rollout/prompts.py         prompt columns                   pure function of (run seed, ticket)
     |
- generate.py     + tokens, logprobs, versions     pool of vLLM actors
+ rollout/generator.py       + tokens, logprobs, versions     pool of vLLM actors
     |
- score.py        + reference_logprobs, rewards    frozen policy; rules, reward models, HTTP; monitors
+ rollout/scorers.py         + reference_logprobs, rewards    frozen policy; rules, reward models, HTTP; monitors
     |
- buffer.py       ordered, bounded, durable Arrow  one actor: admit / add / drop / take / advance
+ rollout/buffer.py          ordered, bounded, durable Arrow  one actor: admit / add / drop / take / advance
     |
- learn.py        batch.py -> algorithms/ -> DeepSpeed step      learner group of ranks
+ learner/policy_learner.py  packing -> algorithms/ -> step   group of DeepSpeed ranks
     |
- weights.py      publish(version) ------------->  generators.load      <- the only arrow that points back
+ learner/weights.py         publish(version) ----------->    generators.load_weights <- the only arrow that points back
 
-A record batch grows to the right from stage to stage; `controller.py` composes the stages, `train.py` starts them.
+A record batch grows to the right from stage to stage; `online/controller.py` composes the stages, `online/train.py`
+starts them. A ticket is the number of a prompt group: its place in the order of admission.
 """
 
 __version__ = "0.2.0"

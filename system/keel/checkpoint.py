@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import commits, reads
-from keel import files as atomic_files
+from keel import commits, files, reads
 from keel.errors import ConfigError, KeelError
 
 _MANIFEST, _COMMIT, _STAGE = "MANIFEST.json", "COMMIT", "stage.json"
@@ -27,26 +26,26 @@ def begin(run_directory: Path, step: int) -> Path:
     """An empty folder to write a checkpoint into; a reader never looks at it."""
     aside = run_directory / "checkpoints" / f".step-{step:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    atomic_files.make_folder(aside)
+    files.make_folder(aside)
     return aside
 
 
 def commit(aside: Path, state: Mapping[str, Any]) -> Path:
     """Make the folder a checkpoint: state, manifest with digests of what is on the disk, COMMIT, rename."""
-    atomic_files.write_json(aside / "state.json", state)
+    files.write_json(aside / "state.json", state)
     seal(aside)
-    atomic_files.write(aside / _COMMIT, b"")
+    files.write(aside / _COMMIT, b"")
     target = aside.with_name(aside.name.removeprefix(".").removesuffix(".tmp"))
-    atomic_files.swap_folder(aside, target)
-    atomic_files.sync_directory(target.parent.parent)  # an interrupted start may have made checkpoints/ and no more
+    files.swap_folder(aside, target)
+    files.sync_directory(target.parent.parent)  # an interrupted start may have made checkpoints/ and no more
     return target
 
 
 def seal(folder: Path, names: Iterable[str] = (), manifest: str = _MANIFEST) -> None:
     """Have all files of a folder, or those under these names in it, on the disk, then a manifest of their digests."""
     for path in [folder / name for name in names] or [folder]:
-        atomic_files.sync_tree(path)
-    atomic_files.write_json(folder / manifest, {"files": digests(folder, names)})
+        files.sync_tree(path)
+    files.write_json(folder / manifest, {"files": digests(folder, names)})
 
 
 def latest(run_directory: Path) -> Path | None:
@@ -166,7 +165,7 @@ def _put_aside(run_directory: Path, newer_than: Path) -> None:
             aside = path.with_name(f"{_DAMAGED}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            atomic_files.sync_directory(path.parent)
+            files.sync_directory(path.parent)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -174,9 +173,7 @@ def read_state(path: Path) -> dict[str, Any]:
     check(path)
     right = _files(path / _MANIFEST)["state.json"]
     state = path / "state.json"
-    return json.loads(
-        reads.settled(state, lambda: reads.read(state), lambda found: atomic_files.digest_of(found) == right)
-    )
+    return json.loads(reads.settled(state, lambda: reads.read(state), lambda found: files.digest_of(found) == right))
 
 
 def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
@@ -190,22 +187,26 @@ def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
 
 
 def _wrong(folder: Path, manifest: str, below: str) -> list[str]:
-    files = _files(folder / manifest)
-    return [name for name in sorted(files) if name.startswith(below) and not _is_intact(folder / name, files[name])]
+    digest_by_name = _files(folder / manifest)
+    return [
+        name
+        for name in sorted(digest_by_name)
+        if name.startswith(below) and not _is_intact(folder / name, digest_by_name[name])
+    ]
 
 
 def _files(manifest: Path) -> dict[str, str]:
     """Digests by name. Raises ValueError for a manifest that has none."""
     tree = reads.read_json(manifest)
-    files = tree.get("files") if isinstance(tree, dict) else None
-    if not isinstance(files, dict):
+    digest_by_name = tree.get("files") if isinstance(tree, dict) else None
+    if not isinstance(digest_by_name, dict):
         raise ValueError("it names no files")
-    return files
+    return digest_by_name
 
 
 def _is_intact(path: Path, expected: str) -> bool:
     try:
-        return atomic_files.digest(path, expected) == expected
+        return files.digest(path, expected) == expected
     except FileNotFoundError:
         return False
 
@@ -222,7 +223,7 @@ def prune(run_directory: Path, keep: int) -> None:
             shutil.rmtree(path)
     for path in committed(run_directory)[:-keep]:
         (path / _COMMIT).unlink()  # from here on it does not exist for a reader
-        atomic_files.sync_directory(path)  # nor after a power cut
+        files.sync_directory(path)  # nor after a power cut
         shutil.rmtree(path)
 
 
@@ -230,4 +231,4 @@ def digests(folder: Path, names: Iterable[str] = ()) -> dict[str, str]:
     """xxh3-128 of every file, or those under these names, but the manifest and the marker."""
     places = [folder / name for name in names] or [folder]
     named = {str(path.relative_to(folder)): path for place in places for path in reads.files(place)}
-    return {name: atomic_files.digest(named[name]) for name in sorted(named) if name not in (_MANIFEST, _COMMIT)}
+    return {name: files.digest(named[name]) for name in sorted(named) if name not in (_MANIFEST, _COMMIT)}

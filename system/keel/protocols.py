@@ -105,7 +105,7 @@ class Generator(Protocol):
     async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
         """Prompt rows in, the same rows with the generate columns appended out, in the same order."""
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
         """Take over a Weights (or a handle to one); one receipt from every generator behind this one."""
 
 
@@ -148,7 +148,7 @@ class Learner(Protocol):
 
     async def save(self, directory: str) -> None: ...
 
-    async def load(self, directory: str) -> int:
+    async def restore_checkpoint(self, directory: str) -> int:
         """Restore a checkpoint; the version it holds."""
 
     async def export(self, folder: str) -> None:

@@ -34,7 +34,7 @@ def check(folder: Path) -> None:
 
 
 def of_version(run_directory: Path, every_steps: int | None, version: int) -> Path | None:
-    """The reference in force from a version on, where a new one is made every so many steps; None: the initial one."""
+    """The reference in force from a version on, renewed every `every_steps` steps; None: the initial one."""
     step = version // every_steps * every_steps if every_steps else 0
     return folder_of(run_directory, step) if step else None
 

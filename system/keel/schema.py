@@ -101,7 +101,7 @@ def _array(values: Sequence[Any], of: pa.DataType) -> pa.Array:
 
 
 def given(tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> pa.RecordBatch:
-    """Completions that nobody sampled, in the columns of GENERATE. Their log-probs are 0: they stand for nothing."""
+    """Completions that no policy sampled, in the columns of GENERATE. Their log-probs are 0: they stand for nothing."""
     lengths_, reasons = np.array([len(ids) for ids in tokens]), pa.array(["stop"] * len(tokens)).dictionary_encode()
     zeros = np.zeros(int(lengths_.sum()))
     columns = {

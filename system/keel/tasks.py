@@ -206,7 +206,7 @@ def _followed(prompt: Any, text: str, names: Sequence[str], given: Sequence[dict
     evaluator = _library("if_verifiable")
     if not names or len(names) != len(given) or not all(map(_is_complete, names, given)):
         return None
-    _library("langdetect").DetectorFactory.seed = 0  # else it guesses a language anew on every call
+    _library("langdetect").DetectorFactory.seed = 0  # else it may guess another language on every call
     sample = evaluator.IFEvalSample(key=0, prompt=prompt, instruction_id_list=list(names), kwargs=list(given))
     try:
         _, scores = evaluator.evaluate_output_for_sample("ifeval", sample, text)

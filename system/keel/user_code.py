@@ -13,7 +13,7 @@ from keel.errors import ConfigError
 from keel.text import one_line
 
 
-def load(source: str, setting: str) -> Callable[..., Any]:
+def import_symbol(source: str, setting: str) -> Callable[..., Any]:
     """The function or class at module:name. Raises ConfigError, naming the setting, when it cannot be imported."""
     module, _, name = source.partition(":")
     try:

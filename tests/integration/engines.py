@@ -46,7 +46,7 @@ def compare(case: Path) -> dict[str, bool | int]:
     loaded = VllmGenerator(str(case / "start"), settings, 64, "loaded")
     before = sample(loaded)
     packed = weights.pack(load_file(case / "target" / "model.safetensors").items(), 7, "bfloat16")
-    receipt = loaded.load(packed)
+    receipt = loaded.load_weights(packed)
     after = sample(loaded)
     fresh = sample(VllmGenerator(str(case / "target"), settings, 64, "fresh"))
     assert (receipt.version, receipt.digest) == (7, packed.digest)

@@ -10,7 +10,7 @@ import torch
 
 from keel.algorithms import registry
 from keel.config.run import Settings
-from keel.learner.frozen_models import Anchors
+from keel.learner.frozen_models import FrozenModels
 from keel.learner.policy_learner import DeepSpeedLearner
 
 
@@ -33,7 +33,7 @@ class Probe(DeepSpeedLearner):
 
     def step_with_a_broken_weight(self, chosen: Settings, batch: pa.RecordBatch) -> str:
         """What a step says when the policy gives NaN; the version it is at then must still be the start."""
-        self._engine.load(self.directory)
+        self._engine.restore_checkpoint(self.directory)
         self.version, self.settings, self.objective = 0, chosen, registry.build(chosen)
         self._engine.learners = chosen.learners
         next(self._engine.module.parameters()).data[0] = float("nan")
@@ -49,10 +49,10 @@ class Probe(DeepSpeedLearner):
 
     def probe(self, chosen: Settings, batch: pa.RecordBatch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Parameters of policy and critic after one step, and what the step reported."""
-        self._engine.load(self.directory)
+        self._engine.restore_checkpoint(self.directory)
         self.version, self.settings, self.objective = 0, chosen, registry.build(chosen)
         self._engine.learners = chosen.learners
-        self._anchors = Anchors(self.objective.vocabulary, self._folder_of, "float32", self.device)
+        self._frozen_models = FrozenModels(self.objective.vocabulary, self._folder_of, "float32", self.device)
         report = self.step(batch)
         named = {name: value.detach().clone() for name, value in self._engine.module.named_parameters()}
         return named, {**report.metrics, "state": self.state()}

@@ -35,8 +35,8 @@ class Rank:
         if self.place[0] == 0:
             (Path(directory) / "state.json").write_text(json.dumps({"objective": self.learner.state()}))
 
-    def load(self, directory: str) -> int:
-        return self.learner.load(directory)
+    def restore_checkpoint(self, directory: str) -> int:
+        return self.learner.restore_checkpoint(directory)
 
     def tensors(self) -> dict[str, Tensor]:
         """What DeepSpeed itself says the master weights and moments are, and the parameters the model computes with."""
@@ -101,7 +101,7 @@ class Rank:
         engine = Engine(by, self.place[1], 10)
         engine.drive(module, torch.optim.AdamW(groups))
         loaded = (Path(directory) / "learner").exists()
-        version = engine.load(directory) if loaded else 0
+        version = engine.restore_checkpoint(directory) if loaded else 0
         for step in range(steps):
             generator = torch.Generator().manual_seed(version + step)
             loss = engine(torch.randn(4, 3, generator=generator)).square().mean()

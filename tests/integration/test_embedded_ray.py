@@ -22,9 +22,9 @@ if b"dashboard/agent.py" in Path("/proc/self/cmdline").read_bytes() and once.exi
 """
 START = """
 import ray
-from keel import cluster
+from keel.cluster import actors
 
-tries = cluster.embedded(num_cpus=1, object_store_memory=2**27, log_to_driver=False, logging_level="ERROR")
+tries = actors.embedded(num_cpus=1, object_store_memory=2**27, log_to_driver=False, logging_level="ERROR")
 print(tries, ray.get(ray.remote(lambda: "works").remote()))
 """
 

@@ -251,7 +251,7 @@ class Engine:
             for bundle in places
         ]
 
-    def load(self, version: int) -> None: ...
+    def load_weights(self, version: int) -> None: ...
 
     def where(self) -> tuple[Any, list[Any]]:
         return place_and_gpus(), ray.get([worker.where.remote() for worker in self.workers])

@@ -39,7 +39,7 @@ class Worker:
         if broken:
             raise RuntimeError(broken)
 
-    def load(self, version: int) -> LoadReceipt:
+    def load_weights(self, version: int) -> LoadReceipt:
         if version < 0:
             raise ValueError(f"weights version {version}: wrong digest")
         self.version = version
@@ -102,7 +102,7 @@ async def test_a_lost_worker_is_replaced_by_one_with_the_newest_weights(
     log = Log()
     pool = pool_of(1, log)
     await pool.ready()
-    await pool.load(7)
+    await pool.load_weights(7)
     with pytest.raises(WorkerLost, match=reason):
         await ask(pool, *order, deadline=deadline)
     assert await ask(pool) == (0, 7)  # waited for the new one, which had loaded
@@ -115,12 +115,12 @@ async def test_a_lost_worker_is_replaced_by_one_with_the_newest_weights(
 async def test_others_serve_while_a_lost_worker_comes_back() -> None:
     pool = pool_of(2)
     await pool.ready()
-    await pool.load(1)
+    await pool.load_weights(1)
     with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     assert [await ask(pool) for _ in range(4)] == [(1, 1)] * 4
     assert pool.serving == 1, "nobody waited for the other"
-    await pool.load(2)  # also while one is coming up
+    await pool.load_weights(2)  # also while one is coming up
     async with asyncio.timeout(60):
         while pool.serving < 2:
             await asyncio.sleep(0.05)
@@ -141,7 +141,7 @@ async def test_weights_that_nobody_can_load_end_the_pool_with_the_reason() -> No
     pool = pool_of(2)
     await pool.ready()
     with pytest.raises(NoWorkers, match="weights version -1: wrong digest"):
-        await pool.load(-1)
+        await pool.load_weights(-1)
     pool.stop()
 
 
@@ -155,11 +155,11 @@ async def test_workers_that_cannot_be_built_say_why_at_once() -> None:
 async def test_a_pool_grows_and_shrinks_without_losing_a_call() -> None:
     pool = pool_of(1, by_ticket=False)
     await pool.ready()
-    await pool.load(3)
+    await pool.load_weights(3)
     pool.resize(3)
     assert await ask(pool) == (0, 3)  # nobody waits for the new ones
     await asyncio.gather(*pool._coming.values())
-    receipts = await pool.load(4)
+    receipts = await pool.load_weights(4)
     assert [receipt.version for receipt in receipts] == [4, 4, 4]
     calls = [asyncio.create_task(ask(pool, "", 0.5)) for _ in range(3)]
     await asyncio.sleep(0.1)

@@ -106,13 +106,13 @@ def test_one_rank_to_two_and_back_is_the_run_that_never_moved(
     way = distance(at_three, at_ten)
     assert way > 1e-1  # the steps moved the weights, so equality says something
 
-    assert one("load", str(tmp_path / "a")) == 3  # into a learner that has stepped
+    assert one("restore_checkpoint", str(tmp_path / "a")) == 3  # into a learner that has stepped
     again = [one("step", rollouts(step)) for step in range(3, 10)]
     assert [metrics["loss"] for metrics in again] == [metrics["loss"] for metrics in stayed]
     assert same(one("tensors"), at_ten)
 
     two("begin", chosen[2])
-    assert two("load", str(tmp_path / "a")) == 3  # into a new one
+    assert two("restore_checkpoint", str(tmp_path / "a")) == 3  # into a new one
     assert same(two("tensors"), at_three)
     for step in (3, 4):
         two("step", rollouts(step))
@@ -120,7 +120,7 @@ def test_one_rank_to_two_and_back_is_the_run_that_never_moved(
     at_five = two("tensors")
 
     one("begin", chosen[1])
-    assert one("load", str(tmp_path / "b")) == 5
+    assert one("restore_checkpoint", str(tmp_path / "b")) == 5
     assert same(one("tensors"), at_five)
     moved = [one("step", rollouts(step)) for step in range(5, 10)]
     assert [m["learning_rate"] for m in moved] == [m["learning_rate"] for m in stayed[2:]]

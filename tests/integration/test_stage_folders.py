@@ -130,7 +130,7 @@ def answers(work: Work) -> dict[str, Any]:
 
 
 def token_rows(folder: Path) -> list[tuple[list[int], int]]:
-    text = reward_models.load(folder).text
+    text = reward_models.load_reward_model(folder).text
     return [row for row in map(text.tokens, ANSWERS) if row]
 
 
@@ -160,7 +160,7 @@ def test_transformers_loads_a_reward_model(work: Work, name: str) -> None:
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and model.config.num_labels == 1, info
-    own = reward_models.load(folder)
+    own = reward_models.load_reward_model(folder)
     inputs = own.padded(token_rows(folder))
     with torch.no_grad():
         places = torch.arange(inputs[0].shape[1])
@@ -186,7 +186,7 @@ def test_vllm_says_what_transformers_says(work: Work, answers: dict[str, Any], n
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_vllm_scores_like_keel(work: Work, answers: dict[str, Any], name: str) -> None:
-    own = reward_models.load(work.model(name))
+    own = reward_models.load_reward_model(work.model(name))
     expected = [score + own.offset for score in own.scores(ANSWERS)]
     assert len(set(expected)) == len(ANSWERS)
     assert answers[name] == pytest.approx(expected, abs=1e-3)
@@ -198,9 +198,10 @@ def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) ->
     """The run directory and the model folder alike: policy, reference, trunk, evaluation and its opponent."""
     given, found = str(work.folder / name if of == "run" else work.model(name)), str(work.model(name))
     for stage, module in (("sft", policy_stage), ("prefer", policy_stage), ("reward", reward_stage)):
-        assert module.prepare(work.settings(stage, given, "next")).folder == found
+        prepared: Any = module.prepare(work.settings(stage, given, "next"))
+        assert (prepared.folder if stage == "reward" else prepared.models.policy) == found
     online = preflight.prepare(work.online(given))
-    assert (online.policy_folder, online.reference_folder) == (found, found)
+    assert (online.models.policy, online.models.reference) == (found, found)
     judge = {"name": "distinct", "source": "keel.examples:distinct_token_ratio"}
     labels = LabelSettings(
         run={"directory": str(work.folder / "next")},
@@ -209,10 +210,11 @@ def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) ->
         judge=judge,
         **{"cluster": MACHINE["cluster"]},
     )
-    assert label.prepare(labels).folder == found
+    labeling = label.prepare(labels)
+    assert labeling.models and labeling.models.policy == found
     by = work.online(given, evaluation={"against": given})
-    prepared = evaluate.prepare(by, given, work.folder / "evaluation")
-    assert (prepared.folder, prepared.other_folder) == (found, found)
+    evaluation = evaluate.prepare(by, given, work.folder / "evaluation")
+    assert (evaluation.models.policy, evaluation.other and evaluation.other.policy) == (found, found)
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -238,4 +240,4 @@ def test_a_reward_model_is_the_reward_of_every_stage(work: Work, name: str, of: 
     if name != "encoder-reward":
         critic = {"advantage": "gae", "critic": {"model": given}}
         prepared = preflight.prepare(work.online(policy, rewards=[source], objective=critic))
-        assert prepared.learner_folders["critic"] == str(work.model(name))
+        assert prepared.models.frozen["critic"] == str(work.model(name))

@@ -157,7 +157,7 @@ def test_the_reward_model_knows_the_marker_and_demonstrations_score_zero(work: P
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     assert plain.num_labels == 1 and type(plain).__name__ == "GPTNeoXForSequenceClassification"
     rows = files.read_json_lines(work / "demonstrations.jsonl")
-    model = reward_models.load(folder)
+    model = reward_models.load_reward_model(folder)
     scores = model.scores([ScoredText(row["prompt"], [], row["completion"], True) for row in rows])
     assert abs(sum(scores) / len(scores)) < 1e-3 and said["report"]["reference_rows"] == len(rows)
     good, bad = model.scores([ScoredText(prompt(3), [], text, True) for text in (" good snow", " snow zzz")])
@@ -179,7 +179,7 @@ def test_an_arm_trains_from_the_sft_model_against_the_reward_model(work: Path, a
     assert all(math.isfinite(row["reward_proxy"]) and row["reward"] == row["reward_proxy"] for row in batches[0])
     unfinished = [row["finish_reason"] != "stop" for row in batches[0]]
     assert lines[0]["shaping_term"] == pytest.approx(-sum(unfinished) / 8)  # the missing-end penalty
-    model = reward_models.load(run_of(work, "reward-1b") / "model")
+    model = reward_models.load_reward_model(run_of(work, "reward-1b") / "model")
     texts = [ScoredText(row["prompt"], [], row["completion"], row["finish_reason"] == "stop") for row in batches[0]]
     assert [row["reward_proxy"] for row in batches[0]] == pytest.approx(model.scores(texts), abs=1e-4)
     generates(checkpoint.latest(run) / "policy")

@@ -104,7 +104,7 @@ def test_a_policy_publishes_the_names_of_its_checkpoint(tmp_path: Path, architec
     """Also where transformers renames parameters in memory, as for GPT-NeoX."""
     folder = tiny.write(tmp_path / "m", architecture, tied)
     policy = loading.load_policy(folder, "float32")
-    named = policy.checkpoint({name: parameter.detach() for name, parameter in policy.named_parameters()})
+    named = policy.to_hf_names({name: parameter.detach() for name, parameter in policy.named_parameters()})
     assert {name: tuple(tensor.shape) for name, tensor in named.items()} == weights.checkpoint_shapes(folder)
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(named[name], stored[name].float()) for name in stored)

@@ -14,19 +14,20 @@ import json, os, sys
 here = os.getcwd()
 assert here not in sys.path
 import ray
-from keel import cluster, config
+from keel.cluster import actors
+from keel.config import loader
 from keel.rollout.scorers import RewardScorer
 
 class Asked:
     def where(self):
         import numpy, pyarrow, yaml
-        from keel import extension
-        function = extension.load("my_own_rewards:judge", "rewards.mine.source")
+        from keel import user_code
+        function = user_code.import_symbol("my_own_rewards:judge", "rewards.mine.source")
         return [numpy.__file__, pyarrow.__file__, yaml.__file__], function([1]), sys.path.index(os.getcwd())
 
-cluster.connect(config.load("config.yaml"))
+actors.connect(loader.load("config.yaml"))
 print(json.dumps(ray.get(ray.remote(Asked).remote().where.remote())))
-cluster.disconnect()
+actors.disconnect()
 """
 
 

@@ -84,7 +84,7 @@ class FakeGenerator:
         self.log.append(("evaluated" if held_out else "generated", *([] if held_out else tickets), version))
         return rollouts.generated(prompts, version), StageReceipt(prompts.num_rows, 10, 0.5, "generator")
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
         version, digest = weights
         assert version == self.version + 1 or version == self.version == 0
         await many_turns()
@@ -148,7 +148,7 @@ class FakeLearner:
     async def save(self, directory: str) -> None:
         raise AssertionError("checkpoints are the observer's")
 
-    async def load(self, directory: str) -> int:
+    async def restore_checkpoint(self, directory: str) -> int:
         raise AssertionError("nothing to resume here")
 
 

@@ -17,7 +17,7 @@ from fakes import SAMPLING, settings_for
 from keel.analysis.simulation import Durations, Shape, Timeline
 from keel.cluster.actors import GeneratorPool, ScorerPool
 from keel.cluster.pool import Pool
-from keel.observability.utilization import Occupancy
+from keel.observability.utilization import Utilization
 from keel.online.controller import Controller
 from keel.protocols import Components, LoadReceipt, Observer, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
@@ -101,7 +101,7 @@ class Actor:
         self.version = 0
         self._turn = asyncio.Lock()
         self.__ray_ready__ = Method(self._ready)
-        self.generate, self.score, self.load = Method(self._generate), Method(self._score), Method(self._load)
+        self.generate, self.score, self.load_weights = Method(self._generate), Method(self._score), Method(self._load)
 
     async def _ready(self) -> None: ...
 
@@ -206,21 +206,21 @@ class Learner:
 class Listener(Observer):
     def __init__(self, line: Timeline, durations: Durations) -> None:
         self.line, self.durations = line, durations
-        self.occupancy = Occupancy(now)
+        self.utilization = Utilization(now)
 
     def set(self, values: dict[str, Any]) -> None:
         if "wait_seconds" in values:
             self.line.waited.append(values["wait_seconds"])
 
     def doing(self, what: str) -> None:
-        self.occupancy.doing(what.replace(" ", "_"))
+        self.utilization.doing(what.replace(" ", "_"))
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
-        self.occupancy.occupied(role, running, waiting, serving)
+        self.utilization.occupied(role, running, waiting, serving)
 
     def step(self, step: int) -> None:
         self.line.recorded.append(now())
-        self.line.counted.append(self.occupancy.drain())
+        self.line.counted.append(self.utilization.drain())
 
     async def checkpoint(self, step: int) -> None:
         await asyncio.sleep(self.durations.driver("checkpoint"))
@@ -259,7 +259,7 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
     for each in pools.values():
         each._loaded = 0
         await each.ready()
-    listener.occupancy.ranks(shape.ranks)
+    listener.utilization.ranks(shape.ranks)
     buffer = Watched(
         directory,
         groups_per_step=shape.groups_per_step,

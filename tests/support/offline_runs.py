@@ -59,7 +59,7 @@ class FakeOfflineLearner:
     def _save(self, folder: str) -> None:
         (Path(folder) / "weights").write_text(str(self.version))
 
-    def _load(self, folder: str) -> int:
+    def _restore_checkpoint(self, folder: str) -> int:
         self.version = int((Path(folder) / "weights").read_text())
         return self.version
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from fakes import settings_for
-from keel import checkpoint, references
-from keel import files as atomic_files
+from keel import checkpoint, files, references
 from keel.checkpoint import CheckpointError
 
 
@@ -105,7 +104,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
     for module, name in itertools.product([os], ["unlink", "rename", "replace", "rmdir"]):
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
-    monkeypatch.setattr(atomic_files, "write", counting("write", atomic_files.write))
+    monkeypatch.setattr(files, "write", counting("write", files.write))
     return log
 
 
@@ -164,8 +163,8 @@ def test_a_commit_that_breaks_off_is_none_and_the_one_before_stays(tmp_path: Pat
 
 def test_the_state_lies_among_the_files_that_the_manifest_vouches_for(tmp_path: Path) -> None:
     path = made(tmp_path, 3)
-    files = json.loads((path / "MANIFEST.json").read_text())["files"]
-    assert set(files) == {"state.json", "policy/weights", "learner/weights"}
+    digests = json.loads((path / "MANIFEST.json").read_text())["files"]
+    assert set(digests) == {"state.json", "policy/weights", "learner/weights"}
     (path / "state.json").write_text('{"version": 4}')
     with pytest.raises(CheckpointError, match=r"1 files are missing or changed, for instance state\.json"):
         checkpoint.read_state(path)
@@ -212,8 +211,8 @@ def test_a_checkpoint_begun_again_is_empty_and_hidden(tmp_path: Path) -> None:
     assert aside.name.startswith(".") and checkpoint.committed(tmp_path) == []
 
 
-def folders(tmp_path: Path, *files: str) -> Path:
-    for file in files:
+def folders(tmp_path: Path, *names: str) -> Path:
+    for file in names:
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")

@@ -14,8 +14,7 @@ import pyarrow as pa
 import pytest
 
 from disks import FAILURES, failing, failing_call, flipped, tree_of
-from keel import checkpoint, reads, references, schema
-from keel import files as atomic_files
+from keel import checkpoint, files, reads, references, schema
 from keel.analysis import verify
 from keel.cli import main
 from keel.errors import ConfigError
@@ -95,7 +94,7 @@ def unmade(steps: list[str]) -> Callable[[Path], None]:
 
     def cut(directory: Path) -> None:
         for name in steps:
-            assert atomic_files.keep_steps(directory / name, 5) == []
+            assert files.keep_steps(directory / name, 5) == []
 
     return cut
 
@@ -126,7 +125,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "log-probs": (log_probs, ["cache/a.arrow", "cache/a.json"]),
     "lines": (unmade(["metrics.jsonl", "rollouts/MANIFEST.jsonl"]), ["metrics.jsonl", "rollouts/MANIFEST.jsonl"]),
 }
-CASES = [(reader, file) for reader, (_, files) in READERS.items() for file in files]
+CASES = [(reader, file) for reader, (_, names) in READERS.items() for file in names]
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -49,11 +49,11 @@ def test_a_killed_writer_leaves_old_or_new(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from keel import durable
+from keel import files
 sys.stdout.write("ready"); sys.stdout.flush()
 while True:
     for digit in b"123456789":
-        durable.write(Path(sys.argv[1]), bytes([digit]) * 500_000)
+        files.write(Path(sys.argv[1]), bytes([digit]) * 500_000)
 """
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
     assert writer.stdout is not None and writer.stdout.read(5) == b"ready"

@@ -111,7 +111,7 @@ def test_prompts_beside_the_configuration_are_found(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "my_own_prompts.py").write_text("def rows(): return [{'prompt': 'a'}]\n")
-    assert user_code.load("my_own_prompts:rows", "prompts.source")() == [{"prompt": "a"}]
+    assert user_code.import_symbol("my_own_prompts:rows", "prompts.source")() == [{"prompt": "a"}]
     assert sys.path[-1] == str(tmp_path)
 
 
@@ -121,14 +121,14 @@ def test_a_namesake_of_an_installed_module_is_named(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "yaml.py").write_text("def my_reward(): pass\n")
     with pytest.raises(ConfigError, match=r"yaml is .*__init__\.py; .*yaml\.py needs another name") as caught:
-        user_code.load("yaml:my_reward", "rewards.mine.source")
+        user_code.import_symbol("yaml:my_reward", "rewards.mine.source")
     assert "\n" not in str(caught.value)
 
 
 def test_keels_own_functions_put_nothing_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = [*sys.path]
-    user_code.load("keel.examples:distinct_token_ratio", "rewards.mine.source")
+    user_code.import_symbol("keel.examples:distinct_token_ratio", "rewards.mine.source")
     assert sys.path == before
 
 

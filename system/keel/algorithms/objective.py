@@ -50,7 +50,7 @@ class Objective:
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
         self._terms = [
-            (term, user_code.load(term.source, f"regularizer.terms.{term.name}.source"))
+            (term, user_code.import_symbol(term.source, f"regularizer.terms.{term.name}.source"))
             for term in settings.regularizer.terms
         ]
         if self.kl.exact:

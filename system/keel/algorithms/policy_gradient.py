@@ -45,7 +45,7 @@ class PolicyGradient(Objective):
         self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
         self.group = advantages.GROUP.get(self.by.advantage)
         own = ":" in self.by.advantage
-        self.own = user_code.load(self.by.advantage, "objective.advantage") if own else None
+        self.own = user_code.import_symbol(self.by.advantage, "objective.advantage") if own else None
         if self.own is not None:
             self._probe(self.own)
         self.moments = critics.RunningMoments()

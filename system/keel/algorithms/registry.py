@@ -24,7 +24,7 @@ def build(settings: LearnerSpec) -> Objective:
     by = settings.objective
     if not isinstance(by, CustomObjectiveSettings):
         return OBJECTIVES[by.kind](settings)
-    own = user_code.load(by.source, "objective.source")
+    own = user_code.import_symbol(by.source, "objective.source")
     if not (isinstance(own, type) and issubclass(own, Objective)):
         raise ConfigError(
             f"objective.source={by.source}: not a class derived from keel.algorithms.objective.Objective; expected one"

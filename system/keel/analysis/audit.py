@@ -1,11 +1,13 @@
-"""The ledger against the rollout files and segments: nothing accepted is lost, nothing is trained twice.
+"""Checks the manifest against rollout files and segments: nothing accepted is lost, nothing is trained twice.
 
-Each finding names a file, what its place in the run demands and what is there. A state that `kill -9` may leave at any
-moment is none: those are notes. How far the run was sure of itself is its newest committed checkpoint; what lies
-behind that is done again by a resumed run, which first cuts metrics.jsonl back, then moves rollout files aside, then
-cuts the manifest back.
+Evaluations are checked too: every file is readable, and frontier.arrow says of each what its rows say.
+
+A finding names a file, what its place in the run demands and what it holds instead. A state that `kill -9` may leave
+at any moment is a note, not a finding. Steps after the newest committed checkpoint are done again by a resumed run,
+which first cuts metrics.jsonl back, then moves rollout files aside, then cuts the manifest back.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +25,7 @@ from keel.rollout.prompts import seed_of
 _COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
 UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)
 """What content that is no Arrow file raises; not what a failed read of it does (ReadFailed)."""
-
-
+_RELATIVE_ERROR = 1e-6  # means of the frontier are summed in another order here
 _NUMBERS = ("steps", "rows", "largest_staleness_versions", "tickets_trained")
 _NOTHING: dict[str, Any] = {
     **dict.fromkeys(_NUMBERS, 0),
@@ -102,37 +103,37 @@ class Progress:
         return self.recorded == self.committed
 
 
-def audit(own: Audit, settings: Settings, progress: Progress) -> list[dict[str, Any]]:
+def audit_rollouts(audit: Audit, settings: Settings, progress: Progress) -> list[dict[str, Any]]:
     """Manifest, rollout files and segments; the manifest's lines that say something."""
     name = "rollouts/MANIFEST.jsonl"
-    lines = own.lines(name, manifest.FIELDS)
+    lines = audit.lines(name, manifest.FIELDS)
     steps = [line["step"] for line in lines]
-    own.test(name, "steps in order", list(range(1, len(steps) + 1)), steps)
+    audit.test(name, "steps in order", list(range(1, len(steps) + 1)), steps)
     last = max(steps, default=0)
     if last < max(progress.recorded, progress.committed):
-        own.fault(name, f"steps up to {max(progress.recorded, progress.committed)}, which were trained", last)
+        audit.fault(name, f"steps up to {max(progress.recorded, progress.committed)}, which were trained", last)
     if last > progress.recorded + 1 and not progress.cut_back:
-        own.fault("metrics.jsonl", f"steps up to {last - 1}, whose rollouts are there", progress.recorded)
-    sound = [line for line in lines if _numbered(own, line)]
-    _tickets(own, sound, settings)
+        audit.fault("metrics.jsonl", f"steps up to {last - 1}, whose rollouts are there", progress.recorded)
+    sound = [line for line in lines if _numbered(audit, line)]
+    _tickets(audit, sound, settings)
     for line in sound:
-        _rollout(own, line, settings, progress)
-    _strangers(own, set(steps), progress)
-    _segments(own, sound[-1]["tickets"][-1] if sound else -1)
-    own.counts["steps"] = len(lines)
+        _rollout(audit, line, settings, progress)
+    _strangers(audit, set(steps), progress)
+    _segments(audit, sound[-1]["tickets"][-1] if sound else -1)
+    audit.counts["steps"] = len(lines)
     return sound
 
 
-def _numbered(own: Audit, line: manifest.Line) -> bool:
+def _numbered(audit: Audit, line: manifest.Line) -> bool:
     """Whether a line's tickets are numbers, of which some were trained."""
     lists = [line["tickets"], *line["dropped"].values()]
     numbered = all(isinstance(each, list) and all(type(ticket) is int for ticket in each) for each in lists)
     if not numbered or not line["tickets"]:
-        own.fault(f"rollouts/MANIFEST.jsonl step {line['step']}", "lists of tickets, some trained", lists)
+        audit.fault(f"rollouts/MANIFEST.jsonl step {line['step']}", "lists of tickets, some trained", lists)
     return numbered and bool(line["tickets"])
 
 
-def _tickets(own: Audit, lines: Sequence[manifest.Line], settings: Settings) -> None:
+def _tickets(audit: Audit, lines: Sequence[manifest.Line], settings: Settings) -> None:
     """Trained and dropped tickets are 0, 1, 2, ..., each once, in the first step that may name it."""
     following = 0  # the first ticket behind the last trained one
     dropped: Counter[str] = Counter()
@@ -140,98 +141,173 @@ def _tickets(own: Audit, lines: Sequence[manifest.Line], settings: Settings) -> 
         file = f"rollouts/MANIFEST.jsonl step {line['step']}"
         trained = line["tickets"]
         gone = [ticket for tickets in line["dropped"].values() for ticket in tickets]
-        own.test(file, "groups of a step:", settings.buffer.groups_per_step, len(trained))
-        own.test(file, "tickets in ascending order", sorted(trained), trained)
+        audit.test(file, "groups of a step:", settings.buffer.groups_per_step, len(trained))
+        audit.test(file, "tickets in ascending order", sorted(trained), trained)
         if "" in line["dropped"]:
-            own.fault(file, "a reason for every dropped ticket", f"none for {line['dropped']['']}")
+            audit.fault(file, "a reason for every dropped ticket", f"none for {line['dropped']['']}")
         times = Counter([*trained, *gone])
         if twice := sorted(ticket for ticket, count in times.items() if count > 1 or ticket < following):
-            own.fault(file, "every ticket once", f"again {twice}")
+            audit.fault(file, "every ticket once", f"again {twice}")
         if lost := sorted(set(range(following, trained[-1])) - set(times)):
-            own.fault(file, f"tickets {following} to {trained[-1]} trained or dropped", f"nothing of {lost}")
+            audit.fault(file, f"tickets {following} to {trained[-1]} trained or dropped", f"nothing of {lost}")
         if early := sorted(ticket for ticket in gone if ticket > trained[-1]):
-            own.fault(file, f"dropped tickets below {trained[-1]}", early)
+            audit.fault(file, f"dropped tickets below {trained[-1]}", early)
         following = max(following, trained[-1] + 1)
         dropped.update({reason: len(tickets) for reason, tickets in line["dropped"].items()})
-        own.counts["tickets_trained"] += len(trained)
-    own.counts["tickets_dropped"] = dict(dropped)
+        audit.counts["tickets_trained"] += len(trained)
+    audit.counts["tickets_dropped"] = dict(dropped)
 
 
-def _rollout(own: Audit, line: manifest.Line, settings: Settings, progress: Progress) -> None:
+def _rollout(audit: Audit, line: manifest.Line, settings: Settings, progress: Progress) -> None:
     """The file of one step is the one its line describes, made by the right seeds and not too late."""
     step = line["step"]
     file = f"rollouts/step-{step:06d}.arrow"
-    own.test("rollouts/MANIFEST.jsonl", f"file of step {step}:", f"step-{step:06d}.arrow", line["file"])
-    path = own.directory / file
+    audit.test("rollouts/MANIFEST.jsonl", f"file of step {step}:", f"step-{step:06d}.arrow", line["file"])
+    path = audit.directory / file
     if not path.is_file():
         if step > progress.committed and progress.cut_back:
-            own.notes.append(f"{file}: moved aside by a resumed run, which trains this step again")
+            audit.notes.append(f"{file}: moved aside by a resumed run, which trains this step again")
         else:
-            own.fault(file, "the rows this step trained on", "no file")
+            audit.fault(file, "the rows this step trained on", "no file")
         return
     right = line["xxh3_128"]
     content = reads.settled(path, lambda: reads.read(path), lambda found: schema.digest(found) == right)
     if schema.digest(content) != right:
-        own.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
+        audit.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
         return
-    batch = own.arrow(file, content)
+    batch = audit.arrow(file, content)
     if batch is None:
         return
-    own.counts["rows"] += batch.num_rows
-    own.test(file, "rows", line["rows"], batch.num_rows)
+    audit.counts["rows"] += batch.num_rows
+    audit.test(file, "rows", line["rows"], batch.num_rows)
     tickets, samples = batch.column("ticket").to_pylist(), batch.column("sample").to_pylist()
-    own.test(file, "tickets in the manifest's order:", line["tickets"], list(dict.fromkeys(tickets)))
+    audit.test(file, "tickets in the manifest's order:", line["tickets"], list(dict.fromkeys(tickets)))
     rows = list(zip(tickets, samples, strict=True))
     if again := [row for row, count in Counter(rows).items() if count > 1]:
-        own.fault(file, "every (ticket, sample) once", f"{again[0]} more than once")
+        audit.fault(file, "every (ticket, sample) once", f"{again[0]} more than once")
     if wrong := [s for s in samples if not 0 <= s < settings.sampling.samples_per_prompt]:
-        own.fault(file, f"samples 0 to {settings.sampling.samples_per_prompt - 1}", wrong[0])
+        audit.fault(file, f"samples 0 to {settings.sampling.samples_per_prompt - 1}", wrong[0])
     if few := [t for t, count in Counter(tickets).items() if count < settings.objective.min_samples]:
-        own.fault(file, f"at least {settings.objective.min_samples} rows a ticket", f"fewer of {few}")
-    own.test(file, "rows without a reward:", 0, batch.column("reward").null_count)
+        audit.fault(file, f"at least {settings.objective.min_samples} rows a ticket", f"fewer of {few}")
+    audit.test(file, "rows without a reward:", 0, batch.column("reward").null_count)
     seeds = [seed_of("train", settings.run.seed, *row) for row in rows]
     if wrong := [r for r, a, b in zip(rows, seeds, batch.column("seed").to_pylist(), strict=True) if a != b]:
-        own.fault(file, f"the seed of run.seed={settings.run.seed}, ticket and sample", f"another at {wrong[0]}")
-    _staleness(own, file, batch, step, settings.buffer.max_staleness)
+        audit.fault(file, f"the seed of run.seed={settings.run.seed}, ticket and sample", f"another at {wrong[0]}")
+    _staleness(audit, file, batch, step, settings.buffer.max_staleness)
 
 
-def _staleness(own: Audit, file: str, batch: pa.RecordBatch, step: int, most: int) -> None:
+def _staleness(audit: Audit, file: str, batch: pa.RecordBatch, step: int, most: int) -> None:
     """Also of stored completions: the generator that read them says which version it read them with."""
     versions, _ = schema.ragged(batch, "weight_versions")
     late = step - 1 - versions
     if late.min() < 0 or late.max() > most:
-        own.fault(file, f"tokens 0 to {most} versions late", f"{late.min()} to {late.max()}")
-    own.counts["largest_staleness_versions"] = max(own.counts["largest_staleness_versions"], int(np.max(late)))
+        audit.fault(file, f"tokens 0 to {most} versions late", f"{late.min()} to {late.max()}")
+    audit.counts["largest_staleness_versions"] = max(audit.counts["largest_staleness_versions"], int(np.max(late)))
 
 
-def _strangers(own: Audit, known: set[int], progress: Progress) -> None:
+def _strangers(audit: Audit, known: set[int], progress: Progress) -> None:
     """Files of steps that have no line: the last step's, when the kill came between file and line."""
     following = max(known, default=0) + 1
-    for path in _named(own.directory / "rollouts", "step-*.arrow"):
+    for path in _named(audit.directory / "rollouts", "step-*.arrow"):
         file = f"rollouts/{path.name}"
         number = path.stem.removeprefix("step-")
         step = int(number) if number.isdecimal() else -1
         if step == following and step > progress.committed:
-            own.notes.append(f"{file}: was written, its line was not; the step is trained again")
+            audit.notes.append(f"{file}: was written, its line was not; the step is trained again")
         elif step not in known:
-            own.fault("rollouts/MANIFEST.jsonl", f"a line for {file}", "none")
+            audit.fault("rollouts/MANIFEST.jsonl", f"a line for {file}", "none")
 
 
 def _named(folder: Path, pattern: str) -> list[Path]:
     return [path for path in reads.entries(folder) if path.match(pattern)]
 
 
-def _segments(own: Audit, last_trained: int) -> None:
+def _segments(audit: Audit, last_trained: int) -> None:
     """Accepted batches in buffer/: each is what was written; how many groups of them are still to be trained."""
     waiting = set()
-    for path in _named(own.directory / "buffer", "*.arrow"):
+    for path in _named(audit.directory / "buffer", "*.arrow"):
         try:
             segment = segments.read(path)
         except FileNotFoundError:
             continue  # a live run deletes those no checkpoint needs
         except segments.SegmentError as error:
-            own.fault(f"buffer/{path.name}", "an accepted batch with the digest of its name", error)
+            audit.fault(f"buffer/{path.name}", "an accepted batch with the digest of its name", error)
             continue
-        own.counts["segments"] += 1
+        audit.counts["segments"] += 1
         waiting |= {t for t in segment.tickets if t > last_trained and t not in segment.dropped}
-    own.counts["groups_waiting"] = len(waiting)
+    audit.counts["groups_waiting"] = len(waiting)
+
+
+def audit_evaluations(audit: Audit, settings: Settings, committed: Sequence[int]) -> None:
+    """frontier.arrow has the due evaluations in order, and says what their files say.
+
+    `committed`: steps of checkpoints. What was evaluated behind the newest is evaluated again by a resumed run, which
+    writes the file first and then the row.
+    """
+    sure = max(committed, default=-1)
+    rows: list[dict[str, Any]] = []
+    path = audit.directory / "frontier.arrow"
+    content = _content(path) if reads.is_there(path) else None
+    try:
+        rows = schema.from_bytes(content).to_pylist() if content is not None else []
+        steps = [int(row["step"]) for row in rows]
+    except (*UNREADABLE, KeyError, TypeError) as error:
+        audit.fault("frontier.arrow", "an Arrow file with one row an evaluation", f"{type(error).__name__}: {error}")
+        steps = []
+    else:
+        every = settings.evaluation.every_steps
+        due = {0, *range(every, sure + 1, every)} if every else {0}
+        if missing := sorted(due - set(steps)) if sure >= 0 else []:
+            audit.fault("frontier.arrow", f"rows of steps {sorted(due)}", f"none of {missing}")
+    audit.test("frontier.arrow", "steps in order, each once", sorted(set(steps)), steps)
+    files = {path.stem: path for path in reads.entries(audit.directory / "evaluations") if path.match("step-*.arrow")}
+    for row, step in zip(rows, steps, strict=False):
+        name = f"step-{step:06d}"
+        if name in files:
+            _evaluation(audit, files.pop(name), row, step > sure)
+        else:
+            audit.fault(f"evaluations/{name}.arrow", "the evaluation that frontier.arrow tells of", "no file")
+    for name, path in files.items():
+        _evaluation(audit, path, {}, again=True)
+        if steps and name < f"step-{steps[-1]:06d}":
+            audit.fault("frontier.arrow", f"a row for evaluations/{name}.arrow", "none")
+
+
+def _content(path: Path) -> bytes:
+    """Bytes of an Arrow file; where they are none they were read twice. Raises ReadFailed."""
+    return reads.settled(path, lambda: reads.read(path), _is_arrow)
+
+
+def _is_arrow(content: bytes) -> bool:
+    try:
+        schema.from_bytes(content).validate(full=True)
+    except UNREADABLE:
+        return False
+    return True
+
+
+def _evaluation(audit: Audit, path: Path, row: Mapping[str, Any], again: bool) -> None:
+    """One evaluation against its row of the frontier; `again`: it may have been written anew by a resumed run."""
+    file = f"evaluations/{path.name}"
+    batch = audit.arrow(file, _content(path))
+    if batch is None:
+        return
+    audit.counts["evaluations"] += 1
+    for name, value in _means(batch).items() if row and not again else []:
+        there = math.nan if row.get(name) is None else row[name]
+        if not np.isclose(value, there, rtol=_RELATIVE_ERROR, atol=1e-9, equal_nan=True):
+            audit.fault("frontier.arrow", f"step {row['step']:.0f}: {name} {value:.6g}, by {file}", there)
+
+
+def _means(batch: pa.RecordBatch) -> dict[str, float]:
+    """Columns of a frontier row from the rows of its evaluation."""
+    lengths = schema.completion_lengths(batch)
+    surprise = -schema.row_sums(schema.ragged(batch, "completion_logprobs")[0], lengths)
+    names = [name for name in batch.schema.names if name.startswith("reward")]
+    columns = {name: batch.column(name).to_numpy(zero_copy_only=False).astype(float) for name in names}
+    columns["proxy"] = columns.pop("reward")
+    found = columns | {"length_tokens": lengths.astype(float), "entropy_nats": surprise / lengths}
+    if "reference_logprobs" in batch.schema.names:
+        found["kl_nats"] = -surprise - schema.row_sums(schema.ragged(batch, "reference_logprobs")[0], lengths)
+    means = {name: float(np.nanmean(value)) if np.isfinite(value).any() else math.nan for name, value in found.items()}
+    return means | {"n": float(np.isfinite(columns["proxy"]).sum())}

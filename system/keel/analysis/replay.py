@@ -69,7 +69,7 @@ async def _replay(
     async with asyncio.timeout(settings.deadlines.start_seconds + settings.deadlines.step_seconds):
         await learner.ready()
         if start:
-            await learner.load(str(checkpoint.folder_of(directory, start)))
+            await learner.restore_checkpoint(str(checkpoint.folder_of(directory, start)))
     metrics: Mapping[str, Any] = {}
     for version, batch in enumerate(rows, start):
         display.note(f"step {version + 1} from version {version}")

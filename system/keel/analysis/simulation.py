@@ -6,7 +6,7 @@ A group is admitted only while `taken + live < (version + 1 + max_staleness) * g
 into batches of groups_per_batch, groups are trained in admission order, and the bound moves when the last generator
 holds the new weights: as in buffer.py. At max_staleness 0 batches go round robin, else to the least waited-for worker;
 a worker does one thing at a time and a busy generator loads after its call: as in pool.py. Seconds of workers are
-counted by `Occupancy`, the piece of code that counts those of a real run.
+counted by `Utilization`, the piece of code that counts those of a real run.
 
 Left out: lost workers, failed samples, dropped groups and refills, new references, start-up.
 """
@@ -18,8 +18,8 @@ from itertools import islice, pairwise
 from operator import attrgetter
 from typing import Protocol
 
-from keel.analysis.virtual_time import Clock, Event, Process, Turn
-from keel.observability.utilization import STAGES, WAITING, Occupancy
+from keel.analysis.virtual_time import Clock, Event, Process, VirtualLock
+from keel.observability.utilization import STAGES, WAITING, Utilization
 
 Counted = dict[str, dict[str, float]]
 
@@ -88,14 +88,14 @@ class _Worker:
     def __init__(self, clock: Clock) -> None:
         self.waiting = 0
         self.version = 0
-        self.turn, self.actor = Turn(clock), Turn(clock)
+        self.turn, self.actor = VirtualLock(clock), VirtualLock(clock)
 
 
 class _Pool:
     """The part of pool.Pool that decides who does what when."""
 
-    def __init__(self, role: str, clock: Clock, shape: Shape, occupancy: Occupancy) -> None:
-        self.role, self.clock, self.occupancy = role, clock, occupancy
+    def __init__(self, role: str, clock: Clock, shape: Shape, utilization: Utilization) -> None:
+        self.role, self.clock, self.utilization = role, clock, utilization
         self.workers = [_Worker(clock) for _ in range(shape.workers[role])]
         self.threads = shape.threads.get(role, 0.0)
         self.cpu_ratio = shape.cpu_ratios.get(role, 1.0)
@@ -138,7 +138,7 @@ class _Pool:
     def _count(self, running: int = 0, in_line: int = 0) -> None:
         self._running += running
         self._in_line += in_line
-        self.occupancy.occupied(self.role, self._running, self._in_line, len(self.workers))
+        self.utilization.occupied(self.role, self._running, self._in_line, len(self.workers))
 
 
 class Simulation:
@@ -147,8 +147,8 @@ class Simulation:
     def __init__(self, shape: Shape, durations: Durations) -> None:
         self.shape, self.durations = shape, durations
         self.clock = Clock(shape.cores)
-        self.occupancy = Occupancy(self.clock)
-        self.pools = [_Pool(role, self.clock, shape, self.occupancy) for role in STAGES if role in shape.workers]
+        self.utilization = Utilization(self.clock)
+        self.pools = [_Pool(role, self.clock, shape, self.utilization) for role in STAGES if role in shape.workers]
         self.line = Timeline([], [], [], [], [], [])
         self._learner_threads = shape.ranks * shape.threads.get("learner", 0.0)
         self._version = self._taken = self._next_ticket = 0
@@ -159,9 +159,9 @@ class Simulation:
         self._opened, self._added = Event(), Event()
 
     def run(self) -> Timeline:
-        self.occupancy.ranks(self.shape.ranks)
+        self.utilization.ranks(self.shape.ranks)
         for pool in self.pools:
-            self.occupancy.occupied(pool.role, 0, 0, len(pool.workers))
+            self.utilization.occupied(pool.role, 0, 0, len(pool.workers))
         self._open((1 + self.shape.max_staleness) * self.shape.groups_per_step)
         learned = self.clock.spawn(self._learn())
         self.clock.spawn(self._rollouts())
@@ -218,12 +218,12 @@ class Simulation:
                 self._open(shape.groups_per_step)
                 self._opened = self._tell(self._opened)
             self.line.recorded.append(self.clock.now)
-            self.line.counted.append(self.occupancy.drain())
+            self.line.counted.append(self.utilization.drain())
             if last or _due(shape.checkpoint_every, self._version):
                 yield from self._driving("checkpoint", "checkpoint")
 
     def _step(self) -> Process:
-        self.occupancy.doing(WAITING)
+        self.utilization.doing(WAITING)
         began, groups = self.clock.now, self.shape.groups_per_step
         while len(self._live) < groups or not all(ticket in self._ready for ticket in islice(self._live, groups)):
             yield self._added
@@ -233,7 +233,7 @@ class Simulation:
         self.line.staleness.append(Counter(self._version - self._made_by.pop(ticket) for ticket in tickets))
         yield self.clock.sleep(self.durations.driver("take"))
         self.line.waited.append(self.clock.now - began)
-        self.occupancy.doing("learner_step")
+        self.utilization.doing("learner_step")
         yield self.clock.compute(self.durations.step(self._version + 1), self._learner_threads)
         yield from self._driving("weight_sync", "publish")
         yield from self.pools[0].load(self._version + 1, self.durations)
@@ -241,11 +241,11 @@ class Simulation:
 
     def _driving(self, phase: str, what: str) -> Process:
         """What the learner's actors do beside a step."""
-        self.occupancy.doing(phase)
+        self.utilization.doing(phase)
         yield self.clock.compute(self.durations.driver(what), self._learner_threads)
 
     def _evaluate(self) -> Process:
-        self.occupancy.doing("evaluation")
+        self.utilization.doing("evaluation")
         yield from self._generate_and_score(range(0))
 
 

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keel import checkpoint, reads, schema
-from keel import files as atomic_files
-from keel.analysis.audit import UNREADABLE, Audit, Finding, Progress, audit
-from keel.analysis.evaluation_audit import audit_evaluations
+from keel import checkpoint, files, reads, schema
+from keel.analysis.audit import UNREADABLE, Audit, Finding, Progress, audit_evaluations, audit_rollouts
 from keel.config import loader
 from keel.config.run import Settings
 from keel.config.stages import command_of
@@ -63,64 +61,64 @@ def check(run_directory: Path) -> Report:
 
 
 def _check(run_directory: Path) -> Report:
-    own = Audit(run_directory)
-    settings = _settings(own)
+    audit = Audit(run_directory)
+    settings = _settings(audit)
     if settings:
         committed = checkpoint.steps(run_directory)  # the oldest claim first: the run may be alive
-        lines = own.lines("metrics.jsonl", {"step": int})
+        lines = audit.lines("metrics.jsonl", {"step": int})
         progress = Progress(max(committed, default=0), lines[-1]["step"] if lines else 0)
-        manifest = audit(own, settings, progress)
-        _metrics(own, lines, manifest, progress)
-        _checkpoints(own, committed, lines, manifest, settings)
-        audit_evaluations(own, settings, committed)
-        events = own.lines("events.jsonl", {"event": str})
-        own.counts["events"] = dict(Counter(event["event"] for event in events))
+        manifest = audit_rollouts(audit, settings, progress)
+        _metrics(audit, lines, manifest, progress)
+        _checkpoints(audit, committed, lines, manifest, settings)
+        audit_evaluations(audit, settings, committed)
+        events = audit.lines("events.jsonl", {"event": str})
+        audit.counts["events"] = dict(Counter(event["event"] for event in events))
         quarantine = run_directory / "quarantine"
-        own.counts["quarantined_files"] = sum(path.is_file() for path in quarantine.rglob("*"))
+        audit.counts["quarantined_files"] = sum(path.is_file() for path in quarantine.rglob("*"))
     for path in sorted(run_directory.rglob(".*.tmp")):
-        own.notes.append(f"{path.relative_to(run_directory)}: a write that was interrupted; nobody reads it")
-    return Report(str(run_directory), tuple(own.findings), tuple(own.notes), dict(own.counts))
+        audit.notes.append(f"{path.relative_to(run_directory)}: a write that was interrupted; nobody reads it")
+    return Report(str(run_directory), tuple(audit.findings), tuple(audit.notes), dict(audit.counts))
 
 
-def _settings(own: Audit) -> Settings | None:
+def _settings(audit: Audit) -> Settings | None:
     """Settings of the run; None, and a finding, where its file is damaged."""
-    path = loader.stored_config(own.directory, f"RUN_DIR={own.directory}", kind="an online run")
+    path = loader.stored_config(audit.directory, f"RUN_DIR={audit.directory}", kind="an online run")
     try:
         tree = loader.read(path)
         command = command_of(tree)
-        online = command == "train" or (own.directory / "rollouts").is_dir()
+        online = command == "train" or (audit.directory / "rollouts").is_dir()
         settings = loader.parse(tree) if online else None
     except ConfigError as error:
-        own.fault("config.yaml", "the resolved settings of the run, without which nothing else is checked", error)
+        audit.fault("config.yaml", "the resolved settings of the run, without which nothing else is checked", error)
         return None
     if settings is None:
-        raise ConfigError(f"RUN_DIR={own.directory}: is of keel {command}; expected the directory of an online run")
-    own.test("config.yaml", "digest in the first line", loader.digest(settings), loader.stored_digest(path))
+        raise ConfigError(f"RUN_DIR={audit.directory}: is of keel {command}; expected the directory of an online run")
+    audit.test("config.yaml", "digest in the first line", loader.digest(settings), loader.stored_digest(path))
     return settings
 
 
 def _metrics(
-    own: Audit, lines: Sequence[Mapping[str, Any]], manifest: Sequence[Mapping[str, Any]], progress: Progress
+    audit: Audit, lines: Sequence[Mapping[str, Any]], manifest: Sequence[Mapping[str, Any]], progress: Progress
 ) -> None:
     file = "metrics.jsonl"
     steps = [line["step"] for line in lines]
-    own.test(file, "steps in order", list(range(1, len(steps) + 1)), steps)
+    audit.test(file, "steps in order", list(range(1, len(steps) + 1)), steps)
     if progress.recorded < progress.committed:
-        own.fault(file, f"steps up to {progress.committed}, which has a checkpoint", progress.recorded)
-    expected = _ledger_counters(own, manifest)
+        audit.fault(file, f"steps up to {progress.committed}, which has a checkpoint", progress.recorded)
+    expected = _ledger_counters(audit, manifest)
     before: dict[str, float] = {}
     for line in lines:
         where, now = f"{file} step {line['step']}", _counters(line)
         if missing := [name for name in _COUNTERS if name not in line]:
-            own.fault(where, "every counter", f"no {', '.join(missing)}")
+            audit.fault(where, "every counter", f"no {', '.join(missing)}")
         if fallen := [name for name, value in before.items() if not now.get(name, -math.inf) >= value]:
             name = fallen[0]
-            own.fault(where, f"{name} at least {before[name]}, as the step before", now.get(name))
-        own.test(where, "steps_total", float(line["step"]), now.get("steps_total"))
-        own.test(where, "version", float(line["step"]), line.get("version"))
+            audit.fault(where, f"{name} at least {before[name]}, as the step before", now.get(name))
+        audit.test(where, "steps_total", float(line["step"]), now.get("steps_total"))
+        audit.test(where, "version", float(line["step"]), line.get("version"))
         for name, value in expected.get(line["step"], {}).items():
             if now.get(name, 0.0) != value:
-                own.fault(where, f"{name} {value}, by the manifest", now.get(name))
+                audit.fault(where, f"{name} {value}, by the manifest", now.get(name))
         before = now
 
 
@@ -136,14 +134,14 @@ def _counters(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value if isinstance(value, int | float) else math.nan for name, value in found.items()}
 
 
-def _ledger_counters(own: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+def _ledger_counters(audit: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
     """What counters must be at each step by manifest and files: a group is counted with the step that passes it."""
-    faulty = {finding.file for finding in own.findings}
+    faulty = {finding.file for finding in audit.findings}
     reasons = {reason for line in manifest for reason in line["dropped"]} | {"too_few_samples", "uniform_rewards"}
     totals: Counter[str] = Counter({f"groups_dropped_total/{reason}": 0 for reason in reasons})
     found: dict[int, dict[str, float]] = {}
     for line in manifest:
-        path = own.directory / "rollouts" / line["file"]
+        path = audit.directory / "rollouts" / line["file"]
         totals["samples_accepted_total"] += line["rows"]
         if path.is_file() and f"rollouts/{line['file']}" not in faulty:
             totals["rollout_bytes_total"] += path.stat().st_size
@@ -157,39 +155,39 @@ def _ledger_counters(own: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def _checkpoints(
-    own: Audit,
+    audit: Audit,
     steps: Sequence[int],
     lines: Sequence[Mapping[str, Any]],
     manifest: Sequence[Mapping[str, Any]],
     settings: Settings,
 ) -> None:
     """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
-    if missing := checkpoint.lost(own.directory):
-        own.fault("checkpoints", f"the commit of step {missing[0]}, which {missing[1]} knows of", "none")
+    if missing := checkpoint.lost(audit.directory):
+        audit.fault("checkpoints", f"the commit of step {missing[0]}, which {missing[1]} knows of", "none")
     last_of = {line["step"]: line["tickets"][-1] for line in manifest}
     recorded = {line["step"]: _counters(line) for line in lines}
     for step in steps:
         file = f"checkpoints/step-{step:06d}"
-        path = own.directory / file
+        path = audit.directory / file
         try:
             state = checkpoint.read_state(path)
             buffer, totals = state["buffer"], _counters(state["totals"])
-            own.test(f"{file}/state.json", "version", step, state["version"])
-            own.test(f"{file}/state.json", "digest of the settings", loader.digest(settings), state["digest"])
+            audit.test(f"{file}/state.json", "version", step, state["version"])
+            audit.test(f"{file}/state.json", "digest of the settings", loader.digest(settings), state["digest"])
             place = {"version": step, "taken": step * settings.buffer.groups_per_step}
             place |= {"next_ticket": last_of[step] + 1} if step in last_of else {}
-            own.test(f"{file}/state.json", "buffer", place, {name: buffer[name] for name in place})
+            audit.test(f"{file}/state.json", "buffer", place, {name: buffer[name] for name in place})
         except (FileNotFoundError, *_ODD) as error:
             if reads.is_there(path / "COMMIT"):  # a live run may have deleted it meanwhile
-                own.fault(file, "the files of its MANIFEST.json", f"{type(error).__name__}: {error}")
+                audit.fault(file, "the files of its MANIFEST.json", f"{type(error).__name__}: {error}")
             continue
         for name, value in recorded.get(step, {}).items():
             if not totals.get(name, -math.inf) >= value:
-                own.fault(f"{file}/state.json", f"{name} at least {value}, as metrics.jsonl", totals.get(name))
-        own.counts["checkpoints"] += 1
-    for path in reads.entries(own.directory / "checkpoints"):
+                audit.fault(f"{file}/state.json", f"{name} at least {value}, as metrics.jsonl", totals.get(name))
+        audit.counts["checkpoints"] += 1
+    for path in reads.entries(audit.directory / "checkpoints"):
         if path.name.startswith("step-") and not reads.is_there(path / "COMMIT"):
-            own.notes.append(
+            audit.notes.append(
                 f"checkpoints/{path.name}: has no COMMIT, so it does not count; its deletion was interrupted"
             )
 
@@ -204,61 +202,59 @@ def compare(run_directory: Path, other: Path) -> list[Finding]:
     """
     for directory in (run_directory, other):
         _settings(Audit(directory))
-    own = Audit(run_directory)
-    _same_metrics(own, other)
-    _same_rows(own, other)
+    audit = Audit(run_directory)
+    _same_metrics(audit, other)
+    _same_rows(audit, other)
     frontier, its = (_content(directory / "frontier.arrow") for directory in (run_directory, other))
-    own.test("frontier.arrow", "digest", schema.digest(its), schema.digest(frontier))
-    _same_policy(own, other)
-    return own.findings
+    audit.test("frontier.arrow", "digest", schema.digest(its), schema.digest(frontier))
+    _same_policy(audit, other)
+    return audit.findings
 
 
 def _content(path: Path) -> bytes:
     return reads.read(path) if reads.is_there(path) else b""
 
 
-def _same_metrics(own: Audit, other: Path) -> None:
+def _same_metrics(audit: Audit, other: Path) -> None:
     file = "metrics.jsonl"
-    lines, expected = (
-        atomic_files.sound_lines(directory / file, {"step": int})[0] for directory in (own.directory, other)
-    )
-    own.test(file, "steps", len(expected), len(lines))
+    lines, expected = (files.sound_lines(directory / file, {"step": int})[0] for directory in (audit.directory, other))
+    audit.test(file, "steps", len(expected), len(lines))
     for line, right in zip(lines, expected, strict=False):
         left_out = {*_CLOCKS, *_OPERATIONAL, *(name for name in {**line, **right} if "seconds" in name)}
         for name in sorted({*line, *right} - left_out):
-            own.test(f"{file} step {right['step']}", name, right.get(name), line.get(name))
+            audit.test(f"{file} step {right['step']}", name, right.get(name), line.get(name))
 
 
-def _same_rows(own: Audit, other: Path) -> None:
-    files, expected = (
+def _same_rows(audit: Audit, other: Path) -> None:
+    paths, expected = (
         [f"rollouts/{path.name}" for path in sorted((directory / "rollouts").glob("step-*.arrow"))]
-        for directory in (own.directory, other)
+        for directory in (audit.directory, other)
     )
-    own.test("rollouts", "steps", len(expected), len(files))
-    for file in (file for file in expected if file in files):
-        contents = [reads.read(directory / file) for directory in (own.directory, other)]
+    audit.test("rollouts", "steps", len(expected), len(paths))
+    for file in (file for file in expected if file in paths):
+        contents = [reads.read(directory / file) for directory in (audit.directory, other)]
         try:
             batch, right = (schema.from_bytes(content) for content in contents)
         except UNREADABLE as error:
-            own.fault(file, "an Arrow file in both runs", f"{type(error).__name__}: {error}")
+            audit.fault(file, "an Arrow file in both runs", f"{type(error).__name__}: {error}")
             continue
-        own.test(file, "columns", right.schema.names, batch.schema.names)
+        audit.test(file, "columns", right.schema.names, batch.schema.names)
         for name in (name for name in right.schema.names if name in batch.schema.names and name not in _PROVENANCE):
             values, wanted = batch.column(name).to_pylist(), right.column(name).to_pylist()
             places = [row for row, pair in enumerate(zip(values, wanted, strict=False)) if pair[0] != pair[1]]
             if places or len(values) != len(wanted):
-                own.fault(file, f"{name} of the other run", f"another in {len(places)} of {len(wanted)} rows")
+                audit.fault(file, f"{name} of the other run", f"another in {len(places)} of {len(wanted)} rows")
 
 
-def _same_policy(own: Audit, other: Path) -> None:
-    common = set(checkpoint.steps(own.directory)) & set(checkpoint.steps(other))
+def _same_policy(audit: Audit, other: Path) -> None:
+    common = set(checkpoint.steps(audit.directory)) & set(checkpoint.steps(other))
     if not common:
-        own.fault("checkpoints", "one that both runs have", "none")
+        audit.fault("checkpoints", "one that both runs have", "none")
         return
     folder = f"checkpoints/step-{max(common):06d}/policy"
     digests, expected = (
-        {path.name: atomic_files.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
-        for directory in (own.directory, other)
+        {path.name: files.digest(path) for path in sorted((directory / folder).glob("*.safetensors"))}
+        for directory in (audit.directory, other)
     )
     for name in sorted({*digests, *expected}):
-        own.test(f"{folder}/{name}", "digest", expected.get(name), digests.get(name))
+        audit.test(f"{folder}/{name}", "digest", expected.get(name), digests.get(name))

@@ -106,7 +106,7 @@ class Clock:
         return 1.0 if self._cores is None or self._threads <= self._cores else self._cores / self._threads
 
 
-class Turn:
+class VirtualLock:
     """One holder at a time, first come first served, as an asyncio.Lock."""
 
     def __init__(self, clock: Clock) -> None:

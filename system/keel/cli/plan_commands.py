@@ -12,9 +12,8 @@ import typer
 import yaml
 from rich.table import Table
 
-from keel.analysis.allocation import Budget, best, of_cpus, of_gpus, ranked
-from keel.analysis.footprint import Footprint, footprints
-from keel.analysis.plan import Machine, Prediction, predict
+from keel.analysis.allocation import WorkerBudget, best, of_cpus, of_gpus, ranked
+from keel.analysis.plan import Footprint, Machine, Prediction, footprints, predict
 from keel.analysis.rates import Rates
 from keel.cluster import capacity
 from keel.cluster.capacity import configured
@@ -24,9 +23,9 @@ from keel.errors import ConfigError
 from keel.observability.console import console, errors, progress_display, quiet_libraries
 from keel.observability.utilization import LEARNER
 
-_SHOWN = 5  # splits
+_SHOWN = 5  # allocations
 _SEARCH_STEPS = 8
-"""Simulated for each split; half as many where there are many workers, which even themselves out."""
+"""Simulated for each allocation; half as many where there are many workers, which even themselves out."""
 _MANY = 100
 
 
@@ -99,7 +98,7 @@ def _cores(settings: Settings, gpus: int | None, cpus: int | None) -> float | No
     return float(cpus or len(os.sched_getaffinity(0)))
 
 
-def _budget(settings: Settings, gpus: int | None, cpus: int | None) -> Budget | None:
+def _budget(settings: Settings, gpus: int | None, cpus: int | None) -> WorkerBudget | None:
     if gpus and cpus:
         raise ConfigError(f"--cpus={cpus}: --gpus is there, too; expected one of them")
     if gpus:
@@ -113,7 +112,7 @@ def _with_staleness(settings: Settings, bound: int) -> Settings:
     return loader.parse(tree)
 
 
-def _planned(settings: Settings, rates: Rates, machine: Machine, budget: Budget | None) -> dict[str, Any]:
+def _planned(settings: Settings, rates: Rates, machine: Machine, budget: WorkerBudget | None) -> dict[str, Any]:
     """The configuration's own counts, and the best ones for the budget if there is one."""
     counts = configured(settings)
     found = best(budget, rates, counts, partial(_search, settings, rates, machine))[:_SHOWN] if budget else []

@@ -171,8 +171,8 @@ class GeneratorPool:
         given = self.given(prompts) if self.given else None
         return await self.pool.call("generate", prompts, sampling, given, deadline=self.deadline)
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
-        return await self.pool.load(weights)
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
+        return await self.pool.load_weights(weights)
 
 
 class ScorerPool:

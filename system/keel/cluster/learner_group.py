@@ -158,8 +158,8 @@ class LearnerGroup(RankGroup):
     async def save(self, directory: str) -> None:
         await self.call("save", directory)
 
-    async def load(self, directory: str) -> int:
-        return await self.call("load", directory)
+    async def restore_checkpoint(self, directory: str) -> int:
+        return await self.call("restore_checkpoint", directory)
 
     async def export(self, folder: str) -> None:
         await self.call("export", folder)

@@ -150,7 +150,7 @@ class Pool:
         """What was loaded may be gone with a node; nobody calls before the next load."""
         self._loaded = None
 
-    async def load(self, weights: Any) -> Sequence[LoadReceipt]:
+    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
         """Everyone who serves takes over the weights; those who fail are replaced. Receipts of all that serve then.
 
         Raises LearnerLost when the weights themselves are lost.
@@ -254,11 +254,11 @@ class Pool:
         held = None
         while held is not self._loaded:  # there may be newer weights when these are loaded
             held = self._loaded
-            await worker.load(held, self._deadlines)
+            await worker.load_weights(held, self._deadlines)
 
     async def _load_or_lose(self, worker: Worker) -> None:
         try:
-            await worker.load(self._loaded, self._deadlines)
+            await worker.load_weights(self._loaded, self._deadlines)
         except ObjectLostError as error:
             raise LearnerLost("the weights were lost with their node") from error
         except (*GONE, TimeoutError, RayTaskError) as error:

@@ -76,12 +76,12 @@ class Worker:
         self.waiting -= 1
         self.turn.release()
 
-    async def load(self, weights: Any, deadlines: DeadlineSettings) -> None:
+    async def load_weights(self, weights: Any, deadlines: DeadlineSettings) -> None:
         """Take over the weights and prove it. Raises TimeoutError, and what Ray raises."""
         # a worker that is busy loads after its call
         seconds = deadlines.load_seconds + deadlines.generate_seconds * self.turn.locked()
         async with asyncio.timeout(seconds):
-            self.receipt = await self.handle.load.remote(weights)
+            self.receipt = await self.handle.load_weights.remote(weights)
 
     def kill(self) -> None:
         with contextlib.suppress(ValueError):  # Ray was shut down

@@ -227,10 +227,6 @@ class LabelSettings(Section):
     def run_directory(self) -> str:
         return self.run.directory.replace("{name}", self.run.name)
 
-    @property
-    def policy_model(self) -> str:
-        return self.policy.model if self.policy else ""
-
     def scoring_spec(self) -> ScoringSpec:
         """Settings of the judge and the reference; also of prompts and generators, where completions are sampled."""
         scoring: dict[str, Any] = {

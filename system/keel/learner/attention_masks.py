@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from keel.learner.packing import Layout
+from keel.learner.packing import SequenceLayout
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 """Attention implementations of transformers whose masks are functions of two indices."""
@@ -21,7 +21,7 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 
 
 @contextlib.contextmanager
-def of_rows(layout: Layout) -> Iterator[None]:
+def of_rows(layout: SequenceLayout) -> Iterator[None]:
     """Every mask that a model builds inside this block is that of the layout's rows, each on its own."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as INTERFACES
 
@@ -34,7 +34,7 @@ def of_rows(layout: Layout) -> Iterator[None]:
             del INTERFACES[name]
 
 
-def _row_mask(interface: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+def _row_mask(interface: Callable[..., Any], layout: SequenceLayout) -> Callable[..., Any]:
     """The mask interface for rows of a layout in place of whole sequences."""
 
     def make(*, mask_function: MaskFunction, allow_is_causal_skip: bool = False, **arguments: Any) -> Any:

@@ -22,7 +22,7 @@ _TAG = re.compile(r"<[^<>\s]+>$")
 
 
 @dataclass(frozen=True)
-class Turn:
+class AssistantTurn:
     """An assistant's turn behind a conversation."""
 
     prompt: str
@@ -65,14 +65,14 @@ class ChatText:
         text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **further, **self.options)
         return text
 
-    def turn(self, messages: Sequence[Message], answer: Message) -> Turn:
+    def turn(self, messages: Sequence[Message], answer: Message) -> AssistantTurn:
         """The answer behind the prompt that a policy samples from."""
         prompt, whole, content = self.render(messages), self._whole(messages, answer), answer["content"]
         if whole is not None and whole.startswith(prompt) and _says(whole[len(prompt) :], content):
             return self._cut(whole, len(prompt), content)
-        return Turn(prompt, self.frame.lead + _continuing(prompt, content), self.frame.closing)
+        return AssistantTurn(prompt, self.frame.lead + _continuing(prompt, content), self.frame.closing)
 
-    def scored(self, messages: Sequence[Message], answer: Message) -> Turn:
+    def scored(self, messages: Sequence[Message], answer: Message) -> AssistantTurn:
         """The whole conversation, as a reward model reads it; where the template does not say all of it: `turn`."""
         prompt, whole, content = self.render(messages), self._whole(messages, answer), answer["content"]
         if whole is None or not _says(whole, content):
@@ -90,14 +90,14 @@ class ChatText:
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # as the template's code fails
             return None
 
-    def _cut(self, whole: str, start: int, content: str) -> Turn:
+    def _cut(self, whole: str, start: int, content: str) -> AssistantTurn:
         """The text in three: what stands before `start`, the answer, what is written behind it."""
         rest, frame, said = whole[start:], self.frame, content.strip()
         stop = rest.find(said) + len(said) if said in rest else len(rest)
         if frame.tail is not None and rest.endswith(frame.tail):
             stop = len(rest) - len(frame.tail)
         behind = rest[stop:]
-        return Turn(whole[:start], rest[:stop], frame.closing if behind == frame.tail else behind)
+        return AssistantTurn(whole[:start], rest[:stop], frame.closing if behind == frame.tail else behind)
 
     @functools.cached_property
     def frame(self) -> Frame:

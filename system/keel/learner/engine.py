@@ -110,7 +110,7 @@ class Engine:
         if rank == 0:
             sharded_checkpoint.write_index(folder, version, self._shards)
 
-    def load(self, directory: str) -> int:
+    def restore_checkpoint(self, directory: str) -> int:
         """Continue from `save`'s output; its version. Raises CheckpointError if it is damaged or another model's."""
         version = sharded_checkpoint.read(Path(directory) / "learner", self._shards)
         self._shards.refresh()

@@ -28,7 +28,7 @@ from keel import files, schema
 from keel.errors import ConfigError
 from keel.learner import loading, packing, scaled_down_models
 from keel.learner.networks import Policy
-from keel.learner.scaled_down_models import TwinError
+from keel.learner.scaled_down_models import ScaleDownError
 from keel.text import one_line
 
 TOLERANCE = 1e-3
@@ -111,13 +111,13 @@ def _rows(vocabulary: int, tokens_per_row: int, seed: int) -> pa.RecordBatch:
     )
 
 
-def _budgets(rows: pa.RecordBatch) -> dict[str, packing.Budget]:
+def _budgets(rows: pa.RecordBatch) -> dict[str, packing.TokenBudget]:
     tokens = int(schema.lengths(rows, "prompt_tokens").sum() + schema.lengths(rows, "completion_tokens").sum())
     every = rows.num_rows * tokens  # one pass, whatever its padding
     return {
-        "alone": packing.Budget(every, 0, 16),
-        "shared": packing.Budget(every, tokens, 16),
-        "packed": packing.Budget(every, tokens, 16, packed_tokens=tokens),
+        "alone": packing.TokenBudget(every, 0, 16),
+        "shared": packing.TokenBudget(every, tokens, 16),
+        "packed": packing.TokenBudget(every, tokens, 16, packed_tokens=tokens),
     }
 
 
@@ -133,7 +133,7 @@ def _plain(model: Any, rows: pa.RecordBatch) -> np.ndarray:
 
 
 @torch.no_grad()
-def _through_keel(model: Any, rows: pa.RecordBatch, budget: packing.Budget) -> np.ndarray:
+def _through_keel(model: Any, rows: pa.RecordBatch, budget: packing.TokenBudget) -> np.ndarray:
     """The same through the micro-batches that training makes."""
     policy = Policy(model)
     flat = np.zeros(int(schema.lengths(rows, "completion_tokens").sum()))
@@ -157,14 +157,14 @@ def difference(through: Callable[[], np.ndarray], expected: np.ndarray, spread: 
 
 
 def of_config(config: Any, longest_row: int | None = None) -> Verdict:
-    """The verdict on a configuration, from a small model with the same layers. Raises TwinError: there is none.
+    """The verdict on a configuration, from a small model with the same layers. Raises ScaleDownError.
 
     `longest_row`: tokens of the longest row of a run, for rotary embeddings that change beyond a length.
     """
-    return _of_twin(scaled_down_models.twin(config, longest_row))
+    return _of_scaled_down(scaled_down_models.scale_down(config, longest_row))
 
 
-def _of_twin(small: Any) -> Verdict:
+def _of_scaled_down(small: Any) -> Verdict:
     return of_seeds(lambda seed: scaled_down_models.build(small, seed), scaled_down_models.row_tokens(small))
 
 
@@ -184,13 +184,13 @@ def of_seeds(build: Callable[[int], Any], tokens_per_row: int, seeds: Sequence[i
 def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
     """The verdict on the model of a folder, from the cache or made now, in about a second.
 
-    Where no twin of the configuration can be made, the model itself is tried.
+    Where the configuration cannot be scaled down, the model itself is tried.
     """
     config = loading.without_dropout(folder)
     try:
-        small = scaled_down_models.twin(config, longest_row)
-        return _once(key_of(small), lambda: _of_twin(small))
-    except TwinError:
+        small = scaled_down_models.scale_down(config, longest_row)
+        return _once(key_of(small), lambda: _of_scaled_down(small))
+    except ScaleDownError:
         return _once(key_of(config, longest_row), lambda: _of_itself(folder, config, longest_row))
 
 

@@ -1,4 +1,4 @@
-"""What a vocabulary term reads beside the policy: frozen models, and the policy as it was when the step began."""
+"""Frozen models that a vocabulary term reads beside the policy, and the policy as it was when the step began."""
 
 import copy
 import functools
@@ -49,7 +49,7 @@ def vocabulary_piece(
     return piece
 
 
-class Anchors:
+class FrozenModels:
     """The models a term names, inside the learner, on its device."""
 
     def __init__(self, term: VocabularyTerm | None, folder: Callable[[str], str], dtype: str, device: torch.device):

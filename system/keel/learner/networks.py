@@ -146,7 +146,7 @@ class Policy(nn.Module):
         weight = self.head.weight
         self.kept_pieces = max(1, num_bytes // (chunk_tokens * len(weight) * weight.element_size()))
 
-    def checkpoint(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_hf_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under this module's parameter names -> under the names of a Hugging Face checkpoint.
 
         They differ where transformers renames on loading (GPT-NeoX: embed_out is lm_head in memory); vLLM and every

@@ -28,7 +28,7 @@ Unit = np.ndarray
 
 
 @dataclass(frozen=True)
-class Layout:
+class SequenceLayout:
     """Which tokens of a sequence belong to one row, where several rows share it; each tensor is int64 [U, T]."""
 
     places: Tensor
@@ -38,8 +38,8 @@ class Layout:
     completions: Tensor
     """0 for a token of the prompt itself, k for its k-th completion; -1 for padding."""
 
-    def to(self, device: torch.device) -> "Layout":
-        return Layout(self.places.to(device), self.prompts.to(device), self.completions.to(device))
+    def to(self, device: torch.device) -> "SequenceLayout":
+        return SequenceLayout(self.places.to(device), self.prompts.to(device), self.completions.to(device))
 
     def same_row(self, sequence: Any, query: Any, key: Any) -> Any:
         """bool of (sequence, query, key) indices that broadcast: the key is in the query's prompt or completion.
@@ -59,7 +59,7 @@ class MicroBatch:
     """[B] row numbers in the record batch."""
     tokens: Tensor
     """int64 [U, T], a prompt and then its completions, then the next one's, zeros behind."""
-    layout: Layout | None
+    layout: SequenceLayout | None
     """Which tokens belong together; None: every sequence is one row, and a causal model needs to be told nothing."""
     positions: Tensor
     """int64 [N], index into U * T of the token that predicts each completion token."""
@@ -74,7 +74,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PackingPlan:
     """Which units each rank puts through the model together."""
 
     micro_batches: list[list[list[Unit]]]
@@ -86,7 +86,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Budget:
+class TokenBudget:
     """Limits of a pass through the model, in tokens."""
 
     tokens_per_batch: int
@@ -99,7 +99,7 @@ class Budget:
     """Of a sequence that several units share; 0: each has its own."""
 
 
-def plan(batch: pa.RecordBatch, ranks: int, budget: Budget) -> Plan:
+def plan(batch: pa.RecordBatch, ranks: int, budget: TokenBudget) -> PackingPlan:
     """Deal units to ranks, longest first and back and forth, then cut each rank's units into padded micro-batches.
 
     U * T <= tokens_per_batch unless one unit alone is longer. Every row appears exactly once among the real
@@ -118,7 +118,7 @@ def plan(batch: pa.RecordBatch, ranks: int, budget: Budget) -> Plan:
     padded = [[[units[index] for index in numbers] for numbers in batches] for batches in per_rank]
     items = [[sum(int(completions[unit].sum()) for unit in micro) for micro in batches] for batches in padded]
     chunks = [-(-max(rank_items[index] for rank_items in items) // budget.head_chunk_tokens) for index in range(count)]
-    return Plan(padded, real, chunks)
+    return PackingPlan(padded, real, chunks)
 
 
 def share_out(total: np.ndarray, ranks: int, tokens_per_batch: int) -> tuple[list[list[np.ndarray]], list[list[bool]]]:
@@ -213,7 +213,7 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
     return MicroBatch(
         rows=rows,
         tokens=torch.from_numpy(tokens),
-        layout=Layout(*map(torch.from_numpy, (places, groups, segments))) if len(rows) > len(units) else None,
+        layout=SequenceLayout(*map(torch.from_numpy, (places, groups, segments))) if len(rows) > len(units) else None,
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(completions[flat_items].astype(np.int64)),
         items=flat_items,

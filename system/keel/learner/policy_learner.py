@@ -28,7 +28,7 @@ from keel.errors import NotFinite
 from keel.learner import forward_contract, loading, optimizer, packing, weights
 from keel.learner.engine import Engine, join_ranks
 from keel.learner.forward_contract import Verdict
-from keel.learner.frozen_models import Anchors
+from keel.learner.frozen_models import FrozenModels
 from keel.learner.networks import Critic, Learnable, Piece, Policy
 from keel.observability import diagnostics
 from keel.protocols import LoadReceipt, StepReport, Weights
@@ -66,7 +66,7 @@ class DeepSpeedLearner:
         verdicts = [forward_contract.verdict(folder, settings.max_model_tokens) for folder in self._folders()]
         self._verdict = functools.reduce(Verdict.both, verdicts)
         frozen_dtype = settings.reference.dtype if settings.reference else dtype
-        self._anchors = Anchors(self.objective.vocabulary, self._folder_of, frozen_dtype, self.device)
+        self._frozen_models = FrozenModels(self.objective.vocabulary, self._folder_of, frozen_dtype, self.device)
 
     def _folder_of(self, name: str) -> str:
         return self.others.get(name, self.folder)
@@ -109,7 +109,8 @@ class DeepSpeedLearner:
         rate = self._engine.set_rate(self.version)
         coefficients = self.objective.coefficients()
         epochs = self.objective.epochs
-        self._anchors.keep_old(self._engine.module.policy, (micro for micro, _ in self._micro_batches(batch, plan)))
+        micro_batches = (micro for micro, _ in self._micro_batches(batch, plan))
+        self._frozen_models.keep_old(self._engine.module.policy, micro_batches)
         measured = self._measure(batch, plan, self._asked(epochs))
         seen = self.objective.visible(batch)
         credit = self.objective.credited(seen, measured)
@@ -133,7 +134,7 @@ class DeepSpeedLearner:
         return self.objective.measures | ({"logprobs"} if epochs > 1 and self.objective.reads_old else frozenset())
 
     def _update(
-        self, batch: pa.RecordBatch, plan: packing.Plan, credit: Credit, old: np.ndarray | None
+        self, batch: pa.RecordBatch, plan: packing.PackingPlan, credit: Credit, old: np.ndarray | None
     ) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; metric sums added over all ranks."""
         sums: dict[str, float] = defaultdict(float)
@@ -141,7 +142,7 @@ class DeepSpeedLearner:
         num_fresh = int(fresh.sum())
         for micro, chunks in self._micro_batches(batch, plan):
             rows = self._rows(batch, micro, credit, old)
-            piece = self._anchors.piece(micro, rows, credit, self.settings.sampling.temperature)
+            piece = self._frozen_models.piece(micro, rows, credit, self.settings.sampling.temperature)
             outputs = self._forward(micro, chunks, self.objective.needs_entropy, piece)
             terms = self.objective.loss(rows, outputs, credit)
             self._engine.backward(terms.loss, real=micro.real)
@@ -203,19 +204,19 @@ class DeepSpeedLearner:
 
             export.policy(Path(folder), Path(self.folder), named, self.settings, self.version)
 
-    def load(self, directory: str) -> int:
+    def restore_checkpoint(self, directory: str) -> int:
         """Continue from what any number of ranks saved; returns its version."""
-        self.version = self._engine.load(directory)
+        self.version = self._engine.restore_checkpoint(directory)
         self.objective.restore(json.loads((Path(directory) / "state.json").read_text())["objective"])
         return self.version
 
     def renew_reference(self, folder: str) -> None:
         """Read the frozen reference inside the learner from another folder, where there is one."""
-        self._anchors.renew_reference(folder)
+        self._frozen_models.renew_reference(folder)
 
-    def _plan(self, batch: pa.RecordBatch) -> packing.Plan:
+    def _plan(self, batch: pa.RecordBatch) -> packing.PackingPlan:
         learners, verdict = self.settings.learners, self._verdict
-        budget = packing.Budget(
+        budget = packing.TokenBudget(
             learners.tokens_per_batch,
             learners.shared_prompt_tokens if verdict.shared else 0,
             learners.head_chunk_tokens,
@@ -223,9 +224,11 @@ class DeepSpeedLearner:
         )
         return packing.plan(batch, self.ranks, budget)
 
-    def _micro_batches(self, batch: pa.RecordBatch, plan: packing.Plan) -> Iterator[tuple[packing.MicroBatch, int]]:
-        own = zip(plan.micro_batches[self.rank], plan.real[self.rank], plan.head_chunks, strict=True)
-        for units, real, chunks in own:
+    def _micro_batches(
+        self, batch: pa.RecordBatch, plan: packing.PackingPlan
+    ) -> Iterator[tuple[packing.MicroBatch, int]]:
+        passes = zip(plan.micro_batches[self.rank], plan.real[self.rank], plan.head_chunks, strict=True)
+        for units, real, chunks in passes:
             yield packing.tensors(batch, units, real=real), chunks
 
     def _rows(self, batch: pa.RecordBatch, micro: packing.MicroBatch, credit: Credit, old: np.ndarray | None) -> Rows:
@@ -254,7 +257,7 @@ class DeepSpeedLearner:
         return Outputs(*self._engine(micro, temperature, chunks, entropy, piece))
 
     @torch.no_grad()
-    def _measure(self, batch: pa.RecordBatch, plan: packing.Plan, asked: frozenset[str]) -> Measured:
+    def _measure(self, batch: pa.RecordBatch, plan: packing.PackingPlan, asked: frozenset[str]) -> Measured:
         """Log-probs [tokens] and values [tokens, K] of the whole step under the current weights, every rank's."""
         if not asked:
             return Measured(version=self.version)
@@ -275,4 +278,4 @@ class DeepSpeedLearner:
         """The whole policy under checkpoint names, on rank 0; the others take part where ZeRO-3 must gather."""
         policy = self._engine.module.policy
         named = self._engine.gather(policy, self.rank)
-        return policy.checkpoint(named) if self.rank == 0 else {}
+        return policy.to_hf_names(named) if self.rank == 0 else {}

@@ -126,8 +126,8 @@ class RewardModelLearner:
     def save(self, directory: str) -> None:
         self._engine.save(directory, self.version)
 
-    def load(self, directory: str) -> int:
-        self.version = self._engine.load(directory)
+    def restore_checkpoint(self, directory: str) -> int:
+        self.version = self._engine.restore_checkpoint(directory)
         return self.version
 
     def state(self) -> dict[str, Any]:

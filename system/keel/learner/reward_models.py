@@ -126,7 +126,7 @@ class RewardModel(nn.Module):
         return found
 
 
-def load(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
+def load_reward_model(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
     """A trained reward model, frozen, in fp32. `options` of its chat template beside those it was trained with."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -293,7 +293,7 @@ class Ensemble:
     def __init__(
         self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None
     ) -> None:
-        self.models = [load(member, options).to(device) for member in members(folder, setting)]
+        self.models = [load_reward_model(member, options).to(device) for member in members(folder, setting)]
 
     def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:
         """float64 [members, texts], NaN where a text is too long."""

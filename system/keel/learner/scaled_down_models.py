@@ -1,8 +1,8 @@
-"""Twins: a model configuration with small sizes that computes the same kind of function.
+"""Scale a model configuration down to small sizes that compute the same kind of function.
 
 What a forward pass can get wrong lies in the architecture, the layer pattern, windows, scales, caps, rotary settings
-and norms, not in widths. A twin keeps all of the former and is built and run in a fraction of a second, so that the
-model's own forward pass can be compared with Keel's before a run starts.
+and norms, not in widths. A scaled-down model keeps all of the former and is built and run in a fraction of a
+second, so that the model's own forward pass can be compared with Keel's before a run starts.
 """
 
 import copy
@@ -16,7 +16,7 @@ from keel.learner.scaled_down_sizes import WINDOW
 from keel.text import one_line
 
 FIRST_ORDINARY_TOKEN = 16
-"""Special tokens of a twin have smaller ids: every id from here to the vocabulary's end is an ordinary token."""
+"""Special tokens of a scaled-down model have smaller ids; every id from here on is an ordinary token."""
 MOST_LAYERS = 6
 MOST_PARAMETERS = 16_000_000
 
@@ -30,8 +30,8 @@ NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
 """Parts of the names under which configurations keep what is random in training: units, layers or routing."""
 
 
-class TwinError(KeelError):
-    """No twin can be made of a configuration; the message says why."""
+class ScaleDownError(KeelError):
+    """A configuration cannot be scaled down; the message says why."""
 
 
 def text_config(config: Any) -> Any:
@@ -49,23 +49,23 @@ def keep_attention_caps(config: Any) -> Any:
     return config
 
 
-def twin(config: Any, longest_row: int | None = None) -> Any:
+def scale_down(config: Any, longest_row: int | None = None) -> Any:
     """A configuration with small sizes and everything that changes the computed function, of the class that is loaded.
 
     Of an image family that is the whole model where transformers lists it as a causal language model (Gemma 3), else
     the language model. `longest_row`: tokens of the longest row of a run. Rotary embeddings that change beyond a
-    length (longrope, dynamic) do so within the twin's rows only if they do within the run's. Raises TwinError when
-    none can be made.
+    length (longrope, dynamic) do so within the rows of the scaled-down model only if they do within the run's. Raises
+    ScaleDownError.
     """
     whole = text_architecture(config)
     loaded = config if getattr(whole, "config_class", None) is type(config) else text_config(config)
     try:
         return keep_attention_caps(_smaller(loaded, longest_row))
     except LayerError as error:
-        raise TwinError(f"{loaded.model_type}: {error}") from None
+        raise ScaleDownError(f"{loaded.model_type}: {error}") from None
     except _REFUSALS as error:
         reason = one_line(error)[:200] or type(error).__name__
-        raise TwinError(f"{loaded.model_type}: its small configuration is refused ({reason})") from None
+        raise ScaleDownError(f"{loaded.model_type}: its small configuration is refused ({reason})") from None
 
 
 def _smaller(config: Any, longest_row: int | None) -> Any:
@@ -84,29 +84,31 @@ def _smaller(config: Any, longest_row: int | None) -> Any:
 
 
 def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
-    """A random fp32 model of a twin, in evaluation mode; `architecture` is its class, or a causal language model's.
+    """A random fp32 model of a scaled-down configuration, in evaluation mode; `architecture`: of this class.
 
     Weights are spread further than at initialization: at its usual 0.02 attention is uniform and caps are never
-    reached, so that a lost window or cap would hardly show. Raises TwinError where it cannot be built.
+    reached, so that a lost window or cap would hardly show. Raises ScaleDownError where it cannot be built.
     """
     import torch
 
     architecture = architecture or text_architecture(config)
     if architecture is None:
-        raise TwinError(f"{config.model_type}: transformers has no causal language model of it")
+        raise ScaleDownError(f"{config.model_type}: transformers has no causal language model of it")
     try:
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
                 model = architecture._from_config(copy.deepcopy(config))
             size = sum(parameter.numel() for parameter in model.parameters())
             if size > MOST_PARAMETERS:
-                raise TwinError(f"{config.model_type}: its twin has {size:,} parameters, over {MOST_PARAMETERS:,}")
+                raise ScaleDownError(
+                    f"{config.model_type}: its scaled-down model has {size:,} parameters, over {MOST_PARAMETERS:,}"
+                )
             torch.manual_seed(seed)
             model = architecture._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
             _spread(model)
     except _REFUSALS as error:
         reason = one_line(error)[:200] or type(error).__name__
-        raise TwinError(f"{config.model_type}: its twin cannot be built ({reason})") from None
+        raise ScaleDownError(f"{config.model_type}: its scaled-down model cannot be built ({reason})") from None
     return model
 
 
@@ -142,7 +144,7 @@ def _spread(model: Any, deviation: float = 0.2) -> None:
 
 
 def row_tokens(config: Any) -> int:
-    """Tokens of a row that is longer than every window and chunk of a twin, several times the longest of them.
+    """Tokens of a row that is longer than every window and chunk of a scaled-down model, several times the longest.
 
     Linear attention cuts rows into chunks of 64 tokens in transformers' own code, whatever the configuration says.
     """

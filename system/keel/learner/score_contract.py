@@ -11,7 +11,7 @@ from keel.errors import ConfigError
 from keel.learner import loading, reward_models, scaled_down_models
 from keel.learner.forward_contract import difference, keep_result, kept_result, key_of
 from keel.learner.reward_text import RewardText
-from keel.learner.scaled_down_models import TwinError
+from keel.learner.scaled_down_models import ScaleDownError
 from keel.text import one_line
 
 
@@ -38,12 +38,12 @@ def score_difference(config: Any) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     try:
-        small = scaled_down_models.twin(config)
+        small = scaled_down_models.scale_down(config)
         if type(small) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
             return ""
         small.num_labels, small.get_text_config().pad_token_id = 1, 0
         model = scaled_down_models.build(small, architecture=MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(small)])
-    except TwinError:
+    except ScaleDownError:
         return ""  # the start of training and scoring loads the model itself, and fails there where it must
     rng, tokens = np.random.default_rng(0), scaled_down_models.row_tokens(small)
     ids = (scaled_down_models.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)

@@ -1,6 +1,6 @@
 """A learner's state on disk, the same whatever the number of ranks and the ZeRO stage that wrote it.
 
-learner/   block-00000.safetensors ...   master weights and moments: whole fp32 tensors, named as shards.py says
+learner/   block-00000.safetensors ...   master weights and moments: whole fp32 tensors, named as zero_shards.py says
            index.json                    format, version, Adam's steps, the tensors of every block; written last
 """
 
@@ -23,8 +23,8 @@ BLOCK_BYTES = 2**28
 """A block holds as many tensors as fit; a larger one is alone in its block."""
 
 
-class Parts(Protocol):
-    """Whole tensors of a learner that lies in parts on its ranks."""
+class ShardedTensors(Protocol):
+    """Whole tensors of a learner, of which every rank holds a shard."""
 
     shapes: dict[str, tuple[int, ...]]
     """Of all tensors, by name."""
@@ -49,16 +49,16 @@ def blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     return {f"block-{number:05}.safetensors": names for number, names in enumerate(found)}
 
 
-def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
+def write_blocks(folder: Path, tensors: ShardedTensors, rank: int, ranks: int) -> None:
     """Write this rank's share of the blocks, one at a time; in memory is one block a rank. Collective."""
     files.make_folder(folder)
-    planned = list(blocks(parts.shapes).items())
+    planned = list(blocks(tensors.shapes).items())
     for first in range(0, len(planned), ranks):
         # all blocks of a round are gathered before any is written: so the ranks write at the same time
         own: dict[str, Tensor] = {}
         for writer, (_, names) in enumerate(planned[first : first + ranks]):
             for name in names:
-                whole = parts.gather(name, writer)
+                whole = tensors.gather(name, writer)
                 if writer == rank:
                     own[name] = whole
         if own:
@@ -67,28 +67,28 @@ def write_blocks(folder: Path, parts: Parts, rank: int, ranks: int) -> None:
             files.sync_file(path)
 
 
-def write_index(folder: Path, version: int, parts: Parts) -> None:
+def write_index(folder: Path, version: int, tensors: ShardedTensors) -> None:
     """Say what the blocks hold, once all are written: one rank's work."""
-    found = {"format": FORMAT, "version": version, "adam_steps": parts.adam_steps, "blocks": blocks(parts.shapes)}
+    found = {"format": FORMAT, "version": version, "adam_steps": tensors.adam_steps, "blocks": blocks(tensors.shapes)}
     files.write_json(folder / INDEX, found)
 
 
-def read(folder: Path, parts: Parts) -> int:
+def read(folder: Path, tensors: ShardedTensors) -> int:
     """Scatter every tensor; the version.
 
     Raises CheckpointError for a file that is missing or damaged and for other parameters than the learner's, and
     ReadFailed for one that cannot be read, before anything is changed.
     """
     index = _index(folder)
-    _check_names(folder / INDEX, index, parts.shapes)
+    _check_names(folder / INDEX, index, tensors.shapes)
     for block, names in index["blocks"].items():
         with _opened(folder / block) as file:
-            _check_shapes(folder / block, file, names, parts.shapes)
+            _check_shapes(folder / block, file, names, tensors.shapes)
     for block, names in index["blocks"].items():
         with _opened(folder / block) as file:
             for name in names:
-                parts.scatter(name, file.get_tensor(name))
-    parts.adam_steps = index["adam_steps"]
+                tensors.scatter(name, file.get_tensor(name))
+    tensors.adam_steps = index["adam_steps"]
     return index["version"]
 
 

@@ -1,4 +1,4 @@
-"""Master weights and Adam's moments of a DeepSpeed engine: whole tensors by name, of which every rank holds a part.
+"""Master weights and Adam's moments of a DeepSpeed engine: whole tensors by name, of which every rank holds a shard.
 
 weight/NAME      fp32 master weight of the parameter NAME of the module; only trained parameters have one
 exp_avg/NAME     Adam's first moment
@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """What one rank holds of a parameter: `length` elements from `begin` on."""
 
     group: int
@@ -44,7 +44,7 @@ class Shards:
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             adam.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
         trained = {name: each for name, each in engine.module.named_parameters() if each.requires_grad}
-        self._parts = {name: self._part(each) for name, each in trained.items()}
+        self._shards = {name: self._shard(each) for name, each in trained.items()}
         shapes = {name: tuple(each.ds_shape if stage == 3 else each.shape) for name, each in trained.items()}
         self.shapes = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in ("weight", *MOMENTS)}
         """Of all tensors, by name."""
@@ -62,18 +62,18 @@ class Shards:
 
     def gather(self, name: str, rank: int) -> Tensor:
         """The whole fp32 tensor, on the CPU of this rank; elsewhere what it is means nothing. Collective."""
-        part, held = self._held(name)
+        shard, held = self._held(name)
         # added up as bit patterns: of every element all ranks but one give 0, and no -0.0 or NaN is changed
         whole = torch.zeros(math.prod(self.shapes[name]), dtype=torch.int32, device=held.device)
-        whole[part.begin : part.begin + part.length] = held.view(torch.int32)
+        whole[shard.begin : shard.begin + shard.length] = held.view(torch.int32)
         if self._ranks > 1:
             torch.distributed.reduce(whole, rank)
         return whole.view(torch.float32).view(self.shapes[name]).cpu()
 
     def scatter(self, name: str, whole: Tensor) -> None:
-        """Take this rank's part of a whole tensor; `refresh` must follow."""
-        part, held = self._held(name)
-        held.copy_(whole.reshape(-1)[part.begin : part.begin + part.length])
+        """Take this rank's shard of a whole tensor; `refresh` must follow."""
+        shard, held = self._held(name)
+        held.copy_(whole.reshape(-1)[shard.begin : shard.begin + shard.length])
 
     def refresh(self) -> None:
         """Make the parameters that the model computes with from the master weights. Collective."""
@@ -85,21 +85,21 @@ class Shards:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self._zero.checkpoint_event_epilogue()
 
-    def _held(self, name: str) -> tuple[Part, Tensor]:
+    def _held(self, name: str) -> tuple[Shard, Tensor]:
         kind, _, parameter = name.partition("/")
-        part = self._parts[parameter]
-        flat = self._flat[part.group]
+        shard = self._shards[parameter]
+        flat = self._flat[shard.group]
         tensor = flat.detach() if kind == "weight" else self._adam.state[flat][kind]
-        return part, tensor.narrow(0, part.offset, part.length)
+        return shard, tensor.narrow(0, shard.offset, shard.length)
 
-    def _part(self, parameter: Any) -> Part:
+    def _shard(self, parameter: Any) -> Shard:
         if self._stage == 3:
             size = parameter.ds_numel
             group, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
             begin = min(self._rank * padded, size)
-            return Part(group, offset, begin, min(padded, size - begin))
+            return Shard(group, offset, begin, min(padded, size - begin))
         mapping = parameter._hp_mapping
         if mapping is None:  # it lies on other ranks
-            return Part(0, 0, 0, 0)
+            return Shard(0, 0, 0, 0)
         held, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Part(mapping.param_group_index, held.start, whole.start, held.numel)
+        return Shard(mapping.param_group_index, held.start, whole.start, held.numel)

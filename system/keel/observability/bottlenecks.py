@@ -1,6 +1,6 @@
 """Where the time of a run goes: what the learner did or whom it waited for, how busy each role is, what to change.
 
-    metrics.jsonl (busy, idle, queue seconds of occupancy.py) --> the difference of two lines --> Explanation
+    metrics.jsonl (busy, idle, queue seconds of utilization.py) --> the difference of two lines --> Explanation
 
 `keel explain` and the column of the live table are this one computation.
 """
@@ -35,7 +35,7 @@ class Role:
     waiting_batches: float
     """Mean number of batches in line for a worker."""
     idle_ratios: dict[str, float]
-    """Share of the workers' time without work, by whom they waited for; with `busy_ratio` they add up to 1."""
+    """Share of the workers' time without work, by what they waited for; with `busy_ratio` they add up to 1."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 import xxhash
 
-from keel import files as atomic_files
+from keel import files
 from keel.config.monitoring import MetricsSettings, is_address
 from keel.errors import ConfigError
 
@@ -62,23 +62,23 @@ def serving(settings: MetricsSettings, run: str, directory: Path, page: WSGIAppl
     discovery = json.dumps([{"targets": [target], "labels": labels}]).encode() + b"\n"
     server.set_app(_application(page, discovery))
     threading.Thread(target=server.serve_forever, name="endpoint", daemon=True).start()
-    files = [Path(folder).resolve() / f"keel-{identity}.json" for folder in [settings.discovery_directory] if folder]
+    paths = [Path(folder).resolve() / f"keel-{identity}.json" for folder in [settings.discovery_directory] if folder]
     try:
-        for file in files:
-            atomic_files.write(file, discovery)
+        for file in paths:
+            files.write(file, discovery)
         yield f"http://{target}/metrics"
     except KeyboardInterrupt:
-        _remove(files)
+        _remove(paths)
         raise
     else:
-        _remove(files)
+        _remove(paths)
     finally:
         server.shutdown()
         server.server_close()
 
 
-def _remove(files: list[Path]) -> None:
-    for file in files:
+def _remove(paths: list[Path]) -> None:
+    for file in paths:
         file.unlink(missing_ok=True)
 
 

@@ -176,7 +176,7 @@ TABLE: list[Metric] = [
         (
             "idle_seconds_total",
             "counter",
-            "Seconds that serving workers of a role had nothing to do, all of them together, by whom they waited for.",
+            "Seconds that serving workers of a role had nothing to do, all of them together, by what they waited for.",
             ("role", "on"),
         ),
         ("queue_seconds_total", "counter", "Seconds that batches waited for a worker of a role.", ("role",)),

@@ -31,7 +31,7 @@ class _Role:
         return (self.running + self.waiting) / max(self.serving, 1)
 
 
-class Occupancy:
+class Utilization:
     """Integrates the states of all roles over time. `drain` hands out what was counted since the last one."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

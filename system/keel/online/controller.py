@@ -62,7 +62,7 @@ class Controller:
         publishing = self.components.learner.publish()
         handle, published = await self._within(deadline, publishing, "the learner to publish", LearnerLost)
         self._progress("publish")
-        loading = self.components.generators.load(handle)
+        loading = self.components.generators.load_weights(handle)
         patience = deadline + self._grace + self.settings.deadlines.generate_seconds
         receipts = await self._within(patience, loading, "generators to load weights")
         self._progress("load")

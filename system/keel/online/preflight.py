@@ -147,7 +147,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
     Ray hands its own on.
     """
     if reward.kind == "rule":
-        user_code.load(reward.source, setting)
+        user_code.import_symbol(reward.source, setting)
     if reward.kind == "model":
         for member in reward_models.members(loading.locate(reward.source, setting), setting):
             reward_models.check_readable(member, setting)

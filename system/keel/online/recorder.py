@@ -16,7 +16,7 @@ from keel.observability import evaluations
 from keel.observability.bottlenecks import largest_share
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
-from keel.observability.utilization import Occupancy
+from keel.observability.utilization import Utilization
 from keel.online.preflight import Prepared
 from keel.protocols import Batch, Observer
 
@@ -40,7 +40,7 @@ class Recorder(Observer):
         self.buffer: actors.RemoteBuffer | None = None
         self.learner: learner_group.LearnerGroup | None = None
         self.reference: actors.ScorerPool | None = None
-        self.occupancy = Occupancy()
+        self.utilization = Utilization()
         settings = prepared.settings
         self.tracking = Tracking(settings, self.directory, metrics, display.note)
         bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
@@ -57,7 +57,7 @@ class Recorder(Observer):
         self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
-        self.occupancy.ranks(learner.placement.ranks)
+        self.utilization.ranks(learner.placement.ranks)
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -73,11 +73,11 @@ class Recorder(Observer):
         self.display.note(text)
 
     def doing(self, what: str) -> None:
-        self.occupancy.doing(what.replace(" ", "_"))
+        self.utilization.doing(what.replace(" ", "_"))
         self.display.doing(what)
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
-        self.occupancy.occupied(role, running, waiting, serving)
+        self.utilization.occupied(role, running, waiting, serving)
         self.metrics.set({"batches_waiting": {role: float(waiting)}})
 
     def waiting_for_resources(self, name: str, asked: str, free: str) -> None:
@@ -90,7 +90,7 @@ class Recorder(Observer):
             others = len(self._waiting) - 1
             names = f"{name} ({asked})" + (f" and {others} more" if others else "")
             self.display.note(f"waiting for resources for {names}: {free}")
-            if self.occupancy.starting:
+            if self.utilization.starting:
                 self.display.doing(f"waiting for resources for {name}")
 
     def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
@@ -98,12 +98,12 @@ class Recorder(Observer):
         if granted:
             self.event("resources_found", who=name, seconds=round(seconds, 3))
             self.display.note(f"resources for {name} after {seconds:.0f} s")
-            if self.occupancy.starting:
+            if self.utilization.starting:
                 self.display.doing(f"{name} comes up")
 
     def tick(self) -> None:
         """Each second, also while a step takes long: an alert waits five minutes for little memory."""
-        self.metrics.add(self.occupancy.drain())
+        self.metrics.add(self.utilization.drain())
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
 
     def step(self, step: int) -> None:
@@ -186,5 +186,5 @@ class Recorder(Observer):
     async def renew(self, folder: str) -> None:
         assert self.learner and self.reference
         self._renewed = True
-        await self.reference.pool.load(folder)
+        await self.reference.pool.load_weights(folder)
         await self.learner.renew_reference(folder)

@@ -8,7 +8,7 @@ Ray: generators | reference | scorers                 live as long as the run, e
     |
     +--> newest intact checkpoint                                                                   (checkpoint.py)
     |    learner ranks | buffer actor                 one lost, all built again       (learner_group.py, actors.py)
-    |        learner.load(checkpoint), buffer state, counters
+    |        learner.restore_checkpoint(checkpoint), buffer state, counters
     |    publish -> load: every generator proves its weights
     |    parity test: learner and sampler agree on the same tokens, or stop
     |        |
@@ -206,7 +206,7 @@ class _Run:
     ) -> tuple[learner_group.LearnerGroup, actors.RemoteBuffer, Controller]:
         """Room, a learner group and a buffer, and everyone at the checkpoint. `ends` ends the two."""
         settings, recorder = self.settings, self.recorder
-        recorder.occupancy.doing("start")  # whatever the learner did that was lost, nobody does it now
+        recorder.utilization.doing("start")  # whatever the learner did that was lost, nobody does it now
         began = time.monotonic()
         self.generators.pool.forget_load()
         # at first others may occupy a part of the cluster, later only this run's own workers do as a rule
@@ -259,7 +259,7 @@ class _Run:
         try:
             async with asyncio.timeout(patience) as limit:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
-                version = await learner.load(str(saved.path)) if saved.path else 0
+                version = await learner.restore_checkpoint(str(saved.path)) if saved.path else 0
                 found = await buffer.found()
                 await recorder.refer_to(
                     references.of_version(self.prepared.directory, settings.reference_iteration_steps, version)

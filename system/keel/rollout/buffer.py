@@ -78,7 +78,7 @@ class RolloutBuffer:
         self._gave_up: dict[int, str] = {}  # dropped ticket -> reason, until a step has passed it
         self._counts: dict[int, segments.Counts] = {}  # by ticket, until a step has passed it
         self._changed = asyncio.Condition()
-        self._stored: dict[int, list[segments.Group]] = defaultdict(list)  # by ticket, from disk
+        self._stored: dict[int, list[segments.StoredGroup]] = defaultdict(list)  # by ticket, from disk
         self._damaged = self._restore()
         self._deliverable = sum(any(group.rows is not None for group in groups) for groups in self._stored.values())
         self._open(self._bound() - taken)
@@ -239,7 +239,7 @@ class RolloutBuffer:
             self._changed.notify_all()
         return [ticket for ticket in tickets if ticket not in found]
 
-    def _in_time(self, ticket: int) -> segments.Group | None:
+    def _in_time(self, ticket: int) -> segments.StoredGroup | None:
         """The newest stored group that may be trained at its ticket's place of now.
 
         What `drop` gave up is not on disk: asked for again it may succeed, and those behind it come later than before.

@@ -47,7 +47,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DatasetLayout:
     """Roles of the columns of one source."""
 
     roles: Mapping[str, str]
@@ -140,7 +140,7 @@ class Layout:
         return {"given": given, "rewards": rewards, "finished": finished, "problem": problem, "labeled": labeled}
 
 
-def recognize(names: Sequence[str], prompts: PromptSettings, samples: int) -> Layout:
+def recognize(names: Sequence[str], prompts: PromptSettings, samples: int) -> DatasetLayout:
     """Roles of these columns for rows with this number of answers. Raises ConfigError."""
     roles = _named(names, prompts)
     named = frozenset(roles)
@@ -149,14 +149,14 @@ def recognize(names: Sequence[str], prompts: PromptSettings, samples: int) -> La
         kind = _answer_kind(roles, named, names, prompts, samples)
         if "prompt" not in roles and kind[0] == "chosen":  # axolotl: the prompt in messages of its own
             _guess(roles, "messages", [name for name in CONVERSATIONS if name in names], prompts, True)
-        return Layout(roles, names, samples, kind, named)
+        return DatasetLayout(roles, names, samples, kind, named)
     if prompts.column == "prompt":
         there = [name for name in CONVERSATIONS if name in names]
         _guess(roles, "messages", there, prompts, "prompt" not in roles)
         _guess(roles, "chosen", [name for name in ("chosen",) if name in names], prompts, False)
     if not {"prompt", "messages", "chosen", "completion"} & roles.keys():
         raise _no_prompt(names, prompts)
-    return Layout(roles, names, 0, named=named)
+    return DatasetLayout(roles, names, 0, named=named)
 
 
 def _named(names: Sequence[str], prompts: PromptSettings) -> dict[str, str]:
@@ -262,7 +262,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "(it has no columns)"
 
 
-def label_column(rows: Sequence[Mapping[str, Any]], layout: Layout) -> str | None:
+def label_column(rows: Sequence[Mapping[str, Any]], layout: DatasetLayout) -> str | None:
     """The column of an unpaired preference: named, or `label` beside a completion where it is true or false in all."""
     if "label" in layout.roles:
         return layout.roles["label"]

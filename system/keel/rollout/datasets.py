@@ -22,7 +22,7 @@ from keel.config.prompts import PromptSettings
 from keel.errors import ConfigError
 from keel.rollout import dataset_layouts
 from keel.rollout.conversations import holds, turns
-from keel.rollout.dataset_layouts import ANSWERS, Layout
+from keel.rollout.dataset_layouts import ANSWERS, DatasetLayout
 from keel.rollout.row_columns import Asked, Unreadable, is_json, no_columns, to_json
 
 _FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
@@ -37,7 +37,7 @@ Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One row of the source, checked."""
 
     place: str
@@ -58,7 +58,7 @@ class Row:
         return said[-1] if said else self.prompt[-1]["content"]
 
 
-def read(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -> list[Row]:
+def read_rows(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -> list[SourceRow]:
     """All rows of `prompts.source`, at least one, with their answers where `samples` of them are wanted.
 
     `asked`: columns that reward functions read by name. Raises ConfigError.
@@ -78,7 +78,7 @@ def read(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -
         trees = [{**tree, ANSWERS: reading.answers} for tree, reading in zip(trees, readings, strict=True)]
     texts = to_json(trees, asked, lambda message: wrong(prompts, message))
     rows = [
-        Row(
+        SourceRow(
             place,
             _prompt(reading.prompt, f"{place}: column {reading.column}", reading.explicit, prompts),
             text,
@@ -91,7 +91,7 @@ def read(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -
     return rows
 
 
-def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, samples: int) -> Layout:
+def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, samples: int) -> DatasetLayout:
     """The layout of all rows. Raises ConfigError."""
     names = list(dict.fromkeys(name for _, columns in raw for name in columns))
     layout = dataset_layouts.recognize(names, prompts, samples)
@@ -115,7 +115,7 @@ def _layout(raw: Sequence[tuple[str, dict[str, Any]]], prompts: PromptSettings, 
     return layout
 
 
-def _check_text(row: Row, prompts: PromptSettings) -> None:
+def _check_text(row: SourceRow, prompts: PromptSettings) -> None:
     """The prompt can be written as UTF-8; JSON and Python also have half surrogate pairs, which cannot."""
     try:
         json.dumps(row.prompt, ensure_ascii=False).encode()

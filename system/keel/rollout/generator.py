@@ -121,7 +121,7 @@ class VllmGenerator:
         tokens = int(schema.lengths(batch, "completion_tokens").sum())
         return batch, StageReceipt(batch.num_rows, tokens, seconds, self.name)
 
-    def load(self, new: Weights) -> LoadReceipt:
+    def load_weights(self, new: Weights) -> LoadReceipt:
         """Serve a new policy version from now on. Raises WeightError; the caller then replaces this generator."""
         receipt = weights.load_engine(self._engine, new, self._expected, self.dtype)
         self.version = new.version

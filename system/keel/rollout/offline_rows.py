@@ -18,7 +18,7 @@ from keel.config.stages import CompletionSettings
 from keel.errors import ConfigError
 from keel.protocols import Sampling
 from keel.rollout import datasets, stored_completions
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.rollout.prompts import Prompts, require_template
 from keel.rollout.stored_completions import StoredCompletions
 
@@ -40,7 +40,7 @@ class OfflineRows:
         sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
         self._completions = StoredCompletions(1.0, tokenizer, sampling, settings.policy.chat_template_options)
         self.largest_token = 0
-        rows = datasets.read(settings.prompts, self.samples)
+        rows = datasets.read_rows(settings.prompts, self.samples)
         stored_completions.check_shape(rows, self.samples, settings.prompts.source)
         for row in [row for row in rows if not isinstance(row.prompt, str)][:1]:
             require_template(row, settings, tokenizer)
@@ -56,10 +56,10 @@ class OfflineRows:
             **self.dropped,
         }
 
-    def _problem(self, settings: LearnerSpec, max_tokens: int) -> Callable[[Row], str | None]:
+    def _problem(self, settings: LearnerSpec, max_tokens: int) -> Callable[[SourceRow], str | None]:
         from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"
 
-        def of(row: Row) -> str | None:
+        def of(row: SourceRow) -> str | None:
             columns = json.loads(row.further)
             if stored_completions.is_bad_demonstration(columns):
                 return "label_false"
@@ -104,7 +104,7 @@ class OfflineRows:
         return schema.append(prompts, schema.build(COMPLETION, columns))
 
 
-def digest_of(rows: Sequence[Row]) -> str:
+def digest_of(rows: Sequence[SourceRow]) -> str:
     """xxh3-128 of what rows say: a resumed offline run needs the rows it began with."""
     hasher = xxhash.xxh3_128()
     for row in rows:
@@ -113,13 +113,13 @@ def digest_of(rows: Sequence[Row]) -> str:
 
 
 def usable_rows(
-    rows: Sequence[Row], by: CompletionSettings, further: Callable[[Row], str | None], source: str
-) -> tuple[list[Row], dict[str, int]]:
+    rows: Sequence[SourceRow], by: CompletionSettings, further: Callable[[SourceRow], str | None], source: str
+) -> tuple[list[SourceRow], dict[str, int]]:
     """Rows to train on, and how many were left out by reason: empty, equal, or what `further` says of it.
 
     Raises ConfigError: for the first unusable row where `completions.unusable` refuses, or when none is left.
     """
-    usable: list[Row] = []
+    usable: list[SourceRow] = []
     dropped: Counter[str] = Counter()
     for row in rows:
         problem = stored_completions.unusable(json.loads(row.further)) or further(row)

@@ -21,7 +21,7 @@ from keel.errors import ConfigError
 from keel.learner.chat_text import ChatText
 from keel.learner.model_text import ModelText
 from keel.rollout import stored_completions
-from keel.rollout.datasets import Row, read, wrong
+from keel.rollout.datasets import SourceRow, read_rows, wrong
 from keel.rollout.row_columns import asked_columns
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ class Prompts:
         self,
         settings: PromptSpec,
         tokenizer: "PreTrainedTokenizerBase",
-        rows: Sequence[Row] | None = None,
+        rows: Sequence[SourceRow] | None = None,
     ) -> None:
         """`rows`: of the source, where they were read and checked before."""
         given, samples = rows is not None, settings.sampling.samples_per_prompt
         if rows is None:
             asked = functools.cache(functools.partial(asked_columns, settings.rewards))
-            rows = read(settings.prompts, samples if settings.sampling.stored_ratio > 0 else 0, asked)
+            rows = read_rows(settings.prompts, samples if settings.sampling.stored_ratio > 0 else 0, asked)
         rows = list(rows)
         if settings.sampling.stored_ratio > 0 and not given:
             stored_completions.check(rows, samples, settings.prompts.source)
@@ -121,7 +121,7 @@ class Prompts:
         return schema.build(schema.PROMPT, columns).replace_schema_metadata(self._metadata)
 
 
-def _messages(row: Row) -> str:
+def _messages(row: SourceRow) -> str:
     """Messages of a conversational prompt as JSON, [] of a plain one."""
     return json.dumps([] if isinstance(row.prompt, str) else row.prompt, ensure_ascii=False)
 
@@ -178,7 +178,7 @@ def _metadata(settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> dic
     }
 
 
-def _tokenize(rows: list[Row], settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _tokenize(rows: list[SourceRow], settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Token ids of every prompt, a beginning-of-text token once if the tokenizer or its template has one.
 
     No end token, also of a tokenizer that puts one behind every text: a completion follows.
@@ -199,7 +199,7 @@ def _tokenize(rows: list[Row], settings: PromptSpec, tokenizer: "PreTrainedToken
     return tokens
 
 
-def require_template(row: Row, settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> None:
+def require_template(row: SourceRow, settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise ConfigError when a conversation cannot go through a chat template."""
     prompts = settings.prompts
     conversational = f"{row.place} of {prompts.source} is a list of messages"
@@ -213,7 +213,7 @@ def require_template(row: Row, settings: PromptSpec, tokenizer: "PreTrainedToken
         )
 
 
-def _render(row: Row, settings: PromptSpec, chat: ChatText) -> str:
+def _render(row: SourceRow, settings: PromptSpec, chat: ChatText) -> str:
     """The text the model reads, up to where the assistant begins to speak."""
     if isinstance(row.prompt, str):
         return row.prompt
@@ -226,7 +226,7 @@ def _render(row: Row, settings: PromptSpec, chat: ChatText) -> str:
         raise wrong(settings.prompts, problem) from None
 
 
-def _too_long(rows: list[Row], lengths: np.ndarray, prompts: PromptSettings) -> ConfigError:
+def _too_long(rows: list[SourceRow], lengths: np.ndarray, prompts: PromptSettings) -> ConfigError:
     longest, count = int(lengths.argmax()), int((lengths > prompts.max_tokens).sum())
     return ConfigError(
         f"prompts.max_tokens={prompts.max_tokens}: {count} of {len(rows)} prompts are longer,"

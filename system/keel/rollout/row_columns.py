@@ -57,7 +57,7 @@ def asked_columns(rewards: Iterable[RewardSettings]) -> frozenset[str]:
     for reward in rewards:
         if reward.kind == "rule":
             try:
-                names |= set(inspect.signature(user_code.load(reward.source, reward.name)).parameters)
+                names |= set(inspect.signature(user_code.import_symbol(reward.source, reward.name)).parameters)
             except (ConfigError, ValueError, TypeError):  # the latter two: built-in functions without a signature
                 continue
     return frozenset(names)

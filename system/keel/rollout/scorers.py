@@ -51,11 +51,11 @@ class ReferenceScorer:
         self._device = torch.device("cuda" if settings.gpus else "cpu")
         self._policy = loading.load_frozen(Path(folder), settings.dtype, self._device)
         shared = forward_contract.verdict(Path(folder)).shared
-        self._budget = packing.Budget(
+        self._budget = packing.TokenBudget(
             settings.tokens_per_batch, settings.shared_prompt_tokens if shared else 0, head_chunk_tokens=512
         )
 
-    def load(self, folder: str) -> LoadReceipt:
+    def load_weights(self, folder: str) -> LoadReceipt:
         """Be another policy from now on: a new iteration's reference. version -1: a folder, not a published version."""
         from keel.learner import loading
 
@@ -225,7 +225,7 @@ def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
 
 def load_function(reward: RewardSettings) -> Callable[..., Any]:
     """The function of a rule. Raises ConfigError."""
-    return user_code.load(reward.source, f"rewards.{reward.name}.source")
+    return user_code.import_symbol(reward.source, f"rewards.{reward.name}.source")
 
 
 def values_or_reason(outcome: Outcome) -> Values | Failure:

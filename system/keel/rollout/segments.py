@@ -28,7 +28,7 @@ class SegmentError(KeelError, ValueError):
 
 
 @dataclass(frozen=True)
-class Group:
+class StoredGroup:
     """What a segment says of one ticket."""
 
     rows: pa.RecordBatch | None
@@ -51,14 +51,14 @@ class Segment:
     dropped: Mapping[int, str]
     """Ticket -> reason."""
 
-    def groups(self) -> Iterator[tuple[int, Group]]:
+    def groups(self) -> Iterator[tuple[int, StoredGroup]]:
         """Every ticket with what became of it."""
         rows_of = self.rows.column("ticket").to_numpy()
         versions, _ = schema.ragged(self.rows, "weight_versions")
         span = int(versions.min()), int(versions.max())
         for ticket in self.tickets:
             rows = None if ticket in self.dropped else schema.select(self.rows, rows_of == ticket)
-            yield ticket, Group(rows, self.dropped.get(ticket, ""), span, self.counts[ticket])
+            yield ticket, StoredGroup(rows, self.dropped.get(ticket, ""), span, self.counts[ticket])
 
 
 def write(run_directory: Path, segment: Segment) -> int:

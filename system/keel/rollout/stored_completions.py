@@ -20,7 +20,7 @@ from keel.learner import end_tokens
 from keel.learner.model_text import ModelText
 from keel.protocols import Sampling
 from keel.rollout.dataset_layouts import ANSWERS
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.rollout.row_columns import from_json
 
 _PROBLEMS = {
@@ -132,7 +132,7 @@ class StoredCompletions:
         ]
 
 
-def check(rows: Sequence[Row], samples: int, source: str) -> None:
+def check(rows: Sequence[SourceRow], samples: int, source: str) -> None:
     """Every row has as many different completions, with rewards and text, as a prompt has samples.
 
     Raises ConfigError naming the first row that has not.
@@ -144,7 +144,7 @@ def check(rows: Sequence[Row], samples: int, source: str) -> None:
             raise ConfigError(f"prompts.source={source}: {row.place} has {what}; expected different texts")
 
 
-def check_shape(rows: Sequence[Row], samples: int, source: str) -> None:
+def check_shape(rows: Sequence[SourceRow], samples: int, source: str) -> None:
     """Completions are there, as many as wanted, and all of one form. Raises ConfigError."""
     forms: dict[tuple[bool, ...], str] = {}
     for row in rows:

@@ -81,8 +81,8 @@ def _check_ensembles(settings: Settings) -> None:
     }.items():
         if ensemble.center and ensemble.form in ("lower_bound", "worst", "variance"):
             raise ConfigError(
-                f"{name}ensemble.center=true: form={ensemble.form} compares samples of one prompt, an evaluation has single"
-                " answers; expected false"
+                f"{name}ensemble.center=true: form={ensemble.form} compares samples of one prompt, an evaluation has"
+                " single answers; expected false"
             )
 
 

@@ -16,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keel import files as atomic_files
-from keel import reads, schema
+from keel import files, reads, schema
 from keel.cluster import actors
 from keel.config import loader
 from keel.config.stages import LabelSettings, SamplingSpec, ScoringSpec
@@ -67,21 +66,21 @@ def prepare(settings: LabelSettings) -> Labeling:
         return Labeling(settings, spec, directory, models, models.reference, prompts, None, models.notes)
     rollouts = _rollouts(settings.runs)
     preflight.check_rewards(spec, rollouts)
-    if settings.reference is None or settings.reference.model is None:
+    if settings.reference is None:
         return Labeling(settings, spec, directory, None, None, None, rollouts)
     lengths = schema.lengths(rollouts, "prompt_tokens") + schema.lengths(rollouts, "completion_tokens")
-    reference, notes = resolve_reference(settings.reference.model, int(lengths.max()))
+    reference, notes = resolve_reference(settings.reference.model or "", int(lengths.max()))
     return Labeling(settings, spec, directory, None, reference, None, rollouts, tuple(notes))
 
 
 def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
-    """Every rollout of the runs, with tickets that differ from step to step. Raises ConfigError for a run without any."""
+    """Read every rollout of the runs, with tickets that differ from step to step. Raises ConfigError."""
     parts: list[pa.RecordBatch] = []
     for run in runs:
-        files = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
-        if not files:
+        paths = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
+        if not paths:
             raise ConfigError(f"runs={run}: no rollouts/step-*.arrow in it; expected the directory of a run")
-        for file in files:
+        for file in paths:
             batch = schema.from_bytes(reads.read(file))
             if missing := [name for name in _ROLLOUT if name not in batch.schema.names]:
                 raise ConfigError(
@@ -104,14 +103,14 @@ def run(prepared: Labeling, display: Display) -> dict[str, Any]:
     if done := offline_loop.finished(directory):
         display.note(f"{directory} holds this stage, finished")
         return done
-    atomic_files.make_folder(directory)
-    with atomic_files.lock(directory):
+    files.make_folder(directory)
+    with files.lock(directory):
         return _label(prepared, display, started)
 
 
 def _label(prepared: Labeling, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
-    atomic_files.write(directory / "config.yaml", loader.dump(settings).encode())
+    files.write(directory / "config.yaml", loader.dump(settings).encode())
     for line in prepared.notes:
         display.note(line)
     display.note(actors.connect(prepared.settings))
@@ -119,26 +118,24 @@ def _label(prepared: Labeling, display: Display, started: float) -> dict[str, An
         batch = asyncio.run(_scored(prepared, display))
     finally:
         actors.disconnect()
-    atomic_files.write(directory / "completions.arrow", schema.to_bytes(batch))
+    files.write(directory / "completions.arrow", schema.to_bytes(batch))
     labeled = preference_labels.label(batch, settings)
     _check_share(batch, settings)
     if labeled.table.num_rows == 0:
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {labeled.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(labeled.table, aside)
-    atomic_files.sync_file(aside)
+    files.sync_file(aside)
     aside.rename(directory / "pairs.parquet")
-    atomic_files.sync_directory(directory)
-    margins = np.abs(
-        labeled.table.column("score_chosen").to_numpy() - labeled.table.column("score_rejected").to_numpy()
-    )
+    files.sync_directory(directory)
+    chosen, rejected = (labeled.table.column(f"score_{side}").to_numpy() for side in ("chosen", "rejected"))
     summary = {
         "stage": "label",
         "completions": batch.num_rows,
         "pairs": labeled.table.num_rows,
         "dropped": labeled.dropped,
         "flipped_ratio": labeled.flipped_ratio,
-        "margin_mean": float(margins.mean()),
+        "margin_mean": float(np.abs(chosen - rejected).mean()),
         "truncated_ratio": float(1 - np.mean([r == "stop" for r in batch.column("finish_reason").to_pylist()])),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -167,7 +164,7 @@ class JudgeFailed(KeelError, RuntimeError):
 
 
 async def _sampled(prepared: Labeling, models: Models, prompts: pa.RecordBatch, display: Display) -> pa.RecordBatch:
-    """Sample completions of the prompts and keep them until they are judged: a failed judge costs no second sampling."""
+    """Sample completions and keep them until they are judged: a failed judge costs no second sampling."""
     path = prepared.directory / "sampled.arrow"
     if path.is_file():
         display.note(f"sampled before: {path}")
@@ -176,7 +173,7 @@ async def _sampled(prepared: Labeling, models: Models, prompts: pa.RecordBatch, 
     samplers = sampling.Samplers(prepared.spec, models.policy, prepared.settings.generators.max_sequences)
     batch = await samplers.answer(prompts, models.sampling(prepared.spec.sampling), display, "sampled")
     samplers.stop()
-    atomic_files.write(path, schema.to_bytes(batch))
+    files.write(path, schema.to_bytes(batch))
     return batch
 
 

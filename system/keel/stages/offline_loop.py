@@ -35,7 +35,7 @@ _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored row
 
 
 class OfflineLearner(Protocol):
-    """A learner group: `step`, `assess`, `save`, `load` and `export` run on all of its ranks."""
+    """A learner group: `step`, `assess`, `save`, `restore_checkpoint` and `export` run on all of its ranks."""
 
     async def call(self, method: str, *arguments: Any) -> Any: ...
 
@@ -242,7 +242,7 @@ async def restore(offline_run: OfflineRun, learner: OfflineLearner, recorder: Of
     if saved is None:
         return State(digest=offline_run.digest)
     check_rows(offline_run.directory, stored["digest"], offline_run.digest)
-    await call(offline_run, learner, "load", str(saved))
+    await call(offline_run, learner, "restore_checkpoint", str(saved))
     metrics = recorder.metrics  # which have counted the dropped rows again
     metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})

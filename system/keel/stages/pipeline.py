@@ -21,8 +21,7 @@ from typing import Any
 import xxhash
 from rich.console import Console
 
-from keel import __version__, checkpoint
-from keel import files as atomic_files
+from keel import __version__, checkpoint, files
 from keel.config import loader
 from keel.config.base import Section
 from keel.config.pipeline import PipelineSettings, StageEntry
@@ -112,7 +111,7 @@ def run(stages: list[Planned], console: Console) -> None:
                 f"stage {stage.entry.name} ended with exit code {code}; the same command goes on from there"
             )
         seconds = round(time.monotonic() - started, 1)
-        atomic_files.write_json(stage.directory / "done.json", {"key": stage.key, "seconds": seconds})
+        files.write_json(stage.directory / "done.json", {"key": stage.key, "seconds": seconds})
         console.print(f"{stage.entry.name} done in {seconds:.0f} s: {from_here(stage.directory)}", soft_wrap=True)
 
 
@@ -164,10 +163,10 @@ def _content(leaf: Any, upstream: dict[Path, str]) -> Any:
         if path == directory or directory in path.parents:
             return [key, str(path.relative_to(directory))]
     if path.is_file():
-        return atomic_files.digest(path)
+        return files.digest(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [[str(file.relative_to(path)), atomic_files.digest(file)] for file in files]
+        paths = sorted(file for file in path.rglob("*") if file.is_file())
+        return [[str(file.relative_to(path)), files.digest(file)] for file in paths]
     return [leaf, _code(leaf.removeprefix("python:"))]
 
 
@@ -187,4 +186,4 @@ def _code(text: str) -> str | None:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of a parent package; the stage itself will say what is wrong
         return None
-    return atomic_files.digest(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else None
+    return files.digest(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else None

@@ -45,6 +45,11 @@ class PolicyTraining:
     rows: OfflineRows
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines that the stage prints at its start."""
+        return self.models.notes
+
+    @property
     def name(self) -> str:
         return "sft" if isinstance(self.settings, SupervisedSettings) else "prefer"
 
@@ -67,7 +72,7 @@ def prepare(settings: PolicyStage) -> PolicyTraining:
 
 def run(prepared: PolicyTraining, display: Display) -> dict[str, Any]:
     """Train to the end, unless the stage is finished; returns the summary in stage.json."""
-    for line in prepared.models.notes:
+    for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
     return offline_loop.conduct(*place, functools.partial(_train, prepared), display)

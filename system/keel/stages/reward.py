@@ -33,7 +33,7 @@ from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
 from keel.online.recorder import Display
 from keel.rollout import datasets, prompts, stored_completions
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.rollout.offline_rows import digest_of, usable_rows
 from keel.rollout.reward_functions import describe
 from keel.rollout.row_columns import from_json
@@ -49,7 +49,7 @@ class PairRows:
     def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.settings, self.text = settings, text
-        rows = datasets.read(settings.prompts, 2)
+        rows = datasets.read_rows(settings.prompts, 2)
         stored_completions.check_shape(rows, 2, settings.prompts.source)
         by = settings.completions
         usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
@@ -62,14 +62,14 @@ class PairRows:
             self.dropped["of_held_out_prompt"] = further
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}
 
-    def _problem(self, row: Row) -> str | None:
+    def _problem(self, row: SourceRow) -> str | None:
         first, second = stored_completions.rewards(json.loads(row.further))
         if first == second:
             return "tie"
         found = [self.text.tokens(text, cut=False) for text in texts(row)]
         return None if all(found) else "too_long"
 
-    def _margin(self, row: Row) -> float:
+    def _margin(self, row: SourceRow) -> float:
         column = self.settings.margin_column
         if column is None:
             return self.settings.margin
@@ -100,7 +100,7 @@ class PairRows:
         return schema.build(PAIR, columns)
 
 
-def texts(row: Row) -> list[ScoredText]:
+def texts(row: SourceRow) -> list[ScoredText]:
     """Every completion of a row behind its prompt."""
     columns = json.loads(row.further)
     messages = [] if isinstance(row.prompt, str) else row.prompt
@@ -116,7 +116,7 @@ def texts(row: Row) -> list[ScoredText]:
     ]
 
 
-def best_first(row: Row) -> list[ScoredText]:
+def best_first(row: SourceRow) -> list[ScoredText]:
     """The two completions of a row, the one with the higher reward first."""
     pair, values = texts(row), stored_completions.rewards(json.loads(row.further))
     return pair if values[0] > values[1] else pair[::-1]
@@ -161,7 +161,7 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
     """Up to `center.max_rows` texts of the reference set, in an order of the seed."""
     by = settings.center
     if by.source is not None:
-        own = datasets.read(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
+        own = datasets.read_rows(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
         stored_completions.check_shape(own, 1, by.source)
         found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
         if not found:

@@ -13,7 +13,7 @@ from keel.algorithms.pair_selection import CHOICES, Candidates
 from keel.algorithms.regularizers import ExactKL
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import PairSettings
-from keel.learner.packing import Budget
+from keel.learner.packing import TokenBudget
 from tabular import CASES, case, heads, objective, rollout, table, weigh
 
 STEP = table()
@@ -102,7 +102,7 @@ def test_what_is_not_said_has_these_values() -> None:
     assert (art.mean, art.square, art.scale, art.shift, art.deviation) == (0.0, 1.0, 1.0, 0.0, 1.0)
     outputs = Outputs(torch.zeros(2))
     assert (outputs.entropies, outputs.values, outputs.vocabulary) == (None, None, None)
-    assert Budget(8, 4, 2).packed_tokens == 0
+    assert TokenBudget(8, 4, 2).packed_tokens == 0
     rows = Rows(torch.zeros(2), torch.ones(2), torch.arange(2), None)
     assert (rows.old, rows.reference, rows.targets, rows.old_values) == (None, None, None, None)
 

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from keel.analysis.allocation import best, of_cpus, of_gpus
-from keel.analysis.footprint import footprints
-from keel.analysis.plan import Machine, Prediction, predict
+from keel.analysis.plan import Machine, Prediction, footprints, predict
 from keel.analysis.rates import Rates
 from keel.cli import main
 from keel.cluster.capacity import configured

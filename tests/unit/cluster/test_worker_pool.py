@@ -125,7 +125,7 @@ class Actor:
         self.world, self.index, self.attempt = world, index, len(world.starts[index])
         self.busy = False
         self.__ray_ready__ = Method(self._ready)
-        self.load, self.generate = Method(self._load), Method(self._generate)
+        self.load_weights, self.generate = Method(self._load), Method(self._generate)
 
     async def _do(self, what: Any) -> None:
         """Take so many seconds, or raise."""
@@ -158,7 +158,7 @@ class Log(Observer):
         self.events: list[tuple[float, str, dict[str, Any]]] = []
         self.added: dict[str, float] = defaultdict(float)
         self.gauges: dict[str, Any] = {}
-        self.occupancy: list[tuple[int, int, int]] = []
+        self.utilization: list[tuple[int, int, int]] = []
 
     def event(self, name: str, **fields: Any) -> None:
         self.events.append((now(), name, fields))
@@ -173,7 +173,7 @@ class Log(Observer):
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
         assert role == "generator"
-        self.occupancy.append((running, waiting, serving))
+        self.utilization.append((running, waiting, serving))
 
     def names(self) -> list[str]:
         return [name for _, name, _ in self.events]
@@ -550,15 +550,15 @@ def test_a_call_that_is_cancelled_keeps_its_turn_until_the_actor_has_answered(wo
         first = asyncio.create_task(ask(pool, "cancelled"))
         in_line = asyncio.create_task(ask(pool, "never"))
         await seconds(4)
-        assert log.occupancy[-1] == (1, 1, 1)
+        assert log.utilization[-1] == (1, 1, 1)
         first.cancel()
         in_line.cancel()
         await asyncio.gather(first, in_line, return_exceptions=True)
-        assert log.occupancy[-1] == (1, 0, 1)
+        assert log.utilization[-1] == (1, 0, 1)
         assert await ask(pool, "next") == (0, 1)
         assert now() == pytest.approx(20.0)
         await seconds(0.1)
-        assert log.occupancy[-1] == (0, 0, 1) and pool._serving[0].waiting == 0
+        assert log.utilization[-1] == (0, 0, 1) and pool._serving[0].waiting == 0
         pool.stop()
 
     run(work())
@@ -577,7 +577,7 @@ def test_calls_wait_while_nobody_serves(world: World) -> None:
             await ask(pool, "die")
         waiting = asyncio.create_task(ask(pool))
         await seconds(1)
-        assert log.occupancy[-1] == (0, 1, 0)
+        assert log.utilization[-1] == (0, 1, 0)
         assert await waiting == (0, 2) and now() == pytest.approx(25.25)
         pool.stop()
 
@@ -596,7 +596,7 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
     async def work() -> Sequence[LoadReceipt]:
         pool = pool_of(world, 3)
         await pool.ready()
-        receipts = await pool.load(7)
+        receipts = await pool.load_weights(7)
         pool.stop()
         return receipts
 
@@ -622,10 +622,10 @@ def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World,
     async def work() -> None:
         pool = pool_of(world, 2, log)
         await pool.ready()
-        receipts = await pool.load(7)
+        receipts = await pool.load_weights(7)
         assert [each.digest for each in receipts] == ["digest 0"] and pool.serving == 1
         await seconds(1)
-        assert pool.serving == 2 and [each.version for each in await pool.load(8)] == [8, 8]
+        assert pool.serving == 2 and [each.version for each in await pool.load_weights(8)] == [8, 8]
         pool.stop()
 
     run(work())
@@ -640,7 +640,7 @@ def test_weights_that_are_lost_are_the_learners_loss(world: World) -> None:
         pool = pool_of(world, 1)
         await pool.ready()
         with pytest.raises(LearnerLost, match="the weights were lost with their node"):
-            await pool.load(7)
+            await pool.load_weights(7)
         assert pool.serving == 1
         pool.stop()
 
@@ -657,7 +657,7 @@ def test_a_busy_worker_has_its_call_to_finish_before_a_load(world: World) -> Non
         await pool.ready()
         call = asyncio.create_task(ask(pool)) if busy else None
         await seconds(1)
-        loading = asyncio.create_task(pool.load(7))
+        loading = asyncio.create_task(pool.load_weights(7))
         await seconds(49)
         lost = len(world.killed)
         loading.cancel()
@@ -678,10 +678,10 @@ def test_a_worker_that_comes_up_holds_the_newest_weights_before_it_serves(world:
     async def work() -> None:
         pool = pool_of(world, 2)
         await pool.first()
-        await pool.load(1)
+        await pool.load_weights(1)
         pool.resize(2)
         await seconds(4)  # worker 1 is loading version 1
-        await pool.load(2)
+        await pool.load_weights(2)
         await seconds(5)
         assert pool.serving == 1
         await seconds(5)

@@ -209,10 +209,8 @@ def test_stop_tokens_mean_the_same_in_training_labels_and_evaluation(
         for command in ("train", "evaluate", "label")
         if (tmp_path / command).mkdir() is None
     ]
-    assert [
-        set(sampling.stop_token_ids) for sampling in (prepared[0].sampling, prepared[1].draws, prepared[2].draws)
-    ] == [expected] * 3
-    assert set(prepared[1].other_draws.stop_token_ids) == expected
+    assert [set(stage.models.sampling(stage.settings.sampling).stop_token_ids) for stage in prepared] == [expected] * 3
+    assert set(prepared[1].other.end_tokens.stop) == expected
 
 
 @pytest.mark.parametrize("command", ["sft", "prefer"])

@@ -91,10 +91,10 @@ def one_mask_for_all_layers(layout: Any) -> Any:
     return contextlib.nullcontext()
 
 
-def by_index(layout: packing.Layout) -> Any:
+def by_index(layout: packing.SequenceLayout) -> Any:
     """Windows counted along the sequence in place of along the row."""
     places = torch.arange(layout.places.shape[1]).expand_as(layout.places)
-    return ORIGINAL(packing.Layout(places, layout.prompts, layout.completions))
+    return ORIGINAL(packing.SequenceLayout(places, layout.prompts, layout.completions))
 
 
 ORIGINAL = attention_masks.of_rows
@@ -144,7 +144,7 @@ def test_padding_makes_no_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     model = scaled_down_models.build(config_of(name))
     rows = forward_contract._rows(128, 10, seed=0)
-    units = packing.plan(rows, 1, packing.Budget(10_000, 0, 64)).micro_batches[0]
+    units = packing.plan(rows, 1, packing.TokenBudget(10_000, 0, 64)).micro_batches[0]
     assert len(units) == 1 and len(units[0]) == rows.num_rows, "one padded micro-batch"
     expected = forward_contract._plain(model, rows)
     seen.clear()
@@ -238,7 +238,7 @@ def test_a_cache_that_cannot_be_written_to_only_costs_time(tmp_path: Path, monke
 
 
 def test_a_copy_of_a_model_has_its_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a run is longer: the twin, and so the verdict, is the same."""
+    """Also where a run is longer: the scaled-down model, and so the verdict, is the same."""
     first = forward_contract.verdict(folder_of("convolutions", tmp_path / "one"), 64)
     monkeypatch.setattr(scaled_down_models, "build", lambda *arguments, **options: pytest.fail("made again"))
     copy = folder_of("convolutions", tmp_path / "two")
@@ -256,11 +256,11 @@ def test_a_family_whose_own_forward_fails_is_refused_in_one_line(
         forward_contract.require({"policy.model": folder_of("llama", tmp_path)}, 64)
 
 
-def test_without_a_twin_the_model_itself_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_scaled_down_is_tried_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(config: Any, longest_row: int | None = None) -> Any:
-        raise scaled_down_models.TwinError("of no size")
+        raise scaled_down_models.ScaleDownError("of no size")
 
-    monkeypatch.setattr(scaled_down_models, "twin", none)
+    monkeypatch.setattr(scaled_down_models, "scale_down", none)
     tried: list[tuple[str, int]] = []
     check = forward_contract.check
 

@@ -11,7 +11,7 @@ from keel import schema
 from keel.errors import ConfigError
 from keel.learner import loading, packing, tiny
 from keel.learner.networks import TokenLogprobs
-from keel.learner.packing import Budget
+from keel.learner.packing import TokenBudget
 
 TEMPERATURE = 0.7
 
@@ -97,7 +97,7 @@ def test_packed_and_padded_rows_equal_rows_on_their_own(tmp_path: Path, architec
     for shared, pieces in ((0, 1), (0, 5), (64, 1), (64, 5)):
         policy.zero_grad()
         got = torch.zeros_like(want)
-        for units in packing.plan(batch, 1, Budget(40, shared, 64)).micro_batches[0]:
+        for units in packing.plan(batch, 1, TokenBudget(40, shared, 64)).micro_batches[0]:
             micro = packing.tensors(batch, units)
             values = torch.stack(policy(micro, TEMPERATURE, pieces))
             values[0].sum().backward()

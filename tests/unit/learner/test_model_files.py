@@ -58,7 +58,7 @@ def in_shards(folder: Path) -> Path:
 def published(folder: Path) -> dict[str, tuple[int, ...]]:
     """What a learner publishes of the model that it loads from the folder."""
     policy = loading.load_policy(folder, "float32")
-    named = policy.checkpoint({name: parameter.detach() for name, parameter in policy.named_parameters()})
+    named = policy.to_hf_names({name: parameter.detach() for name, parameter in policy.named_parameters()})
     return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from keel import schema
 from keel.learner import loading, packing, tiny
-from keel.learner.packing import Budget
+from keel.learner.packing import TokenBudget
 
 
 def batch_of(groups: list[tuple[int, list[int]]]) -> pa.RecordBatch:
@@ -60,7 +60,7 @@ def test_a_plan_covers_every_row_once_and_alike_on_every_rank(
     batch = batch_of(groups)
     if batch.num_rows < ranks:
         return
-    plan = packing.plan(batch, ranks, Budget(budget, shared, head))
+    plan = packing.plan(batch, ranks, TokenBudget(budget, shared, head))
     assert len({len(micro) for micro in plan.micro_batches}) == 1
     assert len(plan.head_chunks) == len(plan.micro_batches[0])
     seen: list[int] = []
@@ -80,7 +80,7 @@ def test_tensors_equal_a_naive_loop(groups: list[tuple[int, list[int]]], shared:
     batch = batch_of(groups)
     prompts, completions = batch.column("prompt_tokens").to_pylist(), batch.column("completion_tokens").to_pylist()
     flat = np.concatenate([np.array(row) for row in completions])
-    for units in packing.plan(batch, 1, Budget(64, shared, 8)).micro_batches[0]:
+    for units in packing.plan(batch, 1, TokenBudget(64, shared, 8)).micro_batches[0]:
         micro = packing.tensors(batch, units)
         assert flat[micro.items].tolist() == micro.targets.tolist()
         own = [token for row in micro.rows for token in completions[row]]
@@ -101,7 +101,7 @@ def test_tensors_equal_a_naive_loop(groups: list[tuple[int, list[int]]], shared:
 
 def test_packed_rows_see_their_prompt_and_themselves_only() -> None:
     batch = batch_of([(2, [2, 1])])
-    units = packing.plan(batch, 1, Budget(64, 64, 8)).micro_batches[0][0]
+    units = packing.plan(batch, 1, TokenBudget(64, 64, 8)).micro_batches[0][0]
     micro = packing.tensors(batch, units)
     assert places_of(micro).tolist() == [[0, 1, 2, 3, 2]]
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
@@ -110,13 +110,13 @@ def test_packed_rows_see_their_prompt_and_themselves_only() -> None:
 
 def test_rows_on_their_own_need_no_mask() -> None:
     batch = batch_of([(2, [2, 1]), (3, [1, 1])])
-    plan = packing.plan(batch, 1, Budget(64, 0, 8))
+    plan = packing.plan(batch, 1, TokenBudget(64, 0, 8))
     assert all(packing.tensors(batch, units).layout is None for units in plan.micro_batches[0])
 
 
 def test_packing_stops_at_its_limit() -> None:
     batch = batch_of([(4, [3, 3, 3, 3])])
-    sizes = [len(unit) for units in packing.plan(batch, 1, Budget(64, 10, 8)).micro_batches[0] for unit in units]
+    sizes = [len(unit) for units in packing.plan(batch, 1, TokenBudget(64, 10, 8)).micro_batches[0] for unit in units]
     assert sorted(sizes) == [2, 2]
 
 
@@ -131,7 +131,7 @@ def test_packed_plans_cover_every_row_once(
     batch = batch_of(groups)
     if batch.num_rows < ranks:
         return
-    plan = packing.plan(batch, ranks, Budget(64, shared, 8, packed))
+    plan = packing.plan(batch, ranks, TokenBudget(64, shared, 8, packed))
     assert len({len(micro) for micro in plan.micro_batches}) == 1
     seen: list[int] = []
     for units_of_rank, real_of_rank in zip(plan.micro_batches, plan.real, strict=True):
@@ -171,7 +171,7 @@ def test_a_packed_token_sees_its_own_prompt_and_completion_alone(
 ) -> None:
     """Every pair of tokens of every sequence, by brute force; positions restart with every prompt."""
     batch = batch_of([(1, [1]), *groups])  # ticket 0 is not among those looked at: its ids look like padding
-    units = packing.plan(batch.slice(1), 1, Budget(64, shared, 8, packed)).micro_batches[0]
+    units = packing.plan(batch.slice(1), 1, TokenBudget(64, shared, 8, packed)).micro_batches[0]
     for sequences in units:
         micro = packing.tensors(batch.slice(1), sequences)
         prompt_lengths = [1, *(length for length, _ in groups)]
@@ -201,11 +201,11 @@ def test_a_packed_token_sees_its_own_prompt_and_completion_alone(
 
 def test_units_fill_sequences_first_fit() -> None:
     batch = batch_of([(4, [4]), (3, [3]), (2, [2]), (1, [1])])  # 8, 6, 4, 2 tokens
-    packed = packing.plan(batch, 1, Budget(100, 0, 8, 10)).micro_batches[0]
+    packed = packing.plan(batch, 1, TokenBudget(100, 0, 8, 10)).micro_batches[0]
     assert [[unit.tolist() for unit in units] for units in packed] == [[[0, 3], [1, 2]]]
-    long = packing.plan(batch, 1, Budget(100, 0, 8, 5)).micro_batches[0]
+    long = packing.plan(batch, 1, TokenBudget(100, 0, 8, 5)).micro_batches[0]
     assert [[unit.tolist() for unit in units] for units in long] == [[[0], [1], [2], [3]]]  # 4 + 2 is more than 5
-    many = packing.plan(batch, 3, Budget(100, 0, 8, 100)).micro_batches
+    many = packing.plan(batch, 3, TokenBudget(100, 0, 8, 100)).micro_batches
     assert [[unit.tolist() for units in rank for unit in units] for rank in many] == [[[0, 3]], [[1]], [[2]]]
 
 
@@ -240,7 +240,7 @@ def test_packed_rows_have_the_log_probs_and_gradients_of_rows_alone(
     gradients = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
     policy.zero_grad()
     found = torch.zeros(28, dtype=torch.float32)
-    units = packing.plan(batch, 1, Budget(64, shared, 8, packed)).micro_batches[0]
+    units = packing.plan(batch, 1, TokenBudget(64, shared, 8, packed)).micro_batches[0]
     assert any(len({tickets[row] for row in unit}) > 1 for sequences in units for unit in sequences)
     for sequences in units:
         micro = packing.tensors(batch, sequences)

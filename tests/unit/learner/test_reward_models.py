@@ -33,7 +33,7 @@ from keel.learner.networks import Critic
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.learner.reward_models import RewardModel, RewardText, ScoredText
 from keel.rollout import scorers
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.stages.reward import texts
 from prompt_files import BOS, word_tokenizer
 from vocabularies import CHATML, CLOSES, ends_every_text, family
@@ -212,7 +212,7 @@ def test_a_tokenizer_whose_only_special_token_is_its_end_has_a_spare_one() -> No
 def test_padded_scores_are_those_of_one_text_at_a_time(kind: str, trunks: dict[str, Path], tmp_path: Path) -> None:
     """Against transformers on unpadded ids, with its own token types; in passes of 2 and of all."""
     trained(trunks[kind], tmp_path / "m", max_tokens=64)
-    model = reward_models.load(tmp_path / "m")
+    model = reward_models.load_reward_model(tmp_path / "m")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
     expected = []
@@ -309,7 +309,7 @@ def test_a_written_folder_is_the_model(kind: str, trunks: dict[str, Path], tmp_p
     """transformers gives the same logits for the same padded ids; keel's scores are those minus the offset."""
     source = trained(trunks[kind], tmp_path / "m", max_tokens=33)
     reward_models.center(tmp_path / "m", 0.75)
-    model = reward_models.load(tmp_path / "m")
+    model = reward_models.load_reward_model(tmp_path / "m")
     assert model.text.max_tokens == 33 and model.text.encoder == (kind == "encoder")
     rows = [row for row in map(source.text.tokens, TEXTS) if row]
     inputs = source.padded(rows)
@@ -332,20 +332,20 @@ def test_a_written_folder_is_the_model(kind: str, trunks: dict[str, Path], tmp_p
 def test_centered_scores_average_nothing(kind: str, trunks: dict[str, Path], tmp_path: Path) -> None:
     trained(trunks[kind], tmp_path / "m")
     for _ in range(2):  # a second time moves nothing
-        offset = float(np.mean(reward_models.load(tmp_path / "m").scores(TEXTS)))
+        offset = float(np.mean(reward_models.load_reward_model(tmp_path / "m").scores(TEXTS)))
         reward_models.center(tmp_path / "m", offset)
-        assert np.mean(reward_models.load(tmp_path / "m").scores(TEXTS)) == pytest.approx(0.0, abs=1e-6)
+        assert np.mean(reward_models.load_reward_model(tmp_path / "m").scores(TEXTS)) == pytest.approx(0.0, abs=1e-6)
     assert abs(offset) < 1e-6
 
 
 def test_a_model_from_elsewhere_that_pads_with_its_end_token(trunks: dict[str, Path], tmp_path: Path) -> None:
     """As many public reward models do: a finished text then ends with `padding`."""
     trained(trunks["decoder"], tmp_path / "m", max_tokens=64)
-    expected = reward_models.load(tmp_path / "m").scores(TEXTS)
+    expected = reward_models.load_reward_model(tmp_path / "m").scores(TEXTS)
     path = tmp_path / "m" / "config.json"
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({**tree, "pad_token_id": tree["eos_token_id"]}))
-    assert reward_models.load(tmp_path / "m").scores(TEXTS) == pytest.approx(expected)
+    assert reward_models.load_reward_model(tmp_path / "m").scores(TEXTS) == pytest.approx(expected)
 
 
 def two_outputs(folder: Path) -> Path:
@@ -380,7 +380,7 @@ def test_an_ensemble_is_all_its_members(trunks: dict[str, Path], tmp_path: Path)
     scores = reward_models.Ensemble(folder, "rewards.proxy.source").scores(texts)
     assert scores.shape == (2, 3) and scores.dtype == np.float64 and np.isnan(scores[:, 2]).all()
     for name, row in zip(names, scores, strict=True):
-        assert row[:2].tolist() == pytest.approx(reward_models.load(folder / name).scores(texts)[:2])
+        assert row[:2].tolist() == pytest.approx(reward_models.load_reward_model(folder / name).scores(texts)[:2])
     assert not np.allclose(scores[0, :2], scores[1, :2])
     shutil.rmtree(folder / "member-1")
     assert "member-1 of its 2 members is missing; expected all of them" in refused(folder)
@@ -413,7 +413,7 @@ def test_a_critic_keeps_the_head_of_the_reward_model_it_starts_from(trunks: dict
     ids, lengths, _ = model.padded([([5, 6, 7, 8], 4)])
     with torch.no_grad():
         states = critic.trunk(input_ids=ids).last_hidden_state[0]
-        scorers = reward_models.load(tmp_path / "reward")(ids, lengths, lengths)
+        scorers = reward_models.load_reward_model(tmp_path / "reward")(ids, lengths, lengths)
         assert critic.heads[0][0](states)[-1].item() == pytest.approx(scorers.item(), abs=1e-6)
         assert abs(critic.heads[1][0](states)[-1].item() - scorers.item()) > 1e-3
     assert critic.heads[0][0].bias.item() == -0.75
@@ -447,7 +447,7 @@ def test_a_reward_model_that_lacks_a_weight_is_no_reward_model(trunks: dict[str,
     path = tmp_path / "m" / "model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if "layers.1.mlp.up_proj" not in n}, path, {"format": "pt"})
     with pytest.raises(ConfigError, match=r"1 parameters are not in its weights \(model.layers.1.mlp.up_proj.weight\)"):
-        reward_models.load(tmp_path / "m")
+        reward_models.load_reward_model(tmp_path / "m")
 
 
 # ---- one text with what is sampled
@@ -497,10 +497,10 @@ def test_options_of_the_template_are_kept_with_the_model(tmp_path: Path) -> None
     named = {name: parameter.detach().clone() for name, parameter in model.model.named_parameters()}
     reward_models.write(tmp_path / "m", model, named)
     messages = [{"role": "user", "content": "how are you"}]
-    loaded = reward_models.load(tmp_path / "m")
+    loaded = reward_models.load_reward_model(tmp_path / "m")
     assert loaded.text.options == {"mood": "!"}
     assert loaded.text.tokens(text(messages=messages)) == model.text.tokens(text(messages=messages))
-    other = reward_models.load(tmp_path / "m", {"mood": "?"})
+    other = reward_models.load_reward_model(tmp_path / "m", {"mood": "?"})
     assert other.text.options == {"mood": "?"}
     sampling = {"name": "r", "kind": "model", "source": str(tmp_path / "m"), "chat_template_options": {"mood": "?"}}
     compute = scorers._SCORERS["model"](RewardSettings(**sampling), 1, "cpu")
@@ -531,5 +531,5 @@ def test_thoughts_of_a_stored_message_are_read_too() -> None:
     found = RewardText(words, False, 1000).tokens(thought)
     assert found is not None and words.decode(found[0]).endswith("<think>\nwhy\n</think>\n\nfine<|im_end|>\n")
     assert reward_models.from_batch(reward_models.as_batch([thought])) == [thought]
-    row = Row("line 1", messages, json.dumps({"messages": [*messages, dict(thought.fields)]}))
+    row = SourceRow("line 1", messages, json.dumps({"messages": [*messages, dict(thought.fields)]}))
     assert texts(row) == [ScoredText("how are you", messages, "fine", True, thought.fields)]

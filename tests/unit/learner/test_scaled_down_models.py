@@ -1,4 +1,4 @@
-"""A twin is small and differs from its model in sizes only: layers, windows, scales, caps and rotary settings stay."""
+"""A scaled-down model is small and differs from its model in sizes only: layers, windows, scales, caps and rotary settings stay."""
 
 import copy
 import multiprocessing
@@ -96,7 +96,7 @@ def public(name: str) -> Any:
 
 
 def logits(config: Any) -> torch.Tensor:
-    """Logits of two rows that are longer than every window of a twin, with the same weights for the same sizes."""
+    """Logits of two rows that are longer than every window of a scaled-down model, with the same weights for the same sizes."""
     model = scaled_down_models.build(config)
     vocabulary = scaled_down_models.text_config(config).vocab_size
     drawn = torch.Generator().manual_seed(1)
@@ -114,7 +114,7 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def changed(config: Any, small: Any) -> set[str]:
-    """Names of the settings in which a twin differs, the last part of those that are nested."""
+    """Names of the settings in which a scaled-down model differs, the last part of those that are nested."""
     before, after = dict(leaves(config.to_dict())), dict(leaves(small.to_dict()))
     return {path[-1] for path in before | after if before.get(path) != after.get(path)}
 
@@ -146,8 +146,8 @@ def _kind(layer: torch.nn.Module) -> str:
     return str(sorted({str(fact) for fact in facts}))
 
 
-def check_twin(config: Any) -> None:
-    small = scaled_down_models.twin(config)
+def check_scaled_down(config: Any) -> None:
+    small = scaled_down_models.scale_down(config)
     whole = {name for name in changed(config, small) if "dropout" not in name and "pdrop" not in name}
     rotary = {"original_max_position_embeddings", "short_factor", "long_factor", "mrope_section"}
     ignored = {"dtype", "router_jitter_noise", "layerdrop", "decoder_layerdrop", "encoder_layerdrop"}
@@ -170,27 +170,29 @@ def check_twin(config: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_a_twin_differs_in_sizes_only_and_runs(name: str) -> None:
-    check_twin(public(name))
+def test_a_scaled_down_model_differs_in_sizes_only_and_runs(name: str) -> None:
+    check_scaled_down(public(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PUBLIC if name not in SAMPLE])
-def test_a_twin_of_every_public_model_differs_in_sizes_only_and_runs(name: str) -> None:
-    check_twin(public(name))
+def test_a_scaled_down_model_of_every_public_model_differs_in_sizes_only_and_runs(name: str) -> None:
+    check_scaled_down(public(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-def test_every_family_of_transformers_has_a_twin_or_a_reason(family: str) -> None:
+def test_every_family_of_transformers_can_be_scaled_down_or_has_a_reason(family: str) -> None:
     if family.startswith("musicgen"):
         pytest.skip("its configuration needs those of three other models")
     config = CONFIG_MAPPING[family]()
     if family not in UNBUILT:
-        assert torch.isfinite(logits(scaled_down_models.twin(config))).all()
+        assert torch.isfinite(logits(scaled_down_models.scale_down(config))).all()
         return
-    with pytest.raises((scaled_down_models.TwinError, AssertionError, TypeError, ValueError), match=UNBUILT[family]):
-        logits(scaled_down_models.twin(config))
+    with pytest.raises(
+        (scaled_down_models.ScaleDownError, AssertionError, TypeError, ValueError), match=UNBUILT[family]
+    ):
+        logits(scaled_down_models.scale_down(config))
 
 
 @pytest.mark.parametrize(
@@ -231,9 +233,9 @@ def test_every_family_of_transformers_has_a_twin_or_a_reason(family: str) -> Non
     ],
 )
 def test_what_changes_the_function_is_kept_and_shows(name: str, setting: str, neutral: Any) -> None:
-    """The twin has the model's own value, and its logits are others without it."""
+    """The scaled-down model has the model's own value, and its logits are others without it."""
     config = public(name)
-    small = scaled_down_models.twin(config)
+    small = scaled_down_models.scale_down(config)
     if setting not in size_names.WINDOWS and setting not in SIZES:
         assert getattr(small, setting) == getattr(config, setting) != neutral
     other = copy.deepcopy(small)
@@ -262,18 +264,18 @@ def test_what_changes_the_function_is_kept_and_shows(name: str, setting: str, ne
     ],
 )
 def test_the_layer_pattern_is_kept(name: str, listed: dict[str, Any]) -> None:
-    small = scaled_down_models.twin(public(name))
+    small = scaled_down_models.scale_down(public(name))
     assert {setting: getattr(small, setting) for setting in listed} == listed
 
 
 def test_heads_keep_their_grouping_and_alibi_its_other_rule() -> None:
     grouped, single, all_heads = (
-        scaled_down_models.twin(public(name)) for name in ("Llama 3.1 8B", "Gemma 3 1B", "Llama 2 7B")
+        scaled_down_models.scale_down(public(name)) for name in ("Llama 3.1 8B", "Gemma 3 1B", "Llama 2 7B")
     )
     assert (grouped.num_attention_heads, grouped.num_key_value_heads) == (4, 2)
     assert (single.num_attention_heads, single.num_key_value_heads) == (4, 1)
     assert (all_heads.num_attention_heads, all_heads.num_key_value_heads) == (4, 4)
-    assert scaled_down_models.twin(public("Falcon 7B")).num_attention_heads == 6, (
+    assert scaled_down_models.scale_down(public("Falcon 7B")).num_attention_heads == 6, (
         "71 heads are no power of two, nor are 6"
     )
 
@@ -284,10 +286,10 @@ def test_rotary_lengths_are_crossed_where_the_run_crosses_them(name: str) -> Non
     config = public(name)
     trained = getattr(config, "original_max_position_embeddings", config.max_position_embeddings)
     short, longer = (
-        scaled_down_models.twin(config, longest_row=trained),
-        scaled_down_models.twin(config, longest_row=trained + 1),
+        scaled_down_models.scale_down(config, longest_row=trained),
+        scaled_down_models.scale_down(config, longest_row=trained + 1),
     )
-    assert scaled_down_models.twin(config).to_dict() == short.to_dict()
+    assert scaled_down_models.scale_down(config).to_dict() == short.to_dict()
     crossed = [
         getattr(small, "original_max_position_embeddings", small.max_position_embeddings) for small in (short, longer)
     ]
@@ -299,7 +301,7 @@ def test_rotary_lengths_are_crossed_where_the_run_crosses_them(name: str) -> Non
 
 def test_longrope_keeps_its_factors_and_its_scale_of_attention() -> None:
     config = public("Phi 3 mini 128k")
-    small, crossing = scaled_down_models.twin(config), scaled_down_models.twin(config, longest_row=8192)
+    small, crossing = scaled_down_models.scale_down(config), scaled_down_models.scale_down(config, longest_row=8192)
     assert small.rope_parameters["rope_type"] == crossing.rope_parameters["rope_type"] == "longrope"
     assert small.rope_parameters["long_factor"] == config.rope_parameters["long_factor"][::6]
     assert small.max_position_embeddings / small.original_max_position_embeddings == 32
@@ -311,39 +313,39 @@ def test_longrope_keeps_its_factors_and_its_scale_of_attention() -> None:
 def test_yarn_and_llama3_settings_stay_as_they_are() -> None:
     for name in ("Llama 3.1 8B", "DeepSeek V3", "GPT-OSS 20B", "OLMo 3 7B", "Exaone 4 32B"):
         config = public(name)
-        small = scaled_down_models.twin(config)
+        small = scaled_down_models.scale_down(config)
         assert small.rope_parameters == config.rope_parameters
         assert small.max_position_embeddings == config.max_position_embeddings
 
 
 def test_special_tokens_are_inside_and_stay_apart() -> None:
     config = public("Llama 3.1 8B")
-    small = scaled_down_models.twin(config)
+    small = scaled_down_models.scale_down(config)
     ids = [small.bos_token_id, *small.eos_token_id]
     assert len(set(ids)) == 3 and all(0 <= number < scaled_down_models.FIRST_ORDINARY_TOKEN for number in ids)
-    one = scaled_down_models.twin(public("Phi 4 mini"))
+    one = scaled_down_models.scale_down(public("Phi 4 mini"))
     assert one.bos_token_id == one.eos_token_id == one.pad_token_id < scaled_down_models.FIRST_ORDINARY_TOKEN
-    kept = scaled_down_models.twin(CONFIG_MAPPING["llama"](bos_token_id=1, eos_token_id=2, pad_token_id=None))
+    kept = scaled_down_models.scale_down(CONFIG_MAPPING["llama"](bos_token_id=1, eos_token_id=2, pad_token_id=None))
     assert (kept.bos_token_id, kept.eos_token_id, kept.pad_token_id) == (1, 2, None)
 
 
 def test_dropout_is_off_and_the_model_untouched() -> None:
     config = CONFIG_MAPPING["gpt2"]()
     before = config.to_dict()
-    small = scaled_down_models.twin(config)
+    small = scaled_down_models.scale_down(config)
     scaled_down_models.build(small)
     assert config.to_dict() == before
     assert (small.resid_pdrop, small.embd_pdrop, small.attn_pdrop) == (0.0, 0.0, 0.0)
 
 
-def test_a_twin_is_its_own_twin() -> None:
+def test_scaling_down_twice_changes_nothing() -> None:
     for name in SAMPLE:
-        small = scaled_down_models.twin(public(name))
-        assert scaled_down_models.twin(small).to_dict() == small.to_dict(), name
+        small = scaled_down_models.scale_down(public(name))
+        assert scaled_down_models.scale_down(small).to_dict() == small.to_dict(), name
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -> None:
-    small = scaled_down_models.twin(public("Llama 2 7B"))
+    small = scaled_down_models.scale_down(public("Llama 2 7B"))
     torch.manual_seed(5)
     following = torch.rand(3)
     torch.manual_seed(5)
@@ -378,26 +380,30 @@ def test_image_families_are_loaded_as_transformers_lists_them_or_not_at_all(fami
     architecture = scaled_down_models.text_architecture(CONFIG_MAPPING[family]())
     assert (architecture and architecture.__name__) == listed
     if listed and family != "emu3":
-        assert type(scaled_down_models.build(scaled_down_models.twin(CONFIG_MAPPING[family]()))).__name__ == listed
+        assert (
+            type(scaled_down_models.build(scaled_down_models.scale_down(CONFIG_MAPPING[family]()))).__name__ == listed
+        )
 
 
-def test_no_twin_has_a_reason() -> None:
-    with pytest.raises(scaled_down_models.TwinError, match=r"gemma4_assistant: its small .* names no hidden size"):
-        scaled_down_models.twin(CONFIG_MAPPING["gemma4_assistant"]())
-    with pytest.raises(scaled_down_models.TwinError, match=r"blt: its twin has .* parameters, over 16,000,000"):
-        scaled_down_models.build(scaled_down_models.twin(CONFIG_MAPPING["blt"]()))
+def test_what_cannot_be_scaled_down_has_a_reason() -> None:
+    with pytest.raises(scaled_down_models.ScaleDownError, match=r"gemma4_assistant: its small .* names no hidden size"):
+        scaled_down_models.scale_down(CONFIG_MAPPING["gemma4_assistant"]())
+    with pytest.raises(
+        scaled_down_models.ScaleDownError, match=r"blt: its scaled-down model has .* parameters, over 16,000,000"
+    ):
+        scaled_down_models.build(scaled_down_models.scale_down(CONFIG_MAPPING["blt"]()))
     each = CONFIG_MAPPING["granite_swa"](num_hidden_layers=40, layer_rope_theta=[1e4 + layer for layer in range(40)])
     with pytest.raises(
-        scaled_down_models.TwinError, match="granite_swa: no choice of its 40 layers has all 40 kinds of them"
+        scaled_down_models.ScaleDownError, match="granite_swa: no choice of its 40 layers has all 40 kinds of them"
     ):
-        scaled_down_models.twin(each)
-    with pytest.raises(scaled_down_models.TwinError, match="clip: transformers has no causal language model"):
+        scaled_down_models.scale_down(each)
+    with pytest.raises(scaled_down_models.ScaleDownError, match="clip: transformers has no causal language model"):
         scaled_down_models.build(CONFIG_MAPPING["clip"]())
 
 
 def same_by_any_attention(config: Any) -> bool:
-    """Whether the attention that a twin runs with gives the logits of plain (eager) attention."""
-    small = scaled_down_models.twin(config)
+    """Whether the attention that a scaled-down model runs with gives the logits of plain (eager) attention."""
+    small = scaled_down_models.scale_down(config)
     eager = copy.deepcopy(small)
     eager._attn_implementation = "eager"
     return torch.allclose(logits(small).log_softmax(-1), logits(eager).log_softmax(-1), atol=1e-3)
@@ -434,7 +440,7 @@ def start_method() -> Iterator[None]:
 def test_a_model_with_capped_attention_is_loaded_so_that_the_cap_acts(load: Any, tmp_path: Path) -> None:
     config = public("Gemma 2 9B")
     config.attn_logit_softcapping = 0.5
-    small = scaled_down_models.twin(config)
+    small = scaled_down_models.scale_down(config)
     scaled_down_models.build(small).save_pretrained(tmp_path)
     loaded = load(tmp_path, "float32")
     loaded = getattr(loaded, "model", loaded)

@@ -9,16 +9,16 @@ import pytest
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.bottlenecks import explain, largest_share
-from keel.observability.utilization import Occupancy
+from keel.observability.utilization import Utilization
 from runs import settings
 
 
 class Run:
-    """Lines of a run whose time passes as told: the counters are those of the real Occupancy."""
+    """Lines of a run whose time passes as told: the counters are those of the real Utilization."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.own = Occupancy(lambda: self.now)
+        self.own = Utilization(lambda: self.now)
         self.totals: dict[str, dict[str, float]] = {}
         self.lines: list[dict[str, Any]] = []
         for role in ("generator", "reference", "scorer"):

@@ -135,7 +135,7 @@ EVERYTHING: list[dict[str, Any]] = [
 
 def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names the learner takes from the rollouts and from objectives with every term switched on."""
-    monkeypatch.setattr(user_code, "load", lambda source, setting: lambda batch: np.zeros(batch.num_rows))
+    monkeypatch.setattr(user_code, "import_symbol", lambda source, setting: lambda batch: np.zeros(batch.num_rows))
     batch = scored(referenced(generated(prompts([0, 1]))), extra={"a": [0.1, 0.2, 0.3, 0.5], "b": [0.3, 0.2, 0.1, 0.0]})
     place = batch.schema.get_field_index("generator")
     batch = batch.set_column(place, batch.schema.field(place), pa.array(["generator-0"] * 2 + [schema.STORED] * 2))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from keel.observability.utilization import Occupancy
+from keel.observability.utilization import Utilization
 
 
 class Clock:
@@ -18,11 +18,11 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def own(clock: Clock) -> Occupancy:
-    return Occupancy(clock)
+def own(clock: Clock) -> Utilization:
+    return Utilization(clock)
 
 
-def test_busy_and_idle_are_the_seconds_of_all_that_serve(own: Occupancy, clock: Clock) -> None:
+def test_busy_and_idle_are_the_seconds_of_all_that_serve(own: Utilization, clock: Clock) -> None:
     own.occupied("generator", running=2, waiting=5, serving=3)
     own.ranks(4)
     own.doing("learner_step")
@@ -52,7 +52,7 @@ STATES = [  # phase; (running, waiting, serving) of generator, reference, scorer
 
 @pytest.mark.parametrize(("phase", "generator", "reference", "scorer", "idle"), STATES)
 def test_who_has_nothing_to_do_waits_for_someone(
-    own: Occupancy,
+    own: Utilization,
     clock: Clock,
     phase: str,
     generator: tuple[int, int, int],

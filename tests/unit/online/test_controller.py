@@ -247,7 +247,7 @@ async def test_generators_with_other_weights_than_published_end_the_run(tmp_path
         version, digest = weights
         return [LoadReceipt(version, digest, 100, 0.1), LoadReceipt(version, "other", 100, 0.1)]
 
-    run.generator.load = one_is_wrong  # type: ignore[method-assign]
+    run.generator.load_weights = one_is_wrong  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="other"):
         await run.finish()
     assert run.buffer.version == 0  # nothing was admitted on their account

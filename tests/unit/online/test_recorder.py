@@ -95,12 +95,12 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
     """The wait for room and the new learner group are start-up: neither the step nor the checkpoint goes on meanwhile."""
     prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
     recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), Quiet())
-    recorder.occupancy.ranks(1)
+    recorder.utilization.ranks(1)
     recorder.doing("learner step")
     asked: list[bool] = []
 
     async def placement_for(ranks: int) -> None:
-        asked.append(recorder.occupancy.starting)
+        asked.append(recorder.utilization.starting)
         raise BuildFailed("the end of this test")
 
     monkeypatch.setattr(actors, "holds", lambda *_, **__: True)

@@ -56,7 +56,7 @@ def replace(run: Run, **parts: Any) -> None:
 Hang = Callable[[Run], None]
 HANGS: dict[str, tuple[Hang, float, type[Exception], str]] = {
     "publish": (lambda run: setattr(run.controller.components.learner, "publish", forever), LOAD, LearnerLost, "step 2: .* for the learner to publish"),
-    "load": (lambda run: setattr(run.generator, "load", forever), LOAD + GRACE + GENERATE, Stalled, "step 2: .* for generators to load weights"),
+    "load": (lambda run: setattr(run.generator, "load_weights", forever), LOAD + GRACE + GENERATE, Stalled, "step 2: .* for generators to load weights"),
     "score": (lambda run: setattr(run.scorer, "score", forever), SCORE + GRACE, Stalled, "step 1: .* for a scorer"),
     "generate": (lambda run: setattr(run.generator, "generate", forever), IN_LINE, Stalled, "step 1: .* for a generator"),
     "add": (lambda run: setattr(run.buffer, "add", forever), SCORE, BufferLost, "step 1: .* for the buffer to accept rows"),
@@ -168,11 +168,11 @@ def test_the_seconds_of_a_step_are_those_of_the_clock(tmp_path: Path, monkeypatc
     settings = settings_for(steps=1)
     run = Run(tmp_path, settings, generator=lambda tickets, attempt: asyncio.sleep(3))
     replace(run, scorers=[FakeScorer(hook=lambda tickets, call: asyncio.sleep(2))])
-    learner, load = run.controller.components.learner, run.generator.load
+    learner, load = run.controller.components.learner, run.generator.load_weights
     step, publish = learner.step, learner.publish
     learner.step = lambda batch: after(4, step, batch)  # type: ignore[method-assign]
     learner.publish = lambda: after(1, publish)  # type: ignore[method-assign]
-    run.generator.load = lambda weights: after(6, load, weights)  # type: ignore[method-assign]
+    run.generator.load_weights = lambda weights: after(6, load, weights)  # type: ignore[method-assign]
     done: list[str] = []
     run.observer.doing = done.append  # type: ignore[method-assign, assignment]
     jumping.run(run.controller.run())

@@ -1,5 +1,6 @@
 """The pages name only what exists (files, links, commands, options), say what they are for, and are written plainly."""
 
+import pkgutil
 import re
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ OF_USERS = re.compile(r"my_\w+\.py|yaml\.py")
 MADE = {"deploy/prometheus/discovery"}
 """Folders that a command of a page makes."""
 PRIVATE_WORDS = re.compile(r"\b(nobody|whoever|whom|anew|goes on|so many)\b", re.IGNORECASE)
-PLAIN_PACKAGES: list[str] = []
-"""Packages of Keel whose files are free of them."""
+PLAIN = ["*.py"]
+"""Files of Keel that are free of them, as patterns."""
 
 
 def test_the_readme_is_short() -> None:
@@ -73,14 +74,34 @@ def test_a_path_exists(page: Path) -> None:
 
 
 @of_today
+def test_an_import_of_a_page_works(page: Path) -> None:
+    """Those from Keel itself, and the modules of Keel that a page names with dots."""
+    text = page.read_text(encoding="utf8")
+    for module, names in re.findall(r"from (keel[\w.]*) import ([\w, ]+)", text):
+        for name in names.replace(" ", "").split(","):
+            assert importable(f"{module}.{name}"), (module, name)
+    for name in re.findall(r"`(keel(?:\.[a-zA-Z]\w*)+)`", text):
+        assert importable(name), name
+
+
+def importable(name: str) -> bool:
+    """Whether a dotted name is a module of Keel, or a name in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@of_today
 def test_a_page_is_written_plainly(page: Path) -> None:
     lines = page.read_text(encoding="utf8").splitlines()
     assert [line for line in lines if PRIVATE_WORDS.search(line)] == []
 
 
-@pytest.mark.parametrize("package", PLAIN_PACKAGES)
-def test_a_package_is_written_plainly(package: str) -> None:
-    for path in (ROOT / "system/keel" / package).rglob("*.py"):
+@pytest.mark.parametrize("pattern", PLAIN)
+def test_code_is_written_plainly(pattern: str) -> None:
+    for path in (ROOT / "system/keel").glob(pattern):
         lines = path.read_text(encoding="utf8").splitlines()
         assert [line for line in lines if PRIVATE_WORDS.search(line)] == [], path
 

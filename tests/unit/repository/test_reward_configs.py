@@ -26,14 +26,14 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
     settings = loader.load(path)
-    rows = datasets.read(settings.prompts)
+    rows = datasets.read_rows(settings.prompts)
     assert len({row.text for row in rows}) >= settings.prompts.held_out + 2 * settings.buffer.groups_per_step
     columns = [json.loads(row.further) for row in rows]
     for reward in settings.rewards:
         preflight.check_reward_source(reward, f"rewards.{reward.name}.source")
         if reward.kind != "rule":
             continue
-        values = user_code.load(reward.source, "source")(
+        values = user_code.import_symbol(reward.source, "source")(
             prompts=[row.text for row in rows],
             completions=["The answer is 3."] * len(rows),
             completion_ids=[[1, 2, 3]] * len(rows),
@@ -45,7 +45,7 @@ def test_prompts_are_read_and_rewards_score_them(path: Path) -> None:
 def test_the_page_names_what_there_is() -> None:
     page = (FOLDER.parent.parent / "docs" / "use" / "rewards.md").read_text(encoding="utf8")
     named = re.findall(r"keel\.\w+:\w+", page)
-    assert len(named) >= 8 and all(user_code.load(source, "source") for source in named)
+    assert len(named) >= 8 and all(user_code.import_symbol(source, "source") for source in named)
     configurations = set(re.findall(r"configs/rewards/([\w-]+)\.yaml", page))
     assert configurations == {path.stem for path in FILES} and page.isascii()
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import runs
-from keel.analysis.audit import Audit, Progress, audit
+from keel.analysis.audit import Audit, Progress, audit_rollouts
 from keel.rollout import manifest, segments
 from keel.rollout.buffer import RolloutBuffer
 from rollouts import rollouts
@@ -244,7 +244,7 @@ def live(
 
         contents = asyncio.run(run())
         own = Audit(directory)
-        lines = audit(own, runs.settings(buffer=options), Progress(committed=STEPS, recorded=STEPS))
+        lines = audit_rollouts(own, runs.settings(buffer=options), Progress(committed=STEPS, recorded=STEPS))
         assert own.findings == []
         return contents, lines
 

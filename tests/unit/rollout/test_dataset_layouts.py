@@ -118,8 +118,8 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(path: Path, samples: int, **settings: Any) -> list[prompt_datasets.Row]:
-    return prompt_datasets.read(PromptSettings(source=str(path), **settings), samples)
+def read(path: Path, samples: int, **settings: Any) -> list[prompt_datasets.SourceRow]:
+    return prompt_datasets.read_rows(PromptSettings(source=str(path), **settings), samples)
 
 
 @pytest.mark.parametrize("write", [jsonl, parquet])
@@ -372,6 +372,6 @@ def test_objects_of_a_function_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -
     module = types.ModuleType("rows_for_a_test")
     module.rows = lambda: rows  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    found = prompt_datasets.read(PromptSettings(source="python:rows_for_a_test:rows"))
+    found = prompt_datasets.read_rows(PromptSettings(source="python:rows_for_a_test:rows"))
     expected = {"array": [0, 1], "one": 0.5, "set": [1], "keys": {"1": 2}, "when": "2026-01-02 00:00:00"}
     assert [json.loads(row.further) for row in found] == [expected] * 2

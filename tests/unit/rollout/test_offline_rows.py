@@ -15,7 +15,7 @@ from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSe
 from keel.errors import ConfigError
 from keel.learner.reward_models import RewardText
 from keel.rollout import stored_completions
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages.reward import PairRows
 from prompt_files import CHAT, PLAIN, jsonl, word_tokenizer
@@ -194,7 +194,7 @@ def test_a_demonstration_is_the_last_message(tmp_path: Path) -> None:
 
 def test_a_conversation_that_ends_with_the_user_is_no_demonstration() -> None:
     """Nobody should learn to say what the user said."""
-    row = Row(
+    row = SourceRow(
         "line 1",
         [{"role": "user", "content": "hello"}],
         json.dumps({"messages": [{"role": "user", "content": "hello"}]}),

@@ -371,7 +371,7 @@ def test_columns_arrive_as_they_are(tmp_path: Any) -> None:
     pq.write_table(table, tmp_path / "d.parquet")
 
     def read(*names: str) -> dict[str, Any]:
-        rows = datasets.read(PromptSettings(source=str(tmp_path / "d.parquet")), 0, lambda: frozenset(names))
+        rows = datasets.read_rows(PromptSettings(source=str(tmp_path / "d.parquet")), 0, lambda: frozenset(names))
         batch = generated(prompts([0]))
         index = batch.schema.get_field_index("prompt_columns")
         further = pa.array([row.further for row in rows])
@@ -406,4 +406,4 @@ def test_a_column_that_a_function_asks_for_and_nobody_can_hold_is_refused(monkey
     module.rows = lambda: [{"prompt": "a", "image": object()}]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ConfigError, match="column image holds a object, which no reward function can be given"):
-        datasets.read(PromptSettings(source="python:rows_for_a_test:rows"), 0, lambda: frozenset(["image"]))
+        datasets.read_rows(PromptSettings(source="python:rows_for_a_test:rows"), 0, lambda: frozenset(["image"]))

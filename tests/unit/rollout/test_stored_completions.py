@@ -14,7 +14,7 @@ from keel.algorithms import pair_selection
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.errors import ConfigError
 from keel.rollout import scorers, stored_completions
-from keel.rollout.datasets import Row
+from keel.rollout.datasets import SourceRow
 from rollouts import generated, prompts
 
 PAIR = {"chosen": "yes", "rejected": "no way"}
@@ -76,10 +76,10 @@ def test_tokens_end_with_the_end_token_and_the_budget() -> None:
     ],
 )
 def test_a_row_that_does_not_fit_is_named(columns: dict[str, Any], expected: str) -> None:
-    good = Row("line 2", "p", json.dumps(PAIR))
+    good = SourceRow("line 2", "p", json.dumps(PAIR))
     stored_completions.check([good], 2, "pairs.jsonl")
     with pytest.raises(ConfigError, match=expected):
-        stored_completions.check([good, Row("line 3", "p", json.dumps(columns))], 2, "pairs.jsonl")
+        stored_completions.check([good, SourceRow("line 3", "p", json.dumps(columns))], 2, "pairs.jsonl")
 
 
 def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> None:

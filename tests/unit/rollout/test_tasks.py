@@ -32,8 +32,8 @@ def call(function: Any, rows: list[dict[str, Any]], completions: list[str]) -> l
     return function(prompts=prompts, completions=completions, completion_ids=[[1]] * len(rows), **further)
 
 
-def read(source: str, **options: Any) -> list[datasets.Row]:
-    return datasets.read(PromptSettings(source=f"python:keel.tasks:{source}", options=options))
+def read(source: str, **options: Any) -> list[datasets.SourceRow]:
+    return datasets.read_rows(PromptSettings(source=f"python:keel.tasks:{source}", options=options))
 
 
 def test_sums_are_distinct_and_their_answers_right() -> None:

@@ -183,10 +183,10 @@ def test_nulls_beside_half_a_pair_stay_nulls() -> None:
     assert own.column("text").to_pylist() == [None, "\ufffd", "a"]
 
 
-def rows_of(path: Path) -> list[datasets.Row] | None:
+def rows_of(path: Path) -> list[datasets.SourceRow] | None:
     """Rows, or None where they are refused with one line."""
     try:
-        return datasets.read(PromptSettings(source=str(path)))
+        return datasets.read_rows(PromptSettings(source=str(path)))
     except ConfigError as error:
         assert shows(str(error)) and str(error).startswith("prompts.")
         return None
@@ -229,7 +229,7 @@ def test_hostile_prompts_load_or_are_one_line(tmp_path: Path, text: str) -> None
     if rows is not None:
         assert rows[0].prompt == text
         pq.write_table(pa.table({"prompt": [text], "more": [text]}), tmp_path / "p.parquet")
-        assert datasets.read(PromptSettings(source=str(tmp_path / "p.parquet")))[0].prompt == text
+        assert datasets.read_rows(PromptSettings(source=str(tmp_path / "p.parquet")))[0].prompt == text
 
 
 @pytest.mark.parametrize(

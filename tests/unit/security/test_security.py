@@ -145,7 +145,7 @@ def test_weights_that_are_a_pickle_are_refused(folder: Path, marker: Path, name:
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             load(folder, "float32")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        reward_models.load(folder)
+        reward_models.load_reward_model(folder)
 
 
 @pytest.mark.parametrize("form", [bomb, torch_bomb])
@@ -168,7 +168,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, marker: Path, f
         with pytest.raises(OSError, match=r"no file named model\.safetensors"):
             load(folder, "float32")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
-        reward_models.load(folder)
+        reward_models.load_reward_model(folder)
 
 
 def test_an_adapter_is_refused(folder: Path) -> None:
@@ -259,7 +259,7 @@ def test_an_arrow_file_runs_nothing(marker: Path, tmp_path: Path) -> None:
     batch = pa.RecordBatch.from_arrays([pa.array(["hello", "you"])], schema=pickled_type(marker))
     assert schema.from_bytes(schema.to_bytes(batch)).column("prompt").to_pylist() == ["hello", "you"]
     pq.write_table(pa.Table.from_batches([batch]), tmp_path / "prompts.parquet")
-    rows = datasets.read(PromptSettings(source=str(tmp_path / "prompts.parquet")))
+    rows = datasets.read_rows(PromptSettings(source=str(tmp_path / "prompts.parquet")))
     assert [row.prompt for row in rows] == ["hello", "you"]
 
 
@@ -283,7 +283,7 @@ def test_a_dataset_folder_runs_nothing(marker: Path, tmp_path: Path) -> None:
         own.mkdir(parents=True)
         (own / name).write_bytes(content)
         with pytest.raises(ConfigError, match=r"^prompts\.source=.*" + ("an archive" if name == "train.tar" else "")):
-            datasets.read(PromptSettings(source=str(own)))
+            datasets.read_rows(PromptSettings(source=str(own)))
 
 
 @pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": "x.arrow"}]}'])
@@ -292,7 +292,7 @@ def test_a_damaged_saved_dataset_is_one_line(tmp_path: Path, state: str) -> None
     (tmp_path / "dataset_info.json").write_text("{}")
     (tmp_path / "x.arrow").write_bytes(b"ARROW1")
     with pytest.raises(ConfigError, match=r"^prompts\.source=.*cannot be loaded as a dataset"):
-        datasets.read(PromptSettings(source=str(tmp_path)))
+        datasets.read_rows(PromptSettings(source=str(tmp_path)))
 
 
 def test_a_yaml_tag_builds_nothing(marker: Path, tmp_path: Path) -> None:

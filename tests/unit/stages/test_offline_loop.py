@@ -95,7 +95,9 @@ async def test_a_resumed_course_is_the_uninterrupted_one(tmp_path: Path, patienc
     resumed = Run(plans[1], FakeOfflineLearner(losses))
     assert await resumed.finish() == expected
     begins = (killed_at - 1) // 2 * 2  # the newest checkpoint before it
-    assert resumed.done("step") == list(range(begins + 1, 7)) and len(resumed.done("load")) == (begins > 0)
+    assert resumed.done("step") == list(range(begins + 1, 7)) and len(resumed.done("restore_checkpoint")) == (
+        begins > 0
+    )
     assert resumed.exported == whole.exported == (4 if patience else 6)
     assert resumed.lines("evaluations.jsonl") == whole.lines("evaluations.jsonl")
     assert resumed.metrics.totals == whole.metrics.totals

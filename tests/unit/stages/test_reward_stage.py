@@ -44,7 +44,7 @@ async def test_a_killed_stage_goes_on_with_the_member_it_was_at(
     group = FakeRankGroup(LOSSES)
     await stage.train(group)
     assert group.log.count(("begin", 0)) == 2 - killed[0]  # a finished member is left alone
-    assert group.log.count(("load", 2)) == (killed[1] > 2)
+    assert group.log.count(("restore_checkpoint", 2)) == (killed[1] > 2)
     assert stage.judged == [["4", "4"]]
     for number in (0, 1):
         assert [line["step"] for line in files.read_json_lines(stage.member(number) / "evaluations.jsonl")] == [
