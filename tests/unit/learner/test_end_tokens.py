@@ -204,11 +204,12 @@ def test_stop_tokens_mean_the_same_in_training_labels_and_evaluation(
     configured: list[int] | None, expected: set[int], base: Path, tmp_path: Path
 ) -> None:
     """[]: no end token anywhere."""
-    prepared = [
-        prepared_for(command, tree_for(command, base, tmp_path / command, stop_token_ids=configured))
-        for command in ("train", "evaluate", "label")
-        if (tmp_path / command).mkdir() is None
-    ]
+    prepared = []
+    for command in ("train", "evaluate", "label"):
+        (tmp_path / command).mkdir()
+        tree = tree_for(command, base, tmp_path / command, stop_token_ids=configured)
+        against = {"evaluation": {"against": tree["policy"]["model"]}} if command == "evaluate" else {}
+        prepared.append(prepared_for(command, tree | against))
     assert [set(stage.models.sampling(stage.settings.sampling).stop_token_ids) for stage in prepared] == [expected] * 3
     assert set(prepared[1].other.end_tokens.stop) == expected
 
