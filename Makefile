@@ -48,7 +48,7 @@ lint: setup  ## ruff: rules and format
 types: setup  ## mypy
 	$(BIN)/mypy $(ARGS)
 
-pins:  ## resolve requirements/*.txt anew; UPGRADE=1 takes the newest versions
+pins:  ## resolve requirements/*.txt again; UPGRADE=1 takes the newest versions
 	@PYTHON="$(PYTHON)" UPGRADE="$(UPGRADE)" ./requirements/refresh.sh
 
 clean:  ## remove .venv and all caches; runs/ stays

@@ -137,7 +137,7 @@ def _is_causal(model: Any, config: Any) -> bool:
 
 @contextlib.contextmanager
 def _limit(seconds: int) -> Iterator[None]:
-    """Raise TooLong in this thread after so many seconds; another timer that runs is put back."""
+    """Raise TooLong in this thread after `seconds`; another timer that runs is put back."""
 
     def stop(*_: int | FrameType | None) -> None:
         raise TooLong(f"took over {seconds} s")
@@ -158,7 +158,7 @@ def _short(text: str) -> str:
 
 
 def outcomes(wanted: list[str], seconds: float) -> list[Outcome]:
-    """Try all configurations of these families, within so many seconds."""
+    """Try all configurations of these families, within `seconds`."""
     start, results = time.monotonic(), []
     for family in wanted:
         for tried, settings in configurations(family):

@@ -25,10 +25,10 @@ def rows(devices: int, tree: dict[str, Any]) -> list[str]:
         busy = " / ".join(f"{share:.0%}" for share in best["busy"].values())
         waits = {role: max(on, key=on.__getitem__) for role, on in best["idle"].items() if on}
         shown = [role for role in ("generator", "learner") if role in waits]
-        whom = "; ".join(f"{role} {best['idle'][role][waits[role]]:.0%} on {waits[role]}" for role in shown)
+        longest_waits = "; ".join(f"{role} {best['idle'][role][waits[role]]:.0%} on {waits[role]}" for role in shown)
         found.append(
             f"| {devices} | {each['max_staleness']} | {counts} | {best['step_seconds']:.1f}"
-            f" | {best['tokens_per_second']:,.0f} | {busy} | {whom} |"
+            f" | {best['tokens_per_second']:,.0f} | {busy} | {longest_waits} |"
         )
     return found
 

@@ -11,7 +11,7 @@ fixed.) A client asks for the page over HTTP, again and again; printed are milli
 byte, and the largest delay of the loop beyond what it slept.
 
 The second is a real run of a tiny model (vLLM, Ray, DeepSpeed) without a pause in it. A client asks for its page once a
-second in every other block of `block-seconds`, and nobody in those between; printed are seconds from step to step of
+second in every other block of `block-seconds`, and nothing in those between; printed are seconds from step to step of
 both. A slow minute of the machine hits both alike.
 """
 
@@ -132,7 +132,7 @@ def acting(folder: Path, count: int, call_seconds: float) -> Iterator[tuple[str,
 
 
 def measure(folder: Path, actors: int = 64, scrapes: int = 500, call_seconds: float = 0.1, tries: int = 1) -> Cost:
-    """`tries`: of so many scrapes in a row the fastest counts; the others waited for something else on the machine."""
+    """The fastest of `tries` scrapes in a row counts; the others waited for something else on the machine."""
     with acting(folder, actors, call_seconds) as (url, working):
         page = ask(url)
         working.calls, working.late_seconds = 0, 0.0

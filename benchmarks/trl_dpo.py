@@ -19,7 +19,7 @@ def write_pairs(folder: Path, conversational: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from keel.config.stages import LabelSettings
+    from keel.config.label import LabelSettings
     from keel.rollout import preference_labels
 
     places = [(ticket, sample) for ticket in range(12) for sample in range(3)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves requirements/cpu.txt and gpu.txt anew (`make pins`). Versions that still fit stay; `make pins UPGRADE=1` takes the newest.
+# Resolves requirements/cpu.txt and gpu.txt again (`make pins`). Versions that still fit stay; `make pins UPGRADE=1` takes the newest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 scratch=$(mktemp -d)

@@ -5,7 +5,7 @@ controller passes it on unopened; only the two ends open it. Nothing of Ray, tor
 components are in-process fakes.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -161,6 +161,24 @@ class Learner(Protocol):
         """Read the reference inside the learner from this folder from now on, where there is one."""
 
 
+class WeightTransport(Protocol):
+    def begin(
+        self, learner: Learner, generators: Generator
+    ) -> tuple[Coroutine[Any, Any, LoadReceipt], Coroutine[Any, Any, Sequence[LoadReceipt]]]:
+        """Two coroutines that move one version: publish, on the learner, and load, on every generator.
+
+        The caller starts both together and awaits both, so that one collective may serve both ends.
+        """
+
+
+class Checkpoints(Protocol):
+    async def save(self, step: int, *, finished: bool) -> None:
+        """Write a checkpoint of this step. `finished`: the objective wants no further one."""
+
+    async def renew_reference(self, step: int) -> None:
+        """Make the current policy the reference."""
+
+
 @dataclass(frozen=True)
 class Components:
     """What a run is made of. A component may stand for one worker or for many."""
@@ -169,6 +187,8 @@ class Components:
     scorers: Sequence[Scorer]
     buffer: Buffer
     learner: Learner
+    transport: WeightTransport
+    checkpoints: Checkpoints
     prompts: Callable[[list[int]], pa.RecordBatch]
     """Prompt rows of tickets."""
     held_out: pa.RecordBatch
@@ -205,10 +225,5 @@ class Observer:
 
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
 
-    async def checkpoint(self, step: int) -> None: ...
-
     async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
         """Keep the rows of a step that the learner refused."""
-
-    async def iteration(self, step: int) -> None:
-        """Make the current policy the reference."""

@@ -17,6 +17,7 @@ import yaml
 from arms import ARMS, CRITIC_ARMS
 from keel.cli import doctor
 from keel.cluster import actors, learner_group
+from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config import loader
 from keel.config.run import Settings
 from keel.learner import loading
@@ -33,6 +34,12 @@ EVERY = {name: arm for name, arm in {**ARMS, **CRITIC_ARMS}.items() if name != "
 OF_EACH_FAMILY = {
     *("kl", "entropy_sequence_sum", "grpo", "lco_kl", "dpo", "kto", "optidice_kl", "best_of_n", "ppo"),
 }
+
+
+class NoCheckpoints:
+    async def save(self, step: int, *, finished: bool) -> None: ...
+
+    async def renew_reference(self, step: int) -> None: ...
 
 
 class Curve(Observer):
@@ -61,7 +68,7 @@ class Stack:
         self.runner.run(self._ready())
 
     async def _ready(self) -> None:
-        await asyncio.gather(self.generators.pool.ready(), *(scorer.pool.ready() for scorer in self.scorers))
+        await asyncio.gather(self.generators.ready(), *(scorer.ready() for scorer in self.scorers))
 
     def settings(self, arm: dict[str, Any]) -> Settings:
         return loader.parse({**self.tree, **arm})
@@ -77,6 +84,8 @@ class Stack:
             scorers=self.scorers,
             buffer=actors.RemoteBuffer(settings, str(directory), settings.groups_per_batch, {}),
             learner=learner,
+            transport=ObjectStoreTransport(),
+            checkpoints=NoCheckpoints(),
             prompts=self.prompts.batch,
             held_out=self.prompts.held_out(),
             fetch=actors.fetch,

@@ -58,8 +58,8 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(autouse=True)
 def everything_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test leaves room behind, and all tell of a wait after a quarter of a second."""
-    monkeypatch.setattr(placement, "FIRST_TOLD_SECONDS", 0.25)
-    monkeypatch.setattr(placement, "TOLD_EVERY_SECONDS", 0.5)
+    monkeypatch.setattr(placement, "FIRST_REPORT_SECONDS", 0.25)
+    monkeypatch.setattr(placement, "REPORT_EVERY_SECONDS", 0.5)
     yield
     left = granted()
     for name, each in placement_group_table().items():
@@ -125,7 +125,7 @@ async def test_where_nobody_serves_the_wait_ends_and_says_for_what() -> None:
     pool = pool_of(1, WorkerSettings(threads=2, gpus=1, resources={"fast": 1}), log, impatient(3.0))
     with pytest.raises(
         NoWorkers,
-        match=r"generator-0 waited [3-9] s for resources \(2 CPUs and 1 GPU and 1 fast\) and nobody else serves;"
+        match=r"generator-0 waited [3-9] s for resources \(2 CPUs and 1 GPU and 1 fast\) and no other worker serves;"
         r" free are 2, 2 CPUs and 0, 0 GPUs and 2, 0 fast on 2 nodes",
     ):
         await pool.ready()

@@ -83,7 +83,7 @@ def pool_of(count: int, log: Observer | None = None, limits: DeadlineSettings = 
 
 async def ask(pool: Pool, *arguments: Any, deadline: float = 60.0) -> tuple[int, int]:
     """(which worker, version of its weights) of a call."""
-    _, receipt = await pool.call("generate", *arguments, deadline=deadline)
+    _, receipt = await pool.call(Worker.generate, *arguments, deadline=deadline)
     return receipt
 
 

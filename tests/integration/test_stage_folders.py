@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from commands import RUN_SECONDS
+from keel.config.label import LabelSettings
 from keel.config.run import Settings
-from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.learner import loading, reward_models, tiny
 from keel.learner.reward_models import ScoredText
 from keel.online import preflight

@@ -1,4 +1,4 @@
-"""In-process parts of a run that check what they are given. The buffer in between is the real one.
+"""In-process components of a run that check what they are given. The buffer in between is the real one.
 
 Every call gives way to the other tasks before it does anything, as a call to an actor does, and those for which
 others must wait (publish, load, renew, save) give way long enough for whatever need not wait to overtake them.
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 import rollouts
 from keel import schema
+from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config import loader
 from keel.config.run import Settings
 from keel.online.controller import Controller
@@ -185,11 +186,16 @@ class Listener(Observer):
         await many_turns()
         self.log.append(("quarantined", step, *dict.fromkeys(batch.column("ticket").to_pylist())))
 
-    async def iteration(self, step: int) -> None:
+
+class FakeCheckpoints:
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    async def renew_reference(self, step: int) -> None:
         await many_turns()
         self.log.append(("iteration", step))
 
-    async def checkpoint(self, step: int) -> None:
+    async def save(self, step: int, *, finished: bool) -> None:
         await many_turns()
         self.log.append(("checkpoint", step))
 
@@ -222,11 +228,14 @@ class Run:
             taken=taken,
             next_ticket=taken,
         )
+        self.checkpoints = FakeCheckpoints(self.log)
         components = Components(
             generators=self.generator,
             scorers=[self.scorer],
             buffer=self.buffer,
             learner=FakeLearner(self.log, learner, version),
+            transport=ObjectStoreTransport(),
+            checkpoints=self.checkpoints,
             prompts=lambda tickets: rollouts.prompts(tickets),
             held_out=rollouts.prompts(range(HELD_OUT), samples=1),
             fetch=self._fetch,

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from keel.config import loader
-from keel.config.stages import LabelSettings
+from keel.config.label import LabelSettings
 from rollouts import generated, prompts, scored
 
 

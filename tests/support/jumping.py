@@ -16,7 +16,7 @@ import rollouts
 from fakes import SAMPLING, settings_for
 from keel.analysis.simulation import Durations, Shape, Timeline
 from keel.cluster.actors import GeneratorPool, ScorerPool
-from keel.cluster.pool import Pool
+from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.observability.utilization import Utilization
 from keel.online.controller import Controller
 from keel.protocols import Components, LoadReceipt, Observer, StageReceipt, StepReport
@@ -222,8 +222,15 @@ class Listener(Observer):
         self.line.recorded.append(now())
         self.line.counted.append(self.utilization.drain())
 
-    async def checkpoint(self, step: int) -> None:
+
+class Checkpoints:
+    def __init__(self, durations: Durations) -> None:
+        self.durations = durations
+
+    async def save(self, step: int, *, finished: bool) -> None:
         await asyncio.sleep(self.durations.driver("checkpoint"))
+
+    async def renew_reference(self, step: int) -> None: ...
 
 
 def real(directory: Path, shape: Shape, durations: Durations) -> Timeline:
@@ -243,8 +250,8 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
     )
     listener = Listener(line, durations)
 
-    def pool(role: str) -> Pool:
-        return Pool(
+    def pool(role: str) -> Any:
+        return (GeneratorPool if role == "generator" else ScorerPool)(
             role,
             Spawned(role, durations),  # type: ignore[arg-type]
             shape.workers[role],
@@ -272,10 +279,12 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
         return (await batch)[0]
 
     components = Components(
-        generators=GeneratorPool(pools.pop("generator"), 1e6, None),
-        scorers=[ScorerPool(pools[role], 1e6) for role in ("reference", "scorer") if role in pools],
+        generators=pools.pop("generator"),
+        scorers=[pools[role] for role in ("reference", "scorer") if role in pools],
         buffer=buffer,
         learner=Learner(line, durations),  # type: ignore[arg-type]
+        transport=ObjectStoreTransport(),
+        checkpoints=Checkpoints(durations),
         prompts=lambda tickets: rollouts.prompts(tickets),
         held_out=rollouts.prompts([HELD_OUT]),
         fetch=fetch,

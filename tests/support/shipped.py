@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from keel.config.base import Section
+from keel.config.label import LabelSettings
 from keel.config.pipeline import PipelineSettings
 from keel.config.run import Settings
-from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))

@@ -33,7 +33,7 @@ from whole_learner import written as write_state
 def restored(directory: Path) -> list[str]:
     """What a buffer that starts on the directory takes for damaged."""
     buffer = RolloutBuffer(directory, groups_per_step=2, groups_per_batch=1, max_staleness=0, version=5, taken=10)
-    return list(asyncio.run(buffer.found())["damaged"])
+    return list(asyncio.run(buffer.restored())["damaged"])
 
 
 def audited(directory: Path) -> None:

@@ -60,34 +60,36 @@ def centered(logits: Tensor) -> Tensor:
 class ConvexTerm:
     """LCO's loss of each token of a piece of the vocabulary's logits."""
 
-    def __init__(self, by: LogitsConvexitySettings) -> None:
-        self.by = by
-        anchor = {"reference"} if by.anchor == "reference" else ({"old"} if by.epochs > 1 else set())
-        self.models = frozenset(anchor | ({"teacher", "reference"} if by.dense else set()))
+    def __init__(self, config: LogitsConvexitySettings) -> None:
+        self.config = config
+        anchor = {"reference"} if config.anchor == "reference" else ({"old"} if config.epochs > 1 else set())
+        self.models = frozenset(anchor | ({"teacher", "reference"} if config.dense else set()))
 
     def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-        own = others["reference" if self.by.anchor == "reference" else "old"] if self._anchored else logits.detach()
-        if self.by.dense:
+        anchor = (
+            others["reference" if self.config.anchor == "reference" else "old"] if self._anchored else logits.detach()
+        )
+        if self.config.dense:
             ratio = others["teacher"].log_softmax(-1) - others["reference"].log_softmax(-1)
-            target = own + self.by.dense.coefficient * ratio / self.by.temperature
+            target = anchor + self.config.dense.coefficient * ratio / self.config.temperature
         else:
-            shift = self._shift(own, targets, advantages.to(logits.dtype))
-            target = own.scatter_add(-1, targets[:, None], shift[:, None])
-        if self.by.form != "kl":
-            return distance(centered(logits), centered(target), self.by.form)
-        weight = advantages.abs() if self.by.target == "ratio" else 1.0
+            shift = self._shift(anchor, targets, advantages.to(logits.dtype))
+            target = anchor.scatter_add(-1, targets[:, None], shift[:, None])
+        if self.config.form != "kl":
+            return distance(centered(logits), centered(target), self.config.form)
+        weight = advantages.abs() if self.config.target == "ratio" else 1.0
         return weight * distance(logits, target, "kl")
 
     @property
     def _anchored(self) -> bool:
-        return self.by.anchor == "reference" or self.by.epochs > 1
+        return self.config.anchor == "reference" or self.config.epochs > 1
 
-    def _shift(self, own: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
-        if self.by.target == "advantage":
-            return advantages / self.by.temperature
-        log_p = own.gather(-1, targets[:, None]).squeeze(-1).sub(torch.logsumexp(own, -1))
-        up = torch.full_like(log_p, self.by.ratio_up)
-        shift = ratio_shift(log_p, torch.where(advantages > 0, up, torch.full_like(up, self.by.ratio_down)))
+    def _shift(self, anchor: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
+        if self.config.target == "advantage":
+            return advantages / self.config.temperature
+        log_p = anchor.gather(-1, targets[:, None]).squeeze(-1).sub(torch.logsumexp(anchor, -1))
+        up = torch.full_like(log_p, self.config.ratio_up)
+        shift = ratio_shift(log_p, torch.where(advantages > 0, up, torch.full_like(up, self.config.ratio_down)))
         return torch.where(advantages == 0, 0.0, shift)
 
 
@@ -99,8 +101,8 @@ class LogitsConvexity(Objective):
     def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, LogitsConvexitySettings)
-        self.by: LogitsConvexitySettings = settings.objective
-        self.vocabulary = ConvexTerm(self.by)
+        self.config: LogitsConvexitySettings = settings.objective
+        self.vocabulary = ConvexTerm(self.config)
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         lengths = schema.completion_lengths(batch)
@@ -109,9 +111,9 @@ class LogitsConvexity(Objective):
         bonus = schema.row_sums(self.bonus(batch, measured), lengths)
         regularized = self.regularized_rewards(batch, measured)
         late = kl if self.kl.order == "after_baseline" else 0.0
-        rows = advantages.by_ticket(advantages.GROUP[self.by.advantage], regularized + late, tickets) - late
+        rows = advantages.by_ticket(advantages.GROUP[self.config.advantage], regularized + late, tickets) - late
         deviation = advantages.deviation(rows, size=advantages.magnitude(self.rewards(batch), kl, bonus))
-        if self.by.normalize_advantage and deviation:
+        if self.config.normalize_advantage and deviation:
             rows = rows / deviation
         return Credit(
             advantages=np.repeat(rows, lengths),

@@ -74,8 +74,8 @@ class Objective:
         Raises ValueError unless there is one finite advantage a token.
         """
         credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
-        own = {name: float(values.mean()) for name, values in self.own_terms(batch).items()}
-        terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **own}} if own else {}
+        user_terms = {name: float(values.mean()) for name, values in self.own_terms(batch).items()}
+        terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **user_terms}} if user_terms else {}
         return dataclasses.replace(
             credit,
             selected=self.selected(batch, measured.version),
@@ -181,8 +181,8 @@ class Objective:
     def rewards(self, batch: pa.RecordBatch) -> np.ndarray:
         """Training reward of each row after shaping, float64 [rows]."""
         raw = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
-        by = self.settings.shaping
-        return shape(raw, schema.completion_lengths(batch), finished(batch), self.max_tokens, by)
+        config = self.settings.shaping
+        return shape(raw, schema.completion_lengths(batch), finished(batch), self.max_tokens, config)
 
     def penalty(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """KL term of the reward at each token: coefficient * (log pi - log ref), float64 [tokens]; 0 where none is.
@@ -209,7 +209,7 @@ class Objective:
 
     def own_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
         """The user's terms of the reward by name, coefficient included, float64 [rows]."""
-        found = {}
+        terms = {}
         for term, function in self._terms:
             if term.placement == "reward":
                 values = np.asarray(function(batch), np.float64)
@@ -217,8 +217,8 @@ class Objective:
                     raise ValueError(
                         f"regularizer term {term.name}: expected {batch.num_rows} finite numbers, one a row"
                     )
-                found[term.name] = term.coefficient * values
-        return found
+                terms[term.name] = term.coefficient * values
+        return terms
 
     def regularized_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """Reward of each row with every regularizer that lives in it: KL, entropy, own terms. float64 [rows]."""
@@ -267,10 +267,10 @@ class Objective:
 
     def coefficients(self) -> dict[str, float]:
         """Every number that adapts, by metric name, as it is in force at this step."""
-        found = {"kl_coefficient": self.kl_coefficient.value, "entropy_coefficient": self.entropy_coefficient.value}
+        values = {"kl_coefficient": self.kl_coefficient.value, "entropy_coefficient": self.entropy_coefficient.value}
         if isinstance(self.kl_coefficient, coefficients.Safe):
-            found |= {f"safe_{name}": value for name, value in self.kl_coefficient.seen.items()}
-        return found
+            values |= {f"safe_{name}": value for name, value in self.kl_coefficient.seen.items()}
+        return values
 
     def state(self) -> dict[str, Any]:
         """Everything that changes the run and is not in the weights, as JSON."""

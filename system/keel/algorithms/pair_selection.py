@@ -1,4 +1,4 @@
-"""Which completions of a prompt are compared, and what an ensemble of rewards knows of them. Pure numpy.
+"""Selects which completions of a prompt are compared, also by the disagreement of a reward ensemble. Pure numpy.
 
 Pairs of one prompt: iterative preference learning under KL (2312.11456) and Sim-OPRL (2406.18450) in its bandit form,
 where dynamics are known, so candidates are sampled completions and only rewards are uncertain.
@@ -13,41 +13,6 @@ import numpy as np
 
 from keel.algorithms.advantages import vary
 from keel.config.objective import PairSettings
-
-
-def combine(
-    members: np.ndarray, weights: np.ndarray, form: str, coefficient: float, centered: np.ndarray | None = None
-) -> np.ndarray:
-    """One reward of several, [M, rows] -> [rows]: population moments over members, each times its weight.
-
-    sum | mean | lower_bound: mean - c std (2310.02743; QAM's critic target) | worst: min | variance: mean - c var.
-    Members whose zero is arbitrary differ by it, which is no uncertainty: spread and worst case are then those of the
-    `centered` members, around the same mean.
-    """
-    weighted = members * weights[:, None]
-    spread = weighted if centered is None else centered * weights[:, None]
-    mean = weighted.mean(0)
-    return {
-        "sum": lambda: weighted.sum(0),
-        "mean": lambda: mean,
-        "lower_bound": lambda: mean - coefficient * spread.std(0),
-        "worst": lambda: mean - spread.mean(0) + spread.min(0),
-        "variance": lambda: mean - coefficient * spread.var(0),
-    }[form]()
-
-
-def center(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
-    """Each member minus its mean over the prompt's completions; NaN (failed) ones stay. [M, rows] -> [M, rows]."""
-    centered = members.astype(np.float64)
-    for ticket in np.unique(tickets):
-        rows = tickets == ticket
-        for member in range(len(centered)):
-            values = centered[member, rows]
-            known = np.isfinite(values)
-            zero = values[known].mean() if vary(values[known]) else values[known]  # equal ones: no rounding is left
-            values[known] -= zero
-            centered[member, rows] = values
-    return centered
 
 
 def plausible(members: np.ndarray) -> np.ndarray:
@@ -153,18 +118,18 @@ class Candidates:
     """[M, rows] rewards of the ensemble, M may be 1."""
 
 
-def select(by: PairSettings, seen: Candidates) -> Pairs:
+def select(config: PairSettings, seen: Candidates) -> Pairs:
     """Pairs of every prompt, ordered by the judge; ties and prompts without a pair are counted, never trained on."""
     pairs: list[tuple[int, int]] = []
     dropped: Counter[str] = Counter()
     sizes, spreads = [], []
-    selected_by = seen.rewards - by.length_penalty * seen.lengths
+    selected_by = seen.rewards - config.length_penalty * seen.lengths
     for ticket in np.unique(seen.tickets):
-        rows = np.flatnonzero((seen.tickets == ticket) & (seen.finished | (not by.finished_only)))
+        rows = np.flatnonzero((seen.tickets == ticket) & (seen.finished | (not config.finished_only)))
         if len(rows) < 2:
             dropped["unfinished"] += 1
             continue
-        if by.selection == "most_disagreeing":
+        if config.selection == "most_disagreeing":
             among = plausible(seen.members[:, rows])
             sizes.append(len(among))
             if len(among) == 1:
@@ -172,13 +137,13 @@ def select(by: PairSettings, seen: Candidates) -> Pairs:
                 continue
             a, b, spread = most_disagreeing(seen.members[:, rows], among)
             spreads.append(spread)
-            found = [(a, b)]
+            pairs_of_prompt = [(a, b)]
         else:
-            found = CHOICES[by.selection](selected_by[rows], np.random.default_rng(seen.seeds[rows[0]]))
-        for a, b in found:
+            pairs_of_prompt = CHOICES[config.selection](selected_by[rows], np.random.default_rng(seen.seeds[rows[0]]))
+        for a, b in pairs_of_prompt:
             judged = seen.judged[[rows[a], rows[b]]]
             margin = judged[0] - judged[1]
-            if not (abs(margin) > by.min_margin and vary(judged)):
+            if not (abs(margin) > config.min_margin and vary(judged)):
                 dropped["tie" if np.isfinite(margin) else "unjudged"] += 1
             else:
                 pairs.append((int(rows[a]), int(rows[b])) if margin > 0 else (int(rows[b]), int(rows[a])))

@@ -8,8 +8,9 @@
     rho = pi / pi_old, per token, per completion, or its geometric mean;  pi_old: the learner when the step began
     w   = min(pi_old / mu, cap), mu: the sampler's log-probs as stored; detached (truncated importance weight)
 
-Settings of these: RLOO (2402.14740), REINFORCE, REINFORCE++ (2501.03262) with and without baseline, PPO (1707.06347),
-GRPO (2402.03300), Dr. GRPO (2503.20783), GSPO (2507.18071), DAPO (2503.14476), SAFE (2602.04651), EAPO (2407.18143).
+Published algorithms are settings of these: RLOO (2402.14740), REINFORCE, REINFORCE++ (2501.03262) with and without
+baseline, PPO (1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), GSPO (2507.18071), DAPO (2503.14476), SAFE
+(2602.04651), EAPO (2407.18143). Recipes in docs/use/algorithms.md has the exact switches of each.
 """
 
 from typing import Any
@@ -38,28 +39,29 @@ class PolicyGradient(Objective):
     def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, PolicyGradientSettings)
-        self.by: PolicyGradientSettings = settings.objective
-        if self.by.level == "sequence_mean":  # a geometric mean has the slope of a token mean, and so have regularizers
+        self.config: PolicyGradientSettings = settings.objective
+        if self.config.level == "sequence_mean":
+            # a geometric mean has the slope of a token mean, and so have regularizers
             self.reduction = "sequence_mean"
-        auto = _WHITENED.get(self.by.advantage, "none")
-        self.whitened = auto if self.by.whiten == "auto" else self.by.whiten
-        self.group = advantages.GROUP.get(self.by.advantage)
-        own = ":" in self.by.advantage
-        self.own = user_code.import_symbol(self.by.advantage, "objective.advantage") if own else None
-        if self.own is not None:
-            self._probe(self.own)
+        auto = _WHITENED.get(self.config.advantage, "none")
+        self.whitened = auto if self.config.whiten == "auto" else self.config.whiten
+        self.group = advantages.GROUP.get(self.config.advantage)
+        self.user_advantage = None
+        if ":" in self.config.advantage:
+            self.user_advantage = user_code.import_symbol(self.config.advantage, "objective.advantage")
+            self._probe(self.user_advantage)
         self.moments = critics.RunningMoments()
-        self.heads = ["value"] * (self.by.advantage in ("gae", "value_baseline"))
-        self.heads += ["entropy"] * bool(self.by.entropy_advantage and self.by.entropy_advantage.critic)
+        self.heads = ["value"] * (self.config.advantage in ("gae", "value_baseline"))
+        self.heads += ["entropy"] * bool(self.config.entropy_advantage and self.config.entropy_advantage.critic)
         self.popart = {head: critics.PopArt() for head in self.heads}
         if self.heads:
             self.measures |= {"values"}
 
-    def _probe(self, own: Any) -> None:
+    def _probe(self, function: Any) -> None:
         """Call the user's advantage once, to refuse before Ray starts what would fail at the first step."""
-        setting = f"objective.advantage={self.by.advantage}"
+        setting = f"objective.advantage={self.config.advantage}"
         try:
-            _checked(own(np.array([0.0, 1.0, 0.5]), np.array([0, 0, 1])), 3, self.by.advantage)
+            _checked(function(np.array([0.0, 1.0, 0.5]), np.array([0, 0, 1])), 3, self.config.advantage)
         except Exception as error:  # the user's code may raise anything; here it is bad input
             reason = f"{type(error).__name__}: {one_line(error)}"
             raise ConfigError(f"{setting}: fails on 3 rewards of 2 prompts ({reason})") from None
@@ -70,16 +72,16 @@ class PolicyGradient(Objective):
         assert not missing, missing
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch, measured)
-        own = self.own_terms(batch)
-        scores = self.moments.normalize(rewards) if self.by.normalize_reward else rewards
-        scores = scores + sum(own.values())
+        user_terms = self.own_terms(batch)
+        scores = self.moments.normalize(rewards) if self.config.normalize_reward else rewards
+        scores = scores + sum(user_terms.values())
         parts = (scores, penalty, bonus, lengths)
         row_penalty, row_bonus = schema.row_sums(penalty, lengths), schema.row_sums(bonus, lengths)
         regularized = scores + row_bonus - row_penalty
         values = self._values(measured, len(logprobs))
         flat, targets = self._advantages(batch, parts, values)
-        if self.by.entropy_advantage:
-            flat = flat + self._entropy_advantage(batch, self.by.entropy_advantage, values, targets)
+        if self.config.entropy_advantage:
+            flat = flat + self._entropy_advantage(batch, self.config.entropy_advantage, values, targets)
         metrics = {
             **self.reward_metrics(regularized, row_penalty, row_bonus, batch.column("ticket").to_numpy()),
             "advantage_std": float(flat.std()),
@@ -98,8 +100,8 @@ class PolicyGradient(Objective):
 
         One action has one vote: over tokens, long completions would decide what the mean of the step is.
         """
-        entropy = self.by.entropy_advantage
-        by_token = self.by.by_token or (entropy is not None and entropy.coefficient > 0)
+        entropy = self.config.entropy_advantage
+        by_token = self.config.by_token or (entropy is not None and entropy.coefficient > 0)
         values = flat if by_token else flat[np.cumsum(lengths) - 1]
         white = advantages.whiten(values, ddof=1 if self.whitened == "sample" else 0, size=size)
         return white if by_token else np.repeat(white, lengths)
@@ -111,26 +113,26 @@ class PolicyGradient(Objective):
         scores, penalty, bonus, lengths = parts
         tickets = batch.column("ticket").to_numpy()
         ends = np.cumsum(lengths) - 1
-        if self.by.by_token:
-            if self.by.advantage == "reinforce_pp_baseline":
+        if self.config.by_token:
+            if self.config.advantage == "reinforce_pp_baseline":
                 scores = advantages.by_ticket(advantages.group_mean, scores, tickets)
             rewards = bonus - penalty
             rewards[ends] += scores
-            if self.by.advantage != "gae":
-                return advantages.returns(rewards, lengths, self.by.discount), {}
-            found = advantages.gae(rewards, values["value"], lengths, self.by.discount, self.by.gae_lambda)
-            return found, {"value": found + values["value"]}
+            if self.config.advantage != "gae":
+                return advantages.returns(rewards, lengths, self.config.discount), {}
+            estimates = advantages.gae(rewards, values["value"], lengths, self.config.discount, self.config.gae_lambda)
+            return estimates, {"value": estimates + values["value"]}
         kl = schema.row_sums(penalty, lengths)
         before = self.kl.order == "before_baseline"
         rows = scores + schema.row_sums(bonus, lengths) - (kl if before else 0.0)
         targets = {}
-        if self.by.advantage == "value_baseline":
+        if self.config.advantage == "value_baseline":
             starts = ends - lengths + 1
             targets["value"] = np.full(len(penalty), np.nan)
             targets["value"][starts] = rows
             rows = rows - values["value"][starts]
-        elif self.own is not None:
-            rows = _checked(self.own(rows, tickets), len(rows), self.by.advantage)
+        elif self.user_advantage is not None:
+            rows = _checked(self.user_advantage(rows, tickets), len(rows), self.config.advantage)
         elif self.group is not None:
             rows = advantages.by_ticket(self.group, rows, tickets)
         return np.repeat(rows - (0.0 if before else kl), lengths), targets
@@ -138,19 +140,21 @@ class PolicyGradient(Objective):
     def _entropy_advantage(
         self,
         batch: pa.RecordBatch,
-        by: EntropyAdvantageSettings,
+        config: EntropyAdvantageSettings,
         values: dict[str, np.ndarray],
         targets: dict[str, np.ndarray],
     ) -> np.ndarray:
         """tau A^H: GAE of -log pi under the sampler with its own discount and trace, or its critic-free form."""
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         surprise = -logprobs.astype(np.float64)
-        if not by.critic:
-            to_come = advantages.returns(surprise, lengths, by.discount)
-            return by.coefficient * advantages.center_by_position(to_come, lengths, batch.column("ticket").to_numpy())
-        found = advantages.gae(surprise, values["entropy"], lengths, by.discount, by.gae_lambda)
-        targets["entropy"] = found + values["entropy"]
-        return by.coefficient * found
+        if not config.critic:
+            to_come = advantages.returns(surprise, lengths, config.discount)
+            return config.coefficient * advantages.center_by_position(
+                to_come, lengths, batch.column("ticket").to_numpy()
+            )
+        estimates = advantages.gae(surprise, values["entropy"], lengths, config.discount, config.gae_lambda)
+        targets["entropy"] = estimates + values["entropy"]
+        return config.coefficient * estimates
 
     def _values(self, measured: Measured, num_tokens: int) -> dict[str, np.ndarray]:
         """Each head's values of the step in the unit of its targets."""
@@ -166,10 +170,10 @@ class PolicyGradient(Objective):
         """Targets and old values [tokens, K] in the unit the heads are trained in, after PopArt saw the targets."""
         if not targets:
             return None, None
-        assert self.by.critic is not None
+        assert self.config.critic is not None
         for head, art in self.popart.items():
-            if self.by.critic.popart:
-                art.update(targets[head][np.isfinite(targets[head])], self.by.critic.popart_rate)
+            if self.config.critic.popart:
+                art.update(targets[head][np.isfinite(targets[head])], self.config.critic.popart_rate)
 
         def unit(numbers: dict[str, np.ndarray]) -> np.ndarray:
             scaled = [self._scaled(numbers[head], head) for head in self.heads]
@@ -178,9 +182,9 @@ class PolicyGradient(Objective):
         return unit(targets), unit(values)
 
     def _scaled(self, numbers: np.ndarray, head: str) -> np.ndarray:
-        assert self.by.critic is not None
+        assert self.config.critic is not None
         art = self.popart[head]
-        return (numbers - art.mean) / art.deviation if self.by.critic.popart else numbers
+        return (numbers - art.mean) / art.deviation if self.config.critic.popart else numbers
 
     def _judge_values(self, values: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dict[str, Any]:
         known = {head: np.isfinite(target) for head, target in targets.items()}
@@ -197,22 +201,22 @@ class PolicyGradient(Objective):
         assert rows.sampler is not None
         weight, clamped_weights = self._importance_weight(old - rows.sampler, rows)
         terms, clipped, clamped = self._terms_of(logprobs - old, weight, rows)
-        num_terms = credit.num_tokens if self.by.level == "token" else credit.num_rows
-        loss = self.reduce(terms, rows, credit) if self.by.level == "token" else terms.sum() / credit.num_rows
+        num_terms = credit.num_tokens if self.config.level == "token" else credit.num_rows
+        loss = self.reduce(terms, rows, credit) if self.config.level == "token" else terms.sum() / credit.num_rows
         sums = {
             "policy_loss": loss.item(),
             "clip_ratio": clipped / num_terms,
             "clamped_log_ratios": float(clamped + clamped_weights),
             "importance_weight": weight.sum().item() / num_terms,
-            "truncated_weight_ratio": (weight >= self.by.correction_cap).sum().item() / num_terms,
+            "truncated_weight_ratio": (weight >= self.config.correction_cap).sum().item() / num_terms,
         }
-        if self.by.critic:
-            value_terms = self._value_terms(self.by.critic, rows, outputs, credit)
+        if self.config.critic:
+            value_terms = self._value_terms(self.config.critic, rows, outputs, credit)
             loss = loss + torch.stack(list(value_terms.values())).sum()
             sums |= {f"critic_loss/{head}": term.item() for head, term in value_terms.items()}
         return loss, sums
 
-    def _value_terms(self, by: CriticSettings, rows: Rows, outputs: Outputs, credit: Credit) -> dict[str, Tensor]:
+    def _value_terms(self, config: CriticSettings, rows: Rows, outputs: Outputs, credit: Credit) -> dict[str, Tensor]:
         """Each head's share of its loss, coefficient included, over all its targets of the step."""
         assert outputs.values is not None and rows.targets is not None and rows.old_values is not None
         assert credit.targets is not None
@@ -221,47 +225,47 @@ class PolicyGradient(Objective):
             art, target = self.popart[head], rows.targets[:, column]
             known = target.isfinite()
             raw = outputs.values[known, column]
-            predicted = art.scale * raw + art.shift if by.popart else raw
+            predicted = art.scale * raw + art.shift if config.popart else raw
             old = rows.old_values[known, column]
-            errors = critics.value_loss(predicted, old, target[known], by.loss, by.clip, by.clipped)
-            weight = by.coefficient * (by.entropy_coefficient if head == "entropy" else 1.0)
+            errors = critics.value_loss(predicted, old, target[known], config.loss, config.clip, config.clipped)
+            weight = config.coefficient * (config.entropy_coefficient if head == "entropy" else 1.0)
             terms[head] = weight * errors.sum() / int(np.isfinite(credit.targets[:, column]).sum())
         return terms
 
     def _importance_weight(self, log_ratio: Tensor, rows: Rows) -> tuple[Tensor, int]:
         """min(pi_old / mu, cap) for every term of the surrogate, and how many exponents were clamped."""
-        by_completion = self.by.level != "token"
-        if self.by.correction == "none":
+        by_completion = self.config.level != "token"
+        if self.config.correction == "none":
             return torch.ones_like(rows.lengths if by_completion else log_ratio), 0
-        per_row = self.by.correction == "sequence"
+        per_row = self.config.correction == "sequence"
         exponent, clamped = regularizers.clamp(rows.sum_by_row(log_ratio) if per_row else log_ratio)
-        weight = exponent.exp().clamp(max=self.by.correction_cap)
+        weight = exponent.exp().clamp(max=self.config.correction_cap)
         return (weight[rows.row_of_item] if per_row and not by_completion else weight), clamped
 
     def _terms_of(self, log_ratio: Tensor, weight: Tensor, rows: Rows) -> tuple[Tensor, int, int]:
         """-min(rho A, clip(rho) A) w of every term ([N] tokens or [B] rows); clipped and clamped terms counted."""
         credit = rows.advantages
-        if self.by.level != "token":
+        if self.config.level != "token":
             credit, log_ratio = credit[rows.first_items()], rows.sum_by_row(log_ratio)
-        if self.by.level == "sequence_mean":
+        if self.config.level == "sequence_mean":
             log_ratio = log_ratio / rows.lengths
         exponent, clamped = regularizers.clamp(log_ratio)
         ratio = exponent.exp()
-        low, high = self.by.clip_low, self.by.clip_high
+        low, high = self.config.clip_low, self.config.clip_high
         bounded = ratio.clamp(1 - low if low else None, 1 + high if high else None) if low or high else ratio
         objective = torch.minimum(ratio * credit, bounded * credit)
         clipped = int((bounded * credit < ratio * credit).sum())
         return -objective * weight, clipped, clamped
 
     def coefficients(self) -> dict[str, Any]:
-        found: dict[str, Any] = super().coefficients()
-        if self.by.normalize_reward:
+        values: dict[str, Any] = super().coefficients()
+        if self.config.normalize_reward:
             state = self.moments
-            found |= {"normalizer_mean": state.mean, "normalizer_std": state.deviation}
-        if self.by.critic and self.by.critic.popart:
-            found["popart_mean"] = {head: art.mean for head, art in self.popart.items()}
-            found["popart_std"] = {head: art.deviation for head, art in self.popart.items()}
-        return found
+            values |= {"normalizer_mean": state.mean, "normalizer_std": state.deviation}
+        if self.config.critic and self.config.critic.popart:
+            values["popart_mean"] = {head: art.mean for head, art in self.popart.items()}
+            values["popart_std"] = {head: art.deviation for head, art in self.popart.items()}
+        return values
 
     def state(self) -> dict[str, Any]:
         popart = {head: art.state() for head, art in self.popart.items()}
@@ -274,7 +278,7 @@ class PolicyGradient(Objective):
 
 
 def _checked(values: Any, rows: int, source: str) -> np.ndarray:
-    found = np.asarray(values, np.float64)
-    if found.shape != (rows,) or not np.isfinite(found).all():
+    result = np.asarray(values, np.float64)
+    if result.shape != (rows,) or not np.isfinite(result).all():
         raise ValueError(f"objective.advantage={source}: expected {rows} finite numbers, one a row")
-    return found
+    return result

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from keel import schema
-from keel.algorithms import pair_selection
+from keel.algorithms import pair_selection, reward_ensembles
 from keel.algorithms.advantages import vary
 from keel.algorithms.objective import Objective, finished
 from keel.algorithms.pair_selection import Candidates, Pairs
@@ -73,25 +73,25 @@ def log_odds(rows: Sequences) -> Tensor:
     return mean - torch.log(-torch.expm1(mean.clamp(max=-1e-7)))
 
 
-def sigmoid_loss(logits: Tensor, by: PreferenceSettings) -> Tensor:
+def sigmoid_loss(logits: Tensor, config: PreferenceSettings) -> Tensor:
     """-(1 - e) log sigma(u) - e log sigma(-u), e: labels taken as wrong (cDPO). [P] -> [P]."""
-    smoothing = by.label_smoothing
+    smoothing = config.label_smoothing
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
-def hinge_loss(logits: Tensor, by: PreferenceSettings) -> Tensor:
+def hinge_loss(logits: Tensor, config: PreferenceSettings) -> Tensor:
     """max(0, 1 - u). [P] -> [P]."""
     return torch.relu(1 - logits)
 
 
-def square_loss(logits: Tensor, by: PreferenceSettings) -> Tensor:
+def square_loss(logits: Tensor, config: PreferenceSettings) -> Tensor:
     """(h - 1/(2 tau))^2 with h = u / tau: IPO (2310.12036), tau is beta. [P] -> [P]."""
-    return (logits / by.beta - 1 / (2 * by.beta)).square()
+    return (logits / config.beta - 1 / (2 * config.beta)).square()
 
 
-def odds_loss(logits: Tensor, by: PreferenceSettings) -> Tensor:
+def odds_loss(logits: Tensor, config: PreferenceSettings) -> Tensor:
     """-beta log sigma(log odds difference): ORPO's second term; beta is its weight, not a temperature. [P] -> [P]."""
-    return -by.beta * logsigmoid(logits / by.beta)
+    return -config.beta * logsigmoid(logits / config.beta)
 
 
 PAIR_LOSSES: dict[str, tuple[Score, Callable[[Tensor, PreferenceSettings], Tensor]]] = {
@@ -111,14 +111,14 @@ _AVERAGES = ("ipo_average", "simpo", "simpo_hinge", "simpo_plackett_luce", "orpo
 """Losses of log-probs per token: regularizers beside them are per token, too."""
 
 
-def pair_logits(rows: Sequences, chosen: Tensor, rejected: Tensor, by: PreferenceSettings) -> Tensor:
+def pair_logits(rows: Sequences, chosen: Tensor, rejected: Tensor, config: PreferenceSettings) -> Tensor:
     """u of each pair [P]; pessimism as in pessimistic DPO: + c Gamma_w - c Gamma_l (2312.11456)."""
-    score = PAIR_LOSSES[by.loss][0](rows)
+    score = PAIR_LOSSES[config.loss][0](rows)
     inverse = 1 / rows.lengths
-    u = by.beta * (score[chosen] - score[rejected]) - by.target_margin
-    if by.exact_length_margin:
-        u = u + by.beta * (inverse[chosen] - inverse[rejected])
-    return u + by.pessimism * (rows.uncertainty[chosen] - rows.uncertainty[rejected])
+    u = config.beta * (score[chosen] - score[rejected]) - config.target_margin
+    if config.exact_length_margin:
+        u = u + config.beta * (inverse[chosen] - inverse[rejected])
+    return u + config.pessimism * (rows.uncertainty[chosen] - rows.uncertainty[rejected])
 
 
 def ranking_loss(scores: Tensor, margin: float) -> Tensor:
@@ -133,7 +133,7 @@ def ranking_loss(scores: Tensor, margin: float) -> Tensor:
     return total
 
 
-def kto_losses(rows: Sequences, chosen: Tensor, rejected: Tensor, by: PreferenceSettings) -> Tensor:
+def kto_losses(rows: Sequences, chosen: Tensor, rejected: Tensor, config: PreferenceSettings) -> Tensor:
     """KTO (2402.01306): 1 - sigma(beta (h - z)) for chosen, 1 - sigma(beta (z - h)) for rejected, weights 1. [2P].
 
     z = max(0, mean h over the step), detached: an estimate of KL(pi, ref) on the step's own samples, where the paper
@@ -141,7 +141,7 @@ def kto_losses(rows: Sequences, chosen: Tensor, rejected: Tensor, by: Preference
     """
     h = log_ratio(rows)
     z = h.detach().mean().clamp(min=0)
-    return 1 - torch.cat([torch.sigmoid(by.beta * (h[chosen] - z)), torch.sigmoid(by.beta * (z - h[rejected]))])
+    return 1 - torch.cat([torch.sigmoid(config.beta * (h[chosen] - z)), torch.sigmoid(config.beta * (z - h[rejected]))])
 
 
 def likelihood_loss(rows: Sequences, chosen: Tensor, form: str) -> Tensor:
@@ -159,8 +159,8 @@ class Preference(Objective):
     def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, PreferenceSettings)
-        self.by: PreferenceSettings = settings.objective
-        if self.by.loss in _AVERAGES:
+        self.config: PreferenceSettings = settings.objective
+        if self.config.loss in _AVERAGES:
             self.reduction = "sequence_mean"
         self._members = {f"reward_{reward.name}": reward.weight for reward in settings.train_rewards}
 
@@ -175,7 +175,7 @@ class Preference(Objective):
         if loss.requires_grad:
             slopes = torch.autograd.grad(loss, rows.policy)[0].numpy()
         settled = pairs.metrics.get("settled_ratio", 0.0)
-        stop = self.by.pairs.stop_settled_ratio
+        stop = self.config.pairs.stop_settled_ratio
         return Credit(
             advantages=np.repeat(-slopes * len(lengths), lengths),
             num_rows=len(lengths),
@@ -191,7 +191,7 @@ class Preference(Objective):
 
     def _candidates(self, batch: pa.RecordBatch, lengths: np.ndarray) -> Candidates:
         rewards = self.rewards(batch)
-        judge = f"reward_{self.by.pairs.judge}" if self.by.pairs.judge else None
+        judge = f"reward_{self.config.pairs.judge}" if self.config.pairs.judge else None
         tickets = batch.column("ticket").to_numpy()
 
         def column(name: str) -> np.ndarray:
@@ -206,7 +206,7 @@ class Preference(Objective):
             judged=column(judge) if judge else rewards,
             lengths=lengths,
             finished=finished(batch),
-            members=pair_selection.center(members, tickets),
+            members=reward_ensembles.center(members, tickets),
         )
 
     def _sequences(self, batch: pa.RecordBatch, logprobs: np.ndarray, seen: Candidates) -> Sequences:
@@ -219,48 +219,52 @@ class Preference(Objective):
 
     def _pairs(self, seen: Candidates) -> Pairs:
         """Of rankings best and worst: what the likelihood term, the counts and the metrics are about."""
-        return pair_selection.select(self.by.pairs, seen)
+        return pair_selection.select(self.config.pairs, seen)
 
     def _loss(self, rows: Sequences, pairs: Pairs, seen: Candidates) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over pairs (over prompts for rankings), and what DPO runs are watched by."""
         if len(pairs.chosen) == 0:
             return torch.zeros(()), {}
         chosen, rejected = torch.from_numpy(pairs.chosen), torch.from_numpy(pairs.rejected)
-        if self.by.loss in RANKING_SCORES:
+        if self.config.loss in RANKING_SCORES:
             loss = self._ranking(rows, seen)
-        elif self.by.loss == "kto":
-            loss = kto_losses(rows, chosen, rejected, self.by).mean()
+        elif self.config.loss == "kto":
+            loss = kto_losses(rows, chosen, rejected, self.config).mean()
         else:
-            loss = PAIR_LOSSES[self.by.loss][1](pair_logits(rows, chosen, rejected, self.by), self.by).mean()
-        if self.by.likelihood_coefficient:
-            loss = loss + self.by.likelihood_coefficient * likelihood_loss(rows, chosen, self.by.likelihood).mean()
+            loss = PAIR_LOSSES[self.config.loss][1](
+                pair_logits(rows, chosen, rejected, self.config), self.config
+            ).mean()
+        if self.config.likelihood_coefficient:
+            loss = (
+                loss + self.config.likelihood_coefficient * likelihood_loss(rows, chosen, self.config.likelihood).mean()
+            )
         return loss, self._watched(rows, chosen, rejected)
 
     def _ranking(self, rows: Sequences, seen: Candidates) -> Tensor:
-        scores = self.by.beta * RANKING_SCORES[self.by.loss](rows)
-        if self.by.exact_length_margin:
-            scores = scores + self.by.beta / rows.lengths
-        scores = scores + self.by.pessimism * rows.uncertainty
+        scores = self.config.beta * RANKING_SCORES[self.config.loss](rows)
+        if self.config.exact_length_margin:
+            scores = scores + self.config.beta / rows.lengths
+        scores = scores + self.config.pessimism * rows.uncertainty
         losses = []
         for ticket in np.unique(seen.tickets):
-            own = np.flatnonzero((seen.tickets == ticket) & np.isfinite(seen.judged))
+            judged = np.flatnonzero((seen.tickets == ticket) & np.isfinite(seen.judged))
             ranked: list[int] = []  # of rewards no further apart than min_margin only the first
-            for row in own[np.argsort(-seen.judged[own], kind="stable")]:
+            for row in judged[np.argsort(-seen.judged[judged], kind="stable")]:
                 if not ranked or self._differ(seen.judged[[ranked[-1], row]]):
                     ranked.append(int(row))
             if len(ranked) > 1:
-                losses.append(ranking_loss(scores[torch.tensor(ranked)], self.by.target_margin))
+                losses.append(ranking_loss(scores[torch.tensor(ranked)], self.config.target_margin))
         return torch.stack(losses).mean()
 
     def _differ(self, judged: np.ndarray) -> bool:
         """Whether of two rewards the first is larger by more than min_margin, and by more than rounding."""
-        return bool(judged[0] - judged[1] > self.by.pairs.min_margin) and vary(judged)
+        return bool(judged[0] - judged[1] > self.config.pairs.min_margin) and vary(judged)
 
     @torch.no_grad()
     def _watched(self, rows: Sequences, chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-        score = PAIR_LOSSES[self.by.loss][0] if self.by.loss in PAIR_LOSSES else None
-        score = score or RANKING_SCORES.get(self.by.loss, log_ratio)
-        implicit, ratio = self.by.beta * score(rows), log_ratio(rows)
+        score = PAIR_LOSSES[self.config.loss][0] if self.config.loss in PAIR_LOSSES else None
+        score = score or RANKING_SCORES.get(self.config.loss, log_ratio)
+        implicit, ratio = self.config.beta * score(rows), log_ratio(rows)
         won, lost = implicit[chosen], implicit[rejected]
         return {
             "chosen_implicit_reward": float(won.mean()),

@@ -21,20 +21,21 @@ OBJECTIVES: dict[str, Build] = {
 
 def build(settings: LearnerSpec) -> Objective:
     """The configured objective. Raises ConfigError when code of the user's own cannot be imported or built."""
-    by = settings.objective
-    if not isinstance(by, CustomObjectiveSettings):
-        return OBJECTIVES[by.kind](settings)
-    own = user_code.import_symbol(by.source, "objective.source")
-    if not (isinstance(own, type) and issubclass(own, Objective)):
+    config = settings.objective
+    if not isinstance(config, CustomObjectiveSettings):
+        return OBJECTIVES[config.kind](settings)
+    user_class = user_code.import_symbol(config.source, "objective.source")
+    if not (isinstance(user_class, type) and issubclass(user_class, Objective)):
         raise ConfigError(
-            f"objective.source={by.source}: not a class derived from keel.algorithms.objective.Objective; expected one"
+            f"objective.source={config.source}: not a class derived from keel.algorithms.objective.Objective;"
+            " expected one"
         )
     try:
-        return own(settings)
+        return user_class(settings)
     except ConfigError:
         raise
     except Exception as error:  # the user's code may raise anything; here it is bad input
         reason = f"{type(error).__name__} {one_line(error)}"
         raise ConfigError(
-            f"objective.source={by.source}: raised {reason} when built; check objective.options"
+            f"objective.source={config.source}: raised {reason} when built; check objective.options"
         ) from None

@@ -1,4 +1,4 @@
-"""Regularizers: KL to the reference and entropy, as reward terms (numpy) or loss terms (torch).
+"""Regularizers: the KL estimators (k1, k2, k3, k3_k2, exact) and the entropy, in the reward (numpy) or loss (torch).
 
 Where a term lives decides its gradient (in the reward: detached, through the advantage; in the loss: differentiated):
 

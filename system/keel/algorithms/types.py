@@ -126,13 +126,13 @@ class VocabularyTerm(Protocol):
 
 def labeled(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers as floats; `name/label` keys gathered under their name."""
-    found: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for key, value in metrics.items():
         name, _, label = key.partition("/")
         if label:
-            found[name] = {**found.get(name, {}), label: float(value)}
+            tree[name] = {**tree.get(name, {}), label: float(value)}
         elif isinstance(value, Mapping):
-            found[name] = {**found.get(name, {}), **{each: float(number) for each, number in value.items()}}
+            tree[name] = {**tree.get(name, {}), **{label: float(number) for label, number in value.items()}}
         else:
-            found[name] = float(value)
-    return found
+            tree[name] = float(value)
+    return tree

@@ -6,7 +6,7 @@ so that the weights average 1. It never asks for anything outside the samples, s
     kl         f = w log w         w = k softmax(r / alpha): reward-weighted regression, FLAME's weighting of candidates
     chi2       f = (w - 1)^2 / 2   w = max(0, (r - nu)/alpha + 1): bad samples get nothing
     soft_chi2  in between          w = exp(x) for x < 0, x + 1 above: bad samples little, good ones linearly
-    best_of_n  the best sample alone (RAFT, 2304.06767);   rejection: kept or not, see elicitation.acceptance. It is an
+    best_of_n  the best sample alone (RAFT, 2304.06767);   rejection: kept or not, by pair_selection.acceptance: an
                online variant: weights reach the generators after every step, so a stage of several steps applies its
                factor to samples of a policy that has moved within it; stage_steps 1 is one factor a step
 """
@@ -64,8 +64,8 @@ class WeightedLikelihood(Objective):
     def __init__(self, settings: LearnerSpec) -> None:
         super().__init__(settings)
         assert isinstance(settings.objective, WeightedLikelihoodSettings)
-        self.by: WeightedLikelihoodSettings = settings.objective
-        self.reduction = _REDUCTIONS[self.by.likelihood]
+        self.config: WeightedLikelihoodSettings = settings.objective
+        self.reduction = _REDUCTIONS[self.config.likelihood]
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         rewards, tickets = self.rewards(batch), batch.column("ticket").to_numpy()
@@ -78,7 +78,7 @@ class WeightedLikelihood(Objective):
             effective.append(effective_samples(weights[rows]))
             best.append(rewards[rows].max())
         weights *= len(weights) / weights.sum()  # rejection keeps different numbers of each prompt's
-        share = {"sum": 1.0, "average": 1 / lengths, "token_mean": len(lengths) / lengths.sum()}[self.by.likelihood]
+        share = {"sum": 1.0, "average": 1 / lengths, "token_mean": len(lengths) / lengths.sum()}[self.config.likelihood]
         per_token = np.repeat(weights * share, lengths)
         sampled = tickets[schema.sampled(batch)]  # of stored completions it is not known what they were chosen from
         group = len(sampled) / max(len(np.unique(sampled)), 1)
@@ -95,15 +95,15 @@ class WeightedLikelihood(Objective):
         )
 
     def _weights(self, rewards: np.ndarray, batch: pa.RecordBatch, rows: np.ndarray, version: int) -> np.ndarray:
-        if self.by.weights == "best_of_n":
+        if self.config.weights == "best_of_n":
             return len(rewards) * (np.arange(len(rewards)) == rewards.argmax())
-        if self.by.weights == "uniform" or not advantages.vary(rewards):
+        if self.config.weights == "uniform" or not advantages.vary(rewards):
             return np.ones(len(rewards))
-        if self.by.weights == "rejection":
-            etas = self.by.rejection_temperatures
-            stage = min(version // self.by.stage_steps, len(etas) - 1)
+        if self.config.weights == "rejection":
+            etas = self.config.rejection_temperatures
+            stage = min(version // self.config.stage_steps, len(etas) - 1)
             keep = pair_selection.acceptance(rewards, etas[stage], etas[stage - 1] if stage else None)
             seeds = batch.column("seed").to_numpy()[rows]
             draws = np.array([np.random.default_rng(seed).random() for seed in seeds])
             return (draws < keep).astype(np.float64)  # the best is always kept: its probability is 1
-        return divergence_weights(rewards, self.by.weights, self.by.temperature)
+        return divergence_weights(rewards, self.config.weights, self.config.temperature)

@@ -12,8 +12,8 @@ from keel.analysis import measurement
 from keel.analysis.rates import Rates
 from keel.config import loader
 from keel.config.run import Settings
+from keel.observability.console import Display
 from keel.online import preflight, train
-from keel.online.recorder import Display
 
 STEPS = 5
 """The first warms up, the last evaluates: three are measured."""

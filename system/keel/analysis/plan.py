@@ -108,13 +108,13 @@ class _Drawn:
         return self._load
 
     def driver(self, what: str) -> float:
-        by = self._rates.driver
+        rates = self._rates.driver
         return {
             "publish": self._rates.weights.publish_seconds,
-            "add": by.add_seconds,
-            "take": by.take_seconds,
-            "advance": by.advance_seconds,
-            "checkpoint": by.checkpoint_seconds,
+            "add": rates.add_seconds,
+            "take": rates.take_seconds,
+            "advance": rates.advance_seconds,
+            "checkpoint": rates.checkpoint_seconds,
         }[what]
 
     def _factor(self, role: str, key: int) -> float:
@@ -154,7 +154,7 @@ def shape_of(settings: Settings, rates: Rates, counts: Mapping[str, int], machin
         steps=steps,
         evaluate_every=settings.evaluation.every_steps,
         checkpoint_every=settings.checkpoint.every_steps,
-        threads={role: float(by.threads) for role, by in capacity.workers(settings).items()},
+        threads={role: float(worker.threads) for role, worker in capacity.workers(settings).items()},
         cpu_ratios={role: rates.of(role).cpu_ratio for role in STAGES if role in counts},
         cores=machine.cores,
     )

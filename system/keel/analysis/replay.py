@@ -16,9 +16,9 @@ from keel import checkpoint, files, reads, references, schema
 from keel.cluster import actors, learner_group
 from keel.config import loader
 from keel.errors import ConfigError, NotFinite
+from keel.observability.console import Display
 from keel.online import preflight
 from keel.online.preflight import Prepared
-from keel.online.recorder import Display
 
 
 @dataclass(frozen=True)

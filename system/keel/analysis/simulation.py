@@ -2,11 +2,10 @@
 
     admit -> generator -> reference -> scorer -> buffer -> learner -> publish -> load into every generator -> advance
 
-A group is admitted only while `taken + live < (version + 1 + max_staleness) * groups_per_step`, an opening is split
-into batches of groups_per_batch, groups are trained in admission order, and the bound moves when the last generator
-holds the new weights: as in buffer.py. At max_staleness 0 batches go round robin, else to the least waited-for worker;
-a worker does one thing at a time and a busy generator loads after its call: as in pool.py. Seconds of workers are
-counted by `Utilization`, the piece of code that counts those of a real run.
+Groups are admitted by the buffer's own `AdmissionWindow`, trained in admission order, and the window moves when the
+last generator holds the new weights: as in buffer.py. At max_staleness 0 batches go round robin, else to the least
+waited-for worker; a worker does one thing at a time and a busy generator loads after its call: as in pool.py. Seconds
+of workers are counted by `Utilization`, the piece of code that counts those of a real run.
 
 Left out: lost workers, failed samples, dropped groups and refills, new references, start-up.
 """
@@ -20,6 +19,7 @@ from typing import Protocol
 
 from keel.analysis.virtual_time import Clock, Event, Process, VirtualLock
 from keel.observability.utilization import STAGES, WAITING, Utilization
+from keel.rollout.admission import AdmissionWindow
 
 Counted = dict[str, dict[str, float]]
 
@@ -151,8 +151,8 @@ class Simulation:
         self.pools = [_Pool(role, self.clock, shape, self.utilization) for role in STAGES if role in shape.workers]
         self.line = Timeline([], [], [], [], [], [])
         self._learner_threads = shape.ranks * shape.threads.get("learner", 0.0)
-        self._version = self._taken = self._next_ticket = 0
-        self._openings: deque[int] = deque()
+        self._window = AdmissionWindow(shape.groups_per_step, shape.groups_per_batch, shape.max_staleness)
+        self._version = self._next_ticket = 0
         self._live: deque[int] = deque()
         self._ready: set[int] = set()
         self._made_by: dict[int, int] = {}
@@ -162,15 +162,10 @@ class Simulation:
         self.utilization.ranks(self.shape.ranks)
         for pool in self.pools:
             self.utilization.occupied(pool.role, 0, 0, len(pool.workers))
-        self._open((1 + self.shape.max_staleness) * self.shape.groups_per_step)
         learned = self.clock.spawn(self._learn())
         self.clock.spawn(self._rollouts())
         self.clock.run(learned)
         return self.line
-
-    def _open(self, slots: int) -> None:
-        whole, rest = divmod(slots, self.shape.groups_per_batch)
-        self._openings.extend([self.shape.groups_per_batch] * whole + [rest] * bool(rest))
 
     def _tell(self, event: Event) -> Event:
         """Wake who waits; the event of the next time."""
@@ -179,14 +174,12 @@ class Simulation:
 
     def _rollouts(self) -> Process:
         while True:
-            while not self._openings:
+            while not self._window.openings:
                 yield self._opened
-            size = self._openings.popleft()
+            size = self._window.admit(len(self._live))
             tickets = range(self._next_ticket, self._next_ticket + size)
             self._next_ticket += size
             self._live.extend(tickets)
-            bound = (self._version + 1 + self.shape.max_staleness) * self.shape.groups_per_step
-            assert self._taken + len(self._live) <= bound
             self.line.admitted.append((self.clock.now, tuple(tickets)))
             self.clock.spawn(self._one(tickets))
 
@@ -215,7 +208,7 @@ class Simulation:
                 yield from self._evaluate()
             if not last:
                 yield self.clock.sleep(self.durations.driver("advance"))
-                self._open(shape.groups_per_step)
+                self._window.advance()
                 self._opened = self._tell(self._opened)
             self.line.recorded.append(self.clock.now)
             self.line.counted.append(self.utilization.drain())
@@ -228,7 +221,7 @@ class Simulation:
         while len(self._live) < groups or not all(ticket in self._ready for ticket in islice(self._live, groups)):
             yield self._added
         tickets = [self._live.popleft() for _ in range(groups)]
-        self._taken += groups
+        self._window.taken += groups
         self._ready.difference_update(tickets)
         self.line.staleness.append(Counter(self._version - self._made_by.pop(ticket) for ticket in tickets))
         yield self.clock.sleep(self.durations.driver("take"))

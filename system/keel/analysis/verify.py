@@ -21,8 +21,8 @@ from typing import Any
 from keel import checkpoint, files, reads, schema
 from keel.analysis.audit import UNREADABLE, Audit, Finding, Progress, audit_evaluations, audit_rollouts
 from keel.config import loader
+from keel.config.commands import command_of
 from keel.config.run import Settings
-from keel.config.stages import command_of
 from keel.errors import ConfigError
 from keel.observability import metric_table
 

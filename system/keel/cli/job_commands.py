@@ -14,7 +14,7 @@ from rich.text import Text
 from keel.cli.run_commands import Address, AsJson, Run, elsewhere, needed
 from keel.cluster import bundle
 from keel.config import loader
-from keel.config.stages import COMMANDS, command_of
+from keel.config.commands import COMMANDS, command_of
 from keel.errors import ConfigError
 from keel.observability.console import console, errors
 from keel.online import status as run_status

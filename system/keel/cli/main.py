@@ -13,16 +13,11 @@ from keel import __version__
 from keel.cli import deploy_commands, job_commands, plan_commands, run_commands
 from keel.config import loader
 from keel.config.base import Section
+from keel.config.commands import CONFIGURATIONS, command_of
+from keel.config.label import LabelSettings
 from keel.config.pipeline import PipelineSettings
 from keel.config.run import Settings
-from keel.config.stages import (
-    COMMANDS,
-    LabelSettings,
-    PreferSettings,
-    RewardModelSettings,
-    SupervisedSettings,
-    command_of,
-)
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import (
     REWARD_MODEL_COLUMNS,
@@ -92,10 +87,17 @@ def schema(
     command: Annotated[str, typer.Argument(help="train, sft, prefer, reward, label, evaluate or pipeline")] = "train",
 ) -> None:
     """Print the JSON schema of a command's configuration, with defaults and descriptions."""
-    known: dict[str, type[Section]] = {**COMMANDS, "pipeline": PipelineSettings}
-    if command not in known:
-        raise ConfigError(f"COMMAND={command}: has no configuration; expected one of {', '.join(known)}")
-    typer.echo(json.dumps(known[command].model_json_schema(), indent=2))
+    if command not in CONFIGURATIONS:
+        raise ConfigError(f"COMMAND={command}: has no configuration; expected one of {', '.join(CONFIGURATIONS)}")
+    typer.echo(json.dumps(CONFIGURATIONS[command].model_json_schema(), indent=2))
+
+
+@app.command("settings")
+def setting_tables() -> None:
+    """Print the reference tables of all settings."""
+    from keel.config.reference import page
+
+    typer.echo(page())
 
 
 @app.command()

@@ -12,32 +12,34 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.autoscaler.sdk import request_resources
-from ray.exceptions import AuthenticationError, ObjectLostError, RayTaskError
+from ray.exceptions import AuthenticationError, ObjectLostError
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from keel.cluster import capacity, placement
 from keel.cluster.control import reach
 from keel.cluster.pool import Pool
-from keel.cluster.ray_errors import GONE, cause_of, init_failed
+from keel.cluster.ray_errors import answer
 from keel.cluster.worker import Spawn
+from keel.config.commands import AnySettings
 from keel.config.run import Settings
-from keel.config.stages import AnySettings, SamplingSpec, ScoringSpec
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
-from keel.errors import BufferLost, BuildFailed, ConfigError, WorkerLost
-from keel.protocols import AddReceipt, Batch, LoadReceipt, Observer, Sampling, StageReceipt
+from keel.errors import BufferLost, ConfigError, WorkerLost
+from keel.protocols import AddReceipt, Batch, Observer, Sampling, StageReceipt
 from keel.rollout.buffer import RolloutBuffer
 from keel.rollout.generator import VllmGenerator
 from keel.rollout.scorers import ReferenceScorer, RewardScorer
-from keel.text import last_line, one_line
+from keel.text import one_line
 
+Result = TypeVar("Result")
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 _STARTS = 5
 _LATE = "node timed out during startup"
@@ -161,28 +163,22 @@ async def fetch(batch: Batch) -> pa.RecordBatch:
         raise WorkerLost("a batch was lost with its node") from error
 
 
-class GeneratorPool:
+class GeneratorPool(Pool):
     """A Generator made of many. `given` knows the completions of prompts that come with theirs."""
 
-    def __init__(self, pool: Pool, deadline: float, given: Given | None) -> None:
-        self.pool, self.deadline, self.given = pool, deadline, given
+    given: Given | None = None
 
     async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
         given = self.given(prompts) if self.given else None
-        return await self.pool.call("generate", prompts, sampling, given, deadline=self.deadline)
-
-    async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
-        return await self.pool.load_weights(weights)
+        deadline = self.deadlines.generate_seconds
+        return await self.call(VllmGenerator.generate, prompts, sampling, given, deadline=deadline)
 
 
-class ScorerPool:
+class ScorerPool(Pool):
     """A Scorer made of many."""
 
-    def __init__(self, pool: Pool, deadline: float) -> None:
-        self.pool, self.deadline = pool, deadline
-
     async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
-        return await self.pool.call("score", batch, deadline=self.deadline)
+        return await self.call(RewardScorer.score, batch, deadline=self.deadlines.score_seconds)
 
 
 class RemoteBuffer:
@@ -205,73 +201,66 @@ class RemoteBuffer:
         )
 
     async def admit(self) -> list[int]:
-        return await _of_buffer(self.actor.admit.remote())
+        return await self._answer(self.actor.admit.remote())
 
     async def add(self, tickets: list[int], batch: Batch) -> AddReceipt:
-        try:
-            return await _of_buffer(self.actor.add.remote(tickets, batch))
-        except ObjectLostError as error:
-            raise WorkerLost(f"the rows of tickets {tickets} were lost with their node") from error
+        return await self._answer(self.actor.add.remote(tickets, batch), f"the rows of tickets {tickets}")
 
     async def drop(self, tickets: list[int], reason: str) -> None:
-        await _of_buffer(self.actor.drop.remote(tickets, reason))
+        await self._answer(self.actor.drop.remote(tickets, reason))
 
     async def take(self, groups: int) -> tuple[Batch, Mapping[str, Any]]:
         handle, numbers = self.actor.take.options(num_returns=2).remote(groups)
-        return handle, await _of_buffer(numbers)
+        return handle, await self._answer(numbers)
 
     async def advance(self, version: int) -> None:
-        await _of_buffer(self.actor.advance.remote(version))
+        await self._answer(self.actor.advance.remote(version))
 
     async def resize(self, groups_per_batch: int) -> None:
-        await _of_buffer(self.actor.resize.remote(groups_per_batch))
+        await self._answer(self.actor.resize.remote(groups_per_batch))
         self.groups_per_batch = groups_per_batch
 
     async def waiting(self) -> str:
-        return await _of_buffer(self.actor.waiting.remote())
+        return await self._answer(self.actor.waiting.remote())
 
-    async def found(self) -> dict[str, Any]:
-        return await _of_buffer(self.actor.found.remote())
+    async def restored(self) -> dict[str, Any]:
+        return await self._answer(self.actor.restored.remote())
 
     async def state(self) -> dict[str, int]:
-        return await _of_buffer(self.actor.state.remote())
+        return await self._answer(self.actor.state.remote())
 
     async def forget(self, before_ticket: int) -> None:
-        await _of_buffer(self.actor.forget.remote(before_ticket))
+        await self._answer(self.actor.forget.remote(before_ticket))
 
     def stop(self) -> None:
         ray.kill(self.actor, no_restart=True)
 
+    async def _answer(self, reference: Awaitable[Result], rows: str = "the rows") -> Result:
+        input_lost = WorkerLost(f"{rows} were lost with their node")
 
-async def _of_buffer(answer: Awaitable[Any]) -> Any:
-    try:
-        return await answer
-    except RayTaskError as error:
-        raise cause_of(error) from error
-    except GONE as error:
-        if init_failed(error):
-            raise BuildFailed(f"the buffer did not start: {last_line(str(error))}") from error
-        raise BufferLost(f"the buffer actor died ({last_line(str(error))})") from error
+        def lost(reason: str) -> BufferLost:
+            return BufferLost(f"the buffer actor died ({reason})")
+
+        return await answer(reference, "the buffer", lost, input_lost)
 
 
 def generators(
     settings: Settings | SamplingSpec, folder: str, given: Given | None = None, observer: Observer | None = None
 ) -> GeneratorPool:
     tokens = settings.max_model_tokens + (given is not None)  # reading a completion asks for one token more
-    by = settings.generators
-    options = settings.policy.chat_template_options
-    spawn = Spawn(VllmGenerator, by, lambda index: (folder, by, tokens, f"generator-{index}", options))
-    return GeneratorPool(
-        _pool("generator", spawn, by.count, settings, observer), settings.deadlines.generate_seconds, given
-    )
+    workers, options = settings.generators, settings.policy.chat_template_options
+    spawn = Spawn(VllmGenerator, workers, lambda index: (folder, workers, tokens, f"generator-{index}", options))
+    pool = GeneratorPool("generator", spawn, workers.count, **_options(settings, observer))
+    pool.given = given
+    return pool
 
 
 def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ScorerPool:
     """The frozen reference policy."""
-    by, temperature = settings.reference, settings.sampling.temperature
-    assert by is not None
-    spawn = Spawn(ReferenceScorer, by, lambda index: (folder, by, temperature, f"reference-{index}"))
-    return ScorerPool(_pool("reference", spawn, by.count, settings, observer), settings.deadlines.score_seconds)
+    workers, temperature = settings.reference, settings.sampling.temperature
+    assert workers is not None
+    spawn = Spawn(ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}"))
+    return ScorerPool("reference", spawn, workers.count, **_options(settings, observer))
 
 
 def scorers(
@@ -279,22 +268,19 @@ def scorers(
 ) -> list[ScorerPool]:
     """The reference policy first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
-    by = settings.scorers
-    rewards, seconds = (settings.rewards, settings.ensemble, by.threads), settings.deadlines.score_seconds
-    spawn = Spawn(RewardScorer, by, lambda index: (*rewards, f"scorer-{index}", by.gpus, seconds))
-    scorer = _pool("scorer", spawn, by.count, settings, observer)
-    return [*pools, ScorerPool(scorer, seconds)]
+    workers, seconds = settings.scorers, settings.deadlines.score_seconds
+    rewards = (settings.rewards, settings.ensemble, workers.threads)
+    spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", workers.gpus, seconds))
+    return [*pools, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
 
 
-def _pool(role: str, spawn: Spawn, count: int, settings: Settings | ScoringSpec, observer: Observer | None) -> Pool:
+def _options(settings: Settings | ScoringSpec, observer: Observer | None) -> dict[str, Any]:
+    """The arguments that all pools of a run share."""
     failures = settings.failures
-    return Pool(
-        role,
-        spawn,
-        count,
-        settings.deadlines,
-        restarts=failures.retries,
-        patience_seconds=failures.degrade_after_seconds,
-        by_ticket=settings.in_ticket_order,
-        observer=observer,
-    )
+    return {
+        "deadlines": settings.deadlines,
+        "restarts": failures.retries,
+        "patience_seconds": failures.degrade_after_seconds,
+        "by_ticket": settings.in_ticket_order,
+        "observer": observer,
+    }

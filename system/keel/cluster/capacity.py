@@ -10,8 +10,8 @@ What is refused is proven not to fit: where a proof would take too long, the run
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from keel.config.commands import AnySettings
 from keel.config.run import Settings
-from keel.config.stages import AnySettings
 from keel.config.workers import GeneratorSettings, WorkerSettings
 
 Amounts = Mapping[str, float]

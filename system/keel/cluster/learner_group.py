@@ -1,41 +1,40 @@
-"""Learner ranks as Ray actors that move together: every call goes to all, rank 0 answers; one lost, all lost.
+"""Learner ranks as Ray actors: every call goes to all ranks, rank 0 answers; the loss of one loses the group.
 
 placement group -> port on rank 0's node -> ranks -> call ... call -> LearnerLost: stop, then a new learner group
 """
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.cluster.capacity import bundles
 from keel.cluster.placement import Placement, PlacementWait
-from keel.cluster.ray_errors import GONE, cause_of, init_failed
+from keel.cluster.ray_errors import answer
 from keel.cluster.rendezvous import Rendezvous
 from keel.config.run import LearnerSpec
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.protocols import Batch, LoadReceipt, Observer, StepReport
-from keel.text import last_line
 
+Result = TypeVar("Result")
 _GRACE_SECONDS = 15
-"""Between the first error of a rank and the others': a dead rank makes the rest fail, and is noticed last."""
+"""From the first error of a rank to those of the others: a dead rank makes the others fail, often before Ray tells."""
 
 
 def placement_for(learners: LearnerSettings, ranks: int) -> Placement:
-    """Room for a learner group: its ranks need not be on one node."""
+    """Request a placement group for a learner group; its ranks need not be on one node."""
     return Placement(bundles(learners) * ranks, "PACK")
 
 
 async def largest_placement(
     learners: LearnerSettings, ranks: int, seconds: float, last_seconds: float, observer: Observer | None = None
 ) -> Placement:
-    """Room for `ranks`; after so many seconds without it, for as many as there is room.
+    """Wait `seconds` for a placement group of `ranks`, then request smaller ones until one is granted.
 
-    For one rank it waits `last_seconds`: a cluster may be growing. Raises LearnerLost then.
+    For a single rank it waits `last_seconds`: a cluster may be growing. Raises LearnerLost then.
     """
     for count in range(ranks, 0, -1):
         placement = placement_for(learners, count)
@@ -64,21 +63,25 @@ class RankGroup:
         self.ranks: list[Any] = []
 
     async def ready(self) -> None:
-        """The room is granted and all ranks have met there."""
+        """Wait for the placement group, start all ranks in it and wait until they have met."""
         await self.placement.granted()
         rendezvous = self.placement.beside(Rendezvous).remote()
         try:
-            address, port = await _met(rendezvous)
+            address, port = await _answer(rendezvous.where.remote(), "the rendezvous of the ranks", "start")
             for rank in range(self.placement.ranks):
                 actor = self.placement.place(self._actor_class, rank)
                 self.ranks.append(actor.remote(*self._arguments, rank, self.placement.ranks, address, port))
             await self._all("start", [rank.__ray_ready__.remote() for rank in self.ranks])
         finally:
-            ray.kill(rendezvous, no_restart=True)  # rank 0 listens there now, or nobody will
+            ray.kill(rendezvous, no_restart=True)  # by now rank 0 listens there
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """The method on every rank; rank 0's answer. Raises LearnerLost, or what the ranks raised."""
+        """Call a method on every rank; the answer is rank 0's. Raises LearnerLost, or what a rank raised."""
         return (await self._all(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
+
+    async def ask(self, method: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a method by the function itself, with the type of its answer."""
+        return await self.call(method.__name__, *arguments)
 
     def stop(self) -> None:
         """End all ranks to free their memory. A placement group that the caller passed in stays the caller's."""
@@ -89,46 +92,29 @@ class RankGroup:
 
     async def _all(self, method: str, references: list[Any]) -> list[Any]:
         """Answers of all ranks; the first error ends the wait."""
-        answers = [asyncio.ensure_future(_answer(reference)) for reference in references]
+        answers = [
+            asyncio.ensure_future(_answer(reference, f"learner rank {rank} of {len(references)}", method))
+            for rank, reference in enumerate(references)
+        ]
         try:
             done, pending = await asyncio.wait(answers, return_when=asyncio.FIRST_EXCEPTION)
             if pending:
                 done |= (await asyncio.wait(pending, timeout=_GRACE_SECONDS))[0]
         finally:
-            for answer in answers:
-                answer.cancel()
-        errors = {
-            rank: error for rank, answer in enumerate(answers) if answer in done and (error := answer.exception())
-        }
-        for rank, error in errors.items():
-            if init_failed(error):
-                raise BuildFailed(
-                    f"learner rank {rank} of {len(answers)} did not start: {last_line(str(error))}"
-                ) from error
-            if isinstance(error, (*GONE, ObjectLostError)):
-                what = "died" if isinstance(error, GONE) else "lost its input"
-                raise LearnerLost(f"learner rank {rank} of {len(answers)} {what} during {method}") from error
-        for error in errors.values():
-            if error is not None:
-                raise error
-        return [answer.result() for answer in answers]
+            for task in answers:
+                task.cancel()
+        errors = [error for task in answers if task in done and (error := task.exception())]
+        lost = [error for error in errors if isinstance(error, (BuildFailed, LearnerLost))]
+        for error in [*lost, *errors]:  # a lost rank makes the others fail
+            raise error
+        return [task.result() for task in answers]
 
 
-async def _met(rendezvous: Any) -> tuple[str, int]:
-    """Address and port for the ranks of a learner group. Raises LearnerLost, or BuildFailed where no port is free."""
-    try:
-        return await rendezvous.where.remote()
-    except GONE as error:
-        if init_failed(error):
-            raise BuildFailed(f"the ranks have no place to meet: {last_line(str(error))}") from error
-        raise LearnerLost("the node of the first learner rank is gone") from error
+async def _answer(reference: Any, rank: str, method: str) -> Any:
+    def lost(reason: str) -> LearnerLost:
+        return LearnerLost(f"{rank} died during {method}")
 
-
-async def _answer(reference: Any) -> Any:
-    try:
-        return await reference
-    except RayTaskError as error:
-        raise cause_of(error) from error
+    return await answer(reference, rank, lost, LearnerLost(f"{rank} lost its input during {method}"))
 
 
 class LearnerGroup(RankGroup):
@@ -145,7 +131,7 @@ class LearnerGroup(RankGroup):
         super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}), placement=placement)
 
     async def step(self, batch: Batch) -> StepReport:
-        return await self.call("step", batch)
+        return await self.ask(DeepSpeedLearner.step, batch)
 
     async def publish(self) -> tuple[Any, LoadReceipt]:
         answers = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
@@ -153,19 +139,19 @@ class LearnerGroup(RankGroup):
         return answers[0][0], receipts[0]
 
     async def compare(self, batch: Batch) -> Mapping[str, float]:
-        return await self.call("compare", batch)
+        return await self.ask(DeepSpeedLearner.compare, batch)
 
     async def save(self, directory: str) -> None:
-        await self.call("save", directory)
+        await self.ask(DeepSpeedLearner.save, directory)
 
     async def restore_checkpoint(self, directory: str) -> int:
-        return await self.call("restore_checkpoint", directory)
+        return await self.ask(DeepSpeedLearner.restore_checkpoint, directory)
 
     async def export(self, folder: str) -> None:
-        await self.call("export", folder)
+        await self.ask(DeepSpeedLearner.export, folder)
 
     async def state(self) -> Mapping[str, Any]:
-        return await self.call("state")
+        return await self.ask(DeepSpeedLearner.state)
 
     async def renew_reference(self, folder: str) -> None:
-        await self.call("renew_reference", folder)
+        await self.ask(DeepSpeedLearner.renew_reference, folder)

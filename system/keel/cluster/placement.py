@@ -1,8 +1,8 @@
-"""Room: CPUs, GPUs and custom resources of one worker or one learner group as a placement group, all of it or none.
+"""Placement groups: the CPUs, GPUs and custom resources of one worker or one learner group, all of them or none.
 
 asked --> granted, on one node or on several --> actors in its bundles --> released
   |
-  +--> waits: who, for what, and what is free, told after a few seconds and then once a minute
+  +--> a wait is reported after a few seconds and then once a minute: what waits, for what, and what is free
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from keel.cluster.capacity import Amounts, free_words, words
 from keel.protocols import Observer
 
-FIRST_TOLD_SECONDS = 5.0
-TOLD_EVERY_SECONDS = 60.0
+FIRST_REPORT_SECONDS = 5.0
+REPORT_EVERY_SECONDS = 60.0
 
 
 class Placement:
-    """Bundles, each on one node; with STRICT_PACK all on the same. Whoever makes one releases it."""
+    """A Ray placement group of bundles, each on one node; with STRICT_PACK all on the same. Its maker releases it."""
 
     def __init__(self, bundles: Sequence[Amounts], strategy: Literal["PACK", "STRICT_PACK"]) -> None:
         self.bundles, self._strategy = [dict(bundle) for bundle in bundles], strategy
@@ -32,11 +32,11 @@ class Placement:
 
     @property
     def ranks(self) -> int:
-        """Bundles: one for each rank of a learner group."""
+        """The number of bundles: one for each rank of a learner group."""
         return len(self.bundles)
 
     async def granted(self, seconds: float | None = None) -> bool:
-        """Whether Ray finds it within so many seconds; None: however long it takes. Again, when a node was lost."""
+        """Whether Ray grants it within so many seconds; None: wait for ever. Ask once more after a node was lost."""
         if self._ready is None or self._ready.done():
             self._ready = asyncio.ensure_future(_ready(self.group))
         for answer in (await asyncio.wait([self._ready], timeout=seconds))[0]:
@@ -45,7 +45,7 @@ class Placement:
         return False
 
     def place(self, actor_class: type, bundle: int, *, with_children: bool = False) -> Any:
-        """The class as a Ray actor that fills a bundle; `with_children`: what it starts itself goes into the others."""
+        """The class as a Ray actor that fills a bundle; `with_children`: actors that it starts go into the others."""
         asked = dict(self.bundles[bundle])
         where = PlacementGroupSchedulingStrategy(self.group, bundle, with_children)
         cpus, gpus = asked.pop("CPU", 0.0), asked.pop("GPU", 0.0)
@@ -63,7 +63,7 @@ class Placement:
         return words({name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in self._names()})
 
     def placed(self) -> bool:
-        """Ray has found it, though nobody may have been there yet."""
+        """Whether Ray has created it, though no actor may have started in it yet."""
         return placement_group_table(self.group)["state"] == "CREATED"
 
     def free(self) -> str:
@@ -71,7 +71,7 @@ class Placement:
         return free_words(free_nodes(), self._names())
 
     def release(self) -> None:
-        """Give it back, and end whoever still is in it."""
+        """Release it and end all actors that are still in it."""
         if self._ready is not None:
             self._ready.cancel()
         if ray.is_initialized():
@@ -82,19 +82,19 @@ class Placement:
 
 
 class PlacementWait:
-    """The wait of one for its room, told to an observer while it lasts and when it ends."""
+    """A wait for a placement group, reported to an observer while it lasts and when it ends."""
 
     def __init__(self, placement: Placement, name: str, observer: Observer) -> None:
         self.placement, self.name, self._observer = placement, name, observer
         self._began = time.monotonic()
-        self._tells = self._began + FIRST_TOLD_SECONDS
-        self._told = self._granted = False
+        self._next_report = self._began + FIRST_REPORT_SECONDS
+        self._reported = self._granted = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._told:
+        if self._reported:
             self._observer.waited_for_resources(self.name, self.seconds, granted=self._granted)
 
     @property
@@ -102,32 +102,32 @@ class PlacementWait:
         return time.monotonic() - self._began
 
     async def granted(self, seconds: float) -> bool:
-        """Whether Ray finds it within so many seconds."""
+        """Whether Ray grants it within so many seconds."""
         until = time.monotonic() + seconds
         while not self._granted and (now := time.monotonic()) < until:
-            self._granted = await self.placement.granted(min(until, self._tells) - now)
-            if not self._granted and time.monotonic() >= self._tells:
-                self._tells = time.monotonic() + TOLD_EVERY_SECONDS
+            self._granted = await self.placement.granted(min(until, self._next_report) - now)
+            if not self._granted and time.monotonic() >= self._next_report:
+                self._next_report = time.monotonic() + REPORT_EVERY_SECONDS
                 if self.placement.placed():  # the first process there is slow to start
                     continue
-                self._told = True
+                self._reported = True
                 self._observer.waiting_for_resources(self.name, self.placement.asked(), self.placement.free())
         return self._granted
 
 
 def nodes() -> list[Mapping[str, float]]:
-    """All that each node offers."""
+    """All resources of each node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def free_nodes() -> list[Mapping[str, float]]:
-    """What each node has left."""
+    """The free resources of each node that is alive."""
     alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    return [there for name, there in state.available_resources_per_node().items() if name in alive]
+    return [amounts for name, amounts in state.available_resources_per_node().items() if name in alive]
 
 
 def limits() -> Mapping[str, float] | None:
-    """The most of each resource that an autoscaler may let the cluster have; None without one that has limits."""
+    """The most of each resource that an autoscaler may add; None without an autoscaler that has limits."""
     return state.state.get_max_resources_from_cluster_config()
 
 

@@ -11,12 +11,12 @@ import asyncio
 import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from keel.cluster.ray_errors import GONE, cause_of, own_fault, why
+from keel.cluster.ray_errors import GONE, answer, own_fault, why
 from keel.cluster.worker import NoWorkers, Spawn, Worker
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
@@ -46,7 +46,8 @@ class Pool:
     ) -> None:
         """`restarts`: attempts to start a worker again before the pool gives up, if nobody else serves."""
         self.role, self.count = role, count
-        self._spawn, self._deadlines, self._restarts = spawn, deadlines, restarts
+        self.deadlines = deadlines
+        self._spawn, self._restarts = spawn, restarts
         self._patience_seconds, self._by_ticket = patience_seconds, by_ticket
         self._observer = observer or Observer()
         self._serving: list[Worker] = []  # in the order of their indices
@@ -107,14 +108,14 @@ class Pool:
             worker.kill()
         self._serving.clear()  # whoever still asks them is told that they are lost, and nobody takes their place
 
-    async def call(self, method: str, *arguments: Any, deadline: float) -> tuple[Any, Any]:
-        """(handle to the batch, receipt) of one worker's method. Raises WorkerLost."""
+    async def call(self, method: Callable[..., Any], *arguments: Any, deadline: float) -> tuple[Any, Any]:
+        """Run a method of the actor class on one worker: (handle to the batch, receipt). Raises WorkerLost."""
         self._count(in_line=1)
         try:
             worker = await self._turn_of_one()
         finally:
             self._count(in_line=-1)
-        asking = asyncio.create_task(self._ask(worker, method, arguments, deadline))
+        asking = asyncio.create_task(self._ask(worker, method.__name__, arguments, deadline))
         self._count(running=1)
         asking.add_done_callback(functools.partial(self._asked, worker))
         # whoever asked may be cancelled, the actor works on: it keeps its turn until it has answered
@@ -146,8 +147,13 @@ class Pool:
         self._in_line += in_line
         self._observer.occupied(self.role, self._running, self._in_line, self.serving)
 
+    @property
+    def loaded(self) -> Any:
+        """The weights, or the handle to them, of the newest load; None before the first."""
+        return self._loaded
+
     def forget_load(self) -> None:
-        """What was loaded may be gone with a node; nobody calls before the next load."""
+        """Drop the cached weights handle; its object may have died with a node."""
         self._loaded = None
 
     async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
@@ -161,17 +167,18 @@ class Pool:
         return [worker.receipt for worker in self._serving if worker.receipt is not None]
 
     async def _ask(self, worker: Worker, method: str, arguments: Any, deadline: float) -> tuple[Any, Any]:
+        def died(reason: str) -> WorkerLost:
+            return self._lose(worker, f"died during {method}")
+
+        # lost with the node of the worker that made it; not this worker's fault
+        input_lost = WorkerLost(f"the input of {worker.name} for {method} was lost")
         try:
             async with asyncio.timeout(deadline):
                 handle, receipt = getattr(worker.handle, method).options(num_returns=2).remote(*arguments)
-                return handle, await receipt
-        except ObjectLostError as error:  # with the node of whoever made it; no fault of this worker
-            raise WorkerLost(f"the input of {worker.name} for {method} was lost") from error
-        except RayTaskError as error:
-            if not isinstance(error.cause, ContractError):
-                raise cause_of(error) from error
-            raise self._lose(worker, f"gave garbage during {method}: {error.cause}") from error
-        except (*GONE, TimeoutError) as error:
+                return handle, await answer(receipt, worker.name, died, input_lost)
+        except ContractError as error:
+            raise self._lose(worker, f"gave garbage during {method}: {error}") from error
+        except TimeoutError as error:
             raise self._lose(worker, f"{why(error, deadline)} during {method}") from error
 
     def _pick(self) -> Worker:
@@ -224,11 +231,11 @@ class Pool:
         while True:
             worker = Worker(index, f"{self.role}-{index}", self._spawn)
             try:
-                await worker.settle(lambda: self.serving, self._deadlines.room_seconds, self._observer)
+                await worker.settle(lambda: self.serving, self.deadlines.room_seconds, self._observer)
                 await self._come_up(worker)
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
                 worker.kill()
-                reason = f"{why(error, self._deadlines.start_seconds)} while starting"
+                reason = f"{why(error, self.deadlines.start_seconds)} while starting"
                 self._tell_lost(worker.name, reason)
                 if not isinstance(error, ObjectLostError):  # of weights: there will be others
                     alone = 0 if self._serving else alone + 1
@@ -249,21 +256,21 @@ class Pool:
         self._show()
 
     async def _come_up(self, worker: Worker) -> None:
-        async with asyncio.timeout(self._deadlines.start_seconds):
+        async with asyncio.timeout(self.deadlines.start_seconds):
             await worker.handle.__ray_ready__.remote()
         held = None
         while held is not self._loaded:  # there may be newer weights when these are loaded
             held = self._loaded
-            await worker.load_weights(held, self._deadlines)
+            await worker.load_weights(held, self.deadlines)
 
     async def _load_or_lose(self, worker: Worker) -> None:
         try:
-            await worker.load_weights(self._loaded, self._deadlines)
+            await worker.load_weights(self._loaded, self.deadlines)
         except ObjectLostError as error:
             raise LearnerLost("the weights were lost with their node") from error
         except (*GONE, TimeoutError, RayTaskError) as error:
             self._observer.add({"load_failures_total": {self.role: 1.0}})
-            self._lose(worker, f"{why(error, self._deadlines.load_seconds)} during load")
+            self._lose(worker, f"{why(error, self.deadlines.load_seconds)} during load")
 
     async def _retire(self, worker: Worker) -> None:
         async with worker.turn:

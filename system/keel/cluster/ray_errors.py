@@ -1,30 +1,54 @@
-"""What Ray raises when an actor, or what it made, is lost, told from what the actor's own code raised."""
+"""Ray's errors: a lost actor or object, as against an exception of the actor's own code."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 
-from keel.errors import KeelError
+from keel.errors import BuildFailed, KeelError
+from keel.text import last_line
 
+Result = TypeVar("Result")
 GONE = (RayActorError, OutOfMemoryError)
 """What Ray raises for an actor that died or cannot be reached."""
 
 
+async def answer(
+    reference: Awaitable[Result], name: str, lost: Callable[[str], Exception], input_lost: Exception
+) -> Result:
+    """Await an actor's answer; of what Ray raises make Keel's errors, for workers, ranks and the buffer alike.
+
+    Raises `input_lost`, what the actor's own code raised, BuildFailed for its constructor, or what `lost` makes of
+    the reason.
+    """
+    try:
+        return await reference
+    except ObjectLostError as error:
+        raise input_lost from error
+    except RayTaskError as error:
+        raise cause_of(error) from error
+    except GONE as error:
+        reason = last_line(str(error))
+        raise (BuildFailed(f"{name} did not start: {reason}") if init_failed(error) else lost(reason)) from error
+
+
 def cause_of(error: RayTaskError) -> BaseException:
-    """What an actor's own code raised: Keel's exceptions as they are, others in Ray's wrapping with its traceback."""
+    """The exception of an actor's own code: Keel's as they are, others in Ray's wrapper with its traceback."""
     return error.cause if isinstance(error.cause, KeelError) else error
 
 
 def own_fault(error: BaseException) -> bool:
-    """The actor's own code raised, in its constructor or in a load: it would again."""
+    """Whether the actor's own code raised, in its constructor or in a load: a replacement would, too."""
     return isinstance(error, RayTaskError) or init_failed(error)
 
 
 def init_failed(error: BaseException | None) -> bool:
-    """The actor's constructor raised."""
+    """Whether the actor's constructor raised."""
     return isinstance(error, RayActorError) and error.actor_init_failed
 
 
 def why(error: BaseException, deadline: float) -> str:
-    """What became of a worker, for one line."""
+    """Why a worker is lost, for one line."""
     if isinstance(error, RayTaskError):
         return f"failed ({type(error.cause).__name__}: {error.cause})"
     if isinstance(error, TimeoutError):

@@ -1,4 +1,4 @@
-"""Where the ranks of a learner group find each other: a port that no other learner group, and nobody else, can have."""
+"""The address at which the ranks of a learner group meet: a port that no other process can take."""
 
 import random
 import socket
@@ -10,7 +10,7 @@ PORTS = range(20_000, 32_000)
 
 
 class Rendezvous:
-    """A free port on the node of rank 0, kept from everybody else until rank 0 listens there.
+    """A free port on the node of rank 0, held until rank 0 listens there.
 
     It is bound here without SO_REUSEADDR, so no other socket can have it, and marked as reusable afterwards, so that
     torch's store, which asks for that, can listen at it while it is held: there is no moment in which it is free.
@@ -24,7 +24,7 @@ class Rendezvous:
                 held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             try:
                 held.bind(("", port))
-            except OSError:  # somebody has it
+            except OSError:  # taken
                 held.close()
                 continue
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

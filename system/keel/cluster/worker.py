@@ -1,4 +1,4 @@
-"""One actor of a pool: its room, its turn, the weights it proved, and its end."""
+"""One actor of a pool: its placement group, its turn, the weights it proved, and its end."""
 
 import asyncio
 import contextlib
@@ -18,12 +18,12 @@ from keel.protocols import LoadReceipt, Observer
 
 
 class NoWorkers(KeelError, RuntimeError):
-    """Nobody of a role serves, and those that were started in their place did not come up either."""
+    """No worker of this role is serving and all replacements failed to start."""
 
 
 @dataclass(frozen=True)
 class Spawn:
-    """What the workers of a role are made of."""
+    """How the workers of a role are made."""
 
     actor_class: type
     workers: WorkerSettings
@@ -31,13 +31,13 @@ class Spawn:
     """Of the constructor, by the worker's index."""
 
     def placement(self) -> Placement:
-        """What one worker asks for: all of an engine's GPUs on one node."""
+        """Request the placement group of one worker: all of an engine's GPUs on one node."""
         return Placement(bundles(self.workers), "STRICT_PACK")
 
 
 @dataclass(eq=False)
 class Worker:
-    """Asks for its room when it is made; the actor starts there. `kill` gives everything back."""
+    """Requests its placement group when it is made and starts its actor there. `kill` releases both."""
 
     index: int
     name: str
@@ -53,22 +53,22 @@ class Worker:
 
     @property
     def handle(self) -> ActorHandle:
-        assert self._actor is not None, f"{self.name} has no room yet"
+        assert self._actor is not None, f"{self.name} has no placement group yet"
         return self._actor
 
     async def settle(self, serving: Callable[[], int], seconds: float, observer: Observer) -> None:
-        """Wait for room, then start there. No matter how long, while others serve; else so many seconds.
+        """Wait for the placement group, then start the actor.
 
-        Raises NoWorkers.
+        Waits for ever while other workers serve, else at most `seconds`. Raises NoWorkers.
         """
         with PlacementWait(self.placement, self.name, observer) as wait:
-            nobody_since = time.monotonic()
+            alone_since = time.monotonic()
             while not await wait.granted(1.0):
                 if serving():
-                    nobody_since = time.monotonic()
-                if time.monotonic() - nobody_since >= seconds:
+                    alone_since = time.monotonic()
+                if time.monotonic() - alone_since >= seconds:
                     asked = f"waited {wait.seconds:.0f} s for resources ({self.placement.asked()})"
-                    raise NoWorkers(f"{self.name} {asked} and nobody else serves; {self.placement.free()}")
+                    raise NoWorkers(f"{self.name} {asked} and no other worker serves; {self.placement.free()}")
         actor = self.placement.place(self.spawn.actor_class, 0, with_children=self.placement.ranks > 1)
         self._actor = actor.remote(*self.spawn.arguments(self.index))
 
@@ -77,8 +77,8 @@ class Worker:
         self.turn.release()
 
     async def load_weights(self, weights: Any, deadlines: DeadlineSettings) -> None:
-        """Take over the weights and prove it. Raises TimeoutError, and what Ray raises."""
-        # a worker that is busy loads after its call
+        """Load weights in the actor and keep its receipt. Raises TimeoutError, and what Ray raises."""
+        # a busy worker loads after its call
         seconds = deadlines.load_seconds + deadlines.generate_seconds * self.turn.locked()
         async with asyncio.timeout(seconds):
             self.receipt = await self.handle.load_weights.remote(weights)

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -15,6 +15,41 @@ class Section(BaseModel):
     """A block of settings: unknown keys are refused, values are frozen once loaded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class RunDirectory(Section):
+    """Where a command writes."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$", description="run id")
+    directory: str = Field("runs/{name}", description="run directory; {name} is replaced by run.name")
+
+
+class RunIdentity(RunDirectory):
+    """Name, directory and seed of a run."""
+
+    name: str = Field(  # with what Ray and Keel put around it, still the name of a file
+        "run", pattern=r"^[A-Za-z0-9._-]+$", max_length=200, description="run id: label of every metric and file"
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="seed of the run: everything random is a function of it and of a ticket"
+    )
+
+
+class CommandSettings(Section):
+    """The configuration of one command, which has a run directory."""
+
+    run: RunDirectory = Field(description="name and directory of the run")
+
+    @property
+    def run_directory(self) -> str:
+        return self.run.directory.replace("{name}", self.run.name)
+
+
+def blocks_of(annotation: Any) -> list[type[Section]]:
+    """Blocks of settings in the type of a field: itself, or those of a list or a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [block for part in get_args(annotation) for block in blocks_of(part)]
 
 
 def is_source(value: str) -> bool:

@@ -11,14 +11,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from keel import __version__
-from keel.config.base import Section
+from keel.config.base import Section, blocks_of
 from keel.config.run import Settings
 from keel.errors import ConfigError
 
@@ -241,10 +240,9 @@ def _tags() -> frozenset[str]:
     return frozenset(_kinds(Settings.model_fields["objective"].annotation))
 
 
-def _kinds(annotation: Any) -> dict[str, Any]:
+def _kinds(annotation: Any) -> dict[str, type[Section]]:
     """The blocks of a union by their `kind`."""
-    found = [block for block in get_args(annotation) if isinstance(block, type) and issubclass(block, BaseModel)]
-    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in found}
+    return {get_args(block.model_fields["kind"].annotation)[0]: block for block in blocks_of(annotation)}
 
 
 def _fields_at(root: type[Section], location: list[Any]) -> dict[str, Any]:
@@ -256,11 +254,5 @@ def _fields_at(root: type[Section], location: list[Any]) -> dict[str, Any]:
             model = _kinds(annotation)[part]
         elif not isinstance(part, int):
             annotation = model.model_fields[part].annotation
-            model = _block(annotation)
+            model = next(iter(blocks_of(annotation)), None)
     return model.model_fields
-
-
-def _block(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, UnionType, list):
-        return next(block for block in map(_block, get_args(annotation)) if block)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

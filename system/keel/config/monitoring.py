@@ -1,13 +1,15 @@
-"""Where a run answers over HTTP, and how a Prometheus finds that place."""
+"""Settings of how a run is watched: its metrics endpoint, and the experiment trackers that get its metrics."""
 
 import ipaddress
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from keel.config.base import Section
+from keel.config.base import Seconds, Section
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # longer ones no resolver takes
 
@@ -28,6 +30,8 @@ def _host(text: str) -> str:
 
 
 class MetricsSettings(Section):
+    """The HTTP endpoint with the metrics of a run, and how Prometheus finds it."""
+
     host: Annotated[str, AfterValidator(_host)] = Field(
         "127.0.0.1", description="address the endpoint listens on; 0.0.0.0 or ::: every address of this machine"
     )
@@ -35,7 +39,7 @@ class MetricsSettings(Section):
         9464,
         ge=0,
         le=65535,
-        description="0: any free port, for several runs on a machine; discovery_directory says which",
+        description="port of the endpoint; 0: a free one, which discovery_directory tells",
     )
     advertise: Annotated[str, AfterValidator(_host)] | None = Field(
         None,
@@ -45,3 +49,20 @@ class MetricsSettings(Section):
     discovery_directory: str | None = Field(
         None, min_length=1, description="folder that Prometheus' file discovery reads; null: none"
     )
+
+
+class TrackingSettings(Section):
+    """Experiment trackers that get the metrics of a run, beside metrics.jsonl, which is always written.
+
+    Accounts and servers are set by the libraries' own environment variables.
+    """
+
+    trackers: list[TrackerName] = Field(
+        [], description="trackers; each needs the extra of its name, such as keel-rlhf[wandb]"
+    )
+    project: str = Field("keel", min_length=1, description="project, or MLflow experiment, of the run")
+    tags: list[str] = Field([], description="tags of the run, where the library has them")
+    tensorboard_directory: str | None = Field(
+        None, description="folder of the event files; {name} is replaced; null: RUN_DIR/tensorboard"
+    )
+    finish_seconds: Seconds = Field(30, description="longest wait at the end of a run for trackers to send the rest")

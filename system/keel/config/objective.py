@@ -14,7 +14,7 @@ FREE_LOSSES = ("simpo", "simpo_hinge", "simpo_plackett_luce", "cpo", "orpo")
 
 
 class ObjectiveSection(Section):
-    """What all kinds have in common."""
+    """Base class of the kinds of objective."""
 
     epochs: int = Field(1, ge=1, description="optimizer updates on the same batch within one step")
 
@@ -37,31 +37,37 @@ class CriticSettings(Section):
     """A learned value of the states before each completion token."""
 
     trunk: Literal["own", "shared", "detached"] = Field(
-        "own", description="own model; the policy's hidden states; or those without gradient into the policy"
+        "own",
+        description="a model of its own; the policy's hidden states; or those without a gradient into the policy",
     )
     model: str | None = Field(
         None,
-        description="start of an own trunk; null: the policy. Of a reward model a linear head is kept, too",
+        description="own: the model that the trunk starts from; null: the policy. A reward model's linear head is kept",
     )
     head: Literal["linear", "mlp"] = Field("linear", description="mlp: LayerNorm, a quarter of the width, GELU")
     softmin_temperature: float | None = Field(
         None, gt=0, description="two value heads joined by a soft minimum (SAFE: 0.3); null: one head"
     )
-    loss: Literal["mse", "huber"] = Field("mse", description="half the square, or Huber's with delta 0.5")
-    clip: float | None = Field(0.2, gt=0, description="values move at most so far from the old ones; null: unclipped")
+    loss: Literal["mse", "huber"] = Field("mse", description="value loss: half the square, or Huber's with delta 0.5")
+    clip: float | None = Field(0.2, gt=0, description="values move at most this far from the old ones; null: unclipped")
     clipped: Literal["max", "mean"] = Field("max", description="larger (PPO) or mean (SAFE) of plain and clipped loss")
-    coefficient: float = Field(0.1, gt=0, description="of the value loss")
-    entropy_coefficient: float = Field(1.0, gt=0, description="of the entropy critic's loss, times coefficient")
-    learning_rate: float | None = Field(None, gt=0, description="null: the policy's; follows the same schedule")
+    coefficient: float = Field(0.1, gt=0, description="coefficient of the value loss")
+    entropy_coefficient: float = Field(1.0, gt=0, description="factor of the entropy critic's loss, times coefficient")
+    learning_rate: float | None = Field(
+        None, gt=0, description="learning rate of the critic, on the policy's schedule; null: the policy's"
+    )
     popart: bool = Field(False, description="PopArt: targets normalized by running moments, outputs kept")
     popart_rate: float = Field(0.03, gt=0, le=1, description="how fast these moments move")
 
 
 class PolicyGradientSettings(ObjectiveSection):
-    kind: Literal["policy_gradient"] = "policy_gradient"
+    """Policy gradient: PPO, RLOO, GRPO, REINFORCE++, GSPO, DAPO, EAPO, SAFE."""
+
+    kind: Literal["policy_gradient"] = Field("policy_gradient", description="kind of the objective")
     advantage: str = Field(
         "rloo",
-        description=f"{', '.join(GROUP_ADVANTAGES + RETURN_ADVANTAGES)}, or module:function of your own",
+        description="advantage estimator:"
+        f" {', '.join(GROUP_ADVANTAGES + RETURN_ADVANTAGES)}, or module:function of your own",
     )
     whiten: Literal["auto", "none", "population", "sample"] = Field(
         "auto",
@@ -70,9 +76,11 @@ class PolicyGradientSettings(ObjectiveSection):
     )
     discount: Fraction = Field(1.0, description="gamma of returns and GAE")
     gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
-    normalize_reward: bool = Field(False, description="by running mean and deviation before the advantage (SAFE)")
+    normalize_reward: bool = Field(False, description="normalize rewards by running mean and deviation (SAFE)")
     entropy_advantage: EntropyAdvantageSettings | None = Field(None, description="EAPO's second advantage; null: none")
-    critic: CriticSettings | None = Field(None, description="needed by gae, value_baseline and EAPO's critic")
+    critic: CriticSettings | None = Field(
+        None, description="needed by gae, value_baseline and EAPO's critic; null: none"
+    )
     level: Literal["token", "sequence", "sequence_mean"] = Field(
         "token", description="one probability ratio per token, per completion, or its geometric mean (GSPO)"
     )
@@ -147,7 +155,7 @@ class PairSettings(Section):
     finished_only: bool = Field(False, description="leave out completions that did not end by themselves")
     judge: str | None = Field(None, description="name of the reward that orders a pair; null: the training reward")
     stop_settled_ratio: Fraction | None = Field(
-        None, description="most_disagreeing: the run is done when so many prompts have one plausible answer left"
+        None, description="most_disagreeing: the run ends when this share of prompts has one plausible answer left"
     )
 
     @model_validator(mode="after")
@@ -161,20 +169,24 @@ class PairSettings(Section):
 
 
 class PreferenceSettings(ObjectiveSection):
-    kind: Literal["preference"]
-    loss: Literal[REFERENCE_LOSSES + FREE_LOSSES] = Field("dpo", description="of log-probs of ranked completions")  # type: ignore[valid-type]
+    """The DPO family, on ranked completions of a prompt."""
+
+    kind: Literal["preference"] = Field(description="kind of the objective")
+    loss: Literal[REFERENCE_LOSSES + FREE_LOSSES] = Field("dpo", description="loss of ranked completions")  # type: ignore[valid-type]
     beta: float = Field(0.1, gt=0, description="temperature; ipo_*: tau")
     target_margin: float = Field(0.0, ge=0, description="gamma, subtracted from the logit of a pair (SimPO)")
     exact_length_margin: bool = Field(
         False, description="simpo*: add beta (1/|chosen| - 1/|rejected|), which SimPO leaves out of MaxEnt's optimum"
     )
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong (cDPO)")
-    likelihood_coefficient: float = Field(0.0, ge=0, description="of -log pi(chosen) (RPO: eta * beta; CPO, ORPO)")
-    likelihood: Literal["sum", "average"] = Field("sum", description="over the tokens of the chosen completion")
-    pessimism: float = Field(
-        0.0, ge=0, description="times the reward ensemble's deviation: added for chosen, subtracted for rejected"
+    likelihood_coefficient: float = Field(
+        0.0, ge=0, description="factor of -log pi(chosen) (RPO: eta * beta; CPO, ORPO)"
     )
-    pairs: PairSettings = PairSettings()
+    likelihood: Literal["sum", "average"] = Field("sum", description="of the chosen completion: over its tokens")
+    pessimism: float = Field(
+        0.0, ge=0, description="factor of the reward ensemble's deviation, added for chosen and subtracted for rejected"
+    )
+    pairs: PairSettings = Field(PairSettings(), description="which two completions of a prompt become a pair")
 
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> Self:
@@ -198,7 +210,9 @@ class PreferenceSettings(ObjectiveSection):
 
 
 class WeightedLikelihoodSettings(ObjectiveSection):
-    kind: Literal["weighted_likelihood"]
+    """Likelihood of completions, weighted by their rewards."""
+
+    kind: Literal["weighted_likelihood"] = Field(description="kind of the objective")
     weights: Literal["kl", "chi2", "soft_chi2", "best_of_n", "rejection", "uniform"] = Field(
         "kl",
         description="OptiDICE's per prompt, mean 1 (kl: softmax, as reward-weighted regression and FLAME); the best"
@@ -207,7 +221,7 @@ class WeightedLikelihoodSettings(ObjectiveSection):
     temperature: float = Field(1.0, gt=0, description="alpha, reward units: large stays near the samples")
     likelihood: Literal["sum", "average", "token_mean"] = Field(
         "average",
-        description="of log-probs: over a completion's tokens, or over all tokens of the step (a supervised loss)",
+        description="log-probs over a completion's tokens, or over all tokens of the step (a supervised loss)",
     )
     rejection_temperatures: list[Annotated[float, Field(gt=0)]] = Field(
         [1.0], min_length=1, description="eta of each stage of multi-step rejection sampling, falling"
@@ -230,16 +244,18 @@ class DenseSettings(Section):
     """LCO's dense advantages: coefficient * (log teacher - log reference), for every token of the vocabulary."""
 
     teacher: str = Field(description="model folder, hub name or wheel:NAME")
-    coefficient: float = Field(1.0, gt=0, description="beta")
+    coefficient: float = Field(1.0, gt=0, description="beta, factor of the dense advantages")
 
 
 class LogitsConvexitySettings(ObjectiveSection):
-    kind: Literal["logits_convexity"]
+    """LCO: regression of the logits onto those of an improved policy."""
+
+    kind: Literal["logits_convexity"] = Field(description="kind of the objective")
     form: Literal["mse", "log_cosh", "kl"] = Field("kl", description="distance of the logits to their target")
-    advantage: Literal[GROUP_ADVANTAGES] = Field("rloo", description="sparse: of the sampled token")  # type: ignore[valid-type]
-    normalize_advantage: bool = Field(True, description="divide by the step's deviation first: exp(A / eta) saturates")
+    advantage: Literal[GROUP_ADVANTAGES] = Field("rloo", description="sparse: advantage estimator of the sampled token")  # type: ignore[valid-type]
+    normalize_advantage: bool = Field(True, description="divide A by the step's deviation: exp(A / eta) saturates")
     temperature: float = Field(1.0, gt=0, description="eta: the target's logits are the anchor's + A / eta")
-    anchor: Literal["behavior", "reference"] = Field("behavior", description="the policy when the step began, or ref")
+    anchor: Literal["behavior", "reference"] = Field("behavior", description="policy when the step began, or reference")
     target: Literal["advantage", "ratio"] = Field(
         "advantage", description="ratio: the sampled token's probability times ratio_up or ratio_down (first version)"
     )
@@ -247,7 +263,7 @@ class LogitsConvexitySettings(ObjectiveSection):
     ratio_down: float = Field(0.9, gt=0, lt=1, description="ratio: for negative advantages")
     dense: DenseSettings | None = Field(None, description="advantages of the whole vocabulary; null: sparse ones")
     reduction: Literal["sequence_sum", "sequence_mean", "token_mean", "constant"] = Field(
-        "token_mean", description="as for policy_gradient"
+        "token_mean", description="mean over completions of token sums or means; over all tokens; or / max_tokens"
     )
 
     @model_validator(mode="after")
@@ -258,7 +274,9 @@ class LogitsConvexitySettings(ObjectiveSection):
 
 
 class CustomObjectiveSettings(ObjectiveSection):
-    kind: Literal["custom"]
+    """An objective of your own."""
+
+    kind: Literal["custom"] = Field(description="kind of the objective")
     source: Source = Field(description="module:class, derived from keel.algorithms.objective.Objective")
     options: Options = Field({}, description="what the class reads from settings.objective.options")
 

@@ -6,11 +6,13 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.config.base import Options, Section
+from keel.config.base import CommandSettings, Options, RunDirectory, Section
 
 
 class StageEntry(Section):
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="later stages say {name} for this one's directory")
+    """One stage of a pipeline: a command and its configuration."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="later stages write {name} for its directory")
     command: Literal["sft", "label", "reward", "prefer", "train", "evaluate"] = Field(description="keel COMMAND")
     config: str = Field(description="YAML file of that command, relative to this file")
     model: str | None = Field(None, description="evaluate: the model or run directory it evaluates")
@@ -56,18 +58,18 @@ def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{path}{key}", value
 
 
-class PipelineRun(Section):
-    name: str = Field("pipeline", pattern=r"^[A-Za-z0-9._-]+$", description="prefix of its runs' names")
-    directory: str = Field("runs/{name}", description="folder of its stages; {name} is replaced")
+class PipelineRun(RunDirectory):
+    """Name and directory of a pipeline."""
+
+    name: str = Field("pipeline", pattern=r"^[A-Za-z0-9._-]+$", description="prefix of the names of its runs")
+    directory: str = Field("runs/{name}", description="folder of the stages; {name} is replaced by run.name")
 
 
-class PipelineSettings(Section):
-    run: PipelineRun = PipelineRun()
-    stages: list[StageEntry] = Field(min_length=1)
+class PipelineSettings(CommandSettings):
+    """`keel pipeline`: stages that run one after the other."""
 
-    @property
-    def run_directory(self) -> str:
-        return self.run.directory.replace("{name}", self.run.name)
+    run: PipelineRun = Field(PipelineRun(), description="name and directory of the pipeline")
+    stages: list[StageEntry] = Field(min_length=1, description="the stages, in the order in which they run")
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Self:

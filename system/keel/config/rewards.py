@@ -34,8 +34,10 @@ class MembersSettings(EnsembleSettings):
 
 
 class RewardSettings(Section):
+    """One reward: a function, a model, the reference, or an HTTP server."""
+
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="column reward_<name> and metric label")
-    kind: Literal["rule", "model", "reference", "http", "stored"] = Field("rule", description="who computes it")
+    kind: Literal["rule", "model", "reference", "http", "stored"] = Field("rule", description="what computes it")
     source: str = Field(
         "", description="rule: module:function; model: folder or hub name; http: URL; reference, stored: empty"
     )
@@ -108,10 +110,12 @@ class ShapingSettings(Section):
     """What length and end of a completion do to its reward, before baselines and regularizers."""
 
     overlong_buffer_tokens: int = Field(
-        0, ge=0, description="DAPO: in the last so many tokens of the budget the penalty grows to its whole; 0: none"
+        0,
+        ge=0,
+        description="DAPO: length of the end of the budget over which the penalty grows to its full size; 0: none",
     )
     overlong_penalty: float = Field(1.0, ge=0, description="reward units at the full budget")
     missing_end_penalty: float = Field(0.0, ge=0, description="subtracted from completions that did not end (TRL)")
     missing_end_reward: float | None = Field(
-        None, description="the reward of completions that did not end, whatever they scored; null: their own"
+        None, description="reward of completions that did not end, in place of their score; null: their score"
     )

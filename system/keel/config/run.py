@@ -1,20 +1,18 @@
-"""Every setting of a run, with its unit, default and the rules between settings.
+"""Settings of an online run: its blocks, and the rules between settings of different blocks.
 
-Plain pydantic models, no heavy import: `keel --help`, `--dry-run` and `keel schema` load this, the other
-`*_settings.py` and `config.py` only.
+Plain pydantic models without a heavy import: `keel --help`, `--dry-run` and `keel schema` load keel.config alone.
 """
 
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from keel.config.base import Fraction, Seconds, Section
-from keel.config.monitoring import MetricsSettings
+from keel.config.base import CommandSettings, Fraction, RunIdentity, Seconds, Section
+from keel.config.monitoring import MetricsSettings, TrackingSettings
 from keel.config.objective import LogitsConvexitySettings, ObjectiveSettings, PolicyGradientSettings, PreferenceSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings, ShapingSettings
-from keel.config.tracking import TrackingSettings
 from keel.config.workers import (
     BufferSettings,
     ClusterSettings,
@@ -26,81 +24,92 @@ from keel.config.workers import (
 )
 
 
-class RunIdentity(Section):
-    name: str = Field(  # with what Ray and Keel put around it, still the name of a file
-        "run", pattern=r"^[A-Za-z0-9._-]+$", max_length=200, description="run id: label of every metric and file"
-    )
-    directory: str = Field("runs/{name}", description="run directory; {name} is replaced")
-    seed: int = Field(0, ge=0, lt=2**32, description="everything random is a function of this number and a ticket")
-
-
 class RunSettings(RunIdentity):
+    """Name, directory, seed and length of an online run."""
+
     steps: int = Field(30, ge=1, description="optimizer steps, one weight version each")
 
 
 class FailureSettings(Section):
+    """How many failures a run tolerates."""
+
     max_failed_ratio: Fraction = Field(0.5, description="the run stops when a larger share of a step's samples fail")
     retries: int = Field(2, ge=0, description="further attempts for tickets whose generator or scorer died")
     max_rebuilds: int = Field(
         3,
         ge=0,
-        description="times in a row, without a step, that learner and buffer are built again after a loss",
+        description="times in a row, without a step, that learner and buffer are rebuilt after a loss",
     )
     degrade_after_seconds: Seconds = Field(
-        60, description="wait for all workers that are wanted; then a run goes on with those there are"
+        60, description="longest wait for all configured workers; afterwards the run continues with those that serve"
     )
 
 
 class EvaluationSettings(Section):
-    """When a run evaluates itself, and what `keel evaluate` does beyond that."""
+    """When a run evaluates its policy, and what `keel evaluate` does beyond that."""
 
-    every_steps: int = Field(10, ge=0, description="0: only before the first and after the last step")
+    every_steps: int = Field(
+        10, ge=0, description="steps between evaluations; 0: only before the first and after the last step"
+    )
     samples_per_prompt: int = Field(1, ge=1, description="keel evaluate: sampled answers to a prompt")
     greedy: bool = Field(True, description="keel evaluate: also the most probable answer")
     against: str | None = Field(
-        None, description="keel evaluate: whom to compare with: a model or run directory, or column:NAME of the prompts"
+        None,
+        description="keel evaluate: the opponent, a model, run directory or column:NAME of the prompts; null: none",
     )
     judge: str | None = Field(
-        None, description="keel evaluate: the reward that decides who wins and what passes; null: the training reward"
+        None,
+        description="keel evaluate: reward that decides which answer wins or passes; null: the training reward",
     )
     pass_threshold: float | None = Field(None, description="keel evaluate: an answer passes with this score; null: off")
     pass_at: list[int] = Field([1, 2, 4, 8], description="keel evaluate: k of pass@k, as far as there are samples")
 
 
 class CheckpointSettings(Section):
-    every_steps: int = Field(10, ge=0, description="0: only after the last step")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    """When checkpoints are written, and how many are kept."""
+
+    every_steps: int = Field(10, ge=0, description="steps between checkpoints; 0: only after the last step")
+    keep: int = Field(2, ge=1, description="number of checkpoints kept, the newest ones")
 
 
 class ParitySettings(Section):
+    """How far the log-probs of learner and sampler may differ."""
+
     max_gap_nats: float = Field(0.1, gt=0, description="mean |learner - sampler| log-prob the start-up test allows")
     max_step_gap_nats: float = Field(
         0.5,
         gt=0,
-        description="the same of a later step, over the tokens that the version under training sampled; others are not"
-        " judged",
+        description="the same gap in a later step, over the tokens that the version under training sampled",
     )
     on_step_gap: Literal["warn", "stop"] = Field("stop", description="what a step with a larger gap does to the run")
 
 
-class LearnerSpec(Section):
+class LearnerSpec(CommandSettings):
     """The settings that a learner trains by: those of an online run, or what an offline stage derives from its own."""
 
     budget_setting: ClassVar[str] = "sampling.max_tokens"
     """Name of the setting that holds the completion budget."""
 
-    run: RunSettings = RunSettings()
-    policy: PolicySettings
-    prompts: PromptSettings
-    sampling: SamplingSettings = SamplingSettings()
-    objective: ObjectiveSettings = PolicyGradientSettings()
-    regularizer: RegularizerSettings = RegularizerSettings()
-    rewards: list[RewardSettings] = Field(min_length=1)
-    ensemble: EnsembleSettings = EnsembleSettings()
-    shaping: ShapingSettings = ShapingSettings()
-    reference: ReferenceSettings | None = ReferenceSettings()
-    learners: LearnerSettings = LearnerSettings()
-    deadlines: DeadlineSettings = DeadlineSettings()
+    run: RunSettings = Field(RunSettings(), description="name, directory, seed and length of the run")
+    policy: PolicySettings = Field(description="the model that is trained")
+    prompts: PromptSettings = Field(description="prompts of training and evaluation")
+    sampling: SamplingSettings = Field(SamplingSettings(), description="how completions are sampled")
+    objective: ObjectiveSettings = Field(
+        PolicyGradientSettings(), description="the objective, one of five kinds; without `kind`, policy_gradient"
+    )
+    regularizer: RegularizerSettings = Field(
+        RegularizerSettings(), description="KL to the reference, entropy, and terms of your own"
+    )
+    rewards: list[RewardSettings] = Field(min_length=1, description="rewards that train, judge or monitor")
+    ensemble: EnsembleSettings = Field(
+        EnsembleSettings(), description="how several training rewards become the one that is optimized"
+    )
+    shaping: ShapingSettings = Field(ShapingSettings(), description="penalties for length and missing ends")
+    reference: ReferenceSettings | None = Field(
+        ReferenceSettings(), description="workers that hold the reference policy; null: none"
+    )
+    learners: LearnerSettings = Field(LearnerSettings(), description="ranks that train the policy with DeepSpeed")
+    deadlines: DeadlineSettings = Field(DeadlineSettings(), description="longest waits for single operations")
 
     @property
     def groups_per_step(self) -> int:
@@ -266,16 +275,16 @@ class LearnerSpec(Section):
 class Settings(LearnerSpec):
     """One run. `keel schema` prints this as JSON schema."""
 
-    failures: FailureSettings = FailureSettings()
-    buffer: BufferSettings = BufferSettings()
-    generators: GeneratorSettings = GeneratorSettings()
-    scorers: WorkerSettings = WorkerSettings(threads=1)
-    evaluation: EvaluationSettings = EvaluationSettings()
-    checkpoint: CheckpointSettings = CheckpointSettings()
-    parity: ParitySettings = ParitySettings()
-    metrics: MetricsSettings = MetricsSettings()
-    tracking: TrackingSettings = TrackingSettings()
-    cluster: ClusterSettings = ClusterSettings()
+    failures: FailureSettings = Field(FailureSettings(), description="how many failures the run tolerates")
+    buffer: BufferSettings = Field(BufferSettings(), description="how many prompts a step takes, and how stale")
+    generators: GeneratorSettings = Field(GeneratorSettings(), description="workers that sample with vLLM")
+    scorers: WorkerSettings = Field(WorkerSettings(threads=1), description="workers that compute rewards")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="evaluation on held-out prompts")
+    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints of the run")
+    parity: ParitySettings = Field(ParitySettings(), description="allowed gap between learner and sampler")
+    metrics: MetricsSettings = Field(MetricsSettings(), description="HTTP endpoint of the metrics")
+    tracking: TrackingSettings = Field(TrackingSettings(), description="experiment trackers")
+    cluster: ClusterSettings = Field(ClusterSettings(), description="the Ray cluster that the run uses")
 
     @property
     def groups_per_step(self) -> int:
@@ -294,10 +303,6 @@ class Settings(LearnerSpec):
     def reference_iteration_steps(self) -> int | None:
         """Steps after which the policy of now becomes the reference; None where the reference stays the initial one."""
         return self.reference.iteration_steps if self.reference else None
-
-    @property
-    def run_directory(self) -> str:
-        return self.run.directory.replace("{name}", self.run.name)
 
     @property
     def groups_per_batch(self) -> int:

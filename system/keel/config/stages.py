@@ -1,4 +1,4 @@
-"""Settings of the stages around online training: supervised, preference and reward-model training, labels.
+"""Settings of the stages that train beside online training: supervised, preference and reward-model training.
 
 A stage trains on rows that come with their completions. `learner_spec()` gives the settings of the learner it runs on,
 `scoring_spec()` those of generators and scorers.
@@ -9,24 +9,13 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from keel.config.base import Section
-from keel.config.monitoring import MetricsSettings
-from keel.config.objective import PairSettings, PreferenceSettings
-from keel.config.offline import (
-    CenterSettings,
-    CompletionSettings,
-    LabelRun,
-    MemberSettings,
-    NoiseSettings,
-    StageCheckpointSettings,
-    TextSettings,
-    TrainingSettings,
-)
+from keel.config.base import CommandSettings, RunIdentity, Section
+from keel.config.monitoring import MetricsSettings, TrackingSettings
+from keel.config.objective import PreferenceSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
-from keel.config.run import FailureSettings, LearnerSpec, RunIdentity, Settings
-from keel.config.tracking import TrackingSettings
+from keel.config.run import CheckpointSettings, FailureSettings, LearnerSpec
 from keel.config.workers import (
     ClusterSettings,
     DeadlineSettings,
@@ -37,20 +26,93 @@ from keel.config.workers import (
 )
 
 
-class StageSettings(Section):
-    """What every stage that trains shares."""
+class CompletionSettings(Section):
+    """Which rows are trained on."""
 
-    run: RunIdentity = RunIdentity()
-    policy: PolicySettings
-    prompts: PromptSettings
-    completions: CompletionSettings = CompletionSettings()
-    training: TrainingSettings = TrainingSettings()
-    learners: LearnerSettings = LearnerSettings()
-    checkpoint: StageCheckpointSettings = StageCheckpointSettings()
-    metrics: MetricsSettings = MetricsSettings()
-    tracking: TrackingSettings = TrackingSettings()
-    cluster: ClusterSettings = ClusterSettings()
-    deadlines: DeadlineSettings = DeadlineSettings()
+    max_tokens: int = Field(128, ge=1, description="completion budget in tokens, end token included")
+    unusable: Literal["drop", "refuse"] = Field(
+        "drop",
+        description="rows with an empty or too long completion, or with equal completions: drop and count them by"
+        " reason, or refuse the source at the first one",
+    )
+
+
+class TextSettings(CompletionSettings):
+    """Which pairs a reward model is trained on."""
+
+    max_tokens: int = Field(512, ge=1, description="prompt and completion together, as the reward model reads them")
+
+
+class TrainingSettings(Section):
+    """Length of a stage, its batch, and its evaluations."""
+
+    rows_per_step: int = Field(32, ge=1, description="pairs or demonstrations in a step")
+    epochs: float = Field(1.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="largest number of steps; null: as many as the epochs need")
+    evaluate_every_steps: int = Field(
+        0,
+        ge=0,
+        description="steps between held-out losses; 0: only before the first and after the last step",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="evaluations without a lower held-out loss that end the stage, with its best model; 0: never",
+    )
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> Self:
+        if self.patience and not self.evaluate_every_steps:
+            raise ValueError(
+                f"patience={self.patience}: counts evaluations, but evaluate_every_steps=0; expected a number of steps"
+            )
+        return self
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps for a number of training rows, at least one."""
+        steps = max(1, round(rows * self.epochs / self.rows_per_step))
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+
+class StageCheckpointSettings(CheckpointSettings):
+    """When a stage writes checkpoints, and how many are kept."""
+
+    every_steps: int = Field(
+        0, ge=0, description="steps between checkpoints; 0: none, and an interrupted stage starts from the beginning"
+    )
+
+
+class CenterSettings(Section):
+    """The zero of a reward model, which Bradley-Terry leaves open: these completions score 0 on average."""
+
+    rows: Literal["all", "chosen", "rejected", "none"] = Field("all", description="of the training pairs")
+    max_rows: int = Field(512, ge=1, description="largest number of texts in the average")
+    source: str | None = Field(
+        None, description="prompt-completion rows that score 0 instead (demonstrations); forms as prompts.source"
+    )
+
+
+class MemberSettings(Section):
+    """The members of a reward-model ensemble."""
+
+    count: int = Field(1, ge=1, description="number of members; they differ in the seed of head and order")
+    bootstrap: bool = Field(True, description="each of several members draws its pairs with replacement")
+
+
+class StageSettings(CommandSettings):
+    """Settings that all stages which train have in common."""
+
+    run: RunIdentity = Field(RunIdentity(), description="name, directory and seed of the stage")
+    policy: PolicySettings = Field(description="the model that is trained")
+    prompts: PromptSettings = Field(description="the source of rows: prompts with their completions")
+    completions: CompletionSettings = Field(CompletionSettings(), description="which rows are trained on")
+    training: TrainingSettings = Field(TrainingSettings(), description="length, batch and evaluations")
+    learners: LearnerSettings = Field(LearnerSettings(), description="ranks that train with DeepSpeed")
+    checkpoint: StageCheckpointSettings = Field(StageCheckpointSettings(), description="checkpoints of the stage")
+    metrics: MetricsSettings = Field(MetricsSettings(), description="HTTP endpoint of the metrics")
+    tracking: TrackingSettings = Field(TrackingSettings(), description="experiment trackers")
+    cluster: ClusterSettings = Field(ClusterSettings(), description="the Ray cluster that the stage uses")
+    deadlines: DeadlineSettings = Field(DeadlineSettings(), description="longest waits for single operations")
 
     @model_validator(mode="after")
     def _ranks_have_rows(self) -> Self:
@@ -61,10 +123,6 @@ class StageSettings(Section):
                 f" (training.rows_per_step, prompts.held_out); expected at most {fewest}"
             )
         return self
-
-    @property
-    def run_directory(self) -> str:
-        return self.run.directory.replace("{name}", self.run.name)
 
 
 class OfflineSpec(LearnerSpec):
@@ -153,10 +211,13 @@ class SupervisedSettings(PolicyStageSettings):
 class PreferSettings(PolicyStageSettings):
     """`keel prefer`: the DPO family on stored pairs or rankings."""
 
-    objective: PreferenceSettings = PreferenceSettings(kind="preference")
-    regularizer: RegularizerSettings = RegularizerSettings(kl={"coefficient": 0.0})
+    objective: PreferenceSettings = Field(PreferenceSettings(kind="preference"), description="the loss")
+    regularizer: RegularizerSettings = Field(
+        RegularizerSettings(kl={"coefficient": 0.0}), description="KL to the reference, entropy, and terms of your own"
+    )
     reference: ReferenceSettings = Field(
-        ReferenceSettings(), description="read also by losses that need none: log-ratios are how displacement is seen"
+        ReferenceSettings(),
+        description="workers that hold the reference policy; losses that need none get log-ratios as metrics",
     )
     samples: int = Field(2, ge=2, description="completions of a row: 2 for chosen and rejected, more for rankings")
 
@@ -165,7 +226,7 @@ class PreferSettings(PolicyStageSettings):
         kl = self.regularizer.kl
         if kl.importance_weighted or kl.controller.kind != "fixed":
             raise ValueError(
-                "regularizer.kl: nobody samples, so there is no ratio to weigh by and no KL to follow; expected"
+                "regularizer.kl: nothing is sampled, so there is no ratio to weigh by and no KL to follow; expected"
                 " importance_weighted=false and controller.kind=fixed"
             )
         return self
@@ -183,13 +244,13 @@ class RewardModelSettings(StageSettings):
     """`keel reward`: -log sigma(r_chosen - r_rejected - margin), averaged over the pairs of a step."""
 
     policy: PolicySettings = Field(description="trunk: a language model (score read at the last token) or an encoder")
-    completions: TextSettings = TextSettings()
-    members: MemberSettings = MemberSettings()
-    margin: float = Field(0.0, ge=0, description="subtracted from every pair's difference")
+    completions: TextSettings = Field(TextSettings(), description="which pairs are trained on")
+    members: MemberSettings = Field(MemberSettings(), description="members of an ensemble")
+    margin: float = Field(0.0, ge=0, description="margin subtracted from the difference of every pair, in reward units")
     margin_column: str | None = Field(None, description="column of the source with a margin of each pair (Llama 2)")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong")
-    center_penalty: float = Field(0.0, ge=0, description="times (r_chosen + r_rejected)^2, added to the loss (TRL)")
-    center: CenterSettings = CenterSettings()
+    center_penalty: float = Field(0.0, ge=0, description="coefficient of (r_chosen + r_rejected)^2 in the loss (TRL)")
+    center: CenterSettings = Field(CenterSettings(), description="the zero of the scores")
 
     @property
     def scorers(self) -> WorkerSettings:
@@ -198,84 +259,3 @@ class RewardModelSettings(StageSettings):
 
     def scoring_spec(self, rewards: Sequence[RewardSettings]) -> ScoringSpec:
         return ScoringSpec(deadlines=self.deadlines, rewards=list(rewards), scorers=self.scorers)
-
-
-class LabelSettings(Section):
-    """`keel label`: preference pairs from sampled completions and a judge."""
-
-    run: LabelRun = LabelRun()
-    runs: list[str] = Field([], description="run directories whose rollouts are labeled; empty: sample from prompts")
-    policy: PolicySettings | None = Field(None, description="samples the completions; null with `runs`")
-    prompts: PromptSettings | None = Field(None, description="null with `runs`")
-    sampling: SamplingSettings = SamplingSettings()
-    max_prompts: int | None = Field(None, ge=1, description="the first so many of the shuffled prompts; null: all")
-    judge: RewardSettings = Field(description="a reward; its score orders the completions")
-    pairs: PairSettings = PairSettings()
-    truncated: Literal["keep", "drop"] = Field(
-        "keep",
-        description="completions cut at the budget: kept and marked (nobody trains an end behind them), or not",
-    )
-    noise: NoiseSettings = NoiseSettings()
-    reference: ReferenceSettings | None = None
-    generators: GeneratorSettings = GeneratorSettings()
-    scorers: WorkerSettings = WorkerSettings(threads=1)
-    failures: FailureSettings = FailureSettings()
-    cluster: ClusterSettings = ClusterSettings()
-    deadlines: DeadlineSettings = DeadlineSettings()
-
-    @property
-    def run_directory(self) -> str:
-        return self.run.directory.replace("{name}", self.run.name)
-
-    def scoring_spec(self) -> ScoringSpec:
-        """Settings of the judge and the reference; also of prompts and generators, where completions are sampled."""
-        scoring: dict[str, Any] = {
-            "deadlines": self.deadlines,
-            "rewards": [self.judge.model_copy(update={"role": "train"})],
-            "scorers": self.scorers,
-            "reference": self.reference,
-            "sampling": self.sampling,
-            "failures": self.failures,
-        }
-        if self.policy is None or self.prompts is None:
-            return ScoringSpec(**scoring)
-        return SamplingSpec(
-            run=self.run, policy=self.policy, prompts=self.prompts, generators=self.generators, **scoring
-        )
-
-    @model_validator(mode="after")
-    def _comes_from_somewhere(self) -> Self:
-        sampled = self.policy is not None and self.prompts is not None
-        if bool(self.runs) == sampled or (self.runs and (self.policy or self.prompts)):
-            raise ValueError(f"runs={self.runs}: expected run directories, or policy and prompts, and not both")
-        if self.judge.kind == "reference" and (self.reference is None or (self.runs and self.reference.model is None)):
-            raise ValueError(
-                "judge.kind=reference: reads a reference's log-probs; expected a reference block, with a model"
-            )
-        if self.judge.kind == "stored":
-            raise ValueError("judge.kind=stored: sampled completions have no stored reward; expected another kind")
-        if not self.runs and self.sampling.samples_per_prompt < 2:
-            raise ValueError("sampling.samples_per_prompt=1: one completion makes no pair; expected at least 2")
-        if self.pairs.selection == "most_disagreeing":
-            raise ValueError("pairs.selection=most_disagreeing: one judge never disagrees; expected another selection")
-        self.sampling.check_stored()
-        return self
-
-
-AnySettings = Settings | StageSettings | LabelSettings
-"""The configuration of one command."""
-COMMANDS: dict[str, type[Section]] = {
-    "train": Settings,
-    "evaluate": Settings,
-    "sft": SupervisedSettings,
-    "prefer": PreferSettings,
-    "reward": RewardModelSettings,
-    "label": LabelSettings,
-}
-"""What the configuration of each command is."""
-
-
-def command_of(tree: dict[str, Any]) -> str:
-    """Which command a run directory's configuration belongs to, by the blocks that only it has."""
-    marks = {"rewards": "train", "judge": "label", "members": "reward", "objective": "prefer"}
-    return next((command for block, command in marks.items() if block in tree), "sft")

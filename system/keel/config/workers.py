@@ -9,6 +9,8 @@ from keel.config.base import Fraction, Seconds, Section
 
 
 class BufferSettings(Section):
+    """How many prompts a step takes, and how stale their samples may be."""
+
     groups_per_step: int = Field(8, ge=1, description="prompts a step trains on")
     groups_per_batch: int | None = Field(
         None, ge=1, description="tickets that share a generator batch; null: groups_per_step / generators.count"
@@ -24,7 +26,9 @@ _OF_RAY = {"CPU": "the setting threads", "GPU": "the setting gpus"}
 
 
 class WorkerSettings(Section):
-    count: int = Field(1, ge=1, description="actors")
+    """Number and size of the workers of a role."""
+
+    count: int = Field(1, ge=1, description="number of workers (Ray actors)")
     threads: int = Field(2, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")
     gpus: float = Field(0, ge=0, description="GPUs an actor asks Ray for: a share of one, or a whole number")
     resources: dict[str, float] = Field(
@@ -50,9 +54,11 @@ class WorkerSettings(Section):
 
 
 class GeneratorSettings(WorkerSettings):
+    """Workers that sample completions with vLLM."""
+
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the sampler")
-    kv_cache_bytes: int = Field(2**30, ge=2**26, description="key-value cache of one generator")
-    max_sequences: int = Field(64, ge=1, description="sequences decoded together")
+    kv_cache_bytes: int = Field(2**30, ge=2**26, description="size of one generator's key-value cache")
+    max_sequences: int = Field(64, ge=1, description="largest number of sequences decoded together")
     enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
     tensor_parallel: int = Field(
         1, ge=1, description="GPUs that share one generator's model, on one node; each asks for `gpus`, which is 1 then"
@@ -67,12 +73,14 @@ class GeneratorSettings(WorkerSettings):
 
 
 class ReferenceSettings(WorkerSettings):
-    model: str | None = Field(None, description="null: the policy before training")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic")
+    """Workers that compute log-probs under the frozen reference policy."""
+
+    model: str | None = Field(None, description="the reference model; null: the policy before training")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="weights and arithmetic of the reference")
     tokens_per_batch: int = Field(4096, ge=1, description="tokens of one forward pass, padding included")
     shared_prompt_tokens: int = Field(512, ge=0, description="as learners.shared_prompt_tokens")
     ref_policy: Literal["initial", "previous"] = Field(
-        "initial", description="previous: every iteration_steps the reference becomes the policy of now; KL compounds"
+        "initial", description="previous: every iteration_steps the current policy becomes the reference; KL compounds"
     )
     iteration_steps: int | None = Field(None, ge=1, description="length of an iteration of ref_policy=previous")
 
@@ -87,41 +95,51 @@ class ReferenceSettings(WorkerSettings):
 
 
 class LearnerSettings(WorkerSettings):
+    """Ranks that train the policy with DeepSpeed."""
+
     zero_stage: Literal[1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: fp32 master weights, bf16 arithmetic")
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(1e-6, gt=0, description="AdamW's learning rate after the warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="after the warm-up, to 0 at the end"
+        "constant", description="learning rate after the warm-up; linear and cosine fall to 0 at the last step"
     )
-    warmup_steps: int = Field(0, ge=0)
-    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises linearly from 0")
+    adam_betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), description="AdamW's decay rates of the first and the second moment"
+    )
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="bound to which the global gradient norm is clipped")
     tokens_per_batch: int = Field(4096, ge=1, description="tokens of one micro-batch on one rank, padding included")
     shared_prompt_tokens: int = Field(
         512, ge=0, description="samples of a prompt go behind one copy of it while they fit this many tokens; 0: never"
     )
     packed_tokens: int = Field(
-        0, ge=0, description="rows of different prompts share a sequence, unseen by each other, up to so many tokens"
+        0,
+        ge=0,
+        description="largest sequence that rows of different prompts share, masked from each other; 0: never",
     )
     head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
     head_kept_bytes: int = Field(
-        2**28, ge=0, description="logits of so many bytes are kept for the backward pass, the rest is computed again"
+        2**28, ge=0, description="bytes of logits kept for the backward pass; the rest is recomputed"
     )
 
 
 class ClusterSettings(Section):
+    """The Ray cluster that a run uses."""
+
     address: str | None = Field(
         None,
         description="Ray address; null: that of the environment's RAY_ADDRESS (set inside a Ray job), else an embedded"
         " Ray on this machine; local: always an embedded one",
     )
     cpus: int | None = Field(
-        None, ge=1, description="CPUs the embedded Ray promises; null: twice what the actors ask for, room to scale"
+        None,
+        ge=1,
+        description="CPUs the embedded Ray offers; null: twice what the workers request, for scaling",
     )
     wait_for_nodes: bool = Field(
-        False, description="nodes may still join: wait for room instead of refusing what the cluster does not hold"
+        False, description="nodes may still join: wait for resources instead of refusing what the cluster does not hold"
     )
     object_store_bytes: int = Field(2**30, ge=2**27, description="shared memory of the embedded Ray")
     min_memory_bytes: int = Field(2**32, ge=0, description="free memory without which the run is refused")
@@ -138,11 +156,13 @@ class ClusterSettings(Section):
 
 
 class DeadlineSettings(Section):
+    """Longest waits for single operations."""
+
     room_seconds: Seconds = Field(
         86_400,
-        description="one worker, or one learner rank, waits for room on the cluster while none of its role has any",
+        description="one worker, or one learner rank, waits for resources while no other of its role serves",
     )
-    start_seconds: Seconds = Field(600, description="an actor comes up and loads its model")
+    start_seconds: Seconds = Field(600, description="start of a worker until its model is loaded")
     generate_seconds: Seconds = Field(600, description="one generator batch")
     score_seconds: Seconds = Field(600, description="one batch through one scorer")
     step_seconds: Seconds = Field(1800, description="one learner step, or a checkpoint")

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,6 +42,16 @@ def from_here(path: Path) -> str:
     except FileNotFoundError:  # the folder of a job: Ray may take it away once the last actor has gone
         return str(path)
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+class Display(Protocol):
+    """Where progress is shown: a live table, plain lines, or nowhere."""
+
+    def note(self, text: str) -> None: ...
+
+    def doing(self, what: str) -> None: ...
+
+    def step(self, line: dict[str, Any]) -> None: ...
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from keel.config.tracking import TrackerName
+from keel.config.monitoring import TrackerName
 
 Outcome = Literal["finished", "failed", "interrupted"]
 _PARAMETERS_AT_ONCE = 100  # MLflow's limit; that of metrics is 1000, which no step has

@@ -22,9 +22,9 @@ from typing import Any, Self
 
 from keel import errors, files
 from keel.config import loader
+from keel.config.monitoring import TrackingSettings
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
-from keel.config.tracking import TrackingSettings
 from keel.errors import ConfigError
 from keel.observability.metrics import RunMetrics
 from keel.observability.trackers import TRACKERS, Outcome, TrackedRun, Tracker
@@ -158,18 +158,20 @@ class Tracking:
         self.finish("interrupted" if broken_off else "failed" if error else "finished")
 
     def _run(self, version: int) -> TrackedRun:
-        by = self.settings.tracking
-        folder = Path(by.tensorboard_directory.replace("{name}", self._name)) if by.tensorboard_directory else None
+        config = self.settings.tracking
+        folder = self.directory / "tensorboard"
+        if config.tensorboard_directory:
+            folder = Path(config.tensorboard_directory.replace("{name}", self._name))
         return TrackedRun(
             name=self._name,
             identity=_identity(self.directory / "tracking.json"),
-            project=by.project,
-            tags=tuple(by.tags),
+            project=config.project,
+            tags=tuple(config.tags),
             configuration=configuration(self.settings),
             version=version,
             directory=self.directory,
-            tensorboard_directory=folder or self.directory / "tensorboard",
-            finish_seconds=by.finish_seconds,
+            tensorboard_directory=folder,
+            finish_seconds=config.finish_seconds,
         )
 
 

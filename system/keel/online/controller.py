@@ -1,12 +1,15 @@
-"""The two loops of a run. Futures are composed here; tokens are never looked at.
+"""The two loops of a run. Only protocols are known here, so both run in a unit test on in-process fakes.
 
     loop       consumes            waits for                       is unblocked by        produces
-    rollouts   admitted tickets    buffer.admit (staleness bound)  buffer.advance, drops  one task per generator batch
-    one        tickets             a generator, then each scorer   -                      accepted rows, or a drop
     learn      groups of a step    buffer.take                     buffer.add             a version, loaded everywhere
+    rollouts   admitted tickets    buffer.admit (staleness bound)  buffer.advance, drops  one task per generator batch
+    one batch  tickets             a generator, then each scorer   -                      accepted rows, or a drop
 
-`learn` is the finite clock. Any crash cancels the rest and surfaces with its cause; nothing waits without a deadline.
-Only protocols are known here, not Ray, torch or vLLM, so all of it runs in a unit test on in-process fakes.
+    step of the learn loop   take -> learner.step -> publish and load weights -> evaluate -> renew the reference
+                             -> advance the buffer -> record -> checkpoint
+
+`learn` is the finite loop. Any error cancels the other loop and surfaces with its cause; every await has a deadline.
+Futures are composed here; tokens are never looked at.
 """
 
 import asyncio
@@ -22,13 +25,13 @@ from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLos
 from keel.observability import metrics
 from keel.online import parity
 from keel.online.retries import FailureWatch, retrying
-from keel.protocols import AddReceipt, Batch, Components, Observer, Sampling, StageReceipt
+from keel.protocols import AddReceipt, Batch, Components, Observer, Sampling, StageReceipt, StepReport
 
 Result = TypeVar("Result")
 
 
 class Stalled(KeelError, RuntimeError):
-    """An await passed its deadline: who waited for whom, and how long."""
+    """An await passed its deadline; the message names what was awaited, and for how long."""
 
 
 class Controller:
@@ -43,10 +46,6 @@ class Controller:
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
         self._leaving = False
 
-    def leave(self) -> None:
-        """End `run` after the step under way, with a checkpoint."""
-        self._leaving = True
-
     async def run(self) -> None:
         """All steps. Raises the first error of either loop with its own cause, the other one cancelled."""
         async with one_cause() as tasks:
@@ -54,111 +53,14 @@ class Controller:
             await self._learn()
             rollouts.cancel()
 
-    async def sync(self) -> int:
-        """Publish the learner's weights and have every generator prove that it holds them; bytes loaded in all."""
-        started = time.monotonic()
-        self.observer.doing("weight sync")
-        deadline = self.settings.deadlines.load_seconds
-        publishing = self.components.learner.publish()
-        handle, published = await self._within(deadline, publishing, "the learner to publish", LearnerLost)
-        self._progress("publish")
-        loading = self.components.generators.load_weights(handle)
-        patience = deadline + self._grace + self.settings.deadlines.generate_seconds
-        receipts = await self._within(patience, loading, "generators to load weights")
-        self._progress("load")
-        wrong = [r for r in receipts if (r.version, r.digest) != (published.version, published.digest)]
-        assert receipts and not wrong, (published, wrong)
-        self.observer.set({"weight_sync_seconds": time.monotonic() - started, "version": float(published.version)})
-        return sum(receipt.num_bytes for receipt in receipts)
+    def leave(self) -> None:
+        """End `run` after the step under way, with a checkpoint."""
+        self._leaving = True
 
-    async def evaluate(self, step: int) -> None:
-        """Held-out prompts through generators and scorers; the observer stores what comes back."""
-        self.observer.doing("evaluation")
-
-        async def once() -> pa.RecordBatch:
-            scored, _ = await self._generate_and_score(self.components.held_out)
-            return await self._within(self._grace, self.components.fetch(scored), "evaluated rows to arrive")
-
-        await self.observer.evaluated(step, await retrying(once, self.settings.failures.retries, self.observer))
-        self.observer.add({"evaluations_total": 1.0})
-
-    async def generate(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
-        """Completions of some prompt rows, unscored: for the start-up parity test."""
-
-        async def once() -> pa.RecordBatch:
-            generating = self.components.generators.generate(prompts, self.sampling)
-            batch, _ = await self._within(self._patience, generating, "a generator")
-            return await self._within(self._grace, self.components.fetch(batch), "generated rows to arrive")
-
-        return await retrying(once, self.settings.failures.retries, self.observer)
-
-    async def compare(self, batch: pa.RecordBatch) -> Mapping[str, float]:
-        """Gap between the learner's and the sampler's log-probs of these rows."""
-        comparing = self.components.learner.compare(batch)
-        return await self._within(
-            self.settings.deadlines.step_seconds, comparing, "the learner to compare", LearnerLost
-        )
-
-    async def _rollouts(self) -> None:
-        async with asyncio.TaskGroup() as tasks:  # its own: what is under way at the end is cancelled with it
-            while True:
-                # no deadline: it waits for the learn loop, whose every wait has one
-                tickets = await self.components.buffer.admit()
-                tasks.create_task(self._one(tickets))
-
-    async def _one(self, tickets: list[int]) -> None:
-        """Carry the tickets of one generator batch to the buffer, or drop them when every retry lost its worker."""
-        deadline = self.settings.deadlines.score_seconds
-
-        async def once() -> tuple[list[StageReceipt], AddReceipt]:
-            batch, receipts = await self._generate_and_score(self.components.prompts(tickets))
-            adding = self.components.buffer.add(tickets, batch)
-            return receipts, await self._within(deadline, adding, "the buffer to accept rows", BufferLost)
-
-        try:
-            receipts, added = await retrying(once, self.settings.failures.retries, self.observer)
-        except WorkerLost:
-            dropping = self.components.buffer.drop(tickets, "worker_lost")
-            await self._within(deadline, dropping, "the buffer to drop tickets", BufferLost)
-            self._failures.saw({"worker_lost": len(tickets) * self.settings.sampling.samples_per_prompt}, accepted=0)
-            return
-        self._progress("accept")
-        self._generated[0] += receipts[0].tokens
-        self._generated[1] += receipts[0].seconds
-        self.observer.add(
-            {
-                "generate_seconds_total": receipts[0].seconds,
-                "score_seconds_total": sum(receipt.seconds for receipt in receipts[1:]),
-            }
-        )
-        self._failures.saw(added.failed, added.accepted_samples)
-
-    @property
-    def _grace(self) -> float:
-        """Seconds in which a lost worker is replaced and loaded; those who wait for it wait so much longer."""
-        deadlines, retries = self.settings.deadlines, self.settings.failures.retries
-        return (deadlines.start_seconds + deadlines.load_seconds) * (retries + 1)
-
-    @property
-    def _patience(self) -> float:
-        """Seconds until a generator batch is there, also as the last one in line behind a single generator."""
-        in_line = self.settings.buffer.groups_per_step * (1 + self.settings.buffer.max_staleness)
-        return self.settings.deadlines.generate_seconds * in_line + self._grace
-
-    async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
-        generating = self.components.generators.generate(prompts, self.sampling)
-        batch, receipt = await self._within(self._patience, generating, "a generator")
-        self._progress("generate")
-        receipts = [receipt]
-        patience = self.settings.deadlines.score_seconds + self._grace
-        for scorer in self.components.scorers:
-            batch, receipt = await self._within(patience, scorer.score(batch), "a scorer")
-            receipts.append(receipt)
-        self._progress("score")
-        return batch, receipts
+    # ---- the learn loop
 
     async def _learn(self) -> None:
-        settings = self.settings
+        settings, buffer = self.settings, self.components.buffer
         evaluate_every, checkpoint_every = settings.evaluation.every_steps, settings.checkpoint.every_steps
         if self.version == 0:
             await self.evaluate(0)
@@ -168,48 +70,25 @@ class Controller:
             if last or (evaluate_every and self.version % evaluate_every == 0):
                 await self.evaluate(self.version)
             if not last:
-                await self._iterate()
-                advancing = self.components.buffer.advance(self.version)
+                await self._renew_reference()
+                advancing = buffer.advance(self.version)
                 await self._within(settings.deadlines.score_seconds, advancing, "the buffer to advance", BufferLost)
             self.observer.step(self.version)
             if last or self._leaving or (checkpoint_every and self.version % checkpoint_every == 0):
-                self.observer.doing("checkpoint")
-                saving = self.observer.checkpoint(self.version)
-                await self._within(settings.deadlines.step_seconds, saving, "the learner to save", LearnerLost)
-                self._progress("checkpoint")
+                await self._checkpoint(finished)
             if last or self._leaving:
                 return
 
-    async def _iterate(self) -> None:
-        """Renew the reference when an iteration ends: before the tickets of the next step open."""
-        every = self.settings.reference_iteration_steps
-        if every and self.version % every == 0:
-            self.observer.doing("new reference")
-            patience = self.settings.deadlines.load_seconds + self._grace
-            renewing = self.observer.iteration(self.version)
-            await self._within(patience, renewing, "the reference to be renewed", LearnerLost)
-
     async def _step(self) -> bool:
-        """One version; whether the objective wants no further one."""
+        """Make one version and load it everywhere; return whether the objective wants no further one."""
         self.observer.doing("rollouts")
-        waited = time.monotonic()
+        began = time.monotonic()
         batch, buffered = await self._take()
         tokens, busy = self._generated
         self._generated = [0.0, 0.0]
         self.observer.doing("learner step")
-        wait_seconds = time.monotonic() - waited
-        stepping = self.components.learner.step(batch)
-        try:
-            report = await self._within(
-                self.settings.deadlines.step_seconds, stepping, "the learner to step", LearnerLost
-            )
-        except NotFinite as error:
-            await self._within(self._grace, self.observer.quarantine(self.version + 1, batch, str(error)), "quarantine")
-            raise
-        if problem := parity.judge_step(report.version, report.metrics, self.settings, self.observer):
-            await self._within(self._grace, self.observer.quarantine(report.version, batch, problem), "quarantine")
-            raise parity.ParityError(problem)
-        assert report.version == self.version + 1, (report.version, self.version)
+        wait_seconds = time.monotonic() - began
+        report = await self._train(batch)
         self.version = report.version
         self.observer.set({"learner_version": float(report.version)})
         self._progress("step")
@@ -233,10 +112,10 @@ class Controller:
         return report.finished
 
     async def _take(self) -> tuple[Batch, Mapping[str, Any]]:
-        """The rows of the next step; who holds them up, when they do not come."""
+        """The rows of the next step. Raises Stalled, which names the tickets that are missing."""
         deadlines, buffer = self.settings.deadlines, self.components.buffer
         attempt = deadlines.generate_seconds + deadlines.score_seconds * (len(self.components.scorers) + 1)
-        patience = attempt * (self.settings.failures.retries + 1) + self._grace
+        patience = attempt * (self.settings.failures.retries + 1) + self._replacement_seconds
         taking = buffer.take(self.settings.buffer.groups_per_step)
         try:
             batch, buffered = await self._within(patience, taking, "rollouts of a step")
@@ -246,16 +125,164 @@ class Controller:
         self._progress("take")
         return batch, buffered
 
+    async def _train(self, batch: Batch) -> StepReport:
+        """One learner step. Rows that the learner refuses, or that fail the parity bound, are kept in quarantine."""
+        stepping = self.components.learner.step(batch)
+        try:
+            report = await self._within(
+                self.settings.deadlines.step_seconds, stepping, "the learner to step", LearnerLost
+            )
+        except NotFinite as error:
+            await self._quarantine(self.version + 1, batch, str(error))
+            raise
+        if problem := parity.judge_step(report.version, report.metrics, self.settings, self.observer):
+            await self._quarantine(report.version, batch, problem)
+            raise parity.ParityError(problem)
+        assert report.version == self.version + 1, (report.version, self.version)
+        return report
+
+    async def _quarantine(self, step: int, batch: Batch, reason: str) -> None:
+        await self._within(self._replacement_seconds, self.observer.quarantine(step, batch, reason), "quarantine")
+
+    async def sync(self) -> int:
+        """Move the learner's weights to every generator, which proves that it holds them; bytes loaded in all.
+
+        Both ends begin together; the deadline of the generators starts when the learner has published.
+        """
+        started = time.monotonic()
+        self.observer.doing("weight sync")
+        deadline = self.settings.deadlines.load_seconds
+        patience = deadline + self._replacement_seconds + self.settings.deadlines.generate_seconds
+        publish, load = self.components.transport.begin(self.components.learner, self.components.generators)
+        async with one_cause() as tasks:
+            publishing, loading = tasks.create_task(publish), tasks.create_task(load)
+            published = await self._within(deadline, publishing, "the learner to publish", LearnerLost)
+            self._progress("publish")
+            receipts = await self._within(patience, loading, "generators to load weights")
+        self._progress("load")
+        wrong = [r for r in receipts if (r.version, r.digest) != (published.version, published.digest)]
+        assert receipts and not wrong, (published, wrong)
+        self.observer.set({"weight_sync_seconds": time.monotonic() - started, "version": float(published.version)})
+        return sum(receipt.num_bytes for receipt in receipts)
+
+    async def evaluate(self, step: int) -> None:
+        """Send the held-out prompts through generators and scorers; the observer stores the rows."""
+        self.observer.doing("evaluation")
+
+        async def once() -> pa.RecordBatch:
+            scored, _ = await self._generate_and_score(self.components.held_out)
+            fetching = self.components.fetch(scored)
+            return await self._within(self._replacement_seconds, fetching, "evaluated rows to arrive")
+
+        await self.observer.evaluated(step, await retrying(once, self.settings.failures.retries, self.observer))
+        self.observer.add({"evaluations_total": 1.0})
+
+    async def _renew_reference(self) -> None:
+        """Renew the reference when an iteration ends: before the tickets of the next step open."""
+        every = self.settings.reference_iteration_steps
+        if every and self.version % every == 0:
+            self.observer.doing("new reference")
+            patience = self.settings.deadlines.load_seconds + self._replacement_seconds
+            renewing = self.components.checkpoints.renew_reference(self.version)
+            await self._within(patience, renewing, "the reference to be renewed", LearnerLost)
+
+    async def _checkpoint(self, finished: bool) -> None:
+        self.observer.doing("checkpoint")
+        saving = self.components.checkpoints.save(self.version, finished=finished)
+        await self._within(self.settings.deadlines.step_seconds, saving, "the learner to save", LearnerLost)
+        self._progress("checkpoint")
+
+    # ---- the rollouts loop
+
+    async def _rollouts(self) -> None:
+        async with asyncio.TaskGroup() as tasks:  # its own: the batches under way at the end are cancelled with it
+            while True:
+                # no deadline: it waits for the learn loop, in which every await has one
+                tickets = await self.components.buffer.admit()
+                tasks.create_task(self._one_batch(tickets))
+
+    async def _one_batch(self, tickets: list[int]) -> None:
+        """Carry the tickets of one generator batch to the buffer, or drop them when every retry lost its worker."""
+        deadline, buffer = self.settings.deadlines.score_seconds, self.components.buffer
+
+        async def once() -> tuple[list[StageReceipt], AddReceipt]:
+            batch, receipts = await self._generate_and_score(self.components.prompts(tickets))
+            adding = buffer.add(tickets, batch)
+            return receipts, await self._within(deadline, adding, "the buffer to accept rows", BufferLost)
+
+        try:
+            receipts, added = await retrying(once, self.settings.failures.retries, self.observer)
+        except WorkerLost:
+            dropping = buffer.drop(tickets, "worker_lost")
+            await self._within(deadline, dropping, "the buffer to drop tickets", BufferLost)
+            self._failures.saw({"worker_lost": len(tickets) * self.settings.sampling.samples_per_prompt}, accepted=0)
+            return
+        self._progress("accept")
+        self._generated[0] += receipts[0].tokens
+        self._generated[1] += receipts[0].seconds
+        self.observer.add(
+            {
+                "generate_seconds_total": receipts[0].seconds,
+                "score_seconds_total": sum(receipt.seconds for receipt in receipts[1:]),
+            }
+        )
+        self._failures.saw(added.failed, added.accepted_samples)
+
+    async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
+        generating = self.components.generators.generate(prompts, self.sampling)
+        batch, receipt = await self._within(self._generate_seconds, generating, "a generator")
+        self._progress("generate")
+        receipts = [receipt]
+        patience = self.settings.deadlines.score_seconds + self._replacement_seconds
+        for scorer in self.components.scorers:
+            batch, receipt = await self._within(patience, scorer.score(batch), "a scorer")
+            receipts.append(receipt)
+        self._progress("score")
+        return batch, receipts
+
+    # ---- for the start-up parity test
+
+    async def generate(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
+        """Completions of some prompt rows, unscored."""
+
+        async def once() -> pa.RecordBatch:
+            generating = self.components.generators.generate(prompts, self.sampling)
+            batch, _ = await self._within(self._generate_seconds, generating, "a generator")
+            fetching = self.components.fetch(batch)
+            return await self._within(self._replacement_seconds, fetching, "generated rows to arrive")
+
+        return await retrying(once, self.settings.failures.retries, self.observer)
+
+    async def compare(self, batch: pa.RecordBatch) -> Mapping[str, float]:
+        """Gap between the learner's and the sampler's log-probs of these rows."""
+        comparing = self.components.learner.compare(batch)
+        seconds = self.settings.deadlines.step_seconds
+        return await self._within(seconds, comparing, "the learner to compare", LearnerLost)
+
+    # ---- deadlines
+
+    @property
+    def _replacement_seconds(self) -> float:
+        """Seconds in which a lost worker is replaced and loaded; added to every deadline that may include that."""
+        deadlines, retries = self.settings.deadlines, self.settings.failures.retries
+        return (deadlines.start_seconds + deadlines.load_seconds) * (retries + 1)
+
+    @property
+    def _generate_seconds(self) -> float:
+        """Seconds until a generator batch is complete, also as the last one in line behind a single generator."""
+        in_line = self.settings.buffer.groups_per_step * (1 + self.settings.buffer.max_staleness)
+        return self.settings.deadlines.generate_seconds * in_line + self._replacement_seconds
+
     def _progress(self, stage: str) -> None:
         self.observer.set({"progress_timestamp_seconds": {stage: time.time()}})
 
     async def _within(
-        self, seconds: float, awaitable: Awaitable[Result], whom: str, error: type[Exception] = Stalled
+        self, seconds: float, awaitable: Awaitable[Result], awaited: str, error: type[Exception] = Stalled
     ) -> Result:
-        """Await with a deadline whose passing says who waited for whom."""
+        """Await with a deadline; on timeout the error names what was awaited."""
 
         def late() -> Exception:
-            return error(f"step {self.version + 1}: waited {seconds:.0f} s for {whom}")
+            return error(f"step {self.version + 1}: waited {seconds:.0f} s for {awaited}")
 
         return await within(seconds, awaitable, late)
 
@@ -273,7 +300,7 @@ async def within(seconds: float, awaitable: Awaitable[Result], late: Callable[[]
 
 @contextlib.asynccontextmanager
 async def one_cause() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group of which the first error surfaces as it is, the others cancelled."""
+    """A task group whose first error surfaces unwrapped, the other tasks cancelled."""
     error: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as tasks:

@@ -14,9 +14,11 @@ from keel import checkpoint, schema, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
+from keel.config.commands import COMMANDS, AnySettings, command_of
+from keel.config.label import LabelSettings
 from keel.config.rewards import RewardSettings
 from keel.config.run import LearnerSpec, Settings
-from keel.config.stages import COMMANDS, AnySettings, LabelSettings, SamplingSpec, ScoringSpec, command_of
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
 from keel.learner import loading, reward_models, score_contract

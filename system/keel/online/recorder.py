@@ -1,19 +1,16 @@
-"""What a run writes while it goes: metrics, events, evaluations, checkpoints, references, quarantined rows."""
+"""Records what the controller reports: metrics, events, evaluations and quarantined rows, and the progress display."""
 
-import asyncio
-import shutil
 import time
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import pyarrow as pa
 
-from keel import checkpoint, files, references, schema
-from keel.cluster import actors, learner_group
-from keel.config import loader
+from keel import files, schema
+from keel.cluster import actors
 from keel.observability import evaluations
 from keel.observability.bottlenecks import largest_share
+from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
 from keel.observability.utilization import Utilization
@@ -21,43 +18,28 @@ from keel.online.preflight import Prepared
 from keel.protocols import Batch, Observer
 
 
-class Display(Protocol):
-    """Where progress goes: a live table, plain lines, or nothing."""
-
-    def note(self, text: str) -> None: ...
-
-    def doing(self, what: str) -> None: ...
-
-    def step(self, line: dict[str, Any]) -> None: ...
-
-
 class Recorder(Observer):
-    """Puts what the controller tells into metrics, files and the display."""
+    """Writes reports into metrics, files, trackers and the display."""
 
     def __init__(self, prepared: Prepared, metrics: RunMetrics, display: Display) -> None:
         self.prepared, self.metrics, self.display = prepared, metrics, display
         self.directory = prepared.directory
-        self.buffer: actors.RemoteBuffer | None = None
-        self.learner: learner_group.LearnerGroup | None = None
-        self.reference: actors.ScorerPool | None = None
         self.utilization = Utilization()
         settings = prepared.settings
         self.tracking = Tracking(settings, self.directory, metrics, display.note)
         bound, steps = float(settings.buffer.max_staleness), float(settings.run.steps)
         metrics.set({"max_staleness_versions": bound, "steps_wanted": steps})
-        self.finished = self._renewed = False
         self._before: dict[str, Any] | None = None
         self._waiting: list[str] = []
         self.furthest = 0
         """The last step that was ever recorded."""
 
-    def begin(self, learner: learner_group.LearnerGroup, buffer: actors.RemoteBuffer, version: int) -> None:
-        """These are the learner and the buffer from now on; steps after `version` are made, perhaps again."""
+    def begin(self, ranks: int, version: int) -> None:
+        """Record a new learner group from now on; steps after `version` are made, perhaps for the second time."""
         self.tracking.begin(version)
-        self.learner, self.buffer, self.finished = learner, buffer, False
         self._before = None
         self.metrics.set({"learner_version": float(version)})  # behind what a lost learner had reached
-        self.utilization.ranks(learner.placement.ranks)
+        self.utilization.ranks(ranks)
 
     def set(self, values: dict[str, Any]) -> None:
         self.metrics.set(values)
@@ -66,7 +48,6 @@ class Recorder(Observer):
         self.metrics.add(values)
 
     def event(self, name: str, **fields: Any) -> None:
-        self.finished |= name == "objective_finished"
         files.append_json(self.directory / "events.jsonl", {"event": name, "time": time.time(), **fields})
 
     def note(self, text: str) -> None:
@@ -102,7 +83,7 @@ class Recorder(Observer):
                 self.display.doing(f"{name} comes up")
 
     def tick(self) -> None:
-        """Each second, also while a step takes long: an alert waits five minutes for little memory."""
+        """Count utilization and free memory once a second, also during a long step: alerts read them."""
         self.metrics.add(self.utilization.drain())
         self.metrics.set({"free_memory_bytes": float(psutil.virtual_memory().available)})
 
@@ -124,67 +105,12 @@ class Recorder(Observer):
             f" KL {row['kl_nats']:.2f} nats, {row['n']:.0f} held-out prompts"
         )
 
-    async def checkpoint(self, step: int) -> None:
-        """Learner and policy from the ranks, state from buffer and counters; then what it makes obsolete goes."""
-        assert self.learner and self.buffer
-        aside = checkpoint.begin(self.directory, step)
-        try:
-            with files.naming_a_full_disk(aside / "learner"):
-                await self._commit(aside, step)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)  # gone by now, unless something went wrong
-        self.event("checkpoint", step=step)
-
-    async def _commit(self, aside: Path, step: int) -> None:
-        assert self.learner and self.buffer
-        await self.learner.save(str(aside))
-        buffer = await self.buffer.state() | {"version": step}
-        self.metrics.add({"checkpoints_total": 1.0})
-        settings = self.prepared.settings
-        state = {
-            "version": step,
-            "finished": self.finished,
-            "buffer": buffer,
-            "objective": await self.learner.state(),
-            "totals": self.metrics.totals,
-            "digest": loader.digest(settings),
-        }
-        await asyncio.to_thread(checkpoint.commit, aside, state)  # it reads every file again
-        checkpoint.prune(self.directory, settings.checkpoint.keep)
-        oldest = checkpoint.steps(self.directory)[0]
-        references.prune(self.directory, settings.reference_iteration_steps, oldest)
-        await self.buffer.forget(checkpoint.state_of(self.directory, oldest)["buffer"]["next_ticket"])
-
     async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
-        """quarantine/step-N.arrow: the rows; step-N.json: why, and how to see it again."""
+        """Write the rows to quarantine/step-N.arrow, the reason and the replay command to step-N.json."""
         rows = await actors.fetch(batch)
         path = self.directory / "quarantine" / f"step-{step:06d}.arrow"
         files.write(path, schema.to_bytes(rows))
-        again = f"keel replay {self.directory} --step {step}"
-        files.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": again})
+        replay = f"keel replay {self.directory} --step {step}"
+        files.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": replay})
         self.event("quarantine", step=step, reason=reason, rows=rows.num_rows)
-        self.display.note(f"the rows of step {step} are kept in {path}; to see it again: {again}")
-
-    async def iteration(self, step: int) -> None:
-        """Write the policy of now into references/ and let everyone who reads the reference read that."""
-        assert self.learner
-        folder = references.folder_of(self.directory, step)
-        await self.learner.export(str(references.begin(folder)))
-        await asyncio.to_thread(references.commit, folder)  # as a checkpoint's
-        await self.renew(str(folder))
-
-    async def refer_to(self, folder: Path | None) -> None:
-        """Go back to the reference a checkpoint was made under; None: the initial one."""
-        if folder is not None:
-            references.check(folder)
-        elif self._renewed:
-            assert self.prepared.models.reference
-            folder = Path(self.prepared.models.reference)
-        if folder is not None:
-            await self.renew(str(folder))
-
-    async def renew(self, folder: str) -> None:
-        assert self.learner and self.reference
-        self._renewed = True
-        await self.reference.pool.load_weights(folder)
-        await self.learner.renew_reference(folder)
+        self.display.note(f"the rows of step {step} are kept in {path}; to see it again: {replay}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from keel import checkpoint, files, reads
 from keel.config import loader
-from keel.config.stages import command_of
+from keel.config.commands import command_of
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import errors
 
@@ -86,7 +86,7 @@ def authenticate_as(where: Mapping[str, str]) -> None:
 def stop(directory: Path) -> dict[str, Any]:
     """Ask a live run to stop, wait for its end and return its state. Raises ConfigError, NotStopped."""
     state = _live(directory)
-    deadlines = loader.load(directory / "config.yaml").deadlines
+    deadlines = loader.load(loader.stored_config(directory, f"RUN_DIR={directory}")).deadlines
     _ask(directory)
     patience = deadlines.generate_seconds + deadlines.score_seconds + 2 * deadlines.step_seconds + _ANSWER_SECONDS
     deadline = time.monotonic() + patience

@@ -1,22 +1,24 @@
-"""An online run from settings to its last step. Resuming, rebuilding and re-sizing are the same path with a checkpoint.
+"""An online run, in the order in which it happens. Resuming, recovery and re-sizing are one path with a checkpoint.
 
-preflight ----------------> one line and exit 2, nothing written
+preflight ----------------> one line and exit 2, nothing written                                  (preflight.py)
     |
 run directory, config.yaml
     |
-Ray: generators | reference | scorers                 live as long as the run, each worker replaced alone  (pool.py)
+Ray: generators | reference | scorers        as long as the run; each worker is replaced alone    (cluster/pool.py)
     |
-    +--> newest intact checkpoint                                                                   (checkpoint.py)
-    |    learner ranks | buffer actor                 one lost, all built again       (learner_group.py, actors.py)
-    |        learner.restore_checkpoint(checkpoint), buffer state, counters
-    |    publish -> load: every generator proves its weights
-    |    parity test: learner and sampler agree on the same tokens, or stop
+    +--> newest intact checkpoint                                                                 (checkpoint.py)
     |        |
-    |    Controller: rollouts loop || learn loop                                                    (controller.py)
-    |        |   per step: metrics.jsonl, Prometheus; when due: evaluation, checkpoint
-    +--------+-- LearnerLost | BufferLost | other number of ranks wanted (scaling.py)
+    |    start      placement group, learner group, buffer actor             (cluster/learner_group.py, actors.py)
+    |        |      restore: learner, reference, buffer state, counters                           (checkpointer.py)
+    |        |      weights: publish || load, every generator proves them         (cluster/weight_transport.py)
+    |        |      parity test: learner and sampler agree on the same tokens                     (parity.py)
+    |        |
+    |    steps      Controller: learn loop || rollouts loop                                       (controller.py)
+    |        |      once a second: wanted counts, a request to stop                               (scaling.py)
+    |        |
+    +--------+-- recovery: LearnerLost | BufferLost | another number of ranks is wanted
              |
-Outcome: first and last evaluation on the same held-out prompts; or where `keel stop` ended it, with a checkpoint
+end: Outcome at the last step, or where `keel stop` ended the run, with a checkpoint
 """
 
 import asyncio
@@ -32,19 +34,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from keel import checkpoint, files, references
+from keel import checkpoint, files
 from keel.cluster import actors, learner_group
 from keel.cluster.control import ControlLink
 from keel.cluster.pool import Pool
+from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.observability import endpoint
+from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.online import parity, scaling
+from keel.online.checkpointer import Checkpointer
 from keel.online.controller import Controller, one_cause
 from keel.online.preflight import Prepared
-from keel.online.recorder import Display, Recorder
+from keel.online.recorder import Recorder
 from keel.online.scaling import Scaling
 from keel.protocols import Components
 from keel.rollout import manifest
@@ -55,7 +60,7 @@ _END_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run, or one that stopped before its last step, as it was asked to."""
+    """A run at its last step, or at the step after which it was asked to stop."""
 
     directory: Path
     steps: int
@@ -67,7 +72,7 @@ class Outcome:
 def run(prepared: Prepared, display: Display) -> Outcome:
     """Train to `run.steps`, from the newest intact checkpoint of the run directory if there is one.
 
-    Raises ConfigError for a directory another process works on, ParityError, CheckpointError, or what a part raised.
+    Raises ConfigError for a directory that another process uses, ParityError, CheckpointError, or a component's error.
     """
     started = time.monotonic()
     settings, directory = prepared.settings, prepared.directory
@@ -82,7 +87,7 @@ def run(prepared: Prepared, display: Display) -> Outcome:
 def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Event) -> "Saved":
     settings, directory = prepared.settings, prepared.directory
     checkpoint.check_known(directory)
-    (directory / "control.json").unlink(missing_ok=True)  # nobody is to ask the actor of an earlier process
+    (directory / "control.json").unlink(missing_ok=True)  # of an earlier process
     with contextlib.ExitStack() as last, contextlib.ExitStack() as ray:
         new = not checkpoint.committed(directory) and not scaling.has_counts(directory)
         counts = scaling.configured(settings, directory)
@@ -111,7 +116,7 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
 
 @dataclass(frozen=True)
 class Saved:
-    """Where a run goes on."""
+    """The checkpoint from which a run continues; no path: the start."""
 
     path: Path | None
     state: Mapping[str, Any]
@@ -140,7 +145,7 @@ def _newest(recorder: Recorder) -> Saved:
 
 
 class _Run:
-    """The pools of a run, and one learner group and buffer after the other."""
+    """The pools of a run, and one learner group and one buffer after another."""
 
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
@@ -154,15 +159,15 @@ class _Run:
         self.placement: learner_group.Placement | None = None
         self.has_run = False
         self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder, asked_to_stop)
-        recorder.reference = next((pool for pool in self.scorers if pool.pool.role == "reference"), None)
+        self.reference = next((pool for pool in self.scorers if pool.role == "reference"), None)
 
     def _pools(self) -> list[Pool]:
-        return [self.generators.pool, *(scorer.pool for scorer in self.scorers)]
+        return [self.generators, *self.scorers]
 
     async def to_the_end(self, saved: Saved) -> Saved:
-        """Build, run, and build again from the newest commit when learner or buffer are lost or re-sized.
+        """Start, run, and start from the newest checkpoint when the learner or the buffer is lost or re-sized.
 
-        Returns where it ended: at its last step, or where it was asked to stop.
+        Returns the checkpoint of its last step, or of the step after which it was asked to stop.
         """
         _end_on_signals()
         losses = 0
@@ -170,7 +175,7 @@ class _Run:
             while not saved.over(self.settings):
                 furthest = self.recorder.furthest
                 try:
-                    await self._go_on(saved)
+                    await self._attempt(saved)
                 except (LearnerLost, BufferLost, BuildFailed) as lost:
                     if isinstance(lost, BuildFailed) and not self.has_run:
                         raise
@@ -189,8 +194,8 @@ class _Run:
             self.scaling.end()
         return saved
 
-    async def _go_on(self, saved: Saved) -> None:
-        """One learner group and one buffer, from a checkpoint until the run ends, or one of them does."""
+    async def _attempt(self, saved: Saved) -> None:
+        """Run one learner group and one buffer from a checkpoint until the run ends, or one of them is lost."""
         with contextlib.ExitStack() as ends:
             started = await self.scaling.unless_stopped(self._start(saved, ends))
             if started is None:
@@ -204,15 +209,15 @@ class _Run:
     async def _start(
         self, saved: Saved, ends: contextlib.ExitStack
     ) -> tuple[learner_group.LearnerGroup, actors.RemoteBuffer, Controller]:
-        """Room, a learner group and a buffer, and everyone at the checkpoint. `ends` ends the two."""
+        """Start a learner group and a buffer in their placement and restore the checkpoint. `ends` stops the two."""
         settings, recorder = self.settings, self.recorder
-        recorder.utilization.doing("start")  # whatever the learner did that was lost, nobody does it now
+        recorder.utilization.doing("start")  # the lost learner's phase is over
         began = time.monotonic()
-        self.generators.pool.forget_load()
+        self.generators.forget_load()
         # at first others may occupy a part of the cluster, later only this run's own workers do as a rule
         if not actors.holds(settings, self.scaling.desired, at_once=not self.has_run):
             for pool in self._pools():
-                pool.give_way()  # a worker that waits for room would take the learner's
+                pool.give_way()  # a worker that waits for resources would take the learner's
             await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
         placement = await self._placement_for(self.scaling.desired["learner"])
         learner = learner_group.LearnerGroup(
@@ -222,8 +227,8 @@ class _Run:
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
         buffer = actors.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
         ends.callback(buffer.stop)
-        recorder.begin(learner, buffer, saved.version)
-        controller = await self._build(saved, learner, buffer)
+        recorder.begin(placement.ranks, saved.version)
+        controller = await self._restore(saved, learner, buffer)
         self.has_run = True
         recorder.event("running", step=saved.version, ranks=placement.ranks, seconds=round(time.monotonic() - began, 3))
         return learner, buffer, controller
@@ -239,7 +244,7 @@ class _Run:
             if self.placement.ranks == ranks and await self.placement.granted(patience):
                 return self.placement
             self.placement.release()
-            self.placement = None  # nobody may find room for the next one, and then this one is not asked again
+            self.placement = None  # the request for the next one may fail; this one is not asked again
         last = self.settings.deadlines.room_seconds
         self.placement = await learner_group.largest_placement(
             self.settings.learners, ranks, patience, max(patience, last), self.recorder
@@ -249,61 +254,67 @@ class _Run:
             self.recorder.display.note(f"no resources for {ranks} learner ranks: going on with {self.placement.ranks}")
         return self.placement
 
-    async def _build(
+    async def _restore(
         self, saved: Saved, learner: learner_group.LearnerGroup, buffer: actors.RemoteBuffer
     ) -> Controller:
-        """Everyone is up, holds what the checkpoint says, and agrees on log-probs."""
-        settings, recorder = self.settings, self.recorder
+        """Wait until all workers are up, restore the checkpoint, load the weights everywhere and test parity."""
+        settings, recorder, prepared = self.settings, self.recorder, self.prepared
+        checkpointer = Checkpointer(prepared, learner, buffer, self.reference, recorder)
         limits = settings.deadlines
         patience = (limits.start_seconds + limits.load_seconds) * (settings.failures.retries + 2)
         try:
             async with asyncio.timeout(patience) as limit:
                 await asyncio.gather(learner.ready(), *(pool.ready() for pool in self._pools()))
-                version = await learner.restore_checkpoint(str(saved.path)) if saved.path else 0
-                found = await buffer.found()
-                await recorder.refer_to(
-                    references.of_version(self.prepared.directory, settings.reference_iteration_steps, version)
-                )
+                version = await checkpointer.restore(saved.path)
+                restored = await buffer.restored()
         except TimeoutError:
             if not limit.expired():
                 raise
             serving = {pool.role: f"{pool.serving} of {pool.count}" for pool in self._pools()}
-            raise LearnerLost(f"not everyone was up after {patience:.0f} s; serving: {serving}") from None
-        if found["groups"] or found["damaged"]:
-            recorder.event("restored", step=version, **found)
+            raise LearnerLost(f"not all workers were up after {patience:.0f} s; serving: {serving}") from None
+        if restored["groups"] or restored["damaged"]:
+            recorder.event("restored", step=version, **restored)
         components = Components(
             generators=self.generators,
             scorers=self.scorers,
             buffer=buffer,
             learner=learner,
-            prompts=self.prepared.prompts.batch,
-            held_out=self.prepared.prompts.held_out(),
+            transport=ObjectStoreTransport(),
+            checkpoints=checkpointer,
+            prompts=prepared.prompts.batch,
+            held_out=prepared.prompts.held_out(),
             fetch=actors.fetch,
         )
-        controller = Controller(settings, components, self.prepared.sampling, recorder, version)
+        controller = Controller(settings, components, prepared.sampling, recorder, version)
         await controller.sync()
-        recorder.doing("parity test")
-        samples = settings.sampling.samples_per_prompt
-        prompts = min(parity.num_prompts(samples, learner.placement.ranks), components.held_out.num_rows)
-        samples = max(samples, math.ceil(learner.placement.ranks / prompts))  # every rank needs a row
-        probe = self.prepared.prompts.held_out(samples).slice(0, prompts * samples)
-        parity.judge_start(await controller.compare(await controller.generate(probe)), settings, recorder)
+        await self._test_parity(controller, learner.placement.ranks)
         return controller
+
+    async def _test_parity(self, controller: Controller, ranks: int) -> None:
+        """Hold learner and sampler to the same log-probs on a few held-out prompts. Raises ParityError."""
+        self.recorder.doing("parity test")
+        held_out, samples = self.prepared.prompts.held_out, self.settings.sampling.samples_per_prompt
+        prompts = min(parity.num_prompts(samples, ranks), controller.components.held_out.num_rows)
+        samples = max(samples, math.ceil(ranks / prompts))  # every rank needs a row
+        probe = held_out(samples).slice(0, prompts * samples)
+        parity.judge_start(await controller.compare(await controller.generate(probe)), self.settings, self.recorder)
 
 
 def _end_on_signals() -> None:
-    """SIGTERM ends the loop as Ctrl-C does. What has not ended by itself after a while is ended: all is on disk."""
-    own = signal.getsignal(signal.SIGINT)  # asyncio's, unless whoever started this had it ignored
-    interrupt = own if callable(own) else signal.default_int_handler
+    """Let SIGTERM end the loop as Ctrl-C does, and end the process a while later in any case: all is on disk."""
+    sigint = signal.getsignal(signal.SIGINT)  # asyncio's, unless the parent process had it ignored
+    interrupt = sigint if callable(sigint) else signal.default_int_handler
 
     def end(number: int, frame: FrameType | None) -> None:
         last_call = threading.Timer(_END_SECONDS, os._exit, [loader.INTERRUPTED])
         last_call.daemon = True
         last_call.start()
-        for each in ending:
-            signal.signal(each, signal.SIG_IGN)  # a second one would be raised wherever the end is, also inside Ray
+        for ending_signal in ending:
+            signal.signal(
+                ending_signal, signal.SIG_IGN
+            )  # a second one would be raised wherever the end is, also inside Ray
         interrupt(number, frame)
 
-    ending = [signal.SIGTERM, *([signal.SIGINT] if callable(own) else [])]
-    for each in ending:
-        signal.signal(each, end)
+    ending = [signal.SIGTERM, *([signal.SIGINT] if callable(sigint) else [])]
+    for ending_signal in ending:
+        signal.signal(ending_signal, end)

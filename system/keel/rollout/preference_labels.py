@@ -1,7 +1,7 @@
 """From scored completions to preference pairs: rules first, then selection, then (on purpose) wrong labels.
 
     failed judge, empty, cut, equal     completions left out, counted by reason
-    pairs.*                             which two of a prompt's completions are compared (elicitation.py)
+    pairs.*                             which two of a prompt's completions are compared (pair_selection.py)
     noise.*                             which of them is called chosen
 
 Rows have TRL's columns (`prompt`, `chosen`, `rejected`), messages where the prompt is conversational, and what the
@@ -21,7 +21,7 @@ from scipy import special
 from keel import schema
 from keel.algorithms import pair_selection
 from keel.algorithms.pair_selection import Candidates
-from keel.config.stages import LabelSettings, NoiseSettings
+from keel.config.label import LabelSettings, NoiseSettings
 
 
 @dataclass(frozen=True)

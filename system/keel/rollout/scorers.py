@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel import schema, user_code
-from keel.algorithms import pair_selection
+from keel.algorithms import reward_ensembles
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.workers import ReferenceSettings
 from keel.protocols import LoadReceipt, StageReceipt
@@ -153,9 +153,9 @@ class RewardScorer:
     def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
         weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
-        centered = pair_selection.center(members, batch.column("ticket").to_numpy()) if self.ensemble.center else None
+        centered = reward_ensembles.center(members, batch.column("ticket").to_numpy()) if self.ensemble.center else None
         by = self.ensemble
-        return np.nan_to_num(pair_selection.combine(members, weights, by.form, by.coefficient, centered))
+        return np.nan_to_num(reward_ensembles.combine(members, weights, by.form, by.coefficient, centered))
 
 
 def num_members(reward: RewardSettings) -> int:
@@ -185,9 +185,9 @@ def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray)
     by = reward.ensemble
     known = ~np.isnan(members).any(0)
     own = members[:, known]
-    centered = pair_selection.center(own, tickets[known]) if by.center else None
+    centered = reward_ensembles.center(own, tickets[known]) if by.center else None
     found = np.full(members.shape[1], np.nan)
-    found[known] = pair_selection.combine(own, np.ones(len(members)), by.form, by.coefficient, centered)
+    found[known] = reward_ensembles.combine(own, np.ones(len(members)), by.form, by.coefficient, centered)
     return found
 
 

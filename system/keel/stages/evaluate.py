@@ -21,9 +21,9 @@ from keel.analysis import evaluation_report
 from keel.cluster import actors
 from keel.config.run import Settings
 from keel.errors import ConfigError
+from keel.observability.console import Display
 from keel.online import preflight, text_checks
 from keel.online.models import Models, resolve, with_reference
-from keel.online.recorder import Display
 from keel.rollout.conversations import turns
 from keel.rollout.prompts import Prompts
 from keel.rollout.stored_completions import StoredCompletions

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 from keel import files, reads, schema
 from keel.cluster import actors
 from keel.config import loader
-from keel.config.stages import LabelSettings, SamplingSpec, ScoringSpec
+from keel.config.label import LabelSettings
+from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.errors import ConfigError, KeelError
+from keel.observability.console import Display
 from keel.online import preflight
 from keel.online.models import Models, resolve, resolve_reference, with_reference
-from keel.online.recorder import Display
 from keel.rollout import preference_labels
 from keel.stages import offline_loop, sampling
 

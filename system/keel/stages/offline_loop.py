@@ -26,10 +26,10 @@ from keel.config import loader
 from keel.config.stages import StageSettings
 from keel.errors import ConfigError
 from keel.observability import endpoint
+from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
 from keel.online.controller import Stalled
-from keel.online.recorder import Display
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored rows
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from keel import __version__, checkpoint, files
 from keel.config import loader
 from keel.config.base import Section
+from keel.config.commands import COMMANDS
 from keel.config.pipeline import PipelineSettings, StageEntry
-from keel.config.stages import COMMANDS
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import from_here
 

@@ -20,11 +20,10 @@ from keel.cluster import actors, learner_group
 from keel.config.run import LearnerSpec
 from keel.config.stages import PreferSettings, ScoringSpec, SupervisedSettings
 from keel.learner import loading, model_files
-from keel.observability.console import PREFERENCE_COLUMNS, SUPERVISED_COLUMNS, Columns
+from keel.observability.console import PREFERENCE_COLUMNS, SUPERVISED_COLUMNS, Columns, Display
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
 from keel.online.models import Models, resolve, with_learner_models
-from keel.online.recorder import Display
 from keel.online.retries import retrying
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages import offline_loop, sampling
@@ -129,16 +128,16 @@ class ReferenceLogprobs:
             display.note(f"reference log-probs: cached ({path})")
             return cls(schema.from_bytes(kept))
         pool = actors.reference(settings, folder)
-        await pool.pool.ready()
+        await pool.ready()
 
         async def one(batch: pa.RecordBatch) -> pa.RecordBatch:
             handle, _ = await retrying(lambda: pool.score(batch), settings.failures.retries)
             return (await actors.fetch(handle)).select(["prompt_id", "sample", "reference_logprobs"])
 
-        workers, what = pool.pool.count, "reference log-probs"
+        workers, what = pool.count, "reference log-probs"
         display.doing(what)
         scored = [await sampling.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
-        pool.pool.stop()
+        pool.stop()
         table = schema.concat(scored)
         _keep(path, schema.to_bytes(table))
         display.note(f"reference log-probs: {table.num_rows} completions read once, kept in {path}")

@@ -29,9 +29,9 @@ from keel.errors import ConfigError
 from keel.learner import loading, reward_models, score_contract
 from keel.learner.reward_learner import PAIR, RewardModelLearner
 from keel.learner.reward_models import RewardText, ScoredText
+from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
-from keel.online.recorder import Display
 from keel.rollout import datasets, prompts, stored_completions
 from keel.rollout.datasets import SourceRow
 from keel.rollout.offline_rows import digest_of, usable_rows

@@ -13,7 +13,7 @@ from keel import schema
 from keel.cluster import actors
 from keel.config.run import Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
-from keel.online.recorder import Display
+from keel.observability.console import Display
 from keel.online.retries import retrying
 from keel.protocols import Batch, Sampling
 
@@ -34,11 +34,11 @@ class Samplers:
             return await actors.fetch(handle)
 
         display.doing(what)
-        await self._generators.pool.ready()
+        await self._generators.ready()
         return await in_parts(prompts, one, self.rows_per_batch, self.settings.generators.count, display, what)
 
     def stop(self) -> None:
-        self._generators.pool.stop()
+        self._generators.stop()
 
 
 async def score(
@@ -46,7 +46,7 @@ async def score(
 ) -> pa.RecordBatch:
     """The rows with reference log-probs (where there is a reference) and rewards appended; the scorers end after it."""
     pools = actors.scorers(settings, reference_folder)
-    await asyncio.gather(*(pool.pool.ready() for pool in pools))
+    await asyncio.gather(*(pool.ready() for pool in pools))
 
     async def one(rows: Batch) -> pa.RecordBatch:
         for pool in pools:
@@ -56,7 +56,7 @@ async def score(
     display.doing("scoring")
     scored = await in_parts(batch, one, 128, settings.scorers.count, display, "scored")
     for pool in pools:
-        pool.pool.stop()
+        pool.stop()
     return scored
 
 

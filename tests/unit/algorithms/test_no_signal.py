@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from keel import schema
-from keel.algorithms import advantages, critics, pair_selection, weighted_likelihood
+from keel.algorithms import advantages, critics, pair_selection, reward_ensembles, weighted_likelihood
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Measured
 from keel.config.objective import PairSettings
@@ -191,7 +191,7 @@ def test_a_ranking_leaves_out_what_differs_by_rounding() -> None:
 
 def test_members_without_an_opinion_are_centered_to_nothing() -> None:
     members = np.array([nearly(1 / 3)[:4], [1.0, np.nan, 3.0, 2.0], [np.nan] * 4])
-    result = pair_selection.center(members, np.zeros(4))
+    result = reward_ensembles.center(members, np.zeros(4))
     assert result[0].tolist() == [0.0] * 4
     assert result[1] == pytest.approx([-1.0, np.nan, 1.0, 0.0], nan_ok=True)
     assert np.isnan(result[2]).all()
@@ -203,11 +203,11 @@ def test_dynamic_sampling_replaces_groups_that_differ_by_rounding() -> None:
     scored_rows = np.ones(3, bool)
     one, up, down = nearly(1 / 3)[:3].tolist()
 
-    def refusal(rewards: list[float]) -> str | None:
-        return built._refusal(scored(generated(prompts([0], samples=3)), rewards), scored_rows)
+    def reason(rewards: list[float]) -> str:
+        return built._reason_to_drop(scored(generated(prompts([0], samples=3)), rewards), scored_rows)
 
-    assert refusal([one, up, down]) == refusal([one, one, one]) == "uniform_rewards"
-    assert refusal([one, one, one * 1.001]) is None
+    assert reason([one, up, down]) == reason([one, one, one]) == "uniform_rewards"
+    assert reason([one, one, one * 1.001]) == ""
 
 
 def test_groups_of_one_are_not_uniform() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keel.algorithms import logits_convexity, pair_selection, regularizers
+from keel.algorithms import logits_convexity, regularizers, reward_ensembles
 from keel.algorithms.logits_convexity import ConvexTerm
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import LogitsConvexitySettings
@@ -374,5 +374,5 @@ def test_ensemble_forms() -> None:
     members = np.array([[1.2], [0.8], [1.0], [0.2], [1.3]])
     forms = [("mean", 1.0, 0.9), ("worst", 1.0, 0.2), ("variance", 0.5, 0.824), ("lower_bound", 1.0, 0.5101282262)]
     for form, coefficient, expected in forms:
-        found = pair_selection.combine(members, np.ones(5), form, coefficient)
+        found = reward_ensembles.combine(members, np.ones(5), form, coefficient)
         assert found.tolist() == [pytest.approx(expected, abs=1e-9)], form

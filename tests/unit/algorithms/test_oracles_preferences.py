@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from keel.algorithms import pair_selection, preferences, weighted_likelihood
+from keel.algorithms import pair_selection, preferences, reward_ensembles, weighted_likelihood
 from keel.algorithms.objective import Objective
 from keel.algorithms.pair_selection import Candidates
 from keel.algorithms.preferences import PAIR_LOSSES, Sequences, pair_logits, ranking_loss
@@ -205,9 +205,9 @@ ENSEMBLE = np.array([[0.6, 0.3, 0.5, -2.0], [0.55, 0.9, 0.4, 0.2], [0.5, 0.1, 1.
 
 def test_ensemble_of_rewards() -> None:
     """P8_simoprl: mean, lower bound and deviation over members; pessimism chooses 0, the mean 2."""
-    mean = pair_selection.combine(ENSEMBLE, np.ones(3), "mean", 1.0)
+    mean = reward_ensembles.combine(ENSEMBLE, np.ones(3), "mean", 1.0)
     assert mean == pytest.approx([0.55, 0.4333333333, 0.8333333333, -0.9333333333], abs=1e-9)
-    lower = pair_selection.combine(ENSEMBLE, np.ones(3), "lower_bound", 1.0)
+    lower = reward_ensembles.combine(ENSEMBLE, np.ones(3), "lower_bound", 1.0)
     assert lower == pytest.approx([0.509175171, 0.0933986991, 0.289683119, -1.8327158375], abs=1e-9)
     assert mean - lower == pytest.approx([0.040824829, 0.3399346342, 0.5436502143, 0.8993825042], abs=1e-9)
     assert (lower.argmax(), mean.argmax()) == (0, 2)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from keel.algorithms import advantages, pair_selection
+from keel.algorithms import advantages, reward_ensembles
 from keel.algorithms.objective import Objective
 from keel.algorithms.preferences import ranking_loss
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
@@ -219,10 +219,10 @@ def test_kl_weights_are_reward_weighted_regression() -> None:
 
 def test_a_lower_bound_without_a_coefficient_is_the_mean() -> None:
     members, weights = np.random.default_rng(0).normal(size=(3, 6)), np.array([1.0, 2.0, 0.5])
-    mean = pair_selection.combine(members, weights, "mean", 1.0)
+    mean = reward_ensembles.combine(members, weights, "mean", 1.0)
     for form in ("lower_bound", "variance"):
-        assert pair_selection.combine(members, weights, form, 0.0).tobytes() == mean.tobytes()
-    assert pair_selection.combine(members, weights, "sum", 1.0) == pytest.approx(3 * mean, abs=1e-12)
+        assert reward_ensembles.combine(members, weights, form, 0.0).tobytes() == mean.tobytes()
+    assert reward_ensembles.combine(members, weights, "sum", 1.0) == pytest.approx(3 * mean, abs=1e-12)
     assert mean == pytest.approx((members * weights[:, None]).sum(0) / 3, abs=1e-12)
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from keel import checkpoint
 from keel.cluster import bundle
-from keel.config.stages import COMMANDS
+from keel.config.commands import COMMANDS
 from keel.errors import ConfigError
 from keel.learner import tiny
 

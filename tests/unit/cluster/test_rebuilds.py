@@ -44,7 +44,7 @@ def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.Mo
             if own.recorder.furthest < 10:
                 raise LearnerLost("later")
 
-    own._go_on = attempt
+    own._attempt = attempt
     monkeypatch.setattr(train, "_end_on_signals", lambda: None)
     monkeypatch.setattr(train, "_newest", lambda recorder: Saved(None, {"version": recorder.furthest}))
     return own

@@ -19,6 +19,7 @@ from keel.cluster.pool import NoWorkers, Pool
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
 from keel.protocols import LoadReceipt, Observer
+from keel.rollout.generator import VllmGenerator
 from keel.schema import ContractError
 
 LIMITS = DeadlineSettings(
@@ -205,7 +206,7 @@ def pool_of(world: World, count: int, log: Log | None = None, **options: Any) ->
 
 async def ask(pool: Pool, order: Any = "", deadline: float = 30.0) -> tuple[int, int]:
     """(index, attempt) of the worker that answered."""
-    handle, receipt = await pool.call("generate", order, deadline=deadline)
+    handle, receipt = await pool.call(VllmGenerator.generate, order, deadline=deadline)
     assert handle == "rows"
     return receipt
 
@@ -334,7 +335,7 @@ def test_a_worker_waits_for_resources_only_so_long_when_nobody_serves(world: Wor
 
     async def work() -> None:
         with pytest.raises(
-            NoWorkers, match=r"generator-0 waited 200 s for resources \(1 CPU\) and nobody else serves; nothing"
+            NoWorkers, match=r"generator-0 waited 200 s for resources \(1 CPU\) and no other worker serves; nothing"
         ):
             await pool_of(world, 1).ready()
         assert now() == pytest.approx(200)

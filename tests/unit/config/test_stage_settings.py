@@ -8,7 +8,8 @@ import yaml
 
 from keel.config import loader
 from keel.config.base import Section
-from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings, TrainingSettings
+from keel.config.label import LabelSettings
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings, TrainingSettings
 from keel.errors import ConfigError
 
 SFT, PREFER, REWARD, LABEL = SupervisedSettings, PreferSettings, RewardModelSettings, LabelSettings

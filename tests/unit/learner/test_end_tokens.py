@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from keel.config import loader
-from keel.config.stages import LabelSettings, PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.config.label import LabelSettings
+from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError
 from keel.learner import end_tokens, tiny
 from keel.learner.end_tokens import EndTokens

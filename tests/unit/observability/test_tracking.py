@@ -16,7 +16,7 @@ import pytest
 
 from fakes import settings_for
 from keel import files
-from keel.config.tracking import TrackingSettings
+from keel.config.monitoring import TrackingSettings
 from keel.errors import ConfigError
 from keel.observability import tracking
 from keel.observability.metrics import RunMetrics
@@ -379,7 +379,7 @@ folder = Path(sys.argv[1])
 prepared = SimpleNamespace(settings=settings_for(), directory=folder)
 recorder = Recorder(prepared, RunMetrics("test", folder / "metrics.jsonl"), Quiet())
 with recorder.tracking:
-    recorder.begin(SimpleNamespace(placement=SimpleNamespace(ranks=1)), None, 0)
+    recorder.begin(1, 0)
     recorder.step(1)
 for name in ("tensorboard", "wandb", "mlflow", "trackio"):
     assert name not in sys.modules, name
@@ -403,15 +403,13 @@ def test_a_run_without_trackers_imports_none_of_the_libraries(tmp_path: Path) ->
 async def test_the_recorder_tells_what_it_writes(tmp_path: Path, made: Made) -> None:
     prepared = SimpleNamespace(settings=settings_for(tracking={"trackers": ["wandb"]}), directory=tmp_path)
     recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), Listener())
-    learner: Any = SimpleNamespace(placement=SimpleNamespace(ranks=1))
-    buffer: Any = None
     batch = scored(referenced(generated(prompts([0, 1]))))
     with recorder.tracking:
-        recorder.begin(learner, buffer, 0)
+        recorder.begin(1, 0)
         await recorder.evaluated(0, batch)
         recorder.set({"loss": 0.25, "reward_component": {"gold": 2.0}})
         recorder.step(1)
-        recorder.begin(learner, buffer, 1)
+        recorder.begin(1, 1)
     (first, second, *rest) = made.trackers[0].told
     assert rest == [("rewind", 1), "finished"]
     assert first[0] == 0 and {"evaluation.proxy", "evaluation.kl_nats", "evaluation.n"} <= set(first[1])

@@ -250,7 +250,7 @@ async def test_generators_with_other_weights_than_published_end_the_run(tmp_path
     run.generator.load_weights = one_is_wrong  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="other"):
         await run.finish()
-    assert run.buffer.version == 0  # nothing was admitted on their account
+    assert run.buffer.window.version == 0  # nothing was admitted on their account
 
 
 async def test_a_cancelled_run_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -282,6 +282,47 @@ async def test_a_finished_run_does_not_wait_for_rows_nobody_trains_on(tmp_path: 
     )
     await asyncio.wait_for(run.controller.run(), 60)
     assert run.entries("evaluation")[-1] == ("evaluation", 2)
+    await nothing_left(run)
+
+
+# ---- the weights
+
+
+class Collective:
+    """A transport whose ends wait for one another, as those of a collective do."""
+
+    def begin(self, learner: Any, generators: Any) -> tuple[Any, Any]:
+        meeting = asyncio.Barrier(2)
+
+        async def publish() -> LoadReceipt:
+            self.weights, receipt = await learner.publish()
+            await meeting.wait()
+            return receipt
+
+        async def load() -> Any:
+            await meeting.wait()
+            return await generators.load_weights(self.weights)
+
+        return publish(), load()
+
+
+async def test_publish_and_load_begin_together(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings_for(steps=2))
+    run.controller.components = dataclasses.replace(run.controller.components, transport=Collective())
+    await run.finish()
+    await nothing_left(run)
+    assert run.entries("loaded") == [("loaded", 1), ("loaded", 2)]
+
+
+async def test_an_end_of_the_transport_that_fails_ends_the_other(tmp_path: Path) -> None:
+    run = Run(tmp_path, settings_for(steps=2))
+
+    async def refuse(weights: Any) -> Any:
+        raise LearnerLost("the weights were lost with their node")
+
+    run.generator.load_weights = refuse  # type: ignore[method-assign]
+    with pytest.raises(LearnerLost, match="lost with their node"):
+        await run.finish()
     await nothing_left(run)
 
 

@@ -10,8 +10,6 @@ import pytest
 from fakes import settings_for
 from keel import files
 from keel.cluster import actors
-from keel.cluster.actors import RemoteBuffer
-from keel.cluster.learner_group import LearnerGroup
 from keel.errors import BuildFailed
 from keel.observability.metrics import RunMetrics
 from keel.online.preflight import Prepared
@@ -41,9 +39,8 @@ def test_a_learner_that_is_built_again_is_at_its_checkpoint(tmp_path: Path) -> N
     prepared = SimpleNamespace(settings=settings_for(steps=7), directory=tmp_path)
     metrics = RunMetrics("test", tmp_path / "metrics.jsonl")
     recorder = Recorder(cast(Prepared, prepared), metrics, Quiet())
-    learner = cast(LearnerGroup, SimpleNamespace(placement=SimpleNamespace(ranks=2)))
     recorder.set({"learner_version": 6.0})
-    recorder.begin(learner, cast(RemoteBuffer, None), 4)
+    recorder.begin(2, 4)
     recorder.set({"version": 4.0})
     values = [
         metrics.registry.get_sample_value(f"keel_{name}", {"run": "test"}) for name in ("learner_version", "version")
@@ -108,7 +105,7 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
     own = SimpleNamespace(
         settings=prepared.settings,
         recorder=recorder,
-        generators=SimpleNamespace(pool=pool),
+        generators=pool,
         scaling=SimpleNamespace(desired={"learner": 1}),
         has_run=True,
         _placement_for=placement_for,

@@ -26,7 +26,7 @@ IN_LINE = GENERATE * 2 * (1 + STALENESS) + GRACE
 """The last of the batches that may be in flight, behind a single generator: two groups a step, a ticket a batch."""
 
 
-async def forever(*_: Any) -> Any:
+async def forever(*_: Any, **options: Any) -> Any:
     await asyncio.sleep(1e12)
 
 
@@ -63,8 +63,8 @@ HANGS: dict[str, tuple[Hang, float, type[Exception], str]] = {
     "take": (lambda run: setattr(run.buffer, "take", forever), (GENERATE + 2 * SCORE) * (RETRIES + 1) + GRACE, Stalled, "step 1: .* for rollouts of a step; "),
     "step": (lambda run: setattr(run.controller.components.learner, "step", forever), STEP, LearnerLost, "step 1: .* for the learner to step"),
     "advance": (lambda run: setattr(run.buffer, "advance", forever), SCORE, BufferLost, "step 2: .* for the buffer to advance"),
-    "checkpoint": (lambda run: setattr(run.observer, "checkpoint", forever), STEP, LearnerLost, "step 2: .* for the learner to save"),
-    "iteration": (lambda run: setattr(run.observer, "iteration", forever), LOAD + GRACE, LearnerLost, "step 2: .* for the reference to be renewed"),
+    "checkpoint": (lambda run: setattr(run.checkpoints, "save", forever), STEP, LearnerLost, "step 2: .* for the learner to save"),
+    "iteration": (lambda run: setattr(run.checkpoints, "renew_reference", forever), LOAD + GRACE, LearnerLost, "step 2: .* for the reference to be renewed"),
     "fetch": (lambda run: replace(run, fetch=forever), GRACE, Stalled, "step 1: .* for evaluated rows to arrive"),
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ LEAKS = {
     "import torch; torch.use_deterministic_algorithms(True)": "torch deterministic algorithms: 0 -> 2",
     "import torch; torch.set_float32_matmul_precision('medium')": "torch matmul precision: ",
     "import torch; torch.autograd.set_detect_anomaly(True)": "torch anomaly detection: False -> True",
-    "from keel.cluster import placement; placement.FIRST_TOLD_SECONDS = 0.0": "Keel keel.cluster.placement.FIRST_TOLD_SECONDS: ",
+    "from keel.cluster import placement; placement.FIRST_REPORT_SECONDS = 0.0": "Keel keel.cluster.placement.FIRST_REPORT_SECONDS: ",
     "from keel import schema; schema.from_bytes = None": "Keel keel.schema.from_bytes: ",
     "from keel.cluster.worker import Spawn; Spawn.__repr__ = lambda self: ''": "Keel keel.cluster.worker.Spawn.__repr__: ",
     "from keel.algorithms import registry; registry.LEFT = {}": "Keel keel.algorithms.registry.LEFT: ",

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.core import TyperCommand, TyperGroup
 
 from keel.cli.main import app
+from keel.config import loader
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -19,19 +21,19 @@ PAGES = sorted(
         *(page for folder in ("docs", "configs", "requirements") for page in (ROOT / folder).rglob("*.md")),
     ]
 )
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 HISTORY = {"CHANGELOG.md", "docs/develop/log.md"}
 """Pages that speak of earlier versions."""
-of_today = pytest.mark.parametrize(
+page_of_today = pytest.mark.parametrize(
     "page",
     [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
-ROOMS = ["system/keel", "tests", "benchmarks", "configs", "deploy", "docs", "requirements"]
+FOLDERS = ["system/keel", "tests", "benchmarks", "configs", "deploy", "docs", "requirements"]
 FILES = {
     str(path.relative_to(ROOT))
-    for room in ROOMS
-    for path in (ROOT / room).rglob("*")
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
     if "__pycache__" not in path.parts
 }
 OF_USERS = re.compile(r"my_\w+\.py|yaml\.py")
@@ -39,12 +41,42 @@ OF_USERS = re.compile(r"my_\w+\.py|yaml\.py")
 MADE = {"deploy/prometheus/discovery"}
 """Folders that a command of a page makes."""
 PRIVATE_WORDS = re.compile(r"\b(nobody|whoever|whom|anew|goes on|so many)\b", re.IGNORECASE)
-PLAIN = ["*.py"]
-"""Files of Keel that are free of them, as patterns."""
+PLAIN = [
+    "Makefile",
+    "benchmarks/*.py",
+    "configs/**/*.yaml",
+    "deploy/**/*.yml",
+    "deploy/*/*.s*",
+    "requirements/*",
+    "system/keel/*.py",
+]
+"""Files other than pages that are free of them, as patterns."""
 
 
 def test_the_readme_is_short() -> None:
     assert len(README.encode("utf8")) <= 12_000
+
+
+def test_the_settings_of_the_readme_are_those_of_a_run() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert loader.parse(yaml.safe_load(text)).run.name == "mine" and len(text.splitlines()) <= 10
+
+
+def test_the_architecture_has_every_package() -> None:
+    text = (ROOT / "docs/understand/architecture.md").read_text(encoding="utf8")
+    packages = {path.parent.name for path in (ROOT / "system/keel").glob("*/__init__.py")}
+    assert set(re.findall(r"^\*\*(\w+)\*\*", text, re.MULTILINE)) == packages
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Classes, their methods and functions in its tables are defined in Keel."""
+    text = (ROOT / "docs/understand/architecture.md").read_text(encoding="utf8")
+    code = "".join(path.read_text(encoding="utf8") for path in (ROOT / "system/keel").rglob("*.py"))
+    defined = set(re.findall(r"^\s*(?:async def|def|class) (\w+)|^([A-Z]\w+) = ", code, re.MULTILINE))
+    names = {name for pair in defined for name in pair}
+    for span in re.findall(r"`([A-Z]\w+(?:\.\w+)?|\w+\.\w+)`", text):
+        if not span.endswith((".py", ".jsonl", ".json")):
+            assert set(span.split(".")) <= names, span
 
 
 def test_the_map_has_every_page() -> None:
@@ -63,17 +95,17 @@ def test_a_page_says_first_what_it_is_for(page: Path) -> None:
     assert re.match(r"[\w`*\[]", first) and first.rstrip()[-1] in ".:", first
 
 
-@of_today
+@page_of_today
 def test_a_path_exists(page: Path) -> None:
     """Those from the root of the repository, and the module names of every other mention of a Python file."""
     text = re.sub(r"https?://\S+", "", page.read_text(encoding="utf8"))
-    rooted = re.findall(rf"(?<![\w./-])(?:{'|'.join(ROOMS)})/[\w./-]*\w(?![\w{{*])", text)
+    rooted = re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]*\w(?![\w{{*])", text)
     assert set(rooted) - FILES - MADE == set()
     for name in set(re.findall(r"`([\w/]+\.py)\b", text)):
         assert OF_USERS.fullmatch(name) or any(f"/{file}".endswith(f"/{name}") for file in FILES), name
 
 
-@of_today
+@page_of_today
 def test_an_import_of_a_page_works(page: Path) -> None:
     """Those from Keel itself, and the modules of Keel that a page names with dots."""
     text = page.read_text(encoding="utf8")
@@ -93,7 +125,7 @@ def importable(name: str) -> bool:
     return True
 
 
-@of_today
+@page_of_today
 def test_a_page_is_written_plainly(page: Path) -> None:
     lines = page.read_text(encoding="utf8").splitlines()
     assert [line for line in lines if PRIVATE_WORDS.search(line)] == []
@@ -101,7 +133,9 @@ def test_a_page_is_written_plainly(page: Path) -> None:
 
 @pytest.mark.parametrize("pattern", PLAIN)
 def test_code_is_written_plainly(pattern: str) -> None:
-    for path in (ROOT / "system/keel").glob(pattern):
+    files = [path for path in ROOT.glob(pattern) if path.is_file()]
+    assert files
+    for path in files:
         lines = path.read_text(encoding="utf8").splitlines()
         assert [line for line in lines if PRIVATE_WORDS.search(line)] == [], path
 
@@ -111,7 +145,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@each_page
+@every_page
 def test_a_link_leads_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf8")):
         if "://" in link:
@@ -124,38 +158,38 @@ def test_a_link_leads_somewhere(page: Path) -> None:
 
 def command_of(words: list[str]) -> TyperCommand | TyperGroup | None:
     """The command that a line calls; None where the first word is none of Keel's."""
-    found: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     for word in words:
-        if not isinstance(found, TyperGroup):
+        if not isinstance(command, TyperGroup):
             break
-        if word not in found.commands:
+        if word not in command.commands:
             return None
-        found = found.commands[word]
-    return found
+        command = command.commands[word]
+    return command
 
 
 def calls(text: str) -> list[str]:
-    """Every `keel ...` of a page's code, without its first word; lines that go on are one."""
+    """Every `keel ...` of a page's code, without its first word; a continued line is one."""
     blocks = re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines = [line for code in [*blocks, *spans] for line in code.replace("\\\n", " ").splitlines()]
-    return [found for line in lines for found in re.findall(r"(?<!from )(?<![\w.-])keel ([a-z][^|;#&>`]*)", line)]
+    return [call for line in lines for call in re.findall(r"(?<!from )(?<![\w.-])keel ([a-z][^|;#&>`]*)", line)]
 
 
-@each_page
+@every_page
 def test_a_command_and_its_options_exist(page: Path) -> None:
     for call in calls(page.read_text(encoding="utf8")):
         command = command_of(call.replace(",", " ").split())
         assert command, f"keel {call}"
-        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+        options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", call)) <= options | {"--help"}, f"keel {call}"
 
 
 def test_calls_are_found() -> None:
-    found = calls(
+    called = calls(
         "`keel scale RUN_DIR --learners 2`\n```\n$ keel plan a.yaml \\\n  --gpus 8 | less\n.venv/bin/keel sft b\n```\n"
     )
-    assert [call.split()[0] for call in found] == ["plan", "sft", "scale"] and "--gpus 8" in found[0]
+    assert [call.split()[0] for call in called] == ["plan", "sft", "scale"] and "--gpus 8" in called[0]
 
 
 def test_the_table_of_commands_has_all_of_them() -> None:

@@ -139,7 +139,7 @@ async def test_a_damaged_segment_is_named_and_its_tickets_asked_for_again(tmp_pa
     damage(segments.paths(tmp_path)[0])
     (first,) = {path.name for path in segments.paths(tmp_path)} - sound
     again = buffer_in(tmp_path, step=6)
-    assert await again.found() == {"groups": 3, "damaged": [first]}  # 2, 3 and 4; 5 was dropped
+    assert await again.restored() == {"groups": 3, "damaged": [first]}  # 2, 3 and 4; 5 was dropped
     assert not (tmp_path / "buffer" / first).exists()
     assert await admit_all(again) == [[0, 1]]
     await again.add([0, 1], rollouts([0, 1]))
@@ -148,11 +148,11 @@ async def test_a_damaged_segment_is_named_and_its_tickets_asked_for_again(tmp_pa
 
 async def test_a_sound_start_finds_what_was_accepted(tmp_path: Path) -> None:
     killed = buffer_in(tmp_path)
-    assert await killed.found() == {"groups": 0, "damaged": []}
+    assert await killed.restored() == {"groups": 0, "damaged": []}
     tickets = await soon(killed.admit())
     await killed.add(tickets, rollouts(tickets))
-    assert await buffer_in(tmp_path).found() == {"groups": 2, "damaged": []}
-    assert await buffer_in(tmp_path, version=1, taken=4, next_ticket=4).found() == {"groups": 0, "damaged": []}
+    assert await buffer_in(tmp_path).restored() == {"groups": 2, "damaged": []}
+    assert await buffer_in(tmp_path, version=1, taken=4, next_ticket=4).restored() == {"groups": 0, "damaged": []}
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ async def test_a_damaged_manifest_line_breaks_no_restart(tmp_path: Path, end: by
     whole = path.read_bytes()
     path.write_bytes(whole + end)
     again = buffer_in(tmp_path, version=1, taken=4, next_ticket=4)
-    assert (await again.found())["damaged"] == named
+    assert (await again.restored())["damaged"] == named
     assert path.read_bytes() == whole
 
 
@@ -233,9 +233,9 @@ async def test_sizes_that_never_fit_are_refused(tmp_path: Path, size: int) -> No
     buffer = buffer_in(tmp_path, step=4, staleness=1)
     with pytest.raises(AssertionError, match=f"^{size}$"):
         await buffer.resize(size)
-    assert buffer.groups_per_batch == 2
+    assert buffer.window.groups_per_batch == 2
     await buffer.resize(8)
-    assert buffer.groups_per_batch == 8
+    assert buffer.window.groups_per_batch == 8
 
 
 async def test_waiting_names_tickets_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

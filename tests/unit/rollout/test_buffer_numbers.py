@@ -49,7 +49,7 @@ async def test_gauges_of_a_step_whose_rows_are_of_two_versions(tmp_path: Path, m
     assert gauges["buffer_age_seconds"] == 30.0  # of the one that waited longest
     assert gauges["staleness_mean_versions"] == pytest.approx(tokens[0] / sum(tokens)) and tokens[0] != tokens[1]
     assert gauges["staleness_max_versions"] == 1.0
-    assert (gauges["buffer_groups"], gauges["buffer_bytes"]) == (1.0, float(buffer._ready[11].nbytes))
+    assert (gauges["buffer_groups"], gauges["buffer_bytes"]) == (1.0, float(buffer._groups[11].rows.nbytes))
     assert (
         batch.num_rows == 4 and gauges["rollout_bytes"] == (tmp_path / "rollouts" / "step-000005.arrow").stat().st_size
     )

@@ -56,7 +56,7 @@ class World:
 
     async def learn(self) -> None:
         for version in range(1, STEPS + 1):
-            batch, _ = await self.buffer.take(self.buffer.groups_per_step)
+            batch, _ = await self.buffer.take(self.buffer.window.groups_per_step)
             self.story.steps.append(list(dict.fromkeys(batch.column("ticket").to_pylist())))
             made_by = [versions[0] for versions in batch.column("weight_versions").to_pylist()]
             self.story.staleness += [version - 1 - each for each in made_by]
@@ -160,7 +160,7 @@ class Lives(World):
 
     async def learn(self) -> None:
         for version in range(self.generator_version + 1, STEPS + 1):
-            batch, _ = await self.buffer.take(self.buffer.groups_per_step)
+            batch, _ = await self.buffer.take(self.buffer.window.groups_per_step)
             self.contents.append(batch.to_pylist())
             self.generator_version = version
             for _ in range(self.choices.randrange(3)):
@@ -186,7 +186,7 @@ class Lives(World):
                 if self.in_flight and self.choices.random() < 0.6:
                     await self.finish(*self.in_flight.pop(self.choices.randrange(len(self.in_flight))))
                 if self.choices.random() < 0.1:
-                    await self.buffer.resize(self.choices.randint(1, self.buffer.groups_per_step))
+                    await self.buffer.resize(self.choices.randint(1, self.buffer.window.groups_per_step))
                 idle = 0 if self.in_flight else idle + 1
                 assert idle < 50, f"deadlock: {await self.buffer.waiting()}"
                 assert self.story.events < 2000
@@ -218,7 +218,7 @@ class Lives(World):
                 path.unlink()
         self.in_flight.clear()
         self.buffer = RolloutBuffer(self.directory, **self.options, **self.state)
-        assert (await self.buffer.found())["damaged"] == [path.name for path in damaged]
+        assert (await self.buffer.restored())["damaged"] == [path.name for path in damaged]
 
 
 def live(

@@ -12,7 +12,7 @@ from scipy import special, stats
 
 from judged_pairs import judged, replaced, settings_for
 from keel import files, schema
-from keel.config.stages import NoiseSettings
+from keel.config.label import NoiseSettings
 from keel.errors import ConfigError
 from keel.observability.console import ONLINE_COLUMNS, PlainProgress
 from keel.rollout import preference_labels

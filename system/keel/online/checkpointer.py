@@ -1,0 +1,85 @@
+"""Checkpoints of a run's whole state, and the references of its iterations.
+
+save      learner ranks and policy, buffer state, objective state, counters -> checkpoints/step-N, whole or absent
+restore   the learner from a checkpoint, and the reference that was in force when it was written
+renew     the current policy -> references/step-N -> reference scorers and learner
+"""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+from keel import checkpoint, files, references
+from keel.cluster import actors, learner_group
+from keel.config import loader
+from keel.online.preflight import Prepared
+from keel.online.recorder import Recorder
+
+
+class Checkpointer:
+    """The checkpoints of one learner group and one buffer."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        learner: learner_group.LearnerGroup,
+        buffer: actors.RemoteBuffer,
+        reference: actors.ScorerPool | None,
+        recorder: Recorder,
+    ) -> None:
+        self.settings, self.directory = prepared.settings, prepared.directory
+        self.initial_reference = prepared.models.reference
+        self.learner, self.buffer, self.reference, self.recorder = learner, buffer, reference, recorder
+
+    async def save(self, step: int, *, finished: bool) -> None:
+        """Write and commit a checkpoint, then delete what it makes obsolete."""
+        aside = checkpoint.begin(self.directory, step)
+        try:
+            with files.naming_a_full_disk(aside / "learner"):
+                await self._commit(aside, step, finished)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)  # only there if something went wrong
+        self.recorder.event("checkpoint", step=step)
+
+    async def _commit(self, aside: Path, step: int, finished: bool) -> None:
+        metrics = self.recorder.metrics
+        await self.learner.save(str(aside))
+        buffer = await self.buffer.state() | {"version": step}
+        metrics.add({"checkpoints_total": 1.0})
+        state = {
+            "version": step,
+            "finished": finished,
+            "buffer": buffer,
+            "objective": await self.learner.state(),
+            "totals": metrics.totals,
+            "digest": loader.digest(self.settings),
+        }
+        await asyncio.to_thread(checkpoint.commit, aside, state)  # it reads every file again
+        checkpoint.prune(self.directory, self.settings.checkpoint.keep)
+        oldest = checkpoint.steps(self.directory)[0]
+        references.prune(self.directory, self.settings.reference_iteration_steps, oldest)
+        await self.buffer.forget(checkpoint.state_of(self.directory, oldest)["buffer"]["next_ticket"])
+
+    async def restore(self, saved: Path | None) -> int:
+        """Load a checkpoint into the learner, and its reference where that is; None: the start. Its version."""
+        version = await self.learner.restore_checkpoint(str(saved)) if saved else 0
+        folder = references.of_version(self.directory, self.settings.reference_iteration_steps, version)
+        if folder is not None:
+            references.check(folder)
+            await self._load_reference(folder)
+        elif self.reference and self.reference.loaded is not None:
+            assert self.initial_reference
+            await self._load_reference(Path(self.initial_reference))
+        return version
+
+    async def renew_reference(self, step: int) -> None:
+        """Write the current policy into references/ and load it wherever the reference is read."""
+        folder = references.folder_of(self.directory, step)
+        await self.learner.export(str(references.begin(folder)))
+        await asyncio.to_thread(references.commit, folder)
+        await self._load_reference(folder)
+
+    async def _load_reference(self, folder: Path) -> None:
+        assert self.reference
+        await self.reference.load_weights(str(folder))
+        await self.learner.renew_reference(str(folder))
