@@ -133,7 +133,13 @@ class FakeLearner:
         self.log.append(("stepped", self.version, *tickets))
         made_by = [versions[0] for versions in batch.column("weight_versions").to_pylist()]
         stale = max(self.version - 1 - each for each in made_by)
-        metrics = {"trained_tokens": 7.0, "step_seconds": 0.1, "loss": 0.5, "reward_length": 0.5, "reward_std": 0.0}
+        metrics = {
+            "trained_tokens": 7.0,
+            "step_seconds": 0.1,
+            "loss": 0.5,
+            "reward_component": {"length": 0.5},
+            "reward_std": 0.0,
+        }
         self.log.append(("staleness", stale))
         return StepReport(self.version, metrics)
 

@@ -170,7 +170,7 @@ def num_members(reward: RewardSettings) -> int:
 
 def spread_names(reward: RewardSettings, members: int) -> list[str]:
     """Names of the further columns of an ensemble's reward; one model has no spread."""
-    return [f"{reward.name}_{what}" for what in ("mean", "std", "worst")] if members > 1 else []
+    return [f"{reward.name}_{what}" for what in schema.SPREAD] if members > 1 else []
 
 
 def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
