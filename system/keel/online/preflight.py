@@ -1,4 +1,4 @@
-"""Everything that can be known to fail is found here, before Ray starts and before anything is written."""
+"""Checks a run before Ray starts and before anything is written; prepares what the run is built from."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ class Prepared:
     learner_folders: dict[str, str]
     """Models beside the policy inside the learner: reference, teacher, critic."""
     notes: tuple[str, ...] = ()
-    """What a user should know of the run before it starts, a line each."""
+    """Lines that the user should read before the run starts."""
 
     def given(self) -> StoredCompletions | None:
         """Completions that come with the prompts, where the run trains on any."""
@@ -113,28 +113,28 @@ def learner_folders(settings: LearnerSpec, policy: Path, reference: str | None) 
         "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
     }
     locate = {"critic": loading.locate, "teacher": loading.locate_policy}  # a critic may start from a reward model
-    found = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
-    if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
-        raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
-    if "critic" in found:
-        critic, value = Path(found["critic"]), f"objective.critic.model={found['critic']}"
+    folders = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
+    if "critic" in folders and not (Path(folders["critic"]) / "config.json").is_file():
+        raise ConfigError(f"objective.critic.model={folders['critic']}: is an ensemble; expected one of its members")
+    if "critic" in folders:
+        critic, value = Path(folders["critic"]), f"objective.critic.model={folders['critic']}"
         model_files.check_text_alone(critic, value)
         model_files.check_whole(critic, value)
-    found |= {"reference": reference} if reference else {}
-    for name, folder in found.items():  # all of them read the policy's tokens
-        own, other = _vocabulary(policy), _vocabulary(Path(folder))
-        if own != other:
+    folders |= {"reference": reference} if reference else {}
+    for name, folder in folders.items():  # all of them read the policy's tokens
+        expected, tokens = _vocabulary(policy), _vocabulary(Path(folder))
+        if tokens != expected:
             raise ConfigError(
-                f"{_SETTINGS[name]}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}"
+                f"{_SETTINGS[name]}={folder}: {tokens} tokens in its vocabulary; expected policy.model's {expected}"
             )
-    return found
+    return folders
 
 
-def check_vocabulary(own: Path, other: Path, setting: str) -> None:
+def check_vocabulary(model: Path, other: Path, setting: str) -> None:
     """Two models read the same tokens. Raises ConfigError."""
-    ours, theirs = _vocabulary(own), _vocabulary(other)
+    ours, theirs = _vocabulary(model), _vocabulary(other)
     if ours != theirs:
-        raise ConfigError(f"{setting}={other}: {theirs} tokens in its vocabulary; expected {ours}, as {own} has")
+        raise ConfigError(f"{setting}={other}: {theirs} tokens in its vocabulary; expected {ours}, as {model} has")
 
 
 def _vocabulary(folder: Path) -> int:
@@ -142,13 +142,13 @@ def _vocabulary(folder: Path) -> int:
 
 
 def check_directory(directory: Path, settings: Section) -> None:
-    """The run directory is new, or holds a run of the same settings, which then goes on."""
+    """The run directory is new, or holds a run of the same settings, which then continues."""
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
-    there = next(each for each in (directory, *directory.parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
+    parent = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.directory={directory}: {parent} is no folder that can be written to; expected one")
     checkpoint.check_known(directory)
     if not stored.exists():
         return
@@ -165,8 +165,8 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 def check_memory(cluster: ClusterSettings) -> None:
     """Free memory, and shared memory for the embedded Ray's object store; a cluster to join is named as Ray does."""
-    scheme, found, _ = (address := cluster.address_to_join or "").partition("://")
-    if found:
+    scheme, separator, _ = (address := cluster.address_to_join or "").partition("://")
+    if separator:
         what = "where jobs are submitted (keel submit --address)" if "http" in scheme else "no address of a cluster"
         raise ConfigError(
             f"cluster.address or RAY_ADDRESS={address}: is {what}; expected HOST:PORT of the cluster itself, or local"
