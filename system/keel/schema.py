@@ -73,6 +73,15 @@ class ContractError(KeelError, ValueError):
     """A batch breaks the contract of its columns: which one, and how."""
 
 
+SPREAD = ("mean", "std", "worst")
+"""What an ensemble's reward says beside its value, in columns reward_NAME_mean and so on."""
+
+
+def reward_columns(name: str) -> list[str]:
+    """The columns a reward may have: its own, and those of its members' spread."""
+    return [f"reward_{name}", *(f"reward_{name}_{what}" for what in SPREAD)]
+
+
 def reward_field(name: str) -> pa.Field:
     """Column of one reward component; null where that scorer failed."""
     return pa.field(

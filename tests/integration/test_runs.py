@@ -117,10 +117,10 @@ def check_tracked(run: Path) -> None:
     seen = EventAccumulator(str(run / "tensorboard"))
     seen.Reload()
     lines = metrics_of(run)
-    for name in ("reward", "kl_nats", "loss"):
-        shown = [(event.step, event.value) for event in seen.Scalars(name)]
+    for section, name in (("reward", "reward"), ("rollout", "kl_nats"), ("train", "loss")):
+        shown = [(event.step, event.value) for event in seen.Scalars(f"{section}/{name}")]
         assert shown == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in lines], name
-    assert {event.step for event in seen.Scalars("evaluation.proxy")} == {0, 3, 6}
+    assert {event.step for event in seen.Scalars("evaluation/proxy")} == {0, 3, 6}
 
 
 def with_directory(directory: Path, changes: dict[str, Any]) -> dict[str, Any]:

@@ -169,14 +169,13 @@ class Objective:
         return terms.sum() / credit.num_rows
 
     def visible(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """The batch without the columns of monitors: an objective that could read them would hack them, too."""
-        monitors = {
-            f"reward_{reward.name}{what}"
-            for reward in self.settings.rewards
-            if reward.role == "monitor"
-            for what in ("", "_mean", "_std", "_worst")
-        }
-        return batch.select([name for name in batch.schema.names if name not in monitors])
+        """Select the columns an objective may read: an objective that could read a monitor would hack it, too."""
+        allowed = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.REFERENCE.names, *schema.SCORE.names}
+        for reward in self.settings.rewards:
+            if reward.role != "monitor":
+                allowed |= set(schema.reward_columns(reward.name))
+        allowed -= {f"reward_{reward.name}" for reward in self.settings.rewards if reward.role == "monitor"}
+        return batch.select([name for name in batch.schema.names if name in allowed])
 
     def rewards(self, batch: pa.RecordBatch) -> np.ndarray:
         """Training reward of each row after shaping, float64 [rows]."""

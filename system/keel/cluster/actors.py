@@ -9,6 +9,7 @@ go actor -> object store -> actor.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -33,10 +34,11 @@ from keel.config.run import Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import BufferLost, ConfigError, WorkerLost
-from keel.protocols import AddReceipt, Batch, Observer, Sampling, StageReceipt
+from keel.protocols import AddReceipt, Batch, GenerateRequest, Observer, StageReceipt
 from keel.rollout.buffer import RolloutBuffer
 from keel.rollout.generator import VllmGenerator
-from keel.rollout.scorers import ReferenceScorer, RewardScorer
+from keel.rollout.reference import ReferenceScorer
+from keel.rollout.scorers import RewardScorer
 from keel.text import one_line
 
 Result = TypeVar("Result")
@@ -168,10 +170,10 @@ class GeneratorPool(Pool):
 
     given: Given | None = None
 
-    async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
-        given = self.given(prompts) if self.given else None
-        deadline = self.deadlines.generate_seconds
-        return await self.call(VllmGenerator.generate, prompts, sampling, given, deadline=deadline)
+    async def generate(self, request: GenerateRequest) -> tuple[Batch, StageReceipt]:
+        if self.given:
+            request = dataclasses.replace(request, given=self.given(request.prompts))
+        return await self.call(VllmGenerator.generate, request, deadline=self.deadlines.generate_seconds)
 
 
 class ScorerPool(Pool):

@@ -49,7 +49,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Group:
+class PodGroup:
     """Pods of one role: `per_pod` of its workers each, between `workers` and `largest` in all."""
 
     role: str
@@ -87,12 +87,12 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PodPlan:
     """A run that fits Kubernetes: settings, options, and the groups they make."""
 
     settings: Settings
     options: Options
-    groups: tuple[Group, ...]
+    groups: tuple[PodGroup, ...]
     head_bytes: int
     """Memory of the head pod, shared memory not included."""
 
@@ -100,7 +100,7 @@ class Plan:
     def of(cls, settings: Settings, options: Options) -> Self:
         """Raises ConfigError for what Kubernetes, KubeRay or Ray would refuse."""
         _check(settings, options)
-        groups = tuple(_group(role, by, settings, options) for role, by in _roles(settings, options).items())
+        groups = tuple(_group(role, workers, settings, options) for role, workers in _roles(settings, options).items())
         head = size_bytes("--memory head", options.memory.get("head", MEMORY["head"]))
         return cls(settings, options, groups, head)
 
@@ -122,9 +122,9 @@ class Plan:
 
 def size_bytes(setting: str, text: str) -> int:
     """Bytes of a Kubernetes quantity such as 16Gi. Raises ConfigError."""
-    if not (found := re.fullmatch(r"([1-9][0-9]{0,5})(Mi|Gi|Ti)", text)):
+    if not (match := re.fullmatch(r"([1-9][0-9]{0,5})(Mi|Gi|Ti)", text)):
         raise ConfigError(f"{setting}={text}: expected a size such as 512Mi, 16Gi or 1Ti")
-    return int(found[1]) * _UNITS[found[2]]
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def quantity(size: int) -> str:
@@ -152,20 +152,16 @@ def _check(settings: Settings, options: Options) -> None:
         raise ConfigError(f"--image={options.image}: expected the name of a container image")
     if options.storage_size is not None:
         size_bytes("--storage-size", options.storage_size)
-    _check_directory(settings)
-    port = settings.metrics.port
-    if not 1024 <= port <= 65535 or port in _TAKEN_PORTS:
-        taken = ", ".join(map(str, sorted(_TAKEN_PORTS)))
-        raise ConfigError(f"metrics.port={port}: expected 1024 to 65535, and none of Ray's own ({taken})")
-
-
-def _check_directory(settings: Settings) -> None:
     directory = PurePosixPath(settings.run_directory)
     if not directory.is_relative_to(MOUNT) or directory == PurePosixPath(MOUNT) or ".." in directory.parts:
         raise ConfigError(
             f"run.directory={settings.run.directory}: every pod must see it, and a retried job find it again;"
             f" expected a path below {MOUNT}, for instance run.directory={MOUNT}/runs/{{name}}"
         )
+    port = settings.metrics.port
+    if not 1024 <= port <= 65535 or port in _TAKEN_PORTS:
+        taken = ", ".join(map(str, sorted(_TAKEN_PORTS)))
+        raise ConfigError(f"metrics.port={port}: expected 1024 to 65535, and none of Ray's own ({taken})")
 
 
 def _roles(settings: Settings, options: Options) -> dict[str, WorkerSettings]:
@@ -176,7 +172,7 @@ def _roles(settings: Settings, options: Options) -> dict[str, WorkerSettings]:
         "scorers": settings.scorers,
         "learners": settings.learners,
     }
-    roles: dict[str, WorkerSettings] = {role: by for role, by in blocks.items() if by is not None}
+    roles: dict[str, WorkerSettings] = {role: workers for role, workers in blocks.items() if workers is not None}
     for flag, given, known in (
         ("--memory ", options.memory, ["head", *roles]),
         ("--per-pod ", options.per_pod, list(roles)),
@@ -184,23 +180,23 @@ def _roles(settings: Settings, options: Options) -> dict[str, WorkerSettings]:
     ):
         if unknown := sorted(set(given) - set(known)):
             raise ConfigError(f"{flag}{unknown[0]}: the run has none; expected one of {', '.join(known)}")
-    if any(by.gpus for by in roles.values()) and not settings.generators.gpus:
+    if any(workers.gpus for workers in roles.values()) and not settings.generators.gpus:
         raise ConfigError("generators.gpus=0: other roles have GPUs, and an image holds one build of vLLM; expected 1")
     return roles
 
 
-def _group(role: str, by: WorkerSettings, settings: Settings, options: Options) -> Group:
-    per_pod = options.per_pod.get(role, min(by.count, _sharers(by.gpus)) if 0 < by.gpus < 1 else 1)
+def _group(role: str, workers: WorkerSettings, settings: Settings, options: Options) -> PodGroup:
+    per_pod = options.per_pod.get(role, min(workers.count, _sharers(workers.gpus)) if 0 < workers.gpus < 1 else 1)
     if per_pod < 1:
         raise ConfigError(f"--per-pod {role}={per_pod}: expected at least 1")
-    largest = options.largest.get(role, 2 * by.count)
-    if largest < by.count:
-        raise ConfigError(f"--max-{role}={largest}: {role}.count={by.count}; expected at least that")
+    largest = options.largest.get(role, 2 * workers.count)
+    if largest < workers.count:
+        raise ConfigError(f"--max-{role}={largest}: {role}.count={workers.count}; expected at least that")
     memory = size_bytes(f"--memory {role}", options.memory.get(role, MEMORY[role]))
-    if role == "generators" and not by.gpus and role not in options.memory:
+    if role == "generators" and not workers.gpus and role not in options.memory:
         memory += settings.generators.kv_cache_bytes
-    for name in by.resources:
+    for name in workers.resources:
         if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):  # it goes through a shell
             raise ConfigError(f"{role}.resources.{name}: expected letters, digits and ._:/-")
-    gpus = by.gpus * (by.tensor_parallel if isinstance(by, GeneratorSettings) else 1)
-    return Group(role, by.count, largest, per_pod, by.threads, gpus, memory, by.resources)
+    gpus = workers.gpus * (workers.tensor_parallel if isinstance(workers, GeneratorSettings) else 1)
+    return PodGroup(role, workers.count, largest, per_pod, workers.threads, gpus, memory, workers.resources)

@@ -1,6 +1,5 @@
 """What a batch of rollouts says about over-optimization: reward, KL, entropy, length, repetition. Pure numpy."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,11 +51,17 @@ def _of_logprobs(batch: pa.RecordBatch, lengths: np.ndarray) -> dict[str, np.nda
     return {name: np.where(rows, value, np.nan) for part, rows in parts if rows.any() for name, value in part.items()}
 
 
-def summarize(batch: pa.RecordBatch) -> Mapping[str, float]:
-    """Mean of every value of `per_completion` over the rows, and the spread of the reward."""
+def summarize(batch: pa.RecordBatch) -> dict[str, float | dict[str, float]]:
+    """Mean of every value of `per_completion` over the rows, and the spread of the reward, by metric.
+
+    The means of the columns reward_<name> are those of the metric reward_component, by its label.
+    """
     values = per_completion(batch)
     means = {name: float(np.nanmean(value)) for name, value in values.items() if np.isfinite(value).any()}
-    return means | {"reward_std": float(np.nanstd(values["reward"]))}
+    columns = [name for name in means if name.startswith("reward_")]
+    components = {name.removeprefix("reward_"): means.pop(name) for name in columns}
+    spread = {"reward_std": float(np.nanstd(values["reward"]))}
+    return {**means, **spread, **({"reward_component": components} if components else {})}
 
 
 @dataclass(frozen=True)

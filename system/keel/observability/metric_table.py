@@ -1,12 +1,33 @@
 """The one table of metrics: the Prometheus page, metrics.jsonl, rules, dashboards and `keel metrics` come from it.
 
-No heavy import: whoever renders rules or dashboards reads it without a run.
+It imports nothing heavy: rules and dashboards are rendered without a run.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 PREFIX = "keel_"
+
+
+Section = Literal["train", "rollout", "reward", "perf"]
+_SECTIONS: dict[Section, str] = {
+    "reward": """
+        reward reward_std regularized_reward reward_kl_term reward_entropy_term reward_component shaping_term
+        normalizer_mean normalizer_std best_reward
+    """,
+    "rollout": """
+        kl_nats kl_k3_nats entropy_nats sequence_entropy_nats stored_logprob_nats stored_token_logprob_nats
+        stored_log_ratio_nats length_tokens sampled_length_tokens finished_ratio uniform_groups
+        staleness_mean_versions staleness_max_versions buffer_groups completion_tokens_total samples_accepted_total
+        rows_dropped_total pairs_dropped_total samples_failed_total groups_dropped_total
+    """,
+    "perf": """
+        buffer_bytes buffer_age_seconds micro_batches weight_sync_seconds step_seconds wait_seconds
+        generate_tokens_per_second free_memory_bytes generate_seconds_total score_seconds_total
+        learner_seconds_total weight_syncs_total rollout_bytes_total
+    """,
+}
+"""Of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +40,12 @@ class Metric:
     their values joined by `/`."""
     operational: bool = False
     """Says how the run went, not what it computed: two equal runs may differ in it, and a rebuild does not undo it."""
+
+    @property
+    def section(self) -> Section:
+        """The group in which experiment trackers show the metric."""
+        listed = (section for section, names in _SECTIONS.items() if self.name in names.split())
+        return next(listed, "perf" if self.operational else "train")
 
 
 def _gauges(*rows: tuple[str, str]) -> list[Metric]:

@@ -118,13 +118,9 @@ def _by_label(value: float | Mapping[str, float]) -> Mapping[str, float]:
 
 
 def gauges_of_step(report: Any, buffered: Any) -> dict[str, Any]:
-    """Numbers of the learner and the buffer under their metric names; reward_<name> become one labeled metric."""
-    numbers = {**report, **buffered}
-    for name in ("trained_tokens", "rollout_bytes", "counts"):
-        del numbers[name]
-    own = {"reward_std", "reward_kl_term", "reward_entropy_term"}
-    components = {name: numbers.pop(name) for name in list(numbers) if name.startswith("reward_") and name not in own}
-    return numbers | {"reward_component": {name.removeprefix("reward_"): value for name, value in components.items()}}
+    """Gauges of the learner and the buffer: their numbers without those that counters take."""
+    counted = ("trained_tokens", "rollout_bytes", "counts")
+    return {name: value for name, value in {**report, **buffered}.items() if name not in counted}
 
 
 def unlabeled(values: Mapping[str, float]) -> float | Mapping[str, float]:

@@ -26,6 +26,7 @@ from keel.config.monitoring import TrackingSettings
 from keel.config.run import Settings
 from keel.config.stages import StageSettings
 from keel.errors import ConfigError
+from keel.observability.metric_table import TABLE
 from keel.observability.metrics import RunMetrics
 from keel.observability.trackers import TRACKERS, Outcome, TrackedRun, Tracker
 
@@ -37,6 +38,7 @@ _FOREIGN = re.compile(r"[^A-Za-z0-9_.-]")
 _HIDDEN = re.compile(
     rf"{loader.SECRET}|(.*[_-])?(password|passwd|secret|credentials?|authorization|api[_-]?key|token)", re.IGNORECASE
 )
+_SECTIONS = {metric.name: metric.section for metric in TABLE}
 Job = Callable[[Tracker], None]
 
 
@@ -54,8 +56,8 @@ def check(settings: TrackingSettings) -> None:
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Finite numbers under one name each: `reward_component: {gold: 1}` is `reward_component.gold`.
 
-    Names hold letters, digits, `_`, `-` and `.` only, and no more than 250 of them. A slash becomes a dot: MLflow's
-    files could not hold `a` and `a/b`. Anything else foreign becomes `_`.
+    Names hold letters, digits, `_`, `-` and `.` only, and no more than 250 of them. A slash becomes a dot, as MLflow's
+    files could not hold `a` and `a/b`; the only slash is the one behind a section. Anything else foreign becomes `_`.
     """
     found: dict[str, float] = {}
     for name, value in values.items():
@@ -114,12 +116,16 @@ class Tracking:
             self._feeds = [_Feed(name, functools.partial(TRACKERS[name], run)) for name in names]
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """The line of metrics.jsonl of a step."""
-        self._log(line["step"], flat({name: line[name] for name in line if name not in ("step", "time")}))
+        """Log the line of metrics.jsonl of a step, each metric as `SECTION/NAME`."""
+        values: dict[str, float] = {}
+        for name, value in line.items():
+            if name not in ("step", "time"):
+                values |= flat({name: value}, f"{_SECTIONS[name]}/" if name in _SECTIONS else "")
+        self._log(line["step"], values)
 
     def evaluated(self, step: int, row: Mapping[str, Any]) -> None:
-        """Results on the held-out rows, as `evaluation.NAME`."""
-        self._log(step, flat({name: row[name] for name in row if name != "step"}, "evaluation."))
+        """Log results on the held-out rows, as `evaluation/NAME`."""
+        self._log(step, flat({name: row[name] for name in row if name != "step"}, "evaluation/"))
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         for feed in self._feeds:

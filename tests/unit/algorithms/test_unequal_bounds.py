@@ -180,6 +180,14 @@ def test_no_column_of_a_monitor_is_visible_and_all_others_are(kind: str) -> None
     assert seen == ["ticket", "reward", "completion_logprobs", *kept]
 
 
+def test_an_objective_may_read_no_column_but_the_contracts_and_its_rewards() -> None:
+    rewards = [{"name": "a", "source": "m:a"}, {"name": "a_std", "source": "m:b", "role": "monitor"}]
+    settings = loader.parse({"policy": {"model": "m"}, "prompts": {"source": "p"}, "rewards": rewards})
+    columns = {"ticket": [0], "reward_a": [1.0], "reward_a_mean": [1.0], "reward_a_std": [0.5], "gold_text": ["x"]}
+    seen = registry.build(settings).visible(pa.record_batch(columns)).schema.names
+    assert seen == ["ticket", "reward_a", "reward_a_mean"]
+
+
 # ---- stages of several steps
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from keel.cli import main
 from keel.cluster import kubernetes
-from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options, Plan
+from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options, PodPlan
 from keel.config import loader
 from keel.config.workers import GeneratorSettings
 from keel.errors import ConfigError
@@ -175,7 +175,7 @@ def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> No
 def test_ranks_of_one_generator_share_a_pod() -> None:
     by = GeneratorSettings(count=3, gpus=1, tensor_parallel=4)
     settings = loader.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": by})
-    generators = Plan.of(settings, Options()).groups[0]
+    generators = PodPlan.of(settings, Options()).groups[0]
     assert (generators.pods, generators.pod_gpus) == (3, 4)
 
 
@@ -254,7 +254,7 @@ def test_a_run_name_is_taken_as_it_is_or_refused(name: str) -> None:
         assert names == [f"{name}-config", name, name]
     else:
         with pytest.raises(ConfigError, match=r"^run\.name="):
-            Plan.of(settings, Options())
+            PodPlan.of(settings, Options())
 
 
 # ---- mistakes

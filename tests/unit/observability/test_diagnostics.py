@@ -55,7 +55,7 @@ def test_k3_of_a_token_the_policy_hates_stays_finite() -> None:
 def test_means_leave_out_what_a_monitor_failed_to_give() -> None:
     means = diagnostics.summarize(batch([0.1, 0.2, 0.3, 0.4]))
     assert means["reward"] == pytest.approx(0.25)
-    assert means["reward_gold"] == pytest.approx(1.0)
+    assert means["reward_component"]["gold"] == pytest.approx(1.0)
     assert means["reward_std"] == pytest.approx(math.sqrt(0.0125))
     assert means["entropy_nats"] == pytest.approx((1.7 / 3 + 2.0 + 0.2 + 0.7) / 4)
     assert means["length_tokens"] == 2.75 and means["finished_ratio"] == 0.75

@@ -178,7 +178,7 @@ async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
     assert {"reward", "kl_nats", "loss", "gap_nats", "grad_norm", "learning_rate", "trained_tokens"} <= names
     run = Run(tmp_path, settings_for(steps=1))
     await run.finish()
-    written = (names - {"trained_tokens", "reward_a", "reward_b"}) | set(run.observer.gauges) | {"free_memory_bytes"}
+    written = (names - {"trained_tokens"}) | set(run.observer.gauges) | {"free_memory_bytes"}
     of_stages = {metric.name for metric in TABLE if metric.kind == "gauge" and metric.meaning.startswith("Stages: ")}
     assert of_stages == {"held_out_loss", "held_out_accuracy_ratio", "epochs"}  # test_course.py sees them written
     assert not written & of_stages
@@ -198,6 +198,13 @@ def test_promtool_finds_nothing_to_say(tmp_path: Path) -> None:
 def test_the_reference_in_the_documentation_is_the_table() -> None:
     page = (Path(__file__).parents[3] / "docs" / "operate" / "metrics.md").read_text()
     assert metric_table.reference_table() in page
+
+
+def test_sections_list_metrics_of_the_table_once() -> None:
+    listed = [name for names in metric_table._SECTIONS.values() for name in names.split()]
+    assert len(listed) == len(set(listed)) and set(listed) <= {metric.name for metric in TABLE}
+    assert {metric.section for metric in TABLE if metric.operational} == {"perf"}
+    assert {metric.section for metric in TABLE} == {"train", "rollout", "reward", "perf"}
 
 
 def test_names_carry_their_unit() -> None:

@@ -144,11 +144,11 @@ def test_a_tracker_hears_everything_in_order(tmp_path: Path, made: Made) -> None
     assert len(made.trackers) == 2  # named twice, made once
     for tracker in made.trackers:
         assert tracker.told == [
-            (0, {"evaluation.proxy": 1.5}),
-            (1, {"reward": 0.5}),
-            (2, {"reward": 0.75, "reward_component.gold": 1.0}),
+            (0, {"evaluation/proxy": 1.5}),
+            (1, {"reward/reward": 0.5}),
+            (2, {"reward/reward": 0.75, "reward/reward_component.gold": 1.0}),
             ("rewind", 1),
-            (2, {"reward": 0.8}),
+            (2, {"reward/reward": 0.8}),
             "finished",
         ]
         run = tracker.run
@@ -255,7 +255,7 @@ def test_a_library_that_exits_is_counted_like_one_that_raises(tmp_path: Path, ma
     assert own.failures == {"wandb": 1.0} and [event["reason"] for event in own.events()] == [
         "raised: SystemExit: no key"
     ]
-    assert made.trackers[0].told == [(2, {"reward": 0.5}), "finished"]
+    assert made.trackers[0].told == [(2, {"reward/reward": 0.5}), "finished"]
 
 
 def test_a_tracker_that_does_not_start_counts_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,10 +412,14 @@ async def test_the_recorder_tells_what_it_writes(tmp_path: Path, made: Made) -> 
         recorder.begin(1, 1)
     (first, second, *rest) = made.trackers[0].told
     assert rest == [("rewind", 1), "finished"]
-    assert first[0] == 0 and {"evaluation.proxy", "evaluation.kl_nats", "evaluation.n"} <= set(first[1])
+    assert first[0] == 0 and {"evaluation/proxy", "evaluation/kl_nats", "evaluation/n"} <= set(first[1])
     (written,) = files.read_json_lines(tmp_path / "metrics.jsonl")
-    assert second[0] == 1 and second[1]["loss"] == 0.25 and second[1]["reward_component.gold"] == 2.0
-    assert second[1]["steps_wanted"] == written["steps_wanted"] and "time" not in second[1] and "step" not in second[1]
+    assert second[0] == 1 and second[1]["train/loss"] == 0.25 and second[1]["reward/reward_component.gold"] == 2.0
+    assert (
+        second[1]["perf/steps_wanted"] == written["steps_wanted"]
+        and "time" not in second[1]
+        and "step" not in second[1]
+    )
     numbers = [value for value in written.values() if not isinstance(value, dict)]
     numbers += [number for value in written.values() if isinstance(value, dict) for number in value.values()]
     assert len(second[1]) == len(numbers) - 2
@@ -432,12 +436,12 @@ async def test_a_stage_tells_its_trackers_also_when_it_is_resumed(tmp_path: Path
         await OfflineRun(plan, FakeOfflineLearner([5.0, 4.0, 3.0, 2.0, 1.0], killed_at=4)).finish()
     await OfflineRun(plan, FakeOfflineLearner([5.0, 4.0, 3.0, 2.0, 1.0])).finish()
     broken, whole = made.trackers
-    held_out = {"evaluation.loss": 5.0, "evaluation.preference_accuracy_ratio": 0.25}
+    held_out = {"evaluation/loss": 5.0, "evaluation/preference_accuracy_ratio": 0.25}
     assert broken.told[0] == (0, held_out) and [told[0] for told in broken.told[1:-1]] == [1, 2, 3]
     assert broken.told[-1] == "failed"
     assert whole.run.version == 2 and whole.run.identity == broken.run.identity
     assert [told[0] for told in whole.told[:-1]] == [3, 4, 4] and whole.told[-1] == "finished"
-    assert whole.told[0][1]["loss"] == 1 / 3 and whole.told[-2] == (4, held_out | {"evaluation.loss": 1.0})
+    assert whole.told[0][1]["train/loss"] == 1 / 3 and whole.told[-2] == (4, held_out | {"evaluation/loss": 1.0})
 
 
 async def test_every_member_of_an_ensemble_is_a_run(

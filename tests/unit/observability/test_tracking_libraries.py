@@ -22,7 +22,7 @@ from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries
-NAME = "reward_component.gold"
+NAME = "reward/reward_component.gold"
 
 
 class Run:
@@ -91,10 +91,10 @@ def test_tensorboard_shows_the_steps_that_stand(tmp_path: Path, environment: Non
     events.Reload()
     read = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     assert read == {
-        "reward": [(1, 0.125), (2, 2.0), (3, 3.0)],
+        "reward/reward": [(1, 0.125), (2, 2.0), (3, 3.0)],
         NAME: [(1, 0.125), (2, 2.0), (3, 3.0)],
-        "idle_seconds_total.learner.generator": [(1, 4.0), (2, 4.0), (3, 4.0)],
-        "evaluation.proxy": [(0, 1.5), (3, 2.5)],
+        "perf/idle_seconds_total.learner.generator": [(1, 4.0), (2, 4.0), (3, 4.0)],
+        "evaluation/proxy": [(0, 1.5), (3, 2.5)],
     }
     (text,) = {event.tensor_proto.string_val[0].decode() for event in events.Tensors("configuration/text_summary")}
     assert "| rewards.0.source | tests:length |" in text and "KEY" not in text
@@ -113,8 +113,8 @@ def test_tensorboard_shows_a_run_that_began_anew_once(tmp_path: Path, environmen
         tracking.finish("failed")
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("evaluation.proxy")] == [(0, 2.0)]
-    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("evaluation/proxy")] == [(0, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("reward/reward")] == [(1, 2.0)]
 
 
 def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, environment: None) -> None:
@@ -129,10 +129,10 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, environment: None) -> 
     (found,) = client.search_runs([experiment], "tags.`keel_tag.tag` = 'true'")
     assert (found.info.status, found.info.run_name) == ("FINISHED", "test")
     assert found.data.metrics == {
-        "reward": 3.0,
+        "reward/reward": 3.0,
         NAME: 3.0,
-        "idle_seconds_total.learner.generator": 4.0,
-        "evaluation.proxy": 2.5,
+        "perf/idle_seconds_total.learner.generator": 4.0,
+        "evaluation/proxy": 2.5,
     }
     history = [(point.step, point.value) for point in client.get_metric_history(found.info.run_id, NAME)]
     assert sorted(history) == [(1, 0.125), (2, 0.25), (2, 0.75), (2, 2.0), (3, 0.375), (3, 3.0)]
@@ -155,7 +155,7 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path, environment: None) ->
     logs = trackio.sqlite_storage.SQLiteStorage.get_logs("keel-test", found.name)
     read = [(row["step"], row[NAME]) for row in logs if NAME in row]
     assert sorted(read) == [(1, 0.125), (2, 0.25), (2, 0.75), (2, 2.0), (3, 0.375), (3, 3.0)]
-    assert [(row["step"], row["evaluation.proxy"]) for row in logs if "evaluation.proxy" in row] == [(0, 1.5), (3, 2.5)]
+    assert [(row["step"], row["evaluation/proxy"]) for row in logs if "evaluation/proxy" in row] == [(0, 1.5), (3, 2.5)]
 
 
 def test_wandb_keeps_a_step_once(tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,9 +185,11 @@ def test_wandb_keeps_a_step_once(tmp_path: Path, environment: None, monkeypatch:
             summary |= {name(item): json.loads(item.value_json) for item in record.summary.update}
         if record.HasField("exit"):
             assert record.exit.exit_code == 130
-    idle = {"idle_seconds_total.learner.generator": 4.0}
-    of_steps = {step: {"reward": step / 8, NAME: step / 8, **idle} for step in (1, 2, 3)}  # the first numbers stay
-    assert steps == {0: {"evaluation.proxy": 1.5}, **of_steps}
+    idle = {"perf/idle_seconds_total.learner.generator": 4.0}
+    of_steps = {
+        step: {"reward/reward": step / 8, NAME: step / 8, **idle} for step in (1, 2, 3)
+    }  # the first numbers stay
+    assert steps == {0: {"evaluation/proxy": 1.5}, **of_steps}
 
 
 ASKED = """

@@ -9,7 +9,7 @@ import pytest
 
 import tools
 from keel import __version__
-from keel.cluster.kubernetes_pods import USER
+from keel.cluster.kubernetes import USER
 
 ROOT = Path(__file__).parents[3]
 RECIPES = [ROOT / "deploy" / "docker" / f"Dockerfile.{target}" for target in ("cpu", "gpu")]

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from typer.core import TyperCommand, TyperGroup
 
 from keel.cli.main import app
+from keel.config import loader
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -47,12 +49,35 @@ PLAIN = [
     "deploy/*/*.s*",
     "requirements/*",
     "system/keel/*.py",
+    "system/keel/config/*.py",
 ]
 """Files other than pages that are free of them, as patterns."""
 
 
 def test_the_readme_is_short() -> None:
     assert len(README.encode("utf8")) <= 12_000
+
+
+def test_the_settings_of_the_readme_are_those_of_a_run() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert loader.parse(yaml.safe_load(text)).run.name == "mine" and len(text.splitlines()) <= 10
+
+
+def test_the_architecture_has_every_package() -> None:
+    text = (ROOT / "docs/understand/architecture.md").read_text(encoding="utf8")
+    packages = {path.parent.name for path in (ROOT / "system/keel").glob("*/__init__.py")}
+    assert set(re.findall(r"^\*\*(\w+)\*\*", text, re.MULTILINE)) == packages
+
+
+def test_the_architecture_names_what_exists() -> None:
+    """Classes, their methods and functions in its tables are defined in Keel."""
+    text = (ROOT / "docs/understand/architecture.md").read_text(encoding="utf8")
+    code = "".join(path.read_text(encoding="utf8") for path in (ROOT / "system/keel").rglob("*.py"))
+    defined = set(re.findall(r"^\s*(?:async def|def|class) (\w+)|^([A-Z]\w+) = ", code, re.MULTILINE))
+    names = {name for pair in defined for name in pair}
+    for span in re.findall(r"`([A-Z]\w+(?:\.\w+)?|\w+\.\w+)`", text):
+        if not span.endswith((".py", ".jsonl", ".json")):
+            assert set(span.split(".")) <= names, span
 
 
 def test_the_map_has_every_page() -> None:
