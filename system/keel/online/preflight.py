@@ -1,4 +1,4 @@
-"""Everything that can be known to fail is found here, before Ray starts and before anything is written."""
+"""Checks a run before Ray starts and before anything is written; prepares what the run is built from."""
 
 import os
 import shutil
@@ -91,13 +91,13 @@ def check_prompts(settings: Settings | SamplingSpec, models: Models, setting: st
 
 
 def check_directory(directory: Path, settings: Section) -> None:
-    """The run directory is new, or holds a run of the same settings, which then goes on."""
+    """The run directory is new, or holds a run of the same settings, which then continues."""
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
-    there = next(each for each in (directory, *directory.parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
+    parent = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.directory={directory}: {parent} is no folder that can be written to; expected one")
     checkpoint.check_known(directory)
     if not stored.exists():
         return
@@ -114,8 +114,8 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 def check_memory(cluster: ClusterSettings) -> None:
     """Free memory, and shared memory for the embedded Ray's object store; a cluster to join is named as Ray does."""
-    scheme, found, _ = (address := cluster.address_to_join or "").partition("://")
-    if found:
+    scheme, separator, _ = (address := cluster.address_to_join or "").partition("://")
+    if separator:
         what = "where jobs are submitted (keel submit --address)" if "http" in scheme else "no address of a cluster"
         raise ConfigError(
             f"cluster.address or RAY_ADDRESS={address}: is {what}; expected HOST:PORT of the cluster itself, or local"
