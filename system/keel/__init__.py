@@ -4,7 +4,9 @@
     |
  rollout/generator.py       + tokens, logprobs, versions     pool of vLLM actors
     |
- rollout/scorers.py         + reference_logprobs, rewards    frozen policy; rules, reward models, HTTP; monitors
+ rollout/reference.py       + reference_logprobs             frozen policy
+    |
+ rollout/scorers.py         + rewards                        rules, reward models, HTTP; monitors
     |
  rollout/buffer.py          ordered, bounded, durable Arrow  one actor: admit / add / drop / take / advance
     |

@@ -29,6 +29,24 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class GenerateRequest:
+    """What one generate call asks for: completions of prompt rows, whose turns are sampled one behind the other."""
+
+    prompts: pa.RecordBatch
+    """Rows of schema.PROMPT."""
+    turns: tuple[Sampling, ...]
+    """How the completion of each turn is drawn. Generators take one turn today."""
+    given: Sequence[list[int]] | None = None
+    """The completion of each row that already has one, else []: of the former only the log-probs are computed."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The sampling of the only turn."""
+        (sampling,) = self.turns
+        return sampling
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """Where one parameter lies in the flat weight buffer."""
 
@@ -102,7 +120,7 @@ class StepReport:
 
 
 class Generator(Protocol):
-    async def generate(self, prompts: Batch, sampling: Sampling) -> tuple[Batch, StageReceipt]:
+    async def generate(self, request: GenerateRequest) -> tuple[Batch, StageReceipt]:
         """Prompt rows in, the same rows with the generate columns appended out, in the same order."""
 
     async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:

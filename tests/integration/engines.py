@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from keel import schema
 from keel.config.workers import GeneratorSettings
 from keel.learner import model_files, weights
-from keel.protocols import Sampling
+from keel.protocols import GenerateRequest, Sampling
 from keel.rollout.generator import VllmGenerator
 
 SAMPLING = Sampling(temperature=0.8, top_p=1.0, max_tokens=16, stop_token_ids=(2,))
@@ -36,7 +36,7 @@ def prompts() -> object:
 
 
 def sample(generator: VllmGenerator) -> dict[str, list[object]]:
-    batch, _ = generator.generate(prompts(), SAMPLING)
+    batch, _ = generator.generate(GenerateRequest(prompts(), (SAMPLING,)))
     return {name: batch.column(name).to_pylist() for name in ("completion_tokens", "completion_logprobs")}
 
 
@@ -68,7 +68,7 @@ def many_long_prompts(case: Path) -> dict[str, bool | int]:
         "seed": list(range(rows)),
     }
     batch, _ = VllmGenerator(str(case / "start"), settings, 200, "long").generate(
-        schema.build(schema.PROMPT, columns), SAMPLING
+        GenerateRequest(schema.build(schema.PROMPT, columns), (SAMPLING,))
     )
     return {"rows": batch.num_rows}
 

@@ -20,7 +20,8 @@ from keel.cluster import actors, learner_group
 from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config import loader
 from keel.config.run import Settings
-from keel.learner import loading
+from keel.learner import end_tokens, loading
+from keel.learner.model_text import ModelText
 from keel.online.controller import Controller
 from keel.protocols import Components, Observer, Sampling
 from keel.rollout.prompts import Prompts
@@ -61,7 +62,8 @@ class Stack:
         settings = self.settings(EVERY["kl"])
         tokenizer = loading.load_tokenizer(model, "policy.model")
         self.prompts = Prompts(settings, tokenizer)
-        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, loading.end_tokens(model, tokenizer))
+        stop = end_tokens.decide(model, ModelText(tokenizer), len(tokenizer)).stop
+        self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, stop)
         self.generators = actors.generators(settings, str(model))
         self.scorers = actors.scorers(settings, str(model))
         self.runner = asyncio.Runner()  # one loop for all objectives: the pools live in it

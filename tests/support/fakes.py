@@ -17,7 +17,7 @@ from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config import loader
 from keel.config.run import Settings
 from keel.online.controller import Controller
-from keel.protocols import Components, LoadReceipt, Observer, Sampling, StageReceipt, StepReport
+from keel.protocols import Components, GenerateRequest, LoadReceipt, Observer, Sampling, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
 
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, max_tokens=5, stop_token_ids=(1,))
@@ -65,11 +65,12 @@ class FakeGenerator:
         self.seeds: dict[tuple[int, ...], list[int]] = {}
         self.busy = 0
 
-    async def generate(self, prompts: pa.RecordBatch, sampling: Sampling) -> tuple[pa.RecordBatch, StageReceipt]:
+    async def generate(self, request: GenerateRequest) -> tuple[pa.RecordBatch, StageReceipt]:
+        prompts = request.prompts
         version = self.version  # of now: whoever is loaded meanwhile answers with the weights it started with
         await a_turn()
         assert prompts.schema.equals(schema.PROMPT), prompts.schema
-        assert sampling == SAMPLING
+        assert request.turns == (SAMPLING,)
         tickets = tuple(dict.fromkeys(prompts.column("ticket").to_pylist()))
         held_out = prompts.num_rows == HELD_OUT
         self.attempts[tickets] = attempt = self.attempts.get(tickets, 0) + 1

@@ -19,7 +19,7 @@ from keel.cluster.actors import GeneratorPool, ScorerPool
 from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.observability.utilization import Utilization
 from keel.online.controller import Controller
-from keel.protocols import Components, LoadReceipt, Observer, StageReceipt, StepReport
+from keel.protocols import Components, GenerateRequest, LoadReceipt, Observer, StageReceipt, StepReport
 from keel.rollout.buffer import RolloutBuffer
 
 HELD_OUT = 1_000_000
@@ -105,7 +105,8 @@ class Actor:
 
     async def _ready(self) -> None: ...
 
-    async def _generate(self, prompts: pa.RecordBatch, *_: Any) -> Any:
+    async def _generate(self, request: GenerateRequest) -> Any:
+        prompts = request.prompts
         async with self._turn:
             version = self.version
             await self._sleep(prompts)

@@ -25,7 +25,7 @@ from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLos
 from keel.observability import metrics
 from keel.online import parity
 from keel.online.retries import FailureWatch, retrying
-from keel.protocols import AddReceipt, Batch, Components, Observer, Sampling, StageReceipt, StepReport
+from keel.protocols import AddReceipt, Batch, Components, GenerateRequest, Observer, Sampling, StageReceipt, StepReport
 
 Result = TypeVar("Result")
 
@@ -229,7 +229,7 @@ class Controller:
         self._failures.saw(added.failed, added.accepted_samples)
 
     async def _generate_and_score(self, prompts: pa.RecordBatch) -> tuple[Batch, list[StageReceipt]]:
-        generating = self.components.generators.generate(prompts, self.sampling)
+        generating = self.components.generators.generate(GenerateRequest(prompts, (self.sampling,)))
         batch, receipt = await self._within(self._generate_seconds, generating, "a generator")
         self._progress("generate")
         receipts = [receipt]
@@ -246,7 +246,7 @@ class Controller:
         """Completions of some prompt rows, unscored."""
 
         async def once() -> pa.RecordBatch:
-            generating = self.components.generators.generate(prompts, self.sampling)
+            generating = self.components.generators.generate(GenerateRequest(prompts, (self.sampling,)))
             batch, _ = await self._within(self._generate_seconds, generating, "a generator")
             fetching = self.components.fetch(batch)
             return await self._within(self._replacement_seconds, fetching, "generated rows to arrive")

@@ -1,7 +1,7 @@
 """Learner and sampler give the same tokens the same log-probs: at the start of a run, and at every step after it.
 
 The start is judged on several samples of a prompt, in the micro-batches that training makes. Later steps are judged on
-the tokens that the version under training sampled itself: importance weights would hide what drifts apart there.
+the tokens that the version under training sampled itself: importance weights would hide a drift.
 """
 
 import math

@@ -8,7 +8,7 @@ thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from keel import schema
 from keel.config.workers import GeneratorSettings
 from keel.learner import model_files, weights
 from keel.learner.model_text import ModelText
-from keel.protocols import LoadReceipt, Sampling, StageReceipt, Weights
+from keel.protocols import GenerateRequest, LoadReceipt, Sampling, StageReceipt, Weights
 from keel.rollout import stored_completions
 
 
@@ -90,17 +90,12 @@ class VllmGenerator:
         self._engine: Any = LLM(**arguments)
         torch.set_num_threads(settings.threads)  # vLLM may have set 1
 
-    def generate(
-        self, prompts: pa.RecordBatch, sampling: Sampling, given: Sequence[list[int]] | None = None
-    ) -> tuple[pa.RecordBatch, StageReceipt]:
-        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbors.
-
-        `given` holds the completion of each row that already has one, else []: these are not sampled, only their
-        log-probs under the weights of now are computed.
-        """
+    def generate(self, request: GenerateRequest) -> tuple[pa.RecordBatch, StageReceipt]:
+        """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbors."""
         started = time.monotonic()
+        prompts, sampling = request.prompts, request.sampling
         rows = prompts.column("prompt_tokens").to_pylist()
-        given = given if given is not None else [[]] * len(rows)
+        given = request.given if request.given is not None else [[]] * len(rows)
         outputs = self._engine.generate(
             [{"prompt_token_ids": row + known} for row, known in zip(rows, given, strict=True)],
             [

@@ -1,4 +1,4 @@
-"""Scorers: everything that appends reward columns. The frozen reference policy is one of them.
+"""The reward scorer: computes every reward of a completion. A new kind of reward is an entry of `_SCORERS`.
 
 A sample is scored or failed with a reason; a failure is a null, never a number. Functions follow TRL's reward
 signature `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
@@ -9,7 +9,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ import pyarrow as pa
 from keel import schema, user_code
 from keel.algorithms import reward_ensembles
 from keel.config.rewards import EnsembleSettings, RewardSettings
-from keel.config.workers import ReferenceSettings
-from keel.protocols import LoadReceipt, StageReceipt
+from keel.protocols import StageReceipt
 from keel.rollout import http_rewards, row_columns, stored_completions
 from keel.rollout.dataset_layouts import ANSWERS
 from keel.rollout.reward_functions import LATE, Calls, EventLoop, Late, Outcome, WrongAnswer
@@ -30,55 +28,6 @@ Failure = str
 _LABEL_CHARACTERS = 64
 _SHARE_OF_DEADLINE = 0.9
 """Of the time for a batch, how much async functions have: behind it the scorer itself would be given up."""
-
-
-class ReferenceScorer:
-    """Appends the log-probs of the completions under a frozen policy, at the sampling temperature.
-
-    On every run, also one whose objective does not use them: they are the KL monitor.
-    """
-
-    def __init__(self, folder: str, settings: ReferenceSettings, temperature: float, name: str) -> None:
-        import torch
-
-        from keel.learner import forward_contract, loading, packing
-
-        torch.set_num_threads(settings.threads)
-        self.adds = schema.REFERENCE
-        self.name = name
-        self.settings = settings
-        self.temperature = temperature
-        self._device = torch.device("cuda" if settings.gpus else "cpu")
-        self._policy = loading.load_frozen(Path(folder), settings.dtype, self._device)
-        shared = forward_contract.verdict(Path(folder)).shared
-        self._budget = packing.TokenBudget(
-            settings.tokens_per_batch, settings.shared_prompt_tokens if shared else 0, head_chunk_tokens=512
-        )
-
-    def load_weights(self, folder: str) -> LoadReceipt:
-        """Be another policy from now on: a new iteration's reference. version -1: a folder, not a published version."""
-        from keel.learner import loading
-
-        started = time.monotonic()
-        self._policy = loading.load_frozen(Path(folder), self.settings.dtype, self._device)
-        return LoadReceipt(-1, folder, 0, time.monotonic() - started)
-
-    def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
-        import torch
-
-        from keel.learner import packing
-
-        started = time.monotonic()
-        lengths = schema.lengths(batch, "completion_tokens")
-        plan = packing.plan(batch, ranks=1, budget=self._budget)
-        flat = np.empty(int(lengths.sum()), np.float32)
-        with torch.inference_mode():
-            for units, chunks in zip(plan.micro_batches[0], plan.head_chunks, strict=True):
-                micro = packing.tensors(batch, units)
-                flat[micro.items] = self._policy(micro, self.temperature, chunks, entropy=False)[0].cpu().numpy()
-        column = schema.from_ragged(flat, lengths, schema.NATS)
-        scored = schema.append(batch, schema.build(self.adds, {"reference_logprobs": column}))
-        return scored, StageReceipt(batch.num_rows, len(flat), time.monotonic() - started, self.name)
 
 
 class RewardScorer:

@@ -29,7 +29,6 @@ from keel.errors import ConfigError
 from keel.learner import loading, reward_models, score_contract
 from keel.learner.reward_learner import PAIR, RewardModelLearner
 from keel.learner.reward_models import RewardText, ScoredText
-from keel.observability import endpoint, tracking
 from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
@@ -124,8 +123,8 @@ def best_first(row: SourceRow) -> list[ScoredText]:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A checked stage."""
+class RewardTraining:
+    """A checked stage that trains reward models."""
 
     settings: RewardModelSettings
     directory: Path
@@ -135,18 +134,14 @@ class Prepared:
     """What scores 0 on average in the end; empty: nothing does."""
     steps: int
     notes: tuple[str, ...] = ()
-    """What the stage says first: where its texts end."""
+    """Lines that the stage prints at its start."""
 
 
-def prepare(settings: RewardModelSettings) -> Prepared:
+def prepare(settings: RewardModelSettings) -> RewardTraining:
     """Check model, rows, port, memory and run directory. Raises ConfigError, one line."""
     from transformers import AutoConfig
 
-    directory = Path(settings.run_directory).resolve()
-    preflight.check_directory(directory, settings)
-    endpoint.check(settings.metrics)
-    tracking.check(settings.tracking)
-    preflight.check_memory(settings.cluster)
+    directory = preflight.check_place(settings)
     folder = loading.locate(settings.policy.model, "policy.model")
     tokenizer = loading.load_tokenizer(folder, "policy.model")
     trunk = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -159,7 +154,7 @@ def prepare(settings: RewardModelSettings) -> Prepared:
     rows = PairRows(settings, RewardText(tokenizer, encoder, limit, options))
     steps = settings.training.steps(len(rows.train))
     notes = () if encoder else text_checks.check_text(folder, settings, tokenizer, None).notes
-    return Prepared(settings, directory, str(folder), rows, _reference(settings, rows), steps, notes)
+    return RewardTraining(settings, directory, str(folder), rows, _reference(settings, rows), steps, notes)
 
 
 def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText]:
@@ -178,7 +173,7 @@ def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText
     return [found[place] for place in order]
 
 
-def run(prepared: Prepared, display: Display) -> dict[str, Any]:
+def run(prepared: RewardTraining, display: Display) -> dict[str, Any]:
     """Train all members to the end; what stage.json says. A finished stage is not run again."""
     for line in prepared.notes:
         display.note(line)
@@ -186,7 +181,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
     return offline_loop.conduct(*place, functools.partial(_train, prepared), display)
 
 
-async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
+async def _train(prepared: RewardTraining, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
     settings, rows = prepared.settings, prepared.rows
     learner = learner_group.RankGroup(RewardModelLearner, settings.learners, settings, prepared.folder, prepared.steps)
     await offline_loop.ready(settings, learner)
@@ -217,7 +212,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
     return offline_loop.finish(whole, "reward", started, **first, report=found)
 
 
-def _offline_run(prepared: Prepared, member: int) -> OfflineRun:
+def _offline_run(prepared: RewardTraining, member: int) -> OfflineRun:
     rows = prepared.rows
     directory = prepared.directory / "members" / str(member)
     files.make_folder(directory)
@@ -234,7 +229,7 @@ def _offline_run(prepared: Prepared, member: int) -> OfflineRun:
     )
 
 
-async def _judge(prepared: Prepared, folders: Sequence[Path], display: Display) -> dict[str, Any]:
+async def _judge(prepared: RewardTraining, folders: Sequence[Path], display: Display) -> dict[str, Any]:
     """Center the members on the reference set and report on the held-out pairs, both as the scorer sees them."""
     rows = prepared.rows
     held_out = [text for place in rows.held_out for text in rows.pairs[place]]

@@ -15,7 +15,7 @@ from keel.config.run import Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.observability.console import Display
 from keel.online.retries import retrying
-from keel.protocols import Batch, Sampling
+from keel.protocols import Batch, GenerateRequest, Sampling
 
 
 class Samplers:
@@ -30,7 +30,7 @@ class Samplers:
         retries = self.settings.failures.retries
 
         async def one(rows: pa.RecordBatch) -> pa.RecordBatch:
-            handle, _ = await retrying(lambda: self._generators.generate(rows, sampling), retries)
+            handle, _ = await retrying(lambda: self._generators.generate(GenerateRequest(rows, (sampling,))), retries)
             return await actors.fetch(handle)
 
         display.doing(what)

@@ -163,7 +163,7 @@ def test_the_same_files_are_the_same_bytes_and_keel_is_whole(tmp_path: Path) -> 
         bundle.gather(tree(prompts={"source": "prompts.jsonl"}), tmp_path).write(archive, "x: 1", LIMIT_BYTES)
         (tmp_path / "prompts.jsonl").touch()
     assert archives[0].read_bytes() == archives[1].read_bytes()
-    package = Path(bundle.__file__).parent
+    package = Path(bundle.__file__).parents[1]
     with zipfile.ZipFile(archives[0]) as archive_of:
         names = set(archive_of.namelist())
     assert {f"keel/{path.relative_to(package)}" for path in package.rglob("*.py")} | {"keel/py.typed"} <= names

@@ -9,7 +9,8 @@ import torch
 
 from keel import schema
 from keel.errors import ConfigError
-from keel.learner import loading, packing, tiny
+from keel.learner import end_tokens, loading, model_files, packing, tiny
+from keel.learner.model_text import ModelText
 from keel.learner.networks import TokenLogprobs
 from keel.learner.packing import TokenBudget
 
@@ -143,9 +144,10 @@ def test_a_model_that_is_not_there_is_one_line(model: str, message: str) -> None
 def test_end_tokens_come_from_the_generation_config(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "m")
     tokenizer = loading.load_tokenizer(folder, "policy.model")
-    assert loading.end_tokens(folder, tokenizer) == (tiny.SPECIAL.index("<|im_end|>"),)
+    text, vocabulary = ModelText(tokenizer), model_files.vocabulary(folder, str(folder))
+    assert end_tokens.decide(folder, text, vocabulary).stop == (tiny.SPECIAL.index("<|im_end|>"),)
     (folder / "generation_config.json").unlink()
-    assert loading.end_tokens(folder, tokenizer) == (tokenizer.eos_token_id,)
+    assert end_tokens.decide(folder, text, vocabulary).stop == (tokenizer.eos_token_id,)
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:

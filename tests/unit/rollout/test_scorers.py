@@ -18,7 +18,7 @@ from keel import schema
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.workers import ReferenceSettings
 from keel.learner import tiny
-from keel.rollout import scorers
+from keel.rollout import reference, scorers
 from rollouts import generated, prompts
 
 
@@ -281,7 +281,7 @@ def test_reference_log_probs_equal_whole_logits_at_the_same_temperature(tmp_path
 
     folder = tiny.write(tmp_path / "m")
     rows = batch()
-    scorer = scorers.ReferenceScorer(str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0")
+    scorer = reference.ReferenceScorer(str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0")
     answer, receipt = scorer.score(rows)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for row in answer.to_pylist():
