@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from keel.cli.run_commands import Address, AsJson, Run, elsewhere, needed
+from keel.cli.remote import Address, job_server_of, required_address
+from keel.cli.run_commands import AsJson, Run
 from keel.cluster import bundle
 from keel.config import loader
 from keel.config.commands import COMMANDS, command_of
@@ -36,7 +37,7 @@ def submit(
 ) -> None:
     """Run a configuration as a job of a Ray cluster. What is alive is not started twice; what is over goes on."""
     submission, gathered, configuration = prepare(config_path, overrides or [], Path.cwd())
-    where = needed(address)
+    where = required_address(address)
     from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client, tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def logs(
     attempt: Annotated[int | None, typer.Option(min=1, help="which attempt; default: the newest")] = None,
 ) -> None:
     """Show what the job of a run wrote."""
-    where = needed(address)
+    where = required_address(address)
     from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client:
@@ -101,11 +102,11 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show where a run stands, or which runs a cluster has."""
-    if run is not None and (where := elsewhere(run, address)) is None:
+    if run is not None and (where := job_server_of(run, address)) is None:
         found = run_status.of(Path(run))
         typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
         return
-    where = needed(address)
+    where = required_address(address)
     from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client:
@@ -137,7 +138,7 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Let a run finish the step under way, write a checkpoint and end; wait for that."""
-    where = elsewhere(run, address)
+    where = job_server_of(run, address)
     if now:
         _stop_now(where, run, as_json)
         return

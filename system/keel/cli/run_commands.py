@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from keel.cli.remote import Address, answer_of, job_server_of
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.console import console, errors, progress_display, quiet_libraries
@@ -23,8 +23,6 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory
 _WANTED = "workers wanted from now on"
 Count = Annotated[int | None, typer.Option(help=_WANTED)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
-_ADDRESS = "of Ray's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is such"
-Address = Annotated[str | None, typer.Option(help=_ADDRESS)]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="run directory here, or name or job of a run of the cluster")]
 _SHOWN = 20  # findings, and differences
 
@@ -73,8 +71,8 @@ def scale(
     roles = {"generators": generators, "reference": references, "scorers": scorers, "learners": learners}
     wanted = {option: count for option, count in roles.items() if count is not None}
     options = [f"--{option}={count}" for option, count in wanted.items()]
-    where = elsewhere(run, address)
-    counts = _there(where, run, "scale", *options) if where else _scale_here(Path(run), wanted)
+    where = job_server_of(run, address)
+    counts = answer_of(where, run, "scale", *options) if where else _scale_here(Path(run), wanted)
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -93,8 +91,8 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Say where the time of a run goes, who waits for whom, and which count to raise."""
-    where = elsewhere(run, address)
-    found = _there(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
+    where = job_server_of(run, address)
+    found = answer_of(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -125,42 +123,12 @@ def _shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
-def elsewhere(run: str, address: str | None) -> str | None:
-    """The job server to ask about a run; None: it is a directory here. Raises ConfigError where it is neither."""
-    if address is None and Path(run).is_dir():
-        return None
-    if found := _address(address):
-        return found
-    raise ConfigError(f"RUN={run}: no such directory; expected a run directory, or --address and a run of that cluster")
-
-
-def needed(address: str | None) -> str:
-    if found := _address(address):
-        return found
-    raise ConfigError("--address: missing; expected that of Ray's dashboard, such as http://HOST:8265")
-
-
-def _address(given: str | None) -> str | None:
-    """The one given, or the environment's, as `ray job` takes it."""
-    known = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
-    return given or next((each for each in known if each.startswith("http")), None)
-
-
 def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
     where = status.control_of(run_directory)
     status.authenticate_as(where)
     from keel.cluster import control
 
     return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})
-
-
-def _there(address: str, run: str, command: str, *options: str) -> dict[str, Any]:
-    """What the command says of a run where it is: on the cluster behind the address."""
-    from keel.cluster import job_server, jobs
-
-    with job_server.cluster(address) as client:
-        attempt = jobs.find(client, run)
-        return json.loads(jobs.on_cluster(client, attempt, [command, attempt.directory, *options, "--json"]))
 
 
 def replay(

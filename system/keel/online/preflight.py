@@ -1,4 +1,4 @@
-"""Checks of a run before Ray starts and before anything is written: each refuses bad input in one line."""
+"""Checks a run before Ray starts and before anything is written; prepares what the run is built from."""
 
 import os
 import shutil
@@ -95,9 +95,9 @@ def check_directory(directory: Path, settings: Section) -> None:
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.directory={directory}: {existing} is no folder that can be written to; expected one")
+    parent = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.directory={directory}: {parent} is no folder that can be written to; expected one")
     checkpoint.check_known(directory)
     if not stored.exists():
         return
