@@ -1,7 +1,7 @@
-"""What the files of a run know of its commits, other than the checkpoints themselves.
+"""The commits of a run as its other files record them: events, metrics and the manifest of rollouts.
 
-A checkpoints/ that is gone (a link that leads nowhere, a disk that is not mounted, a folder that was moved) looks like
-that of a run which has not committed yet. These files tell the two apart.
+A missing checkpoints/ (a broken link, a disk that is not mounted, a folder that was moved) looks like that of a run
+which has not committed yet. These files tell the two apart.
 """
 
 from collections.abc import Mapping
@@ -14,24 +14,24 @@ from keel import files, reads
 
 
 def newest_known(run_directory: Path) -> tuple[int, str]:
-    """Step of the newest commit that was made, and the file that says so; 0 where none is known of."""
+    """Step of the newest recorded commit, and the file that records it; 0 without one."""
     known = {
-        "events.jsonl": _from_events(run_directory / "events.jsonl"),
-        "metrics.jsonl": _from_metrics(run_directory / "metrics.jsonl"),
-        "rollouts/MANIFEST.jsonl": _from_manifest(run_directory),
+        "events.jsonl": _by_events(run_directory / "events.jsonl"),
+        "metrics.jsonl": _by_metrics(run_directory / "metrics.jsonl"),
+        "rollouts/MANIFEST.jsonl": _by_manifest(run_directory),
     }
     file = max(known, key=lambda name: known[name])
     return known[file], file
 
 
-def _from_events(path: Path) -> int:
-    """The last commit made or resumed from; resuming from an older one gave up the newer ones."""
+def _by_events(path: Path) -> int:
+    """The last commit that was made or resumed from; resuming from an older one gives up the newer ones."""
     lines, _ = files.sound_lines(path, {"event": str, "step": int})
     steps = [line["step"] for line in lines if line["event"] in ("checkpoint", "resume", "checkpoint_damaged")]
     return steps[-1] if steps else 0
 
 
-def _from_metrics(path: Path) -> int:
+def _by_metrics(path: Path) -> int:
     """The step before the first line that counts the last commit."""
     lines, _ = files.sound_lines(path, {"step": int})
     counts = [(line["step"], _count(line)) for line in lines]
@@ -45,8 +45,8 @@ def _count(line: Mapping[str, Any]) -> float:
     return count if isinstance(count, int | float) else 0.0
 
 
-def _from_manifest(run_directory: Path) -> int:
-    """The last commit that was due before the last rows were taken: a step waits for the commit of the one before."""
+def _by_manifest(run_directory: Path) -> int:
+    """The last commit that was due before the last rows were taken: each step waits for the commit before it."""
     lines, _ = files.sound_lines(run_directory / "rollouts" / "MANIFEST.jsonl", {"step": int})
     if not lines or not reads.is_there(run_directory / "config.yaml"):
         return 0

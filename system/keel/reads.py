@@ -1,6 +1,6 @@
-"""Reads of files that a decision hangs on: whole, or an error.
+"""Read files that a decision depends on: whole, or an error.
 
-A read that failed says nothing of the file. Damage is what reads wrongly twice, and alike.
+A failed read proves nothing about the file. Damage is content that is wrong twice, and alike.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ Seen = TypeVar("Seen")
 
 
 class ReadFailed(KeelError, OSError):
-    """A file or folder that is there could not be read. What it holds is unknown, so nothing may follow from it."""
+    """An existing file or folder could not be read. Its content is unknown, so no decision may follow from it."""
 
 
 def read(path: Path) -> bytes:
-    """All of a file. Raises FileNotFoundError where there is none, else ReadFailed: never a part of it."""
+    """Read a whole file. Raises FileNotFoundError where there is none, else ReadFailed: never returns a part."""
     with naming_a_failed_read(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read()
@@ -30,7 +30,7 @@ def read(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says. Raises ValueError where it twice reads as none, and what `read` does."""
+    """Parse a JSON file. Raises ValueError where it is twice no JSON, and what `read` raises."""
     return json.loads(settled(path, lambda: read(path), _is_json))
 
 
@@ -48,9 +48,9 @@ def settled(
     sound: Callable[[Seen], bool],
     same: Callable[[Seen, Seen], bool] | None = None,
 ) -> Seen:
-    """What a look at a file shows; what is not sound is looked at once more, past the cache.
+    """Look at a file, and once more past the page cache where the first look is not sound.
 
-    Only what is twice wrong, and alike, is damage: raises ReadFailed where two wrong looks differ.
+    Only two wrong looks that agree are damage: raises ReadFailed where they differ.
     """
     first = look()
     if sound(first):
@@ -63,7 +63,7 @@ def settled(
 
 
 def uncache(path: Path) -> None:
-    """Have the next read of a file come from the disk, where the system can be asked for that."""
+    """Drop a file from the page cache, where the system supports it, so that the next read comes from the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     with contextlib.suppress(FileNotFoundError), naming_a_failed_read(path), path.open("rb") as file:
@@ -87,7 +87,7 @@ def check_length(path: Path, length: int, size: int) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder. Raises ReadFailed where that cannot be said."""
+    """Whether the file or folder exists. Raises ReadFailed where that cannot be determined."""
     try:
         with naming_a_failed_read(path), contextlib.suppress(NotADirectoryError):
             path.stat()
@@ -98,7 +98,7 @@ def is_there(path: Path) -> bool:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, by name; nothing where there is none. Raises ReadFailed: that is no empty folder."""
+    """List a folder by name; empty where it does not exist. Raises ReadFailed for one that cannot be listed."""
     try:
         with naming_a_failed_read(folder):
             return [folder / name for name in sorted(os.listdir(folder))]
@@ -107,5 +107,5 @@ def entries(folder: Path) -> list[Path]:
 
 
 def files(folder: Path) -> list[Path]:
-    """Every file below a folder, by its path; of a file, itself. Raises ReadFailed."""
+    """Every file below a folder, by its path; for a file, itself. Raises ReadFailed."""
     return [file for path in entries(folder) for file in files(path)] if folder.is_dir() else [folder]

@@ -6,7 +6,7 @@ LIMIT_CHARACTERS = 2000
 
 
 def printable(text: str, limit: int = LIMIT_CHARACTERS) -> str:
-    """The text on one line, in characters that a terminal shows and never acts on.
+    """Write a text on one line, in characters that a terminal shows and never acts on.
 
     Control characters, escapes, line ends, bidirectional overrides and half surrogate pairs are written out (`\\x1b`,
     `\\n`, `\\u202e`, `\\ud800`), every space is a plain one. The middle of a text of more than `limit` characters is
@@ -25,7 +25,7 @@ def _shown(character: str) -> str:
 
 
 def one_line(error: object) -> str:
-    """All that an error says, its line ends and runs of spaces one space each."""
+    """Flatten an error's message: each line end or run of spaces becomes one space."""
     return " ".join(str(error).split())
 
 

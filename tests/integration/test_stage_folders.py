@@ -199,9 +199,10 @@ def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) ->
     """The run directory and the model folder alike: policy, reference, trunk, evaluation and its opponent."""
     given, found = str(work.folder / name if of == "run" else work.model(name)), str(work.model(name))
     for stage, module in (("sft", policy_stage), ("prefer", policy_stage), ("reward", reward_stage)):
-        assert module.prepare(work.settings(stage, given, "next")).folder == found
+        prepared: Any = module.prepare(work.settings(stage, given, "next"))
+        assert (prepared.folder if stage == "reward" else prepared.models.policy) == found
     online = preflight.prepare(work.online(given))
-    assert (online.policy_folder, online.reference_folder) == (found, found)
+    assert (online.models.policy, online.models.reference) == (found, found)
     judge = {"name": "distinct", "source": "keel.examples:distinct_token_ratio"}
     labels = LabelSettings(
         run={"directory": str(work.folder / "next")},
@@ -210,10 +211,11 @@ def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) ->
         judge=judge,
         **{"cluster": MACHINE["cluster"]},
     )
-    assert label.prepare(labels).folder == found
+    labeling = label.prepare(labels)
+    assert labeling.models and labeling.models.policy == found
     by = work.online(given, evaluation={"against": given})
-    prepared = evaluate.prepare(by, given, work.folder / "evaluation")
-    assert (prepared.folder, prepared.other_folder) == (found, found)
+    evaluation = evaluate.prepare(by, given, work.folder / "evaluation")
+    assert (evaluation.models.policy, evaluation.other and evaluation.other.policy) == (found, found)
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -239,4 +241,4 @@ def test_a_reward_model_is_the_reward_of_every_stage(work: Work, name: str, of: 
     if name != "encoder-reward":
         critic = {"advantage": "gae", "critic": {"model": given}}
         prepared = preflight.prepare(work.online(policy, rewards=[source], objective=critic))
-        assert prepared.learner_folders["critic"] == str(work.model(name))
+        assert prepared.models.frozen["critic"] == str(work.model(name))

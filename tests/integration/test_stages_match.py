@@ -137,7 +137,7 @@ def test_supervised_steps_are_those_of_a_plain_loop(
     tree = blocks(tmp_path, tiny_model, source, **learners)
     prepared = policy.prepare(loader.parse_as(SupervisedSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
-    own = group_losses(LearnerGroup(prepared.spec, prepared.folder), batches, "loss")
+    own = group_losses(LearnerGroup(prepared.spec, prepared.models.policy), batches, "loss")
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -184,11 +184,11 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     import asyncio
 
     reads = ReferenceLogprobs.read(
-        prepared.settings.reference_spec(), prepared.reference_folder or "", prepared.rows, Quiet()
+        prepared.settings.reference_spec(), prepared.models.reference or "", prepared.rows, Quiet()
     )
     table = asyncio.run(reads)
     completed = [table.append(batch) for batch in batches]
-    own = group_losses(LearnerGroup(prepared.spec, prepared.folder), completed, "preference_loss")
+    own = group_losses(LearnerGroup(prepared.spec, prepared.models.policy), completed, "preference_loss")
 
     def loss(step: int) -> torch.Tensor:
         pairs = list(zip(*(batches[step].column(name).to_pylist() for name in ("prompt", "completion")), strict=True))

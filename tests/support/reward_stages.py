@@ -11,7 +11,7 @@ from keel.config.stages import RewardModelSettings
 from keel.learner.reward_models import RewardText
 from keel.observability.metrics import RunMetrics
 from keel.stages import reward
-from keel.stages.reward import PairRows, Prepared
+from keel.stages.reward import PairRows, RewardTraining
 from offline_runs import FakeOfflineLearner, Listener
 from prompt_files import PLAIN, jsonl
 
@@ -71,13 +71,13 @@ class Stage:
         self.judged: list[list[str]] = []
         monkeypatch.setattr(reward, "_judge", self._judge)
 
-    async def _judge(self, prepared: Prepared, folders: list[Path], display: Any) -> dict[str, Any]:
+    async def _judge(self, prepared: RewardTraining, folders: list[Path], display: Any) -> dict[str, Any]:
         self.judged.append([(folder / "weights").read_text() for folder in folders])
         return {"pairs": 3}
 
     async def train(self, group: FakeRankGroup) -> dict[str, Any]:
         self.monkeypatch.setattr(reward.learner_group, "RankGroup", lambda *arguments: group)
-        prepared = Prepared(self.settings, self.directory, "m", self.rows, [], STEPS)
+        prepared = RewardTraining(self.settings, self.directory, "m", self.rows, [], STEPS)
         self.metrics = RunMetrics("test", self.directory / "metrics.jsonl")
         return await reward._train(prepared, self.metrics, Listener(), 0.0)
 

@@ -228,10 +228,10 @@ def test_labels_survive_a_power_cut_at_any_moment(scratch: Path, monkeypatch: py
 
     monkeypatch.setattr(label, "_scored", judge)
     monkeypatch.setattr(label, "actors", SimpleNamespace(connect=lambda _: "connected", disconnect=lambda: None))
-    prepared = SimpleNamespace(settings=labels_for(), sampling=None, directory=scratch / "disk" / "label", notes=())
+    prepared = SimpleNamespace(settings=labels_for(), directory=scratch / "disk" / "label", notes=())
     disk = Disk(scratch / "disk")
     with disk.followed():
-        done = label.run(cast(label.Prepared, prepared), Listener())
+        done = label.run(cast(label.Labeling, prepared), Listener())
     seen = set()
     for moment in disk.moments:
         found = disk.after_a_cut(moment, model, scratch / "found") / "label"

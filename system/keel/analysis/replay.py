@@ -65,7 +65,7 @@ async def _replay(
     prepared: Prepared, start: int, rows: list[pa.RecordBatch], display: Display
 ) -> tuple[Mapping[str, Any], str | None]:
     settings, directory = prepared.settings, prepared.directory
-    learner = learner_group.LearnerGroup(settings, prepared.policy_folder, prepared.learner_folders)
+    learner = learner_group.LearnerGroup(settings, prepared.models.policy, prepared.models.frozen)
     async with asyncio.timeout(settings.deadlines.start_seconds + settings.deadlines.step_seconds):
         await learner.ready()
         if start:

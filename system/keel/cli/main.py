@@ -1,32 +1,20 @@
-"""The commands. Configuration is parsed before any heavy import, so help and --dry-run answer at once."""
+"""The commands of `keel`. Nothing heavy is imported for help, so that it is printed at once."""
 
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from keel import __version__
-from keel.cli import deploy_commands, job_commands, plan_commands, run_commands
+from keel.cli import deploy_commands, job_commands, plan_commands, run_commands, training_commands
+from keel.cli.training_commands import Config, Overrides, RayAddress
 from keel.config import loader
-from keel.config.base import Section
 from keel.config.commands import CONFIGURATIONS, command_of
-from keel.config.label import LabelSettings
 from keel.config.pipeline import PipelineSettings
-from keel.config.run import Settings
-from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
 from keel.errors import ConfigError, KeelError
-from keel.observability.console import (
-    REWARD_MODEL_COLUMNS,
-    console,
-    errors,
-    from_here,
-    progress_display,
-    quiet_libraries,
-)
+from keel.observability.console import console, errors, from_here, quiet_libraries
 
 app = typer.Typer(
     help="Keel: RLHF with entropy or KL regularization, on a laptop or a Ray cluster.",
@@ -34,52 +22,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file; `keel schema` lists every setting")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings to change, as a.b=c", show_default=False)]
-Address = Annotated[str | None, typer.Option(help="Ray address to join; default: an embedded Ray")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved configuration and stop")]
-
-
-@app.command()
-def train(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
-    """Run online training. On the run directory of an unfinished run of the same settings, go on from there."""
-    settings = loader.load(config_path, _with(overrides, address))
-    if not _shown(settings, dry_run):
-        _train(settings, config_path)
-
-
-@app.command()
-def sft(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
-    """Supervised fine-tuning on demonstrations: the loss of completions alone."""
-    settings = loader.load_as(SupervisedSettings, config_path, _with(overrides, address))
-    if not _shown(settings, dry_run):
-        _likelihood(settings)
-
-
-@app.command()
-def prefer(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
-    """Train on preferences: stored pairs, or (a configuration with `rewards`) pairs of samples, scored and selected."""
-    changes = _with(overrides, address)
-    if "rewards" in loader.read(config_path, changes):
-        online = loader.load(config_path, changes)
-        if online.objective.kind != "preference":
-            raise ConfigError(f"objective.kind={online.objective.kind}: keel prefer expected preference")
-        if not _shown(online, dry_run):
-            _train(online, config_path)
-        return
-    settings = loader.load_as(PreferSettings, config_path, changes)
-    if not _shown(settings, dry_run):
-        _likelihood(settings)
+training_commands.add_to(app)
 
 
 @app.command()
 def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
-    """Go on from the last committed checkpoint of a run."""
+    """Resume a run from its last committed checkpoint."""
     stored = loader.stored_config(run_directory, f"RUN_DIR={run_directory}")
-    own = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
+    directory = f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"
     command = command_of(loader.read(stored))
-    _COMMANDS[command](str(stored), own)
+    training_commands.start(training_commands.read(command, str(stored), [directory]), str(stored))
 
 
 @app.command()
@@ -122,43 +74,6 @@ def doctor(
 
 
 @app.command()
-def reward(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
-    """Train a reward model, or an ensemble of them, on preference pairs (Bradley-Terry)."""
-    settings = loader.load_as(RewardModelSettings, config_path, _with(overrides, address))
-    if _shown(settings, dry_run):
-        return
-    quiet_libraries()
-    from keel.cli import summary
-    from keel.stages import reward as stage
-
-    prepared = stage.prepare(settings)
-    with progress_display(console, prepared.steps, REWARD_MODEL_COLUMNS) as display:
-        members = f"{settings.members.count} x {prepared.steps} steps"
-        display.note(f"keel {__version__}: {settings.run.name}, reward, {members}, {prepared.rows.counts}")
-        done = stage.run(prepared, display)
-    summary.show_stage(console, prepared.directory, done)
-    summary.show_reward_report(console, done["report"])
-
-
-@app.command()
-def label(config_path: Config, overrides: Overrides = None, address: Address = None, dry_run: DryRun = False) -> None:
-    """Make preference pairs: sample from a policy (or read runs' rollouts), let a judge score, pair, write Parquet."""
-    settings = loader.load_as(LabelSettings, config_path, _with(overrides, address))
-    if _shown(settings, dry_run):
-        return
-    quiet_libraries()
-    from keel.cli import summary
-    from keel.stages import label as stage
-
-    prepared = stage.prepare(settings)
-    with progress_display(console, 0) as display:
-        what = f"{prepared.completions} completions, judged by {settings.judge.name}"
-        display.note(f"keel {__version__}: {settings.run.name}, label, {what}")
-        done = stage.run(prepared, display)
-    summary.show_labels(console, prepared.directory, done)
-
-
-@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model folder, hub name or wheel:NAME")],
     overrides: Overrides = None,
@@ -167,7 +82,7 @@ def evaluate(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="folder of the result; default: MODEL/evaluation")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
-    address: Address = None,
+    address: RayAddress = None,
 ) -> None:
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
     stored = Path(model) / "config.yaml"
@@ -175,20 +90,23 @@ def evaluate(
         loader.stored_config(Path(model), f"MODEL={model}")
     if config_path is None and not (stored.is_file() and command_of(loader.read(stored)) == "train"):
         raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
-    settings = loader.load(config_path or stored, _with(overrides, address))
+    settings = loader.load(config_path or stored, training_commands.with_address(overrides, address))
     quiet_libraries()
     from keel.cli import summary
     from keel.stages import evaluate as stage
 
     default = Path(model) if Path(model).is_dir() else Path(settings.run_directory)
     prepared = stage.prepare(settings, model, output or default / "evaluation")
-    with progress_display(errors if as_json else console, 0) as display:
-        display.note(f"keel {__version__}: evaluating {model}, {prepared.prompts.counts['held_out']} held-out prompts")
-        found = stage.run(prepared, display)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-    else:
-        summary.show_evaluation(console, prepared.directory, found)
+
+    def show(result: dict[str, Any]) -> None:
+        if as_json:
+            typer.echo(json.dumps(result, indent=2))
+        else:
+            summary.show_evaluation(console, prepared.directory, result)
+
+    headline = f"evaluating {model}, {prepared.prompts.counts['held_out']} held-out prompts"
+    job = training_commands.Job(headline, lambda display: stage.run(prepared, display), show)
+    training_commands.execute(job, errors if as_json else console)
 
 
 @app.command()
@@ -209,66 +127,20 @@ def pipeline(
     stages.run(planned, console)
 
 
-app.command()(run_commands.compare)
-app.command()(run_commands.verify)
-app.command()(run_commands.scale)
-app.command()(run_commands.replay)
-app.command()(run_commands.explain)
+for command in (
+    run_commands.compare,
+    run_commands.verify,
+    run_commands.scale,
+    run_commands.replay,
+    run_commands.explain,
+    job_commands.submit,
+    job_commands.status,
+    job_commands.logs,
+    job_commands.stop,
+    plan_commands.plan,
+):
+    app.command()(command)
 app.add_typer(deploy_commands.app, name="deploy")
-app.command()(job_commands.submit)
-app.command()(job_commands.status)
-app.command()(job_commands.logs)
-app.command()(job_commands.stop)
-app.command()(plan_commands.plan)
-_COMMANDS: dict[str, Callable[[str, list[str]], None]] = {
-    "train": train,
-    "sft": sft,
-    "prefer": prefer,
-    "reward": reward,
-    "label": label,
-}
-
-
-def _with(overrides: list[str] | None, address: str | None) -> list[str]:
-    return [*(overrides or []), *([f"cluster.address={address}"] if address else [])]
-
-
-def _shown(settings: Section, dry_run: bool) -> bool:
-    """Print the resolved settings where that is all that was asked for."""
-    if dry_run:
-        typer.echo(loader.dump(settings), nl=False)
-    return dry_run
-
-
-def _likelihood(settings: SupervisedSettings | PreferSettings) -> None:
-    quiet_libraries()
-    from keel.cli import summary
-    from keel.stages import policy
-
-    prepared = policy.prepare(settings)
-    steps = prepared.spec.run.steps
-    with progress_display(console, steps, prepared.columns) as display:
-        display.note(f"keel {__version__}: {settings.run.name}, {prepared.name}, {steps} steps, {prepared.rows.counts}")
-        done = policy.run(prepared, display)
-    summary.show_stage(console, prepared.directory, done)
-
-
-def _train(settings: Settings, config_path: str) -> None:
-    quiet_libraries()
-    from keel.cli import summary
-    from keel.online import preflight
-
-    prepared = preflight.prepare(settings)
-    from keel.online import train as training  # Ray and vLLM: only once the input is known to be good
-
-    with progress_display(console, settings.run.steps) as display:
-        display.note(f"keel {__version__}: {settings.run.name}, {settings.run.steps} steps, {prepared.prompts.counts}")
-        outcome = training.run(prepared, display)
-    if outcome.stopped:
-        raise typer.Exit(loader.INTERRUPTED)
-    summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
-    if picture := summary.draw_frontier(outcome.directory, settings):
-        console.print(f"Picture  {picture}  (reward against sqrt(KL))", soft_wrap=True)
 
 
 def main() -> None:
@@ -280,7 +152,7 @@ def main() -> None:
     except Exception as error:
         _fail_run(error)
     if code == loader.INTERRUPTED:
-        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", loader.INTERRUPTED)
+        _fail("interrupted; `keel resume RUN_DIR` resumes from the last checkpoint", loader.INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,8 +1,7 @@
-"""Commands on a run that exists; cli.py registers them."""
+"""Commands on a run that exists; main.py registers them."""
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from keel.cli.remote import Address, answer_of, job_server_of
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.observability.console import console, errors, progress_display, quiet_libraries
@@ -23,8 +23,6 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory
 _WANTED = "workers wanted from now on"
 Count = Annotated[int | None, typer.Option(help=_WANTED)]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object")]
-_ADDRESS = "of Ray's dashboard, http://HOST:8265; default: RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is such"
-Address = Annotated[str | None, typer.Option(help=_ADDRESS)]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="run directory here, or name or job of a run of the cluster")]
 _SHOWN = 20  # findings, and differences
 
@@ -52,7 +50,7 @@ def verify(
     differences = checking.compare(run_directory, against) if against else []
     if as_json:
         intact = {"intact": not report.findings}
-        tree = dataclasses.asdict(report) | intact | {"differences": [dataclasses.asdict(each) for each in differences]}
+        tree = dataclasses.asdict(report) | intact | {"differences": list(map(dataclasses.asdict, differences))}
         typer.echo(json.dumps(tree, indent=2))
     else:
         _show(report, against, differences)
@@ -69,12 +67,12 @@ def scale(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change how many workers a live run has; without counts, show them. What has no room is pending until it has."""
+    """Change how many workers a live run has; without counts, show them. Workers wait for resources as pending."""
     roles = {"generators": generators, "reference": references, "scorers": scorers, "learners": learners}
     wanted = {option: count for option, count in roles.items() if count is not None}
     options = [f"--{option}={count}" for option, count in wanted.items()]
-    where = elsewhere(run, address)
-    counts = _there(where, run, "scale", *options) if where else _scale_here(Path(run), wanted)
+    where = job_server_of(run, address)
+    counts = answer_of(where, run, "scale", *options) if where else _scale_local(Path(run), wanted)
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -92,20 +90,20 @@ def explain(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where the time of a run goes, who waits for whom, and which count to raise."""
-    where = elsewhere(run, address)
-    found = _there(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
+    """Say where the time of a run goes, what each role waits for, and which count to raise."""
+    where = job_server_of(run, address)
+    answer = answer_of(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(answer, indent=2))
         return
-    title = f"steps {found['first_step']} to {found['last_step']}, {found['seconds_per_step']:.2f} s each"
+    title = f"steps {answer['first_step']} to {answer['last_step']}, {answer['seconds_per_step']:.2f} s each"
     table = Table("role", "workers", "busy", "in line", "without work, waiting for", title=title, title_justify="left")
-    for role in found["roles"]:
+    for role in answer["roles"]:
         row = f"{role['workers']:.1f}", f"{role['busy_ratio']:.0%}", f"{role['waiting_batches']:.1f}"
         table.add_row(role["name"], *row, _shares(role["idle_ratios"]))
     console.print(table)
-    console.print(f"Time     {_shares(found['timeline'])}", soft_wrap=True)
-    for line in found["advice"]:
+    console.print(f"Time     {_shares(answer['timeline'])}", soft_wrap=True)
+    for line in answer["advice"]:
         console.print(f"Advice   {line}", soft_wrap=True)
 
 
@@ -125,42 +123,12 @@ def _shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
-def elsewhere(run: str, address: str | None) -> str | None:
-    """The job server to ask about a run; None: it is a directory here. Raises ConfigError where it is neither."""
-    if address is None and Path(run).is_dir():
-        return None
-    if found := _address(address):
-        return found
-    raise ConfigError(f"RUN={run}: no such directory; expected a run directory, or --address and a run of that cluster")
-
-
-def needed(address: str | None) -> str:
-    if found := _address(address):
-        return found
-    raise ConfigError("--address: missing; expected that of Ray's dashboard, such as http://HOST:8265")
-
-
-def _address(given: str | None) -> str | None:
-    """The one given, or the environment's, as `ray job` takes it."""
-    known = [os.environ.get(name, "") for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")]
-    return given or next((each for each in known if each.startswith("http")), None)
-
-
-def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
+def _scale_local(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
     where = status.control_of(run_directory)
     status.authenticate_as(where)
     from keel.cluster import control
 
     return control.ask(run_directory, where, {option.removesuffix("s"): count for option, count in wanted.items()})
-
-
-def _there(address: str, run: str, command: str, *options: str) -> dict[str, Any]:
-    """What the command says of a run where it is: on the cluster behind the address."""
-    from keel.cluster import job_server, jobs
-
-    with job_server.cluster(address) as client:
-        attempt = jobs.find(client, run)
-        return json.loads(jobs.on_cluster(client, attempt, [command, attempt.directory, *options, "--json"]))
 
 
 def replay(
@@ -173,15 +141,15 @@ def replay(
     from keel.analysis import replay as replaying
 
     with progress_display(errors if as_json else console, step) as display:
-        found = replaying.run(run_directory, step, display)
+        replayed = replaying.run(run_directory, step, display)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        typer.echo(json.dumps(dataclasses.asdict(replayed), indent=2))
         return
-    if found.refused:
-        console.print(f"The learner refuses step {step} again: {found.refused}", soft_wrap=True)
+    if replayed.refused:
+        console.print(f"The learner refuses step {step} again: {replayed.refused}", soft_wrap=True)
         return
-    table = Table("metric", "then", "now", "difference", title=f"step {step}, replayed from version {found.start}")
-    for name, (then, now) in found.numbers.items():
+    table = Table("metric", "then", "now", "difference", title=f"step {step}, replayed from version {replayed.start}")
+    for name, (then, now) in replayed.numbers.items():
         table.add_row(name, "-" if then is None else f"{then:.6g}", f"{now:.6g}", *_difference(then, now))
     console.print(table)
 
@@ -198,9 +166,9 @@ def _show(report: "Report", against: Path | None, differences: "list[Finding]") 
         table.add_row(name.replace("_", " "), Text(shown))
     console.print(table)
     lines = [f"Note     {note}" for note in report.notes]
-    for title, found in (("Finding", report.findings), ("Differs", differences)):
-        lines += [f"{title}  {each.file}: expected {each.expected}; found {each.found}" for each in found[:_SHOWN]]
-        lines += [f"{title}  ... and {len(found) - _SHOWN} more; --json has all"] if len(found) > _SHOWN else []
+    for title, findings in (("Finding", report.findings), ("Differs", differences)):
+        lines += [f"{title}  {item.file}: expected {item.expected}; found {item.found}" for item in findings[:_SHOWN]]
+        lines += [f"{title}  ... and {len(findings) - _SHOWN} more; --json has all"] if len(findings) > _SHOWN else []
     lines += [] if report.findings else ["Intact   every file is what its place in the run demands"]
     lines += [f"Same     as {against}"] if against and not differences else []
     for line in lines:

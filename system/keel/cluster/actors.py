@@ -1,4 +1,4 @@
-"""A run's actors on Ray behind the protocols of `protocols.py`; pool.py, learner_group.py and control.py know Ray, too.
+"""A run's Ray cluster and its actors, behind the protocols of `protocols.py`.
 
     driver --prompts--> Pool(generators) --ref--> Pool(reference) --ref--> Pool(scorers) --ref--> buffer actor
       ^ receipts, reports (small)                                                                    | ref
@@ -50,7 +50,7 @@ _LATE = "node timed out during startup"
 def connect(settings: AnySettings) -> str:
     """Join the Ray cluster that cluster.address or RAY_ADDRESS names, or start an embedded one sized for the actors.
 
-    Returns which of them, for the user. Raises ConfigError for a cluster that cannot be joined.
+    Returns a line for the user that says which. Raises ConfigError for a cluster that cannot be joined.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -69,7 +69,7 @@ def connect(settings: AnySettings) -> str:
             raise ConfigError(f"{named}={address}: {reason}; expected HOST:PORT of a Ray that runs, or local") from None
         return f"Ray: joined the cluster at {ray.get_runtime_context().gcs_address} ({named}={address})"
     # Actors of a synchronous run take turns, so an embedded Ray promises them more threads than there are cores.
-    asked = sum(by.count * by.threads for by in capacity.workers(settings).values())
+    asked = sum(workers.count * workers.threads for workers in capacity.workers(settings).values())
     cpus = cluster.cpus or max(os.cpu_count() or 1, 2 * asked)
     tries = embedded(num_cpus=cpus, object_store_memory=cluster.object_store_bytes, **common)
     late = f" (it came up at try {tries}: this machine is busy)" if tries > 1 else ""
@@ -94,7 +94,7 @@ def _search_path() -> JobConfig:
 
 
 def _was_uploaded() -> bool:
-    """Whether this is a Ray job with a folder that was uploaded (`keel submit`), which its workers have anyway.
+    """Whether this is a Ray job with an uploaded folder (`keel submit`), which its workers have on their path anyway.
 
     No module in it has an installed namesake.
     """
@@ -110,7 +110,7 @@ def embedded(**options: Any) -> int:
 def tried(start: Callable[[], Any]) -> int:
     """Start a node of Ray, again where its agent came up too late; how many tries it took.
 
-    A raylet gives an agent of its own, a Python program, 15 s to come up, and dies when that is late
+    A raylet gives its agent, a Python program, 15 s to come up, and dies when that is late
     (ray-project/ray#65983), as on a machine that loads several models. Nothing has begun then, so it is tried again;
     what the late try started besides idles until this process ends.
     """
@@ -130,35 +130,36 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def joined(settings: AnySettings, counts: Mapping[str, int], *, degraded: bool = False) -> Iterator[str]:
-    """A cluster with room for so many workers of each role, or for one of each; left at the end. Says which it is.
+    """Join or start a cluster for these counts of workers, and leave it at the end; yields the line of `connect`.
 
-    Raises ConfigError where there never can be. What others occupy now may come free, and is waited for.
+    Raises ConfigError where the workers, or if `degraded` one of each role, can never fit. Resources that others
+    occupy may become free, and are waited for.
     """
     how = connect(settings)
     try:
         asked = capacity.asks(settings, counts)
         least = capacity.one_of_each(asked) if degraded else asked
         if not settings.cluster.wait_for_nodes and (
-            found := capacity.problems(least, placement.nodes(), placement.limits())
+            problems := capacity.problems(least, placement.nodes(), placement.limits())
         ):
-            raise ConfigError("; ".join(found))
+            raise ConfigError("; ".join(problems))
         yield how
     finally:
         disconnect()
 
 
 def request(settings: Settings, counts: Mapping[str, int]) -> None:
-    """Ask Ray's autoscaler, if there is one, for nodes that hold so many workers of each role."""
-    request_resources(bundles=[ask.each for ask in capacity.asks(settings, counts) for _ in range(ask.count)])
+    """Ask Ray's autoscaler, if there is one, for nodes that hold these counts of workers."""
+    request_resources(bundles=[ask.amounts for ask in capacity.asks(settings, counts) for _ in range(ask.count)])
 
 
 def holds(settings: Settings, counts: Mapping[str, int], *, at_once: bool) -> bool:
-    """Whether the nodes have room for so many workers of each role: now, or were they empty."""
+    """Whether these counts of workers fit: on what is free now (`at_once`), or on the nodes if they were empty."""
     return capacity.packs(capacity.asks(settings, counts), placement.free_nodes() if at_once else placement.nodes())
 
 
 async def fetch(batch: Batch) -> pa.RecordBatch:
-    """Bring it here. Raises WorkerLost when it died with the node it lay on."""
+    """Bring a batch into this process. Raises WorkerLost when it was lost with its node."""
     try:
         return await batch
     except ObjectLostError as error:

@@ -107,7 +107,7 @@ def _readable() -> Iterator[None]:
 
 @_readable()
 def gather(tree: dict[str, Any], here: Path) -> Bundle:
-    """Find what a configuration names in a folder and among the modules importable there. Raises ConfigError."""
+    """Collect the files and modules that a configuration names, from a folder. Raises ConfigError."""
     items = {"keel": package()}
     for name in _modules({value.removeprefix("python:") for _, _, value in _texts(tree)}, here):
         items[f"module {name}"] = Item(f"module {name}", _files_of_module(name, here))
@@ -142,7 +142,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
 def _free(name: str, taken: set[str]) -> str:
     """files/NAME; files/2/NAME where another path of that name came before."""
     numbered = (f"files/{number}/{name}" for number in range(2, len(taken) + 3))
-    return next(each for each in [f"files/{name}", *numbered] if each not in taken)
+    return next(path for path in [f"files/{name}", *numbered] if path not in taken)
 
 
 def _texts(node: Any, setting: str = "", key: str = "") -> Iterator[tuple[str, str, str]]:
@@ -182,14 +182,14 @@ def _files(path: Path, name: str, above: frozenset[Path] = frozenset()) -> Itera
 
 def _modules(values: set[str], here: Path) -> list[str]:
     """Top-level modules that settings name, and those they import, as far as they are the user's own."""
-    waiting, found = sorted({value.partition(".")[0].partition(":")[0] for value in values if is_source(value)}), []
+    waiting, modules = sorted({value.partition(".")[0].partition(":")[0] for value in values if is_source(value)}), []
     while waiting:
         name = waiting.pop()
-        if name not in found and _place(name, here) is not None:
-            found.append(name)
+        if name not in modules and _place(name, here) is not None:
+            modules.append(name)
             for path in _files_of_module(name, here).values():
                 waiting += sorted(_imports(path)) if path.suffix == ".py" else []
-    return sorted(found)
+    return sorted(modules)
 
 
 def _place(name: str, here: Path) -> Path | None:

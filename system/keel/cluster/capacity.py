@@ -1,10 +1,10 @@
-"""What a run asks of its cluster, what the nodes have, and whether the one fits into the other. Numbers only, no Ray.
+"""Whether the workers of a run fit on the nodes of a cluster. Arithmetic only, no Ray.
 
     settings, counts -> asks ---+
     nodes' resources -----------+--> problems: lines that say what can never fit, with the arithmetic
     the autoscaler's limits ----+
 
-What is refused is proven not to fit: where a proof would take too long, the run goes on and waits.
+Only what is proven not to fit is refused: where a proof would take too long, the run starts and waits.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,30 +19,30 @@ Amounts = Mapping[str, float]
 _BLOCKS = {"generator": "generators", "reference": "reference", "scorer": "scorers", "learner": "learners"}
 """Roles -> their blocks of the configuration."""
 _UNITS = 10_000
-"""Ray counts resources in parts of so many; sums of these are exact."""
+"""Ray counts resources in parts of 1/10,000; integer sums of these are exact."""
 _MOST_FILLINGS = 30_000
-"""After so many ways to fill a node a packing counts as possible."""
+"""Ways to fill a node that are tried before a packing counts as possible."""
 _SHOWN_NODES = 8
 
 
 @dataclass(frozen=True)
 class Ask:
-    """So many workers of a role, each of which wants all it asks for on one node."""
+    """The workers of one role; each needs all of its resources on one node."""
 
     role: str
     count: int
     workers: WorkerSettings
 
     @property
-    def each(self) -> dict[str, float]:
-        """What one of them asks for in all."""
-        found: dict[str, float] = {}
+    def amounts(self) -> dict[str, float]:
+        """All resources of one worker."""
+        total: dict[str, float] = {}
         for bundle in bundles(self.workers):
-            found |= {name: found.get(name, 0.0) + amount for name, amount in bundle.items()}
-        return found
+            total |= {name: total.get(name, 0.0) + amount for name, amount in bundle.items()}
+        return total
 
     def of(self, name: str) -> float:
-        return self.each.get(name, 0.0)
+        return self.amounts.get(name, 0.0)
 
     @property
     def block(self) -> str:
@@ -82,16 +82,16 @@ def workers(settings: AnySettings) -> dict[str, WorkerSettings]:
 
 def configured(settings: Settings) -> dict[str, int]:
     """Workers by role as the configuration has them."""
-    return {role: by.count for role, by in workers(settings).items()}
+    return {role: config.count for role, config in workers(settings).items()}
 
 
 def asks(settings: AnySettings, counts: Mapping[str, int]) -> list[Ask]:
-    """What so many workers of each role ask for."""
-    return [Ask(role, counts[role], by) for role, by in workers(settings).items() if counts.get(role)]
+    """The asks of these counts of workers."""
+    return [Ask(role, counts[role], config) for role, config in workers(settings).items() if counts.get(role)]
 
 
 def one_of_each(asked: Sequence[Ask]) -> list[Ask]:
-    """The least with which a run goes on."""
+    """One worker of each role: the least with which a run continues."""
     return [replace(ask, count=1) for ask in asked]
 
 
@@ -110,7 +110,7 @@ def problems(asked: Sequence[Ask], nodes: Sequence[Amounts], limits: Amounts | N
 
 def packs(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> bool:
     """Whether all of them fit on the nodes at once. False only where that is proven, by sums or by trying all."""
-    names = sorted({name for ask in asked for name in ask.each})
+    names = sorted({name for ask in asked for name in ask.amounts})
     sizes = [[round(ask.of(name) * _UNITS) for name in names] for ask in asked]
     if any(not _holds({name: _total(nodes, name)}, {name: _wanted(asked, name)}) for name in names):
         return False
@@ -120,7 +120,7 @@ def packs(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> bool:
         left: set[tuple[int, ...]] = set()
         for state in states:
             for filling in _fillings(sizes, state, [round(node.get(name, 0.0) * _UNITS) for name in names]):
-                left.add(tuple(there - placed for there, placed in zip(state, filling, strict=True)))
+                left.add(tuple(count - placed for count, placed in zip(state, filling, strict=True)))
                 tried += 1
                 if tried > _MOST_FILLINGS:
                     return True
@@ -133,59 +133,59 @@ def _fillings(sizes: Sequence[Sequence[int]], most: Sequence[int], free: Sequenc
     if not sizes:
         yield ()
         return
-    fits = min([most[0], *(there // size for there, size in zip(free, sizes[0], strict=True) if size)])
+    fits = min([most[0], *(amount // size for amount, size in zip(free, sizes[0], strict=True) if size)])
     for count in range(fits, -1 if len(sizes) > 1 else fits - 1, -1):
-        rest = [there - count * size for there, size in zip(free, sizes[0], strict=True)]
+        rest = [amount - count * size for amount, size in zip(free, sizes[0], strict=True)]
         for others in _fillings(sizes[1:], most[1:], rest):
             yield (count, *others)
 
 
 def _alone(ask: Ask, nodes: Sequence[Amounts]) -> str | None:
-    """Why no node holds one worker, were it empty."""
-    if any(_holds(node, ask.each) for node in nodes):
+    """Why no node, even an empty one, holds one worker of this role; None: one does."""
+    if any(_holds(node, ask.amounts) for node in nodes):
         return None
     many = len(nodes) > 1
-    for name, amount in ask.each.items():
+    for name, amount in ask.amounts.items():
         largest = max(node.get(name, 0.0) for node in nodes)
         if not _holds({name: largest}, {name: amount}):
             where = f"of {len(nodes)} nodes" if many else "node"
             has = f"the {'largest' if many else 'only'} {where} has {largest:g}" if largest else _none(nodes)
             return f"{ask.setting(name)}: {ask.one} asks for {_amount(amount, name)}; {has}{_list(nodes, name, many)}"
-    shown = "; ".join(_words({name: node.get(name, 0.0) for name in ask.each}) for node in nodes[:_SHOWN_NODES])
+    shown = "; ".join(_words({name: node.get(name, 0.0) for name in ask.amounts}) for node in nodes[:_SHOWN_NODES])
     more = "; ..." if len(nodes) > _SHOWN_NODES else ""
-    wanted = f"{ask.one} asks for {words(ask.each)} on one node"
+    wanted = f"{ask.one} asks for {words(ask.amounts)} on one node"
     return f"{ask.setting('CPU')}: {wanted}; none of {len(nodes)} nodes has that together ({shown}{more})"
 
 
 def _sums(asked: Sequence[Ask], nodes: Sequence[Amounts], has: str) -> list[str]:
-    """Resources of which all workers together ask for more than there is."""
+    """A line for each resource of which all workers together ask for more than the nodes have."""
     lines = []
-    for name in dict.fromkeys(name for ask in asked for name in ask.each):
-        there, wanted = _total(nodes, name), _wanted(asked, name)
-        if _holds({name: there}, {name: wanted}):
+    for name in dict.fromkeys(name for ask in asked for name in ask.amounts):
+        total, wanted = _total(nodes, name), _wanted(asked, name)
+        if _holds({name: total}, {name: wanted}):
             continue
         users = [ask for ask in asked if ask.of(name)]
         terms = [f"{ask.count} x {ask.of(name):g} ({ask.block})" for ask in users]
         terms[0] = f"{users[0].count} x {_amount(users[0].of(name), name)} ({users[0].block})"
         setting, expected = _way_out(asked, users, nodes, name)
         sum_of = f"{' + '.join(terms)} = {_amount(wanted, name)}"
-        lines.append(f"{setting}: {sum_of}; the cluster {has} {there:g}; expected {expected}")
+        lines.append(f"{setting}: {sum_of}; the cluster {has} {total:g}; expected {expected}")
     return lines
 
 
 def _packing(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> list[str]:
-    """All fit by their sums, and yet there is no way to divide them among the nodes."""
+    """A line where the sums fit, and yet the workers cannot be divided among the nodes."""
     if packs(asked, nodes):
         return []
-    names = list(dict.fromkeys(name for ask in asked for name in ask.each))
+    names = list(dict.fromkeys(name for ask in asked for name in ask.amounts))
     setting, expected = _way_out(asked, asked, nodes, names[0])
-    terms = " + ".join(f"{ask.count} x {words(ask.each)} ({ask.block})" for ask in asked)
-    there = " and ".join(f"{_listed(nodes, name)} {_unit(2, name)}" for name in names)
-    return [f"{setting}: {terms} cannot be divided among {len(nodes)} nodes with {there}; expected {expected}"]
+    terms = " + ".join(f"{ask.count} x {words(ask.amounts)} ({ask.block})" for ask in asked)
+    offered = " and ".join(f"{_listed(nodes, name)} {_unit(2, name)}" for name in names)
+    return [f"{setting}: {terms} cannot be divided among {len(nodes)} nodes with {offered}; expected {expected}"]
 
 
 def _way_out(asked: Sequence[Ask], users: Sequence[Ask], nodes: Sequence[Amounts], name: str) -> tuple[str, str]:
-    """The setting to be changed, with its value, and what it would have to be."""
+    """The setting to change, with its value, and the value that would fit."""
     by_use = sorted(users, key=lambda ask: -ask.count * ask.of(name))
     for ask in by_use:
         if most := _most(asked, ask, nodes):
@@ -198,7 +198,7 @@ def _most(asked: Sequence[Ask], ask: Ask, nodes: Sequence[Amounts]) -> int:
     fits, too_many = 0, ask.count
     while too_many - fits > 1:
         count = (fits + too_many) // 2
-        if packs([replace(each, count=count) if each is ask else each for each in asked], nodes):
+        if packs([replace(other, count=count) if other is ask else other for other in asked], nodes):
             fits = count
         else:
             too_many = count
@@ -212,8 +212,8 @@ def words(amounts: Amounts) -> str:
 
 def free_words(nodes: Sequence[Amounts], names: Sequence[str]) -> str:
     """`free are 1, 0 CPUs and 1, 1 GPUs on 2 nodes`."""
-    each = " and ".join(f"{_listed(nodes, name)} {_unit(2, name)}" for name in names)
-    return f"free are {each} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    amounts = " and ".join(f"{_listed(nodes, name)} {_unit(2, name)}" for name in names)
+    return f"free are {amounts} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
 
 
 def _words(amounts: Amounts) -> str:
@@ -250,5 +250,5 @@ def _wanted(asked: Sequence[Ask], name: str) -> float:
     return sum(ask.count * ask.of(name) for ask in asked)
 
 
-def _holds(there: Amounts, wanted: Amounts) -> bool:
-    return all(round(amount * _UNITS) <= round(there.get(name, 0.0) * _UNITS) for name, amount in wanted.items())
+def _holds(free: Amounts, wanted: Amounts) -> bool:
+    return all(round(amount * _UNITS) <= round(free.get(name, 0.0) * _UNITS) for name, amount in wanted.items())

@@ -1,7 +1,7 @@
-"""The named actor through which others reach a live run, and where it is found.
+"""The control actor: the named Ray actor through which commands reach a live run.
 
 keel scale, keel stop --> control.json (address, namespace, authentication) --> Control
-                            the run asks it every second what is wanted
+                            the run reads the wanted counts from it once a second
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class AnotherRay(ConfigError):
 
 
 class Control:
-    """Wanted and present workers by role. The run makes a new one when it is lost."""
+    """Wanted and present workers by role. The run starts another one when it is lost."""
 
     def __init__(self, desired: Mapping[str, int], largest: Mapping[str, int]) -> None:
         """`largest`: the most workers of a role."""
@@ -63,18 +63,18 @@ class Control:
         return {"desired": dict(self._desired), "actual": dict(self._actual)}
 
     def exchange(self, actual: Mapping[str, int]) -> tuple[dict[str, int], bool]:
-        """The run tells what it has and hears what is wanted, and whether it is to stop."""
+        """Store the run's counts; return the wanted ones, and whether the run is to stop."""
         self._actual = dict(actual)
         return dict(self._desired), self._stop
 
 
 class ControlLink:
-    """The run's own end. An actor that died is made again with the last counts it told."""
+    """The run's end of the connection. An actor that died is started again with the counts it told last."""
 
     def __init__(self, settings: Settings, directory: Path, desired: Mapping[str, int]) -> None:
         self.desired = dict(desired)
         self.stopping = False
-        """Somebody wants the run to end; an actor that is made again does not know."""
+        """The run was asked to stop; kept here because an actor that is started again does not know."""
         rows = settings.buffer.groups_per_step * settings.sampling.samples_per_prompt
         self._largest = {role: rows if role == "learner" else _MOST_WORKERS for role in desired}
         # of this process alone: the actor of one that was killed, which Ray has not missed yet, may have heard a stop
@@ -92,7 +92,7 @@ class ControlLink:
         return remote.remote(self.desired, self._largest)
 
     async def exchange(self, actual: Mapping[str, int]) -> None:
-        """Hear which counts are wanted now, and whether to stop; nothing new when nobody answers."""
+        """Read the wanted counts and the request to stop; both stay as they are when the actor does not answer."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
                 self.desired, stop = await self._actor.exchange.remote(dict(actual))
@@ -110,18 +110,18 @@ def ask(run_directory: Path, where: Mapping[str, str], wanted: Mapping[str, int]
 
 
 def ask_to_stop(run_directory: Path, where: Mapping[str, str]) -> None:
-    """Let a live run end after the step under way; it has not ended yet. Raises ConfigError, as `ask`."""
+    """Ask a live run to end after the step under way, without waiting for it. Raises ConfigError, as `ask`."""
     _ask(run_directory, where, lambda actor: actor.stop.remote())
 
 
 def reach(address: str) -> None:
-    """Raises OSError or ValueError where nobody listens: Ray itself tries for minutes, and then ends the process."""
+    """Raise OSError or ValueError where no process listens: Ray itself tries for minutes, then ends the process."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
 
 
 def _ask(run_directory: Path, where: Mapping[str, str], call: Callable[[Any], Any]) -> dict[str, Any]:
-    nobody = f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
+    silent = f"RUN_DIR={run_directory}: its run does not answer at {where['address']}; expected a live run"
     try:
         reach(where["address"])
         ray.init(where["address"], namespace=where["namespace"], log_to_driver=False, logging_level="CRITICAL")
@@ -129,9 +129,9 @@ def _ask(run_directory: Path, where: Mapping[str, str], call: Callable[[Any], An
     except ScaleError as error:
         raise ConfigError(str(error.cause if isinstance(error, RayTaskError) else error)) from None
     except AuthenticationError as error:
-        raise ConfigError(f"{nobody}, and Ray's token for it: {error.message.splitlines()[0]}") from None
+        raise ConfigError(f"{silent}, and Ray's token for it: {error.message.splitlines()[0]}") from None
     except (OSError, ValueError, RayActorError, GetTimeoutError):  # ValueError: no such actor
-        raise ConfigError(nobody) from None
+        raise ConfigError(silent) from None
     except RuntimeError as error:
         raise AnotherRay(f"RUN_DIR={run_directory}: its Ray cannot be joined ({one_line(error)})") from None
     finally:

@@ -28,11 +28,11 @@ _WHY_NONE = (
 
 
 class JobError(KeelError, RuntimeError):
-    """A job, or a question that was asked on the cluster, did not end as it was to."""
+    """A job, or a command on the cluster, failed or did not end in time."""
 
 
 class Client(JobSubmissionClient):
-    """Ray's client, with deadlines, and with patience for a head whose agent, which starts jobs, is not up yet."""
+    """Ray's client with deadlines; it waits for a head whose agent, which starts jobs, is not up yet."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         # urllib3 sends all of a body within the time it has for connecting
@@ -42,7 +42,7 @@ class Client(JobSubmissionClient):
     def submit_job(self, **job: Any) -> str:  # type: ignore[override]  # by name alone
         """The id of the job. Raises RuntimeError as Ray does, but where there is no agent only after two minutes."""
         began = time.monotonic()
-        told = False
+        announced = False
         while True:
             try:
                 return super().submit_job(**job)
@@ -51,9 +51,9 @@ class Client(JobSubmissionClient):
                     raise
                 if time.monotonic() > began + _AGENT_SECONDS:
                     raise RuntimeError(f"{_NO_AGENT}: {_WHY_NONE}") from None
-            if not told:
+            if not announced:
                 errors.print("waiting for the agent of the cluster's head, which starts jobs", soft_wrap=True)
-                told = True
+                announced = True
             time.sleep(_POLL_SECONDS)
 
 
@@ -67,7 +67,7 @@ def cluster(address: str) -> Iterator[Client]:
     try:
         yield client
     except (requests.RequestException, aiohttp.ClientError, ConnectionError) as error:
-        raise JobError(f"{address}: no answer any more ({type(error).__name__}); what runs there goes on") from None
+        raise JobError(f"{address}: no answer any more ({type(error).__name__}); what runs there continues") from None
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # Ray's client has no class of its own for an answer that is an error
             raise
@@ -82,7 +82,7 @@ def _connected(address: str) -> Client:
     try:
         requests.get(f"{address.rstrip('/')}/api/version", timeout=_CONNECT_SECONDS)  # less than for an answer
         client = Client(address)
-        client.list_jobs()  # the version is told to everyone, the jobs only with a token
+        client.list_jobs()  # the version is public, the jobs need a token
     except AuthenticationError as error:
         reason = error.message.splitlines()[0]
         raise ConfigError(
@@ -92,7 +92,7 @@ def _connected(address: str) -> Client:
     except (requests.ConnectionError, requests.Timeout, requests.exceptions.InvalidURL, ConnectionError) as error:
         reason = f"no answer from a job server ({type(error).__name__})"
         raise ConfigError(f"--address={address}: {reason}; {expected}") from None
-    except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, somebody else's
+    except (requests.RequestException, RuntimeError, ValueError, KeyError) as error:  # 404, no JSON, another service
         reason = f"is no job server of Ray ({last_line(str(error))})"
         raise ConfigError(f"--address={address}: {reason}; {expected}") from None
     return client

@@ -93,31 +93,31 @@ class Attempt:
 
 def attempts(client: Client) -> list[Attempt]:
     """All jobs of the cluster that `keel submit` made, oldest first."""
-    own = [details for details in client.list_jobs() if "keel_run" in (details.metadata or {})]
-    return sorted((_attempt(details) for details in own), key=lambda each: (each.directory, each.number))
+    jobs = [details for details in client.list_jobs() if "keel_run" in (details.metadata or {})]
+    return sorted(map(_attempt, jobs), key=lambda attempt: (attempt.directory, attempt.number))
 
 
 def find(client: Client, run: str, number: int | None = None) -> Attempt:
     """The newest attempt at a run, or the one of a number, or of a job's id. Raises ConfigError."""
     known = attempts(client)
-    found = [each for each in known if run in (each.job, each.run) and number in (None, each.number)]
-    if not found:
-        names = ", ".join(sorted({each.run for each in known})) or "none"
+    matches = [one for one in known if run in (one.job, one.run) and number in (None, one.number)]
+    if not matches:
+        names = ", ".join(sorted({attempt.run for attempt in known})) or "none"
         what = f"attempt {number} at it" if number else "run of that name and no such job"
         raise ConfigError(f"RUN={run}: the cluster has no {what}; expected one of its runs ({names})")
-    if len({each.directory for each in found}) > 1:
-        jobs = ", ".join(each.job for each in found)
+    if len({attempt.directory for attempt in matches}) > 1:
+        jobs = ", ".join(attempt.job for attempt in matches)
         raise ConfigError(f"RUN={run}: several runs have that name; expected the id of a job: {jobs}")
-    return found[-1]
+    return matches[-1]
 
 
 def submit(client: Client, submission: Submission, archive: Path) -> tuple[Attempt, bool]:
-    """The attempt that runs from now on, and whether it is new. Raises ConfigError where other settings run, JobError.
+    """Start an attempt, or attach to the one that runs; whether it is new. Raises ConfigError for other settings.
 
-    Of two who submit at once the cluster takes one; the other then finds its job.
+    Of two submissions at once the cluster takes one; the other attaches to its job.
     """
     place = (submission.run, submission.directory)
-    earlier = [each for each in attempts(client) if (each.run, each.directory) == place]
+    earlier = [one for one in attempts(client) if (one.run, one.directory) == place]
     if earlier and not earlier[-1].over:
         return _attach(earlier[-1], submission), False
     number = earlier[-1].number + 1 if earlier else 1
@@ -153,12 +153,12 @@ def stop_now(client: Client, attempt: Attempt) -> Attempt:
 
 
 def ended(client: Client, job: str) -> Attempt:
-    """An attempt that is about to end, when it has. Raises JobError when it goes on."""
+    """Wait for the end of an attempt that is about to end. Raises JobError when it does not."""
     return _attempt(_end_of(client, job, _END_SECONDS))
 
 
 def follow(client: Client, job: str, say: Callable[[str], None]) -> Attempt:
-    """Say what the job writes until it is over; the attempt then. Raises JobError when the connection breaks."""
+    """Print what the job writes until it is over; return the attempt. Raises JobError when the connection breaks."""
 
     async def tail() -> None:
         lines = aiter(client.tail_job_logs(job))
@@ -177,16 +177,16 @@ def follow(client: Client, job: str, say: Callable[[str], None]) -> Attempt:
     try:
         asyncio.run(tail())
     except (RuntimeError, TimeoutError, aiohttp.ClientError) as error:
-        raise JobError(f"{job}: {last_line(str(error))}; the job goes on") from None
+        raise JobError(f"{job}: {last_line(str(error))}; the job continues") from None
     return ended(client, job)
 
 
 def on_cluster(client: Client, attempt: Attempt, arguments: Sequence[str], seconds: float = 120.0) -> str:
-    """What `keel ARGUMENTS` prints on the cluster, where the run directory of an attempt is.
+    """Run `keel ARGUMENTS` on the cluster, beside the run directory of an attempt, and return what it prints.
 
     A job of its own beside the run, with the run's files while it is alive (of a job that is over Ray may have thrown
     them away: then with this Keel), deleted in the end. Raises ConfigError for what the command refuses, JobError for
-    a command that fails, does not begin or has not ended after so many seconds.
+    a command that fails, does not begin, or has not ended after `seconds`.
     """
     job = f"keel-ask-{uuid.uuid4().hex[:12]}"
     command = shlex.join(["python", "-m", "keel", *arguments])
@@ -205,16 +205,16 @@ def on_cluster(client: Client, attempt: Attempt, arguments: Sequence[str], secon
         text = client.get_job_logs(job)
     finally:
         _forget(client, job)
-    answer, ends, said = text.partition(f"\n{_BEGINS}\n")[2].partition(f"{_ENDS}\n")
+    answer, ends, complaint = text.partition(f"\n{_BEGINS}\n")[2].partition(f"{_ENDS}\n")
     if details.driver_exit_code == 2:
-        raise ConfigError(last_line(said).removeprefix("keel: "))
+        raise ConfigError(last_line(complaint).removeprefix("keel: "))
     if details.status.value != "SUCCEEDED" or not ends:
-        raise JobError(f"{command}: {last_line(said or details.message or '')}")
+        raise JobError(f"{command}: {last_line(complaint or details.message or '')}")
     return answer
 
 
 def _end_of(client: Client, job: str, seconds: float) -> JobDetails:
-    """How a job ended. Raises JobError when it has not after so many seconds, or has not even begun after a while."""
+    """Wait for the end of a job. Raises JobError when it has not ended after `seconds`, or has not begun in time."""
     began = time.monotonic()
     while (details := client.get_job_info(job)).status.value not in _OVER:
         state, waited = details.status.value, time.monotonic() - began
@@ -225,7 +225,7 @@ def _end_of(client: Client, job: str, seconds: float) -> JobDetails:
 
 
 def _forget(client: Client, job: str) -> None:
-    """Ray deletes only what is over, and its monitor writes anew what it does not find before it has seen the end."""
+    """Delete a job once it is over: Ray refuses before, and its monitor restores a record whose end it has not seen."""
     if job not in {details.submission_id for details in client.list_jobs()}:  # not taken
         return
     if client.get_job_info(job).status.value not in _OVER:
@@ -243,17 +243,17 @@ def _package(folder: Path) -> str:
 
 
 def _attempt(details: JobDetails) -> Attempt:
-    own, state = details.metadata or {}, details.status.value
+    metadata, state = details.metadata or {}, details.status.value
     stopped = state == "FAILED" and details.driver_exit_code == INTERRUPTED
     return Attempt(
         job=details.submission_id or "",
-        run=own["keel_run"],
-        directory=own["keel_directory"],
-        digest=own["keel_digest"],
-        number=int(own["keel_attempt"]),
+        run=metadata["keel_run"],
+        directory=metadata["keel_directory"],
+        digest=metadata["keel_digest"],
+        number=int(metadata["keel_attempt"]),
         state="STOPPED" if stopped else state,
         since=(details.end_time or details.start_time or 0) / 1000,
         message=last_line(details.message or ""),
         runtime_env=details.runtime_env or {},
-        driver_resources=json.loads(own["keel_driver_resources"]),
+        driver_resources=json.loads(metadata["keel_driver_resources"]),
     )

@@ -1,10 +1,10 @@
-"""Interchangeable Ray actors behind one: routes calls, keeps deadlines, replaces the lost, grows and shrinks.
+"""A pool of interchangeable Ray actors: routes calls, keeps deadlines, replaces lost workers, grows and shrinks.
 
     call -> a serving worker's turn -> answer | WorkerLost (and in the background: kill, spawn, load, serve again)
 
 A worker that dies, misses a deadline, breaks the column contract or fails a load is lost. Only a worker that has
-started and holds the newest load serves. Calls go on as long as one does; they wait while none does. A worker that
-waits for room is no failing worker.
+started and holds the newest weights serves. Calls are answered as long as one worker serves, and wait while none
+does. A worker that waits for resources is not a failing worker.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ _BACK_OFF_SECONDS = 30.0
 
 
 class Pool:
-    """`count` actors of a role, desired; those that serve may be fewer for a while.
+    """`count` wanted actors of one role; fewer may serve for a while.
 
     An exception raised by the actor's own code surfaces as it is.
     """
@@ -44,7 +44,7 @@ class Pool:
         by_ticket: bool,
         observer: Observer | None = None,
     ) -> None:
-        """`restarts`: attempts to start a worker again before the pool gives up, if nobody else serves."""
+        """`restarts`: attempts to start a worker again before the pool gives up, if no other worker serves."""
         self.role, self.count = role, count
         self.deadlines = deadlines
         self._spawn, self._restarts = spawn, restarts
@@ -53,7 +53,7 @@ class Pool:
         self._serving: list[Worker] = []  # in the order of their indices
         self._coming: dict[int, asyncio.Task[None]] = {}
         self._retiring: dict[asyncio.Task[None], Worker] = {}
-        self._turn = itertools.count()
+        self._calls = itertools.count()
         self._running = self._in_line = 0
         self._loaded: Any = None
         self._has_served = False
@@ -63,28 +63,28 @@ class Pool:
         return len(self._serving)
 
     async def first(self) -> None:
-        """One worker serves; no other is asked for meanwhile. Raises NoWorkers."""
+        """Wait until one worker serves; start no other one meanwhile. Raises NoWorkers."""
         if not self._serving and not self._coming:
             self._bring_up(0)
-        await self._someone()
+        await self._until_one_serves()
 
     def give_way(self) -> None:
-        """End those who are not up yet, so that room which comes free is not theirs; `ready` brings them up again."""
+        """End workers that are not up yet, so that they claim no free resources; `ready` starts them again."""
         for index in list(self._coming):
             self._coming.pop(index).cancel()
 
     async def ready(self) -> None:
-        """All workers serve; or one does, and the others had `patience_seconds` more, once. Raises NoWorkers."""
+        """Wait until all workers serve, or one does and `patience_seconds` more have passed. Raises NoWorkers."""
         first_time = not self._has_served
         self.resize(self.count)
-        await self._someone()
+        await self._until_one_serves()
         if self._coming and first_time:
             await asyncio.wait(self._coming.values(), timeout=self._patience_seconds)
         if self.serving < self.count:
             self._observer.event("degraded", role=self.role, desired=self.count, actual=self.serving)
 
     def resize(self, count: int) -> None:
-        """Want so many workers from now on: new ones come up in the background, spare ones end after their call."""
+        """Want `count` workers from now on: new ones start in the background, surplus ones end after their call."""
         assert count >= 1, count
         self.count = count
         self._coming = {index: task for index, task in self._coming.items() if not task.done()}
@@ -101,30 +101,30 @@ class Pool:
         self._show()
 
     def stop(self) -> None:
-        """End all workers: what comes next needs their memory."""
+        """End all workers to free their memory."""
         for task in [*self._coming.values(), *self._retiring]:
             task.cancel()
         for worker in [*self._serving, *self._retiring.values()]:
             worker.kill()
-        self._serving.clear()  # whoever still asks them is told that they are lost, and nobody takes their place
+        self._serving.clear()  # their open calls are lost, and no replacement is started
 
     async def call(self, method: Callable[..., Any], *arguments: Any, deadline: float) -> tuple[Any, Any]:
         """Run a method of the actor class on one worker: (handle to the batch, receipt). Raises WorkerLost."""
         self._count(in_line=1)
         try:
-            worker = await self._turn_of_one()
+            worker = await self._turn()
         finally:
             self._count(in_line=-1)
         asking = asyncio.create_task(self._ask(worker, method.__name__, arguments, deadline))
         self._count(running=1)
         asking.add_done_callback(functools.partial(self._asked, worker))
-        # whoever asked may be cancelled, the actor works on: it keeps its turn until it has answered
+        # the caller may be cancelled, the actor works on: it keeps its turn until it has answered
         return await asyncio.shield(asking)
 
-    async def _turn_of_one(self) -> Worker:
-        """A worker that serves, whose turn is the caller's."""
+    async def _turn(self) -> Worker:
+        """Wait for the turn of a serving worker and return the worker."""
         while True:
-            await self._someone()
+            await self._until_one_serves()
             worker = self._pick()
             worker.waiting += 1
             try:
@@ -140,7 +140,7 @@ class Pool:
         worker.end_turn()
         self._count(running=-1)
         if not asking.cancelled():
-            asking.exception()  # read, also when whoever asked is gone
+            asking.exception()  # read, also when the caller is gone
 
     def _count(self, running: int = 0, in_line: int = 0) -> None:
         self._running += running
@@ -157,13 +157,13 @@ class Pool:
         self._loaded = None
 
     async def load_weights(self, weights: Any) -> Sequence[LoadReceipt]:
-        """Everyone who serves takes over the weights; those who fail are replaced. Receipts of all that serve then.
+        """Load weights in every serving worker and replace those that fail; the receipts of all that serve then.
 
         Raises LearnerLost when the weights themselves are lost.
         """
         self._loaded = weights
         await asyncio.gather(*(self._load_or_lose(worker) for worker in list(self._serving)))
-        await self._someone()
+        await self._until_one_serves()
         return [worker.receipt for worker in self._serving if worker.receipt is not None]
 
     async def _ask(self, worker: Worker, method: str, arguments: Any, deadline: float) -> tuple[Any, Any]:
@@ -184,11 +184,11 @@ class Pool:
     def _pick(self) -> Worker:
         """Round robin in the order of tickets when that must not depend on timing, else the least waited for."""
         if self._by_ticket:
-            return self._serving[next(self._turn) % len(self._serving)]
+            return self._serving[next(self._calls) % len(self._serving)]
         return min(self._serving, key=lambda worker: worker.waiting)
 
-    async def _someone(self) -> None:
-        """Wait until a worker serves. Raises what kept the last ones from coming up."""
+    async def _until_one_serves(self) -> None:
+        """Wait until a worker serves. Raises what kept the last ones from starting."""
         while not self._serving:
             assert self._coming, f"pool of {self.role} was not started"
             coming = [task for task in self._coming.values() if not task.done()]
@@ -198,12 +198,12 @@ class Pool:
             await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
 
     def _lose(self, worker: Worker, reason: str) -> WorkerLost:
-        """Kill a worker and let another take its place; once for every loss."""
+        """Kill a worker and start its replacement, once for each loss."""
         lost = WorkerLost(f"{worker.name} {reason}")
         if worker in self._serving:
             self._serving.remove(worker)
             worker.kill()
-            self._tell_lost(worker.name, reason)
+            self._report_lost(worker.name, reason)
             if worker.index < self.count:
                 self._bring_up(worker.index)
             self._show()
@@ -213,19 +213,19 @@ class Pool:
         task = asyncio.create_task(self._start(index))
         self._coming[index] = task
 
-        def came(done: asyncio.Task[None]) -> None:
+        def started(done: asyncio.Task[None]) -> None:
             if done.cancelled() or done.exception() is not None:
-                return  # one that failed stays: whoever waits reads why
+                return  # a failed one stays, so that a waiting call reads why
             if self._coming.get(index) is done:
                 del self._coming[index]
-            ended = [(other, each) for other, each in self._coming.items() if each.done() and not each.cancelled()]
-            for other in [other for other, each in ended if each.exception()]:  # not one that came up just now, too
-                self._bring_up(other)  # it gave up when nobody served
+            ended = [(other, start) for other, start in self._coming.items() if start.done() and not start.cancelled()]
+            for other in [other for other, start in ended if start.exception()]:  # not one that came up just now, too
+                self._bring_up(other)  # it gave up while no worker served
 
-        task.add_done_callback(came)
+        task.add_done_callback(started)
 
     async def _start(self, index: int) -> None:
-        """Room, spawn, load, serve; again and again while others serve, `restarts` times when nobody does."""
+        """Start a worker and load its weights. Retries for ever while others serve, else `restarts` times."""
         began = time.monotonic()
         back_off, alone = 1.0, 0
         while True:
@@ -236,7 +236,7 @@ class Pool:
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
                 worker.kill()
                 reason = f"{why(error, self.deadlines.start_seconds)} while starting"
-                self._tell_lost(worker.name, reason)
+                self._report_lost(worker.name, reason)
                 if not isinstance(error, ObjectLostError):  # of weights: there will be others
                     alone = 0 if self._serving else alone + 1
                 hopeless = not self._has_served and own_fault(error)
@@ -245,11 +245,11 @@ class Pool:
                 await asyncio.sleep(back_off)
                 back_off = min(2 * back_off, _BACK_OFF_SECONDS)
                 continue
-            except BaseException:  # whatever it is: nobody else ends this actor and gives back its room
+            except BaseException:  # nothing else ends this actor and releases its placement group
                 worker.kill()
                 raise
             break
-        self._serving = sorted([*self._serving, worker], key=lambda each: each.index)
+        self._serving = sorted([*self._serving, worker], key=lambda serving: serving.index)
         seconds = round(time.monotonic() - began, 3)
         self._observer.event("worker_started", role=self.role, worker=worker.name, seconds=seconds)
         self._has_served = True
@@ -276,7 +276,7 @@ class Pool:
         async with worker.turn:
             worker.kill()
 
-    def _tell_lost(self, worker: str, reason: str) -> None:
+    def _report_lost(self, worker: str, reason: str) -> None:
         self._observer.add({"workers_lost_total": {self.role: 1.0}})
         self._observer.event("worker_lost", role=self.role, worker=worker, reason=reason)
 

@@ -59,10 +59,6 @@ class LabelSettings(CommandSettings):
     cluster: ClusterSettings = Field(ClusterSettings(), description="the Ray cluster that is used")
     deadlines: DeadlineSettings = Field(DeadlineSettings(), description="longest waits for single operations")
 
-    @property
-    def policy_model(self) -> str:
-        return self.policy.model if self.policy else ""
-
     def scoring_spec(self) -> ScoringSpec:
         """Settings of the judge and the reference; also of prompts and generators, where completions are sampled."""
         scoring: dict[str, Any] = {

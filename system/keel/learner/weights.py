@@ -44,7 +44,7 @@ def pack(named: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str) ->
 def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Named tensors of a Weights, without copying."""
     for spec in weights.specs:
-        # frombuffer takes the read-only memory of the object store as it is; nothing writes to it
+        # frombuffer takes the read-only memory of the object store as it is; it is never written to
         piece = torch.frombuffer(weights.buffer.data, dtype=torch.uint8, count=spec.num_bytes, offset=spec.offset)
         yield spec.name, piece.view(_DTYPES[spec.dtype]).view(spec.shape)
 
@@ -78,9 +78,9 @@ def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -
         "of wrong shape": shapes,
         "of wrong dtype": dtypes,
     }
-    for problem, wrong in problems.items():
-        if wrong:
-            raise WeightError(f"weights version {weights.version}: {len(wrong)} parameters {problem}: {wrong[:3]}")
+    for problem, names in problems.items():
+        if names:
+            raise WeightError(f"weights version {weights.version}: {len(names)} parameters {problem}: {names[:3]}")
 
 
 def load_engine(engine: Any, weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -> LoadReceipt:
@@ -106,8 +106,8 @@ def _reload(worker: Any, weights: Weights) -> None:
 def _repack_heads(model: torch.nn.Module) -> None:
     """Let every output head pack its weights again.
 
-    On CPU a head multiplies with a packed copy of its weight. A head tied to the embedding receives no tensor of its
-    own in a reload, so vLLM leaves its packed copy alone and it would go on with the old weights, silently.
+    On CPU a head multiplies with a packed copy of its weight. A head tied to the embedding receives no tensor of
+    its own in a reload, so vLLM keeps its packed copy and would silently compute with the old weights.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

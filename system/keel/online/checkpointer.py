@@ -28,7 +28,7 @@ class Checkpointer:
         recorder: Recorder,
     ) -> None:
         self.settings, self.directory = prepared.settings, prepared.directory
-        self.initial_reference = prepared.reference_folder
+        self.initial_reference = prepared.models.reference
         self.learner, self.buffer, self.reference, self.recorder = learner, buffer, reference, recorder
 
     async def save(self, step: int, *, finished: bool) -> None:

@@ -1,11 +1,10 @@
-"""Everything that can be known to fail is found here, before Ray starts and before anything is written."""
+"""Checks a run before Ray starts and before anything is written; prepares what the run is built from."""
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -15,15 +14,17 @@ from keel import checkpoint, schema, user_code
 from keel.algorithms import registry
 from keel.config import loader
 from keel.config.base import Section
-from keel.config.commands import COMMANDS, command_of
+from keel.config.commands import COMMANDS, AnySettings, command_of
+from keel.config.label import LabelSettings
 from keel.config.rewards import RewardSettings
 from keel.config.run import LearnerSpec, Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
 from keel.errors import ConfigError
-from keel.learner import forward_contract, loading, model_files, reward_models, score_contract
+from keel.learner import loading, reward_models, score_contract
 from keel.observability import endpoint, tracking
 from keel.online import text_checks
+from keel.online.models import Models, resolve, with_learner_models
 from keel.protocols import Sampling
 from keel.rollout import http_rewards, scorers
 from keel.rollout.prompts import Prompts
@@ -31,124 +32,72 @@ from keel.rollout.reward_functions import Calls, EventLoop, Late, Outcome, Wrong
 from keel.rollout.stored_completions import StoredCompletions
 from keel.text import one_line, printable
 
-_SETTINGS = {
-    "reference": "reference.model",
-    "teacher": "objective.dense.teacher",
-    "critic": "objective.critic.model",
-}
-"""The setting that names each model beside the policy."""
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked run: what the actors and the controller are built from."""
+    """A checked run: what its actors and its controller are built from."""
 
     settings: Settings
     directory: Path
-    policy_folder: str
-    reference_folder: str | None
-    tokenizer: Any
+    models: Models
     prompts: Prompts
-    sampling: Sampling
-    learner_folders: dict[str, str]
-    """Models beside the policy inside the learner: reference, teacher, critic."""
     notes: tuple[str, ...] = ()
-    """What a user should know of the run before it starts, a line each."""
+    """Lines that the run prints at its start."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.models.sampling(self.settings.sampling)
 
     def given(self) -> StoredCompletions | None:
         """Completions that come with the prompts, where the run trains on any."""
         ratio = self.settings.sampling.stored_ratio
         options = self.settings.policy.chat_template_options
-        return StoredCompletions(ratio, self.tokenizer, self.sampling, options) if ratio > 0 else None
+        return StoredCompletions(ratio, self.models.tokenizer, self.sampling, options) if ratio > 0 else None
 
 
 def prepare(settings: Settings) -> Prepared:
     """Check models, prompts, rewards, port, memory and run directory. Raises ConfigError, one line."""
-    directory = Path(settings.run_directory).resolve()
-    check_directory(directory, settings)
-    endpoint.check(settings.metrics)
-    tracking.check(settings.tracking)
-    check_memory(settings.cluster)
-    for reward in settings.rewards:
-        check_reward_source(reward, f"rewards.{reward.name}.source")
+    directory = check_place(settings)
+    check_reward_sources(settings.rewards)
     registry.build(settings)  # imports what the configuration names, and refuses what is not there
-    policy = loading.locate_policy(settings.policy.model, "policy.model")
-    check_context(policy, settings)
-    tokenizer = loading.load_tokenizer(policy, "policy.model")
-    ends = text_checks.check_text(policy, settings, tokenizer, settings.sampling.stop_token_ids)
-    prompts = Prompts(settings, tokenizer)
-    text_checks.check_token_ids(policy, prompts.largest_token, settings)
-    check_rewards(settings, prompts.batch([0, 1]))
-    reference = None
-    if settings.reference:
-        name = settings.reference.model
-        reference = str(loading.locate_policy(name, "reference.model") if name else policy)
-    sampling = Sampling(
-        temperature=settings.sampling.temperature,
-        top_p=settings.sampling.top_p,
-        max_tokens=settings.sampling.max_tokens,
-        stop_token_ids=ends.stop,
-    )
-    folders = learner_folders(settings, policy, reference)
-    notes = [*ends.notes, *check_passes(settings, policy, folders)]
+    models = resolve(settings)
+    prompts = check_prompts(settings, models)
+    models = with_learner_models(models, settings)
+    notes = models.notes
     if late := settings.buffer.max_staleness:
-        notes.append(f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats")
-    place = (settings, directory, str(policy), reference, tokenizer, prompts, sampling, folders)
-    prepared = Prepared(*place, tuple(notes))
-    text_checks.check_stored(prepared.given(), prompts, policy, settings)
+        notes += (f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats",)
+    prepared = Prepared(settings, directory, models, prompts, notes)
+    text_checks.check_stored(prepared.given(), prompts, Path(models.policy), settings)
     return prepared
 
 
-def check_passes(settings: LearnerSpec, policy: Path, folders: Mapping[str, str]) -> list[str]:
-    """Hold policy and the models beside it to the forward contract; what to tell of them. Raises ConfigError."""
-    named = {"policy.model": str(policy), **{_SETTINGS[name]: folder for name, folder in folders.items()}}
-    return forward_contract.require(named, settings.max_model_tokens)
+def check_place(settings: AnySettings) -> Path:
+    """Check run directory, metrics port, trackers and memory; returns the run directory. Raises ConfigError."""
+    directory = Path(settings.run_directory).resolve()
+    check_directory(directory, settings)
+    if not isinstance(settings, LabelSettings):
+        endpoint.check(settings.metrics)
+        tracking.check(settings.tracking)
+    check_memory(settings.cluster)
+    return directory
 
 
-def learner_folders(settings: LearnerSpec, policy: Path, reference: str | None) -> dict[str, str]:
-    """Folders of the models an objective reads beside the policy. Raises ConfigError for one that is not there."""
-    objective = settings.objective
-    named = {
-        "objective.critic.model": ("critic", getattr(getattr(objective, "critic", None), "model", None)),
-        "objective.dense.teacher": ("teacher", getattr(getattr(objective, "dense", None), "teacher", None)),
-    }
-    locate = {"critic": loading.locate, "teacher": loading.locate_policy}  # a critic may start from a reward model
-    found = {name: str(locate[name](model, setting)) for setting, (name, model) in named.items() if model}
-    if "critic" in found and not (Path(found["critic"]) / "config.json").is_file():
-        raise ConfigError(f"objective.critic.model={found['critic']}: is an ensemble; expected one of its members")
-    if "critic" in found:
-        critic, value = Path(found["critic"]), f"objective.critic.model={found['critic']}"
-        model_files.check_text_alone(critic, value)
-        model_files.check_whole(critic, value)
-    found |= {"reference": reference} if reference else {}
-    for name, folder in found.items():  # all of them read the policy's tokens
-        own, other = _vocabulary(policy), _vocabulary(Path(folder))
-        if own != other:
-            raise ConfigError(
-                f"{_SETTINGS[name]}={folder}: {other} tokens in its vocabulary; expected policy.model's {own}"
-            )
-    return found
-
-
-def check_vocabulary(own: Path, other: Path, setting: str) -> None:
-    """Two models read the same tokens. Raises ConfigError."""
-    ours, theirs = _vocabulary(own), _vocabulary(other)
-    if ours != theirs:
-        raise ConfigError(f"{setting}={other}: {theirs} tokens in its vocabulary; expected {ours}, as {own} has")
-
-
-def _vocabulary(folder: Path) -> int:
-    return model_files.vocabulary(folder, str(folder))
+def check_prompts(settings: Settings | SamplingSpec, models: Models, setting: str = "policy.model") -> Prompts:
+    """Read and tokenize the prompts, and call every reward function on two of them. Raises ConfigError."""
+    prompts = Prompts(settings, models.tokenizer)
+    text_checks.check_token_ids(Path(models.policy), prompts.largest_token, settings, setting)
+    check_rewards(settings, prompts.batch([0, 1]))
+    return prompts
 
 
 def check_directory(directory: Path, settings: Section) -> None:
-    """The run directory is new, or holds a run of the same settings, which then goes on."""
+    """Refuse a run directory that cannot be written to or holds another run. Raises ConfigError."""
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
-    there = next(each for each in (directory, *directory.parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.directory={directory}: {there} is no folder that can be written to; expected one")
+    parent = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.directory={directory}: {parent} is no folder that can be written to; expected one")
     checkpoint.check_known(directory)
     if not stored.exists():
         return
@@ -164,9 +113,9 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 
 def check_memory(cluster: ClusterSettings) -> None:
-    """Free memory, and shared memory for the embedded Ray's object store; a cluster to join is named as Ray does."""
-    scheme, found, _ = (address := cluster.address_to_join or "").partition("://")
-    if found:
+    """Check free memory, shared memory for an embedded Ray's object store, and the form of a cluster's address."""
+    scheme, separator, _ = (address := cluster.address_to_join or "").partition("://")
+    if separator:
         what = "where jobs are submitted (keel submit --address)" if "http" in scheme else "no address of a cluster"
         raise ConfigError(
             f"cluster.address or RAY_ADDRESS={address}: is {what}; expected HOST:PORT of the cluster itself, or local"
@@ -187,23 +136,17 @@ def check_memory(cluster: ClusterSettings) -> None:
             )
 
 
-def check_context(policy: Path, settings: LearnerSpec | SamplingSpec) -> None:
-    """Prompt and completion fit the model's positions."""
-    known = model_files.model_config(policy, f"policy.model={policy}").get_text_config()
-    positions = getattr(known, "max_position_embeddings", None)
-    needed = settings.max_model_tokens + (settings.sampling.stored_ratio > 0)  # reading a completion takes one more
-    if positions is not None and needed > positions:
-        raise ConfigError(
-            f"prompts.max_tokens + sampling.max_tokens={needed}: the model has {positions}"
-            " positions; expected at most that many"
-        )
+def check_reward_sources(rewards: Sequence[RewardSettings]) -> None:
+    """Check the code, the models and the servers that the rewards of a run name. Raises ConfigError."""
+    for reward in rewards:
+        check_reward_source(reward, f"rewards.{reward.name}.source")
 
 
 def check_reward_source(reward: RewardSettings, setting: str) -> None:
-    """Code, model, or what is needed to ask a server, are there. Raises ConfigError.
+    """Check that a reward's code, its model or the headers for its server exist. Raises ConfigError.
 
-    Variables of headers must be set here, where keel is started, and in the environment of every scorer: an embedded
-    Ray hands its own on.
+    Variables of headers must be set both where keel starts and in the environment of every scorer; an embedded Ray
+    passes them on.
     """
     if reward.kind == "rule":
         user_code.import_symbol(reward.source, setting)
@@ -218,7 +161,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
 
 
 def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) -> None:
-    """Call every reward function once, on two real prompts, to see that it answers one number for each."""
+    """Call every reward function once, on two real prompts, and require one number for each completion."""
     text = "Yes, of course. I am glad to help you."
     names = [name for name in schema.PROMPT.names if name in prompts.schema.names]
     sample = schema.concat([prompts.slice(0, 2).select(names)])
@@ -238,7 +181,7 @@ def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) 
 
 
 def _wrong(outcome: Outcome, rows: int, seconds: float) -> str | None:
-    """What is wrong with what a reward function did on a sample; None: nothing."""
+    """Describe the mistake of a reward function on a sample; None if there is none."""
     if isinstance(outcome, WrongAnswer):
         return f"returned {outcome}"
     if isinstance(outcome, Late):

@@ -1,4 +1,4 @@
-"""What is tried again, and how many samples may fail before a run is not worth going on with."""
+"""Retries after a lost worker, and the share of failed samples that ends a run."""
 
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 async def retrying(once: Callable[[], Awaitable[Result]], retries: int, observer: Observer | None = None) -> Result:
-    """Again, with the same rows and seeds, when a worker was lost; WorkerLost after `retries` more attempts."""
+    """Repeat after a lost worker with the same rows and seeds. Raises WorkerLost after `retries` more attempts."""
     observer = observer or Observer()
     for _ in range(retries):
         try:
@@ -28,7 +28,7 @@ class TooManyFailures(KeelError, RuntimeError):
 
 
 class FailureWatch:
-    """Whether the last samples, as many as a step has, failed more often than allowed."""
+    """Watches the share of failed samples over the last step's worth of samples."""
 
     def __init__(self, settings: Settings) -> None:
         self._allowed = settings.failures.max_failed_ratio
@@ -37,7 +37,7 @@ class FailureWatch:
         self._reasons: Counter[str] = Counter()
 
     def saw(self, failed: Mapping[str, int], accepted: int) -> None:
-        """Failed samples by reason, and accepted ones. Raises TooManyFailures."""
+        """Count failed samples, by reason, and accepted ones. Raises TooManyFailures."""
         self._reasons.update(failed)
         self._outcomes.extend([True] * sum(failed.values()) + [False] * accepted)
         ratio = sum(self._outcomes) / max(1, len(self._outcomes))

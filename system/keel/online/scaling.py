@@ -1,8 +1,8 @@
-"""Keeps a run at the counts that are wanted: workers at once, learner ranks through a commit.
+"""Keeps a run at the wanted counts: workers at once, learner ranks through a checkpoint.
 
 wanted counts (control actor) --> generator, reference, scorer pools: resized at once
                               --> learner: with a placement group for them, through a checkpoint and a new learner group
-a stop (control actor)        --> the controller leaves with a commit, or a start is broken off, and the run ends
+a stop (control actor)        --> the controller leaves with a checkpoint, or a start is cancelled; the run ends
 RUN_DIR/scale.json            desired and actual; a resumed run starts with the desired ones
 """
 
@@ -65,16 +65,16 @@ class Scaling:
 
     @property
     def stopping(self) -> bool:
-        """Somebody asked the run to end."""
+        """Whether the run was asked to stop."""
         return self._link.stopping or self._asked_to_stop.is_set()
 
     @property
     def groups_per_batch(self) -> int:
-        """By the wanted generators, not by those that serve: deaths must not change who shares a batch."""
+        """From the wanted generators, not the serving ones: a loss must not change which groups share a batch."""
         return self.settings.groups_per_batch_of(self.desired["generator"])
 
     def release(self) -> None:
-        """Give back room that was found for more ranks, so that the next learner group gets it."""
+        """Release the placement group that was requested for more ranks, for the next learner group."""
         if self._spare is not None:
             self._spare.release()
             self._spare = None
@@ -98,29 +98,29 @@ class Scaling:
             if not starting.cancelled() and self.stopping and (error := starting.exception()):
                 self.observer.event("start_failed", reason=str(error))
 
-    async def follow(self, group: RankGroup, buffer: actors.RemoteBuffer, controller: Controller) -> None:
-        """Do what is wanted, once a second, until it is cancelled."""
-        self._record(group.placement.ranks)
+    async def follow(self, learner: RankGroup, buffer: actors.RemoteBuffer, controller: Controller) -> None:
+        """Apply the wanted counts once a second, until it is cancelled."""
+        self._record(learner.placement.ranks)
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             self.observer.tick()
-            await self._link.exchange(self._serving(group.placement.ranks))
+            await self._link.exchange(self._serving(learner.placement.ranks))
             for role, pool in self.pools.items():
                 if pool.count != self.desired[role]:
                     pool.resize(self.desired[role])
             if buffer.groups_per_batch != self.groups_per_batch:
                 await self._resize(buffer)
-            if self.stopping or await self._ranks_can_change(group.placement.ranks):
+            if self.stopping or await self._ranks_can_change(learner.placement.ranks):
                 controller.leave()
-            self._record(group.placement.ranks)
+            self._record(learner.placement.ranks)
 
     async def _resize(self, buffer: actors.RemoteBuffer) -> None:
         deadline = self.settings.deadlines.score_seconds
-        late = f"waited {deadline:.0f} s for the buffer to size batches anew"
+        late = f"waited {deadline:.0f} s for the buffer to resize its batches"
         await within(deadline, buffer.resize(self.groups_per_batch), lambda: BufferLost(late))
 
     async def _ranks_can_change(self, present: int) -> bool:
-        """Fewer ranks always; more once Ray has found room for them beside the present ones."""
+        """Whether a new learner group can have the wanted ranks: fewer at once, more when Ray grants them."""
         more = self.desired["learner"] - present
         if self._spare is not None and self._spare.ranks != more:
             self.release()
@@ -130,7 +130,7 @@ class Scaling:
         return await self._spare.granted(0.1)
 
     def end(self) -> None:
-        """Take back what the autoscaler was asked for: it would keep the nodes."""
+        """Withdraw the request to the autoscaler, which would keep the nodes."""
         if self._requested:
             actors.request(self.settings, {})
 
@@ -138,14 +138,14 @@ class Scaling:
         return {role: pool.serving for role, pool in self.pools.items()} | {"learner": ranks}
 
     def _record(self, ranks: int) -> None:
-        """Write what is wanted and what there is, when it changed; ask the autoscaler for what is missing."""
+        """Write wanted and present counts when they changed; ask the autoscaler for what is missing."""
         counts = {"desired": dict(self.desired), "actual": self._serving(ranks)}
         if counts == self._written:
             return
         if other := counts["desired"] != self._written["desired"]:
             self.observer.event("scale", **counts)
         if other if self._requested else counts["desired"] != counts["actual"]:
-            self._requested = True  # it holds what it was asked for last, also where fewer are wanted now
+            self._requested = True  # it keeps the last request, also where fewer are wanted now
             actors.request(self.settings, self.desired)
         self._written = counts
         files.write_json(self._path, counts)

@@ -149,8 +149,8 @@ class _Run:
 
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
-        self.generators = actors.generators(self.settings, prepared.policy_folder, prepared.given(), recorder)
-        self.scorers = actors.scorers(self.settings, prepared.reference_folder, recorder)
+        self.generators = actors.generators(self.settings, prepared.models.policy, prepared.given(), recorder)
+        self.scorers = actors.scorers(self.settings, prepared.models.reference, recorder)
         pools = {pool.role: pool for pool in self._pools()}
         desired = scaling.configured(self.settings, prepared.directory)
         for role, pool in pools.items():
@@ -221,7 +221,7 @@ class _Run:
             await asyncio.gather(*(pool.first() for pool in self._pools()))  # one of each before a second of any
         placement = await self._placement_for(self.scaling.desired["learner"])
         learner = learner_group.LearnerGroup(
-            settings, self.prepared.policy_folder, self.prepared.learner_folders, placement
+            settings, self.prepared.models.policy, self.prepared.models.frozen, placement
         )
         ends.callback(learner.stop)
         directory, state = str(self.prepared.directory), saved.state.get("buffer", {})

@@ -21,99 +21,82 @@ from keel.analysis import evaluation_report
 from keel.cluster import actors
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.learner import forward_contract, loading
 from keel.observability.console import Display
 from keel.online import preflight, text_checks
-from keel.protocols import Sampling
+from keel.online.models import Models, resolve, with_reference
 from keel.rollout.conversations import turns
 from keel.rollout.prompts import Prompts
 from keel.rollout.stored_completions import StoredCompletions
 from keel.stages import sampling
 
 COLUMN = "column:"
-_PARTS = 2**40  # tickets of different answers to one prompt are kept apart while they are scored
+_PARTS = 2**40  # offset between the tickets of different answers to one prompt, which are scored apart
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Evaluation:
     """A checked evaluation."""
 
     settings: Settings
     directory: Path
-    folder: str
-    other_folder: str | None
+    models: Models
+    other: Models | None
+    """The model to compare with, where there is one."""
     given: pa.RecordBatch | None
-    """Answers that the prompt source has."""
-    reference_folder: str | None
+    """Answers of the prompt source to compare with, where there are some."""
     prompts: Prompts
-    draws: Sampling
-    other_draws: Sampling
-    """The same with the other model's end tokens."""
     judge: str
-    """Column that decides who wins and what passes."""
+    """Name of the column that decides who wins and what passes."""
     notes: tuple[str, ...] = ()
-    """What the evaluation says first: where its texts end."""
+    """Lines that the evaluation prints at its start."""
 
 
-def prepare(settings: Settings, model: str, directory: Path) -> Prepared:
+def prepare(settings: Settings, model: str, directory: Path) -> Evaluation:
     """Check models, prompts, rewards and memory. Raises ConfigError, one line."""
     preflight.check_memory(settings.cluster)
-    for reward in settings.rewards:
-        preflight.check_reward_source(reward, f"rewards.{reward.name}.source")
-    folder = loading.locate_policy(model, "MODEL")
-    preflight.check_context(folder, settings)
-    tokenizer = loading.load_tokenizer(folder, "MODEL")
-    by, stop = settings.sampling, settings.sampling.stop_token_ids
-    ends = text_checks.check_text(folder, settings, tokenizer, stop, "MODEL")
-    prompts = Prompts(settings, tokenizer)
-    text_checks.check_token_ids(folder, prompts.largest_token, settings, "MODEL")
-    preflight.check_rewards(settings, prompts.batch([0, 1]))
-    draws = Sampling(by.temperature, by.top_p, by.max_tokens, ends.stop)
-    others, notes = draws, ends.notes
-    against = settings.evaluation.against
-    other = given = None
+    preflight.check_reward_sources(settings.rewards)
+    models = resolve(settings, model, "MODEL")
+    prompts = preflight.check_prompts(settings, models, "MODEL")
+    against, other, given, notes = settings.evaluation.against, None, None, models.notes
     if against and against.startswith(COLUMN):
-        given = _given(prompts, against.removeprefix(COLUMN), tokenizer, draws, settings)
+        given = _given(prompts, against.removeprefix(COLUMN), models, settings)
     elif against:
-        other = str(loading.locate_policy(against, "evaluation.against"))
-        preflight.check_context(Path(other), settings)
-        _check_tokenizer(loading.load_tokenizer(Path(other), "evaluation.against"), tokenizer, against)
-        theirs = text_checks.check_text(Path(other), settings, tokenizer, stop, "evaluation.against")
-        text_checks.check_token_ids(Path(other), prompts.largest_token, settings, "evaluation.against")
-        others = dataclasses.replace(draws, stop_token_ids=theirs.stop)
-        notes += tuple(f"{against}: {line}" for line in theirs.notes if theirs.notes != ends.notes)
-    reference = None
-    if settings.reference:
-        reference = str(loading.locate_policy(settings.reference.model or settings.policy.model, "reference.model"))
-        preflight.check_vocabulary(folder, Path(reference), "reference.model")
-        notes += tuple(forward_contract.require({"reference.model": reference}, settings.max_model_tokens))
+        setting = "evaluation.against"
+        other = resolve(settings, against, setting)
+        _check_tokenizer(other.tokenizer, models.tokenizer, against)
+        text_checks.check_token_ids(Path(other.policy), prompts.largest_token, settings, setting)
+        notes += tuple(f"{against}: {line}" for line in other.notes if other.notes != models.notes)
+    scored = with_reference(models, settings)
     _check_ensembles(settings)
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
-    place = (settings, directory, str(folder), other, given, reference, prompts, draws, others, judge)
-    return Prepared(*place, notes)
+    notes += scored.notes[len(models.notes) :]
+    return Evaluation(settings, directory, scored, other, given, prompts, judge, notes)
 
 
 def _check_ensembles(settings: Settings) -> None:
-    """A greedy or given answer is alone: there are no samples to compare it with. Raises ConfigError."""
-    for name, by in {"": settings.ensemble, **{f"rewards.{r.name}.": r.ensemble for r in settings.rewards}}.items():
-        if by.center and by.form in ("lower_bound", "worst", "variance"):
+    """Refuse ensembles that compare samples of one prompt: greedy and given answers are single. Raises ConfigError."""
+    for name, ensemble in {
+        "": settings.ensemble,
+        **{f"rewards.{r.name}.": r.ensemble for r in settings.rewards},
+    }.items():
+        if ensemble.center and ensemble.form in ("lower_bound", "worst", "variance"):
             raise ConfigError(
-                f"{name}ensemble.center=true: form={by.form} compares samples of one prompt, an evaluation has single"
-                " answers; expected false"
+                f"{name}ensemble.center=true: form={ensemble.form} compares samples of one prompt, an evaluation has"
+                " single answers; expected false"
             )
 
 
-def _check_tokenizer(theirs: Any, ours: Any, against: str) -> None:
-    """Both models read the same prompt tokens, and the reference the answers of both. Raises ConfigError."""
-    if theirs.get_vocab() != ours.get_vocab() or theirs.chat_template != ours.chat_template:
+def _check_tokenizer(other: Any, tokenizer: Any, against: str) -> None:
+    """Refuse a model whose tokenizer or template differs from MODEL's. Raises ConfigError."""
+    if other.get_vocab() != tokenizer.get_vocab() or other.chat_template != tokenizer.chat_template:
         raise ConfigError(
             f"evaluation.against={against}: its tokenizer or chat template is not MODEL's; expected a model of the same"
             " family, or its answers in a column of the prompts (column:NAME)"
         )
 
 
-def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling, settings: Settings) -> pa.RecordBatch:
-    """Held-out rows with the answers of a column as completions, in the generators' columns. Raises ConfigError."""
+def _given(prompts: Prompts, column: str, models: Models, settings: Settings) -> pa.RecordBatch:
+    """Put the answers of a column behind the held-out prompts, in the generators' columns. Raises ConfigError."""
     rows = prompts.held_out()
     further = [json.loads(columns) for columns in rows.column("prompt_columns").to_pylist()]
     answers = [turns(columns.get(column)) for columns in further]
@@ -125,10 +108,10 @@ def _given(prompts: Prompts, column: str, tokenizer: Any, draws: Sampling, setti
             f"evaluation.against={COLUMN}{column}: {missing} of {len(texts)} held-out prompts have no answer there;"
             " expected a text in every row"
         )
-    whole = dataclasses.replace(draws, max_tokens=_PARTS)  # nobody cuts what was given
-    completions = StoredCompletions(1.0, tokenizer, whole, settings.policy.chat_template_options)
-    said = zip(texts, *(rows.column(name).to_pylist() for name in ("prompt", "prompt_messages")), strict=True)
-    tokens = [completions.encode({"completion": text}, *(p, json.loads(m)))[0] for text, p, m in said]
+    uncut = dataclasses.replace(models.sampling(settings.sampling), max_tokens=_PARTS)
+    completions = StoredCompletions(1.0, models.tokenizer, uncut, settings.policy.chat_template_options)
+    answered = zip(texts, *(rows.column(name).to_pylist() for name in ("prompt", "prompt_messages")), strict=True)
+    tokens = [completions.encode({"completion": text}, *(p, json.loads(m)))[0] for text, p, m in answered]
     return schema.append(rows, schema.given(tokens, [str(text) for text in texts]))
 
 
@@ -136,8 +119,8 @@ def _is_conversation(answer: Any) -> bool:
     return isinstance(answer, list) and bool(answer) and isinstance(answer[-1], dict)
 
 
-def run(prepared: Prepared, display: Display) -> dict[str, Any]:
-    """Answer, score, report; what evaluation.json says."""
+def run(prepared: Evaluation, display: Display) -> dict[str, Any]:
+    """Sample, score and report; returns the content of evaluation.json."""
     started = time.monotonic()
     for line in prepared.notes:
         display.note(line)
@@ -146,23 +129,27 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
         batch = asyncio.run(_rows(prepared, display))
     finally:
         actors.disconnect()
-    by = prepared.settings.evaluation
-    found = evaluation_report.report(batch, prepared.judge, by.pass_at, by.pass_threshold)
-    found |= {"model": prepared.folder, "against": by.against, "seconds": round(time.monotonic() - started, 1)}
+    config = prepared.settings.evaluation
+    report = evaluation_report.report(batch, prepared.judge, config.pass_at, config.pass_threshold)
+    report |= {
+        "model": prepared.models.policy,
+        "against": config.against,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     files.make_folder(prepared.directory)
     files.write(prepared.directory / "evaluation.arrow", schema.to_bytes(batch))
-    files.write_json(prepared.directory / "evaluation.json", found)
-    return found
+    files.write_json(prepared.directory / "evaluation.json", report)
+    return report
 
 
-async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
-    """All answers, scored, with the columns `model` and `decoding`."""
+async def _rows(prepared: Evaluation, display: Display) -> pa.RecordBatch:
+    """Sample and score all answers, with the columns `model` and `decoding`."""
     settings = prepared.settings
     parts: list[tuple[str, str, pa.RecordBatch]] = []
-    sides = (("policy", prepared.folder, prepared.draws), ("other", prepared.other_folder, prepared.other_draws))
-    for model, folder, draws in sides:
-        if folder is not None:
-            samplers = sampling.Samplers(settings, folder, settings.generators.max_sequences)
+    for model, models in (("policy", prepared.models), ("other", prepared.other)):
+        if models is not None:
+            draws = models.sampling(settings.sampling)
+            samplers = sampling.Samplers(settings, models.policy, settings.generators.max_sequences)
             rows = prepared.prompts.held_out(settings.evaluation.samples_per_prompt)
             parts.append((model, "sampled", await samplers.answer(rows, draws, display, f"{model}, sampled")))
             if settings.evaluation.greedy:
@@ -172,7 +159,7 @@ async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
     if prepared.given is not None:
         parts.append(("other", "given", prepared.given))
     together = schema.concat([_apart(part, number) for number, (_, _, part) in enumerate(parts)])
-    scored = await sampling.score(settings, prepared.reference_folder, together, display)
+    scored = await sampling.score(settings, prepared.models.reference, together, display)
     sizes = [part.num_rows for _, _, part in parts]
     labels = {
         "model": pa.array(np.repeat([model for model, _, _ in parts], sizes)),
@@ -182,7 +169,7 @@ async def _rows(prepared: Prepared, display: Display) -> pa.RecordBatch:
 
 
 def _apart(batch: pa.RecordBatch, part: int) -> pa.RecordBatch:
-    """The rows with tickets of their own; part 0: as they were."""
+    """The rows with tickets that no other part has; part 0 gets the original ones."""
     tickets = batch.column("ticket").to_numpy() % _PARTS + part * _PARTS
     index = batch.schema.get_field_index("ticket")
     moved = batch.set_column(index, batch.schema.field(index), pa.array(tickets, pa.int64()))

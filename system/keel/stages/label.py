@@ -1,7 +1,7 @@
 """`keel label`: completions of a policy, or the rollouts of runs, and a judge -> preference pairs in Parquet.
 
     prompts -> generators  \\
-                             judge -> labels.py -> RUN_DIR/pairs.parquet, completions.arrow, stage.json
+                             judge -> preference_labels.py -> RUN_DIR/pairs.parquet, completions.arrow, stage.json
     RUN/rollouts/*.arrow   /
 """
 
@@ -22,12 +22,10 @@ from keel.config import loader
 from keel.config.label import LabelSettings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.errors import ConfigError, KeelError
-from keel.learner import forward_contract, loading
 from keel.observability.console import Display
-from keel.online import preflight, text_checks
-from keel.protocols import Sampling
+from keel.online import preflight
+from keel.online.models import Models, resolve, resolve_reference, with_reference
 from keel.rollout import preference_labels
-from keel.rollout.prompts import Prompts
 from keel.stages import offline_loop, sampling
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
@@ -35,19 +33,19 @@ _SCORED = ("reward", "reference_", "score", "failure")
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A checked stage."""
+class Labeling:
+    """A checked stage: completions to sample or those of runs, and what judges them."""
 
     settings: LabelSettings
     spec: ScoringSpec
     directory: Path
-    folder: str | None
-    reference_folder: str | None
+    models: Models | None
+    """Of the policy that samples; None where `rollouts` are judged."""
+    reference: str | None
     prompts: pa.RecordBatch | None
     rollouts: pa.RecordBatch | None
-    draws: Sampling
     notes: tuple[str, ...] = ()
-    """What the stage says first: where its texts end."""
+    """Lines that the stage prints at its start."""
 
     @property
     def completions(self) -> int:
@@ -56,51 +54,28 @@ class Prepared:
         return rows.num_rows
 
 
-def prepare(settings: LabelSettings) -> Prepared:
+def prepare(settings: LabelSettings) -> Labeling:
     """Check model, prompts or rollouts, judge, memory and run directory. Raises ConfigError, one line."""
-    directory = Path(settings.run_directory).resolve()
-    preflight.check_directory(directory, settings)
-    preflight.check_memory(settings.cluster)
+    directory = preflight.check_place(settings)
     spec = settings.scoring_spec()
     preflight.check_reward_source(settings.judge, "judge.source")
-    folder = prompts = rollouts = None
-    stop, notes = tuple[int, ...](settings.sampling.stop_token_ids or ()), tuple[str, ...]()
     if isinstance(spec, SamplingSpec):
-        located = loading.locate_policy(spec.policy.model, "policy.model")
-        preflight.check_context(located, spec)
-        tokenizer = loading.load_tokenizer(located, "policy.model")
-        source = Prompts(spec, tokenizer)
+        models = with_reference(resolve(spec), spec)
+        source = preflight.check_prompts(spec, models)
         count = min(settings.max_prompts or source.counts["train"], source.counts["train"])
-        prompts, folder = source.batch(range(count)), str(located)
-        text_checks.check_token_ids(located, source.largest_token, spec)
-        preflight.check_rewards(spec, prompts)
-        ends = text_checks.check_text(located, spec, tokenizer, settings.sampling.stop_token_ids)
-        stop, notes = ends.stop, ends.notes
-    else:
-        rollouts = _rollouts(settings.runs)
-        preflight.check_rewards(spec, rollouts)
-    reference = None
-    if settings.reference:
-        reference = str(loading.locate_policy(settings.reference.model or settings.policy_model, "reference.model"))
-        if folder is not None:
-            preflight.check_vocabulary(Path(folder), Path(reference), "reference.model")
-        notes += tuple(forward_contract.require({"reference.model": reference}, _longest_row(spec, rollouts)))
-    by = settings.sampling
-    draws = Sampling(by.temperature, by.top_p, by.max_tokens, stop)
-    return Prepared(settings, spec, directory, folder, reference, prompts, rollouts, draws, notes)
-
-
-def _longest_row(spec: ScoringSpec, rollouts: pa.RecordBatch | None) -> int:
-    """Tokens of the longest prompt with its completion."""
-    if isinstance(spec, SamplingSpec):
-        return spec.max_model_tokens
-    assert rollouts is not None
+        prompts = source.batch(range(count))
+        return Labeling(settings, spec, directory, models, models.reference, prompts, None, models.notes)
+    rollouts = _rollouts(settings.runs)
+    preflight.check_rewards(spec, rollouts)
+    if settings.reference is None:
+        return Labeling(settings, spec, directory, None, None, None, rollouts)
     lengths = schema.lengths(rollouts, "prompt_tokens") + schema.lengths(rollouts, "completion_tokens")
-    return int(lengths.max(initial=1))
+    reference, notes = resolve_reference(settings.reference.model or "", int(lengths.max()))
+    return Labeling(settings, spec, directory, None, reference, None, rollouts, tuple(notes))
 
 
 def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
-    """Every rollout of the runs, tickets made different from step to step. Raises ConfigError for a run without any."""
+    """Read every rollout of the runs, with tickets that differ from step to step. Raises ConfigError."""
     parts: list[pa.RecordBatch] = []
     for run in runs:
         paths = sorted((Path(run) / "rollouts").glob("step-*.arrow"))
@@ -119,10 +94,10 @@ def _rollouts(runs: Sequence[str]) -> pa.RecordBatch:
     return schema.concat([part.select(shared).replace_schema_metadata(None) for part in parts])
 
 
-def run(prepared: Prepared, display: Display) -> dict[str, Any]:
-    """Sample (unless there are rollouts), judge, pair, write; what stage.json says. Not again once it is finished.
+def run(prepared: Labeling, display: Display) -> dict[str, Any]:
+    """Sample (unless there are rollouts), judge, pair and write, unless the stage is finished; returns its summary.
 
-    Raises ConfigError for a directory another process works on, NoPairs, JudgeFailed, or what a part raised.
+    Raises ConfigError for a directory that another process uses, NoPairs, JudgeFailed, or what an actor raised.
     """
     started = time.monotonic()
     directory = prepared.directory
@@ -134,7 +109,7 @@ def run(prepared: Prepared, display: Display) -> dict[str, Any]:
         return _label(prepared, display, started)
 
 
-def _label(prepared: Prepared, display: Display, started: float) -> dict[str, Any]:
+def _label(prepared: Labeling, display: Display, started: float) -> dict[str, Any]:
     directory, settings = prepared.directory, prepared.settings
     files.write(directory / "config.yaml", loader.dump(settings).encode())
     for line in prepared.notes:
@@ -145,23 +120,23 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
     finally:
         actors.disconnect()
     files.write(directory / "completions.arrow", schema.to_bytes(batch))
-    found = preference_labels.label(batch, settings)
+    labeled = preference_labels.label(batch, settings)
     _check_share(batch, settings)
-    if found.table.num_rows == 0:
-        raise NoPairs(f"none of {batch.num_rows} completions made a pair: {found.dropped}")
+    if labeled.table.num_rows == 0:
+        raise NoPairs(f"none of {batch.num_rows} completions made a pair: {labeled.dropped}")
     aside = directory / ".pairs.parquet.tmp"
-    pq.write_table(found.table, aside)
+    pq.write_table(labeled.table, aside)
     files.sync_file(aside)
     aside.rename(directory / "pairs.parquet")
     files.sync_directory(directory)
-    margins = np.abs(found.table.column("score_chosen").to_numpy() - found.table.column("score_rejected").to_numpy())
+    chosen, rejected = (labeled.table.column(f"score_{side}").to_numpy() for side in ("chosen", "rejected"))
     summary = {
         "stage": "label",
         "completions": batch.num_rows,
-        "pairs": found.table.num_rows,
-        "dropped": found.dropped,
-        "flipped_ratio": found.flipped_ratio,
-        "margin_mean": float(margins.mean()),
+        "pairs": labeled.table.num_rows,
+        "dropped": labeled.dropped,
+        "flipped_ratio": labeled.flipped_ratio,
+        "margin_mean": float(np.abs(chosen - rejected).mean()),
         "truncated_ratio": float(1 - np.mean([r == "stop" for r in batch.column("finish_reason").to_pylist()])),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -171,7 +146,7 @@ def _label(prepared: Prepared, display: Display, started: float) -> dict[str, An
 
 
 def _check_share(batch: pa.RecordBatch, settings: LabelSettings) -> None:
-    """Stop when the judge failed on more than `failures.max_failed_ratio` of the completions."""
+    """Raise JudgeFailed if the judge failed on more than `failures.max_failed_ratio` of the completions."""
     failed, allowed = batch.column("failure").drop_null(), settings.failures.max_failed_ratio
     if len(failed) > allowed * batch.num_rows:
         reasons = {entry["values"]: entry["counts"] for entry in failed.value_counts().to_pylist()}
@@ -182,30 +157,30 @@ def _check_share(batch: pa.RecordBatch, settings: LabelSettings) -> None:
 
 
 class NoPairs(KeelError, RuntimeError):
-    """Every completion was left out, or tied with every other."""
+    """No pair is left: every completion was dropped or tied with all others."""
 
 
 class JudgeFailed(KeelError, RuntimeError):
     """The judge failed on more completions than the configuration allows."""
 
 
-async def _sampled(prepared: Prepared, folder: str, prompts: pa.RecordBatch, display: Display) -> pa.RecordBatch:
-    """Completions of the prompts; kept until they are judged, so a judge that fails costs no second sampling."""
+async def _sampled(prepared: Labeling, models: Models, prompts: pa.RecordBatch, display: Display) -> pa.RecordBatch:
+    """Sample completions and keep them until they are judged: a failed judge costs no second sampling."""
     path = prepared.directory / "sampled.arrow"
     if path.is_file():
         display.note(f"sampled before: {path}")
         return schema.from_bytes(reads.read(path))
     assert isinstance(prepared.spec, SamplingSpec)
-    samplers = sampling.Samplers(prepared.spec, folder, prepared.settings.generators.max_sequences)
-    batch = await samplers.answer(prompts, prepared.draws, display, "sampled")
+    samplers = sampling.Samplers(prepared.spec, models.policy, prepared.settings.generators.max_sequences)
+    batch = await samplers.answer(prompts, models.sampling(prepared.spec.sampling), display, "sampled")
     samplers.stop()
     files.write(path, schema.to_bytes(batch))
     return batch
 
 
-async def _scored(prepared: Prepared, display: Display) -> pa.RecordBatch:
+async def _scored(prepared: Labeling, display: Display) -> pa.RecordBatch:
     batch = prepared.rollouts
     if batch is None:
-        assert prepared.folder is not None and prepared.prompts is not None
-        batch = await _sampled(prepared, prepared.folder, prepared.prompts, display)
-    return await sampling.score(prepared.spec, prepared.reference_folder, batch, display)
+        assert prepared.models is not None and prepared.prompts is not None
+        batch = await _sampled(prepared, prepared.models, prepared.prompts, display)
+    return await sampling.score(prepared.spec, prepared.reference, batch, display)

@@ -1,7 +1,7 @@
 """Stages that train a policy on stored completions: `keel sft` (demonstrations) and `keel prefer` (pairs, rankings).
 
-Both run the objectives of online training on the same learner; the rows are stored, and nobody samples. `keel prefer`
-first reads every row's log-probs under the reference once and keeps them as Arrow, so training holds one model.
+Both run the objectives of online training on the same learner; the rows are stored, so no generator runs. `keel
+prefer` first reads every row's log-probs under the reference once and keeps them as Arrow: training holds one model.
 """
 
 import functools
@@ -20,10 +20,10 @@ from keel.cluster import actors, learner_group
 from keel.config.run import LearnerSpec
 from keel.config.stages import PreferSettings, ScoringSpec, SupervisedSettings
 from keel.learner import loading, model_files
-from keel.observability import endpoint, tracking
 from keel.observability.console import PREFERENCE_COLUMNS, SUPERVISED_COLUMNS, Columns, Display
 from keel.observability.metrics import RunMetrics
 from keel.online import preflight, text_checks
+from keel.online.models import Models, resolve, with_learner_models
 from keel.online.retries import retrying
 from keel.rollout.offline_rows import OfflineRows
 from keel.stages import offline_loop, sampling
@@ -34,19 +34,19 @@ _ROWS_PER_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A checked stage."""
+class PolicyTraining:
+    """A checked stage that trains a policy."""
 
     settings: PolicyStage
     spec: LearnerSpec
     directory: Path
-    folder: str
-    reference_folder: str | None
-    others: dict[str, str]
-    """Models beside the policy inside the learner."""
+    models: Models
     rows: OfflineRows
-    notes: tuple[str, ...] = ()
-    """What a user should know of the stage before it starts, a line each."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines that the stage prints at its start."""
+        return self.models.notes
 
     @property
     def name(self) -> str:
@@ -57,45 +57,31 @@ class Prepared:
         return SUPERVISED_COLUMNS if self.name == "sft" else PREFERENCE_COLUMNS
 
 
-def prepare(settings: PolicyStage) -> Prepared:
+def prepare(settings: PolicyStage) -> PolicyTraining:
     """Check models, rows, port, memory and run directory. Raises ConfigError, one line."""
-    directory = Path(settings.run_directory).resolve()
-    preflight.check_directory(directory, settings)
-    endpoint.check(settings.metrics)
-    tracking.check(settings.tracking)
-    preflight.check_memory(settings.cluster)
-    draft = settings.learner_spec(steps=1)
-    registry.build(draft)
-    folder = loading.locate_policy(settings.policy.model, "policy.model")
-    preflight.check_context(folder, draft)
-    tokenizer = loading.load_tokenizer(folder, "policy.model")
-    ends = text_checks.check_text(folder, settings, tokenizer, None)
-    rows = OfflineRows(draft, settings.completions, tokenizer, ends.stop)
-    text_checks.check_token_ids(folder, max(rows.largest_token, rows.prompts.largest_token), settings)
-    reference: str | None = None
-    others: dict[str, str] = {}
-    if draft.reference:
-        name = draft.reference.model
-        reference = str(loading.locate_policy(name, "reference.model") if name else folder)
-        others = preflight.learner_folders(draft, folder, reference)
+    directory = preflight.check_place(settings)
+    spec = settings.learner_spec(steps=1)
+    registry.build(spec)
+    models = resolve(spec)
+    rows = OfflineRows(spec, settings.completions, models.tokenizer, models.end_tokens.stop)
+    text_checks.check_token_ids(Path(models.policy), max(rows.largest_token, rows.prompts.largest_token), settings)
     spec = settings.learner_spec(settings.training.steps(rows.num_training))
-    notes = (*ends.notes, *preflight.check_passes(spec, folder, others))
-    return Prepared(settings, spec, directory, str(folder), reference, others, rows, notes)
+    return PolicyTraining(settings, spec, directory, with_learner_models(models, spec), rows)
 
 
-def run(prepared: Prepared, display: Display) -> dict[str, Any]:
-    """Train to the end; what stage.json says. A finished stage is not run again."""
+def run(prepared: PolicyTraining, display: Display) -> dict[str, Any]:
+    """Train to the end, unless the stage is finished; returns the summary in stage.json."""
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
     return offline_loop.conduct(*place, functools.partial(_train, prepared), display)
 
 
-async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
-    settings, spec, rows = prepared.settings, prepared.spec, prepared.rows
+async def _train(prepared: PolicyTraining, metrics: RunMetrics, display: Display, started: float) -> dict[str, Any]:
+    settings, spec, models, rows = prepared.settings, prepared.spec, prepared.models, prepared.rows
     completed: Callable[[pa.RecordBatch], pa.RecordBatch] = lambda batch: batch  # noqa: E731
-    if prepared.reference_folder and isinstance(settings, PreferSettings):
-        logprobs = await ReferenceLogprobs.read(settings.reference_spec(), prepared.reference_folder, rows, display)
+    if models.reference and isinstance(settings, PreferSettings):
+        logprobs = await ReferenceLogprobs.read(settings.reference_spec(), models.reference, rows, display)
         completed = logprobs.append
     plan = OfflineRun(
         settings=settings,
@@ -107,7 +93,7 @@ async def _train(prepared: Prepared, metrics: RunMetrics, display: Display, star
         dropped=rows.dropped,
         digest=rows.digest,
     )
-    learner = learner_group.LearnerGroup(spec, prepared.folder, prepared.others)
+    learner = learner_group.LearnerGroup(spec, models.policy, models.frozen)
     await offline_loop.ready(settings, learner)
     recorder = OfflineRecorder(plan, metrics, display)
     state = await offline_loop.restore(plan, learner, recorder)
@@ -135,7 +121,7 @@ class ReferenceLogprobs:
 
     @classmethod
     async def read(cls, settings: ScoringSpec, folder: str, rows: OfflineRows, display: Display) -> "ReferenceLogprobs":
-        """From the cache, or through the reference scorers and into it."""
+        """Read the log-probs from the cache, or compute them with the reference scorers and store them there."""
         parts = rows.everything()
         path = loading.cache_directory() / "reference_logprobs" / f"{_key(settings, folder, parts)}.arrow"
         if kept := _kept(path):
@@ -150,14 +136,15 @@ class ReferenceLogprobs:
 
         workers, what = pool.count, "reference log-probs"
         display.doing(what)
-        found = [await sampling.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
+        scored = [await sampling.in_parts(part, one, _ROWS_PER_BATCH, workers, display, what) for part in parts]
         pool.stop()
-        table = schema.concat(found)
+        table = schema.concat(scored)
         _keep(path, schema.to_bytes(table))
         display.note(f"reference log-probs: {table.num_rows} completions read once, kept in {path}")
         return cls(table)
 
     def append(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Add the column reference_logprobs to rows that were read."""
         keys = zip(*(batch.column(name).to_pylist() for name in ("prompt_id", "sample")), strict=True)
         taken = self._table.column("reference_logprobs").take(pa.array([self._places[key] for key in keys]))
         assert pc.list_value_length(taken).equals(pc.list_value_length(batch.column("completion_tokens")))
@@ -165,13 +152,13 @@ class ReferenceLogprobs:
 
 
 def _keep(path: Path, content: pa.Buffer) -> None:
-    """The file, then its digest beside it: Arrow has no checksum."""
+    """Write the file, then its digest beside it: Arrow has no checksum."""
     files.write(path, content)
     files.write_json(path.with_suffix(".json"), {"xxh3_128": schema.digest(content)})
 
 
 def _kept(path: Path) -> bytes | None:
-    """What is in the cache; None: nothing is, or it is damaged. Raises ReadFailed."""
+    """The content of a cached file; None if it is missing or damaged. Raises ReadFailed."""
 
     def look() -> bytes | None:
         try:
@@ -181,11 +168,11 @@ def _kept(path: Path) -> bytes | None:
             return None
         return content if schema.digest(content) == expected else None
 
-    return reads.settled(path, look, lambda found: found is not None) if reads.is_there(path) else None
+    return reads.settled(path, look, lambda content: content is not None) if reads.is_there(path) else None
 
 
 def _key(settings: ScoringSpec, folder: str, parts: Sequence[pa.RecordBatch]) -> str:
-    """Hash of the model's files, the rows' tokens and the arithmetic."""
+    """Hash of the model's files, the rows' tokens and the dtype."""
     assert settings.reference is not None
     hasher = xxhash.xxh3_128(settings.reference.dtype.encode())
     for path in [Path(folder) / "config.json", *model_files.weight_files(Path(folder))]:

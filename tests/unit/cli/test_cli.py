@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from keel import __version__
-from keel.cli import doctor, main, summary
+from keel.cli import doctor, main, summary, training_commands
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError, WorkerLost
@@ -138,7 +138,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Settings, str]]:
     """Runs that would have been trained, in place of training them."""
     calls: list[tuple[Settings, str]] = []
-    monkeypatch.setattr(main, "_train", lambda settings, path: calls.append((settings, path)))
+    monkeypatch.setattr(training_commands, "start", lambda settings, path: calls.append((settings, path)))
     return calls
 
 
@@ -209,7 +209,7 @@ def test_the_next_command_is_another_run_beside_the_one_that_ended(
     [
         (ConfigError("a.b=[red]x[/red]: expected y"), 2, "keel: a.b=[red]x[/red]: expected y\n"),
         (WorkerLost("gone: " + "x" * 300), 1, f"keel: WorkerLost: gone: {'x' * 300}\n"),
-        (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` resumes from the last checkpoint\n"),
     ],
     ids=["bad input", "failed run", "interrupt"],
 )
@@ -221,7 +221,7 @@ def test_how_a_run_ends(
     def fail(settings: Settings, path: str) -> None:
         raise error
 
-    monkeypatch.setattr(main, "_train", fail)
+    monkeypatch.setattr(training_commands, "start", fail)
     assert run(monkeypatch, "train", QUICKSTART) == code
     assert capsys.readouterr().err == line
 
@@ -238,7 +238,7 @@ def test_an_error_of_nobody_keeps_its_traceback(
     def fail(settings: Settings, path: str) -> None:
         raise LookupError("a defect\x1b]0;title\x07 [bold]\u202e\ud800")
 
-    monkeypatch.setattr(main, "_train", fail)
+    monkeypatch.setattr(training_commands, "start", fail)
     assert run(monkeypatch, "train", QUICKSTART) == 1
     shown = capfd.readouterr().err
     assert "Traceback (most recent call last):\n" in shown and f'"{__file__}", line' in shown.replace("\n", "")

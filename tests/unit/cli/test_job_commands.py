@@ -505,8 +505,8 @@ def test_nobody_at_an_address_is_one_line(capsys: pytest.CaptureFixture[str], mo
             RuntimeError("Request failed with status code 500: Traceback\nValueError: no logs.\n"),
             "ValueError: no logs.",
         ),
-        (requests.ConnectionError("reset"), "no answer any more (ConnectionError); what runs there goes on"),
-        (aiohttp.ServerDisconnectedError(), "no answer any more (ServerDisconnectedError); what runs there goes on"),
+        (requests.ConnectionError("reset"), "no answer any more (ConnectionError); what runs there continues"),
+        (aiohttp.ServerDisconnectedError(), "no answer any more (ServerDisconnectedError); what runs there continues"),
     ],
 )
 def test_a_cluster_that_fails_later_is_no_bad_input(

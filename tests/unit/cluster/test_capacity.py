@@ -27,7 +27,7 @@ def test_asks_are_those_of_the_configuration() -> None:
     settings = loader.parse(
         tree(generators={"threads": 3, "gpus": 1, "tensor_parallel": 2, "resources": {"fast": 0.5}}, reference=None)
     )
-    found = {ask.role: (ask.count, ask.each) for ask in asks(settings, {"generator": 2, "scorer": 1, "learner": 4})}
+    found = {ask.role: (ask.count, ask.amounts) for ask in asks(settings, {"generator": 2, "scorer": 1, "learner": 4})}
     assert found == {
         "generator": (2, {"CPU": 3, "GPU": 2, "fast": 0.5}),
         "scorer": (1, {"CPU": 1}),
@@ -161,7 +161,7 @@ def test_first_fit_decreasing_is_not_enough_to_refuse() -> None:
 
 def fits_somehow(asked: list[Ask], nodes: list[dict[str, float]]) -> bool:
     """Every assignment of workers to nodes, one after the other."""
-    each = [ask.each for ask in asked for _ in range(ask.count)]
+    each = [ask.amounts for ask in asked for _ in range(ask.count)]
     for places in itertools.product(range(len(nodes)), repeat=len(each)):
         used = [dict.fromkeys(("CPU", "GPU"), 0.0) for _ in nodes]
         for place, amounts in zip(places, each, strict=True):

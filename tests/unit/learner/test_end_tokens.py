@@ -205,15 +205,14 @@ def test_stop_tokens_mean_the_same_in_training_labels_and_evaluation(
     configured: list[int] | None, expected: set[int], base: Path, tmp_path: Path
 ) -> None:
     """[]: no end token anywhere."""
-    prepared = [
-        prepared_for(command, tree_for(command, base, tmp_path / command, stop_token_ids=configured))
-        for command in ("train", "evaluate", "label")
-        if (tmp_path / command).mkdir() is None
-    ]
-    assert [
-        set(sampling.stop_token_ids) for sampling in (prepared[0].sampling, prepared[1].draws, prepared[2].draws)
-    ] == [expected] * 3
-    assert set(prepared[1].other_draws.stop_token_ids) == expected
+    prepared = []
+    for command in ("train", "evaluate", "label"):
+        (tmp_path / command).mkdir()
+        tree = tree_for(command, base, tmp_path / command, stop_token_ids=configured)
+        against = {"evaluation": {"against": tree["policy"]["model"]}} if command == "evaluate" else {}
+        prepared.append(prepared_for(command, tree | against))
+    assert [set(stage.models.sampling(stage.settings.sampling).stop_token_ids) for stage in prepared] == [expected] * 3
+    assert set(prepared[1].other.end_tokens.stop) == expected
 
 
 @pytest.mark.parametrize("command", ["sft", "prefer"])

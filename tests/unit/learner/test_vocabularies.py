@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from keel.config import loader
 from keel.errors import ConfigError
 from keel.learner import tiny
-from keel.online import preflight
+from keel.online import models
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_another_number_of_tokens_is_refused_by_name(model: Path, tmp_path: Path
     blocks = {"objective": SETTINGS[setting](str(other))} if setting in SETTINGS else {}
     reference = str(other) if setting == "reference.model" else str(model)
     with pytest.raises(ConfigError, match="tokens in its vocabulary") as caught:
-        preflight.learner_folders(run_of(model, **blocks), model, reference)
+        models.learner_folders(run_of(model, **blocks), model, reference)
     size = json.loads((model / "config.json").read_text())["vocab_size"]
     assert str(caught.value).startswith(f"{setting}={other}: {size + more} tokens in its vocabulary; expected")
     assert str(caught.value).endswith(str(size)) and "\n" not in str(caught.value)
@@ -69,9 +69,9 @@ def test_another_number_of_tokens_is_refused_by_name(model: Path, tmp_path: Path
 def test_the_same_number_is_accepted_and_its_folder_handed_on(model: Path, tmp_path: Path, setting: str) -> None:
     other = beside(model, tmp_path / "other", 0)
     settings = run_of(model, objective=SETTINGS[setting](str(other)))
-    found = preflight.learner_folders(settings, model, str(model))
+    found = models.learner_folders(settings, model, str(model))
     assert found == {setting.split(".")[1].replace("dense", "teacher"): str(other), "reference": str(model)}
-    assert preflight.learner_folders(run_of(model), model, None) == {}
+    assert models.learner_folders(run_of(model), model, None) == {}
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
@@ -82,6 +82,6 @@ def test_two_models_of_a_stage_have_the_same_vocabulary(model: Path, tmp_path: P
             with pytest.raises(
                 ConfigError, match=rf"reference\.model={second}: \d+ tokens in its vocabulary; expected"
             ):
-                preflight.check_vocabulary(own, second, "reference.model")
+                models.check_vocabulary(own, second, "reference.model")
         else:
-            preflight.check_vocabulary(own, second, "reference.model")
+            models.check_vocabulary(own, second, "reference.model")

@@ -59,7 +59,7 @@ def test_a_good_run_is_prepared_and_nothing_is_written(tree: dict[str, Any]) -> 
     prepared = preflight.prepare(loader.parse(tree))
     assert prepared.sampling.stop_token_ids == (tiny.SPECIAL.index("<|im_end|>"),)
     assert prepared.prompts.counts["held_out"] == 2 and prepared.prompts.counts["train"] == 6
-    assert prepared.reference_folder == prepared.policy_folder
+    assert prepared.models.reference == prepared.models.policy
     assert not prepared.directory.exists()
 
 
@@ -213,7 +213,7 @@ def test_a_teacher_speaks_the_same_vocabulary(tree: dict[str, Any], model: Path,
     shutil.copytree(model, other)
     wanted = {"kind": "logits_convexity", "anchor": "reference", "dense": {"teacher": str(other)}}
     prepared = preflight.prepare(loader.parse({**tree, "objective": wanted}))
-    assert prepared.learner_folders == {"teacher": str(other), "reference": str(model)}
+    assert prepared.models.frozen == {"teacher": str(other), "reference": str(model)}
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 1}))
     assert "objective.dense.teacher=" in refused(tree, objective=wanted)

@@ -130,7 +130,7 @@ def test_a_buffer_that_does_not_size_its_batches_is_lost(tmp_path: Path, monkeyp
     scaling = scaling_of(tmp_path, monkeypatch, Link(exchanges=None), deadlines={"score_seconds": 0.05})
     group: Any = SimpleNamespace(placement=SimpleNamespace(ranks=2))
     buffer: Any = Buffer()
-    with pytest.raises(BufferLost, match="waited 0 s for the buffer to size batches anew"):
+    with pytest.raises(BufferLost, match="waited 0 s for the buffer to resize its batches"):
         asyncio.run(asyncio.wait_for(scaling.follow(group, buffer, SimpleNamespace()), 5))  # type: ignore[arg-type]
 
 

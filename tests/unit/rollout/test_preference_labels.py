@@ -15,7 +15,6 @@ from keel import files, schema
 from keel.config.label import NoiseSettings
 from keel.errors import ConfigError
 from keel.observability.console import ONLINE_COLUMNS, PlainProgress
-from keel.protocols import Sampling
 from keel.rollout import preference_labels
 from keel.stages import label as stage
 from rollouts import referenced, rollouts, scored
@@ -253,8 +252,7 @@ def test_rollouts_can_be_read_by_a_reference_again(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_label_into_one_directory(tmp_path: Path) -> None:
     settings = settings_for()
-    draws = Sampling(1.0, 1.0, 8, ())
-    prepared = stage.Prepared(settings, settings.scoring_spec(), tmp_path, None, None, None, rollouts([0]), draws)
+    prepared = stage.Labeling(settings, settings.scoring_spec(), tmp_path, None, None, None, rollouts([0]))
     with files.lock(tmp_path), pytest.raises(ConfigError, match="another process works on it"):
         stage.run(prepared, PlainProgress(Console(), 1, ONLINE_COLUMNS))
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
