@@ -91,7 +91,7 @@ def check_prompts(settings: Settings | SamplingSpec, models: Models, setting: st
 
 
 def check_directory(directory: Path, settings: Section) -> None:
-    """The run directory is new, or holds a run of the same settings, which then continues."""
+    """Check that the run directory is new, or holds a run of the same settings, which then continues."""
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
@@ -143,7 +143,7 @@ def check_reward_sources(rewards: Sequence[RewardSettings]) -> None:
 
 
 def check_reward_source(reward: RewardSettings, setting: str) -> None:
-    """Code, model, or what is needed to ask a server, are there. Raises ConfigError.
+    """Check that the code, the model or the server settings of a reward exist. Raises ConfigError.
 
     Variables of headers must be set here, where keel is started, and in the environment of every scorer: an embedded
     Ray hands its own on.

@@ -1,4 +1,4 @@
-"""What is known of a run's texts before it starts: where they end, what its template reads, tokens the model has."""
+"""Checks of a run's texts before it starts: end tokens, options of the chat template, token ids."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from keel.rollout.stored_completions import StoredCompletions
 def check_text(
     policy: Path, settings: Section, tokenizer: Any, stop: list[int] | None, named: str = "policy.model"
 ) -> EndTokens:
-    """Where texts end, as the model and its tokenizer say; options are some that the chat template reads.
+    """Decide the end tokens of a model and check the options of its chat template.
 
     Raises ConfigError.
     """
@@ -27,7 +27,7 @@ def check_text(
 
 
 def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str) -> None:
-    """Every option occurs in the chat template: one that does not would change nothing. Raises ConfigError."""
+    """Refuse an option that does not occur in the chat template: it would change nothing. Raises ConfigError."""
     template = tokenizer.chat_template
     text = "".join(template.values()) if isinstance(template, dict) else template or ""
     for name in options:
@@ -37,7 +37,7 @@ def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str
 
 
 def check_token_ids(policy: Path, largest: int, settings: Section, named: str = "policy.model") -> None:
-    """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
+    """Refuse prompts with tokens that the model does not have. Raises ConfigError."""
     vocabulary = model_files.vocabulary(policy, f"{named}={policy}")
     if largest >= vocabulary:
         source = settings.prompts.source  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ def check_token_ids(policy: Path, largest: int, settings: Section, named: str = 
 
 
 def check_stored(completions: StoredCompletions | None, prompts: Prompts, policy: Path, settings: Section) -> None:
-    """Completions that come with the prompts hold only tokens that the model has. Raises ConfigError."""
+    """Refuse stored completions with tokens that the model does not have. Raises ConfigError."""
     if completions is None:
         return
     largest = max(completions.text.tokenizer.get_vocab().values())
