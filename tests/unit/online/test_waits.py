@@ -16,7 +16,7 @@ from keel.errors import BufferLost, LearnerLost, NotFinite, WorkerLost
 from keel.online import controller as controller_module
 from keel.online.controller import Controller, Stalled, within
 from keel.online.retries import FailureWatch, TooManyFailures, retrying
-from keel.protocols import GenerateRequest, StageReceipt
+from keel.protocols import StageReceipt
 
 START, GENERATE, SCORE, STEP, LOAD, RETRIES, STALENESS = 1000, 300, 70, 20, 5, 2, 1
 DEADLINES = {"start": START, "generate": GENERATE, "score": SCORE, "step": STEP, "load": LOAD}
@@ -125,7 +125,7 @@ def test_rows_that_are_refused_are_kept_within_a_time(tmp_path: Path) -> None:
 def test_the_buffer_has_its_time_to_drop_tickets(tmp_path: Path) -> None:
     run = run_of(tmp_path)
 
-    async def lost(request: GenerateRequest) -> Any:
+    async def lost(request: Any) -> Any:
         if request.prompts.num_rows == 3:
             return await evaluates(request)
         raise WorkerLost("killed")
