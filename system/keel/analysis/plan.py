@@ -129,12 +129,7 @@ class _Drawn:
 
 
 def predict(
-    settings: Settings,
-    rates: Rates,
-    counts: Mapping[str, int],
-    machine: Machine,
-    steps: int = 30,
-    seed: int = 0,
+    settings: Settings, rates: Rates, counts: Mapping[str, int], machine: Machine, steps: int = 30, seed: int = 0
 ) -> Prediction:
     """Simulate this many steps after the warm-up, with these counts in place of the configuration's."""
     warm_up = WARM_UP_STEPS + settings.buffer.max_staleness

@@ -82,11 +82,7 @@ def length_controlled_win_rate(
     if len(size) < 2:
         return Estimate(mean, mean, mean)
     bootstrap = stats.bootstrap(
-        (everyone,),
-        rates,
-        n_resamples=_RESAMPLES,
-        batch=max(1, _CELLS // len(won)),
-        rng=np.random.default_rng(seed),
+        (everyone,), rates, n_resamples=_RESAMPLES, batch=max(1, _CELLS // len(won)), rng=np.random.default_rng(seed)
     )
     low, high = bootstrap.confidence_interval
     if not np.isfinite([low, high]).all():  # BCa has no answer where every resample says the same
