@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from commands import finish, kill
 from keel import checkpoint, files, schema
-from keel.learner import weights
+from keel.learner import model_files
 from live import last_step, title_of, wait
 
 TIMES = ("time", "free_memory_bytes", "generate_tokens_per_second", "batches_waiting")
@@ -144,7 +144,7 @@ def check_files(run: Path, out: str) -> None:
         )
     policy = checkpoint.latest(run) / "policy"
     model = AutoModelForCausalLM.from_pretrained(policy)
-    assert weights.checkpoint_shapes(policy) == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert dict(model_files.headers(policy)) == {n: tuple(p.shape) for n, p in model.named_parameters()}
     assert AutoTokenizer.from_pretrained(policy).chat_template
     assert "rlhf" in (policy / "README.md").read_text()
     checkpoint.read_state(checkpoint.latest(run))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from commands import RUN_SECONDS
-from keel.learner import loading, tiny, weights
+from keel.learner import loading, model_files, tiny, weights
 
 SCRIPT = Path(__file__).with_name("engines.py")
 ARCHITECTURES = [("llama", True), ("llama", False), ("qwen2", True), ("qwen3", True), ("gpt_neox", False)]
@@ -105,6 +105,6 @@ def test_a_policy_publishes_the_names_of_its_checkpoint(tmp_path: Path, architec
     folder = tiny.write(tmp_path / "m", architecture, tied)
     policy = loading.load_policy(folder, "float32")
     named = policy.to_hf_names({name: parameter.detach() for name, parameter in policy.named_parameters()})
-    assert {name: tuple(tensor.shape) for name, tensor in named.items()} == weights.checkpoint_shapes(folder)
+    assert {name: tuple(tensor.shape) for name, tensor in named.items()} == dict(model_files.headers(folder))
     stored = load_file(folder / "model.safetensors")
     assert all(torch.equal(named[name], stored[name].float()) for name in stored)

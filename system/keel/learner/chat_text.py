@@ -67,28 +67,19 @@ class ChatText:
 
     def turn(self, messages: Sequence[Message], answer: Message) -> AssistantTurn:
         """The answer behind the prompt that a policy samples from."""
-        prompt, whole, content = self.render(messages), self._whole(messages, answer), answer["content"]
+        prompt, whole, content = self.render(messages), self._rendered([*messages, answer]), answer["content"]
         if whole is not None and whole.startswith(prompt) and _says(whole[len(prompt) :], content):
             return self._cut(whole, len(prompt), content)
         return AssistantTurn(prompt, self.frame.lead + _continuing(prompt, content), self.frame.closing)
 
     def scored(self, messages: Sequence[Message], answer: Message) -> AssistantTurn:
         """The whole conversation, as a reward model reads it; where the template does not say all of it: `turn`."""
-        prompt, whole, content = self.render(messages), self._whole(messages, answer), answer["content"]
+        prompt, whole, content = self.render(messages), self._rendered([*messages, answer]), answer["content"]
         if whole is None or not _says(whole, content):
             return self.turn(messages, answer)
         if whole.startswith(prompt):
             return self._cut(whole, len(prompt), content)
         return self._cut(whole, max(0, whole.rfind(content.strip())), content)
-
-    def _whole(self, messages: Sequence[Message], answer: Message) -> str | None:
-        """The template's text of the whole conversation; None where it refuses the answer."""
-        from jinja2 import TemplateError
-
-        try:
-            return self._apply([*messages, answer])
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # as the template's code fails
-            return None
 
     def _cut(self, whole: str, start: int, content: str) -> AssistantTurn:
         """The text in three: what stands before `start`, the answer, what is written behind it."""
@@ -128,11 +119,12 @@ class ChatText:
         return between[: between.index(text) + len(text)] if text in between else text, first
 
     def _rendered(self, messages: Sequence[Message], **further: Any) -> str | None:
+        """The template's text of a whole conversation; None where it refuses it."""
         from jinja2 import TemplateError
 
         try:
             return self._apply(messages, **further)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # as the template's code fails
             return None
 
     def _named(self, text: str) -> list[int]:

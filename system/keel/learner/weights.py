@@ -9,7 +9,6 @@ same checkpoint (tested per architecture).
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import torch
 import xxhash
 
 from keel.errors import KeelError
-from keel.learner import model_files
 from keel.protocols import LoadReceipt, TensorSpec, Weights
 
 _NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -55,11 +53,6 @@ def digest(specs: Iterable[TensorSpec], buffer: np.ndarray) -> str:
     hasher.update(repr([(s.name, s.shape, s.dtype, s.offset, s.num_bytes) for s in specs]).encode())
     hasher.update(buffer.data)
     return hasher.hexdigest()
-
-
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of everything in a folder's weight files, from their headers, nothing loaded."""
-    return dict(model_files.headers(folder))
 
 
 def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -> None:
