@@ -109,7 +109,7 @@ def end(process: Any, *signals: signal.Signals) -> None:
     seconds = time.monotonic() - began
     print(f"{[each.name for each in signals]}: {code} after {seconds:.1f} s")
     assert code == 130 and seconds < ENDS_WITHIN_SECONDS, (code, seconds, err)
-    assert err.strip() == "keel: interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", err
+    assert err.strip() == "keel: interrupted; `keel resume RUN_DIR` resumes from the last checkpoint", err
     held = [each for each in started if not titles[each.pid].startswith(LINGERING)]
     _, alive = psutil.wait_procs(held, timeout=60)
     assert not alive, [titles[each.pid] for each in alive]

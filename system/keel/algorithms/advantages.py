@@ -65,12 +65,7 @@ def grpo(rewards: np.ndarray) -> np.ndarray:
     return group_mean(rewards) / (rewards.std(ddof=1) + 1e-4)
 
 
-GROUP: dict[str, GroupAdvantage] = {
-    "rloo": rloo,
-    "group_mean": group_mean,
-    "grpo": grpo,
-    "dr_grpo": group_mean,
-}
+GROUP: dict[str, GroupAdvantage] = {"rloo": rloo, "group_mean": group_mean, "grpo": grpo, "dr_grpo": group_mean}
 
 
 def by_ticket(advantage: GroupAdvantage, rewards: np.ndarray, tickets: np.ndarray) -> np.ndarray:

@@ -119,10 +119,7 @@ class LogitsConvexity(Objective):
             advantages=np.repeat(rows, lengths),
             num_rows=len(rows),
             num_tokens=int(lengths.sum()),
-            metrics={
-                **self.reward_metrics(regularized, kl, bonus, tickets),
-                "advantage_std": deviation,
-            },
+            metrics={**self.reward_metrics(regularized, kl, bonus, tickets), "advantage_std": deviation},
         )
 
     def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:

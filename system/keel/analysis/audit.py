@@ -127,7 +127,7 @@ def audit_rollouts(audit: Audit, settings: Settings, progress: Progress) -> list
 def _numbered(audit: Audit, line: manifest.Line) -> bool:
     """Whether a line's tickets are numbers, of which some were trained."""
     lists = [line["tickets"], *line["dropped"].values()]
-    numbered = all(isinstance(each, list) and all(type(ticket) is int for ticket in each) for each in lists)
+    numbered = all(isinstance(tickets, list) and all(type(ticket) is int for ticket in tickets) for tickets in lists)
     if not numbered or not line["tickets"]:
         audit.fault(f"rollouts/MANIFEST.jsonl step {line['step']}", "lists of tickets, some trained", lists)
     return numbered and bool(line["tickets"])
@@ -171,7 +171,7 @@ def _rollout(audit: Audit, line: manifest.Line, settings: Settings, progress: Pr
             audit.fault(file, "the rows this step trained on", "no file")
         return
     right = line["xxh3_128"]
-    content = reads.settled(path, lambda: reads.read(path), lambda found: schema.digest(found) == right)
+    content = reads.settled(path, lambda: reads.read(path), lambda read: schema.digest(read) == right)
     if schema.digest(content) != right:
         audit.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
         return
@@ -287,16 +287,16 @@ def _is_arrow(content: bytes) -> bool:
 
 
 def _evaluation(audit: Audit, path: Path, row: Mapping[str, Any], again: bool) -> None:
-    """One evaluation against its row of the frontier; `again`: it may have been written anew by a resumed run."""
+    """One evaluation against its row of the frontier; `again`: a resumed run may have written it again."""
     file = f"evaluations/{path.name}"
     batch = audit.arrow(file, _content(path))
     if batch is None:
         return
     audit.counts["evaluations"] += 1
     for name, value in _means(batch).items() if row and not again else []:
-        there = math.nan if row.get(name) is None else row[name]
-        if not np.isclose(value, there, rtol=_RELATIVE_ERROR, atol=1e-9, equal_nan=True):
-            audit.fault("frontier.arrow", f"step {row['step']:.0f}: {name} {value:.6g}, by {file}", there)
+        stored = math.nan if row.get(name) is None else row[name]
+        if not np.isclose(value, stored, rtol=_RELATIVE_ERROR, atol=1e-9, equal_nan=True):
+            audit.fault("frontier.arrow", f"step {row['step']:.0f}: {name} {value:.6g}, by {file}", stored)
 
 
 def _means(batch: pa.RecordBatch) -> dict[str, float]:
@@ -306,8 +306,8 @@ def _means(batch: pa.RecordBatch) -> dict[str, float]:
     names = [name for name in batch.schema.names if name.startswith("reward")]
     columns = {name: batch.column(name).to_numpy(zero_copy_only=False).astype(float) for name in names}
     columns["proxy"] = columns.pop("reward")
-    found = columns | {"length_tokens": lengths.astype(float), "entropy_nats": surprise / lengths}
+    values = columns | {"length_tokens": lengths.astype(float), "entropy_nats": surprise / lengths}
     if "reference_logprobs" in batch.schema.names:
-        found["kl_nats"] = -surprise - schema.row_sums(schema.ragged(batch, "reference_logprobs")[0], lengths)
-    means = {name: float(np.nanmean(value)) if np.isfinite(value).any() else math.nan for name, value in found.items()}
+        values["kl_nats"] = -surprise - schema.row_sums(schema.ragged(batch, "reference_logprobs")[0], lengths)
+    means = {name: float(np.nanmean(value)) if np.isfinite(value).any() else math.nan for name, value in values.items()}
     return means | {"n": float(np.isfinite(columns["proxy"]).sum())}

@@ -1,4 +1,4 @@
-"""A short run of a configuration that only measures: one batch a step, one worker a stage, nobody in the way.
+"""A short run of a configuration that only measures: one batch a step, one worker a stage, nothing concurrent.
 
 Where learner ranks would share the cores of this machine there is one of them, too: several would slow each other
 down while they are measured, and once more in the simulation. One needs no more memory than all of them do. On GPUs or
@@ -36,7 +36,7 @@ def settings_of(settings: Settings, directory: Path) -> Settings:
     if not settings.learners.gpus and settings.cluster.address_to_join is None:
         tree["learners"]["count"] = 1
     tree["evaluation"]["every_steps"] = tree["checkpoint"]["every_steps"] = 0
-    tree["metrics"] |= {"port": 0, "discovery_directory": None}  # it is nobody's experiment: neither Prometheus
+    tree["metrics"] |= {"port": 0, "discovery_directory": None}  # it is no experiment: neither Prometheus
     tree["tracking"]["trackers"] = []  # nor a tracker hears of it
     return loader.parse(tree)
 

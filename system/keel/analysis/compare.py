@@ -78,7 +78,7 @@ def run(directories: list[Path], console: Console, *, as_json: bool, picture: Pa
     comparison = compare([load(directory) for directory in directories])
     if picture is not None:
         rows = {name: evaluations.frontier(path) for name, path in zip(comparison.names, directories, strict=True)}
-        has_gold = any(row.get("gold") is not None for each in rows.values() for row in each)
+        has_gold = any(row.get("gold") is not None for table in rows.values() for row in table)
         frontier_plot.draw(rows, picture, proxy="proxy", gold="gold" if has_gold else None)
     (_print_json if as_json else _print_tables)(console, comparison)
 
@@ -98,7 +98,7 @@ def compare(arms: Sequence[Arm]) -> Comparison:
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):
         names = [f"{arm.directory} (run {number})" for number, arm in enumerate(arms, start=1)]
-    metrics = evaluations.shown(name for arm in arms for each in arm.evaluations for name in each.values)
+    metrics = evaluations.shown(name for arm in arms for evaluation in arm.evaluations for name in evaluation.values)
     return Comparison(
         names=tuple(names),
         directories=tuple(arm.directory for arm in arms),
@@ -111,10 +111,10 @@ def compare(arms: Sequence[Arm]) -> Comparison:
 
 def _match(matching: str, arms: Sequence[Arm], names: Sequence[str], metrics: Sequence[str]) -> Matching:
     """All arms at the largest level that all have reached, or why there is none."""
-    levels = [{each.step: each.level(matching) for each in arm.evaluations} for arm in arms]
-    known = [[level for level in each.values() if math.isfinite(level)] for each in levels]
-    for name, each in zip(names, known, strict=True):
-        if not each:
+    levels = [{evaluation.step: evaluation.level(matching) for evaluation in arm.evaluations} for arm in arms]
+    known = [[level for level in levels_of_arm.values() if math.isfinite(level)] for levels_of_arm in levels]
+    for name, reached in zip(names, known, strict=True):
+        if not reached:
             missing = "no reference log-probs" if matching == "kl" else "no trained_tokens_total in metrics.jsonl"
             return Matching(matching, why_not=f"{name} has {missing}")
     if matching == "steps":
@@ -123,26 +123,30 @@ def _match(matching: str, arms: Sequence[Arm], names: Sequence[str], metrics: Se
             return Matching(matching, why_not="there is no step at which all runs were evaluated")
         level = max(common)
     else:
-        level = min(max(each) for each in known)
-    for name, each in zip(names, known, strict=True):
-        if each[0] > level:
-            return Matching(matching, level, why_not=f"{name} is beyond that from its first evaluation on: {each[0]:g}")
+        level = min(max(reached) for reached in known)
+    for name, reached in zip(names, known, strict=True):
+        if reached[0] > level:
+            return Matching(
+                matching, level, why_not=f"{name} is beyond that from its first evaluation on: {reached[0]:g}"
+            )
     places = [_place(arm, matching, level) for arm in arms]
     values = [
         {name: _between(before, after, weight, name, len(arms[0].prompts)) for name in metrics}
         for before, after, weight in places
     ]
     if matching == "kl":
-        anchor = values[next(number for number, each in enumerate(known) if max(each) == level)]["kl_nats"]
-        values = [_with_error_of_kl(place, each, anchor) for place, each in zip(places, values, strict=True)]
-    standings = [_standing(place, each, values[0]) for place, each in zip(places, values, strict=True)]
+        anchor = values[next(number for number, reached in enumerate(known) if max(reached) == level)]["kl_nats"]
+        values = [
+            _with_error_of_kl(place, arm_values, anchor) for place, arm_values in zip(places, values, strict=True)
+        ]
+    standings = [_standing(place, arm_values, values[0]) for place, arm_values in zip(places, values, strict=True)]
     return Matching(matching, level, tuple(standings))
 
 
 def _place(arm: Arm, matching: str, level: float) -> tuple[Evaluation, Evaluation, float]:
     """The evaluations around the first crossing of the level, and the weight of the second."""
-    known = [each for each in arm.evaluations if math.isfinite(each.level(matching))]
-    after = next(number for number, each in enumerate(known) if each.level(matching) >= level)
+    known = [evaluation for evaluation in arm.evaluations if math.isfinite(evaluation.level(matching))]
+    after = next(number for number, evaluation in enumerate(known) if evaluation.level(matching) >= level)
     high = known[after].level(matching)
     if high == level:
         return known[after], known[after], 1.0
@@ -172,11 +176,11 @@ def _with_error_of_kl(
     if before is after:
         return dict(values)
     nats = after.level("kl") - before.level("kl")
-    found = {}
-    for name, each in values.items():
-        rise = _mean(after.values.get(name, each)) - _mean(before.values.get(name, each))
-        found[name] = each - rise / nats * (values["kl_nats"] - anchor)
-    return found | {"kl_nats": anchor}  # what the formula gives, without its rounding
+    corrected = {}
+    for name, value in values.items():
+        rise = _mean(after.values.get(name, value)) - _mean(before.values.get(name, value))
+        corrected[name] = value - rise / nats * (values["kl_nats"] - anchor)
+    return corrected | {"kl_nats": anchor}  # what the formula gives, without its rounding
 
 
 def _mean(values: np.ndarray) -> float:
@@ -185,16 +189,16 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _standing(
-    place: tuple[Evaluation, Evaluation, float], own: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]
+    place: tuple[Evaluation, Evaluation, float], values: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]
 ) -> Standing:
-    differences = {name: own[name] - first[name] for name in own}
+    differences = {name: values[name] - first[name] for name in values}
     return Standing(
         before=place[0].step,
         after=place[1].step,
         weight=place[2],
-        values={name: estimate(each) for name, each in own.items()},
-        differences={name: estimate(each) for name, each in differences.items()},
-        paired={name: int(np.isfinite(each).sum()) for name, each in differences.items()},
+        values={name: estimate(value) for name, value in values.items()},
+        differences={name: estimate(value) for name, value in differences.items()},
+        paired={name: int(np.isfinite(value).sum()) for name, value in differences.items()},
     )
 
 
@@ -254,7 +258,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     return {
         "prompts": comparison.num_prompts,
         "arms": [{"name": name, "directory": str(directory)} for name, directory in arms],
-        "matchings": {each.name: _matching_as_json(each, comparison.names) for each in comparison.matchings},
+        "matchings": {
+            matching.name: _matching_as_json(matching, comparison.names) for matching in comparison.matchings
+        },
         "notes": list(comparison.notes),
     }
 
@@ -267,10 +273,10 @@ def _matching_as_json(matching: Matching, names: Sequence[str]) -> dict[str, Any
             name: {
                 "steps": [standing.before, standing.after],
                 "weight": standing.weight,
-                "values": {metric: _estimate_as_json(each) for metric, each in standing.values.items()},
+                "values": {metric: _estimate_as_json(value) for metric, value in standing.values.items()},
                 "differences": {
-                    metric: {**_estimate_as_json(each), "prompts": standing.paired[metric]}
-                    for metric, each in standing.differences.items()
+                    metric: {**_estimate_as_json(value), "prompts": standing.paired[metric]}
+                    for metric, value in standing.differences.items()
                 },
             }
             for name, standing in zip(names, matching.standings, strict=False)

@@ -97,17 +97,17 @@ def _per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np
 
 def notes(arms: Sequence[Arm], names: Sequence[str]) -> list[str]:
     """What differs between the settings of the first arm and another, and which metric that touches."""
-    found = []
+    lines = []
     for arm, name in zip(arms[1:], names[1:], strict=True):
         if _rewards(arm) != _rewards(arms[0]):
-            found.append(f"{name} has other rewards than {names[0]}: `reward` is another quantity in each")
+            lines.append(f"{name} has other rewards than {names[0]}: `reward` is another quantity in each")
         for keys, consequence in (
             (_SAME_REFERENCE, "KL is to another policy"),
             (_SAME_TEXT, "the answers differ by more than training"),
         ):
             if changed := [key for key in keys if _setting(arm, key) != _setting(arms[0], key)]:
-                found.append(f"{name} differs from {names[0]} in {', '.join(changed)}: {consequence}")
-    return found
+                lines.append(f"{name} differs from {names[0]} in {', '.join(changed)}: {consequence}")
+    return lines
 
 
 def _rewards(arm: Arm) -> list[tuple[Any, ...]]:

@@ -24,51 +24,53 @@ def report(batch: pa.RecordBatch, judge: str, pass_at: Sequence[int], pass_thres
 
     judge: column whose score decides who wins. pass_at: k of pass@k, of sampled answers with score >= pass_threshold.
     """
-    parts = {key: schema.select(batch, own) for key, own in _parts(batch).items()}
+    parts = {key: schema.select(batch, rows) for key, rows in _parts(batch).items()}
     prompts = len(np.unique(batch.column("prompt_id").to_numpy()))
-    found: dict[str, Any] = {"prompts": prompts, "judge": judge, "means": {}}
+    tree: dict[str, Any] = {"prompts": prompts, "judge": judge, "means": {}}
     for (model, decoding), part in parts.items():
-        found["means"][f"{model}, {decoding}"] = means(part, sampled=decoding == "sampled")
+        tree["means"][f"{model}, {decoding}"] = means(part, sampled=decoding == "sampled")
     rates = {}
     for decoding in ("sampled", "greedy"):
-        own = parts.get(("policy", decoding))
+        policy = parts.get(("policy", decoding))
         other = parts.get(("other", decoding)) or parts.get(("other", "given"))
-        if own is not None and other is not None:
-            rates[decoding] = against(own, other, judge)
+        if policy is not None and other is not None:
+            rates[decoding] = against(policy, other, judge)
     if rates:
-        found["win_rates"] = rates
+        tree["win_rates"] = rates
     sampled = parts.get(("policy", "sampled"))
     if pass_threshold is not None and sampled is not None:
         scores = _by_prompt(sampled, judge)
         missing = np.isnan(scores).any(1)  # a judge that failed says nothing of its prompt
         ks = [k for k in pass_at if k <= scores.shape[1]]
         passed = win_rates.pass_at_k(scores[~missing] >= pass_threshold, ks)
-        found["pass_at_k"] = {str(k): _as_json(value) for k, value in passed.items()}
-        found["pass_prompts"] = int((~missing).sum())
-    return found
+        tree["pass_at_k"] = {str(k): _as_json(value) for k, value in passed.items()}
+        tree["pass_prompts"] = int((~missing).sum())
+    return tree
 
 
 def means(part: pa.RecordBatch, *, sampled: bool) -> dict[str, dict[str, float | None]]:
     """Mean and 95 % interval of every number of one model's answers, and how many of them have none."""
     values, prompts = per_completion(part), part.column("prompt_id").to_numpy()
-    found = {}
+    numbers = {}
     for name in shown(values):
         if name in _OF_SAMPLES and not sampled:
             continue
         known = np.isfinite(values[name])
-        found[name] = _as_json(_over_prompts(values[name][known], prompts[known])) | {"missing": int((~known).sum())}
-    return found
+        numbers[name] = _as_json(_over_prompts(values[name][known], prompts[known])) | {"missing": int((~known).sum())}
+    return numbers
 
 
-def against(own: pa.RecordBatch, other: pa.RecordBatch, judge: str) -> dict[str, Any]:
-    """Win rates of own over other answers of the same prompts; sample i meets sample i, or the one answer there is."""
+def against(policy: pa.RecordBatch, other: pa.RecordBatch, judge: str) -> dict[str, Any]:
+    """Win rates of the policy's over other answers of the same prompts; sample i meets sample i, or the only answer."""
     answers = {key: row for row, key in enumerate(_keys(other))}
     single = not any(sample for _, sample in answers)
-    partner = np.array([answers[(prompt, 0 if single else sample)] for prompt, sample in _keys(own)])
-    scores, theirs = (_scores(side, judge) for side in (own, other))
+    partner = np.array([answers[(prompt, 0 if single else sample)] for prompt, sample in _keys(policy)])
+    scores, theirs = (_scores(side, judge) for side in (policy, other))
     won = win_rates.wins(scores, theirs[partner])
-    lengths = [np.array([len(text) for text in side.column("completion").to_pylist()], float) for side in (own, other)]
-    prompts = own.column("prompt_id").to_numpy()
+    lengths = [
+        np.array([len(text) for text in side.column("completion").to_pylist()], float) for side in (policy, other)
+    ]
+    prompts = policy.column("prompt_id").to_numpy()
     controlled = win_rates.length_controlled_win_rate(won, lengths[0], lengths[1][partner], prompts)
     return {
         "win_rate": _as_json(win_rates.win_rate(won, prompts)),
@@ -105,5 +107,5 @@ def _over_prompts(values: np.ndarray, prompts: np.ndarray) -> Estimate:
 
 
 def _as_json(value: Estimate) -> dict[str, float | None]:
-    found = {"mean": value.mean, "low": value.low, "high": value.high}
-    return {name: number if np.isfinite(number) else None for name, number in found.items()}
+    numbers = {"mean": value.mean, "low": value.low, "high": value.high}
+    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}

@@ -59,7 +59,7 @@ def draw(
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"picture {path}: expected a name that ends in .png or .svg")
     drawn = {name: curves(rows, proxy, gold) for name, rows in arms.items()}
-    drawn = {name: each for name, each in drawn.items() if len(each.steps)}
+    drawn = {name: points for name, points in drawn.items() if len(points.steps)}
     if not drawn:
         raise ConfigError(
             f"picture {path}: no evaluation of {', '.join(arms)} has a KL; expected runs with a reference"
@@ -71,8 +71,8 @@ def draw(
         raise ConfigError(f"picture {path}: matplotlib is not installed; expected `pip install matplotlib`") from None
     figure = Figure(figsize=(7.5, 4.8), dpi=150, layout="constrained")
     axis = figure.add_subplot()
-    for number, (name, each) in enumerate(drawn.items()):
-        _plot(axis, each, printable(name, limit=60).replace("$", r"\$"), f"C{number % 10}", proxy, gold)
+    for number, (name, points) in enumerate(drawn.items()):
+        _plot(axis, points, printable(name, limit=60).replace("$", r"\$"), f"C{number % 10}", proxy, gold)
     axis.set_title("Reward against distance from the reference, held-out prompts")
     axis.set_xlabel("square root of the KL to the reference (nats$^{1/2}$)")
     axis.set_ylabel("reward (mean, bars: standard error)")
@@ -86,17 +86,24 @@ def draw(
     files.write(path, content.getvalue())
 
 
-def _plot(axis: Any, each: Curves, name: str, color: str, proxy: str, gold: str | None) -> None:
-    bars = np.where(np.isfinite(each.stderr), each.stderr, 0)
+def _plot(axis: Any, points: Curves, name: str, color: str, proxy: str, gold: str | None) -> None:
+    bars = np.where(np.isfinite(points.stderr), points.stderr, 0)
     axis.errorbar(
-        each.root_kl, each.proxy, yerr=bars, fmt="o-", markersize=4, capsize=2, color=color, label=f"{proxy}: {name}"
+        points.root_kl,
+        points.proxy,
+        yerr=bars,
+        fmt="o-",
+        markersize=4,
+        capsize=2,
+        color=color,
+        label=f"{proxy}: {name}",
     )
-    if gold and np.isfinite(each.gold).any():
-        axis.plot(each.root_kl, each.gold, "s--", markersize=4, color=color, label=f"{gold}: {name}")
-    for end in dict.fromkeys((0, len(each.steps) - 1)):
-        if np.isfinite(each.proxy[end]):
-            where = (each.root_kl[end], each.proxy[end])
-            text = f"step {each.steps[end]:.0f}"
+    if gold and np.isfinite(points.gold).any():
+        axis.plot(points.root_kl, points.gold, "s--", markersize=4, color=color, label=f"{gold}: {name}")
+    for end in dict.fromkeys((0, len(points.steps) - 1)):
+        if np.isfinite(points.proxy[end]):
+            where = (points.root_kl[end], points.proxy[end])
+            text = f"step {points.steps[end]:.0f}"
             axis.annotate(text, where, xytext=(4, 5), textcoords="offset points", fontsize=7, color=color)
 
 

@@ -58,18 +58,18 @@ def measured(runs: Sequence[Path]) -> Rates:
         role: {
             "fixed_seconds": fixed,
             "sequence_seconds": slope,
-            "relative_seconds": [round(each, 4) for each in _thinned(seen.relative[role])],
+            "relative_seconds": [round(ratio, 4) for ratio in _thinned(seen.relative[role])],
         }
         for role, (fixed, slope) in lines.items()
     }
     if "load" not in seen.driver:
-        seen.driver["load"] = [min(seen.late_loads)]  # of the step in which nobody was busy, if there was one
+        seen.driver["load"] = [min(seen.late_loads)]  # of the step without a busy generator, if there was one
     driver = {what: statistics.median(seconds) for what, seconds in seen.driver.items()}
     weights = {f"{what}_seconds": driver.pop(what) for what in ("publish", "load")}
     named = ", ".join(str(directory) for directory in runs)
     tree = {"source": f"measured on {named}", "tokens_per_sequence": statistics.mean(seen.tokens), **stages}
-    own = {f"{what}_seconds": seconds for what, seconds in driver.items()}
-    return Rates.model_validate(tree | {"weights": weights, "driver": own})
+    rates = {f"{what}_seconds": seconds for what, seconds in driver.items()}
+    return Rates.model_validate(tree | {"weights": weights, "driver": rates})
 
 
 def _see(directory: Path, seen: _Seen) -> None:
@@ -91,7 +91,7 @@ def _see(directory: Path, seen: _Seen) -> None:
     ranks = pairs[0][1]["workers"]["learner"]
     steps = [_change(pair, "phase_seconds_total", STEPPING) for pair in pairs]
     seen.points[LEARNER].append((1.0, rows / ranks, statistics.mean(steps)))
-    seen.relative[LEARNER] += [each / statistics.mean(steps) for each in steps]
+    seen.relative[LEARNER] += [seconds / statistics.mean(steps) for seconds in steps]
     seen.tokens += [batch.tokens / batch.sequences for batch in batches]
     for pair in pairs:
         _see_driver(pair, seen)
@@ -131,14 +131,14 @@ def _see_evaluations(directory: Path, settings: Settings, batches: "list[_Batch]
     steps = [int(row["step"]) for row in evaluations.frontier(directory)]
     held_out = [_batches(evaluations.load(directory, step))[0] for step in steps[1:]]  # the first one warms up
     for role in ("generator", "scorer"):
-        own = [batch.seconds[role] for batch in batches]
-        mean = statistics.mean(own)
+        seconds_of_batches = [batch.seconds[role] for batch in batches]
+        mean = statistics.mean(seconds_of_batches)
         way = max(seen.points[role][-1][-1] - mean, 0.0)
         seen.points[role] += [
             (_waves(role, batch, settings), batch.sequences, batch.seconds[role] + way) for batch in held_out
         ]
         if mean:
-            seen.relative[role] += [(seconds + way) / (mean + way) for seconds in own]
+            seen.relative[role] += [(seconds + way) / (mean + way) for seconds in seconds_of_batches]
 
 
 def _change(pair: tuple[dict[str, Any], dict[str, Any]], name: str, label: str) -> float:
@@ -184,7 +184,7 @@ def _thinned(values: Sequence[float]) -> list[float]:
     if stride <= 1:
         return list(values)
     kept = sorted(values)[stride // 2 :: stride]
-    return [each * statistics.mean(values) / statistics.mean(kept) for each in kept]
+    return [value * statistics.mean(values) / statistics.mean(kept) for value in kept]
 
 
 def _line(points: Iterable[tuple[float, float, float]], assumed: float) -> tuple[float, float]:

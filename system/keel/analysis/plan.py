@@ -62,7 +62,7 @@ class Prediction:
     busy: Mapping[str, float]
     """Share of a role's worker seconds."""
     idle: Mapping[str, Mapping[str, float]]
-    """Share of a role's worker seconds by whom it waits for, as `keel_idle_seconds_total` has it."""
+    """Share of a role's worker seconds by what it waits for, as `keel_idle_seconds_total` has it."""
     queue: Mapping[str, float]
     """Batches that wait for a worker of a role, mean."""
     staleness: Mapping[int, float]
@@ -129,14 +129,9 @@ class _Drawn:
 
 
 def predict(
-    settings: Settings,
-    rates: Rates,
-    counts: Mapping[str, int],
-    machine: Machine,
-    steps: int = 30,
-    seed: int = 0,
+    settings: Settings, rates: Rates, counts: Mapping[str, int], machine: Machine, steps: int = 30, seed: int = 0
 ) -> Prediction:
-    """Simulate so many steps after the warm-up, with these counts in place of the configuration's."""
+    """Simulate this many steps after the warm-up, with these counts in place of the configuration's."""
     warm_up = WARM_UP_STEPS + settings.buffer.max_staleness
     shape = shape_of(settings, rates, counts, machine, warm_up + steps + 1)
     line = Simulation(shape, _Drawn(rates, settings, counts, machine, seed)).run()
@@ -201,13 +196,13 @@ class Footprint:
 
 
 def footprints(settings: Settings, parameters: int, ranks: int) -> list[Footprint]:
-    """Of a policy (and reference) with so many parameters."""
+    """List the memory of each role for a policy (and reference) of this size."""
     published = float(parameters * _BYTES[settings.generators.dtype])
-    own = published / settings.generators.tensor_parallel
-    found = [Footprint("generator", {"weights": own, "KV cache": float(settings.generators.kv_cache_bytes)})]
+    share = published / settings.generators.tensor_parallel
+    workers = [Footprint("generator", {"weights": share, "KV cache": float(settings.generators.kv_cache_bytes)})]
     if settings.reference:
-        found.append(Footprint("reference", {"weights": float(parameters * _BYTES[settings.reference.dtype])}))
-    weights, gradients, optimizer = (parameters * each for each in _TRAINING[settings.learners.precision])
+        workers.append(Footprint("reference", {"weights": float(parameters * _BYTES[settings.reference.dtype])}))
+    weights, gradients, optimizer = (parameters * size for size in _TRAINING[settings.learners.precision])
     stage = settings.learners.zero_stage
     if settings.learners.precision == "fp32" and stage == 3:
         optimizer -= weights
@@ -216,4 +211,4 @@ def footprints(settings: Settings, parameters: int, ranks: int) -> list[Footprin
         "gradients": gradients / (ranks if stage >= 2 else 1),
         "optimizer state": optimizer / ranks,
     }
-    return [*found, Footprint(LEARNER, learner), Footprint("node", {"published weights, old and new": 2 * published})]
+    return [*workers, Footprint(LEARNER, learner), Footprint("node", {"published weights, old and new": 2 * published})]

@@ -80,6 +80,6 @@ class Rates(Section):
     policy_parameters: int | None = Field(None, ge=1, description="for memory; null: counted in the model's files")
 
     def of(self, role: str) -> StageRates:
-        found = {"generator": self.generator, "reference": self.reference, "scorer": self.scorer}[role]
-        assert found is not None, role
-        return found
+        rates = {"generator": self.generator, "reference": self.reference, "scorer": self.scorer}[role]
+        assert rates is not None, role
+        return rates

@@ -39,15 +39,15 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> list[Bin]:
     edges = np.linspace(0.5, 1.0, bins + 1)
     place = np.clip(np.digitize(predicted, edges) - 1, 0, bins - 1)
     return [
-        Bin(edges[b], edges[b + 1], int(own.sum()), float(predicted[own].mean()), float(right[own].mean()))
+        Bin(edges[b], edges[b + 1], int(pairs.sum()), float(predicted[pairs].mean()), float(right[pairs].mean()))
         for b in range(bins)
-        if (own := place == b).any()
+        if (pairs := place == b).any()
     ]
 
 
-def calibration_error(found: list[Bin]) -> float:
+def calibration_error(bins: list[Bin]) -> float:
     """Expected calibration error: mean |predicted - observed| over pairs (2017, arXiv 1706.04599)."""
-    return sum(b.pairs * abs(b.predicted - b.observed) for b in found) / sum(b.pairs for b in found)
+    return sum(b.pairs * abs(b.predicted - b.observed) for b in bins) / sum(b.pairs for b in bins)
 
 
 def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, 
     margins = chosen.mean(0) - rejected.mean(0)
     scores, characters = np.concatenate([chosen.mean(0), rejected.mean(0)]), np.concatenate(lengths)
     longer = np.sign(lengths[0] - lengths[1])
-    found = calibration(margins)
+    bins = calibration(margins)
     return {
         "pairs": len(margins),
         "accuracy": _as_json(estimate(accuracies(margins))),
@@ -66,8 +66,8 @@ def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, 
         "margin_mean": float(margins.mean()),
         "margin_std": float(margins.std()),
         "member_std": float(np.concatenate([chosen, rejected], axis=1).std(0).mean()),
-        "calibration": [asdict(one) for one in found],
-        "calibration_error": calibration_error(found),
+        "calibration": [asdict(one) for one in bins],
+        "calibration_error": calibration_error(bins),
         "length_correlation": _spearman(scores, characters),
         "prefers_longer": float((np.sign(margins) == longer)[longer != 0].mean()) if longer.any() else None,
         "label_prefers_longer": float((longer > 0)[longer != 0].mean()) if longer.any() else None,

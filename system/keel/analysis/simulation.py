@@ -26,7 +26,7 @@ Counted = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a run, as far as they decide who waits for whom."""
+    """Sizes of a run, as far as they decide which role waits for which."""
 
     workers: Mapping[str, int]
     """Of the roles generator, scorer and (where there is one) reference."""
@@ -168,7 +168,7 @@ class Simulation:
         return self.line
 
     def _tell(self, event: Event) -> Event:
-        """Wake who waits; the event of the next time."""
+        """Wake the waiting processes; the event of the next time."""
         self.clock.happen(event)
         return Event()
 

@@ -1,4 +1,4 @@
-"""Whether a run directory is what a run leaves behind, from its files alone. Nothing is loaded that computes.
+"""Checks a run directory against what a run leaves behind, from its files alone and without loading torch.
 
     config.yaml      loads; the hash in its first line is that of its settings
     rollouts/        manifest, files, tickets, seeds, staleness                            (audit.py)
@@ -76,7 +76,7 @@ def _check(run_directory: Path) -> Report:
         quarantine = run_directory / "quarantine"
         audit.counts["quarantined_files"] = sum(path.is_file() for path in quarantine.rglob("*"))
     for path in sorted(run_directory.rglob(".*.tmp")):
-        audit.notes.append(f"{path.relative_to(run_directory)}: a write that was interrupted; nobody reads it")
+        audit.notes.append(f"{path.relative_to(run_directory)}: an interrupted write, which is never read")
     return Report(str(run_directory), tuple(audit.findings), tuple(audit.notes), dict(audit.counts))
 
 
@@ -124,14 +124,14 @@ def _metrics(
 
 def _counters(line: Mapping[str, Any]) -> dict[str, float]:
     """Counters of a line of metrics.jsonl, or of the totals of a checkpoint; labeled ones as name/label."""
-    found: dict[str, Any] = {}
+    counters: dict[str, Any] = {}
     for name in _COUNTERS:
         value = line.get(name)
         if name in _LABELED and isinstance(value, dict):
-            found |= {f"{name}/{label}": number for label, number in value.items()}
+            counters |= {f"{name}/{label}": number for label, number in value.items()}
         elif value is not None:
-            found[name] = value
-    return {name: value if isinstance(value, int | float) else math.nan for name, value in found.items()}
+            counters[name] = value
+    return {name: value if isinstance(value, int | float) else math.nan for name, value in counters.items()}
 
 
 def _ledger_counters(audit: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
@@ -139,7 +139,7 @@ def _ledger_counters(audit: Audit, manifest: Sequence[Mapping[str, Any]]) -> dic
     faulty = {finding.file for finding in audit.findings}
     reasons = {reason for line in manifest for reason in line["dropped"]} | {"too_few_samples", "uniform_rewards"}
     totals: Counter[str] = Counter({f"groups_dropped_total/{reason}": 0 for reason in reasons})
-    found: dict[int, dict[str, float]] = {}
+    expected: dict[int, dict[str, float]] = {}
     for line in manifest:
         path = audit.directory / "rollouts" / line["file"]
         totals["samples_accepted_total"] += line["rows"]
@@ -150,8 +150,8 @@ def _ledger_counters(audit: Audit, manifest: Sequence[Mapping[str, Any]]) -> dic
         for reason, tickets in line["dropped"].items():
             totals[f"groups_dropped_total/{reason}"] += len(tickets)
         known = [name for name in totals if name != "rollout_bytes_total" or f"rollouts/{line['file']}" not in faulty]
-        found[line["step"]] = {name: float(totals[name]) for name in known}
-    return found
+        expected[line["step"]] = {name: float(totals[name]) for name in known}
+    return expected
 
 
 def _checkpoints(

@@ -19,7 +19,7 @@ Process = Generator["Event", None, Any]
 
 
 class Event:
-    """Happens once; whoever waits goes on, in the order of waiting, at the same instant."""
+    """An event that happens once and resumes the processes that wait for it, in order, at the same instant."""
 
     __slots__ = ("happened", "waiting")
 
@@ -29,7 +29,7 @@ class Event:
 
 
 class Clock:
-    """`cores`: None computes everything at once, as on machines that nobody shares."""
+    """`cores`: None computes everything at once, as on machines of one worker each."""
 
     def __init__(self, cores: float | None = None) -> None:
         self.now = 0.0
@@ -46,7 +46,7 @@ class Clock:
         return self.now
 
     def spawn(self, process: Process) -> Event:
-        """Begin a process, after those that go on at this instant; the event of its end."""
+        """Begin a process, after those that resume at this instant; the event of its end."""
         end = Event()
         self._ready.append((process, end))
         return end
@@ -57,7 +57,7 @@ class Clock:
         return event
 
     def compute(self, seconds: float, threads: float) -> Event:
-        """The end of work that takes so many seconds on cores of its own."""
+        """The end of work that would take these seconds on cores that are not shared."""
         if self._cores is None or not threads:
             return self.sleep(seconds)
         event = Event()
@@ -71,7 +71,7 @@ class Clock:
         event.waiting.clear()
 
     def run(self, until: Event) -> None:
-        """Go on until the event happened. Asserts that somebody can make it happen."""
+        """Run until the event happened. Asserts that some process can make it happen."""
         while True:
             while self._ready and not until.happened:
                 self._resume(*self._ready.popleft())
@@ -88,7 +88,7 @@ class Clock:
 
     def _jump(self) -> None:
         """To the next end of a sleep or of work."""
-        assert self._sleeping or self._computing, "everyone waits for someone else"
+        assert self._sleeping or self._computing, "deadlock: every process waits for another"
         rate = self._rate()
         wakes = self._sleeping[0][0] if self._sleeping else float("inf")
         done = self.now + (self._computing[0][0] - self._work) / rate if self._computing else float("inf")
@@ -107,7 +107,7 @@ class Clock:
 
 
 class VirtualLock:
-    """One holder at a time, first come first served, as an asyncio.Lock."""
+    """A lock with one holder at a time, first come first served, as asyncio.Lock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -19,10 +19,10 @@ _RESAMPLES, _CELLS = 2000, 1_000_000
 _ITERATIONS, _TOLERANCE = 200, 1e-10
 
 
-def wins(own: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[n] 1 where own scores higher, 0.5 at a tie, 0 else; NaN where a score is: a failed judge is never a loss."""
-    assert own.shape == other.shape, (own.shape, other.shape)
-    return np.where(np.isnan(own) | np.isnan(other), np.nan, (own > other) + 0.5 * (own == other))
+def wins(scores: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """[n] 1 where `scores` is higher, 0.5 at a tie, 0 else; NaN where a score is: a failed judge is never a loss."""
+    assert scores.shape == other.shape, (scores.shape, other.shape)
+    return np.where(np.isnan(scores) | np.isnan(other), np.nan, (scores > other) + 0.5 * (scores == other))
 
 
 def win_rate(wins: np.ndarray, prompts: np.ndarray | None = None, seed: int = 0) -> Estimate:
@@ -73,24 +73,20 @@ def length_controlled_win_rate(
         """[..., draws] prompts -> [...] rates."""
         assert axis in (-1, drawn.ndim - 1), axis
         flat = drawn.reshape(-1, drawn.shape[-1])
-        counts = np.stack([np.bincount(each, minlength=len(size)) for each in flat])
-        found = _rates_at_equal_length((counts / size)[:, group], won, difference)
-        return np.round(found, 9).reshape(drawn.shape[:-1])  # BCa counts ties: equal but for rounding is equal
+        counts = np.stack([np.bincount(places, minlength=len(size)) for places in flat])
+        estimates = _rates_at_equal_length((counts / size)[:, group], won, difference)
+        return np.round(estimates, 9).reshape(drawn.shape[:-1])  # BCa counts ties: equal but for rounding is equal
 
     everyone = np.arange(len(size))
     mean = float(rates(everyone))
     if len(size) < 2:
         return Estimate(mean, mean, mean)
-    found = stats.bootstrap(
-        (everyone,),
-        rates,
-        n_resamples=_RESAMPLES,
-        batch=max(1, _CELLS // len(won)),
-        rng=np.random.default_rng(seed),
+    bootstrap = stats.bootstrap(
+        (everyone,), rates, n_resamples=_RESAMPLES, batch=max(1, _CELLS // len(won)), rng=np.random.default_rng(seed)
     )
-    low, high = found.confidence_interval
+    low, high = bootstrap.confidence_interval
     if not np.isfinite([low, high]).all():  # BCa has no answer where every resample says the same
-        low, high = np.quantile(found.bootstrap_distribution, [0.025, 0.975])
+        low, high = np.quantile(bootstrap.bootstrap_distribution, [0.025, 0.975])
     return Estimate(mean, float(low), float(high))
 
 
@@ -106,12 +102,12 @@ def pass_at_k(correct: np.ndarray, ks: Sequence[int], seed: int = 0) -> dict[int
         raise ValueError(f"k={wrong[0]}: expected 1 to {samples}, the samples of a prompt")
     num_correct = correct.sum(axis=1)
     descending = np.arange(samples, 0, -1)
-    found = {}
+    estimates = {}
     for k in ks:
         factors = np.maximum(1 - k / descending, 0)  # the first zero is exact and ends the product
         all_fail = np.concatenate([[1.0], np.cumprod(factors)])  # by number of correct samples
-        found[k] = estimate(1 - all_fail[num_correct], seed)
-    return found
+        estimates[k] = estimate(1 - all_fail[num_correct], seed)
+    return estimates
 
 
 def _rates_at_equal_length(weights: np.ndarray, won: np.ndarray, difference: np.ndarray) -> np.ndarray:

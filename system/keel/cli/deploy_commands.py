@@ -109,7 +109,7 @@ def kubernetes_manifests(
     max_reference: Most = None,
     max_scorers: Most = None,
     max_learners: Most = None,
-    retries: Annotated[int, typer.Option(min=0, help="of a job that fails; each goes on from the checkpoint")] = 3,
+    retries: Annotated[int, typer.Option(min=0, help="of a job that fails; each resumes the run")] = 3,
     deadline_seconds: Annotated[int | None, typer.Option(min=1, help="of the job; default: none")] = None,
     secret: Annotated[
         str | None, typer.Option(help="Secret whose entries become variables, for headers of http rewards and HF_TOKEN")

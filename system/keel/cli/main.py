@@ -152,7 +152,7 @@ def main() -> None:
     except Exception as error:
         _fail_run(error)
     if code == loader.INTERRUPTED:
-        _fail("interrupted; `keel resume RUN_DIR` goes on from the last checkpoint", loader.INTERRUPTED)
+        _fail("interrupted; `keel resume RUN_DIR` resumes from the last checkpoint", loader.INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

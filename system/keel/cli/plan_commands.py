@@ -1,4 +1,4 @@
-"""`keel plan`: what a configuration will take, and how to divide a budget; cli.py registers it."""
+"""`keel plan`: what a configuration will take, and how to divide a budget; main.py registers it."""
 
 import dataclasses
 import json
@@ -36,8 +36,8 @@ def plan(
         list[Path] | None, typer.Option("--from", help="run directory whose rates to use; repeatable")
     ] = None,
     rates_path: Annotated[Path | None, typer.Option("--rates", help="YAML file of rates")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="divide so many devices")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="divide one machine of so many cores")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="number of devices to divide")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="cores of one machine to divide")] = None,
     staleness: Annotated[
         list[int] | None, typer.Option("--max-staleness", min=0, help="in place of the configuration's; repeatable")
     ] = None,
@@ -49,26 +49,26 @@ def plan(
     Without --from and --rates, a few steps are run here to measure.
     """
     if runs and rates_path:
-        raise ConfigError(f"--rates={rates_path}: --from is there, too; expected one of them")
+        raise ConfigError(f"--rates={rates_path}: --from is given, too; expected one of them")
     if save_rates and not save_rates.absolute().parent.is_dir():
-        raise ConfigError(f"--save-rates={save_rates}: no such folder; expected one that is there")
+        raise ConfigError(f"--save-rates={save_rates}: no such folder; expected one that exists")
     settings = loader.load(config_path, overrides or [])
-    late = [_with_staleness(settings, bound) for bound in staleness or [settings.buffer.max_staleness]]
-    budgets = [_budget(each, gpus, cpus) for each in late]  # before minutes of measuring
+    variants = [_with_staleness(settings, bound) for bound in staleness or [settings.buffer.max_staleness]]
+    budgets = [_budget(variant, gpus, cpus) for variant in variants]  # before minutes of measuring
     rates = _rates(settings, runs or [], rates_path, as_json)
     if settings.reference and rates.reference is None:
         raise ConfigError("rates.reference: missing, but the configuration has a reference; expected a block")
     if save_rates:
         save_rates.write_text(yaml.safe_dump(rates.model_dump(mode="json"), sort_keys=False), encoding="utf8")
     machine = Machine(cores=_cores(settings, gpus, cpus))
-    found = [_planned(each, rates, machine, budget) for each, budget in zip(late, budgets, strict=True)]
+    plans = [_planned(variant, rates, machine, budget) for variant, budget in zip(variants, budgets, strict=True)]
     parameters = rates.policy_parameters or _parameters(settings)
-    last = found[-1]["best"][0] if found[-1]["best"] else found[-1]["configured"]
+    last = plans[-1]["best"][0] if plans[-1]["best"] else plans[-1]["configured"]
     memory = footprints(settings, parameters, last.counts[LEARNER]) if parameters else []
     if as_json:
-        typer.echo(json.dumps(_tree(rates, machine, found, memory), indent=2))
+        typer.echo(json.dumps(_tree(rates, machine, plans, memory), indent=2))
     else:
-        _show(rates, machine, found, memory, last.counts[LEARNER])
+        _show(rates, machine, plans, memory, last.counts[LEARNER])
 
 
 def _rates(settings: Settings, runs: list[Path], path: Path | None, as_json: bool) -> Rates:
@@ -100,7 +100,7 @@ def _cores(settings: Settings, gpus: int | None, cpus: int | None) -> float | No
 
 def _budget(settings: Settings, gpus: int | None, cpus: int | None) -> WorkerBudget | None:
     if gpus and cpus:
-        raise ConfigError(f"--cpus={cpus}: --gpus is there, too; expected one of them")
+        raise ConfigError(f"--cpus={cpus}: --gpus is given, too; expected one of them")
     if gpus:
         return of_gpus(settings, configured(settings), gpus)
     return of_cpus(settings, configured(settings), cpus) if cpus else None
@@ -115,8 +115,9 @@ def _with_staleness(settings: Settings, bound: int) -> Settings:
 def _planned(settings: Settings, rates: Rates, machine: Machine, budget: WorkerBudget | None) -> dict[str, Any]:
     """The configuration's own counts, and the best ones for the budget if there is one."""
     counts = configured(settings)
-    found = best(budget, rates, counts, partial(_search, settings, rates, machine))[:_SHOWN] if budget else []
-    again = [predict(settings, rates, each.counts, machine) for each in found]  # over the same steps as configured ones
+    candidates = best(budget, rates, counts, partial(_search, settings, rates, machine))[:_SHOWN] if budget else []
+    # Predicted again over as many steps as the configured counts.
+    again = [predict(settings, rates, candidate.counts, machine) for candidate in candidates]
     return {
         "max_staleness": settings.buffer.max_staleness,
         "configured": predict(settings, rates, counts, machine),
@@ -140,34 +141,34 @@ def _parameters(settings: Settings) -> int | None:
     return model_files.num_parameters(loading.locate_policy(model, "policy.model"))
 
 
-def _tree(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint]) -> dict[str, Any]:
-    plans = [
+def _tree(rates: Rates, machine: Machine, plans: list[dict[str, Any]], memory: list[Footprint]) -> dict[str, Any]:
+    predicted = [
         {
-            "max_staleness": each["max_staleness"],
-            "configured": dataclasses.asdict(each["configured"]),
-            "best": [dataclasses.asdict(prediction) for prediction in each["best"]],
+            "max_staleness": plan["max_staleness"],
+            "configured": dataclasses.asdict(plan["configured"]),
+            "best": [dataclasses.asdict(prediction) for prediction in plan["best"]],
         }
-        for each in found
+        for plan in plans
     ]
-    parts = {each.role: dict(each.parts) for each in memory}
+    parts = {footprint.role: dict(footprint.parts) for footprint in memory}
     return {
         "rates": rates.model_dump(mode="json"),
         "machine": dataclasses.asdict(machine),
-        "plans": plans,
+        "plans": predicted,
         "memory_bytes": parts,
     }
 
 
-def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: list[Footprint], ranks: int) -> None:
+def _show(rates: Rates, machine: Machine, plans: list[dict[str, Any]], memory: list[Footprint], ranks: int) -> None:
     console.print(f"Rates    {rates.source}", soft_wrap=True)
     shared = f"{machine.cores:g} cores shared by all workers" if machine.cores else "every worker has its own device"
     console.print(f"Machine  {shared}")
-    rows = [each["configured"] for each in found]
+    rows = [plan["configured"] for plan in plans]
     console.print(_table("as configured", rows, waits=len(rows)))
-    for each in found:
-        if each["best"]:
-            title = f"best counts for the budget, max_staleness {each['max_staleness']}"
-            console.print(_table(title, each["best"], waits=1))
+    for plan in plans:
+        if plan["best"]:
+            title = f"best counts for the budget, max_staleness {plan['max_staleness']}"
+            console.print(_table(title, plan["best"], waits=1))
     if not memory:
         console.print("Memory   unknown: the model is not here; policy_parameters of the rates would say it")
         return
@@ -181,19 +182,19 @@ def _show(rates: Rates, machine: Machine, found: list[dict[str, Any]], memory: l
 
 
 def _table(title: str, predictions: list[Prediction], waits: int) -> Table:
-    """A row a prediction; the first `waits` of them with whom each role waits for."""
+    """A row for each prediction; the first `waits` of them also say what a role waits for."""
     roles = list(predictions[0].counts)
     table = Table("counts", "late", "step s", "p90", "tok/s", *roles, title=title, title_justify="left")
-    for place, each in enumerate(predictions):
-        counts = " : ".join(str(count) for count in each.counts.values())
-        late = ", ".join(f"{versions}: {share:.0%}" for versions, share in each.staleness.items())
-        shares = [f"{each.busy[role]:.0%} busy{_idle(each.idle[role]) if place < waits else ''}" for role in roles]
-        numbers = (f"{each.step_seconds:.2f}", f"{each.step_seconds_p90:.2f}", f"{each.tokens_per_second:,.0f}")
+    for place, row in enumerate(predictions):
+        counts = " : ".join(str(count) for count in row.counts.values())
+        late = ", ".join(f"{versions}: {share:.0%}" for versions, share in row.staleness.items())
+        shares = [f"{row.busy[role]:.0%} busy{_idle(row.idle[role]) if place < waits else ''}" for role in roles]
+        numbers = (f"{row.step_seconds:.2f}", f"{row.step_seconds_p90:.2f}", f"{row.tokens_per_second:,.0f}")
         table.add_row(counts, late, *numbers, *shares)
     return table
 
 
 def _idle(shares: Mapping[str, float]) -> str:
-    """Whom a role waits for, the longest wait first."""
+    """What a role waits for, the longest wait first."""
     waits = sorted(shares.items(), key=lambda pair: -pair[1])
     return "".join(f"\n{share:.0%} on {on}" for on, share in waits[:3] if share >= 0.005)

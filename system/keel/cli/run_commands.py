@@ -1,4 +1,4 @@
-"""Commands on a run that exists; cli.py registers them."""
+"""Commands on a run that exists; main.py registers them."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def verify(
     differences = checking.compare(run_directory, against) if against else []
     if as_json:
         intact = {"intact": not report.findings}
-        tree = dataclasses.asdict(report) | intact | {"differences": [dataclasses.asdict(each) for each in differences]}
+        tree = dataclasses.asdict(report) | intact | {"differences": list(map(dataclasses.asdict, differences))}
         typer.echo(json.dumps(tree, indent=2))
     else:
         _show(report, against, differences)
@@ -67,12 +67,12 @@ def scale(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change how many workers a live run has; without counts, show them. What has no room is pending until it has."""
+    """Change how many workers a live run has; without counts, show them. Workers wait for resources as pending."""
     roles = {"generators": generators, "reference": references, "scorers": scorers, "learners": learners}
     wanted = {option: count for option, count in roles.items() if count is not None}
     options = [f"--{option}={count}" for option, count in wanted.items()]
     where = job_server_of(run, address)
-    counts = answer_of(where, run, "scale", *options) if where else _scale_here(Path(run), wanted)
+    counts = answer_of(where, run, "scale", *options) if where else _scale_local(Path(run), wanted)
     if as_json:
         typer.echo(json.dumps(counts, indent=2))
         return
@@ -90,20 +90,20 @@ def explain(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where the time of a run goes, who waits for whom, and which count to raise."""
+    """Say where the time of a run goes, what each role waits for, and which count to raise."""
     where = job_server_of(run, address)
-    found = answer_of(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
+    answer = answer_of(where, run, "explain", f"--last={last}") if where else _explain(Path(run), last)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(answer, indent=2))
         return
-    title = f"steps {found['first_step']} to {found['last_step']}, {found['seconds_per_step']:.2f} s each"
+    title = f"steps {answer['first_step']} to {answer['last_step']}, {answer['seconds_per_step']:.2f} s each"
     table = Table("role", "workers", "busy", "in line", "without work, waiting for", title=title, title_justify="left")
-    for role in found["roles"]:
+    for role in answer["roles"]:
         row = f"{role['workers']:.1f}", f"{role['busy_ratio']:.0%}", f"{role['waiting_batches']:.1f}"
         table.add_row(role["name"], *row, _shares(role["idle_ratios"]))
     console.print(table)
-    console.print(f"Time     {_shares(found['timeline'])}", soft_wrap=True)
-    for line in found["advice"]:
+    console.print(f"Time     {_shares(answer['timeline'])}", soft_wrap=True)
+    for line in answer["advice"]:
         console.print(f"Advice   {line}", soft_wrap=True)
 
 
@@ -123,7 +123,7 @@ def _shares(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
 
 
-def _scale_here(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
+def _scale_local(run_directory: Path, wanted: dict[str, int]) -> dict[str, Any]:
     where = status.control_of(run_directory)
     status.authenticate_as(where)
     from keel.cluster import control
@@ -141,15 +141,15 @@ def replay(
     from keel.analysis import replay as replaying
 
     with progress_display(errors if as_json else console, step) as display:
-        found = replaying.run(run_directory, step, display)
+        replayed = replaying.run(run_directory, step, display)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        typer.echo(json.dumps(dataclasses.asdict(replayed), indent=2))
         return
-    if found.refused:
-        console.print(f"The learner refuses step {step} again: {found.refused}", soft_wrap=True)
+    if replayed.refused:
+        console.print(f"The learner refuses step {step} again: {replayed.refused}", soft_wrap=True)
         return
-    table = Table("metric", "then", "now", "difference", title=f"step {step}, replayed from version {found.start}")
-    for name, (then, now) in found.numbers.items():
+    table = Table("metric", "then", "now", "difference", title=f"step {step}, replayed from version {replayed.start}")
+    for name, (then, now) in replayed.numbers.items():
         table.add_row(name, "-" if then is None else f"{then:.6g}", f"{now:.6g}", *_difference(then, now))
     console.print(table)
 
@@ -166,9 +166,9 @@ def _show(report: "Report", against: Path | None, differences: "list[Finding]") 
         table.add_row(name.replace("_", " "), Text(shown))
     console.print(table)
     lines = [f"Note     {note}" for note in report.notes]
-    for title, found in (("Finding", report.findings), ("Differs", differences)):
-        lines += [f"{title}  {each.file}: expected {each.expected}; found {each.found}" for each in found[:_SHOWN]]
-        lines += [f"{title}  ... and {len(found) - _SHOWN} more; --json has all"] if len(found) > _SHOWN else []
+    for title, findings in (("Finding", report.findings), ("Differs", differences)):
+        lines += [f"{title}  {item.file}: expected {item.expected}; found {item.found}" for item in findings[:_SHOWN]]
+        lines += [f"{title}  ... and {len(findings) - _SHOWN} more; --json has all"] if len(findings) > _SHOWN else []
     lines += [] if report.findings else ["Intact   every file is what its place in the run demands"]
     lines += [f"Same     as {against}"] if against and not differences else []
     for line in lines:

@@ -48,7 +48,7 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
 
 
 def draw_frontier(directory: Path, settings: Settings) -> str | None:
-    """frontier.png of a run: training reward and gold against sqrt(KL); None where nobody measured the KL."""
+    """frontier.png of a run: training reward and gold against sqrt(KL); None for a run without KL."""
     rows = evaluations.frontier(directory)
     if settings.reference is None or len(rows) < 2:
         return None
@@ -87,10 +87,10 @@ def show_labels(console: Console, directory: Path, done: Mapping[str, Any]) -> N
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
-def show_evaluation(console: Console, directory: Path, found: Mapping[str, Any]) -> None:
+def show_evaluation(console: Console, directory: Path, evaluation: Mapping[str, Any]) -> None:
     """Print means of every model's answers, win rates and pass@k, all with 95 % intervals over prompts."""
-    table = Table(title=f"{found['prompts']} held-out prompts, mean with 95 % interval")
-    sides = found["means"]
+    table = Table(title=f"{evaluation['prompts']} held-out prompts, mean with 95 % interval")
+    sides = evaluation["means"]
     table.add_column("")
     for side in sides:
         table.add_column(side, justify="right")
@@ -98,15 +98,15 @@ def show_evaluation(console: Console, directory: Path, found: Mapping[str, Any])
         cells = [_interval(_estimate(values[name])) if name in values else "-" for values in sides.values()]
         table.add_row(_UNITS.get(name) or name.removeprefix("reward_"), *cells)
     console.print(table)
-    for decoding, rate in found.get("win_rates", {}).items():
-        own, controlled = (_interval(_estimate(rate[name])) for name in ("win_rate", "length_controlled_win_rate"))
+    for decoding, rate in evaluation.get("win_rates", {}).items():
+        plain, controlled = (_interval(_estimate(rate[name])) for name in ("win_rate", "length_controlled_win_rate"))
         console.print(
-            f"Wins     {decoding}, by {found['judge']}, against {found['against']}: {own}; at equal lengths"
+            f"Wins     {decoding}, by {evaluation['judge']}, against {evaluation['against']}: {plain}; at equal lengths"
             f" {controlled}; not judged: {rate['unjudged']}",
             soft_wrap=True,
         )
-    for k, value in found.get("pass_at_k", {}).items():
-        console.print(f"pass@{k}   {_interval(_estimate(value))} of {found['pass_prompts']} prompts")
+    for k, value in evaluation.get("pass_at_k", {}).items():
+        console.print(f"pass@{k}   {_interval(_estimate(value))} of {evaluation['pass_prompts']} prompts")
     console.print(f"Files    {from_here(directory)}  (evaluation.arrow: every answer; evaluation.json)", soft_wrap=True)
 
 
@@ -119,9 +119,9 @@ def show_reward_report(console: Console, report: Mapping[str, Any]) -> None:
     table = Table(title=f"calibration on {report['pairs']} held-out pairs")
     for name in ("predicted", "pairs", "mean predicted", "observed"):
         table.add_column(name, justify="right")
-    for each in report["calibration"]:
-        span = f"{each['low']:.2f} - {each['high']:.2f}"
-        table.add_row(span, str(each["pairs"]), f"{each['predicted']:.3f}", f"{each['observed']:.3f}")
+    for interval in report["calibration"]:
+        span = f"{interval['low']:.2f} - {interval['high']:.2f}"
+        table.add_row(span, str(interval["pairs"]), f"{interval['predicted']:.3f}", f"{interval['observed']:.3f}")
     console.print(table)
     accuracy = report["accuracy"]
     members = ", ".join(f"{value:.3f}" for value in report["member_accuracies"])

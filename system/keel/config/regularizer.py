@@ -1,4 +1,4 @@
-"""Settings of the regularizers: KL to the reference, entropy, terms of the user's own, and coefficients that adapt."""
+"""Settings of the regularizers: KL to the reference, entropy, custom terms, and coefficients that adapt."""
 
 from typing import Any, Literal, Self
 
@@ -185,6 +185,6 @@ class RegularizerSettings(Section):
 
     def reward_terms(self) -> list[str]:
         """The settings that put a regularizer into the reward."""
-        found = ["kl.placement=reward"] if self.kl.in_reward else []
-        found += [f"entropy.form={self.entropy.form}"] if self.entropy.in_reward else []
-        return found + [f"terms.{term.name}.placement=reward" for term in self.terms if term.placement == "reward"]
+        terms = ["kl.placement=reward"] if self.kl.in_reward else []
+        terms += [f"entropy.form={self.entropy.form}"] if self.entropy.in_reward else []
+        return terms + [f"terms.{term.name}.placement=reward" for term in self.terms if term.placement == "reward"]

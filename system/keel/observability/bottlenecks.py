@@ -1,4 +1,4 @@
-"""Where the time of a run goes: what the learner did or whom it waited for, how busy each role is, what to change.
+"""Explains where the time of a run goes: what the learner did or waited for, how busy each role is, what to change.
 
     metrics.jsonl (busy, idle, queue seconds of utilization.py) --> the difference of two lines --> Explanation
 
@@ -44,7 +44,7 @@ class Explanation:
     last_step: int
     seconds_per_step: float
     timeline: dict[str, float]
-    """Share of the time that went to each: the learner's own work, and everyone it waited for. Largest first; sum 1."""
+    """Share of the time of the learner's own work and of each role or phase it waited for. Largest first; sum 1."""
     roles: list[Role]
     advice: list[str]
 
@@ -76,7 +76,7 @@ def largest_share(before: Line, now: Line) -> str:
 
 
 def _increase(name: str, first: Line, last: Line) -> dict[str, float]:
-    """What a labeled counter grew by; a run that went on from a checkpoint may have forgotten some of it."""
+    """What a labeled counter grew by; a run that was resumed from a checkpoint may have lost some of it."""
     before, now = first.get(name, {}), last.get(name, {})
     return {label: grown for label in now if (grown := now[label] - before.get(label, 0.0)) > 0}
 
@@ -84,27 +84,27 @@ def _increase(name: str, first: Line, last: Line) -> dict[str, float]:
 def _role(name: str, first: Line, last: Line) -> Role | None:
     busy = _increase("busy_seconds_total", first, last).get(name, 0.0)
     idle = _increase("idle_seconds_total", first, last)
-    own = {label.partition("/")[2]: value for label, value in idle.items() if label.startswith(f"{name}/")}
-    total = busy + sum(own.values())
+    idle_by_target = {label.partition("/")[2]: value for label, value in idle.items() if label.startswith(f"{name}/")}
+    total = busy + sum(idle_by_target.values())
     wall = sum(_increase("phase_seconds_total", first, last).values())
     if not total or not wall:
         return None
     queue = _increase("queue_seconds_total", first, last).get(name, 0.0)
-    ratios = {on: value / total for on, value in sorted(own.items(), key=lambda item: -item[1])}
+    ratios = {on: value / total for on, value in sorted(idle_by_target.items(), key=lambda item: -item[1])}
     return Role(name, total / wall, busy / total, queue / wall, ratios)
 
 
 def _advice(timeline: Mapping[str, float], roles: Sequence[Role], max_staleness: int) -> list[str]:
     ranked = list(timeline.items())
-    whom = [name for name, share in ranked if share > ranked[0][1] - _CLOSE]
-    advice = [_to_shorten(name, timeline[name]) for name in whom]
+    largest = [name for name, share in ranked if share > ranked[0][1] - _CLOSE]
+    advice = [_to_shorten(name, timeline[name]) for name in largest]
     stages = sum(share for name, share in timeline.items() if name in STAGES)
     if max_staleness == 0 and min(stages, timeline.get(LEARNER, 0.0)) > _LARGE:
         advice.append(
             "rollouts and learner take turns (buffer.max_staleness=0): with 1 the next step's rollouts are made while"
             " the learner works, at the price of samples one version old"
         )
-    spare = [role for role in roles if role.busy_ratio < _SPARE and role.workers > 1.5 and role.name not in whom]
+    spare = [role for role in roles if role.busy_ratio < _SPARE and role.workers > 1.5 and role.name not in largest]
     return advice + [
         f"{role.workers:.0f} workers of {role.name} are busy {role.busy_ratio:.0%} of the time: fewer would do"
         for role in spare
@@ -113,8 +113,8 @@ def _advice(timeline: Mapping[str, float], roles: Sequence[Role], max_staleness:
 
 def _to_shorten(name: str, share: float) -> str:
     if name in _OPTION:
-        own = "works" if name == LEARNER else "is what the learner waits for"
-        return f"{name} {own} {share:.0%} of the time: raise its count (keel scale RUN {_OPTION[name]} N)"
+        reason = "works" if name == LEARNER else "is what the learner waits for"
+        return f"{name} {reason} {share:.0%} of the time: raise its count (keel scale RUN {_OPTION[name]} N)"
     if name in _SETTING:
         return f"{name} takes {share:.0%} of the time: raise {_SETTING[name]}"
     if name == "start":

@@ -5,8 +5,8 @@
     GET /-/healthy   200 while the process answers                    probes of Kubernetes
     GET /            this list                                        people
 
-What /sd answers also lies in metrics.discovery_directory, for Prometheus' file discovery. Everyone who reaches the port
-may read all of it: there is no password, and no secret.
+What /sd answers also lies in metrics.discovery_directory, for Prometheus' file discovery. All of it can be read by
+anything that reaches the port: there is no password, and no secret.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from keel.config.monitoring import MetricsSettings, is_address
 from keel.errors import ConfigError
 
 _SILENCE_SECONDS = 10.0
-"""A client that neither asks nor reads for so long is left alone."""
+"""A client that neither asks nor reads for this long is disconnected."""
 _EVERY_ADDRESS = ("0.0.0.0", "::")
 _FAR_AWAY = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 """Addresses of documentation: nothing is sent to them, they only have a route."""
@@ -53,7 +53,7 @@ def serving(settings: MetricsSettings, run: str, directory: Path, page: WSGIAppl
     """Answer for the run of a directory while the block lasts; the URL of its page. Raises ConfigError.
 
     The discovery file goes when the block ends by itself or is interrupted. It stays when the run fails or is killed:
-    its target is down then, and somebody should hear of it. Who resumes the run writes the same file.
+    its target is down then, which an alert should report. A resumed run writes the same file.
     """
     server = _Server(settings)
     target = f"{_in_url(_reached_by(settings))}:{server.server_port}"
@@ -113,15 +113,17 @@ class _Handler(WSGIRequestHandler):
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """Listens from the start; a thread a connection, so that a slow client keeps nobody waiting."""
+    """A server that listens from the start, with a thread per connection, so that a slow client delays no other."""
 
     daemon_threads = True
     request_queue_size = 64
 
     def __init__(self, settings: MetricsSettings) -> None:
         try:
-            found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self.address_family, _, _, _, address = found[0]
+            addresses = socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            self.address_family, _, _, _, address = addresses[0]
             super().__init__((str(address[0]), settings.port), _Handler)
         except OSError as error:
             raise ConfigError(

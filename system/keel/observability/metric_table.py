@@ -63,10 +63,7 @@ def _operational(*rows: tuple[str, Literal["gauge", "counter"], str, tuple[str, 
 TABLE: list[Metric] = [
     *_gauges(
         ("version", "Weight version the generators hold."),
-        (
-            "reward",
-            "Mean over the step's completions of the training reward (sum or ensemble), regularizers excluded.",
-        ),
+        ("reward", "Mean over the step's completions of the training reward (sum or ensemble), regularizers excluded."),
         ("reward_std", "Standard deviation of the reward over the step's completions."),
         ("regularized_reward", "Mean reward plus the regularizers that live in it: what the advantage is made of."),
         ("reward_kl_term", "Mean KL term inside the reward: minus coefficient times nats."),
@@ -82,10 +79,7 @@ TABLE: list[Metric] = [
             "policy_entropy_nats",
             "Mean over sampled tokens of the learner's full-vocabulary entropy; absent when not computed.",
         ),
-        (
-            "stored_logprob_nats",
-            "Mean over stored completions of log pi(y), summed over tokens.",
-        ),
+        ("stored_logprob_nats", "Mean over stored completions of log pi(y), summed over tokens."),
         ("stored_token_logprob_nats", "Mean over stored completions of log pi(y)/|y|."),
         (
             "stored_log_ratio_nats",
@@ -185,18 +179,8 @@ TABLE: list[Metric] = [
         ("weight_sync_bytes_total", "counter", "Bytes of weights loaded, all generators together.", ()),
         ("retries_total", "counter", "Batches started again after a worker was lost.", ()),
         ("workers_lost_total", "counter", "Generators, references or scorers that were replaced, by role.", ("role",)),
-        (
-            "rebuilds_total",
-            "counter",
-            "Times the learner and buffer were built again from the last commit.",
-            (),
-        ),
-        (
-            "learner_version",
-            "gauge",
-            "Weight version of the learner; ahead of keel_version until it is loaded.",
-            (),
-        ),
+        ("rebuilds_total", "counter", "Times the learner and buffer were built again from the last commit.", ()),
+        ("learner_version", "gauge", "Weight version of the learner; ahead of keel_version until it is loaded.", ()),
         ("max_staleness_versions", "gauge", "Bound on staleness: buffer.max_staleness.", ()),
         ("steps_wanted", "gauge", "Optimizer steps the run is to take: run.steps.", ()),
         ("busy_seconds_total", "counter", "Seconds that workers of a role worked, all of them together.", ("role",)),

@@ -50,7 +50,7 @@ class RunMetrics:
         kind = Gauge if metric.kind == "gauge" else Counter
         collector = kind(PREFIX + metric.name, metric.meaning, ("run", *metric.labels), registry=self.registry)
         if metric.kind == "counter" and not metric.labels:
-            collector.labels(self.run)  # the series exists from the start; a gauge that nobody set yet is absent, not 0
+            collector.labels(self.run)  # the series exists from the start; a gauge that is not set is absent, not 0
         return collector
 
     def set(self, values: Values) -> None:
@@ -86,16 +86,18 @@ class RunMetrics:
                 yield self._collectors[name].labels(self.run, *labels), number
 
     def restore(self, totals: Values) -> None:
-        """Go on from the totals of a checkpoint, or from none: what was counted since is done again.
+        """Continue from the totals of a checkpoint, or from none: what was counted since is done again.
 
         Operational totals keep the larger value: what happened has happened. The endpoint counts what this process
         did, as Prometheus expects it of a process.
         """
         self._gauge_values = {}
         for metric in [metric for metric in TABLE if metric.kind == "counter"]:
-            own, stored = (dict(_by_label(each.get(metric.name, {}))) for each in (self.totals, totals))
+            counted, stored = (dict(_by_label(source.get(metric.name, {}))) for source in (self.totals, totals))
             if metric.operational:
-                stored = {label: max(own.get(label, 0.0), stored.get(label, 0.0)) for label in {**own, **stored}}
+                stored = {
+                    label: max(counted.get(label, 0.0), stored.get(label, 0.0)) for label in {**counted, **stored}
+                }
             self.totals[metric.name] = stored if metric.labels else stored.get("", 0.0)
 
     def record(self, step: int, time_seconds: float) -> dict[str, Any]:

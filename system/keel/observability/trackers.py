@@ -1,6 +1,6 @@
 """A class for each library that shows experiments. Each imports its library when it is made, no sooner.
 
-They run on a thread of their own (tracking.py), and may raise what they like: a run goes on without them.
+They run on a thread of their own (tracking.py), and may raise anything: a run continues without them.
 """
 
 import os
@@ -36,7 +36,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Making one starts the run, or goes on with it where an earlier process began it."""
+    """Making one starts the run, or continues it where an earlier process began it."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Finite numbers of a step by flat name. A step may come in several parts, with different names."""

@@ -45,8 +45,8 @@ Job = Callable[[Tracker], None]
 def check(settings: TrackingSettings) -> None:
     """The packages of all trackers are installed; nothing is imported. Raises ConfigError."""
     for name in settings.trackers:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # without origin: a folder of that name, as the libraries make them
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # without origin: a folder of that name, as the libraries make them
             raise ConfigError(
                 f"tracking.trackers={name}: the package {name} is not installed; expected pip install"
                 f' "keel-rlhf[{name}]"'
@@ -59,14 +59,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     Names hold letters, digits, `_`, `-` and `.` only, and no more than 250 of them. A slash becomes a dot, as MLflow's
     files could not hold `a` and `a/b`; the only slash is the one behind a section. Anything else foreign becomes `_`.
     """
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in values.items():
         key = prefix + _flat_name(name)
         if isinstance(value, Mapping):
-            found |= flat(value, f"{key}.")
+            numbers |= flat(value, f"{key}.")
         elif isinstance(value, int | float) and math.isfinite(value):
-            found[key[:_LONGEST_NAME]] = float(value)
-    return found
+            numbers[key[:_LONGEST_NAME]] = float(value)
+    return numbers
 
 
 def configuration(settings: Settings | StageSettings) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _public(path: str, value: Any) -> Any:
 
 
 class Tracking:
-    """What a recorder tells: the trackers of one run. A context: leaving it finishes them."""
+    """The trackers of one run, which a recorder feeds. A context: leaving it finishes them."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Tracking:
             feed.put(lambda tracker: tracker.log(step, values))
 
     def report(self) -> None:
-        """Count what trackers did not take since the last call, and tell of the first of each."""
+        """Count what trackers did not take since the last call, and report the first of each."""
         for feed in self._feeds:
             reasons = feed.failures()
             if reasons:
@@ -141,7 +141,7 @@ class Tracking:
                 self._told.add(feed.name)
                 event = {"event": "tracker_failed", "time": time.time(), "tracker": feed.name, "reason": reasons[0]}
                 files.append_json(self.directory / "events.jsonl", event)
-                self._note(f"tracker {feed.name}: {reasons[0]}; the run goes on, metrics.jsonl has every number")
+                self._note(f"tracker {feed.name}: {reasons[0]}; the run continues, metrics.jsonl has every number")
 
     def finish(self, outcome: Outcome) -> None:
         """Give all trackers together `tracking.finish_seconds`, less when interrupted, then leave them behind."""
@@ -182,7 +182,7 @@ class Tracking:
 
 
 def _identity(path: Path) -> str:
-    """What the run is called where it is shown: drawn once, kept in its directory. A directory made anew is new."""
+    """What the run is called where it is shown: drawn once, kept in its directory. A new directory has a new one."""
     try:
         return str(json.loads(path.read_text(encoding="utf8"))["identity"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or not ours: a run of its own from here

@@ -1,4 +1,4 @@
-"""Who works, who has nothing to do, and whom they wait for: worker seconds by role, counted while they pass.
+"""Counts the busy and idle seconds of workers by role, and what the idle ones wait for, while they pass.
 
     pools     occupied(role, running, waiting, serving)   at every change
     learner   doing(phase)                                 the learn loop's phases
@@ -43,12 +43,12 @@ class Utilization:
         self._counted: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
     def occupied(self, role: str, running: int, waiting: int, serving: int) -> None:
-        """So many workers of a role work, so many batches wait for one, so many workers serve."""
+        """Note how many workers of a role run, how many batches wait for one, and how many workers serve."""
         self._pass()
         self._roles[role] = _Role(running, waiting, serving)
 
     def ranks(self, count: int) -> None:
-        """The learner has so many ranks, which work together."""
+        """Set the number of the learner's ranks, which work together."""
         self._pass()
         self._ranks = count
 
@@ -66,7 +66,7 @@ class Utilization:
 
     @property
     def starting(self) -> bool:
-        """Nobody works yet."""
+        """Whether the run has not begun to work."""
         return self._phase == "start"
 
     def _pass(self) -> None:
@@ -78,9 +78,9 @@ class Utilization:
             self._count("queue", name, seconds * role.waiting)
             idle = max(role.serving - role.running, 0)
             if idle:
-                self._count("idle", f"{name}/{self._whom(name)}", seconds * idle)
+                self._count("idle", f"{name}/{self._awaited(name)}", seconds * idle)
         if self._ranks:
-            on = None if self._phase == STEPPING else self._whom(LEARNER)
+            on = None if self._phase == STEPPING else self._awaited(LEARNER)
             where = ("idle", f"{LEARNER}/{on}") if on else ("busy", LEARNER)
             self._count(*where, seconds * self._ranks)
 
@@ -88,10 +88,10 @@ class Utilization:
         if seconds:
             self._counted[f"{what}_seconds_total"][label] += seconds
 
-    def _whom(self, role: str) -> str:
-        """For whom a role waits that has nothing to do: the fullest stage before it, else the phase of the learn loop.
+    def _awaited(self, role: str) -> str:
+        """What an idle role waits for: the stage before it with the longest queue, else the phase of the learn loop.
 
-        A learner that itself waits passes the question on to the fullest stage there is. `driver`: nobody has a batch.
+        While the learner waits too, it is the stage with the longest queue of all. `driver`: no stage has a batch.
         """
         before = STAGES[: STAGES.index(role)] if role in STAGES else STAGES
         if (role != LEARNER or self._phase == WAITING) and (fullest := self._fullest(before)):
@@ -102,6 +102,8 @@ class Utilization:
 
     def _fullest(self, stages: Sequence[str]) -> str | None:
         """The stage with the most batches a worker; of equals the one nearest to the learner."""
-        there = [(self._roles[name].backlog, place, name) for place, name in enumerate(stages) if name in self._roles]
-        backlog, _, name = max(there, default=(0.0, 0, ""))
+        backlogs = [
+            (self._roles[name].backlog, place, name) for place, name in enumerate(stages) if name in self._roles
+        ]
+        backlog, _, name = max(backlogs, default=(0.0, 0, ""))
         return name if backlog else None

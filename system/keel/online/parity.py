@@ -1,7 +1,7 @@
-"""Learner and sampler give the same tokens the same log-probs: at the start of a run, and at every step after it.
+"""Parity checks: learner and sampler must give the same tokens the same log-probs, at the start and at every step.
 
 The start is judged on several samples of a prompt, in the micro-batches that training makes. Later steps are judged on
-the tokens that the version under training sampled itself: importance weights would hide a drift.
+the tokens that were sampled by the version under training: importance weights would hide a drift there.
 """
 
 import math
@@ -19,12 +19,12 @@ class ParityError(KeelError, RuntimeError):
 
 
 def num_prompts(samples: int, ranks: int) -> int:
-    """Prompts of the start-up test: about PROMPTS rows, at least two prompts, and a row for each rank."""
+    """Number of prompts of the start-up test: about PROMPTS rows, at least two prompts, and a row for each rank."""
     return max(2, math.ceil(PROMPTS / samples), math.ceil(ranks / samples))
 
 
 def judge_start(gap: Mapping[str, float], settings: Settings, observer: Observer) -> None:
-    """Hold the gap of the start-up test to its bound. Raises ParityError with the likely cause."""
+    """Compare the gap of the start-up test with its bound. Raises ParityError with the likely cause."""
     mean, bound = gap["gap_mean_nats"], settings.parity.max_gap_nats
     observer.event("parity", **gap)
     observer.note(f"parity: learner and sampler differ by {mean:.4f} nats a token (bound {bound})")
@@ -36,9 +36,9 @@ def judge_start(gap: Mapping[str, float], settings: Settings, observer: Observer
 
 
 def judge_step(step: int, metrics: Mapping[str, float], settings: Settings, observer: Observer) -> str | None:
-    """What is wrong with a step whose gap passes its bound and ends the run; a warning is told and gives None.
+    """Compare the gap of a step with its bound; returns the problem if it must end the run, and prints a warning else.
 
-    A step without a token of its own version (all are late) is not judged.
+    A step whose tokens were all sampled by earlier versions is not judged.
     """
     gap, bound = metrics.get("fresh_gap_nats"), settings.parity.max_step_gap_nats
     if gap is None or gap <= bound:

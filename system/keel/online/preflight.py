@@ -91,7 +91,7 @@ def check_prompts(settings: Settings | SamplingSpec, models: Models, setting: st
 
 
 def check_directory(directory: Path, settings: Section) -> None:
-    """The run directory is new, or holds a run of the same settings, which then continues."""
+    """Refuse a run directory that cannot be written to or holds another run. Raises ConfigError."""
     stored = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"run.directory={directory}: not a directory")
@@ -113,7 +113,7 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 
 def check_memory(cluster: ClusterSettings) -> None:
-    """Free memory, and shared memory for the embedded Ray's object store; a cluster to join is named as Ray does."""
+    """Check free memory, shared memory for an embedded Ray's object store, and the form of a cluster's address."""
     scheme, separator, _ = (address := cluster.address_to_join or "").partition("://")
     if separator:
         what = "where jobs are submitted (keel submit --address)" if "http" in scheme else "no address of a cluster"
@@ -143,10 +143,10 @@ def check_reward_sources(rewards: Sequence[RewardSettings]) -> None:
 
 
 def check_reward_source(reward: RewardSettings, setting: str) -> None:
-    """Code, model, or what is needed to ask a server, are there. Raises ConfigError.
+    """Check that a reward's code, its model or the headers for its server exist. Raises ConfigError.
 
-    Variables of headers must be set here, where keel is started, and in the environment of every scorer: an embedded
-    Ray hands its own on.
+    Variables of headers must be set both where keel starts and in the environment of every scorer; an embedded Ray
+    passes them on.
     """
     if reward.kind == "rule":
         user_code.import_symbol(reward.source, setting)
@@ -161,7 +161,7 @@ def check_reward_source(reward: RewardSettings, setting: str) -> None:
 
 
 def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) -> None:
-    """Call every reward function once, on two real prompts, to see that it answers one number for each."""
+    """Call every reward function once, on two real prompts, and require one number for each completion."""
     text = "Yes, of course. I am glad to help you."
     names = [name for name in schema.PROMPT.names if name in prompts.schema.names]
     sample = schema.concat([prompts.slice(0, 2).select(names)])
@@ -181,7 +181,7 @@ def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) 
 
 
 def _wrong(outcome: Outcome, rows: int, seconds: float) -> str | None:
-    """What is wrong with what a reward function did on a sample; None: nothing."""
+    """Describe the mistake of a reward function on a sample; None if there is none."""
     if isinstance(outcome, WrongAnswer):
         return f"returned {outcome}"
     if isinstance(outcome, Late):

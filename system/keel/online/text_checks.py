@@ -1,4 +1,4 @@
-"""What is known of a run's texts before it starts: where they end, what its template reads, tokens the model has."""
+"""Checks of a run's texts before it starts: end tokens, options of the chat template, token ids within the model."""
 
 import re
 from pathlib import Path
@@ -16,10 +16,7 @@ from keel.rollout.stored_completions import StoredCompletions
 def check_text(
     policy: Path, settings: Section, tokenizer: Any, stop: list[int] | None, named: str = "policy.model"
 ) -> EndTokens:
-    """Where texts end, as the model and its tokenizer say; options are some that the chat template reads.
-
-    Raises ConfigError.
-    """
+    """Decide the end tokens, and check that the chat template reads all configured options. Raises ConfigError."""
     options = settings.policy.chat_template_options  # type: ignore[attr-defined]
     check_template_options(options, tokenizer, "policy.chat_template_options")
     vocabulary = model_files.vocabulary(policy, f"{named}={policy}")
@@ -27,7 +24,7 @@ def check_text(
 
 
 def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str) -> None:
-    """Every option occurs in the chat template: one that does not would change nothing. Raises ConfigError."""
+    """Refuse an option that the chat template does not read: it would change nothing. Raises ConfigError."""
     template = tokenizer.chat_template
     text = "".join(template.values()) if isinstance(template, dict) else template or ""
     for name in options:
@@ -37,7 +34,7 @@ def check_template_options(options: dict[str, Any], tokenizer: Any, setting: str
 
 
 def check_token_ids(policy: Path, largest: int, settings: Section, named: str = "policy.model") -> None:
-    """Prompts and completions hold only tokens that the model has. Raises ConfigError."""
+    """Refuse prompts or completions with tokens beyond the model's vocabulary. Raises ConfigError."""
     vocabulary = model_files.vocabulary(policy, f"{named}={policy}")
     if largest >= vocabulary:
         source = settings.prompts.source  # type: ignore[attr-defined]
@@ -48,7 +45,7 @@ def check_token_ids(policy: Path, largest: int, settings: Section, named: str = 
 
 
 def check_stored(completions: StoredCompletions | None, prompts: Prompts, policy: Path, settings: Section) -> None:
-    """Completions that come with the prompts hold only tokens that the model has. Raises ConfigError."""
+    """Refuse stored completions with tokens beyond the model's vocabulary. Raises ConfigError."""
     if completions is None:
         return
     largest = max(completions.text.tokenizer.get_vocab().values())

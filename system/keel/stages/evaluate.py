@@ -96,7 +96,7 @@ def _check_tokenizer(other: Any, tokenizer: Any, against: str) -> None:
 
 
 def _given(prompts: Prompts, column: str, models: Models, settings: Settings) -> pa.RecordBatch:
-    """Held-out rows with the answers of a column as completions, in the generators' columns. Raises ConfigError."""
+    """Put the answers of a column behind the held-out prompts, in the generators' columns. Raises ConfigError."""
     rows = prompts.held_out()
     further = [json.loads(columns) for columns in rows.column("prompt_columns").to_pylist()]
     answers = [turns(columns.get(column)) for columns in further]

@@ -1,4 +1,4 @@
-"""`keel pipeline`: stages one after the other, each in a process of its own, each cached by content.
+"""`keel pipeline`: stages one after the other, every one in a separate process and cached by content.
 
     stage -> key: hash of its settings, of the files and code they name, and of the keys of the stages it reads
           -> RUN_DIR/STAGE-KEY/   holds done.json: nothing to do; else `keel COMMAND`, then done.json
@@ -31,20 +31,20 @@ from keel.observability.console import from_here
 
 _NOT_CONTENT = {"metrics", "tracking", "cluster", "deadlines"}
 _PATHS = ("source", "model", "against", "MODEL")
-"""Settings that name files, folders, wheels or code; every other text is itself."""
-_SAID = (2, 130)
-"""Bad input and interruption: the stage has said all there is to say."""
+"""Settings that name files, folders, wheels or code; any other text is hashed as it is."""
+_EXPLAINED_CODES = (2, 130)
+"""Exit codes of bad input and interruption, after which the stage has printed the reason."""
 _LONGEST_NAME = 255
-"""Bytes of a file name; a longer text is none."""
+"""Bytes of the longest file name; a longer text names no file."""
 
 
 class StageFailed(KeelError, RuntimeError):
-    """A stage's process ended with an error; its output says why."""
+    """The process of a stage ended with an error; its output names the reason."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage with its place."""
+    """A stage with its resolved settings, cache key and directory."""
 
     entry: StageEntry
     config_path: Path
@@ -67,7 +67,7 @@ class Planned:
 
 
 def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
-    """Every stage checked and placed; `path` is the pipeline's own file. Raises ConfigError, one line."""
+    """Check every stage and choose its directory; `path` is the pipeline's file. Raises ConfigError, one line."""
     root = Path(settings.run_directory).resolve()
     planned: dict[str, Planned] = {}
     for entry in settings.stages:
@@ -83,13 +83,13 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         upstream = {stage.directory: stage.key for stage in planned.values()}
         key = _key(entry.command, resolved, model, upstream)
         directory = root / f"{entry.name}-{key[:8]}"
-        own = [f"run.directory={_written(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
-        planned[entry.name] = Planned(entry, file, [*overrides, *own], model, key, directory)
+        identity = [f"run.directory={_written(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
+        planned[entry.name] = Planned(entry, file, [*overrides, *identity], model, key, directory)
     return list(planned.values())
 
 
 def run(stages: list[Planned], console: Console) -> None:
-    """Run what is not done. Raises StageFailed at the first stage that fails."""
+    """Run the stages that are not cached. Raises StageFailed at the first stage that fails."""
     for number, stage in enumerate(stages, start=1):
         title = f"[{number}/{len(stages)}] {stage.entry.name}: keel {stage.entry.command} {stage.entry.config}"
         if stage.done:
@@ -104,23 +104,21 @@ def run(stages: list[Planned], console: Console) -> None:
         started = time.monotonic()
         stage.directory.parent.mkdir(parents=True, exist_ok=True)
         code = subprocess.run(stage.command(), check=False).returncode
-        if code in _SAID:
+        if code in _EXPLAINED_CODES:
             raise SystemExit(code)
         if code != 0:
-            raise StageFailed(
-                f"stage {stage.entry.name} ended with exit code {code}; the same command goes on from there"
-            )
+            raise StageFailed(f"stage {stage.entry.name} ended with exit code {code}; the same command resumes there")
         seconds = round(time.monotonic() - started, 1)
         files.write_json(stage.directory / "done.json", {"key": stage.key, "seconds": seconds})
         console.print(f"{stage.entry.name} done in {seconds:.0f} s: {from_here(stage.directory)}", soft_wrap=True)
 
 
 def _filled(value: Any, places: dict[str, str]) -> Any:
-    """Directories of earlier stages put into a text, also into those of lists and blocks in lists."""
+    """Fill the directories of earlier stages into a text, or into the texts of a list or a block."""
     if isinstance(value, list):
-        return [_filled(each, places) for each in value]
+        return [_filled(item, places) for item in value]
     if isinstance(value, dict):
-        return {key: _filled(each, places) for key, each in value.items()}
+        return {key: _filled(item, places) for key, item in value.items()}
     return value.format(**places) if isinstance(value, str) else value
 
 
@@ -130,7 +128,7 @@ def _written(value: Any) -> str:
 
 
 def _key(command: str, settings: Section, model: str | None, upstream: dict[Path, str]) -> str:
-    """Hash of all that the stage's result is a function of."""
+    """Hash everything that the result of a stage depends on."""
     tree = settings.model_dump(mode="json", exclude=_NOT_CONTENT)
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
     hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
@@ -142,7 +140,7 @@ def _key(command: str, settings: Section, model: str | None, upstream: dict[Path
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings of a tree by their names, in order."""
+    """List the settings of a tree as (name, value), in order."""
     if isinstance(node, dict | list) and node:
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
             yield from _leaves(child, f"{path}.{key}")
@@ -151,7 +149,7 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _content(leaf: Any, upstream: dict[Path, str]) -> Any:
-    """What a setting stands for: an earlier stage's key, a file's bytes, a wheel's version, code's text, or itself."""
+    """The content behind a setting: an earlier stage's key, digests of files or code, a wheel's version, or itself."""
     if not isinstance(leaf, str) or not leaf:
         return leaf
     if leaf.startswith("wheel:"):
@@ -178,12 +176,12 @@ def _version(wheel: str) -> str:
 
 
 def _code(text: str) -> str | None:
-    """Digest of the module that module:name names; None where the text names none."""
+    """Digest of the module that module:name names; None if the text names no module."""
     module, _, name = text.partition(":")
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         return None
     try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of a parent package; the stage itself will say what is wrong
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a parent package; the stage itself refuses it
         return None
-    return files.digest(Path(found.origin)) if found and found.origin and Path(found.origin).is_file() else None
+    return files.digest(Path(spec.origin)) if spec and spec.origin and Path(spec.origin).is_file() else None

@@ -1,7 +1,7 @@
 """`keel reward`: Bradley-Terry reward models from preference pairs, one or an ensemble.
 
 pairs -> tokens | held out (by prompt) | training order, with replacement for each of several members
-member 0, 1, ...   each its own course on the learner group           -> members/N/
+member 0, 1, ...   one offline run each on the learner group          -> members/N/
 all members        scored as they were written: reference set, held-out pairs
                    -> offsets (the reference set scores 0 on average), report.json, model/
 """
@@ -44,15 +44,14 @@ _MEMBER_SEEDS = 1000
 
 
 class PairRows:
-    """Usable pairs of the source as texts and tokens, held-out ones by prompt."""
+    """The usable pairs of the source as texts and tokens, split into held-out and training pairs by prompt."""
 
     def __init__(self, settings: RewardModelSettings, text: RewardText) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.settings, self.text = settings, text
         rows = datasets.read_rows(settings.prompts, 2)
         stored_completions.check_shape(rows, 2, settings.prompts.source)
-        by = settings.completions
-        usable, self.dropped = usable_rows(rows, by, self._problem, settings.prompts.source)
+        usable, self.dropped = usable_rows(rows, settings.completions, self._problem, settings.prompts.source)
         self.digest = digest_of(usable)
         self.pairs = [best_first(row) for row in usable]
         self.margins = [self._margin(row) for row in usable]
@@ -66,8 +65,8 @@ class PairRows:
         first, second = stored_completions.rewards(json.loads(row.further))
         if first == second:
             return "tie"
-        found = [self.text.tokens(text, cut=False) for text in texts(row)]
-        return None if all(found) else "too_long"
+        tokens = [self.text.tokens(text, cut=False) for text in texts(row)]
+        return None if all(tokens) else "too_long"
 
     def _margin(self, row: SourceRow) -> float:
         column = self.settings.margin_column
@@ -80,17 +79,17 @@ class PairRows:
         return self.settings.margin + value
 
     def step(self, version: int, member: int) -> pa.RecordBatch:
-        """The pairs of a member's step, a pure function; with replacement where the ensemble is a bootstrap."""
-        by, count = self.settings, len(self.train)
-        seed = by.run.seed * _MEMBER_SEEDS + member
-        size = by.training.rows_per_step
+        """Draw the pairs of a member's step, with replacement if the ensemble is a bootstrap; a pure function."""
+        settings, count = self.settings, len(self.train)
+        seed = settings.run.seed * _MEMBER_SEEDS + member
+        size = settings.training.rows_per_step
         places = np.array([prompts.place_of(t, count, seed) for t in range(version * size, (version + 1) * size)])
-        if by.members.bootstrap and by.members.count > 1:
+        if settings.members.bootstrap and settings.members.count > 1:
             places = np.random.Generator(np.random.PCG64([seed, 7])).integers(0, count, count)[places]
         return self.batch(self.train[places])
 
     def batch(self, places: np.ndarray) -> pa.RecordBatch:
-        """PAIR columns of these pairs."""
+        """Build the PAIR columns of these pairs."""
         rows = [self.text.tokens(text) for place in places for text in self.pairs[place]]
         columns = {
             "tokens": [row[0] for row in rows if row],
@@ -101,10 +100,10 @@ class PairRows:
 
 
 def texts(row: SourceRow) -> list[ScoredText]:
-    """Every completion of a row behind its prompt."""
+    """Pair every completion of a row with its prompt."""
     columns = json.loads(row.further)
     messages = [] if isinstance(row.prompt, str) else row.prompt
-    said = zip(
+    answered = zip(
         stored_completions.completions(columns),
         stored_completions.answers(columns),
         stored_completions.finished(columns),
@@ -112,12 +111,12 @@ def texts(row: SourceRow) -> list[ScoredText]:
     )
     return [
         ScoredText(row.text, messages, completion, finished, {} if isinstance(answer, str) else dict(answer))
-        for completion, answer, finished in said
+        for completion, answer, finished in answered
     ]
 
 
 def best_first(row: SourceRow) -> list[ScoredText]:
-    """The two completions of a row, the one with the higher reward first."""
+    """The two completions of a row, ordered by falling reward."""
     pair, values = texts(row), stored_completions.rewards(json.loads(row.further))
     return pair if values[0] > values[1] else pair[::-1]
 
@@ -131,7 +130,7 @@ class RewardTraining:
     folder: str
     rows: PairRows
     reference: Sequence[ScoredText]
-    """What scores 0 on average in the end; empty: nothing does."""
+    """Texts that score 0 on average after centering; empty: scores are not centered."""
     steps: int
     notes: tuple[str, ...] = ()
     """Lines that the stage prints at its start."""
@@ -158,23 +157,24 @@ def prepare(settings: RewardModelSettings) -> RewardTraining:
 
 
 def _reference(settings: RewardModelSettings, rows: PairRows) -> list[ScoredText]:
-    """Up to `center.max_rows` texts of the reference set, in an order of the seed."""
-    by = settings.center
-    if by.source is not None:
-        own = datasets.read_rows(PromptSettings(source=by.source, system_prompt=settings.prompts.system_prompt), 1)
-        stored_completions.check_shape(own, 1, by.source)
-        found = [text for row in own if rows.text.tokens(text := texts(row)[0])]
-        if not found:
-            raise ConfigError(f"center.source={by.source}: every completion is too long; expected one that fits")
+    """Draw up to `center.max_rows` texts of the reference set, in an order that follows from the seed."""
+    center = settings.center
+    if center.source is not None:
+        source = PromptSettings(source=center.source, system_prompt=settings.prompts.system_prompt)
+        reference_rows = datasets.read_rows(source, 1)
+        stored_completions.check_shape(reference_rows, 1, center.source)
+        candidates = [text for row in reference_rows if rows.text.tokens(text := texts(row)[0])]
+        if not candidates:
+            raise ConfigError(f"center.source={center.source}: every completion is too long; expected one that fits")
     else:
-        sides = {"all": (0, 1), "chosen": (0,), "rejected": (1,), "none": ()}[by.rows]
-        found = [rows.pairs[place][side] for place in rows.train for side in sides]
-    order = [prompts.place_of(t, len(found), settings.run.seed) for t in range(min(by.max_rows, len(found)))]
-    return [found[place] for place in order]
+        sides = {"all": (0, 1), "chosen": (0,), "rejected": (1,), "none": ()}[center.rows]
+        candidates = [rows.pairs[place][side] for place in rows.train for side in sides]
+    count = len(candidates)
+    return [candidates[prompts.place_of(t, count, settings.run.seed)] for t in range(min(center.max_rows, count))]
 
 
 def run(prepared: RewardTraining, display: Display) -> dict[str, Any]:
-    """Train all members to the end; what stage.json says. A finished stage is not run again."""
+    """Train all members to the end, unless the stage is finished; returns the summary in stage.json."""
     for line in prepared.notes:
         display.note(line)
     place = (prepared.settings, prepared.directory, prepared.rows.digest)
@@ -198,18 +198,18 @@ async def _train(prepared: RewardTraining, metrics: RunMetrics, display: Display
             offline_loop.finish(
                 plan, "member", started, evaluations=state.evaluations, model_step=offline_loop.kept(plan, state)
             )
-    ended = [offline_loop.finished(plan.directory) or {} for plan in plans]
+    first_member = offline_loop.finished(plans[0].directory) or {}
     folders = [plan.model for plan in plans]
     learner.stop()
     display.doing("scoring held-out pairs")
     target = prepared.directory / "model"
-    members = _assemble(target, folders)  # the members themselves are marked as finished: they stay as they are
-    found = await _judge(prepared, members, display)
+    members = _assemble(target, folders)  # copies: finished members are sealed by their digests
+    report = await _judge(prepared, members, display)
     files.replace_folder(_aside(target), target)
-    files.write_json(prepared.directory / "report.json", found)
-    first = {name: ended[0][name] for name in ("evaluations", "model_step")}
+    files.write_json(prepared.directory / "report.json", report)
+    first = {name: first_member[name] for name in ("evaluations", "model_step")}
     whole = dataclasses.replace(plans[0], directory=prepared.directory)
-    return offline_loop.finish(whole, "reward", started, **first, report=found)
+    return offline_loop.finish(whole, "reward", started, **first, report=report)
 
 
 def _offline_run(prepared: RewardTraining, member: int) -> OfflineRun:
@@ -241,14 +241,14 @@ async def _judge(prepared: RewardTraining, folders: Sequence[Path], display: Dis
         reward_models.center(folder, float(offset))
     judged = scores[:, count:] - offsets[:, None]
     lengths = np.array([len(text.completion) for text in held_out], np.float64)
-    found = reward_report.report(judged[:, 0::2], judged[:, 1::2], (lengths[0::2], lengths[1::2]))
-    return {**found, "offsets": offsets.tolist(), "reference_rows": count}
+    report = reward_report.report(judged[:, 0::2], judged[:, 1::2], (lengths[0::2], lengths[1::2]))
+    return {**report, "offsets": offsets.tolist(), "reference_rows": count}
 
 
 async def _scores(
     settings: RewardModelSettings, folders: Sequence[Path], scored: Sequence[ScoredText], display: Display
 ) -> np.ndarray:
-    """float64 [members, texts] through the scorer that online training uses."""
+    """Score the texts by every member with the scorer of online training: float64 [members, texts]."""
     rewards = [RewardSettings(name=f"m{n}", kind="model", source=str(folder)) for n, folder in enumerate(folders)]
     batch = await sampling.score(settings.scoring_spec(rewards), None, reward_models.as_batch(scored), display)
     return np.stack(
@@ -261,7 +261,7 @@ def _aside(target: Path) -> Path:
 
 
 def _assemble(target: Path, folders: Sequence[Path]) -> list[Path]:
-    """The artefact before it counts: the one model, or all members beside ensemble.json. Folders of its models."""
+    """Copy the one model, or all members and ensemble.json, into a temporary folder; returns the models' folders."""
     aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     if len(folders) == 1:

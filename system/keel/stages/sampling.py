@@ -1,4 +1,4 @@
-"""Completions of a model that nobody trains: prompts through generators and scorers, for labels and evaluations."""
+"""Sampling and scoring without training: prompts through generators and scorers, for labels and evaluations."""
 
 import asyncio
 import functools
@@ -19,14 +19,14 @@ from keel.protocols import Batch, GenerateRequest, Sampling
 
 
 class Samplers:
-    """Generators on one model folder, as the configuration has them."""
+    """The configured generators on one model folder."""
 
     def __init__(self, settings: Settings | SamplingSpec, folder: str, rows_per_batch: int) -> None:
         self.settings, self.rows_per_batch = settings, rows_per_batch
         self._generators = actors.generators(settings, folder)
 
     async def answer(self, prompts: pa.RecordBatch, sampling: Sampling, display: Display, what: str) -> pa.RecordBatch:
-        """The rows with the generate columns appended, in their order."""
+        """Sample a completion for every row; returns the rows in their order, with the generate columns appended."""
         retries = self.settings.failures.retries
 
         async def one(rows: pa.RecordBatch) -> pa.RecordBatch:
@@ -44,7 +44,7 @@ class Samplers:
 async def score(
     settings: Settings | ScoringSpec, reference_folder: str | None, batch: pa.RecordBatch, display: Display
 ) -> pa.RecordBatch:
-    """The rows with reference log-probs (where there is a reference) and rewards appended; the scorers end after it."""
+    """Append reference log-probs (where there is a reference) and rewards to the rows, then stop the scorers."""
     pools = actors.scorers(settings, reference_folder)
     await asyncio.gather(*(pool.ready() for pool in pools))
 
@@ -63,17 +63,17 @@ async def score(
 async def in_parts(
     batch: pa.RecordBatch, one: Any, size: int, workers: int, display: Display, what: str
 ) -> pa.RecordBatch:
-    """`one` on slices of the batch, as many at once as there are workers; the results behind one another.
+    """Apply `one` to slices of the batch, one slice a worker at a time; returns the results in order.
 
-    A slice has about `size` rows and ends where a ticket does: a scorer may compare the samples of one prompt.
+    A slice has about `size` rows and never splits a ticket: a scorer may compare the samples of one prompt.
     """
     parts: list[pa.RecordBatch] = []
     tickets = batch.column("ticket").to_numpy()
     ends = [*(np.flatnonzero(np.diff(tickets)) + 1).tolist(), batch.num_rows]
     borders = [0]
-    for here, following in zip(ends, [*ends[1:], None], strict=True):
+    for end, following in zip(ends, [*ends[1:], None], strict=True):
         if following is None or following - borders[-1] > size:
-            borders.append(here)
+            borders.append(end)
     slices = [schema.concat([batch.slice(start, stop - start)]) for start, stop in itertools.pairwise(borders)]
     for start in range(0, len(slices), workers):
         parts += await asyncio.gather(*(one(rows) for rows in slices[start : start + workers]))

@@ -196,9 +196,9 @@ def test_the_command_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     given.write_text(yaml.safe_dump({**GIVEN, "generator": {"fixed_seconds": -1, "sequence_seconds": 0}}))
     with pytest.raises(ConfigError, match=r"generator.fixed_seconds=-1"):
         plan(capsys, path, "--rates", str(given))
-    with pytest.raises(ConfigError, match=r"--rates=.*: --from is there, too"):
+    with pytest.raises(ConfigError, match=r"--rates=.*: --from is given, too"):
         plan(capsys, path, "--rates", str(given), "--from", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"--cpus=2: --gpus is there, too"):
+    with pytest.raises(ConfigError, match=r"--cpus=2: --gpus is given, too"):
         plan(capsys, path, "--rates", str(given), "--gpus", "8", "--cpus", "2")
     given.write_text(yaml.safe_dump({name: value for name, value in GIVEN.items() if name != "reference"}))
     with pytest.raises(ConfigError, match=r"rates.reference: missing"):

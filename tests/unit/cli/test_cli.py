@@ -209,7 +209,7 @@ def test_the_next_command_is_another_run_beside_the_one_that_ended(
     [
         (ConfigError("a.b=[red]x[/red]: expected y"), 2, "keel: a.b=[red]x[/red]: expected y\n"),
         (WorkerLost("gone: " + "x" * 300), 1, f"keel: WorkerLost: gone: {'x' * 300}\n"),
-        (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "keel: interrupted; `keel resume RUN_DIR` resumes from the last checkpoint\n"),
     ],
     ids=["bad input", "failed run", "interrupt"],
 )

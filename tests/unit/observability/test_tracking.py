@@ -242,7 +242,7 @@ def test_a_failure_is_counted_told_once_and_the_run_goes_on(tmp_path: Path, made
     (event,) = own.events()
     assert (event["event"], event["tracker"]) == ("tracker_failed", "wandb")
     assert event["reason"] == r"raised: OSError: https://...@host:\nno route\x1b[1m"
-    assert own.notes == [f"tracker wandb: {event['reason']}; the run goes on, metrics.jsonl has every number"]
+    assert own.notes == [f"tracker wandb: {event['reason']}; the run continues, metrics.jsonl has every number"]
 
 
 def test_a_library_that_exits_is_counted_like_one_that_raises(tmp_path: Path, made: Made) -> None:

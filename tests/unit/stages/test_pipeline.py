@@ -308,7 +308,7 @@ def test_a_stage_that_fails_ends_the_pipeline_and_is_tried_again(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project.root / "runs").mkdir()
-    with pytest.raises(StageFailed, match="stage reward ended with exit code 3; the same command goes on from there"):
+    with pytest.raises(StageFailed, match="stage reward ended with exit code 3; the same command resumes there"):
         execute(project, monkeypatch, {"reward": 3})
     assert [stage.done for stage in project.plan()] == [True, False, False, False]
     assert execute(project, monkeypatch).names == NAMES[1:]
