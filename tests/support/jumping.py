@@ -133,7 +133,7 @@ class Actor:
 
 
 class Space:
-    """Room that is there at once, for actors that are made here."""
+    """A placement that is granted at once, for actors that are made here."""
 
     ranks = 1
 

@@ -19,7 +19,7 @@ STEPS = 4
 
 
 class FakeRankGroup(FakeOfflineLearner):
-    """A gang that trains one member after the other; rows are checked by what they hold."""
+    """A learner group that trains one member after the other; rows are checked by what they hold."""
 
     def __init__(self, losses: list[float], killed: tuple[int, int] | None = None) -> None:
         super().__init__(losses)
@@ -50,7 +50,7 @@ def _of(version: int) -> pa.RecordBatch:
 
 
 class Stage:
-    """A prepared stage in a folder of its own, trained by fake gangs; no member is scored."""
+    """A prepared stage in a folder of its own, trained by fake rank groups; no member is scored."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, **blocks: Any) -> None:
         rows = [{"prompt": f"{n} ", "chosen": f"{n} {n}", "rejected": f"{n}"} for n in range(23)] + [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from keel.algorithms.advantages import vary
-from keel.config.objective import PairSettings
+from keel.config.pairs import PairSettings
 
 
 def plausible(members: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ def connect(settings: AnySettings) -> str:
 
 
 class _Behind(list[str]):
-    """Directories that a worker puts in front of its path one after the other: the last of them comes first there.
+    """Directories that a worker inserts at the front of its path, one by one: the last one ends up first.
 
     Ray extends this list by the current directory, which would come first of all, in front of installed code.
     """
@@ -87,7 +87,7 @@ class _Behind(list[str]):
 
 
 def _search_path() -> JobConfig:
-    """Workers look for modules where this process does, and in its current directory last."""
+    """Let workers search for modules where this process does, its current directory last."""
     here = os.path.abspath(os.curdir)
     places = [place for place in sys.path if os.path.isabs(place) and place != here]
     return JobConfig(_py_driver_sys_path=_Behind(reversed(places)))
@@ -103,12 +103,12 @@ def _was_uploaded() -> bool:
 
 
 def embedded(**options: Any) -> int:
-    """`ray.init` of a Ray of this process, without a dashboard; how many tries it took."""
+    """Start an embedded Ray without a dashboard; the number of tries it took."""
     return tried(lambda: ray.init(address="local", include_dashboard=False, **options))
 
 
 def tried(start: Callable[[], Any]) -> int:
-    """Start a node of Ray, again where its agent came up too late; how many tries it took.
+    """Start a node of Ray, and retry where its agent came up too late; the number of tries it took.
 
     A raylet gives its agent, a Python program, 15 s to come up, and dies when that is late
     (ray-project/ray#65983), as on a machine that loads several models. Nothing has begun then, so it is tried again;
@@ -259,7 +259,7 @@ def generators(
 
 
 def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ScorerPool:
-    """The frozen reference policy."""
+    """The pool of the frozen reference policy."""
     workers, temperature = settings.reference, settings.sampling.temperature
     assert workers is not None
     spawn = Spawn(ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}"))
@@ -269,7 +269,7 @@ def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer 
 def scorers(
     settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
 ) -> list[ScorerPool]:
-    """The reference policy first: rewards may read its log-probs."""
+    """The pools that score, in order. The reference policy comes first: rewards may read its log-probs."""
     pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
     rewards = (settings.rewards, settings.ensemble, workers.threads)

@@ -33,7 +33,7 @@ _SHOWN = 3
 
 
 def check_written(tree: Any, path: str = "") -> None:
-    """Places that are written to are absolute. Raises ConfigError."""
+    """Refuse relative paths in settings that say where a run writes. Raises ConfigError."""
     for key, value in tree.items() if isinstance(tree, dict) else []:
         setting = f"{path}{key}"
         if key in WRITTEN and isinstance(value, str) and not value.startswith("/"):
@@ -46,7 +46,7 @@ def check_written(tree: Any, path: str = "") -> None:
 
 @dataclass(frozen=True)
 class Item:
-    """Something that is uploaded."""
+    """A file, folder or module that is uploaded."""
 
     label: str
     """What the user calls it: `policy.model=models/tiny`."""
@@ -129,7 +129,7 @@ def gather(tree: dict[str, Any], here: Path) -> Bundle:
 
 
 def package() -> Item:
-    """This Keel itself."""
+    """The item for Keel itself."""
     return Item("keel", dict(_files(Path(keel.__file__).parent, "keel")))
 
 
@@ -168,7 +168,7 @@ def _rewritten(node: Any, changed: Mapping[str, str], setting: str = "") -> Any:
 
 
 def _files(path: Path, name: str, above: frozenset[Path] = frozenset()) -> Iterator[tuple[str, Path]]:
-    """Names in the zip, and files, of a file or a folder, links followed.
+    """List names in the zip and paths of a file or a folder, links followed.
 
     Left out: hidden files (.git, .env, .venv), what Python compiled, a link to a folder that it lies in.
     """

@@ -96,7 +96,7 @@ def one_of_each(asked: Sequence[Ask]) -> list[Ask]:
 
 
 def problems(asked: Sequence[Ask], nodes: Sequence[Amounts], limits: Amounts | None = None) -> list[str]:
-    """What can never fit, a line each; none where all may fit, at once or when others leave.
+    """A line for each thing that can never fit; empty if all may fit, now or when other programs leave.
 
     `limits`: the most that all nodes together may have of a resource, where an autoscaler adds some.
     """
@@ -109,7 +109,7 @@ def problems(asked: Sequence[Ask], nodes: Sequence[Amounts], limits: Amounts | N
 
 
 def packs(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> bool:
-    """Whether all of them fit on the nodes at once. False only where that is proven, by sums or by trying all."""
+    """Whether all workers fit on the nodes at once. False only where that is proven, by sums or by trying all."""
     names = sorted({name for ask in asked for name in ask.amounts})
     sizes = [[round(ask.of(name) * _UNITS) for name in names] for ask in asked]
     if any(not _holds({name: _total(nodes, name)}, {name: _wanted(asked, name)}) for name in names):
@@ -129,7 +129,7 @@ def packs(asked: Sequence[Ask], nodes: Sequence[Amounts]) -> bool:
 
 
 def _fillings(sizes: Sequence[Sequence[int]], most: Sequence[int], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Numbers of workers of each size that a node holds, none of them with room for a further one of the last size."""
+    """Yield counts of workers of each size that fill a node, so that none more of the last size fits."""
     if not sizes:
         yield ()
         return

@@ -40,7 +40,7 @@ class Client(JobSubmissionClient):
         return super()._do_request(method, endpoint, timeout=(sending, _ANSWER_SECONDS), **options)
 
     def submit_job(self, **job: Any) -> str:  # type: ignore[override]  # by name alone
-        """The id of the job. Raises RuntimeError as Ray does, but where there is no agent only after two minutes."""
+        """Submit a job; its id. Raises RuntimeError as Ray does, but without an agent only after two minutes."""
         began = time.monotonic()
         announced = False
         while True:
@@ -59,7 +59,7 @@ class Client(JobSubmissionClient):
 
 @contextlib.contextmanager
 def cluster(address: str) -> Iterator[Client]:
-    """The job server of a cluster. Raises ConfigError where there is none, or where it wants a token.
+    """Connect to the job server of a cluster. Raises ConfigError where there is none, or it wants a token.
 
     Raises JobError when it cannot be reached any more, or refuses what it is asked.
     """

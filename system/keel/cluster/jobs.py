@@ -98,7 +98,7 @@ def attempts(client: Client) -> list[Attempt]:
 
 
 def find(client: Client, run: str, number: int | None = None) -> Attempt:
-    """The newest attempt at a run, or the one of a number, or of a job's id. Raises ConfigError."""
+    """Find the newest attempt at a run, or one by its number or job id. Raises ConfigError."""
     known = attempts(client)
     matches = [one for one in known if run in (one.job, one.run) and number in (None, one.number)]
     if not matches:
@@ -147,7 +147,7 @@ def _attach(running: Attempt, submission: Submission) -> Attempt:
 
 
 def stop_now(client: Client, attempt: Attempt) -> Attempt:
-    """SIGTERM, and a few seconds later SIGKILL, to the driver; the attempt when it is over. Raises JobError."""
+    """Send SIGTERM, and a few seconds later SIGKILL, to the driver and wait for its end. Raises JobError."""
     client.stop_job(attempt.job)
     return ended(client, attempt.job)
 
@@ -236,7 +236,7 @@ def _forget(client: Client, job: str) -> None:
 
 
 def _package(folder: Path) -> str:
-    """This Keel alone, as a zip."""
+    """Write Keel alone as a zip; its path."""
     archive = folder / "keel.zip"
     bundle.Bundle({}, [bundle.package()], []).write(archive, "", LIMIT_BYTES)
     return str(archive)

@@ -32,7 +32,7 @@ _BESIDE_STORE_BYTES = 2**30  # of /dev/shm: NCCL and torch put theirs beside the
 
 @dataclass(frozen=True)
 class Options:
-    """What a cluster needs to know beyond the run's settings. Mappings are by role, as the configuration names it."""
+    """Options of a cluster beyond the run's settings. Mappings are by role, as the configuration names it."""
 
     kind: Literal["job", "cluster"] = "job"
     image: str | None = None
@@ -98,7 +98,7 @@ class PodPlan:
 
     @classmethod
     def of(cls, settings: Settings, options: Options) -> Self:
-        """Raises ConfigError for what Kubernetes, KubeRay or Ray would refuse."""
+        """Divide a run into pods. Raises ConfigError for what Kubernetes, KubeRay or Ray would refuse."""
         _check(settings, options)
         groups = tuple(_group(role, workers, settings, options) for role, workers in _roles(settings, options).items())
         head = size_bytes("--memory head", options.memory.get("head", MEMORY["head"]))
@@ -110,7 +110,7 @@ class PodPlan:
 
     @property
     def image(self) -> str:
-        """One for all pods: Ray wants the same Python and Ray on every node."""
+        """One image for all pods: Ray needs the same Python and Ray on every node."""
         built_for = "gpu" if any(group.gpus for group in self.groups) else "cpu"
         return self.options.image or f"keel:{__version__}-{built_for}"
 
@@ -133,7 +133,7 @@ def quantity(size: int) -> str:
 
 
 def _sharers(gpus: float) -> int:
-    """Workers that share one GPU."""
+    """The number of workers that share one GPU."""
     return int(1 / gpus + 1e-9)
 
 

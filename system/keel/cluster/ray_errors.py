@@ -16,7 +16,7 @@ GONE = (RayActorError, OutOfMemoryError)
 async def answer(
     reference: Awaitable[Result], name: str, lost: Callable[[str], Exception], input_lost: Exception
 ) -> Result:
-    """Await an actor's answer; of what Ray raises make Keel's errors, for workers, ranks and the buffer alike.
+    """Await an actor's answer and translate Ray's errors to Keel's, for workers, ranks and the buffer alike.
 
     Raises `input_lost`, what the actor's own code raised, BuildFailed for its constructor, or what `lost` makes of
     the reason.

@@ -15,7 +15,7 @@ Load = Coroutine[Any, Any, Sequence[LoadReceipt]]
 
 
 class ObjectStoreTransport:
-    """A WeightTransport: the generators read the buffer that the learner's rank 0 put into the object store."""
+    """A WeightTransport: generators read the buffer that learner rank 0 put into the object store."""
 
     def begin(self, learner: Learner, generators: Generator) -> tuple[Publish, Load]:
         handle: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from keel.config.base import CommandSettings, Fraction, RunIdentity, Section
-from keel.config.objective import PairSettings
+from keel.config.pairs import PairSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.rewards import RewardSettings
 from keel.config.run import FailureSettings

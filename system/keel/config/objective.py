@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from keel.config.base import Fraction, Options, Section, Source, one_of
+from keel.config.pairs import PairSettings
 
 GROUP_ADVANTAGES = ("rloo", "group_mean", "grpo", "dr_grpo")
 RETURN_ADVANTAGES = ("none", "reinforce_pp", "reinforce_pp_baseline", "gae", "value_baseline")
@@ -22,6 +23,52 @@ class ObjectiveSection(Section):
     def min_samples(self) -> int:
         """Samples a prompt needs to be worth training on."""
         return 2
+
+    @property
+    def compared_by(self) -> str:
+        """What compares the samples of a prompt."""
+        return str(getattr(self, "kind"))  # noqa: B009 - a field of every subclass
+
+    @property
+    def by_token(self) -> bool:
+        """Whether advantages may differ between the tokens of a completion."""
+        return False
+
+    @property
+    def takes_reward_terms(self) -> bool:
+        """Whether the gradient is linear in the reward, so that a regularizer may be a term of it."""
+        return False
+
+    @property
+    def needs_policy_samples(self) -> bool:
+        """Whether completions must come from the policy, so that stored ones are refused."""
+        return False
+
+    @property
+    def reads_whole_reward(self) -> str:
+        """What needs the KL inside the reward that it sees; empty: nothing does."""
+        return ""
+
+    @property
+    def reference_reader(self) -> str:
+        """The setting that makes the objective read the reference policy; empty: none does."""
+        return ""
+
+    @property
+    def ensemble_readers(self) -> list[str]:
+        """Settings that make the objective read the members of the reward ensemble."""
+        return []
+
+    @property
+    def reads_deviation(self) -> bool:
+        """Whether the deviation of the reward ensemble on one prompt is read."""
+        return False
+
+    def check_learner(self, exact_kl: bool, zero_stage: int) -> None:
+        """Raise ValueError for a KL term or a ZeRO stage that the objective cannot work with."""
+
+    def check_judges(self, names: list[str]) -> None:
+        """Raise ValueError for a judge that is none of these rewards."""
 
 
 class EntropyAdvantageSettings(Section):
@@ -130,42 +177,29 @@ class PolicyGradientSettings(ObjectiveSection):
         return self
 
     @property
+    def compared_by(self) -> str:
+        return self.advantage
+
+    @property
+    def takes_reward_terms(self) -> bool:
+        return True
+
+    @property
+    def needs_policy_samples(self) -> bool:
+        return True
+
+    @property
+    def reads_whole_reward(self) -> str:
+        return self.advantage if self.by_token else ""
+
+    @property
     def by_token(self) -> bool:
-        """Advantages may differ between the tokens of a completion."""
         return self.advantage in ("reinforce_pp", "reinforce_pp_baseline", "gae")
 
     @property
     def min_samples(self) -> int:
         alone = self.advantage in ("none", "reinforce_pp", "gae", "value_baseline") or ":" in self.advantage
         return 1 if alone and (self.entropy_advantage is None or self.entropy_advantage.critic) else 2
-
-
-class PairSettings(Section):
-    """Which two completions of a prompt become a pair."""
-
-    selection: Literal[
-        "max_min", "max_random", "random", "max_max", "best_of_n_vs_policy", "all", "most_disagreeing"
-    ] = Field(
-        "max_min",
-        description="best and worst; best and another; any two; the two best; best of samples 1.. and sample 0;"
-        " every two; the pair of the plausible set on which the reward ensemble disagrees most (Sim-OPRL)",
-    )
-    length_penalty: float = Field(0.0, ge=0, description="reward units per token, for the selection only")
-    min_margin: float = Field(0.0, ge=0, description="pairs whose rewards differ by no more are dropped and counted")
-    finished_only: bool = Field(False, description="leave out completions that did not end by themselves")
-    judge: str | None = Field(None, description="name of the reward that orders a pair; null: the training reward")
-    stop_settled_ratio: Fraction | None = Field(
-        None, description="most_disagreeing: the run ends when this share of prompts has one plausible answer left"
-    )
-
-    @model_validator(mode="after")
-    def _stop_fits(self) -> Self:
-        if self.stop_settled_ratio is not None and self.selection != "most_disagreeing":
-            raise ValueError(
-                f"stop_settled_ratio={self.stop_settled_ratio}: selection={self.selection} has no plausible set;"
-                " expected most_disagreeing"
-            )
-        return self
 
 
 class PreferenceSettings(ObjectiveSection):
@@ -207,6 +241,27 @@ class PreferenceSettings(ObjectiveSection):
     @property
     def uses_reference(self) -> bool:
         return self.loss in REFERENCE_LOSSES
+
+    @property
+    def reference_reader(self) -> str:
+        return f"objective.loss={self.loss}" if self.uses_reference else ""
+
+    @property
+    def ensemble_readers(self) -> list[str]:
+        selection = f"objective.pairs.selection={self.pairs.selection}"
+        readers = [selection] if self.pairs.selection == "most_disagreeing" else []
+        return readers + ([f"objective.pessimism={self.pessimism}"] if self.pessimism else [])
+
+    @property
+    def reads_deviation(self) -> bool:
+        return self.pessimism > 0
+
+    def check_judges(self, names: list[str]) -> None:
+        if self.pairs.judge is not None and self.pairs.judge not in names:
+            raise ValueError(
+                f"objective.pairs.judge={self.pairs.judge}: no such reward with role judge or train; expected one of"
+                f" {', '.join(names)}"
+            )
 
 
 class WeightedLikelihoodSettings(ObjectiveSection):
@@ -272,6 +327,34 @@ class LogitsConvexitySettings(ObjectiveSection):
             raise ValueError("target=ratio: moves one probability of the behavior; expected form=kl, sparse, behavior")
         return self
 
+    @property
+    def compared_by(self) -> str:
+        return self.advantage
+
+    @property
+    def takes_reward_terms(self) -> bool:
+        return self.dense is None
+
+    @property
+    def needs_policy_samples(self) -> bool:
+        return True
+
+    @property
+    def reference_reader(self) -> str:
+        return "objective.dense" if self.dense else "objective.anchor=reference" if self.anchor == "reference" else ""
+
+    def check_learner(self, exact_kl: bool, zero_stage: int) -> None:
+        if exact_kl:
+            raise ValueError(
+                "regularizer.kl.estimator=exact: logits_convexity already reads the whole vocabulary towards its"
+                " anchor; expected k2, or objective.anchor=reference"
+            )
+        if zero_stage == 3 and self.epochs > 1 and self.anchor == "behavior":
+            raise ValueError(
+                "learners.zero_stage=3: objective.anchor=behavior with epochs > 1 keeps a copy of the output head,"
+                " which no rank holds whole; expected 1 or 2"
+            )
+
 
 class CustomObjectiveSettings(ObjectiveSection):
     """An objective of your own."""
@@ -279,6 +362,14 @@ class CustomObjectiveSettings(ObjectiveSection):
     kind: Literal["custom"] = Field(description="kind of the objective")
     source: Source = Field(description="module:class, derived from keel.algorithms.objective.Objective")
     options: Options = Field({}, description="what the class reads from settings.objective.options")
+
+    @property
+    def takes_reward_terms(self) -> bool:
+        return True
+
+    @property
+    def reads_whole_reward(self) -> str:
+        return "your objective"
 
 
 def _with_kind(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from keel.config.base import CommandSettings, Fraction, RunIdentity, Seconds, Section
 from keel.config.monitoring import MetricsSettings, TrackingSettings
-from keel.config.objective import LogitsConvexitySettings, ObjectiveSettings, PolicyGradientSettings, PreferenceSettings
+from keel.config.objective import ObjectiveSettings, PolicyGradientSettings
 from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings, ShapingSettings
@@ -131,13 +131,9 @@ class LearnerSpec(CommandSettings):
 
     def reference_readers(self) -> list[str]:
         """Settings that make the objective read the reference policy."""
-        kl, objective = self.regularizer.kl, self.objective
+        kl = self.regularizer.kl
         readers = [f"regularizer.kl.coefficient={kl.coefficient}"] if kl.coefficient > 0 else []
-        if isinstance(objective, PreferenceSettings) and objective.uses_reference:
-            readers.append(f"objective.loss={objective.loss}")
-        if isinstance(objective, LogitsConvexitySettings) and (objective.anchor == "reference" or objective.dense):
-            readers.append("objective.dense" if objective.dense else "objective.anchor=reference")
-        return readers
+        return readers + [reader for reader in [self.objective.reference_reader] if reader]
 
     def needed_columns(self) -> dict[str, str]:
         """Rollout columns the objective reads -> the setting that asks for them."""
@@ -172,71 +168,44 @@ class LearnerSpec(CommandSettings):
     def _samples_are_enough(self) -> Self:
         samples, wanted = self.sampling.samples_per_prompt, self.objective.min_samples
         if samples < wanted:
-            what = getattr(self.objective, "advantage", self.objective.kind)
             raise ValueError(
-                f"sampling.samples_per_prompt={samples}: {what} compares samples of one prompt; expected at least 2"
+                f"sampling.samples_per_prompt={samples}: {self.objective.compared_by} compares samples of one prompt;"
+                " expected at least 2"
             )
         return self
 
     @model_validator(mode="after")
     def _regularizers_fit_the_objective(self) -> Self:
         objective, terms = self.objective, self.regularizer.reward_terms()
-        linear = isinstance(objective, PolicyGradientSettings) or objective.kind == "custom"
-        sparse = isinstance(objective, LogitsConvexitySettings) and not objective.dense
-        if terms and not (linear or sparse):
+        if terms and not objective.takes_reward_terms:
             raise ValueError(
                 f"regularizer.{terms[0]}: objective.kind={objective.kind} has no gradient that is linear in the reward,"
                 " so a term in it is no regularizer; expected placement=loss or form=token_bonus"
             )
         kl = self.regularizer.kl
-        if (
-            kl.in_reward
-            and kl.order == "after_baseline"
-            and (objective.kind == "custom" or getattr(objective, "by_token", False))
-        ):
+        if kl.in_reward and kl.order == "after_baseline" and objective.reads_whole_reward:
             raise ValueError(
                 "regularizer.kl.order=after_baseline: the KL is part of the reward before"
-                f" {getattr(objective, 'advantage', 'your objective')} sees it; expected before_baseline"
+                f" {objective.reads_whole_reward} sees it; expected before_baseline"
             )
-        if getattr(objective, "by_token", False):
-            self.regularizer.entropy.check_paid_by_token(f"objective.advantage={getattr(objective, 'advantage', '')}")
-        if isinstance(objective, LogitsConvexitySettings):
-            if kl.exact:
-                raise ValueError(
-                    "regularizer.kl.estimator=exact: logits_convexity already reads the whole vocabulary towards its"
-                    " anchor; expected k2, or objective.anchor=reference"
-                )
-            if self.learners.zero_stage == 3 and objective.epochs > 1 and objective.anchor == "behavior":
-                raise ValueError(
-                    "learners.zero_stage=3: objective.anchor=behavior with epochs > 1 keeps a copy of the output head,"
-                    " which no rank holds whole; expected 1 or 2"
-                )
+        if objective.by_token:
+            self.regularizer.entropy.check_paid_by_token(f"objective.advantage={objective.compared_by}")
+        objective.check_learner(kl.exact, self.learners.zero_stage)
         return self
 
     @model_validator(mode="after")
     def _ensemble_has_members(self) -> Self:
-        objective, members = self.objective, len(self.train_rewards)
-        pairs = objective.pairs if isinstance(objective, PreferenceSettings) else None
-        readers = {
-            f"ensemble.form={self.ensemble.form}": self.ensemble.form != "sum",
-            "objective.pairs.selection=most_disagreeing": pairs and pairs.selection == "most_disagreeing",
-            f"objective.pessimism={getattr(objective, 'pessimism', 0)}": bool(getattr(objective, "pessimism", 0)),
-        }
-        spread = self.ensemble.form in ("lower_bound", "variance") and self.ensemble.center
-        if (getattr(objective, "pessimism", 0) or spread) and self.sampling.samples_per_prompt < 3:
+        ensemble, members = self.ensemble, len(self.train_rewards)
+        spread = ensemble.form in ("lower_bound", "variance") and ensemble.center
+        if (self.objective.reads_deviation or spread) and self.sampling.samples_per_prompt < 3:
             raise ValueError(
                 f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: ensemble members centered per prompt"
                 " deviate alike on two samples, so their spread says nothing; expected at least 3"
             )
-        for setting, reads in readers.items():
-            if reads and members < 2:
-                raise ValueError(f"{setting}: the ensemble has {members} rewards of role train; expected at least 2")
-        judges = [reward.name for reward in self.rewards if reward.role != "monitor"]
-        if pairs and pairs.judge is not None and pairs.judge not in judges:
-            raise ValueError(
-                f"objective.pairs.judge={pairs.judge}: no such reward with role judge or train; expected one of"
-                f" {', '.join(judges)}"
-            )
+        for reader in [f"ensemble.form={ensemble.form}"] * (ensemble.form != "sum") + self.objective.ensemble_readers:
+            if members < 2:
+                raise ValueError(f"{reader}: the ensemble has {members} rewards of role train; expected at least 2")
+        self.objective.check_judges([reward.name for reward in self.rewards if reward.role != "monitor"])
         return self
 
     @model_validator(mode="after")
@@ -249,7 +218,7 @@ class LearnerSpec(CommandSettings):
                     f"rewards.{reward.name}.kind=stored: completions that are generated have none"
                     f" (sampling.stored_ratio={ratio}); expected stored_ratio 1, or another kind"
                 )
-        if ratio > 0 and isinstance(self.objective, PolicyGradientSettings | LogitsConvexitySettings):
+        if ratio > 0 and self.objective.needs_policy_samples:
             raise ValueError(
                 f"sampling.stored_ratio={ratio}: objective.kind={self.objective.kind} needs samples of the policy;"
                 " expected preference or weighted_likelihood"

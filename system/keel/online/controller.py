@@ -47,7 +47,7 @@ class Controller:
         self._leaving = False
 
     async def run(self) -> None:
-        """All steps. Raises the first error of either loop with its own cause, the other one cancelled."""
+        """Run all steps. Raises the first error of either loop with its cause, the other loop cancelled."""
         async with one_cause() as tasks:
             rollouts = tasks.create_task(self._rollouts())
             await self._learn()
@@ -112,7 +112,7 @@ class Controller:
         return report.finished
 
     async def _take(self) -> tuple[Batch, Mapping[str, Any]]:
-        """The rows of the next step. Raises Stalled, which names the tickets that are missing."""
+        """Take the rows of the next step from the buffer. Raises Stalled, which names the missing tickets."""
         deadlines, buffer = self.settings.deadlines, self.components.buffer
         attempt = deadlines.generate_seconds + deadlines.score_seconds * (len(self.components.scorers) + 1)
         patience = attempt * (self.settings.failures.retries + 1) + self._replacement_seconds
@@ -126,7 +126,7 @@ class Controller:
         return batch, buffered
 
     async def _train(self, batch: Batch) -> StepReport:
-        """One learner step. Rows that the learner refuses, or that fail the parity bound, are kept in quarantine."""
+        """Run one learner step; keep rows that it refuses, or that fail the parity bound, in quarantine."""
         stepping = self.components.learner.step(batch)
         try:
             report = await self._within(
@@ -145,7 +145,7 @@ class Controller:
         await self._within(self._replacement_seconds, self.observer.quarantine(step, batch, reason), "quarantine")
 
     async def sync(self) -> int:
-        """Move the learner's weights to every generator, which proves that it holds them; bytes loaded in all.
+        """Move the learner's weights to every generator, each of which proves them; the bytes loaded in all.
 
         Both ends begin together; the deadline of the generators starts when the learner has published.
         """
@@ -243,7 +243,7 @@ class Controller:
     # ---- for the start-up parity test
 
     async def generate(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
-        """Completions of some prompt rows, unscored."""
+        """Generate completions of some prompt rows, unscored."""
 
         async def once() -> pa.RecordBatch:
             generating = self.components.generators.generate(GenerateRequest(prompts, (self.sampling,)))

@@ -71,7 +71,7 @@ def sentence(state: dict[str, Any]) -> str:
 
 
 def control_of(directory: Path) -> dict[str, str]:
-    """How the control actor of a run is reached: its control.json. Raises ConfigError when there is none."""
+    """Read control.json: how the control actor of a run is reached. Raises ConfigError when there is none."""
     path = directory / "control.json"
     if not path.is_file():
         raise ConfigError(f"RUN_DIR={directory}: no control.json in it; expected the directory of a live run")

@@ -104,14 +104,14 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
         page = recorder.metrics.page
         url = last.enter_context(endpoint.serving(settings.metrics, settings.run.name, directory, page))
         display.note(f"metrics: {url}")
-        last.enter_context(recorder.tracking)  # finished after Ray: an interrupted run has not long
+        last.enter_context(recorder.tracking)  # finished after Ray: an interrupted run has little time
         if saved.path:
             display.note(f"resuming from {saved.path.name}")
             recorder.event("resume", step=saved.version)
         if not new:
             display.doing(_STARTING)
             display.note(ray.enter_context(actors.joined(settings, counts, degraded=True)))
-        return asyncio.run(_Run(prepared, recorder, asked_to_stop).to_the_end(saved))
+        return asyncio.run(OnlineRun(prepared, recorder, asked_to_stop).to_the_end(saved))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _newest(recorder: Recorder) -> Saved:
     path, state, damaged = checkpoint.newest_intact(recorder.directory)
     for what in damaged:
         recorder.event("checkpoint_damaged", what=what, step=state["version"] if state else 0)
-        recorder.display.note(f"damaged checkpoint put aside ({what}); going on from {path and path.name}")
+        recorder.display.note(f"damaged checkpoint put aside ({what}); continuing from {path and path.name}")
     saved = Saved(path, state or {})
     for what in files.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
         recorder.event("line_damaged", what=what)
@@ -144,7 +144,7 @@ def _newest(recorder: Recorder) -> Saved:
     return saved
 
 
-class _Run:
+class OnlineRun:
     """The pools of a run, and one learner group and one buffer after another."""
 
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
@@ -184,7 +184,7 @@ class _Run:
                         raise
                     self.recorder.event("rebuild", reason=str(lost))
                     self.recorder.add({"rebuilds_total": 1.0})
-                    self.recorder.display.note(f"{lost}; going on from the newest checkpoint")
+                    self.recorder.display.note(f"{lost}; continuing from the newest checkpoint")
                 saved = _newest(self.recorder)
                 if self.scaling.stopping and not saved.over(self.settings):
                     self.recorder.event("stopped", step=saved.version)
@@ -251,7 +251,9 @@ class _Run:
         )
         if self.placement.ranks < ranks:
             self.recorder.event("degraded", role="learner", desired=ranks, actual=self.placement.ranks)
-            self.recorder.display.note(f"no resources for {ranks} learner ranks: going on with {self.placement.ranks}")
+            self.recorder.display.note(
+                f"no resources for {ranks} learner ranks: continuing with {self.placement.ranks}"
+            )
         return self.placement
 
     async def _restore(
@@ -310,9 +312,8 @@ def _end_on_signals() -> None:
         last_call.daemon = True
         last_call.start()
         for ending_signal in ending:
-            signal.signal(
-                ending_signal, signal.SIG_IGN
-            )  # a second one would be raised wherever the end is, also inside Ray
+            # a second one would be raised wherever the end has got to, also inside Ray
+            signal.signal(ending_signal, signal.SIG_IGN)
         interrupt(number, frame)
 
     ending = [signal.SIGTERM, *([signal.SIGINT] if callable(sigint) else [])]

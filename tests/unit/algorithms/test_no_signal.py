@@ -11,7 +11,7 @@ from keel import schema
 from keel.algorithms import advantages, critics, pair_selection, reward_ensembles, weighted_likelihood
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Measured
-from keel.config.objective import PairSettings
+from keel.config.pairs import PairSettings
 from keel.rollout import buffer
 from rollouts import generated, prompts, scored
 from tabular import objective, rollout

@@ -12,7 +12,7 @@ from keel.algorithms import critics, pair_selection
 from keel.algorithms.pair_selection import CHOICES, Candidates
 from keel.algorithms.regularizers import ExactKL
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
-from keel.config.objective import PairSettings
+from keel.config.pairs import PairSettings
 from keel.learner.packing import TokenBudget
 from tabular import CASES, case, heads, objective, rollout, table, weigh
 

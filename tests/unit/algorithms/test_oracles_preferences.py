@@ -11,7 +11,8 @@ from keel.algorithms.objective import Objective
 from keel.algorithms.pair_selection import Candidates
 from keel.algorithms.preferences import PAIR_LOSSES, Sequences, pair_logits, ranking_loss
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
-from keel.config.objective import PairSettings, PreferenceSettings
+from keel.config.objective import PreferenceSettings
+from keel.config.pairs import PairSettings
 from tabular import objective, rollout
 
 

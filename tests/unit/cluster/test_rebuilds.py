@@ -10,7 +10,7 @@ import pytest
 from fakes import settings_for
 from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.online import train
-from keel.online.train import Saved, _Run
+from keel.online.train import OnlineRun, Saved
 
 Script = list[Exception | int | str]
 """What each attempt does: loses something, gets further by so many steps, or is asked to stop."""
@@ -18,7 +18,7 @@ Script = list[Exception | int | str]
 
 def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.MonkeyPatch, has_run: bool = True) -> Any:
     """The loop around the attempts, everything they do replaced by the script; `saved` follows what was done."""
-    own: Any = object.__new__(_Run)
+    own: Any = object.__new__(OnlineRun)
     own.settings = settings_for(steps=10, failures={"max_rebuilds": rebuilds})
     own.prepared, own.has_run = SimpleNamespace(directory=tmp_path), has_run
     own.events, own.attempts = [], 0

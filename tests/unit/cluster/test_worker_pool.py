@@ -85,7 +85,7 @@ class World:
 
 
 class Placement:
-    """Room that is there after the seconds the world says; the index comes with the first question."""
+    """A placement that is granted after the seconds the world says; the index comes with the first question."""
 
     ranks = 1
 

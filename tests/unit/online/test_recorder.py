@@ -1,4 +1,4 @@
-"""What the recorder makes of what it is told."""
+"""What the recorder writes of what is reported to it."""
 
 import contextlib
 from pathlib import Path
@@ -14,7 +14,7 @@ from keel.errors import BuildFailed
 from keel.observability.metrics import RunMetrics
 from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
-from keel.online.train import Saved, _Run
+from keel.online.train import OnlineRun, Saved
 from quiet_display import Quiet
 
 
@@ -89,7 +89,7 @@ def test_memory_is_measured_between_steps_and_is_in_the_line_of_a_step(tmp_path:
 async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wait for room and the new learner group are start-up: neither the step nor the checkpoint goes on meanwhile."""
+    """The wait for resources and the new learner group are start-up: neither the step nor the checkpoint is counted meanwhile."""
     prepared = SimpleNamespace(settings=settings_for(), directory=tmp_path)
     recorder = Recorder(cast(Prepared, prepared), RunMetrics("test", tmp_path / "metrics.jsonl"), Quiet())
     recorder.utilization.ranks(1)
@@ -111,5 +111,5 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         _placement_for=placement_for,
     )
     with pytest.raises(BuildFailed, match="the end of this test"):
-        await _Run._start(cast(_Run, own), Saved(None, {}), contextlib.ExitStack())
+        await OnlineRun._start(cast(OnlineRun, own), Saved(None, {}), contextlib.ExitStack())
     assert asked == [True]

@@ -17,7 +17,7 @@ from keel.protocols import Observer
 
 
 class Spare:
-    """Room for further ranks that is granted from the `granted_at`-th question on."""
+    """A placement for further ranks that is granted from the `granted_at`-th question on."""
 
     def __init__(self, ranks: int, granted_at: int) -> None:
         self.ranks, self.left, self.released = ranks, granted_at, 0

@@ -125,9 +125,9 @@ def test_rows_that_are_refused_are_kept_within_a_time(tmp_path: Path) -> None:
 def test_the_buffer_has_its_time_to_drop_tickets(tmp_path: Path) -> None:
     run = run_of(tmp_path)
 
-    async def lost(prompts: Any, sampling: Any) -> Any:
-        if prompts.num_rows == 3:
-            return await evaluates(prompts, sampling)
+    async def lost(request: Any) -> Any:
+        if request.prompts.num_rows == 3:
+            return await evaluates(request)
         raise WorkerLost("killed")
 
     evaluates = run.generator.generate
