@@ -323,17 +323,12 @@ _EFFICIENCY = (
     chart("Utilization by role", utilization('run=~"$run"', "role"), "Busy over busy and idle, all runs together."),
     chart("Utilization by run and role", utilization('run=~"$run"', "run", "role"), "Busy over busy and idle."),
     Panel(
-        "What each role waits for",
+        "What roles wait for",
         (Query(f"sum by (role, on) ({_IDLE})", legend="{{role}} for {{on}}"),),
         "Worker seconds in the time that is shown, all runs. The longest bar names the role that needs more workers.",
         kind="bargauge",
     ),
-    Panel(
-        "What each role waits for, by run",
-        (Query(_IDLE, "Worker seconds"),),
-        "In the time that is shown.",
-        kind="table",
-    ),
+    Panel("What roles wait for, by run", (Query(_IDLE, "Worker seconds"),), "In the time that is shown.", kind="table"),
     chart(
         "Batches in line by role",
         f"sum by (role) ({rate('queue_seconds_total')})",
