@@ -50,8 +50,8 @@ def seal(folder: Path, names: Iterable[str] = (), manifest: str = _MANIFEST) -> 
 
 def latest(run_directory: Path) -> Path | None:
     """The newest committed checkpoint; None when there is none."""
-    found = committed(run_directory)
-    return found[-1] if found else None
+    checkpoints = committed(run_directory)
+    return checkpoints[-1] if checkpoints else None
 
 
 def committed(run_directory: Path) -> list[Path]:
@@ -171,15 +171,14 @@ def _put_aside(run_directory: Path, newer_than: Path) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
     check(path)
-    right = _files(path / _MANIFEST)["state.json"]
-    state = path / "state.json"
-    return json.loads(reads.settled(state, lambda: reads.read(state), lambda found: files.digest_of(found) == right))
+    digest, state = _files(path / _MANIFEST)["state.json"], path / "state.json"
+    return json.loads(reads.settled(state, lambda: reads.read(state), lambda read: files.digest_of(read) == digest))
 
 
 def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
     """Every file that a manifest names, or those below a path in it, is there as it was. Raises CheckpointError."""
     try:
-        wrong = reads.settled(folder / manifest, lambda: _wrong(folder, manifest, below), lambda found: not found)
+        wrong = reads.settled(folder / manifest, lambda: _wrong(folder, manifest, below), lambda wrong: not wrong)
     except (FileNotFoundError, ValueError) as error:  # torn or missing
         raise CheckpointError(f"{folder.name}: its manifest cannot be read ({error})") from error
     if wrong:
@@ -187,12 +186,8 @@ def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
 
 
 def _wrong(folder: Path, manifest: str, below: str) -> list[str]:
-    digest_by_name = _files(folder / manifest)
-    return [
-        name
-        for name in sorted(digest_by_name)
-        if name.startswith(below) and not _is_intact(folder / name, digest_by_name[name])
-    ]
+    named = sorted(_files(folder / manifest).items())
+    return [name for name, digest in named if name.startswith(below) and not _is_intact(folder / name, digest)]
 
 
 def _files(manifest: Path) -> dict[str, str]:

@@ -231,7 +231,7 @@ def digest_of(content: Any) -> str:
 
 def digest(path: Path, expected: str | None = None) -> str:
     """xxh3-128 of a file, read in pieces; one that is not the expected is made again, from the disk."""
-    return settled(path, lambda: _digest(path), lambda found: expected in (None, found))
+    return settled(path, lambda: _digest(path), lambda actual: expected in (None, actual))
 
 
 def _digest(path: Path) -> str:
@@ -247,7 +247,7 @@ def _digest(path: Path) -> str:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it; the entry of each, and of one that was there, is on the disk."""
-    missing = [each for each in (path, *path.parents) if not each.is_dir()]
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
     path.mkdir(parents=True, exist_ok=True)
     for made in [path, *missing[1:]]:
         with contextlib.suppress(PermissionError):  # a folder above the run's may be closed to its owner

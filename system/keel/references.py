@@ -1,4 +1,4 @@
-"""References of iterations: with reference.ref_policy=previous every iteration leaves a folder a resumed run reads.
+"""Reference policies of iterations: with reference.ref_policy=previous a resumed run reads that of its iteration.
 
 RUN_DIR/references/step-000010/    the policy after step 10, Hugging Face layout; whole or absent
 """
@@ -22,14 +22,14 @@ def begin(folder: Path) -> Path:
 
 
 def commit(folder: Path) -> None:
-    """What was written aside becomes the reference of its step, in place of what an interrupted run left there."""
+    """Make what was written aside the reference of its step, in place of what an interrupted run left there."""
     aside = folder.with_name(f".{folder.name}.tmp")
     checkpoint.seal(aside)
     files.swap_folder(aside, folder)
 
 
 def check(folder: Path) -> None:
-    """The files are those that were written. Raises CheckpointError, or ReadFailed where that cannot be said."""
+    """Check that the files are as written. Raises CheckpointError, or ReadFailed where that cannot be said."""
     checkpoint.check(folder)
 
 

@@ -1,4 +1,4 @@
-"""The user's own code, named in the configuration as module:name."""
+"""Import the user's own code, which the configuration names as module:name."""
 
 import contextlib
 import importlib
@@ -17,15 +17,15 @@ def import_symbol(source: str, setting: str) -> Callable[..., Any]:
     """The function or class at module:name. Raises ConfigError, naming the setting, when it cannot be imported."""
     module, _, name = source.partition(":")
     try:
-        found = getattr(import_module(module), name)
+        symbol = getattr(import_module(module), name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         reason = one_line(error)
         raise ConfigError(
             f"{setting}={source}: cannot be imported ({reason}); expected module:name{shadowed(module)}"
         ) from None
-    if not callable(found):
-        raise ConfigError(f"{setting}={source}: a {type(found).__name__}; expected a function or a class")
-    return found
+    if not callable(symbol):
+        raise ConfigError(f"{setting}={source}: a {type(symbol).__name__}; expected a function or a class")
+    return symbol
 
 
 def import_module(name: str) -> ModuleType:

@@ -92,8 +92,8 @@ class ChatText:
 
     def _cut(self, whole: str, start: int, content: str) -> AssistantTurn:
         """The text in three: what stands before `start`, the answer, what is written behind it."""
-        rest, frame, said = whole[start:], self.frame, content.strip()
-        stop = rest.find(said) + len(said) if said in rest else len(rest)
+        rest, frame, stripped = whole[start:], self.frame, content.strip()
+        stop = rest.find(stripped) + len(stripped) if stripped in rest else len(rest)
         if frame.tail is not None and rest.endswith(frame.tail):
             stop = len(rest) - len(frame.tail)
         behind = rest[stop:]
@@ -104,9 +104,9 @@ class ChatText:
         """What stands around an answer, learned from short conversations; empty where the template refuses them."""
         if not getattr(self.tokenizer, "chat_template", None):
             return Frame()
-        asked, said = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}
-        prompt, whole = self._rendered([asked], add_generation_prompt=True), self._rendered([asked, said])
-        history = self._rendered([asked, said, {"role": "user", "content": _ASKED_AGAIN}])
+        asked, answer = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _SAID}
+        prompt, whole = self._rendered([asked], add_generation_prompt=True), self._rendered([asked, answer])
+        history = self._rendered([asked, answer, {"role": "user", "content": _ASKED_AGAIN}])
         if whole is None or _SAID not in whole:
             return Frame()
         lead = whole[len(prompt) : whole.index(_SAID)] if prompt is not None and whole.startswith(prompt) else ""

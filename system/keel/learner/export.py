@@ -65,7 +65,7 @@ tags: [rlhf, keel, {_objective(settings)}]
 
 def _objective(settings: LearnerSpec) -> str:
     """The one word that tells an objective from others of its kind."""
-    by = settings.objective
+    objective = settings.objective
     words = {
         "policy_gradient": "advantage",
         "preference": "loss",
@@ -73,4 +73,4 @@ def _objective(settings: LearnerSpec) -> str:
         "logits_convexity": "form",
         "custom": "source",
     }
-    return str(getattr(by, words[by.kind]))
+    return str(getattr(objective, words[objective.kind]))

@@ -124,12 +124,12 @@ def _budgets(rows: pa.RecordBatch) -> dict[str, packing.TokenBudget]:
 @torch.no_grad()
 def _plain(model: Any, rows: pa.RecordBatch) -> np.ndarray:
     """float64 log-probs of all completion tokens, each row read by the model on its own."""
-    found = []
+    logprobs = []
     pairs = zip(*(rows.column(name).to_pylist() for name in ("prompt_tokens", "completion_tokens")), strict=True)
     for prompt, completion in pairs:
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
-        found.append(logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0])
-    return torch.cat(found).numpy()
+        logprobs.append(logits.log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(logprobs).numpy()
 
 
 @torch.no_grad()
@@ -147,10 +147,10 @@ def _through_keel(model: Any, rows: pa.RecordBatch, budget: packing.TokenBudget)
 def difference(through: Callable[[], np.ndarray], expected: np.ndarray, spread: float) -> str:
     """Why a pass is not the model's own; empty where it is."""
     try:
-        found = through()
+        logprobs = through()
     except Exception as error:  # what a family's code makes of arguments that it does not know
         return f"{type(error).__name__}: {one_line(error)[:120]}"
-    largest = float(np.abs(found - expected).max())
+    largest = float(np.abs(logprobs - expected).max())
     if largest <= TOLERANCE * spread:  # False for NaN
         return ""
     return f"log-probs differ by up to {largest:.2g} nats"

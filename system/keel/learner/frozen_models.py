@@ -41,10 +41,10 @@ def vocabulary_piece(
 
     def piece(logits: Tensor, start: int, stop: int) -> Tensor:
         places = torch.arange(start, stop, device=logits.device)
-        own = places if selected is None else places[selected[start:stop]]
-        others = {name: view.logits(own, temperature) for name, view in views.items()}
-        values = term(logits[own - start], targets[own], advantages[own], others)
-        return torch.zeros(len(places), dtype=logits.dtype, device=logits.device).index_add(0, own - start, values)
+        chosen = places if selected is None else places[selected[start:stop]]
+        others = {name: view.logits(chosen, temperature) for name, view in views.items()}
+        values = term(logits[chosen - start], targets[chosen], advantages[chosen], others)
+        return torch.zeros(len(places), dtype=logits.dtype, device=logits.device).index_add(0, chosen - start, values)
 
     return piece
 

@@ -61,17 +61,17 @@ def check_harmless(folder: Path, named: str) -> None:
     """A model folder can be loaded without running anything that came with it: safetensors, transformers' own code.
 
     Raises ConfigError for weights that are pickles alone, a model that needs its author's Python code (which
-    is never run), and an adapter, which would load a further model that nobody named.
+    is never run), and an adapter, which would load a further model that no setting names.
     """
     if (folder / "adapter_config.json").is_file():
         raise ConfigError(f"{named}: holds adapter_config.json; expected whole weights, the adapter merged into them")
     if not model_files.weight_files(folder):
         pickles = sorted(path.name for form in _PICKLES for path in folder.glob(form))
         others = sorted(path.name for path in folder.glob("*.safetensors"))
-        found = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
+        problem = f"its weights are a pickle ({pickles[0]}), which is never opened" if pickles else "no weights in it"
         if others:
-            found = f"{others[0]} is not in transformers' layout (model.safetensors, or shards and their index)"
-        raise ConfigError(f"{named}: {found}; expected *.safetensors")
+            problem = f"{others[0]} is not in transformers' layout (model.safetensors, or shards and their index)"
+        raise ConfigError(f"{named}: {problem}; expected *.safetensors")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     tree = read_config(folder, named)
@@ -225,7 +225,7 @@ def load_policy(folder: Path, dtype: str) -> Policy:
 
 
 def load_frozen(folder: Path, dtype: str, device: torch.device) -> Policy:
-    """A policy nobody trains: reference or teacher inside the learner."""
+    """A frozen policy: the reference or a teacher inside the learner."""
     return load_policy(folder, dtype).to(device).eval().requires_grad_(False)
 
 

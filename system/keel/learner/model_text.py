@@ -129,10 +129,8 @@ class ModelText:
         kept = [[*first, *(number for number in row if number not in control)] for row in rows_said]
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         texts = self.tokenizer.batch_decode(kept, **options)
-        said = zip(texts, rows, chat, strict=True)
-        return [
-            self._content(text[len(before) :], row) if of_chat else text[len(before) :] for text, row, of_chat in said
-        ]
+        answers = zip((text[len(before) :] for text in texts), rows, chat, strict=True)
+        return [self._content(text, row) if of_chat else text for text, row, of_chat in answers]
 
     def _content(self, text: str, row: Sequence[int]) -> str:
         """An answer without the white space between its prompt, itself and its end token."""

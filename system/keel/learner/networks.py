@@ -29,7 +29,7 @@ class TokenLogprobs(torch.autograd.Function):
         entropy = logsumexp(z) - sum(p z)     d entropy / dz = -p (log p + entropy)
 
     Logits [n, V] of any float type are kept as they are for the backward pass; fp32 copies live only inside
-    forward and backward. Returns fp32 tensors [n] (float64 in, float64 out); None for an entropy nobody asked for.
+    forward and backward. Returns fp32 tensors [n] (float64 in, float64 out); None for an entropy not asked for.
     """
 
     @staticmethod
@@ -42,10 +42,10 @@ class TokenLogprobs(torch.autograd.Function):
         kept: list[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`kept`: empty in the first pass, which leaves its results there for a second pass over the same logits."""
-        found = kept if kept else _forward(logits, targets, temperature, with_entropy)
+        results = kept if kept else _forward(logits, targets, temperature, with_entropy)
         if kept is not None and not kept:
-            kept.extend(None if tensor is None else tensor.detach() for tensor in found)
-        logprob, normalizer, entropy = found
+            kept.extend(None if tensor is None else tensor.detach() for tensor in results)
+        logprob, normalizer, entropy = results
         ctx.save_for_backward(logits, targets, normalizer, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -142,7 +142,7 @@ class Policy(nn.Module):
         self.kept_pieces = 1  # the last piece is the first to go backward: keeping it costs nothing
 
     def keep(self, num_bytes: int, chunk_tokens: int) -> None:
-        """Keep the logits of as many pieces of this size as fit so many bytes, and of one at least."""
+        """Keep the logits of as many pieces of `chunk_tokens` as fit `num_bytes`, and of one at least."""
         weight = self.head.weight
         self.kept_pieces = max(1, num_bytes // (chunk_tokens * len(weight) * weight.element_size()))
 
@@ -246,12 +246,12 @@ class ValueHead(nn.Module):
 class Critic(nn.Module):
     """Values of the states before each completion token, on its own trunk or the policy's states."""
 
-    def __init__(self, by: CriticSettings, trunk: Any, hidden: int, heads: Sequence[str]) -> None:
+    def __init__(self, config: CriticSettings, trunk: Any, hidden: int, heads: Sequence[str]) -> None:
         super().__init__()
-        self.by, self.trunk, self.names = by, trunk, tuple(heads)
-        twin = by.softmin_temperature is not None
+        self.config, self.trunk, self.names = config, trunk, tuple(heads)
+        twin_heads = config.softmin_temperature is not None
         self.heads = nn.ModuleList(
-            nn.ModuleList(ValueHead(hidden, by.head) for _ in range(2 if twin and head == "value" else 1))
+            nn.ModuleList(ValueHead(hidden, config.head) for _ in range(2 if twin_heads and head == "value" else 1))
             for head in heads
         )
 
@@ -259,10 +259,10 @@ class Critic(nn.Module):
     def start_from(self, weight: Tensor, offset: float) -> None:
         """Begin the linear heads of the value as a reward model's: weight [1, H], scores w h - offset.
 
-        Of twins the second is moved by a tenth of a new head's size: equal ones would get equal gradients for ever.
+        Of twin heads the second is moved by a tenth of a new head's size: equal ones would always get equal gradients.
         """
         for name, members in zip(self.names, self.heads, strict=True):
-            if name == "value" and self.by.head == "linear":
+            if name == "value" and self.config.head == "linear":
                 for number, member in enumerate(members):
                     apart = 0.1 * number * torch.randn_like(member.weight) / (weight.shape[1] + 1) ** 0.5
                     member.weight.copy_(weight.to(member.weight) + apart)
@@ -272,13 +272,13 @@ class Critic(nn.Module):
         """[N, K]; two heads of a value are joined by a soft minimum."""
         if self.trunk is not None:
             states = hidden_states(self.trunk, micro)
-        elif self.by.trunk == "detached":
+        elif self.config.trunk == "detached":
             states = states.detach()
         columns = []
         for members in self.heads:
             values = torch.stack([member(states) for member in members], dim=-1)
-            twin = self.by.softmin_temperature or 1.0
-            columns.append(values.squeeze(-1) if len(members) == 1 else critics.soft_min(values, twin))
+            temperature = self.config.softmin_temperature or 1.0
+            columns.append(values.squeeze(-1) if len(members) == 1 else critics.soft_min(values, temperature))
         return torch.stack(columns, dim=-1)
 
 

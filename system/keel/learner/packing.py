@@ -202,12 +202,12 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
                 tokens[u, start:end] = prompts[prompt_starts[row] : prompt_starts[row] + p]
                 places[u, start:end], groups[u, start:end], segments[u, start:end] = np.arange(p), group, 0
             c, k = int(completion_lengths[row]), k + 1
-            own = completion_starts[row] + np.arange(c)
-            tokens[u, end : end + c] = completions[own]
+            completion_items = completion_starts[row] + np.arange(c)
+            tokens[u, end : end + c] = completions[completion_items]
             places[u, end : end + c], groups[u, end : end + c], segments[u, end : end + c] = p + np.arange(c), group, k
             # the last prompt token predicts the first token of every completion behind it
             positions.append(u * width + np.concatenate([[start + p - 1], end + np.arange(c - 1)]).astype(np.int64))
-            items.append(own)
+            items.append(completion_items)
             end += c
     flat_items = np.concatenate(items)
     return MicroBatch(

@@ -61,7 +61,7 @@ class DeepSpeedLearner:
         policy.keep(learners.head_kept_bytes, learners.head_chunk_tokens)
         torch.manual_seed(settings.run.seed)  # of new value heads
         module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
-        rate = module.critic.by.learning_rate if module.critic is not None else None
+        rate = module.critic.config.learning_rate if module.critic is not None else None
         self._engine.drive(module, optimizer.optimizer(learners, module, rate))
         verdicts = [forward_contract.verdict(folder, settings.max_model_tokens) for folder in self._folders()]
         self._verdict = functools.reduce(Verdict.both, verdicts)
@@ -79,13 +79,13 @@ class DeepSpeedLearner:
         return {Path(self.folder), *(Path(self._folder_of(name)) for name in names)}
 
     def _critic(self, policy: Policy, dtype: str) -> Critic | None:
-        by = getattr(self.settings.objective, "critic", None)
-        if by is None:
+        config = getattr(self.settings.objective, "critic", None)
+        if config is None:
             return None
         folder = Path(self._folder_of("critic"))
-        trunk = loading.load_trunk(folder, dtype) if by.trunk == "own" else None
+        trunk = loading.load_trunk(folder, dtype) if config.trunk == "own" else None
         hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
-        critic = Critic(by, trunk, hidden, self.objective.heads).to(loading.DTYPES[dtype])
+        critic = Critic(config, trunk, hidden, self.objective.heads).to(loading.DTYPES[dtype])
         if trunk is not None and (head := loading.score_head(folder)):
             critic.start_from(*head)
         return critic
@@ -269,10 +269,10 @@ class DeepSpeedLearner:
             if micro.real:
                 columns = [outputs.logprobs[:, None]] + ([outputs.values] if num_heads else [])
                 flat[torch.from_numpy(micro.items).to(self.device)] = torch.cat(columns, dim=1)  # type: ignore[arg-type]
-        found = self._engine.sum_over_ranks(flat).cpu().numpy()
-        if not np.isfinite(found).all():
+        measured = self._engine.sum_over_ranks(flat).cpu().numpy()
+        if not np.isfinite(measured).all():
             raise NotFinite(f"step {self.version + 1}: log-probs or values of the learner are not finite")
-        return Measured(found[:, 0], found[:, 1:] if num_heads else None, self.version)
+        return Measured(measured[:, 0], measured[:, 1:] if num_heads else None, self.version)
 
     def _full_parameters(self) -> dict[str, Tensor]:
         """The whole policy under checkpoint names, on rank 0; the others take part where ZeRO-3 must gather."""

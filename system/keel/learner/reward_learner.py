@@ -45,12 +45,12 @@ class PairLoss:
     """[P] r_w - r_l."""
 
 
-def pair_loss(scores: Tensor, margins: Tensor, by: RewardModelSettings) -> PairLoss:
+def pair_loss(scores: Tensor, margins: Tensor, config: RewardModelSettings) -> PairLoss:
     """Bradley-Terry losses of scores [2 P] (chosen, rejected, chosen, ...) and margins [P]."""
     chosen, rejected = scores[0::2], scores[1::2]
-    u, smoothing = chosen - rejected - margins, by.label_smoothing
+    u, smoothing = chosen - rejected - margins, config.label_smoothing
     losses = -(1 - smoothing) * logsigmoid(u) - smoothing * logsigmoid(-u)
-    return PairLoss(losses + by.center_penalty * (chosen + rejected).square(), (chosen - rejected).detach())
+    return PairLoss(losses + config.center_penalty * (chosen + rejected).square(), (chosen - rejected).detach())
 
 
 class RewardModelLearner:
@@ -66,14 +66,14 @@ class RewardModelLearner:
 
     def begin(self, member: int) -> None:
         """Put a new model in place: this member's head, untrained."""
-        by = self.settings
-        dtype = "float32" if by.learners.precision == "fp32" else "bfloat16"
-        seed = by.run.seed * 1000 + member
-        self._engine = Engine(by.learners, self.ranks, self.steps)
-        options = by.policy.chat_template_options
-        model = reward_models.start(Path(self.folder), dtype, by.completions.max_tokens, seed, options)
+        settings = self.settings
+        dtype = "float32" if settings.learners.precision == "fp32" else "bfloat16"
+        seed = settings.run.seed * 1000 + member
+        self._engine = Engine(settings.learners, self.ranks, self.steps)
+        options = settings.policy.chat_template_options
+        model = reward_models.start(Path(self.folder), dtype, settings.completions.max_tokens, seed, options)
         model = model.to(self._engine.device)
-        self._engine.drive(model, optimizer.adamw(by.learners, [{"params": list(model.parameters())}]))
+        self._engine.drive(model, optimizer.adamw(settings.learners, [{"params": list(model.parameters())}]))
         self.version = 0
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
@@ -84,14 +84,14 @@ class RewardModelLearner:
         margins = torch.from_numpy(batch.column("margin").to_numpy()[0::2].copy())
         sums: dict[str, float] = defaultdict(float)
         for numbers, real, inputs in self._passes(batch):
-            found = pair_loss(
+            pair_losses = pair_loss(
                 self._engine(*inputs), margins[torch.from_numpy(numbers)].to(self._engine.device), self.settings
             )
-            self._engine.backward(found.losses.sum() / pairs, real=real)
+            self._engine.backward(pair_losses.losses.sum() / pairs, real=real)
             if real:
-                sums["loss"] += found.losses.sum().item() / pairs
-                sums["implicit_margin"] += found.margins.sum().item() / pairs
-                sums["preference_accuracy_ratio"] += (found.margins > 0).sum().item() / pairs
+                sums["loss"] += pair_losses.losses.sum().item() / pairs
+                sums["implicit_margin"] += pair_losses.margins.sum().item() / pairs
+                sums["preference_accuracy_ratio"] += (pair_losses.margins > 0).sum().item() / pairs
         metrics = self._engine.sum_named(sums)
         metrics["grad_norm"] = self._engine.update(self.version + 1, metrics["loss"], metrics)
         self.version += 1
@@ -103,24 +103,24 @@ class RewardModelLearner:
     @torch.no_grad()
     def scores(self, batch: pa.RecordBatch) -> np.ndarray:
         """float64 [rows] under the weights of now, without dropout (there is none), no offset subtracted."""
-        found = torch.zeros(batch.num_rows, dtype=torch.float64, device=self._engine.device)
+        scores = torch.zeros(batch.num_rows, dtype=torch.float64, device=self._engine.device)
         for numbers, real, inputs in self._passes(batch):
             if real:
                 rows = torch.from_numpy(np.stack([2 * numbers, 2 * numbers + 1], axis=1).reshape(-1))
-                found[rows.to(found.device)] = self._engine(*inputs).double()
+                scores[rows.to(scores.device)] = self._engine(*inputs).double()
             else:
                 self._engine(*inputs)
-        return self._engine.sum_over_ranks(found).cpu().numpy()
+        return self._engine.sum_over_ranks(scores).cpu().numpy()
 
     def assess(self, batch: pa.RecordBatch) -> dict[str, float]:
         """Loss, accuracy and margin on held-out pairs; nothing is learned."""
         margins = torch.from_numpy(batch.column("margin").to_numpy()[0::2].copy())
-        found = pair_loss(torch.from_numpy(self.scores(batch)), margins, self.settings)
-        ties = (found.margins == 0).double() / 2
+        pair_losses = pair_loss(torch.from_numpy(self.scores(batch)), margins, self.settings)
+        ties = (pair_losses.margins == 0).double() / 2
         return {
-            "loss": float(found.losses.mean()),
-            "preference_accuracy_ratio": float(((found.margins > 0).double() + ties).mean()),
-            "implicit_margin": float(found.margins.mean()),
+            "loss": float(pair_losses.losses.mean()),
+            "preference_accuracy_ratio": float(((pair_losses.margins > 0).double() + ties).mean()),
+            "implicit_margin": float(pair_losses.margins.mean()),
         }
 
     def save(self, directory: str) -> None:

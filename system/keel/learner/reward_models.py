@@ -68,20 +68,20 @@ def check_head(folder: Path, setting: str) -> None:
     """The folder holds a sequence classifier with one output. Raises ConfigError that says what it holds instead."""
     loading.check_harmless(folder, f"{setting}={folder}")
     known = loading.read_config(folder, f"{setting}={folder}").get("architectures") or ["no architecture"]
-    found = [
+    heads = [
         (name, file.get_slice(name).get_shape()[0])
         for path in model_files.weight_files(folder)
         for file in [safe_open(path, "pt")]
         for name in _HEADS
         if name in file.keys()  # noqa: SIM118 a safetensors file is no mapping
     ]
-    if not found:
+    if not heads:
         raise ConfigError(
             f"{setting}={folder}: {known[0]} has no score head ({' or '.join(_HEADS[:2])}); expected a sequence"
             " classifier with one output, for instance what keel reward writes"
         )
-    if found[0][1] != 1:
-        raise ConfigError(f"{setting}={folder}: its score head has {found[0][1]} outputs; expected one")
+    if heads[0][1] != 1:
+        raise ConfigError(f"{setting}={folder}: its score head has {heads[0][1]} outputs; expected one")
 
 
 class RewardModel(nn.Module):
@@ -115,15 +115,15 @@ class RewardModel(nn.Module):
     def scores(self, texts: Sequence[ScoredText], rows_per_pass: int = 16) -> list[float | None]:
         """One score a text; None for one whose completion alone is too long. Texts of like length go together."""
         rows = [self.text.tokens(text) for text in texts]
-        found: list[float | None] = [None] * len(rows)
+        scores: list[float | None] = [None] * len(rows)
         fits = sorted((place for place, row in enumerate(rows) if row), key=lambda place: len(rows[place][0]))  # type: ignore[index]
         device = next(self.model.parameters()).device
         for start in range(0, len(fits), rows_per_pass):
             places = fits[start : start + rows_per_pass]
             inputs = (tensor.to(device) for tensor in self.padded([rows[place] for place in places]))  # type: ignore[misc]
             for place, score in zip(places, self(*inputs).tolist(), strict=True):
-                found[place] = score
-        return found
+                scores[place] = score
+        return scores
 
 
 def load_reward_model(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
@@ -137,13 +137,13 @@ def load_reward_model(folder: Path, options: Mapping[str, Any] | None = None) ->
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{folder}: {len(missing)} parameters are not in its weights ({missing[0]}); expected all")
     model.eval()
-    own = getattr(model.config, "keel_reward", None) or {}
+    stored = getattr(model.config, "keel_reward", None) or {}
     if model.config.get_text_config().pad_token_id is None:
         size = model.config.get_text_config().vocab_size
         model.config.get_text_config().pad_token_id = spare_token(tokenizer, size)
-    options = {**own.get("chat_template_options", {}), **(options or {})}
-    text = RewardText(tokenizer, is_encoder(model.config), own.get("max_tokens") or limit(model.config), options)
-    return RewardModel(model.requires_grad_(False), text, own.get("offset", 0.0))
+    options = {**stored.get("chat_template_options", {}), **(options or {})}
+    text = RewardText(tokenizer, is_encoder(model.config), stored.get("max_tokens") or limit(model.config), options)
+    return RewardModel(model.requires_grad_(False), text, stored.get("offset", 0.0))
 
 
 def start(
@@ -233,8 +233,8 @@ def check_readable(folder: Path, setting: str) -> None:
 
 def write(folder: Path, model: RewardModel, named: dict[str, Tensor]) -> None:
     """A folder that transformers and vLLM load, not centered."""
-    own = {"offset": 0.0, "max_tokens": model.text.max_tokens}
-    model.model.config.keel_reward = own | ({"chat_template_options": o} if (o := model.text.options) else {})
+    stored = {"offset": 0.0, "max_tokens": model.text.max_tokens}
+    model.model.config.keel_reward = stored | ({"chat_template_options": o} if (o := model.text.options) else {})
     model.model.save_pretrained(folder, state_dict=named)
     model.text.tokenizer.save_pretrained(folder)
 
@@ -282,8 +282,8 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
     rows = zip(*(batch.column(name).to_pylist() for name in names), strict=True)
     further = batch.column(_FIELDS).to_pylist() if _FIELDS in batch.schema.names else ["{}"] * batch.num_rows
     return [
-        ScoredText(prompt, json.loads(said), answer, reason == "stop", json.loads(fields))
-        for (prompt, said, answer, reason), fields in zip(rows, further, strict=True)
+        ScoredText(prompt, json.loads(messages), answer, reason == "stop", json.loads(fields))
+        for (prompt, messages, answer, reason), fields in zip(rows, further, strict=True)
     ]
 
 

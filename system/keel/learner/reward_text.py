@@ -38,10 +38,10 @@ class RewardText:
         Too long: the prompt loses its beginning, or None where it may not (`cut`) or that is not enough. None too
         where the chat template refuses the conversation.
         """
-        found = self._pair(text) if self.encoder else self._one(text)
-        if found is None:
+        tokens = self._pair(text) if self.encoder else self._one(text)
+        if tokens is None:
             return None
-        ids, prompt, second = found
+        ids, prompt, second = tokens
         excess = len(ids) - self.max_tokens
         if excess > 0 and (not cut or excess >= prompt):
             return None
@@ -49,9 +49,9 @@ class RewardText:
         return (ids, second) if excess <= 0 else (ids[:first] + ids[first + excess :], second - excess)
 
     def _pair(self, text: ScoredText) -> tuple[list[int], int, int]:
-        said = "\n".join(message["content"] for message in text.messages) if text.messages else text.prompt
-        ids = self.tokenizer(said, text.completion, verbose=False)["input_ids"]
-        second = len(self.tokenizer(said, verbose=False)["input_ids"])
+        prompt = "\n".join(message["content"] for message in text.messages) if text.messages else text.prompt
+        ids = self.tokenizer(prompt, text.completion, verbose=False)["input_ids"]
+        second = len(self.tokenizer(prompt, verbose=False)["input_ids"])
         return ids, second - 2, second
 
     def _one(self, text: ScoredText) -> tuple[list[int], int, int] | None:
@@ -66,8 +66,8 @@ class RewardText:
         return whole, len(before), len(whole)
 
     def _plain(self, text: ScoredText) -> tuple[str, str]:
-        said = "\n".join(message["content"] for message in text.messages) + "\n" if text.messages else text.prompt
-        return said, said + text.completion
+        prompt = "\n".join(message["content"] for message in text.messages) + "\n" if text.messages else text.prompt
+        return prompt, prompt + text.completion
 
     def _chat(self, text: ScoredText) -> tuple[str, str] | None:
         """Prompt, and the whole; behind an answer that was cut nothing. None where the template refuses it."""

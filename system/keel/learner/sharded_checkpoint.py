@@ -37,16 +37,16 @@ class ShardedTensors(Protocol):
 
 def blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     """The tensors of every block, by its file's name."""
-    found: list[list[str]] = []
+    names_by_block: list[list[str]] = []
     used_bytes = BLOCK_BYTES
     for name, shape in shapes.items():
         num_bytes = 4 * math.prod(shape)
         if used_bytes + num_bytes > BLOCK_BYTES:
-            found.append([])
+            names_by_block.append([])
             used_bytes = 0
-        found[-1].append(name)
+        names_by_block[-1].append(name)
         used_bytes += num_bytes
-    return {f"block-{number:05}.safetensors": names for number, names in enumerate(found)}
+    return {f"block-{number:05}.safetensors": names for number, names in enumerate(names_by_block)}
 
 
 def write_blocks(folder: Path, tensors: ShardedTensors, rank: int, ranks: int) -> None:
@@ -55,22 +55,22 @@ def write_blocks(folder: Path, tensors: ShardedTensors, rank: int, ranks: int) -
     planned = list(blocks(tensors.shapes).items())
     for first in range(0, len(planned), ranks):
         # all blocks of a round are gathered before any is written: so the ranks write at the same time
-        own: dict[str, Tensor] = {}
+        gathered: dict[str, Tensor] = {}
         for writer, (_, names) in enumerate(planned[first : first + ranks]):
             for name in names:
                 whole = tensors.gather(name, writer)
                 if writer == rank:
-                    own[name] = whole
-        if own:
+                    gathered[name] = whole
+        if gathered:
             path = folder / planned[first + rank][0]
-            save_file(own, path)
+            save_file(gathered, path)
             files.sync_file(path)
 
 
 def write_index(folder: Path, version: int, tensors: ShardedTensors) -> None:
     """Say what the blocks hold, once all are written: one rank's work."""
-    found = {"format": FORMAT, "version": version, "adam_steps": tensors.adam_steps, "blocks": blocks(tensors.shapes)}
-    files.write_json(folder / INDEX, found)
+    index = {"format": FORMAT, "version": version, "adam_steps": tensors.adam_steps, "blocks": blocks(tensors.shapes)}
+    files.write_json(folder / INDEX, index)
 
 
 def read(folder: Path, tensors: ShardedTensors) -> int:
@@ -106,8 +106,8 @@ def _index(folder: Path) -> dict[str, Any]:
 
 
 def _check_names(path: Path, index: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    found = {name for names in index["blocks"].values() for name in names}
-    if odd := sorted(found ^ shapes.keys()):
+    stored = {name for names in index["blocks"].values() for name in names}
+    if odd := sorted(stored ^ shapes.keys()):
         what = "is missing" if odd[0] in shapes else "is none of the learner's"
         raise CheckpointError(f"{path}: {len(odd)} tensors do not fit the learner, for instance {odd[0]} {what}")
 
@@ -117,9 +117,9 @@ def _check_shapes(path: Path, file: Any, names: list[str], shapes: Mapping[str, 
         raise CheckpointError(f"{path}: {lost[0]} is missing")
     for name in names:
         tensor = file.get_slice(name)
-        found, expected = (tensor.get_dtype(), tensor.get_shape()), ("F32", list(shapes[name]))
-        if found != expected:
-            raise CheckpointError(f"{path}: {name} is {found[0]} {found[1]}; expected {expected[0]} {expected[1]}")
+        actual, expected = (tensor.get_dtype(), tensor.get_shape()), ("F32", list(shapes[name]))
+        if actual != expected:
+            raise CheckpointError(f"{path}: {name} is {actual[0]} {actual[1]}; expected {expected[0]} {expected[1]}")
 
 
 @contextmanager

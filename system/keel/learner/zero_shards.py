@@ -43,9 +43,9 @@ class Shards:
         for flat in self._flat:
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
             adam.state[flat] = {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
-        trained = {name: each for name, each in engine.module.named_parameters() if each.requires_grad}
-        self._shards = {name: self._shard(each) for name, each in trained.items()}
-        shapes = {name: tuple(each.ds_shape if stage == 3 else each.shape) for name, each in trained.items()}
+        parameters = {name: tensor for name, tensor in engine.module.named_parameters() if tensor.requires_grad}
+        self._shards = {name: self._shard(tensor) for name, tensor in parameters.items()}
+        shapes = {name: tuple(p.ds_shape if stage == 3 else p.shape) for name, p in parameters.items()}
         self.shapes = {f"{kind}/{name}": shape for name, shape in shapes.items() for kind in ("weight", *MOMENTS)}
         """Of all tensors, by name."""
 

@@ -54,7 +54,7 @@ def _of_transcript(text: str) -> list[dict[str, str]]:
     """Messages of Anthropic's "Human: ... Assistant: ..."."""
     pieces = _TRANSCRIPT.split(text.strip("\n"))[1:]
     speakers = ["user" if name == "Human" else "assistant" for name in pieces[0::2]]
-    return [{"role": role, "content": said.strip()} for role, said in zip(speakers, pieces[1::2], strict=True)]
+    return [{"role": role, "content": content.strip()} for role, content in zip(speakers, pieces[1::2], strict=True)]
 
 
 def head_of(conversations: Sequence[list[Any]]) -> tuple[Any, str | None]:
@@ -68,16 +68,16 @@ def head_of(conversations: Sequence[list[Any]]) -> tuple[Any, str | None]:
 
 def joined(prompt: Any, conversations: Sequence[list[Any]]) -> tuple[Any, str | None]:
     """The prompt of conversations that may hold it themselves, and what is wrong with them."""
-    own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     head, problem = head_of(conversations)
-    if problem or not head or not isinstance(own, list):
-        return own, problem
-    instructions = [turn for turn in own if isinstance(turn, dict) and turn.get("role") in _SYSTEM]
+    if problem or not head or not isinstance(messages, list):
+        return messages, problem
+    instructions = [turn for turn in messages if isinstance(turn, dict) and turn.get("role") in _SYSTEM]
     if holds(head, prompt):
         return head if _begins_with_system(head) else [*instructions, *head], None
     if all(isinstance(turn, dict) and turn.get("role") in _SYSTEM for turn in head):
-        return [*head, *own], None
-    return own, "different_prompts"
+        return [*head, *messages], None
+    return messages, "different_prompts"
 
 
 def _begins_with_system(messages: Sequence[Any]) -> bool:
@@ -89,10 +89,12 @@ def holds(conversation: Any, prompt: Any) -> bool:
     if not isinstance(conversation, list):
         return False
     if isinstance(prompt, list):
-        said = [(turn.get("role"), turn.get("content")) for turn in prompt if isinstance(turn, dict)]
-        theirs = [(turn.get("role"), turn.get("content")) for turn in conversation if isinstance(turn, dict)]
-        without = [turn for turn in said if turn[0] not in _SYSTEM]
-        return theirs[: len(said)] == said or theirs[: len(without)] == without
+        whole, beginning = (
+            [(turn.get("role"), turn.get("content")) for turn in messages if isinstance(turn, dict)]
+            for messages in (conversation, prompt)
+        )
+        without_system = [turn for turn in beginning if turn[0] not in _SYSTEM]
+        return whole[: len(beginning)] == beginning or whole[: len(without_system)] == without_system
     return isinstance(prompt, str) and any(
         isinstance(turn, dict)
         and turn.get("role") == "user"

@@ -86,9 +86,9 @@ class DatasetLayout:
 
     def conversation(self, columns: Mapping[str, Any]) -> str:
         """The column whose conversation holds the prompt."""
-        there = [self.roles[role] for role in ("messages", "chosen", "completion") if role in self.roles]
-        assert there, self.roles
-        return next((name for name in there if isinstance(turns(columns.get(name)), list)), there[0])
+        names = [self.roles[role] for role in ("messages", "chosen", "completion") if role in self.roles]
+        assert names, self.roles
+        return next((name for name in names if isinstance(turns(columns.get(name)), list)), names[0])
 
     def _prompt(self, columns: Mapping[str, Any], whole: bool) -> tuple[str | None, Any]:
         """Column and value of the prompt; no column where a conversation is the prompt and the answer.
@@ -126,7 +126,7 @@ class DatasetLayout:
     def _packed(
         self, columns: Mapping[str, Any], given: list[Any], rewards: Any, problem: str | None = None
     ) -> dict[str, Any] | None:
-        """The answers as stored.py reads them; None where it finds the same under TRL's names."""
+        """The answers as stored_completions.py reads them; None where it finds the same under TRL's names."""
         first = next((name for name in _CANONICAL if name in self.names), None)
         same = all(self.roles[role] == role for role in self.kind) and first == self.kind[0]
         raw: Any = [columns.get(role) for role in self.kind]
@@ -151,8 +151,8 @@ def recognize(names: Sequence[str], prompts: PromptSettings, samples: int) -> Da
             _guess(roles, "messages", [name for name in CONVERSATIONS if name in names], prompts, True)
         return DatasetLayout(roles, names, samples, kind, named)
     if prompts.column == "prompt":
-        there = [name for name in CONVERSATIONS if name in names]
-        _guess(roles, "messages", there, prompts, "prompt" not in roles)
+        conversations = [name for name in CONVERSATIONS if name in names]
+        _guess(roles, "messages", conversations, prompts, "prompt" not in roles)
         _guess(roles, "chosen", [name for name in ("chosen",) if name in names], prompts, False)
     if not {"prompt", "messages", "chosen", "completion"} & roles.keys():
         raise _no_prompt(names, prompts)
@@ -192,27 +192,27 @@ def _guess_prompt(roles: dict[str, str], names: Sequence[str], prompts: PromptSe
         roles.setdefault("prompt", "prompt")
     elif "messages" not in roles:
         known = {"instruction": answered, "question": answered, "input": pair and "instruction" not in names}
-        _guess(roles, "prompt", [name for name, there in known.items() if there and name in names], prompts, True)
+        _guess(roles, "prompt", [name for name, present in known.items() if present and name in names], prompts, True)
     if roles.get("prompt") == "instruction" and "input" in names:
         roles.setdefault("input", "input")
     documented = roles.get("prompt") in ("instruction", "question", "input") or (
         roles.get("prompt") == "prompt" and pair
     )
     if documented:
-        there = [name for name in ("system", "system_prompt") if name in names]
-        _guess(roles, "system", there, prompts, True)
+        present = [name for name in ("system", "system_prompt") if name in names]
+        _guess(roles, "system", present, prompts, True)
 
 
-def _guess(roles: dict[str, str], role: str, there: list[str], prompts: PromptSettings, needed: bool) -> None:
+def _guess(roles: dict[str, str], role: str, candidates: list[str], prompts: PromptSettings, needed: bool) -> None:
     """Give the role the one column there is. Raises ConfigError where it is needed and there are several."""
-    if role in roles or not there:
+    if role in roles or not candidates:
         return
-    if len(there) > 1 and needed:
+    if len(candidates) > 1 and needed:
         raise ConfigError(
-            f"prompts.columns.{role}=null: {prompts.source} has {' and '.join(there)}, each of which it may be;"
-            f" expected prompts.columns.{role}={there[0]}, or another of them"
+            f"prompts.columns.{role}=null: {prompts.source} has {' and '.join(candidates)}, each of which it may be;"
+            f" expected prompts.columns.{role}={candidates[0]}, or another of them"
         )
-    roles[role] = there[0]
+    roles[role] = candidates[0]
 
 
 def _answer_kind(

@@ -1,7 +1,7 @@
 """Where prompts come from: JSONL, Parquet, Hugging Face datasets or a Python function, all to checked rows.
 
-A prompt is a string or a list of {role, content} messages. Which column holds it, and which the answers, says
-layouts.py; all other columns are for reward functions (row_columns.py).
+A prompt is a string or a list of {role, content} messages. dataset_layouts.py decides which column holds it, and
+which the answers; all other columns are for reward functions (row_columns.py).
 
 Every mistake becomes a ConfigError of one line that names the source and the line or row.
 """
@@ -54,8 +54,8 @@ class SourceRow:
         """What people and rule rewards read: the text, or the last user message."""
         if isinstance(self.prompt, str):
             return self.prompt
-        said = [message["content"] for message in self.prompt if message["role"] == "user"]
-        return said[-1] if said else self.prompt[-1]["content"]
+        contents = [message["content"] for message in self.prompt if message["role"] == "user"]
+        return contents[-1] if contents else self.prompt[-1]["content"]
 
 
 def read_rows(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -> list[SourceRow]:
@@ -71,8 +71,8 @@ def read_rows(prompts: PromptSettings, samples: int = 0, asked: Asked = no_colum
             raise wrong(prompts, f"{place} is {_describe(columns)}; expected an object with {prompts.column}")
     layout = _layout(raw, prompts, samples)
     readings = [layout.read(columns) for _, columns in raw]
-    own = layout.roles.get("prompt") if "prompt" in layout.named else prompts.column
-    further = [name for name in layout.names if name != own]
+    prompt_column = layout.roles.get("prompt") if "prompt" in layout.named else prompts.column
+    further = [name for name in layout.names if name != prompt_column]
     trees = [{name: columns.get(name) for name in further} for _, columns in raw]
     if any(reading.answers for reading in readings):
         trees = [{**tree, ANSWERS: reading.answers} for tree, reading in zip(trees, readings, strict=True)]
@@ -232,19 +232,19 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
                 raise wrong(prompts, f"an archive (.tar), which may hold pickles; expected {_FORMS}")
             builder.download_and_prepare()
             return _rows_of(builder.as_dataset(split=prompts.split).with_format("arrow")[:])
-        found = datasets.load_from_disk(str(folder))
+        saved_dataset = datasets.load_from_disk(str(folder))
     except ConfigError:
         raise
     # offline, unknown name or split, broken data files; RuntimeError: a loading script; the rest: a damaged folder
     except (DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         where = f"cannot be loaded as a dataset with prompts.split={prompts.split}"
         raise wrong(prompts, f"{where}: {_one_line(error)}; expected {_FORMS}") from None
-    if isinstance(found, datasets.Dataset):
-        return _rows_of(found.with_format("arrow")[:])
-    if prompts.split not in found:
-        problem = f"no such split in {prompts.source}; expected one of {', '.join(found)}"
+    if isinstance(saved_dataset, datasets.Dataset):
+        return _rows_of(saved_dataset.with_format("arrow")[:])
+    if prompts.split not in saved_dataset:
+        problem = f"no such split in {prompts.source}; expected one of {', '.join(saved_dataset)}"
         raise ConfigError(f"prompts.split={prompts.split}: {problem}")
-    return _rows_of(found[prompts.split].with_format("arrow")[:])
+    return _rows_of(saved_dataset[prompts.split].with_format("arrow")[:])
 
 
 def _rows_of(table: pa.Table) -> list[dict[str, Any]]:
@@ -273,7 +273,7 @@ def _prompt(value: Any, where: str, explicit: bool, prompts: PromptSettings) -> 
     else:
         turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
         messages = _messages(turns, where, explicit, prompts)
-        empty = not any(each["content"].strip() for each in messages if each["role"] not in _SYSTEM)
+        empty = not any(message["content"].strip() for message in messages if message["role"] not in _SYSTEM)
     if empty:
         raise wrong(prompts, f"{where} is an empty prompt; expected {_MESSAGES}")
     if messages and messages[-1]["role"] == "assistant":
@@ -292,7 +292,7 @@ def _messages(turns: list[Any], where: str, explicit: bool, prompts: PromptSetti
         messages.append({key: value for key, value in turn.items() if key in _TURN or is_json(value)})
     while not explicit and messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    own = bool(messages) and messages[0]["role"] in _SYSTEM
-    if not own and prompts.system_prompt is not None:
+    has_system = bool(messages) and messages[0]["role"] in _SYSTEM
+    if not has_system and prompts.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": prompts.system_prompt})
     return messages

@@ -1,6 +1,6 @@
 """Rewards of a server: one bounded POST, then a list of numbers or one word that says why there is none.
 
-The server may be slow, hostile or somebody else's: an attempt ends at its deadline whatever the server does, redirects
+The server may be slow, hostile or a third party's: an attempt ends at its deadline whatever the server does, redirects
 are not followed, certificates are checked, and no more than `max_response_bytes` of a reply are kept.
 """
 
@@ -73,8 +73,8 @@ def check(reward: RewardSettings, setting: str) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=reward.ca_file)
     except OSError as error:  # a file that holds no certificate is an SSLError, which is one
-        own = setting.rpartition(".")[0] + ".ca_file"
-        raise ConfigError(f"{own}={reward.ca_file}: {error.strerror or error}; expected certificates in PEM") from None
+        name = setting.rpartition(".")[0] + ".ca_file"
+        raise ConfigError(f"{name}={reward.ca_file}: {error.strerror or error}; expected certificates in PEM") from None
 
 
 def headers(reward: RewardSettings, setting: str) -> dict[str, str]:
@@ -82,14 +82,16 @@ def headers(reward: RewardSettings, setting: str) -> dict[str, str]:
 
     Raises ConfigError, which names the variable and never its value, where it is not set or cannot be in a header.
     """
-    own = setting.rpartition(".")[0] + ".headers"
+    place = setting.rpartition(".")[0] + ".headers"
 
-    def value(found: re.Match[str]) -> str:
-        if found[1] not in os.environ:
-            raise ConfigError(f"{own}: ${{{found[1]}}} is not set; expected this variable in the environment")
-        text = os.environ[found[1]].strip()
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise ConfigError(f"{place}: ${{{match[1]}}} is not set; expected this variable in the environment")
+        text = os.environ[match[1]].strip()
         if not (text and text.isascii() and text.isprintable()):
-            raise ConfigError(f"{own}: ${{{found[1]}}} is empty or holds characters that no header may; expected ASCII")
+            raise ConfigError(
+                f"{place}: ${{{match[1]}}} is empty or holds characters that no header may; expected ASCII"
+            )
         return text
 
     return {name: ENVIRONMENT.sub(value, template) for name, template in reward.headers.items()}
@@ -104,12 +106,12 @@ async def _attempts(
     reward: RewardSettings, setting: str, tls: ssl.SSLContext, content: bytes, rows: int
 ) -> list[float | None] | str:
     reason = ""
-    own = {**headers(reward, setting), "Content-Type": "application/json", "Accept-Encoding": "identity"}
+    sent = {**headers(reward, setting), "Content-Type": "application/json", "Accept-Encoding": "identity"}
     for attempt in range(reward.retries + 1):
         await asyncio.sleep(wait_seconds(attempt) if attempt else 0)
         try:
             async with asyncio.timeout(reward.timeout_seconds):
-                return rewards_of(await _post(reward, own, tls, content), rows)
+                return rewards_of(await _post(reward, sent, tls, content), rows)
         except _Unusable as error:
             reason = str(error)
         except (TimeoutError, httpx.TimeoutException):
@@ -119,11 +121,11 @@ async def _attempts(
     return reason
 
 
-async def _post(reward: RewardSettings, own: Mapping[str, str], tls: ssl.SSLContext, content: bytes) -> bytes:
+async def _post(reward: RewardSettings, sent: Mapping[str, str], tls: ssl.SSLContext, content: bytes) -> bytes:
     """The body of a good reply, at most `max_response_bytes`. The caller's deadline is the only one."""
     async with (
         httpx.AsyncClient(verify=tls, timeout=None, follow_redirects=False) as client,
-        client.stream("POST", reward.source, content=content, headers=own) as answer,
+        client.stream("POST", reward.source, content=content, headers=sent) as answer,
     ):
         if not answer.is_success:
             word = f"http_{answer.status_code // 100}xx"

@@ -1,4 +1,4 @@
-"""The ledger of a run: which tickets every step trained, which were given up on the way to them, and why.
+"""The manifest of a run: which tickets every step trained, which were given up on the way to them, and why.
 
 rollouts/MANIFEST.jsonl has one line a step:
 

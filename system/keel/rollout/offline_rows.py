@@ -32,19 +32,20 @@ class OfflineRows:
     """Batches of stored completions: prompt columns, COMPLETION, and `reward` as the source ranks them."""
 
     def __init__(
-        self, settings: LearnerSpec, by: CompletionSettings, tokenizer: Any, stop_token_ids: tuple[int, ...]
+        self, settings: LearnerSpec, config: CompletionSettings, tokenizer: Any, stop_token_ids: tuple[int, ...]
     ) -> None:
         """Raises ConfigError, one line, for every mistake in the source."""
         self.samples = settings.sampling.samples_per_prompt
         self.rows_per_step = settings.groups_per_step
-        sampling = Sampling(1.0, 1.0, by.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
+        sampling = Sampling(1.0, 1.0, config.max_tokens + 1, stop_token_ids)  # one more shows that a row is too long
         self._completions = StoredCompletions(1.0, tokenizer, sampling, settings.policy.chat_template_options)
         self.largest_token = 0
         rows = datasets.read_rows(settings.prompts, self.samples)
         stored_completions.check_shape(rows, self.samples, settings.prompts.source)
         for row in [row for row in rows if not isinstance(row.prompt, str)][:1]:
             require_template(row, settings, tokenizer)
-        usable, self.dropped = usable_rows(rows, by, self._problem(settings, by.max_tokens), settings.prompts.source)
+        problem = self._problem(settings, config.max_tokens)
+        usable, self.dropped = usable_rows(rows, config, problem, settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)
         self.digest = digest_of(usable)
         counts = self.prompts.counts
@@ -93,13 +94,13 @@ class OfflineRows:
     def _completed(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
         tokens = self._completions.tokens(prompts)
         further = [json.loads(columns) for columns in prompts.column("prompt_columns").to_pylist()]
-        own = list(zip(further, prompts.column("sample").to_pylist(), strict=True))
-        reasons = ["stop" if stored_completions.finished(columns)[sample] else "length" for columns, sample in own]
+        rows = list(zip(further, prompts.column("sample").to_pylist(), strict=True))
+        reasons = ["stop" if stored_completions.finished(columns)[sample] else "length" for columns, sample in rows]
         columns = {
             "completion_tokens": tokens,
-            "completion": [stored_completions.completions(columns)[sample] for columns, sample in own],
+            "completion": [stored_completions.completions(columns)[sample] for columns, sample in rows],
             "finish_reason": pa.array(reasons).dictionary_encode().cast(COMPLETION.field("finish_reason").type),
-            "reward": np.array([stored_completions.rewards(columns)[sample] for columns, sample in own], np.float32),
+            "reward": np.array([stored_completions.rewards(columns)[sample] for columns, sample in rows], np.float32),
         }
         return schema.append(prompts, schema.build(COMPLETION, columns))
 
@@ -113,7 +114,7 @@ def digest_of(rows: Sequence[SourceRow]) -> str:
 
 
 def usable_rows(
-    rows: Sequence[SourceRow], by: CompletionSettings, further: Callable[[SourceRow], str | None], source: str
+    rows: Sequence[SourceRow], config: CompletionSettings, further: Callable[[SourceRow], str | None], source: str
 ) -> tuple[list[SourceRow], dict[str, int]]:
     """Rows to train on, and how many were left out by reason: empty, equal, or what `further` says of it.
 
@@ -123,7 +124,7 @@ def usable_rows(
     dropped: Counter[str] = Counter()
     for row in rows:
         problem = stored_completions.unusable(json.loads(row.further)) or further(row)
-        if problem and by.unusable == "refuse":
+        if problem and config.unusable == "refuse":
             raise ConfigError(
                 f"prompts.source={source}: {row.place} is not usable ({problem}); expected another row, or"
                 " completions.unusable=drop"

@@ -37,9 +37,9 @@ class Labeled:
         return float(np.mean(self.table.column("flipped").to_numpy())) if self.table.num_rows else 0.0
 
 
-def label(batch: pa.RecordBatch, by: LabelSettings) -> Labeled:
+def label(batch: pa.RecordBatch, config: LabelSettings) -> Labeled:
     """Pairs of every ticket's completions, ordered by the column `reward`."""
-    kept, dropped = usable(batch, truncated=by.truncated == "keep")
+    kept, dropped = usable(batch, truncated=config.truncated == "keep")
     rows = schema.select(batch, kept)
     seeds = rows.column("seed").to_numpy()
     judged = rows.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
@@ -52,12 +52,12 @@ def label(batch: pa.RecordBatch, by: LabelSettings) -> Labeled:
         finished=_finished(rows),
         members=judged[None],
     )
-    pairs = pair_selection.select(by.pairs, candidates)
+    pairs = pair_selection.select(config.pairs, candidates)
     for reason, count in pairs.dropped.items():
         dropped["too_few" if reason == "unfinished" else reason] += count
     both = zip(seeds[pairs.chosen].tolist(), seeds[pairs.rejected].tolist(), strict=True)
     draws = np.array([xxhash.xxh3_64_intdigest(f"{one}:{other}".encode()) >> 1 for one, other in both], np.int64)
-    flipped = flips(judged[pairs.chosen] - judged[pairs.rejected], draws, by.noise, by.run.seed)
+    flipped = flips(judged[pairs.chosen] - judged[pairs.rejected], draws, config.noise, config.run.seed)
     chosen = np.where(flipped, pairs.rejected, pairs.chosen)
     rejected = np.where(flipped, pairs.chosen, pairs.rejected)
     return Labeled(_table(rows, chosen, rejected, flipped), dict(dropped))
@@ -105,7 +105,7 @@ def _finished(batch: pa.RecordBatch) -> np.ndarray:
 
 
 def _table(rows: pa.RecordBatch, chosen: np.ndarray, rejected: np.ndarray, flipped: np.ndarray) -> pa.Table:
-    messages = [json.loads(said) for said in rows.column("prompt_messages").to_pylist()]
+    messages = [json.loads(text) for text in rows.column("prompt_messages").to_pylist()]
     texts, scores = rows.column("completion").to_pylist(), rows.column("reward").to_pylist()
     prompts, ended = rows.column("prompt").to_pylist(), _finished(rows)
 

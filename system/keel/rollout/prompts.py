@@ -143,18 +143,18 @@ def _permutation(domain: int, seed: int, epoch: int, count: int) -> np.ndarray:
     return order
 
 
-def split(prompts: Sequence[Hashable], by: PromptSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split(prompts: Sequence[Hashable], config: PromptSettings, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Places of the held-out rows, of different prompts, and of the training rows, whose prompts equal none of them.
 
     Equality is that of the tokens, which the model sees: also prompts that only became equal by cutting.
     """
     first: dict[Hashable, int] = {}
     identity = np.array([first.setdefault(prompt, place) for place, prompt in enumerate(prompts)], np.int64)
-    distinct, wanted = np.unique(identity), by.held_out
+    distinct, wanted = np.unique(identity), config.held_out
     if len(distinct) < wanted + 1:
         raise ConfigError(
-            f"prompts.held_out={wanted}: {by.source} has {len(distinct)} different prompts of"
-            f" at most {by.max_tokens} tokens; expected at least {wanted + 1}"
+            f"prompts.held_out={wanted}: {config.source} has {len(distinct)} different prompts of"
+            f" at most {config.max_tokens} tokens; expected at least {wanted + 1}"
         )
     held_out = distinct[_permutation(_HELD_OUT, seed, 0, len(distinct))[:wanted]]
     return held_out, np.flatnonzero(~np.isin(identity, held_out))

@@ -71,16 +71,16 @@ def numbers(answer: Any, strict: bool = False) -> list[float | None]:
 
 
 def _number(value: Any, place: int, answer: Any, strict: bool) -> float | None:
-    own = value
+    scalar = value
     if not isinstance(value, Real | Decimal | type(None)) and callable(getattr(value, "item", None)):
         with contextlib.suppress(ValueError, RuntimeError, TypeError):  # more than one element
-            own = value.item()  # an array without dimensions
-    if own is None:
+            scalar = value.item()  # an array without dimensions
+    if scalar is None:
         return None
     inside = f"{describe(answer)}, of which number {place} is"
-    if not isinstance(own, Real | Decimal):
+    if not isinstance(scalar, Real | Decimal):
         raise WrongAnswer(f"{inside} {describe(value)}; {_SIGNATURE} completion")
-    number: Any = own
+    number: Any = scalar
     try:
         return float(number)
     except (OverflowError, ValueError):  # ValueError: a signaling NaN of Decimal

@@ -47,8 +47,8 @@ class RewardScorer:
         self.ensemble = ensemble
         self.rewards = rewards
         spread = [spread_names(reward, num_members(reward)) for reward in rewards]
-        own = [name for reward, names in zip(rewards, spread, strict=True) for name in (reward.name, *names)]
-        self.adds = pa.schema([schema.reward_field(name) for name in own] + list(schema.SCORE))
+        columns = [name for reward, names in zip(rewards, spread, strict=True) for name in (reward.name, *names)]
+        self.adds = pa.schema([schema.reward_field(name) for name in columns] + list(schema.SCORE))
         self._functions = {reward.name: load_function(reward) for reward in rewards if reward.kind == "rule"}
         self._seconds = _SHARE_OF_DEADLINE * seconds
         self._loop = EventLoop()
@@ -103,8 +103,8 @@ class RewardScorer:
         """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
         weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
         centered = reward_ensembles.center(members, batch.column("ticket").to_numpy()) if self.ensemble.center else None
-        by = self.ensemble
-        return np.nan_to_num(reward_ensembles.combine(members, weights, by.form, by.coefficient, centered))
+        config = self.ensemble
+        return np.nan_to_num(reward_ensembles.combine(members, weights, config.form, config.coefficient, centered))
 
 
 def num_members(reward: RewardSettings) -> int:
@@ -124,20 +124,22 @@ def spread_names(reward: RewardSettings, members: int) -> list[str]:
 
 def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
     """What the members [M, rows] of an ensemble say beside the reward."""
-    said = (members.mean(0), members.std(0), members.min(0)) if len(members) > 1 else ()
-    found = zip(spread_names(reward, len(members)), said, strict=True)
-    return {f"reward_{name}": pa.array(values, pa.float32(), mask=np.isnan(values)) for name, values in found}
+    statistics = (members.mean(0), members.std(0), members.min(0)) if len(members) > 1 else ()
+    columns = zip(spread_names(reward, len(members)), statistics, strict=True)
+    return {f"reward_{name}": pa.array(values, pa.float32(), mask=np.isnan(values)) for name, values in columns}
 
 
 def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
     """The reward [rows] of an artefact's members [M, rows], as `rewards.NAME.ensemble` says; NaN where one has none."""
-    by = reward.ensemble
+    config = reward.ensemble
     known = ~np.isnan(members).any(0)
-    own = members[:, known]
-    centered = reward_ensembles.center(own, tickets[known]) if by.center else None
-    found = np.full(members.shape[1], np.nan)
-    found[known] = reward_ensembles.combine(own, np.ones(len(members)), by.form, by.coefficient, centered)
-    return found
+    complete = members[:, known]
+    centered = reward_ensembles.center(complete, tickets[known]) if config.center else None
+    combined = np.full(members.shape[1], np.nan)
+    combined[known] = reward_ensembles.combine(
+        complete, np.ones(len(members)), config.form, config.coefficient, centered
+    )
+    return combined
 
 
 def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:
@@ -220,10 +222,10 @@ def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.R
 
     def compute(batch: pa.RecordBatch) -> Values:
         rows = zip(batch.column("prompt_columns").to_pylist(), batch.column("sample").to_pylist(), strict=True)
-        own = batch.column("generator").to_pylist()
+        generators = batch.column("generator").to_pylist()
         return [
             stored_completions.rewards(json.loads(columns))[sample] if name == stored_completions.NAME else None
-            for (columns, sample), name in zip(rows, own, strict=True)
+            for (columns, sample), name in zip(rows, generators, strict=True)
         ]
 
     return compute

@@ -24,12 +24,12 @@ _NAME = re.compile(r"segment\.(\d+)-(\d+)\.([0-9a-f]{32})\.arrow")
 
 
 class SegmentError(KeelError, ValueError):
-    """A segment file that is not what was written."""
+    """A segment file is corrupt."""
 
 
 @dataclass(frozen=True)
 class StoredGroup:
-    """What a segment says of one ticket."""
+    """One ticket of a segment."""
 
     rows: pa.RecordBatch | None
     """Its scored rows; None: it was dropped."""
@@ -63,8 +63,8 @@ class Segment:
 
 def write(run_directory: Path, segment: Segment) -> int:
     """Put a segment on disk; its bytes."""
-    own = {_TICKETS: segment.tickets, _COUNTS: segment.counts, _DROPPED: segment.dropped}
-    metadata = {**(segment.rows.schema.metadata or {}), **{key: json.dumps(value) for key, value in own.items()}}
+    fields = {_TICKETS: segment.tickets, _COUNTS: segment.counts, _DROPPED: segment.dropped}
+    metadata = {**(segment.rows.schema.metadata or {}), **{key: json.dumps(value) for key, value in fields.items()}}
     content = schema.to_bytes(segment.rows.replace_schema_metadata(metadata))
     first, last = segment.tickets[0], segment.tickets[-1]
     name = f"segment.{first:012d}-{last:012d}.{schema.digest(content)}.arrow"
@@ -79,7 +79,7 @@ def read(path: Path) -> Segment:
     """
     name = _NAME.fullmatch(path.name)
     right = name[3] if name else None
-    content = reads.settled(path, lambda: reads.read(path), lambda found: right in (None, schema.digest(found)))
+    content = reads.settled(path, lambda: reads.read(path), lambda read: right in (None, schema.digest(read)))
     if not name:
         raise SegmentError(f"named {path.name}; expected segment.FIRST-LAST.DIGEST.arrow")
     if schema.digest(content) != name[3]:

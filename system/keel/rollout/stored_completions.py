@@ -1,7 +1,7 @@
 """Completions that come with the prompts: demonstrations, preference data, scored samples, as rollouts like any other.
 
 A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
-demonstration: `completion`, or the last message of `messages`; under other names they are where layouts.py put them.
+demonstration: `completion`, or the last message of `messages`; under other names dataset_layouts.py puts them in place.
 Texts, or conversations of which the last message counts. In an online run the generators still take part: they say how
 likely the policy of now finds these tokens, so staleness and the parity gap mean what they mean online. KL and entropy
 do not: see diagnostics.py.
@@ -45,7 +45,7 @@ def answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
 
 
 def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
-    """What the assistant says last. Raises ValueError where somebody else does."""
+    """The content of the last message. Raises ValueError where it is not the assistant's."""
     if conversation[-1].get("role", "assistant") != "assistant":
         raise ValueError(f"the last message is the {conversation[-1]['role']}'s")
     return conversation[-1]["content"]
@@ -63,7 +63,7 @@ def _given(columns: Mapping[str, Any]) -> list[Any]:
 
 
 def finished(columns: Mapping[str, Any]) -> list[bool]:
-    """Whether each completion of a row ended by itself: all, but those that `keel label` marked as cut."""
+    """Whether each completion of a row ended by itself: all but those that `keel label` marked as cut."""
     if packed := columns.get(ANSWERS):
         return packed["finished"]
     if "chosen" in columns:
@@ -107,8 +107,8 @@ class StoredCompletions:
         """
         if (prompts.schema.metadata or {}).get(b"keel.held_out"):
             return None
-        own = [is_stored(ticket, self.ratio) for ticket in prompts.column("ticket").to_pylist()]
-        return [tokens if stored else [] for tokens, stored in zip(self.tokens(prompts), own, strict=True)]
+        is_stored_row = [is_stored(ticket, self.ratio) for ticket in prompts.column("ticket").to_pylist()]
+        return [tokens if stored else [] for tokens, stored in zip(self.tokens(prompts), is_stored_row, strict=True)]
 
     def tokens(self, prompts: pa.RecordBatch) -> list[list[int]]:
         """Tokens of each row's completion, cut at the budget; an end token behind those that ended."""
@@ -193,7 +193,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def unusable(columns: Mapping[str, Any]) -> str | None:
-    """Why nobody should train on this row, in a word: empty or equal completions, answers to different conversations.
+    """The reason, in a word, not to train on this row: empty or equal completions, answers to different conversations.
 
     None: it is fine.
     """

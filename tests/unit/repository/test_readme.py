@@ -49,7 +49,7 @@ PLAIN = [
     "deploy/*/*.s*",
     "requirements/*",
     "system/keel/*.py",
-    "system/keel/config/*.py",
+    "system/keel/[!lr]*/*.py",
 ]
 """Files other than pages that are free of them, as patterns."""
 
