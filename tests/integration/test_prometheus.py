@@ -152,7 +152,7 @@ LABELS = {
     "batches_waiting": ROLES - {"learner"},
     "progress_timestamp_seconds": STAGES,
 }
-"""Values of the one label of a metric; of some metrics they depend on who waited for whom."""
+"""Values of the one label of a metric; of some metrics they depend on which role waited for which."""
 
 
 def test_every_series_of_such_a_run_is_there(observed_run: Observed) -> None:

@@ -32,7 +32,7 @@ class Objective:
     measures: frozenset[str] = frozenset()
     """What `weigh` reads of Measured: logprobs, values."""
     weighs_every_epoch = False
-    """Credit depends on the current policy, so every update of a step needs it anew."""
+    """Credit depends on the current policy, so every update of a step computes it again."""
     reads_old = True
     """Several updates of a step need the log-probs it began with (`Rows.old`)."""
     vocabulary: VocabularyTerm | None = None

@@ -78,7 +78,7 @@ class Rows:
     row_of_item: Tensor
     """int64 [N]."""
     sampler: Tensor | None
-    """fp32 [N] log-probs under the sampler, mu; None: nobody sampled these completions."""
+    """fp32 [N] log-probs under the sampler, mu; None: no policy sampled these completions."""
     old: Tensor | None = None
     """fp32 [N] log-probs under the learner when the step began; None: the current ones, detached."""
     reference: Tensor | None = None

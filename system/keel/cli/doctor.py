@@ -1,4 +1,4 @@
-"""`keel doctor`: can this machine run Keel, and if not, what is missing."""
+"""`keel doctor`: checks whether this machine can run Keel, and says what is missing."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ class Check:
 
 
 def run(console: Console, *, as_json: bool, self_test: bool) -> bool:
-    """Print every check as it is made; whether all required ones passed."""
+    """Print every check as it is made; return whether all required checks passed."""
     done = []
     for check in _checks(self_test):
         done.append(check)

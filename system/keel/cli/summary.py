@@ -1,4 +1,4 @@
-"""What a finished run shows: first against last evaluation, two answers before and after, and where to go next."""
+"""Print the result of a finished run: first against last evaluation, two answers before and after, next commands."""
 
 import shlex
 from collections.abc import Mapping

@@ -36,7 +36,7 @@ class Placement:
         return len(self.bundles)
 
     async def granted(self, seconds: float | None = None) -> bool:
-        """Whether Ray grants it within so many seconds; None: wait for ever. Ask once more after a node was lost."""
+        """Whether Ray grants it within `seconds`; None: wait for ever. Ask once more after a node was lost."""
         if self._ready is None or self._ready.done():
             self._ready = asyncio.ensure_future(_ready(self.group))
         for answer in (await asyncio.wait([self._ready], timeout=seconds))[0]:
@@ -102,7 +102,7 @@ class PlacementWait:
         return time.monotonic() - self._began
 
     async def granted(self, seconds: float) -> bool:
-        """Whether Ray grants it within so many seconds."""
+        """Whether Ray grants it within `seconds`."""
         until = time.monotonic() + seconds
         while not self._granted and (now := time.monotonic()) < until:
             self._granted = await self.placement.granted(min(until, self._next_report) - now)

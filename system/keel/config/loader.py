@@ -236,7 +236,7 @@ def _one_line(error: ValidationError, model: type[Section]) -> str:
 
 @functools.cache
 def _tags() -> frozenset[str]:
-    """Kinds of objective: pydantic puts the one it chose into the location of an error, no user wrote it there."""
+    """Kinds of objective: pydantic puts the kind that it chose into the location of an error."""
     return frozenset(_kinds(Settings.model_fields["objective"].annotation))
 
 

@@ -142,7 +142,7 @@ _PIPELINE = (
     ),
     chart("Workers at work", rate("busy_seconds_total"), "Mean number by role.", unit=_WORKERS),
     chart(
-        "Workers that wait, and for whom",
+        "Workers that wait, and for what",
         rate("idle_seconds_total"),
         "Mean number. The one who is waited for needs more workers.",
         legend="{{role}} for {{on}}",
@@ -243,7 +243,7 @@ _OTHERS = _panels("""
 RUN = Dashboard(
     "keel-run",
     "Keel: one run",
-    "Is it over-optimizing, does it learn, who waits for whom, what went wrong.",
+    "Is it over-optimizing, does it learn, what each role waits for, what went wrong.",
     (
         PanelRow("Now", _RUN_NOW),
         PanelRow("Over-optimization", _OVER_OPTIMIZATION),
@@ -323,12 +323,12 @@ _EFFICIENCY = (
     chart("Utilization by role", utilization('run=~"$run"', "role"), "Busy over busy and idle, all runs together."),
     chart("Utilization by run and role", utilization('run=~"$run"', "run", "role"), "Busy over busy and idle."),
     Panel(
-        "Who waits for whom",
+        "What roles wait for",
         (Query(f"sum by (role, on) ({_IDLE})", legend="{{role}} for {{on}}"),),
-        "Worker seconds in the time that is shown, all runs together. The longest bar says whom to give more workers.",
+        "Worker seconds in the time that is shown, all runs. The longest bar names the role that needs more workers.",
         kind="bargauge",
     ),
-    Panel("Who waits for whom, by run", (Query(_IDLE, "Worker seconds"),), "In the time that is shown.", kind="table"),
+    Panel("What roles wait for, by run", (Query(_IDLE, "Worker seconds"),), "In the time that is shown.", kind="table"),
     chart(
         "Batches in line by role",
         f"sum by (role) ({rate('queue_seconds_total')})",
@@ -376,7 +376,7 @@ _FROM_RAY = "From Ray's own metrics, where Prometheus scrapes them too. All runs
 CLUSTER = Dashboard(
     "keel-cluster",
     "Keel: cluster efficiency",
-    "All runs together: who works, who waits for whom, tokens a second, what fails.",
+    "All runs together: which role works, what it waits for, tokens a second, what fails.",
     (
         PanelRow("Cluster now", _CLUSTER_NOW),
         PanelRow("Efficiency", _EFFICIENCY),

@@ -265,7 +265,7 @@ VALUES = {  # dashboard, panel, query -> labels and value at 58 minutes, by hand
     ("keel-cluster", "Utilization by role", 0): [('{role="generator"}', 0.25), ('{role="learner"}', 1)],
     ("keel-cluster", "Share of time the learner works", 0): [('{run="a"}', 1)],
     ("keel-cluster", "Tokens a second per generator", 0): [("{}", 25)],
-    ("keel-cluster", "Who waits for whom", 0): [
+    ("keel-cluster", "What roles wait for", 0): [
         ('{on="learner", role="generator"}', 58 * 60 * 2),
         ('{on="scorer", role="generator"}', 58 * 60),
     ],

@@ -48,8 +48,7 @@ PLAIN = [
     "deploy/**/*.yml",
     "deploy/*/*.s*",
     "requirements/*",
-    "system/keel/*.py",
-    "system/keel/config/*.py",
+    "system/keel/**/*.py",
 ]
 """Files other than pages that are free of them, as patterns."""
 
