@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import transformers
 from pyarrow import parquet
 
 import rollouts
@@ -261,9 +260,9 @@ def test_a_converted_model_survives_a_power_cut_at_any_moment(
     scratch: Path, monkeypatch: pytest.MonkeyPatch, model: Model, damaged: bool
 ) -> None:
     """Also one that replaces what an earlier version left after a power cut: files of no bytes."""
-    monkeypatch.setattr(transformers, "AutoModelForCausalLM", GgufModel)
-    monkeypatch.setattr(transformers, "AutoTokenizer", GgufModel)
-    monkeypatch.setattr(transformers, "GgufConfig", lambda **_: None)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM", GgufModel)
+    monkeypatch.setattr("transformers.AutoTokenizer", GgufModel)
+    monkeypatch.setattr("transformers.GgufConfig", lambda **_: None)
     target = scratch / "disk" / "cache" / "models" / "a-1"
     disk = Disk(scratch / "disk")
     with disk.followed():
