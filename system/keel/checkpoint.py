@@ -1,6 +1,9 @@
 """Checkpoints that exist only when they are whole: written aside, digested, COMMIT last, renamed.
 
 checkpoints/step-000010/    policy/  learner/  state.json  MANIFEST.json  COMMIT
+
+This file knows folders and digests. What they hold is decided by online/checkpointer.py (state.json) and by
+learner/policy_learner.py `save` (policy/, learner/); learner/sharded_checkpoint.py is the format of learner/.
 """
 
 import json

@@ -41,7 +41,7 @@ class LearnerLost(KeelError, RuntimeError):
 
 
 class BuildFailed(KeelError, RuntimeError):
-    """The constructor of a learner rank or of the buffer raised. In a run that never ran, it would again."""
+    """The constructor of a learner rank or of the buffer raised. Before the first step this ends the run."""
 
 
 class BufferLost(KeelError, RuntimeError):

@@ -37,7 +37,7 @@ class GenerateRequest:
     turns: tuple[Sampling, ...]
     """How the completion of each turn is drawn. Generators take one turn today."""
     given: Sequence[list[int]] | None = None
-    """The completion of each row that already has one, else []: of the former only the log-probs are computed."""
+    """Row by row, a completion that exists already (only its log-probs are computed) or [] (it is sampled)."""
 
     @property
     def sampling(self) -> Sampling:

@@ -1,12 +1,13 @@
 """What every objective is: credit for the whole step in numpy, then a loss for each micro-batch in torch.
 
-    measured   learner's log-probs and values of the whole step, if `measures` asks for them       (learn.py)
+    measured   learner's log-probs and values of the whole step, if `measures` asks for them   (policy_learner.py)
     credit     = weigh(batch, measured)      alike on every rank: advantages, targets, denominators
     loss       = surrogate(rows, outputs, credit) + KL and entropy terms that live in the loss
     adapt      after the step: coefficients move
 
 Your own objective derives from `Objective` and overrides `weigh` and `surrogate`. Shares of the loss add up over
-micro-batches and ranks because every denominator is one of the whole step. Shapes as in `credit.py`.
+micro-batches and ranks because every denominator is one of the whole step. Shapes as in `types.py`. The KL that the
+reward pays (k1) is `penalty`; estimators of a KL in the loss are in `regularizers.py`.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ class Objective:
         raise NotImplementedError
 
     def credited(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
-        """`weigh`, checked, with what every objective owes: where the vocabulary term reads, the user's reward terms.
+        """Call `weigh`, check its answer, and add what all objectives share: the vocabulary term and the user's terms.
 
         Raises ValueError unless there is one finite advantage a token.
         """

@@ -218,7 +218,7 @@ class Preference(Objective):
         return Sequences(policy, torch.from_numpy(reference), lengths, torch.from_numpy(deviation))
 
     def _pairs(self, seen: Candidates) -> Pairs:
-        """Of rankings best and worst: what the likelihood term, the counts and the metrics are about."""
+        """Select the pairs of the likelihood term, counts and metrics; a ranking gives its best and worst answer."""
         return pair_selection.select(self.config.pairs, seen)
 
     def _loss(self, rows: Sequences, pairs: Pairs, seen: Candidates) -> tuple[Tensor, dict[str, float]]:

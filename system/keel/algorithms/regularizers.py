@@ -59,7 +59,7 @@ def entropy_reward(form: str, logprobs: np.ndarray, lengths: np.ndarray) -> np.n
     sequence_mean_exact  -(S + 1)/|y|: the gradient of E[R - (beta/|y|) S] is E[(R - (beta/|y|)(S + 1)) grad S], because
                          E[grad S / |y|] = grad E[1/|y|] is not 0. Ends at the maximum-entropy optimum for beta/|y|.
     sequence_mean_naive  -S/|y|, without that term: ends at SimPO's fixed point R - (beta/|y|) S = const.
-    Others add nothing. Of the two means only the sum over a completion has a meaning: nothing may pay them by token.
+    Others add nothing. Both means are defined for a whole completion: only their sum over it may be paid, not a share.
     """
     surprise = -logprobs.astype(np.float64)
     long = np.repeat(lengths, lengths)

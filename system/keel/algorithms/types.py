@@ -26,7 +26,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Credit:
-    """What the whole step owes each of its tokens, computed alike on every rank."""
+    """What the loss needs to know of the whole step, token for token; every rank computes the same."""
 
     advantages: np.ndarray
     """float64 [tokens]; equal within a row where the whole completion is one action."""

@@ -39,7 +39,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class Standing:
+class ArmAtLevel:
     """An arm at the level of a matching: at an evaluation (before == after), or between two."""
 
     before: int
@@ -57,7 +57,7 @@ class Standing:
 class Matching:
     name: str
     level: float = math.nan
-    standings: tuple[Standing, ...] = ()
+    arms_at_level: tuple[ArmAtLevel, ...] = ()
     """One an arm; none when the arms cannot be matched this way."""
     why_not: str = ""
 
@@ -139,8 +139,10 @@ def _match(matching: str, arms: Sequence[Arm], names: Sequence[str], metrics: Se
         values = [
             _with_error_of_kl(place, arm_values, anchor) for place, arm_values in zip(places, values, strict=True)
         ]
-    standings = [_standing(place, arm_values, values[0]) for place, arm_values in zip(places, values, strict=True)]
-    return Matching(matching, level, tuple(standings))
+    arms_at_level = [
+        _arm_at_level(place, arm_values, values[0]) for place, arm_values in zip(places, values, strict=True)
+    ]
+    return Matching(matching, level, tuple(arms_at_level))
 
 
 def _place(arm: Arm, matching: str, level: float) -> tuple[Evaluation, Evaluation, float]:
@@ -188,11 +190,11 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else math.nan
 
 
-def _standing(
+def _arm_at_level(
     place: tuple[Evaluation, Evaluation, float], values: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]
-) -> Standing:
+) -> ArmAtLevel:
     differences = {name: values[name] - first[name] for name in values}
-    return Standing(
+    return ArmAtLevel(
         before=place[0].step,
         after=place[1].step,
         weight=place[2],
@@ -211,39 +213,39 @@ def _table(comparison: Comparison, matching: Matching) -> Table:
     title, level = _TITLES[matching.name]
     at = "" if math.isnan(matching.level) else f" ({level.format(matching.level)})"
     scope = f"{comparison.num_prompts} held-out prompts, 95 % intervals per metric, not corrected for many metrics"
-    interpolated = any(standing.before != standing.after for standing in matching.standings)
+    interpolated = any(arm_at_level.before != arm_at_level.after for arm_at_level in matching.arms_at_level)
     caption = "a-b (w): interpolated, w of the way from the evaluation at step a to the one at step b"
     table = Table(title=f"{title}{at}: {scope}", caption=caption if interpolated else None)
-    if not matching.standings:
+    if not matching.arms_at_level:
         table.add_column("not comparable this way")
         table.add_row(matching.why_not)
         return table
     for name in ("", "run", "at step", "mean", f"minus {comparison.names[0]} (paired)"):
         table.add_column(name, justify="left" if name in ("", "run") else "right")
     for metric in comparison.metrics:
-        for number, (name, standing) in enumerate(zip(comparison.names, matching.standings, strict=True)):
+        for number, (name, arm_at_level) in enumerate(zip(comparison.names, matching.arms_at_level, strict=True)):
             last = number == len(comparison.names) - 1
             table.add_row(
                 metric if number == 0 else "",
                 name,
-                _where(standing),
-                _interval(standing.values[metric], ""),
-                _difference(standing, metric, comparison.num_prompts) if number else "",
+                _where(arm_at_level),
+                _interval(arm_at_level.values[metric], ""),
+                _difference(arm_at_level, metric, comparison.num_prompts) if number else "",
                 end_section=last,
             )
     return table
 
 
-def _where(standing: Standing) -> str:
+def _where(arm_at_level: ArmAtLevel) -> str:
     """A step, or the two whose values were interpolated."""
-    if standing.before == standing.after:
-        return str(standing.after)
-    return f"{standing.before}-{standing.after} ({standing.weight:.2f})"
+    if arm_at_level.before == arm_at_level.after:
+        return str(arm_at_level.after)
+    return f"{arm_at_level.before}-{arm_at_level.after} ({arm_at_level.weight:.2f})"
 
 
-def _difference(standing: Standing, metric: str, num_prompts: int) -> str:
-    paired = standing.paired[metric]
-    return _interval(standing.differences[metric], "+") + ("" if paired == num_prompts else f" ({paired} prompts)")
+def _difference(arm_at_level: ArmAtLevel, metric: str, num_prompts: int) -> str:
+    paired = arm_at_level.paired[metric]
+    return _interval(arm_at_level.differences[metric], "+") + ("" if paired == num_prompts else f" ({paired} prompts)")
 
 
 def _interval(value: Estimate, sign: str) -> str:
@@ -271,15 +273,15 @@ def _matching_as_json(matching: Matching, names: Sequence[str]) -> dict[str, Any
         "why_not": matching.why_not or None,
         "arms": {
             name: {
-                "steps": [standing.before, standing.after],
-                "weight": standing.weight,
-                "values": {metric: _estimate_as_json(value) for metric, value in standing.values.items()},
+                "steps": [arm_at_level.before, arm_at_level.after],
+                "weight": arm_at_level.weight,
+                "values": {metric: _estimate_as_json(value) for metric, value in arm_at_level.values.items()},
                 "differences": {
-                    metric: {**_estimate_as_json(value), "prompts": standing.paired[metric]}
-                    for metric, value in standing.differences.items()
+                    metric: {**_estimate_as_json(value), "prompts": arm_at_level.paired[metric]}
+                    for metric, value in arm_at_level.differences.items()
                 },
             }
-            for name, standing in zip(names, matching.standings, strict=False)
+            for name, arm_at_level in zip(names, matching.arms_at_level, strict=False)
         },
     }
 

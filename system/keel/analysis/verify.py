@@ -135,7 +135,7 @@ def _counters(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ledger_counters(audit: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """What counters must be at each step by manifest and files: a group is counted with the step that passes it."""
+    """What counters must be at every step, from manifest and files. A group counts from the step behind its place."""
     faulty = {finding.file for finding in audit.findings}
     reasons = {reason for line in manifest for reason in line["dropped"]} | {"too_few_samples", "uniform_rewards"}
     totals: Counter[str] = Counter({f"groups_dropped_total/{reason}": 0 for reason in reasons})

@@ -1,4 +1,7 @@
-"""The commands of `keel`. Nothing heavy is imported for help, so that it is printed at once."""
+"""The commands of `keel`. Nothing heavy is imported for help, so that it is printed at once.
+
+A new command is a function here or in a module beside it. A command that trains is an entry of `_JOBS` and `HELP` in
+training_commands.py and of `COMMANDS` in config/commands.py."""
 
 import json
 import sys

@@ -177,8 +177,15 @@ class GeneratorPool(Pool):
         return await self.call(VllmGenerator.generate, request, deadline=self.deadlines.generate_seconds)
 
 
+class ReferencePool(Pool):
+    """A Scorer made of many: the frozen policy's log-probs."""
+
+    async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
+        return await self.call(ReferenceScorer.score, batch, deadline=self.deadlines.score_seconds)
+
+
 class ScorerPool(Pool):
-    """A Scorer made of many."""
+    """A Scorer made of many: rewards and monitors."""
 
     async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
         return await self.call(RewardScorer.score, batch, deadline=self.deadlines.score_seconds)
@@ -258,23 +265,23 @@ def generators(
     return pool
 
 
-def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ScorerPool:
+def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ReferencePool:
     """The pool of the frozen reference policy."""
     workers, temperature = settings.reference, settings.sampling.temperature
     assert workers is not None
     spawn = Spawn(ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}"))
-    return ScorerPool("reference", spawn, workers.count, **_options(settings, observer))
+    return ReferencePool("reference", spawn, workers.count, **_options(settings, observer))
 
 
 def scorers(
     settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
-) -> list[ScorerPool]:
+) -> list[ReferencePool | ScorerPool]:
     """The pools that score, in order. The reference policy comes first: rewards may read its log-probs."""
-    pools = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
+    frozen = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
     rewards = (settings.rewards, settings.ensemble, workers.threads)
     spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", workers.gpus, seconds))
-    return [*pools, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
+    return [*frozen, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
 
 
 def _options(settings: Settings | ScoringSpec, observer: Observer | None) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 A worker that dies, misses a deadline, breaks the column contract or fails a load is lost. Only a worker that has
 started and holds the newest weights serves. Calls are answered as long as one worker serves, and wait while none
-does. A worker that waits for resources is not a failing worker.
+does. A worker that waits for resources is not a failing worker. `_lose` says why a worker
+is replaced; the reason goes to events.jsonl.
 """
 
 import asyncio

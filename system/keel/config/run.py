@@ -1,5 +1,8 @@
 """Settings of an online run: its blocks, and the rules between settings of different blocks.
 
+Blocks with a file of their own are imported from there; learning rate, optimizer, ZeRO and the counts of workers are in
+`workers.py`.
+
 Plain pydantic models without a heavy import: `keel --help`, `--dry-run` and `keel schema` load keel.config alone.
 """
 

@@ -1,8 +1,8 @@
 """Which tokens end a completion: decided here, for every command, from all that knows of it.
 
 The chat template (what it closes an assistant's turn with), the tokenizer (its end token), generation_config.json and
-config.json often name different ones. A sample ends with any of them. Behind an answer that ended one is trained: in a
-conversation the template's, else the tokenizer's.
+config.json often name different ones. A sample ends with any of them. One of them is trained behind an answer that
+ended: the template's in a conversation, else the tokenizer's.
 """
 
 import json

@@ -245,7 +245,8 @@ def _without_names(tree: Any) -> Any:
 def require(folders: Mapping[str, Path | str], longest_row: int) -> list[str]:
     """Hold the models of these folders (by the setting that names each) to the contract.
 
-    Returns a line for each that takes one row a sequence. Raises ConfigError for one that fails alone.
+    Returns a line for every model that can read only one row a sequence. Raises ConfigError for a model whose pass over
+    a row alone is wrong.
     """
     notes = []
     settings = {str(folder): setting for setting, folder in reversed(list(folders.items()))}  # the first that names it

@@ -132,7 +132,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _open(path: Path) -> Any:
-    """A block; one that is none is opened once more, past the cache."""
+    """Open a block. If it is no safetensors file, drop the file from the page cache and open it once more."""
     with path.open("rb"):
         pass  # safetensors calls every file that it cannot open a missing one
     try:

@@ -2,8 +2,8 @@
 
     tables of panels here --> JSON (grafana.py) --> `keel deploy grafana`, deploy/grafana
 
-To show a metric, add a panel to a row. Every expression aggregates by run first: a run that is resumed at another
-address is still one curve.
+To show a metric, add a panel to a row. Alerts are in deploy/prometheus/rules. Every expression aggregates by run first:
+a run that is resumed at another address is still one curve.
 """
 
 import json

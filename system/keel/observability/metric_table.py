@@ -1,6 +1,9 @@
-"""The one table of metrics: the Prometheus page, metrics.jsonl, rules, dashboards and `keel metrics` come from it.
+"""The one table of metrics: the Prometheus page, metrics.jsonl and `keel metrics` come from it.
 
-It imports nothing heavy: rules and dashboards are rendered without a run.
+Tests hold dashboards.py and the rules in deploy/prometheus/rules to its names. The number itself is computed where it
+arises: rewards and KL in diagnostics.py, losses in algorithms/ and learner/, times and counts in online/ and cluster/.
+
+It imports nothing heavy: dashboards are rendered without a run.
 """
 
 from dataclasses import dataclass

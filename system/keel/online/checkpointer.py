@@ -24,7 +24,7 @@ class Checkpointer:
         prepared: Prepared,
         learner: learner_group.LearnerGroup,
         buffer: actors.RemoteBuffer,
-        reference: actors.ScorerPool | None,
+        reference: actors.ReferencePool | None,
         recorder: Recorder,
     ) -> None:
         self.settings, self.directory = prepared.settings, prepared.directory

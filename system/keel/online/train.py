@@ -1,8 +1,10 @@
 """An online run, in the order in which it happens. Resuming, recovery and re-sizing are one path with a checkpoint.
 
-preflight ----------------> one line and exit 2, nothing written                                  (preflight.py)
+preflight (called before by the command) ---> one line and exit 2, nothing written                (preflight.py)
     |
-run directory, config.yaml
+a new run joins Ray first: what its cluster can never hold leaves no run directory        (cluster/actors.py)
+    |
+run directory, config.yaml, metrics endpoint
     |
 Ray: generators | reference | scorers        as long as the run; each worker is replaced alone    (cluster/pool.py)
     |
@@ -16,7 +18,8 @@ Ray: generators | reference | scorers        as long as the run; each worker is 
     |    steps      Controller: learn loop || rollouts loop                                       (controller.py)
     |        |      once a second: wanted counts, a request to stop                               (scaling.py)
     |        |
-    +--------+-- recovery: LearnerLost | BufferLost | another number of ranks is wanted
+    +--------+-- recovery: LearnerLost | BufferLost | BuildFailed after a first step |
+             |   another number of ranks is wanted (the controller leaves its loops)
              |
 end: Outcome at the last step, or where `keel stop` ended the run, with a checkpoint
 """
@@ -159,7 +162,7 @@ class OnlineRun:
         self.placement: learner_group.Placement | None = None
         self.has_run = False
         self.scaling = Scaling(self.settings, prepared.directory, pools, link, recorder, asked_to_stop)
-        self.reference = next((pool for pool in self.scorers if pool.role == "reference"), None)
+        self.reference = next((pool for pool in self.scorers if isinstance(pool, actors.ReferencePool)), None)
 
     def _pools(self) -> list[Pool]:
         return [self.generators, *self.scorers]

@@ -265,7 +265,7 @@ class RolloutBuffer:
     def _in_time(self, ticket: int) -> segments.StoredGroup | None:
         """The newest stored group that may be trained at its ticket's place of now.
 
-        What `drop` gave up is not on disk: asked for again it may succeed, and those behind it come later than before.
+        A group that `drop` gave up is not on disk. If it is sampled again it may succeed; later groups then move back.
         """
         trained_from = (self.window.taken + self._live().index(ticket)) // self.window.groups_per_step
         groups = sorted(self._stored.pop(ticket, []), key=lambda group: group.versions, reverse=True)

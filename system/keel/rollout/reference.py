@@ -35,7 +35,7 @@ class ReferenceScorer:
         )
 
     def load_weights(self, folder: str) -> LoadReceipt:
-        """Be another policy from now on: a new iteration's reference. version -1: a folder, not a published version."""
+        """Load the reference of a new iteration. Its version is -1: it comes from a folder and was not published."""
         from keel.learner import loading
 
         started = time.monotonic()

@@ -149,7 +149,7 @@ class Calls:
         seconds: float,
         strict: bool = False,
     ) -> None:
-        """`arguments` is called for every function: what one does to its lists, no other sees. `strict`: `numbers`."""
+        """Call `arguments` for every function, so that none sees another's changes. `strict` as in `numbers`."""
         self._functions, self._arguments, self._loop = functions, arguments, loop
         self._strict = strict
         self._ends = time.monotonic() + seconds

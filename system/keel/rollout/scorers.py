@@ -1,4 +1,5 @@
-"""The reward scorer: computes every reward of a completion. A new kind of reward is an entry of `_SCORERS`.
+"""The reward scorer: computes every reward of a completion. A new kind of reward is an entry of `_SCORERS`
+and of `kind` in config/rewards.py; kind `rule` is a function of the user's (reward_functions.py).
 
 A sample is scored or failed with a reason; a failure is a null, never a number. Functions follow TRL's reward
 signature `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.

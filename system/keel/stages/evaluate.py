@@ -34,7 +34,7 @@ _PARTS = 2**40  # offset between the tickets of different answers to one prompt,
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ModelEvaluation:
     """A checked evaluation."""
 
     settings: Settings
@@ -51,7 +51,7 @@ class Evaluation:
     """Lines that the evaluation prints at its start."""
 
 
-def prepare(settings: Settings, model: str, directory: Path) -> Evaluation:
+def prepare(settings: Settings, model: str, directory: Path) -> ModelEvaluation:
     """Check models, prompts, rewards and memory. Raises ConfigError, one line."""
     preflight.check_memory(settings.cluster)
     preflight.check_reward_sources(settings.rewards)
@@ -70,7 +70,7 @@ def prepare(settings: Settings, model: str, directory: Path) -> Evaluation:
     _check_ensembles(settings)
     judge = f"reward_{settings.evaluation.judge}" if settings.evaluation.judge else "reward"
     notes += scored.notes[len(models.notes) :]
-    return Evaluation(settings, directory, scored, other, given, prompts, judge, notes)
+    return ModelEvaluation(settings, directory, scored, other, given, prompts, judge, notes)
 
 
 def _check_ensembles(settings: Settings) -> None:
@@ -119,7 +119,7 @@ def _is_conversation(answer: Any) -> bool:
     return isinstance(answer, list) and bool(answer) and isinstance(answer[-1], dict)
 
 
-def run(prepared: Evaluation, display: Display) -> dict[str, Any]:
+def run(prepared: ModelEvaluation, display: Display) -> dict[str, Any]:
     """Sample, score and report; returns the content of evaluation.json."""
     started = time.monotonic()
     for line in prepared.notes:
@@ -142,7 +142,7 @@ def run(prepared: Evaluation, display: Display) -> dict[str, Any]:
     return report
 
 
-async def _rows(prepared: Evaluation, display: Display) -> pa.RecordBatch:
+async def _rows(prepared: ModelEvaluation, display: Display) -> pa.RecordBatch:
     """Sample and score all answers, with the columns `model` and `decoding`."""
     settings = prepared.settings
     parts: list[tuple[str, str, pa.RecordBatch]] = []

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from keel import files
 from keel.analysis import compare
-from keel.analysis.compare import Comparison, Matching, Standing
+from keel.analysis.compare import ArmAtLevel, Comparison, Matching
 from keel.analysis.compared_runs import Arm, Evaluation
 from keel.errors import ConfigError
 from keel.observability import evaluations as stored_evaluations
@@ -71,9 +71,9 @@ def matched(comparison: Comparison, name: str) -> Matching:
     return next(each for each in comparison.matchings if each.name == name)
 
 
-def of(directories: Sequence[Path], name: str) -> tuple[Matching, list[Standing]]:
+def of(directories: Sequence[Path], name: str) -> tuple[Matching, list[ArmAtLevel]]:
     found = matched(compare.compare([compare.load(each) for each in directories]), name)
-    return found, list(found.standings)
+    return found, list(found.arms_at_level)
 
 
 SLOW = {0: ([0.0, 1.0, 2.0, 5.0], [0.0] * 4), 4: ([1.0, 3.0, 2.0, 6.0], [1.0, 3.0, 2.0, 2.0])}
@@ -178,7 +178,7 @@ def test_the_interval_at_equal_kl_knows_that_the_kl_is_estimated() -> None:
         return Arm("arm", Path("arm"), {}, rows, tuple(Evaluation(k, math.nan, each) for k, each in enumerate(values)))
 
     near, far = arm([0, 6, 12]), arm([0, 8, 16])
-    found = matched(compare.compare([near, far]), "kl").standings[1].differences["reward"]
+    found = matched(compare.compare([near, far]), "kl").arms_at_level[1].differences["reward"]
 
     def difference(drawn: np.ndarray) -> float:
         (near_kl, far_kl), (near_reward, far_reward) = (
@@ -224,16 +224,16 @@ def test_a_reward_only_one_run_has_is_not_compared(tmp_path: Path) -> None:
 def test_no_common_step(tmp_path: Path) -> None:
     one = store(tmp_path / "one", {2: held_out([1.0] * 3, [1.0] * 3)})
     two = store(tmp_path / "two", {3: held_out([1.0] * 3, [1.0] * 3)})
-    matching, standings = of([one, two], "steps")
-    assert standings == [] and "no step at which all" in matching.why_not
-    matching, standings = of([one, two], "tokens")
-    assert standings == [] and "two is beyond that from its first evaluation on: 300" in matching.why_not
+    matching, arms_at_level = of([one, two], "steps")
+    assert arms_at_level == [] and "no step at which all" in matching.why_not
+    matching, arms_at_level = of([one, two], "tokens")
+    assert arms_at_level == [] and "two is beyond that from its first evaluation on: 300" in matching.why_not
 
 
 def test_without_a_reference_there_is_no_equal_kl(tmp_path: Path, fast: Path) -> None:
     bare = store(tmp_path / "bare", {0: held_out([1.0] * 4, None), 4: held_out([2.0] * 4, None)})
-    matching, standings = of([fast, bare], "kl")
-    assert standings == [] and matching.why_not == "bare has no reference log-probs"
+    matching, arms_at_level = of([fast, bare], "kl")
+    assert arms_at_level == [] and matching.why_not == "bare has no reference log-probs"
     assert len(of([fast, bare], "steps")[1]) == len(of([fast, bare], "tokens")[1]) == 2
 
 
@@ -242,8 +242,8 @@ def test_an_evaluation_before_its_line_of_metrics_has_no_tokens_yet(slow: Path, 
     running = store(
         tmp_path / "running", {step: held_out(*each) for step, each in (SLOW | SLOW_END).items()}, {4: 400.0}
     )
-    matching, standings = of([slow, running], "tokens")
-    assert (matching.level, standings[1].after) == (400, 4)
+    matching, arms_at_level = of([slow, running], "tokens")
+    assert (matching.level, arms_at_level[1].after) == (400, 4)
     assert of([slow, running], "steps")[0].level == 8
 
 
@@ -277,12 +277,12 @@ def test_swapping_runs_flips_every_difference(drawn: tuple[int, int, int, int]) 
     two = arm_of(other_seed, "two", num_prompts, [0, 4, 8])
     there, back = compare.compare([one, two]), compare.compare([two, one])
     for left, right in zip(there.matchings, back.matchings, strict=True):
-        assert left.level == right.level and len(left.standings) == len(right.standings) == 2
+        assert left.level == right.level and len(left.arms_at_level) == len(right.arms_at_level) == 2
         for name in there.metrics:
-            a, b = left.standings[1].differences[name], right.standings[1].differences[name]
+            a, b = left.arms_at_level[1].differences[name], right.arms_at_level[1].differences[name]
             assert (a.mean, a.low, a.high) == pytest.approx((-b.mean, -b.high, -b.low), abs=0.02, nan_ok=True)
             assert a.mean == pytest.approx(-b.mean, abs=1e-12)
-            assert left.standings[1].values[name] == right.standings[0].values[name]
+            assert left.arms_at_level[1].values[name] == right.arms_at_level[0].values[name]
 
 
 @settings(max_examples=6, deadline=None)
@@ -293,8 +293,8 @@ def test_a_run_beside_itself_differs_in_nothing(drawn: tuple[int, int, int, int]
     longer = arm_of(seed + 1, "longer", num_prompts, [0, 3, 9])
     for beside in ([arm, arm], [arm, arm, longer]):
         for matching in compare.compare(beside).matchings:
-            assert all(each == Estimate(0, 0, 0) for each in matching.standings[1].differences.values())
-            assert matching.standings[0].values == matching.standings[1].values
+            assert all(each == Estimate(0, 0, 0) for each in matching.arms_at_level[1].differences.values())
+            assert matching.arms_at_level[0].values == matching.arms_at_level[1].values
 
 
 @settings(max_examples=5, deadline=None)

@@ -43,13 +43,13 @@ def test_a_reward_that_is_a_multiple_of_the_kl_has_no_error_at_equal_kl(slope: f
     short, long = (arm(name, kl, [slope * each for each in kl]) for name, kl in (("short", near), ("long", far)))
     order = [long, short] if interpolated_first else [short, long]
     found = at_equal_kl(*order)
-    difference = found.standings[1].differences["reward"]
+    difference = found.arms_at_level[1].differences["reward"]
     assert found.level == pytest.approx(near[2].mean(), abs=1e-12)
     assert (difference.mean, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-9)
     spread = abs(slope) * np.std(near[2], ddof=1) / math.sqrt(COUNT)
-    for standing in found.standings:  # the value itself is as uncertain as the KL that is the level
-        assert standing.values["reward"].half_width == pytest.approx(1.96 * spread, rel=0.15)
-        assert standing.values["kl_nats"].half_width == pytest.approx(1.96 * spread / abs(slope), rel=0.15)
+    for arm_at_level in found.arms_at_level:  # the value itself is as uncertain as the KL that is the level
+        assert arm_at_level.values["reward"].half_width == pytest.approx(1.96 * spread, rel=0.15)
+        assert arm_at_level.values["kl_nats"].half_width == pytest.approx(1.96 * spread / abs(slope), rel=0.15)
 
 
 def bootstrap(short: Arm, long: Arm, name: str = "reward") -> tuple[float, float]:
@@ -85,10 +85,10 @@ def test_the_interval_is_that_of_the_whole_procedure_whatever_goes_together(corr
 
     short, long = run("short", 5, [0.0, 2.0, 6.0]), run("long", 6, [0.0, 4.0, 9.0])
     mean, deviation = bootstrap(short, long)
-    found = at_equal_kl(short, long).standings[1].differences["reward"]
+    found = at_equal_kl(short, long).arms_at_level[1].differences["reward"]
     assert found.mean == pytest.approx(mean, abs=1e-9)
     assert found.half_width == pytest.approx(1.96 * deviation, rel=0.12)
-    back = at_equal_kl(long, short).standings[1].differences["reward"]
+    back = at_equal_kl(long, short).arms_at_level[1].differences["reward"]
     assert back.mean == pytest.approx(-mean, abs=1e-9)
     assert back.half_width == pytest.approx(found.half_width, rel=0.05)
 
@@ -101,7 +101,7 @@ def test_an_arm_at_an_evaluation_keeps_its_numbers_and_one_between_is_linear() -
     long = arm("long", kl, reward, steps=[0, 5, 20])
     short = arm("short", [zero, np.full(4, 4.0)], [zero, np.full(4, 2.5)], steps=[0, 7])
     matching = at_equal_kl(short, long)
-    own, other = matching.standings
+    own, other = matching.arms_at_level
     assert (own.before, own.after, own.weight) == (7, 7, 1.0)
     assert own.values["reward"].mean == 2.5 and own.values["reward"].half_width == 0
     assert (other.before, other.after, other.weight) == (5, 20, 0.25)  # from 2 to 10 nats, at 4
@@ -129,14 +129,17 @@ def test_a_metric_that_some_prompts_lack_is_corrected_on_the_others() -> None:
         ]
         return Arm(name, Path(name), {}, rows, tuple(evaluations))
 
-    standing = at_equal_kl(run("end", end, end), run("other", kl, gold)).standings[1]
-    assert standing.paired["reward_gold"] == COUNT - len(range(0, COUNT, 7)) and standing.paired["kl_nats"] == COUNT
+    arm_at_level = at_equal_kl(run("end", end, end), run("other", kl, gold)).arms_at_level[1]
+    assert (
+        arm_at_level.paired["reward_gold"] == COUNT - len(range(0, COUNT, 7))
+        and arm_at_level.paired["kl_nats"] == COUNT
+    )
     known = np.isfinite(gold[2])
     rise = (gold[2][known].mean() - gold[1][known].mean()) / (kl[2].mean() - kl[1].mean())
     weight = (end[1].mean() - kl[1].mean()) / (kl[2].mean() - kl[1].mean())
     between = [(1 - weight) * a + weight * b for a, b in ((gold[1], gold[2]), (kl[1], kl[2]))]
     expected = between[0] - rise * (between[1] - end[1]) - end[1]
-    assert standing.differences["reward_gold"].mean == pytest.approx(expected[known].mean(), abs=1e-12)
+    assert arm_at_level.differences["reward_gold"].mean == pytest.approx(expected[known].mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize("matching", ["steps", "tokens"])
@@ -147,8 +150,8 @@ def test_at_equal_steps_and_tokens_nothing_is_corrected(matching: str) -> None:
         evaluations = [Evaluation(n, 100.0 * n, {"kl_nats": k, "reward": 2 * k}) for n, k in enumerate(nats)]
         arms.append(Arm(name, Path(name), {}, tuple((n, "") for n in range(COUNT)), tuple(evaluations)))
     found = next(each for each in compare.compare(arms).matchings if each.name == matching)
-    assert found.standings[1].differences["reward"] == compare.estimate(2 * other[1] - 2 * kl[1])
-    assert found.standings[1].differences["kl_nats"] == compare.estimate(other[1] - kl[1])
+    assert found.arms_at_level[1].differences["reward"] == compare.estimate(2 * other[1] - 2 * kl[1])
+    assert found.arms_at_level[1].differences["kl_nats"] == compare.estimate(other[1] - kl[1])
 
 
 def test_a_table_has_a_line_below_every_metric() -> None:
