@@ -119,7 +119,7 @@ def test_a_checkpoint_that_holds_more_is_the_model(write: Callable[[Path], Path]
     folder = write(tmp_path / "m")
     expected = model_files.parameter_shapes(folder)
     assert expected == published(folder)
-    assert expected.items() != weights.checkpoint_shapes(folder).items() or "another_format" in write.__name__
+    assert expected.items() != dict(model_files.headers(folder)).items() or "another_format" in write.__name__
     assert not [name for name in expected if "rotary" in name or "masked" in name or "wq" in name]
     model = loading.load_policy(folder, "float32")
     assert model_files.num_parameters(folder) == sum(parameter.numel() for parameter in model.parameters())

@@ -83,7 +83,7 @@ def test_ci_runs_what_the_page_says_and_then_what_it_leaves_out() -> None:
 
 def test_what_ci_leaves_out_is_not_in_make_test(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """In random order, whose seed is printed and gives the same order again."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"), prepend=":")
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     pytester.makepyprojecttoml("[tool.pytest.ini_options]\nmarkers = ['slow', 'exhaustive', 'integration']\n")
     marked = "@pytest.mark.exhaustive\ndef test_more(): assert True\n@pytest.mark.slow\ndef test_slow(): assert True\n"
