@@ -39,7 +39,7 @@ class Ranks:
         """What every rank says of a step that none of them takes."""
         found = []
         for answer in [actor.step.remote(rollouts(step)) for actor in self.actors]:
-            with pytest.raises(NotFinite, match=rf"step {step}: ") as caught:
+            with pytest.raises(NotFinite, match=rf"step {step + 1}: ") as caught:
                 ray.get(answer)
             found.append(caught.value)
         return found
