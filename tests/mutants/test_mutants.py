@@ -83,7 +83,14 @@ def test_a_group_has_modules_and_tests_that_are_there(group: Group) -> None:
 def test_the_groups_cover_what_is_promised_and_no_module_twice() -> None:
     paths = [str(path.relative_to(mutants.PACKAGE)) for group in GROUPS for path in group.modules]
     assert len(set(paths)) == len(paths)
-    wanted = {"learner/networks", "learner/packing", "rollout/buffer", "checkpoint", "online/controller", "cluster/pool"}
+    wanted = {
+        "learner/networks",
+        "learner/packing",
+        "rollout/buffer",
+        "checkpoint",
+        "online/controller",
+        "cluster/pool",
+    }
     assert {f"{name}.py" for name in wanted | {"config/run", "analysis/compare"}} <= set(paths)
     algorithms = {f"algorithms/{path.name}" for path in (ROOT / mutants.PACKAGE / "algorithms").glob("*.py")}
     assert algorithms <= set(paths)
