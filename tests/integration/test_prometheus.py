@@ -123,7 +123,7 @@ def test_prometheus_knows_every_metric_of_the_table(observed_run: Observed) -> N
 
 ABSENT = {
     "no such term in the configuration": {
-        *("kl_loss", "kl_loss_nats", "entropy_loss", "policy_entropy_nats"),
+        *("kl_loss", "kl_loss_nats", "entropy_loss", "policy_entropy_nats", "log_ratio_loss", "log_ratio_loss_nats"),
         *("safe_threshold_nats", "safe_gate", "safe_penalty", "normalizer_mean", "normalizer_std", "objective_term"),
     },
     "no pairs, no rankings, no weights": {
@@ -131,6 +131,10 @@ ABSENT = {
         *("preference_accuracy_ratio", "chosen_logprob_nats", "rejected_logprob_nats", "chosen_log_ratio_nats"),
         *("rejected_log_ratio_nats", "plausible_completions", "settled_ratio", "pair_disagreement"),
         *("effective_samples", "accepted_ratio", "best_reward", "best_of_n_kl_nats", "pairs_dropped_total"),
+    },
+    "no stored completions": {
+        *("stored_logprob_nats", "stored_token_logprob_nats", "stored_log_ratio_nats"),
+        *("teacher_forced_entropy_nats", "sampled_length_tokens"),
     },
     "no critic": {"critic_loss", "explained_variance", "value_mean", "popart_mean", "popart_std"},
     "no stage": {"held_out_loss", "held_out_accuracy_ratio", "epochs", "rows_dropped_total"},
