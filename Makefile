@@ -25,7 +25,7 @@ setup:  ## make .venv with the pinned packages; does nothing when it is there
 train: setup  ## run the quickstart: label, reward model, RL, evaluation; cached
 	$(BIN)/keel pipeline $(CONFIG) $(ARGS)
 
-test: setup  ## run the tests but the slow ones, in about ten minutes; ARGS="--randomly-seed=N": in that order again
+test: setup  ## run the tests but the slow ones, in about 14 minutes; ARGS="--randomly-seed=N": in that order again
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-rest: setup  ## run the slow tests: stages, jobs, recovery, every objective and a short chaos run on the real stack
