@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from keel import commits, files, reads
+from keel import files, reads, recorded_commits
 from keel.errors import ConfigError, KeelError
 
 _MANIFEST, _COMMIT, _STAGE = "MANIFEST.json", "COMMIT", "stage.json"
@@ -120,7 +120,7 @@ def steps(run_directory: Path) -> list[int]:
 
 def lost(run_directory: Path) -> tuple[int, str] | None:
     """The newest commit that other files of the run know of, and which of them, where it is neither there nor aside."""
-    known, source = commits.newest_known(run_directory)
+    known, source = recorded_commits.newest_known(run_directory)
     if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / _STAGE):
         return None  # in this order: a live run commits meanwhile; a finished stage has deleted its own
     names = [path.name for path in reads.entries(run_directory / "checkpoints") if path.name.startswith(_DAMAGED)]
@@ -175,13 +175,13 @@ def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint, after every file was checked against the manifest. Raises CheckpointError."""
     check(path)
     digest, state = _files(path / _MANIFEST)["state.json"], path / "state.json"
-    return json.loads(reads.settled(state, lambda: reads.read(state), lambda read: files.digest_of(read) == digest))
+    return json.loads(reads.confirmed(state, lambda: reads.read(state), lambda read: files.digest_of(read) == digest))
 
 
 def check(folder: Path, manifest: str = _MANIFEST, below: str = "") -> None:
     """Every file that a manifest names, or those below a path in it, is there as it was. Raises CheckpointError."""
     try:
-        wrong = reads.settled(folder / manifest, lambda: _wrong(folder, manifest, below), lambda wrong: not wrong)
+        wrong = reads.confirmed(folder / manifest, lambda: _wrong(folder, manifest, below), lambda wrong: not wrong)
     except (FileNotFoundError, ValueError) as error:  # torn or missing
         raise CheckpointError(f"{folder.name}: its manifest cannot be read ({error})") from error
     if wrong:

@@ -18,7 +18,7 @@ from typing import IO, Any
 import xxhash
 
 from keel.errors import ConfigError, KeelError
-from keel.reads import check_length, entries, is_there, naming_a_failed_read, read, settled
+from keel.reads import check_length, confirmed, entries, is_there, naming_a_failed_read, read
 
 ASIDE = ".aside"
 _ASIDE_BYTES = 2**26
@@ -114,7 +114,7 @@ def _lines(path: Path, fields: Mapping[str, type]) -> list[tuple[bytes, dict[str
     def grown(first: list[Any], second: list[Any]) -> bool:
         return second[: len(first)] == first  # a live run appends
 
-    return settled(path, look, lambda lines: all(line for _, line in lines), same=grown)
+    return confirmed(path, look, lambda lines: all(line for _, line in lines), same=grown)
 
 
 def _parse(text: bytes, fields: Mapping[str, type]) -> dict[str, Any] | None:
@@ -231,7 +231,7 @@ def digest_of(content: Any) -> str:
 
 def digest(path: Path, expected: str | None = None) -> str:
     """xxh3-128 of a file, read in pieces; one that is not the expected is made again, from the disk."""
-    return settled(path, lambda: _digest(path), lambda actual: expected in (None, actual))
+    return confirmed(path, lambda: _digest(path), lambda actual: expected in (None, actual))
 
 
 def _digest(path: Path) -> str:

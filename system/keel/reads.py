@@ -31,7 +31,7 @@ def read(path: Path) -> bytes:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file. Raises ValueError where it is twice no JSON, and what `read` raises."""
-    return json.loads(settled(path, lambda: read(path), _is_json))
+    return json.loads(confirmed(path, lambda: read(path), _is_json))
 
 
 def _is_json(content: bytes) -> bool:
@@ -42,7 +42,7 @@ def _is_json(content: bytes) -> bool:
     return True
 
 
-def settled(
+def confirmed(
     path: Path,
     look: Callable[[], Seen],
     sound: Callable[[Seen], bool],

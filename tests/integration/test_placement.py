@@ -99,7 +99,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def impatient(seconds: float) -> DeadlineSettings:
-    return DeadlineSettings(**{**LIMITS.model_dump(), "room_seconds": seconds})
+    return DeadlineSettings(**{**LIMITS.model_dump(), "placement_seconds": seconds})
 
 
 async def test_a_worker_comes_when_somebody_elses_resources_is_given_back() -> None:

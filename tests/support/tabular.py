@@ -13,7 +13,7 @@ from keel.algorithms import critics, registry
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows
 from keel.config import loader
-from keel.learner.frozen_models import FrozenView, vocabulary_piece
+from keel.learner.frozen_models import FrozenView, chunk_term_of
 from keel.learner.networks import TokenLogprobs
 
 VOCABULARY = 4
@@ -157,7 +157,7 @@ def loss(
     term = None
     if own.vocabulary is not None:
         views = {name: FrozenView(step.others[name][items], nn.Identity()) for name in own.vocabulary.models}
-        piece = vocabulary_piece(own.vocabulary, targets, advantages, column(credit.selected), views, 1.0)
+        piece = chunk_term_of(own.vocabulary, targets, advantages, column(credit.selected), views, 1.0)
         term = piece(logits[items], 0, len(items))
     taken, entropies = TokenLogprobs.apply(logits[items], targets, 1.0, own.needs_entropy)
     columns = heads(own, values)

@@ -206,8 +206,8 @@ def test_a_file_that_reads_differently_each_time_is_an_error(tmp_path: Path) -> 
     path.write_bytes(b"content")
     looks = iter([b"a", b"b"])
     with pytest.raises(ReadFailed, match="reads differently each time"):
-        reads.settled(path, lambda: next(looks), lambda found: found == b"content")
-    assert reads.settled(path, lambda: b"a", lambda found: found == b"content") == b"a"
+        reads.confirmed(path, lambda: next(looks), lambda found: found == b"content")
+    assert reads.confirmed(path, lambda: b"a", lambda found: found == b"content") == b"a"
 
 
 def copied(made: Path, target: Path) -> Path:

@@ -13,7 +13,7 @@ import pyarrow.dataset
 import pytest
 
 from disks import tree_of
-from keel import checkpoint, commits, files, schema
+from keel import checkpoint, files, recorded_commits, schema
 from keel.analysis import verify
 from keel.config import loader
 from keel.errors import ConfigError
@@ -125,7 +125,10 @@ def test_verify_says_that_a_commit_is_gone(run: Path) -> None:
 
 
 def test_a_run_that_is_sound_is_not_refused(run: Path, tmp_path: Path) -> None:
-    assert commits.newest_known(run) == (4, "events.jsonl") and commits.newest_known(tmp_path) == (0, "events.jsonl")
+    assert recorded_commits.newest_known(run) == (4, "events.jsonl") and recorded_commits.newest_known(tmp_path) == (
+        0,
+        "events.jsonl",
+    )
     checkpoint.check_known(tmp_path)  # a new one
     checkpoint.check_known(run)
     shutil.rmtree(checkpoint.folder_of(run, 2))  # pruned

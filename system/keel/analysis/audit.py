@@ -171,7 +171,7 @@ def _rollout(audit: Audit, line: manifest.Line, settings: Settings, progress: Pr
             audit.fault(file, "the rows this step trained on", "no file")
         return
     right = line["xxh3_128"]
-    content = reads.settled(path, lambda: reads.read(path), lambda read: schema.digest(read) == right)
+    content = reads.confirmed(path, lambda: reads.read(path), lambda read: schema.digest(read) == right)
     if schema.digest(content) != right:
         audit.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
         return
@@ -275,7 +275,7 @@ def audit_evaluations(audit: Audit, settings: Settings, committed: Sequence[int]
 
 def _content(path: Path) -> bytes:
     """Bytes of an Arrow file; where they are none they were read twice. Raises ReadFailed."""
-    return reads.settled(path, lambda: reads.read(path), _is_arrow)
+    return reads.confirmed(path, lambda: reads.read(path), _is_arrow)
 
 
 def _is_arrow(content: bytes) -> bool:

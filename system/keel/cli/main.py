@@ -50,7 +50,7 @@ def schema(
 @app.command("settings")
 def setting_tables() -> None:
     """Print the reference tables of all settings."""
-    from keel.config.reference import page
+    from keel.config.settings_page import page
 
     typer.echo(page())
 

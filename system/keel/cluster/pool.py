@@ -113,7 +113,7 @@ class Pool:
         """Run a method of the actor class on one worker: (handle to the batch, receipt). Raises WorkerLost."""
         self._count(in_line=1)
         try:
-            worker = await self._turn()
+            worker = await self._slot()
         finally:
             self._count(in_line=-1)
         asking = asyncio.create_task(self._ask(worker, method.__name__, arguments, deadline))
@@ -122,23 +122,23 @@ class Pool:
         # the caller may be cancelled, the actor works on: it keeps its turn until it has answered
         return await asyncio.shield(asking)
 
-    async def _turn(self) -> Worker:
+    async def _slot(self) -> Worker:
         """Wait for the turn of a serving worker and return the worker."""
         while True:
             await self._until_one_serves()
             worker = self._pick()
             worker.waiting += 1
             try:
-                await worker.turn.acquire()
+                await worker.slot.acquire()
             except asyncio.CancelledError:
                 worker.waiting -= 1
                 raise
             if worker in self._serving:
                 return worker
-            worker.end_turn()  # lost or retired while this call waited for its turn
+            worker.release_slot()  # lost or retired while this call waited for its turn
 
     def _asked(self, worker: Worker, asking: asyncio.Task[Any]) -> None:
-        worker.end_turn()
+        worker.release_slot()
         self._count(running=-1)
         if not asking.cancelled():
             asking.exception()  # read, also when the caller is gone
@@ -232,7 +232,7 @@ class Pool:
         while True:
             worker = Worker(index, f"{self.role}-{index}", self._spawn)
             try:
-                await worker.settle(lambda: self.serving, self.deadlines.room_seconds, self._observer)
+                await worker.start(lambda: self.serving, self.deadlines.placement_seconds, self._observer)
                 await self._come_up(worker)
             except (*GONE, ObjectLostError, TimeoutError, RayTaskError) as error:
                 worker.kill()
@@ -274,7 +274,7 @@ class Pool:
             self._lose(worker, f"{why(error, self.deadlines.load_seconds)} during load")
 
     async def _retire(self, worker: Worker) -> None:
-        async with worker.turn:
+        async with worker.slot:
             worker.kill()
 
     def _report_lost(self, worker: str, reason: str) -> None:

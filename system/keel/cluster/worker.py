@@ -43,7 +43,7 @@ class Worker:
     name: str
     spawn: Spawn
     receipt: LoadReceipt | None = None
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    slot: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One call at a time, so that a deadline begins when the worker does."""
     waiting: int = 0
     _actor: ActorHandle | None = None
@@ -56,7 +56,7 @@ class Worker:
         assert self._actor is not None, f"{self.name} has no placement group yet"
         return self._actor
 
-    async def settle(self, serving: Callable[[], int], seconds: float, observer: Observer) -> None:
+    async def start(self, serving: Callable[[], int], seconds: float, observer: Observer) -> None:
         """Wait for the placement group, then start the actor.
 
         Waits for ever while other workers serve, else at most `seconds`. Raises NoWorkers.
@@ -72,14 +72,14 @@ class Worker:
         actor = self.placement.place(self.spawn.actor_class, 0, with_children=self.placement.ranks > 1)
         self._actor = actor.remote(*self.spawn.arguments(self.index))
 
-    def end_turn(self) -> None:
+    def release_slot(self) -> None:
         self.waiting -= 1
-        self.turn.release()
+        self.slot.release()
 
     async def load_weights(self, weights: Any, deadlines: DeadlineSettings) -> None:
         """Load weights in the actor and keep its receipt. Raises TimeoutError, and what Ray raises."""
         # a busy worker loads after its call
-        seconds = deadlines.load_seconds + deadlines.generate_seconds * self.turn.locked()
+        seconds = deadlines.load_seconds + deadlines.generate_seconds * self.slot.locked()
         async with asyncio.timeout(seconds):
             self.receipt = await self.handle.load_weights.remote(weights)
 

@@ -34,6 +34,7 @@ RENAMED = {
     "normalise_advantage": "normalize_advantage",
     "centre": "center",
     "centre_penalty": "center_penalty",
+    "room_seconds": "placement_seconds",
 }
 """Settings of Keel 0.1.0 that have another name since 0.2.0."""
 _READ_SINCE = (0, 2)

@@ -158,7 +158,7 @@ class ClusterSettings(Section):
 class DeadlineSettings(Section):
     """Longest waits for single operations."""
 
-    room_seconds: Seconds = Field(
+    placement_seconds: Seconds = Field(
         86_400,
         description="one worker, or one learner rank, waits for resources while no other of its role serves",
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keel.algorithms.types import Credit, Rows, VocabularyTerm
 from keel.learner import loading
-from keel.learner.networks import Piece, Policy, in_precision
+from keel.learner.networks import ChunkTerm, Policy, in_precision
 from keel.learner.packing import MicroBatch
 
 
@@ -29,24 +29,24 @@ class FrozenView:
         return in_precision(self.read(self.states[places]), temperature)
 
 
-def vocabulary_piece(
+def chunk_term_of(
     term: VocabularyTerm,
     targets: Tensor,
     advantages: Tensor,
     selected: Tensor | None,
     views: Mapping[str, FrozenView],
     temperature: float,
-) -> Piece:
-    """The term of an objective as something a policy can read piece by piece; 0 at tokens that are not selected."""
+) -> ChunkTerm:
+    """The term of an objective as something a policy can read chunk by chunk; 0 at tokens that are not selected."""
 
-    def piece(logits: Tensor, start: int, stop: int) -> Tensor:
+    def chunk_term(logits: Tensor, start: int, stop: int) -> Tensor:
         places = torch.arange(start, stop, device=logits.device)
         chosen = places if selected is None else places[selected[start:stop]]
         others = {name: view.logits(chosen, temperature) for name, view in views.items()}
         values = term(logits[chosen - start], targets[chosen], advantages[chosen], others)
         return torch.zeros(len(places), dtype=logits.dtype, device=logits.device).index_add(0, chosen - start, values)
 
-    return piece
+    return chunk_term
 
 
 class FrozenModels:
@@ -68,21 +68,21 @@ class FrozenModels:
     def keep_old(self, policy: Policy, micro_batches: Iterable[MicroBatch]) -> None:
         """Keep the policy of now for terms that stay anchored there for all epochs: [N, H] and [V, H] numbers.
 
-        Never [N, V]: logits are read again from states and head, piece by piece.
+        Never [N, V]: logits are read again from states and head, chunk by chunk.
         """
         if self.term is not None and "old" in self.term.models:
             states = {micro.items.tobytes(): policy.states(micro) for micro in micro_batches}
             head = copy.deepcopy(policy.head).requires_grad_(False)
             self._old = states, functools.partial(policy.logits, head=head)
 
-    def piece(self, micro: MicroBatch, rows: Rows, credit: Credit, temperature: float) -> Piece | None:
+    def chunk_term(self, micro: MicroBatch, rows: Rows, credit: Credit, temperature: float) -> ChunkTerm | None:
         """The term of this micro-batch, to be read together with the policy's own logits; None without a term."""
         if self.term is None:
             return None
         chosen = credit.selected
         selected = None if chosen is None else torch.from_numpy(chosen[micro.items]).to(self.device)
         targets = micro.targets.to(self.device)
-        return vocabulary_piece(self.term, targets, rows.advantages, selected, self._views(micro), temperature)
+        return chunk_term_of(self.term, targets, rows.advantages, selected, self._views(micro), temperature)
 
     @torch.no_grad()
     def _views(self, micro: MicroBatch) -> dict[str, FrozenView]:

@@ -16,7 +16,7 @@ from keel.learner import attention_masks
 from keel.learner.packing import MicroBatch
 from keel.learner.states_to_logits import logits_of
 
-Piece = Callable[[Tensor, int, int], Tensor]
+ChunkTerm = Callable[[Tensor, int, int], Tensor]
 """Something of each token that reads the whole vocabulary: logits [n, V] in fp32 at the temperature, the places start
 to stop of these tokens among the N -> [n]."""
 
@@ -89,7 +89,7 @@ def _forward(
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """64 rows at a time and two fp32 buffers for them, the same ones every time: small enough for a cache."""
     work = logits.new_empty(2, min(64, len(logits)), logits.shape[-1], dtype=_precise(logits))
-    for start in range(0, max(1, len(logits)), 64):  # an empty piece is one empty block
+    for start in range(0, max(1, len(logits)), 64):  # an empty chunk is one empty block
         stop = min(start + 64, len(logits))
         yield slice(start, stop), work[:, : stop - start]
 
@@ -130,8 +130,8 @@ def hidden_states(trunk: Any, micro: MicroBatch) -> Tensor:
 class Policy(nn.Module):
     """A causal language model that returns what training needs of its completions, never [U, T, V] logits.
 
-    Only positions that predict a completion token go through the head, `head_chunks` pieces one after the other.
-    Softmax and entropy are recomputed in the backward pass; of the [n, V] logits the last `kept_pieces` are kept once,
+    Only positions that predict a completion token go through the head, `head_chunks` chunks one after the other.
+    Softmax and entropy are recomputed in the backward pass; of the [n, V] logits the last `kept_chunks` are kept once,
     as the head gave them, the others are made again. Both numbers are the same on every rank, whatever its rows,
     because under ZeRO-3 all must enter the head equally often.
     """
@@ -139,12 +139,12 @@ class Policy(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.kept_pieces = 1  # the last piece is the first to go backward: keeping it costs nothing
+        self.kept_chunks = 1  # the last chunk is the first to go backward: keeping it costs nothing
 
     def keep(self, num_bytes: int, chunk_tokens: int) -> None:
-        """Keep the logits of as many pieces of `chunk_tokens` as fit `num_bytes`, and of one at least."""
+        """Keep the logits of as many chunks of `chunk_tokens` as fit `num_bytes`, and of one at least."""
         weight = self.head.weight
-        self.kept_pieces = max(1, num_bytes // (chunk_tokens * len(weight) * weight.element_size()))
+        self.kept_chunks = max(1, num_bytes // (chunk_tokens * len(weight) * weight.element_size()))
 
     def to_hf_names(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors under this module's parameter names -> under the names of a Hugging Face checkpoint.
@@ -190,15 +190,15 @@ class Policy(nn.Module):
         temperature: float,
         head_chunks: int,
         entropy: bool,
-        piece: Piece | None = None,
+        chunk_term: ChunkTerm | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Log-probs, entropies and vocabulary term of states [N, H], each [N]; None where not asked for."""
         parts, start = [], 0
-        pieces = list(zip(states.tensor_split(head_chunks), targets.tensor_split(head_chunks), strict=True))
-        for number, (state, target) in enumerate(pieces, start=1):
+        chunks = list(zip(states.tensor_split(head_chunks), targets.tensor_split(head_chunks), strict=True))
+        for number, (state, target) in enumerate(chunks, start=1):
             kept: list[Tensor | None] = []  # spares the second pass everything but the head itself
-            arguments = (state, target, temperature, entropy, piece, start, kept)
-            whole = not torch.is_grad_enabled() or number > len(pieces) - self.kept_pieces
+            arguments = (state, target, temperature, entropy, chunk_term, start, kept)
+            whole = not torch.is_grad_enabled() or number > len(chunks) - self.kept_chunks
             parts.append(self._score(*arguments) if whole else checkpoint(self._score, *arguments, use_reentrant=False))
             start += len(target)
         columns = zip(*parts, strict=True)
@@ -212,15 +212,15 @@ class Policy(nn.Module):
         targets: Tensor,
         temperature: float,
         entropy: bool,
-        piece: Piece | None,
+        chunk_term: ChunkTerm | None,
         start: int,
         kept: list[Tensor | None],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         logits = self.logits(states)
         logprobs, entropies = TokenLogprobs.apply(logits, targets, temperature, entropy, kept)
-        if piece is None:
+        if chunk_term is None:
             return logprobs, entropies, None
-        return logprobs, entropies, piece(in_precision(logits, temperature), start, start + len(targets))
+        return logprobs, entropies, chunk_term(in_precision(logits, temperature), start, start + len(targets))
 
 
 class ValueHead(nn.Module):
@@ -290,11 +290,11 @@ class Learnable(nn.Module):
         self.policy, self.critic = policy, critic
 
     def forward(
-        self, micro: MicroBatch, temperature: float, head_chunks: int, entropy: bool, piece: Piece | None
+        self, micro: MicroBatch, temperature: float, head_chunks: int, entropy: bool, chunk_term: ChunkTerm | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Log-probs, entropies, values [N, K], vocabulary term; None where not asked for."""
         states = self.policy.states(micro)
         targets = micro.targets.to(states.device)
-        logprobs, entropies, terms = self.policy.read(states, targets, temperature, head_chunks, entropy, piece)
+        logprobs, entropies, terms = self.policy.read(states, targets, temperature, head_chunks, entropy, chunk_term)
         values = self.critic(micro, states) if self.critic is not None else None
         return logprobs, entropies, values, terms

@@ -29,7 +29,7 @@ from keel.learner import forward_contract, loading, optimizer, packing, weights
 from keel.learner.engine import Engine, join_ranks
 from keel.learner.forward_contract import Verdict
 from keel.learner.frozen_models import FrozenModels
-from keel.learner.networks import Critic, Learnable, Piece, Policy
+from keel.learner.networks import ChunkTerm, Critic, Learnable, Policy
 from keel.observability import diagnostics
 from keel.protocols import LoadReceipt, StepReport, Weights
 
@@ -142,8 +142,8 @@ class DeepSpeedLearner:
         num_fresh = int(fresh.sum())
         for micro, chunks in self._micro_batches(batch, plan):
             rows = self._rows(batch, micro, credit, old)
-            piece = self._frozen_models.piece(micro, rows, credit, self.settings.sampling.temperature)
-            outputs = self._forward(micro, chunks, self.objective.needs_entropy, piece)
+            chunk_term = self._frozen_models.chunk_term(micro, rows, credit, self.settings.sampling.temperature)
+            outputs = self._forward(micro, chunks, self.objective.needs_entropy, chunk_term)
             terms = self.objective.loss(rows, outputs, credit)
             self._engine.backward(terms.loss, real=micro.real)
             if micro.real:
@@ -252,9 +252,11 @@ class DeepSpeedLearner:
             stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 
-    def _forward(self, micro: packing.MicroBatch, chunks: int, entropy: bool, piece: Piece | None = None) -> Outputs:
+    def _forward(
+        self, micro: packing.MicroBatch, chunks: int, entropy: bool, chunk_term: ChunkTerm | None = None
+    ) -> Outputs:
         temperature = self.settings.sampling.temperature
-        return Outputs(*self._engine(micro, temperature, chunks, entropy, piece))
+        return Outputs(*self._engine(micro, temperature, chunks, entropy, chunk_term))
 
     @torch.no_grad()
     def _measure(self, batch: pa.RecordBatch, plan: packing.PackingPlan, asked: frozenset[str]) -> Measured:

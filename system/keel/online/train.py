@@ -248,7 +248,7 @@ class OnlineRun:
                 return self.placement
             self.placement.release()
             self.placement = None  # the request for the next one may fail; this one is not asked again
-        last = self.settings.deadlines.room_seconds
+        last = self.settings.deadlines.placement_seconds
         self.placement = await learner_group.largest_placement(
             self.settings.learners, ranks, patience, max(patience, last), self.recorder
         )

@@ -79,7 +79,7 @@ def read(path: Path) -> Segment:
     """
     name = _NAME.fullmatch(path.name)
     right = name[3] if name else None
-    content = reads.settled(path, lambda: reads.read(path), lambda read: right in (None, schema.digest(read)))
+    content = reads.confirmed(path, lambda: reads.read(path), lambda read: right in (None, schema.digest(read)))
     if not name:
         raise SegmentError(f"named {path.name}; expected segment.FIRST-LAST.DIGEST.arrow")
     if schema.digest(content) != name[3]:

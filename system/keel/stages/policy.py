@@ -168,7 +168,7 @@ def _kept(path: Path) -> bytes | None:
             return None
         return content if schema.digest(content) == expected else None
 
-    return reads.settled(path, look, lambda content: content is not None) if reads.is_there(path) else None
+    return reads.confirmed(path, look, lambda content: content is not None) if reads.is_there(path) else None
 
 
 def _key(settings: ScoringSpec, folder: str, parts: Sequence[pa.RecordBatch]) -> str:

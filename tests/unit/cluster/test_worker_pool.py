@@ -23,7 +23,7 @@ from keel.rollout.generator import VllmGenerator
 from keel.schema import ContractError
 
 LIMITS = DeadlineSettings(
-    start_seconds=50, generate_seconds=40, score_seconds=30, step_seconds=20, load_seconds=10, room_seconds=200
+    start_seconds=50, generate_seconds=40, score_seconds=30, step_seconds=20, load_seconds=10, placement_seconds=200
 )
 FOREVER = 1e9
 

@@ -261,6 +261,7 @@ RENAMED_BLOCKS: dict[str, dict[str, Any]] = {
     "objective.normalise_advantage": {"objective": {"kind": "logits_convexity", "normalise_advantage": True}},
     "ensemble.centre": {"ensemble": {"centre": True}},
     "rewards.0.ensemble.centre": {"rewards": [{"name": "a", "source": "a:b", "ensemble": {"centre": False}}]},
+    "deadlines.room_seconds": {"deadlines": {"room_seconds": 60}},
 }
 
 

@@ -158,7 +158,7 @@ def test_as_many_pieces_are_kept_as_fit(policy: Policy, bytes_: int, pieces: int
     rows, _ = policy.head.weight.shape
     unit = 4 * rows * 4  # four tokens, fp32
     policy.keep(bytes_ * unit // 5120, 4)
-    assert policy.kept_pieces == pieces
+    assert policy.kept_chunks == pieces
 
 
 @pytest.mark.parametrize("kept", [1, 2, 4, 9])
@@ -178,10 +178,10 @@ def test_pieces_that_are_not_kept_are_made_again_and_nothing_else_changes(
         gradient = torch.autograd.grad((logprobs + 0.3 * entropies + 0.1 * terms).sum(), leaf)[0]
         return torch.stack([logprobs, entropies]).detach(), gradient, terms.detach()
 
-    policy.kept_pieces = kept
+    policy.kept_chunks = kept
     found = read(pieces)
     assert calls[0] == pieces + max(0, pieces - kept)
-    policy.kept_pieces = 1
+    policy.kept_chunks = 1
     whole = read(1)
     assert torch.allclose(found[0], whole[0], atol=1e-5)
     logits = policy.head(states).float() / 0.7
@@ -200,7 +200,7 @@ def test_pieces_that_are_not_kept_are_made_again_and_nothing_else_changes(
 def test_a_policy_keeps_its_last_piece_and_has_one_unless_it_is_told(policy: Policy) -> None:
     micro, calls = step_of(), [0]
     policy.head.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    assert policy.kept_pieces == 1
+    assert policy.kept_chunks == 1
     policy(micro, 1.0)[0].sum().backward()
     assert calls[0] == 1
     policy(micro, 1.0, 3)[0].sum().backward()

@@ -19,7 +19,7 @@ from scipy import optimize
 from keel.algorithms import registry
 from keel.algorithms.types import Measured, Outputs, Rows
 from keel.config import loader
-from keel.learner.frozen_models import FrozenView, vocabulary_piece
+from keel.learner.frozen_models import FrozenView, chunk_term_of
 from optimal_policies import GOLD, OPTIMA, PROXY, REFERENCE, optimum
 
 N = len(PROXY)
@@ -72,7 +72,7 @@ def trained(arm: str, temperature: float) -> np.ndarray:
         entropy = -(log_p.exp() * log_p).sum().expand(N) if own.needs_entropy else None
         term = None
         if own.vocabulary is not None:  # one state: what the term says of it stands for every row
-            piece = vocabulary_piece(own.vocabulary, places, advantages, None, {"reference": reference}, 1.0)
+            piece = chunk_term_of(own.vocabulary, places, advantages, None, {"reference": reference}, 1.0)
             term = piece(logits[None], 0, 1).expand(N)
         optimizer.zero_grad()
         own.loss(rows, Outputs(log_p, entropy, None, term), credit).loss.backward()

@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 import yaml
 
-from keel.config import reference
+from keel.config import settings_page
 from keel.config.commands import CONFIGURATIONS
 from setting_blocks import sections
 from shipped import FILES, FOLDER, identity, settings_class
@@ -34,15 +34,15 @@ def test_every_setting_is_described() -> None:
 
 def test_the_page_of_settings_is_what_the_code_says() -> None:
     page = (ROOT / "docs" / "use" / "settings.md").read_text(encoding="utf8")
-    assert page.endswith(f"\n\n{reference.page()}\n"), "meant? then put the output of keel settings there"
+    assert page.endswith(f"\n\n{settings_page.page()}\n"), "meant? then put the output of keel settings there"
 
 
 def test_every_block_says_which_packages_read_it() -> None:
     packages = {
         package: "".join(path.read_text(encoding="utf8") for path in (ROOT / "system" / "keel" / package).glob("*.py"))
-        for package in {name for names in reference.READ_BY.values() for name in names.split(", ")}
+        for package in {name for names in settings_page.READ_BY.values() for name in names.split(", ")}
     }
-    for block, names in reference.READ_BY.items():
+    for block, names in settings_page.READ_BY.items():
         settings = sections()[block].model_fields
         for package in names.split(", "):
             assert any(f".{name}" in packages[package] for name in settings), f"{package} reads nothing of {block}"
