@@ -142,12 +142,13 @@ def _tokenized(
     if config.overlong == "skip":
         kept = np.flatnonzero(~overlong)
     tokens = [tokens[row][-config.max_tokens :] for row in kept]
+    kept_rows = [rows[row] for row in kept.tolist()]
     columns = {
         "prompt_id": pa.array(kept, pa.int64()),
         "prompt_tokens": pa.array(tokens, schema.TOKENS),
-        "prompt": pa.array([rows[row].text for row in kept], pa.string()),
-        "prompt_messages": pa.array([_messages(rows[row]) for row in kept], pa.string()),
-        "prompt_columns": pa.array([rows[row].further for row in kept], pa.string()),
+        "prompt": pa.array([row.text for row in kept_rows], pa.string()),
+        "prompt_messages": pa.array([_messages(row) for row in kept_rows], pa.string()),
+        "prompt_columns": pa.array([row.further for row in kept_rows], pa.string()),
     }
     return _Tokenized(pa.record_batch(columns), tokens, len(rows) - len(kept), int(overlong[kept].sum()))
 
