@@ -191,7 +191,7 @@ async def _train(prepared: RewardTraining, metrics: RunMetrics, display: Display
         if offline_loop.finished(plan.directory) is None:
             display.doing(f"member {member}")
             metrics.path = plan.directory / "metrics.jsonl"
-            await offline_loop.call(plan, learner, "begin", member)
+            await offline_loop.call(plan, learner, RewardModelLearner.begin, member)
             recorder = OfflineRecorder(plan, metrics, display)
             state = await offline_loop.restore(plan, learner, recorder)
             await offline_loop.run(plan, learner, recorder, state)
