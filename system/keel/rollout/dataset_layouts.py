@@ -25,10 +25,7 @@ _KINDS: dict[int, list[tuple[str, ...]]] = {
     2: [("chosen", "rejected"), ("responses", "rewards")],
 }
 _RANKING = [("responses", "rewards")]
-_EXPECTED = {
-    1: "prompt and completion, or messages",
-    2: "prompt, chosen and rejected, or responses and rewards",
-}
+_EXPECTED = {1: "prompt and completion, or messages", 2: "prompt, chosen and rejected, or responses and rewards"}
 
 
 @dataclass(frozen=True)

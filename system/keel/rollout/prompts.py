@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from keel import schema
+from keel import files, schema
 from keel.config.prompts import PolicySettings, PromptSettings
 from keel.config.run import LearnerSpec
 from keel.config.stages import SamplingSpec
@@ -58,10 +58,7 @@ class Prompts:
     """
 
     def __init__(
-        self,
-        settings: PromptSpec,
-        tokenizer: "PreTrainedTokenizerBase",
-        rows: Sequence[SourceRow] | None = None,
+        self, settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[SourceRow] | None = None
     ) -> None:
         """`rows`: of the source, where they were read and checked before."""
         given, samples = rows is not None, settings.sampling.samples_per_prompt
@@ -229,7 +226,7 @@ def _metadata(settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> dic
     return {
         "keel.schema_version": schema.SCHEMA_VERSION,
         "keel.run": settings.run.name,
-        "keel.tokenizer": schema.digest(content)[:16],
+        "keel.tokenizer": files.digest_of(content)[:16],
     }
 
 
