@@ -56,6 +56,15 @@ GENERATE = pa.schema(
 REFERENCE = pa.schema(
     [pa.field("reference_logprobs", NATS, metadata={"meaning": "nats, same temperature as completion_logprobs"})]
 )
+RELEVANCE = pa.schema(
+    [
+        pa.field(
+            "relevance_nats",
+            pa.float32(),
+            metadata={"meaning": "mean log-prob a token under the reference, given the prompt minus given another one"},
+        )
+    ]
+)
 SCORE = pa.schema(
     [
         pa.field("reward", pa.float32(), metadata={"meaning": "weighted sum of the training rewards; null: failed"}),
@@ -65,7 +74,7 @@ SCORE = pa.schema(
     ]
 )
 _PER_COMPLETION_TOKEN = ("completion_logprobs", "weight_versions", "reference_logprobs")
-_NULLABLE = {"failure"}
+_NULLABLE = {"failure", "relevance_nats"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
