@@ -88,6 +88,8 @@ def check_prompts(settings: Settings | SamplingSpec, models: Models, setting: st
     prompts = Prompts(settings, models.tokenizer)
     text_checks.check_token_ids(Path(models.policy), prompts.largest_token, settings, setting)
     check_rewards(settings, prompts.batch([0, 1]))
+    if settings.evaluation_prompts is not None:  # whose rows may lack a column that a reward reads
+        check_rewards(settings, prompts.held_out())
     return prompts
 
 
