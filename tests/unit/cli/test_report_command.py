@@ -11,11 +11,10 @@ from keel.cli import main, summary
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
 
 
-def keel(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+def keel(monkeypatch: pytest.MonkeyPatch, code: int, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["keel", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match=f"^{code}$"):
         main.main()
-    return int(exit_.value.code or 0)
 
 
 @pytest.fixture
@@ -28,22 +27,22 @@ def test_one_run_has_its_report_in_its_directory_and_several_here(
 ) -> None:
     other = report_runs.online(tmp_path / "other", steps=2)
     monkeypatch.chdir(tmp_path)
-    assert keel(monkeypatch, "report", run) == 0
+    keel(monkeypatch, 0, "report", run)
     assert '"name":"run"' in (run / "report.html").read_text() and not (tmp_path / "report.html").exists()
-    assert keel(monkeypatch, "report", run, other) == 0
+    keel(monkeypatch, 0, "report", run, other)
     assert '"name":"other"' in (tmp_path / "report.html").read_text()
-    assert keel(monkeypatch, "report", run, "--output", tmp_path / "new" / "page.html") == 0
+    keel(monkeypatch, 0, "report", run, "--output", tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").is_file()
 
 
 def test_bad_input_ends_with_2_and_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert keel(monkeypatch, "report", tmp_path / "nowhere") == 2
+    keel(monkeypatch, 2, "report", tmp_path / "nowhere")
     assert "nowhere: no config.yaml in it; expected the directory of a run" in "".join(capsys.readouterr()).replace(
         "\n", ""
     )
-    assert keel(monkeypatch, "report", run, "--output", tmp_path) == 2
+    keel(monkeypatch, 2, "report", run, "--output", tmp_path)
     assert "is a folder; expected a file" in "".join(capsys.readouterr())
 
 
