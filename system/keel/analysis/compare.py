@@ -97,7 +97,8 @@ def compare(arms: Sequence[Arm]) -> Comparison:
             shared = len(set(arm.prompts) & set(first.prompts))
             raise ConfigError(
                 f"run {arm.directory}: evaluated on other held-out prompts than {first.directory} ({shared} of"
-                f" {len(first.prompts)} shared); expected the same prompts.source, prompts.held_out and run.seed"
+                f" {len(first.prompts)} shared); expected the same prompts.source,"
+                " prompts.held_out and prompts.held_out_seed, or the same evaluation.source"
             )
     names = [arm.name for arm in arms]
     if len(set(names)) < len(names):

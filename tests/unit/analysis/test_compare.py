@@ -332,7 +332,9 @@ def test_other_prompts(slow: Path, tmp_path: Path) -> None:
     assert "moved: evaluated on other held-out prompts than" in refusal(slow, moved)
     assert "(3 of 4 shared)" in refusal(slow, moved)
     fewer = store(tmp_path / "fewer", {0: held_out([1.0] * 3, [0.0] * 3)})
-    assert "(3 of 4 shared); expected the same prompts.source, prompts.held_out and run.seed" in refusal(slow, fewer)
+    assert "(3 of 4 shared); expected the same prompts.source, prompts.held_out and prompts.held_out_seed" in refusal(
+        slow, fewer
+    )
 
 
 def test_the_same_text_from_another_row_is_another_prompt(tmp_path: Path) -> None:
