@@ -97,7 +97,11 @@ def run(arguments: Sequence[str], console: Console, *, as_json: bool, picture: P
     comparison = compare([load(directory) for _, directory in named], [name for name, _ in named])
     if picture is not None:
         draw(comparison, picture)
-    (_print_json if as_json else _print_tables)(console, comparison)
+    if as_json:
+        text = json.dumps(tree_of(comparison), indent=2, allow_nan=False)
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    else:
+        _print_tables(console, comparison)
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -260,12 +264,8 @@ def _estimate(terms: Sequence[tuple[int, np.ndarray]]) -> Estimate:
     return over_seeds_and_prompts(terms)
 
 
-def tables(comparison: Comparison) -> list[Table]:
-    """One table a matching: each metric's value in every arm, and its difference to the first one."""
-    return [_table(comparison, matching) for matching in comparison.matchings]
-
-
 def _table(comparison: Comparison, matching: Matching) -> Table:
+    """Each metric's value in every arm, and its difference to the first one."""
     title, level = _TITLES[matching.name]
     at = "" if math.isnan(matching.level) else f" ({level.format(matching.level)})"
     scope = f"{comparison.num_prompts} held-out prompts, 95 % intervals per metric, not corrected for many metrics"
@@ -324,7 +324,7 @@ def _interval(value: Estimate, sign: str) -> str:
     return f"{value.mean:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
+def tree_of(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values: NaN is null."""
     return {
         "prompts": comparison.num_prompts,
@@ -343,16 +343,16 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def _matching_as_json(matching: Matching, arms: Sequence[Arm]) -> dict[str, Any]:
     return {
-        "level": _number(matching.level),
+        "level": matching.level if math.isfinite(matching.level) else None,
         "why_not": matching.why_not or None,
         "arms": {
             arm.name: {
                 "places": [
                     {"steps": [place.before, place.after], "weight": place.weight} for place in arm_at_level.places
                 ],
-                "values": {metric: _estimate_as_json(value) for metric, value in arm_at_level.values.items()},
+                "values": {metric: value.as_json() for metric, value in arm_at_level.values.items()},
                 "differences": {
-                    metric: {**_estimate_as_json(value), "prompts": arm_at_level.paired[metric]}
+                    metric: {**value.as_json(), "prompts": arm_at_level.paired[metric]}
                     for metric, value in arm_at_level.differences.items()
                 },
             }
@@ -361,21 +361,8 @@ def _matching_as_json(matching: Matching, arms: Sequence[Arm]) -> dict[str, Any]
     }
 
 
-def _estimate_as_json(value: Estimate) -> dict[str, Any]:
-    return {"mean": _number(value.mean), "low": _number(value.low), "high": _number(value.high)}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _print_json(console: Console, comparison: Comparison) -> None:
-    text = json.dumps(as_json(comparison), indent=2, allow_nan=False)
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
 def _print_tables(console: Console, comparison: Comparison) -> None:
-    for table in tables(comparison):
-        console.print(table)
+    for matching in comparison.matchings:
+        console.print(_table(comparison, matching))
     for note in comparison.notes:
         console.print(f"Note     {note}", soft_wrap=True, markup=False, highlight=False)
