@@ -43,6 +43,9 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
         f"Policy   {from_here(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)",
         soft_wrap=True,
     )
+    if best := checkpoint.best(directory):
+        folder = best["folder"] and from_here(Path(best["folder"]))
+        console.print("Best     " + checkpoint.best_line({**best, "folder": folder}), soft_wrap=True)
     console.print(f"Time     {seconds:.0f} s in this process")
     console.print("Next     " + _next(directory, settings, config_path), soft_wrap=True)
 

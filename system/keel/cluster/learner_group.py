@@ -153,5 +153,8 @@ class LearnerGroup(RankGroup):
     async def state(self) -> Mapping[str, Any]:
         return await self.ask(DeepSpeedLearner.state)
 
+    async def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        await self.ask(DeepSpeedLearner.set_multipliers, kl, learning_rate)
+
     async def renew_reference(self, folder: str) -> None:
         await self.ask(DeepSpeedLearner.renew_reference, folder)

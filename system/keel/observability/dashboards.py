@@ -106,8 +106,7 @@ _RUN_NOW = (
 _OVER_OPTIMIZATION = (
     *_panels("""
         Reward | reward regularized_reward
-        Rewards by name | reward_component | A monitor (gold) that turns down while the training reward goes up: \
-over-optimization.
+        Rewards by name | reward_component | Gold that falls while the training reward rises: over-optimized.
         KL from the reference | kl_nats kl_k3_nats | What the reward was bought with.
     """),
     against("Rewards over sqrt(KL)", _ROOT_KL, "reward_component", "Reward"),
@@ -116,6 +115,8 @@ over-optimization.
         Entropy per completion | sequence_entropy_nats
         Completion length | length_tokens sampled_length_tokens | The cheapest way to a reward that likes long answers.
         Completions with an end token | finished_ratio
+        Detectors of the guard | guard_fired_total | Times that each fired; events.jsonl has the numbers.
+        Factors of the guard | guard_kl_multiplier guard_learning_rate_multiplier | Moved by raise_kl and lower_lr.
     """),
     chart("Fall from the peak", _FALL, "How far each reward is below its largest value in the time that is shown."),
 )
