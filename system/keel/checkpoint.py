@@ -41,7 +41,7 @@ def commit(aside: Path, state: Mapping[str, Any]) -> Path:
     files.write(aside / _COMMIT, b"")
     target = aside.with_name(aside.name.removeprefix(".").removesuffix(".tmp"))
     files.swap_folder(aside, target)
-    files.sync_directory(target.parent.parent)  # an interrupted start may have made checkpoints/ and no more
+    files.sync(target.parent.parent)  # an interrupted start may have made checkpoints/ and no more
     return target
 
 
@@ -100,13 +100,9 @@ def check_model(folder: Path) -> None:
     """
     folder = folder.resolve()
     for top in (folder, *folder.parents[:2]):
-        marked = top.parent.name == "references" if top == folder else any(map(reads.is_there, _markers(top)))
-        if marked and reads.is_there(top / _MANIFEST):
+        marked = reads.is_there(top / _STAGE) or reads.is_there(top / _COMMIT)
+        if (top.parent.name == "references" if top == folder else marked) and reads.is_there(top / _MANIFEST):
             check(top, below="" if top == folder else f"{folder.relative_to(top)}/")
-
-
-def _markers(folder: Path) -> list[Path]:
-    return [folder / _STAGE, folder / _COMMIT]
 
 
 def folder_of(run_directory: Path, step: int) -> Path:
@@ -171,7 +167,7 @@ def put_aside(run_directory: Path, last_step: int, prefix: str) -> None:
             aside = path.with_name(f"{prefix}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            files.sync_directory(path.parent)
+            files.sync(path.parent)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -257,7 +253,7 @@ def prune(run_directory: Path, keep: int) -> None:
     spared = [folder_of(run_directory, step) for step in kept(run_directory, keep)]
     for path in [path for path in committed(run_directory) if path not in spared]:
         (path / _COMMIT).unlink()  # from here on it does not exist for a reader
-        files.sync_directory(path)  # nor after a power cut
+        files.sync(path)  # nor after a power cut
         shutil.rmtree(path)
 
 

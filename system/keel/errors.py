@@ -55,9 +55,5 @@ class NotFinite(KeelError, FloatingPointError):
     state are those of before. Alike on every rank.
     """
 
-    weights_moved: bool
+    weights_moved = False
     """Earlier updates of the same step (`objective.epochs`) were made: the weights are not those of the version."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.weights_moved = False

@@ -44,7 +44,7 @@ def write(path: Path, content: Any) -> None:
             aside.unlink(missing_ok=True)  # it would take the space that is missing
             raise
         aside.rename(path)
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def append_json(path: Path, value: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     if new:
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -163,8 +163,8 @@ def move_aside(run_directory: Path, path: Path) -> None:
             raise
         write(aside, read(path))  # a folder of the run may be a link to another disk
         path.unlink()
-    sync_directory(aside.parent)
-    sync_directory(path.parent)
+    sync(aside.parent)
+    sync(path.parent)
 
 
 def replace_folder(aside: Path, target: Path) -> None:
@@ -181,7 +181,7 @@ def swap_folder(aside: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     aside.rename(target)
-    sync_directory(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -190,7 +190,7 @@ def bring_back(target: Path) -> None:
     old = _moved_away(target)
     if is_there(old) and not is_there(target):
         old.rename(target)
-        sync_directory(target.parent)
+        sync(target.parent)
 
 
 def _moved_away(target: Path) -> Path:
@@ -226,7 +226,7 @@ def held(directory: Path) -> bool:
 
 def digest_of(content: Any) -> str:
     """xxh3-128 of a bytes-like object."""
-    return xxhash.xxh3_128_hexdigest(content)
+    return xxhash.xxh3_128_hexdigest(memoryview(content))
 
 
 def digest(path: Path, expected: str | None = None) -> str:
@@ -251,32 +251,22 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for made in [path, *missing[1:]]:
         with contextlib.suppress(PermissionError):  # a folder above the run's may be closed to its owner
-            sync_directory(made.parent)
+            sync(made.parent)
 
 
 def sync_tree(folder: Path) -> None:
     """Have every file below a folder, and every folder, on the disk; or one file."""
-    if not folder.is_dir():
-        sync_file(folder)
-        return
-    for path in entries(folder):
+    for path in entries(folder) if folder.is_dir() else []:
         sync_tree(path)
-    sync_directory(folder)
+    sync(folder)
 
 
-def sync_file(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, on the disk."""
     try:
         descriptor = os.open(path, os.O_RDWR)  # some network file systems write out only what is open for writing
-    except PermissionError:
+    except (PermissionError, IsADirectoryError):
         descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -56,13 +56,6 @@ def _by_manifest(run_directory: Path) -> int:
     try:
         settings = yaml.safe_load((run_directory / "config.yaml").read_text(encoding="utf8"))
         every = settings.get("checkpoint", {}).get("every_steps", 0)
-    except (
-        OSError,
-        UnicodeDecodeError,
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        AttributeError,
-    ):  # of damage, which the next reader of the settings will name
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, AttributeError):  # the next reader names the damage
         return 0
     return (lines[-1]["step"] - 1) // every * every if isinstance(every, int) and every > 0 else 0

@@ -29,11 +29,6 @@ def commit(folder: Path) -> None:
     files.swap_folder(aside, folder)
 
 
-def check(folder: Path) -> None:
-    """Check that the files are as written. Raises CheckpointError, or ReadFailed where that cannot be said."""
-    checkpoint.check(folder)
-
-
 def of_version(run_directory: Path, every_steps: int | None, version: int) -> Path | None:
     """The reference in force from a version on, renewed every `every_steps` steps; None: the initial one."""
     step = version // every_steps * every_steps if every_steps else 0

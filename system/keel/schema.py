@@ -2,10 +2,9 @@
 
 One row is one completion. A stage returns its input with its own columns appended; nothing is changed in place.
 Arrow enforces neither lengths, finiteness, nulls nor checksums [`validate(full=True)` included], so `check` does at
-the borders (generator out, buffer in) and `digest` covers bytes on disk.
+the borders (generator out, buffer in) and `files.digest_of` covers bytes on disk.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from keel.errors import KeelError
 
@@ -24,48 +22,43 @@ NATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 STORED, GIVEN = "stored", "given"
 """What the column `generator` says of completions that came with the prompts: read by a generator, or by none."""
 
-PROMPT = pa.schema(
-    [
-        pa.field(
-            "ticket", pa.int64(), metadata={"meaning": "group number; all samples of a prompt in a step share it"}
-        ),
-        pa.field("sample", pa.int16(), metadata={"meaning": "0..n-1 inside the group"}),
-        pa.field("prompt_id", pa.int64(), metadata={"meaning": "row of the prompt source"}),
-        pa.field("prompt_tokens", TOKENS, metadata={"meaning": "as fed to the model"}),
-        pa.field(
-            "prompt", pa.string(), metadata={"meaning": "text of the prompt, the last user message if conversational"}
-        ),
-        pa.field(
-            "prompt_messages", pa.string(), metadata={"meaning": "its messages as JSON; [] where it is plain text"}
-        ),
-        pa.field("prompt_columns", pa.string(), metadata={"meaning": "further columns of the prompt source, as JSON"}),
-        pa.field("seed", pa.int64(), metadata={"meaning": "hash(run seed, ticket, sample)"}),
-    ]
+
+def described(**columns: tuple[pa.DataType, str]) -> pa.Schema:
+    """Schema of columns by name, each with its type and what it means."""
+    return pa.schema([pa.field(name, type_, metadata={"meaning": text}) for name, (type_, text) in columns.items()])
+
+
+PROMPT = described(
+    ticket=(pa.int64(), "group number; all samples of a prompt in a step share it"),
+    sample=(pa.int16(), "0..n-1 inside the group"),
+    prompt_id=(pa.int64(), "row of the prompt source"),
+    prompt_tokens=(TOKENS, "as fed to the model"),
+    prompt=(pa.string(), "text of the prompt, the last user message if conversational"),
+    prompt_messages=(pa.string(), "its messages as JSON; [] where it is plain text"),
+    prompt_columns=(pa.string(), "further columns of the prompt source, as JSON"),
+    seed=(pa.int64(), "hash(run seed, ticket, sample)"),
 )
-GENERATE = pa.schema(
-    [
-        pa.field("completion_tokens", TOKENS, metadata={"meaning": "including the end token when it was sampled"}),
-        pa.field("completion_logprobs", NATS, metadata={"meaning": "nats, at the sampling temperature and filter"}),
-        pa.field("weight_versions", TOKENS, metadata={"meaning": "policy version that sampled each token"}),
-        pa.field("completion", pa.string(), metadata={"meaning": "text without special tokens"}),
-        pa.field("finish_reason", pa.dictionary(pa.int8(), pa.string()), metadata={"meaning": "stop, length or abort"}),
-        pa.field("generator", pa.string(), metadata={"meaning": "which generator"}),
-        pa.field("generate_seconds", pa.float32(), metadata={"meaning": "of the whole generator batch"}),
-    ]
+GENERATE = described(
+    completion_tokens=(TOKENS, "including the end token when it was sampled"),
+    completion_logprobs=(NATS, "nats, at the sampling temperature and filter"),
+    weight_versions=(TOKENS, "policy version that sampled each token"),
+    completion=(pa.string(), "text without special tokens"),
+    finish_reason=(pa.dictionary(pa.int8(), pa.string()), "stop, length or abort"),
+    generator=(pa.string(), "which generator"),
+    generate_seconds=(pa.float32(), "of the whole generator batch"),
 )
-REFERENCE = pa.schema(
-    [pa.field("reference_logprobs", NATS, metadata={"meaning": "nats, same temperature as completion_logprobs"})]
+REFERENCE = described(reference_logprobs=(NATS, "nats, same temperature as completion_logprobs"))
+RELEVANCE = described(
+    relevance_nats=(pa.float32(), "mean log-prob a token under the reference, given the prompt minus given another")
 )
-SCORE = pa.schema(
-    [
-        pa.field("reward", pa.float32(), metadata={"meaning": "weighted sum of the training rewards; null: failed"}),
-        pa.field("failure", pa.string(), metadata={"meaning": "why the sample has no reward; null: it was scored"}),
-        pa.field("score_seconds", pa.float32(), metadata={"meaning": "all scorers of this batch"}),
-        pa.field("scorer", pa.string(), metadata={"meaning": "names of the scorers, joined by +"}),
-    ]
+SCORE = described(
+    reward=(pa.float32(), "weighted sum of the training rewards; null: failed"),
+    failure=(pa.string(), "why the sample has no reward; null: it was scored"),
+    score_seconds=(pa.float32(), "all scorers of this batch"),
+    scorer=(pa.string(), "names of the scorers, joined by +"),
 )
 _PER_COMPLETION_TOKEN = ("completion_logprobs", "weight_versions", "reference_logprobs")
-_NULLABLE = {"failure"}
+_NULLABLE = {"failure", "relevance_nats"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -84,9 +77,7 @@ def reward_columns(name: str) -> list[str]:
 
 def reward_field(name: str) -> pa.Field:
     """Column of one reward component; null where that scorer failed."""
-    return pa.field(
-        f"reward_{name}", pa.float32(), metadata={"meaning": "reward component, gold and monitors included"}
-    )
+    return described(**{f"reward_{name}": (pa.float32(), "reward component, gold and monitors included")}).field(0)
 
 
 def build(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
@@ -161,11 +152,6 @@ def from_bytes(content: pa.Buffer | bytes) -> pa.RecordBatch:
     return reader.get_batch(0)
 
 
-def digest(content: Any) -> str:
-    """xxh3-128 of a bytes-like object."""
-    return xxhash.xxh3_128_hexdigest(memoryview(content))
-
-
 def ragged(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, np.ndarray]:
     """Flat values [all items] and lengths [rows] of a list column; honours slices (`.values` would not)."""
     array = batch.column(column)
@@ -198,6 +184,13 @@ def from_ragged(values: np.ndarray, row_lengths: np.ndarray, list_type: pa.DataT
     return pa.ListArray.from_arrays(pa.array(offsets), items, type=list_type)
 
 
+def finished(batch: pa.RecordBatch) -> np.ndarray:
+    """bool [rows]: completions that ended by themselves; all where the batch does not say."""
+    if "finish_reason" not in batch.schema.names:
+        return np.ones(batch.num_rows, bool)
+    return np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()], bool)
+
+
 def row_sums(values: np.ndarray, row_lengths: np.ndarray) -> np.ndarray:
     """Sum of each row of a ragged array, in float64; 0 for an empty row."""
     totals = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
@@ -216,13 +209,9 @@ def check(batch: pa.RecordBatch, vocabulary: int | None = None) -> None:
         may_be_null = field.name in _NULLABLE or field.name.startswith("reward")
         if column.null_count and not may_be_null:
             raise ContractError(f"column {field.name}: {column.null_count} nulls")
-        if (
-            field.name == "reward"
-            and failed is not None
-            and pc.any(pc.equal(column.is_null(), pc.invert(failed))).as_py()
-        ):
+        if field.name == "reward" and failed is not None and not column.is_null().equals(failed):
             raise ContractError("column reward: null without a failure, or a failure with a reward")
-        if pa.types.is_floating(field.type) and not all(math.isfinite(x) for x in column.drop_null().to_pylist()):
+        if pa.types.is_floating(field.type) and not np.isfinite(column.drop_null().to_numpy()).all():
             raise ContractError(f"column {field.name}: not finite")
     if "completion_tokens" not in batch.schema.names:
         return

@@ -83,7 +83,7 @@ def pool_of(count: int, log: Observer | None = None, limits: DeadlineSettings = 
 
 async def ask(pool: Pool, *arguments: Any, deadline: float = 60.0) -> tuple[int, int]:
     """(which worker, version of its weights) of a call."""
-    _, receipt = await pool.call(Worker.generate, *arguments, deadline=deadline)
+    _, receipt = await pool.call(deadline, Worker.generate, *arguments)
     return receipt
 
 
@@ -226,10 +226,10 @@ async def test_a_rank_group_tells_a_lost_rank_from_an_error_of_its_own(
     monkeypatch.setattr(learner_group, "_GRACE_SECONDS", 3 if "hang" in orders else 60)
     ranks = learner_group.RankGroup(Rank, LearnerSettings(count=2, threads=1))
     await ranks.ready()
-    first, (count, _, port) = await ranks.call("step", ["", ""])
+    first, (count, _, port) = await ranks.call(Rank.step, ["", ""])
     assert (first, count) == (0, 2) and 20_000 <= port < 32_000
     with pytest.raises(error, match=message):
-        await ranks.call("step", orders)
+        await ranks.call(Rank.step, orders)
     ranks.stop()
 
 
@@ -239,7 +239,7 @@ async def test_a_rank_group_takes_the_resources_there_is() -> None:
     assert placement.ranks == 2  # of four CPUs
     ranks = learner_group.RankGroup(Rank, learners, placement=placement)
     await ranks.ready()
-    assert (await ranks.call("step", ["", ""]))[1][0] == 2
+    assert (await ranks.call(Rank.step, ["", ""]))[1][0] == 2
     with pytest.raises(LearnerLost, match=r"no node has room for one learner rank \(2 CPUs\)"):
         await learner_group.largest_placement(learners, 1, seconds=0.5, last_seconds=0.5)
     ranks.stop()

@@ -136,7 +136,7 @@ def check_files(run: Path, out: str) -> None:
     assert [line["step"] for line in manifest] == [1, 2, 3, 4, 5, 6]
     for line in manifest:
         content = (run / "rollouts" / line["file"]).read_bytes()
-        assert schema.digest(content) == line["xxh3_128"]
+        assert files.digest_of(content) == line["xxh3_128"]
         batch = pa.ipc.open_file(content).read_all()
         assert batch.num_rows == line["rows"] == 2 * len(line["tickets"])  # a uniform group is dropped
         assert {"reward", "reward_even", "reward_low", "reference_logprobs", "completion_logprobs"} <= set(

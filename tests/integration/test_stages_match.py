@@ -19,6 +19,7 @@ from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSe
 from keel.learner import reward_models
 from keel.learner.reward_learner import RewardModelLearner
 from keel.stages import policy, reward
+from keel.stages.offline_loop import OfflineLearner
 
 pytestmark = pytest.mark.slow
 STEPS, RATE, EPSILON = 10, 1e-3, 1e-3  # Adam divides tiny gradients by their own noise at a smaller epsilon
@@ -116,12 +117,12 @@ def logprob(model: Any, tokenizer: Any, prompt: str, completion: str) -> tuple[t
     return logits.log_softmax(-1)[torch.arange(len(after)), torch.tensor(after)].sum(), len(after)
 
 
-def group_losses(learner: RankGroup, batches: list[Any], name: str, member: int | None = None) -> list[float]:
+def group_losses(learner: RankGroup[Any], batches: list[Any], name: str, member: int | None = None) -> list[float]:
     async def steps() -> list[Any]:
         await learner.ready()
         if member is not None:
-            await learner.call("begin", member)
-        return [await learner.call("step", batch) for batch in batches]
+            await learner.call(RewardModelLearner.begin, member)
+        return [await learner.call(OfflineLearner.step, batch) for batch in batches]
 
     reports = asyncio.run(steps())
     learner.stop()

@@ -1,6 +1,6 @@
 """An offline run whose learner counts instead of training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ class FakeOfflineLearner:
         self.version = 0
         self.log: list[tuple[str, int]] = []
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        found = getattr(self, f"_{method}")(*arguments)
-        self.log.append((method, self.version))
-        return found
+    async def call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        answer = getattr(self, f"_{method.__name__}")(*arguments)
+        self.log.append((method.__name__, self.version))
+        return answer
 
     def _step(self, batch: pa.RecordBatch) -> StepReport:
         assert batch.column("version").to_pylist() == [self.version]  # the rows of this step and no other

@@ -277,12 +277,12 @@ def test_a_reference_is_whole_or_absent_and_replaces_what_was_there(tmp_path: Pa
     assert not references.begin(folder).exists()  # of a process that was killed
     assert referred(tmp_path, 4, b"first") == folder
     referred(tmp_path, 4, b"second")
-    references.check(folder)
+    checkpoint.check(folder)
     assert sorted(path.name for path in folder.parent.iterdir()) == ["step-000004"]
     assert (folder / "weights").read_bytes() == b"second"
     (folder / "weights").write_bytes(b"third")
     with pytest.raises(CheckpointError, match="step-000004: 1 files are missing or changed, for instance weights"):
-        references.check(folder)
+        checkpoint.check(folder)
 
 
 @pytest.mark.parametrize(("oldest", "kept"), [(0, [2, 4, 6]), (2, [2, 4, 6]), (3, [2, 4, 6]), (4, [4, 6]), (7, [6])])

@@ -108,7 +108,7 @@ READERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "buffer": (restored, [".arrow", "rollouts/MANIFEST.jsonl"]),
     "reference": (
-        lambda directory: references.check(references.folder_of(directory, 4)),
+        lambda directory: checkpoint.check(references.folder_of(directory, 4)),
         ["references/step-000004/model.safetensors", "references/step-000004/MANIFEST.json"],
     ),
     "learner": (learner, ["state/index.json"]),

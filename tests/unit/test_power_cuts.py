@@ -103,7 +103,7 @@ def check_run(found: Path, promised: tuple[int, int, set[int]]) -> None:
     if path:
         assert model_of(path / "policy") == str(state["version"] if state else 0)
     if renewed:
-        references.check(references.folder_of(found, renewed))
+        checkpoint.check(references.folder_of(found, renewed))
         assert model_of(references.folder_of(found, renewed)) == str(renewed)
     stored = {ticket for path in segments.paths(found) for ticket in segments.read(path).tickets}
     behind = state["buffer"]["next_ticket"] if state else 0

@@ -5,7 +5,7 @@ Every rank sees the same step and so holds the same coefficient; it is in metric
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -24,27 +24,18 @@ class Observation:
     reward: float
 
 
-class Coefficient(Protocol):
-    value: float
-    """In force at the next step."""
+class Fixed:
+    """The coefficient of the configuration, and the interface of those that move."""
 
-    def update(self, seen: Observation) -> None: ...
+    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
+        """Take the sign +1 where raising the coefficient lowers the nats (KL), -1 where it raises them (entropy)."""
+        self.settings, self.value, self.sign = settings, start, sign
+
+    def update(self, seen: Observation) -> None:
+        """Set the `value` in force at the next step."""
 
     def state(self) -> dict[str, Any]:
         """JSON numbers and lists that `restore` takes."""
-
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-
-class Fixed:
-    """The coefficient of the configuration."""
-
-    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
-        self.value = start
-
-    def update(self, seen: Observation) -> None: ...
-
-    def state(self) -> dict[str, Any]:
         return {"value": self.value}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -56,9 +47,6 @@ class Proportional(Fixed):
 
     n completions of the step. Linear in the error and slow by design: a step changes c by a fifth at most.
     """
-
-    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
-        self.settings, self.value, self.sign = settings, start, sign
 
     def update(self, seen: Observation) -> None:
         error = float(np.clip(self._error(seen), -0.2, 0.2))
@@ -85,7 +73,7 @@ class Dual(Proportional):
         self._move(math.exp(self.sign * float(np.clip(self.settings.rate * self._error(seen), -1.0, 1.0))))
 
 
-class Safe:
+class Safe(Fixed):
     """SAFE's controller (2602.04651), made to act: its penalty P = s relu(kl - tau)^2 gate as a coefficient on the KL.
 
         kl     <- .9 kl + .1 KL per token
@@ -101,8 +89,8 @@ class Safe:
     GAINS = (0.3, 0.01, 0.05)
 
     def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
-        self.settings, self.scale = settings, start
-        self.value = 0.0
+        super().__init__(settings, 0.0, sign)
+        self.scale = start
         self.memory: dict[str, Any] = {"kl": 0.0, "ema": None, "integral": 0.0, "error": 0.0, "rewards": []}
         self.seen: dict[str, float] = {"threshold_nats": settings.threshold_nats, "gate": 1.0, "penalty": 0.0}
 
@@ -127,9 +115,8 @@ class Safe:
         error = change - 0.001
         memory["integral"] = float(np.clip(memory["integral"] + error, -1, 1))
         before, memory["error"] = memory["error"], error
-        return sum(
-            gain * part for gain, part in zip(self.GAINS, (error, memory["integral"], error - before), strict=True)
-        )
+        parts = (error, memory["integral"], error - before)
+        return sum(gain * part for gain, part in zip(self.GAINS, parts, strict=True))
 
     def _phase(self) -> float:
         rewards = self.memory["rewards"]
@@ -147,9 +134,8 @@ class Safe:
         self.value, self.memory, self.seen = state["value"], dict(state["memory"]), dict(state["seen"])
 
 
-_KINDS = {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "safe": Safe}
-
-
-def coefficient(settings: ControllerSettings, start: float, sign: float) -> Any:
-    """A Coefficient of the configured kind. sign +1: raising it lowers the nats (KL); -1: it raises them (entropy)."""
-    return _KINDS[settings.kind](settings, start, sign)
+def coefficient(settings: ControllerSettings, start: float, sign: float) -> Fixed:
+    """Build the controller of the configured kind."""
+    return {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "safe": Safe}[settings.kind](
+        settings, start, sign
+    )

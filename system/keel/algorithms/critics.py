@@ -5,11 +5,11 @@ The network is in `networks.py`; here is its mathematics.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import huber_loss, mse_loss
 
 from keel.algorithms.advantages import ROUNDING, deviation, magnitude
 
@@ -28,20 +28,17 @@ def value_loss(values: Tensor, old: Tensor, targets: Tensor, kind: str, clip: fl
 
     V_clip = V_old + clip(V - V_old, +-c); `max` of both losses is PPO's (1707.06347, 2403.17031), their `mean` SAFE's.
     """
-    distance = {"mse": _half_square, "huber": _huber}[kind]
-    plain = distance(values - targets)
+
+    def distance(prediction: Tensor) -> Tensor:
+        if kind == "huber":
+            return huber_loss(prediction, targets, reduction="none", delta=0.5)
+        return mse_loss(prediction, targets, reduction="none") / 2
+
+    plain = distance(values)
     if clip is None:
         return plain
-    bounded = distance(old + (values - old).clamp(-clip, clip) - targets)
+    bounded = distance(old + (values - old).clamp(-clip, clip))
     return torch.maximum(plain, bounded) if clipped == "max" else (plain + bounded) / 2
-
-
-def _half_square(error: Tensor) -> Tensor:
-    return 0.5 * error.square()
-
-
-def _huber(error: Tensor) -> Tensor:
-    return torch.nn.functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=0.5)
 
 
 def explained_variance(values: np.ndarray, targets: np.ndarray) -> float:
@@ -84,9 +81,6 @@ class PopArt:
         """Head outputs in the unit of the targets."""
         return self.deviation * (self.scale * raw + self.shift) + self.mean
 
-    def state(self) -> dict[str, float]:
-        return {"mean": self.mean, "square": self.square, "scale": self.scale, "shift": self.shift}
-
 
 @dataclass
 class RunningMoments:
@@ -117,6 +111,3 @@ class RunningMoments:
         if magnitude(apart) <= ROUNDING * max(abs(self.mean), magnitude(values)):
             return np.zeros(len(values))
         return apart / self.deviation
-
-    def state(self) -> dict[str, Any]:
-        return {"count": self.count, "mean": self.mean, "square_sum": self.square_sum}

@@ -82,7 +82,7 @@ class Objective:
         Raises ValueError unless there is one finite advantage a token.
         """
         credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
-        user_terms = {name: float(values.mean()) for name, values in self.own_terms(batch).items()}
+        user_terms = {name: float(values.mean()) for name, values in self.user_terms(batch).items()}
         terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **user_terms}} if user_terms else {}
         return dataclasses.replace(
             credit,
@@ -189,7 +189,7 @@ class Objective:
         """Training reward of each row after shaping, float64 [rows]."""
         raw = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
         config = self.settings.shaping
-        return shape(raw, schema.completion_lengths(batch), finished(batch), self.max_tokens, config)
+        return shape(raw, schema.completion_lengths(batch), schema.finished(batch), self.max_tokens, config)
 
     def penalty(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """KL term of the reward at each token: coefficient * (log pi - log ref), float64 [tokens]; 0 where none is.
@@ -214,24 +214,20 @@ class Objective:
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         return (measured.logprobs if weighted and measured.logprobs is not None else logprobs), lengths
 
-    def own_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    def user_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
         """The user's terms of the reward by name, coefficient included, float64 [rows]."""
         terms = {}
         for term, function in self._terms:
             if term.placement == "reward":
-                values = np.asarray(function(batch), np.float64)
-                if values.shape != (batch.num_rows,) or not np.isfinite(values).all():
-                    raise ValueError(
-                        f"regularizer term {term.name}: expected {batch.num_rows} finite numbers, one a row"
-                    )
+                values = finite(function(batch), batch.num_rows, f"regularizer term {term.name}")
                 terms[term.name] = term.coefficient * values
         return terms
 
     def regularized_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
-        """Reward of each row with every regularizer that lives in it: KL, entropy, own terms. float64 [rows]."""
+        """Reward of each row with every regularizer that lives in it: KL, entropy, the user's terms. float64 [rows]."""
         by_token = self.bonus(batch, measured) - self.penalty(batch, measured)
         rows = schema.row_sums(by_token, schema.completion_lengths(batch))
-        return self.rewards(batch) + rows + sum(self.own_terms(batch).values())
+        return self.rewards(batch) + rows + sum(self.user_terms(batch).values())
 
     @staticmethod
     def reward_metrics(
@@ -291,8 +287,9 @@ class Objective:
 Build = Callable[[LearnerSpec], Objective]
 
 
-def finished(batch: pa.RecordBatch) -> np.ndarray:
-    """bool [rows]: completions that ended by themselves; all where the batch does not say."""
-    if "finish_reason" not in batch.schema.names:
-        return np.ones(batch.num_rows, bool)
-    return np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()])
+def finite(values: Any, rows: int, source: str) -> np.ndarray:
+    """What a function of the user's returned, as float64 [rows]. Raises ValueError unless that is what it is."""
+    result = np.asarray(values, np.float64)
+    if result.shape != (rows,) or not np.isfinite(result).all():
+        raise ValueError(f"{source}: expected {rows} finite numbers, one a row")
+    return result

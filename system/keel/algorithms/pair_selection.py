@@ -8,6 +8,7 @@ Shapes: k completions of a prompt, M ensemble members, P pairs of the step.
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -60,45 +61,23 @@ class Pairs:
     metrics: Mapping[str, float]
 
 
-Choice = Callable[[np.ndarray, np.random.Generator], list[tuple[int, int]]]
+Choice = Callable[[np.ndarray, np.random.Generator], list[tuple[Any, Any]]]
 """Selection rewards [k] and randomness -> candidate pairs, in any order."""
 
 
-def _max_min(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    return [(int(rewards.argmax()), int(rewards.argmin()))]
-
-
-def _max_random(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    best = int(rewards.argmax())
-    return [(best, int(random.choice(np.delete(np.arange(len(rewards)), best))))]
-
-
-def _random(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    a, b = random.choice(len(rewards), 2, replace=False)
-    return [(int(a), int(b))]
-
-
-def _max_max(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    first, second = np.argsort(-rewards, kind="stable")[:2]
-    return [(int(first), int(second))]
-
-
-def _best_of_n_vs_policy(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    """The first sample is the policy's, the best of the others its best-of-(k-1) enhancer's: either may win."""
-    return [(1 + int(rewards[1:].argmax()), 0)]
-
-
-def _all(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[int, int]]:
-    return [(a, b) for a in range(len(rewards)) for b in range(a)]
+def _max_random(rewards: np.ndarray, random: np.random.Generator) -> list[tuple[Any, Any]]:
+    best = rewards.argmax()
+    return [(best, random.choice(np.delete(np.arange(len(rewards)), best)))]
 
 
 CHOICES: dict[str, Choice] = {
-    "max_min": _max_min,
+    "max_min": lambda rewards, random: [(rewards.argmax(), rewards.argmin())],
     "max_random": _max_random,
-    "random": _random,
-    "max_max": _max_max,
-    "best_of_n_vs_policy": _best_of_n_vs_policy,
-    "all": _all,
+    "random": lambda rewards, random: [tuple(random.choice(len(rewards), 2, replace=False))],
+    "max_max": lambda rewards, random: [tuple(np.argsort(-rewards, kind="stable")[:2])],
+    # the first sample is the policy's, the best of the others its best-of-(k-1) enhancer's: either may win
+    "best_of_n_vs_policy": lambda rewards, random: [(1 + rewards[1:].argmax(), 0)],
+    "all": lambda rewards, random: [(a, b) for a in range(len(rewards)) for b in range(a)],
 }
 
 

@@ -13,6 +13,8 @@ baseline, PPO (1707.06347), GRPO (2402.03300), Dr. GRPO (2503.20783), GSPO (2507
 (2602.04651), EAPO (2407.18143). Recipes in docs/use/algorithms.md has the exact switches of each.
 """
 
+import dataclasses
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from keel import schema, user_code
 from keel.algorithms import advantages, critics, regularizers
-from keel.algorithms.objective import Objective
+from keel.algorithms.objective import Objective, finite
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
 from keel.config.objective import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
 from keel.config.run import LearnerSpec
@@ -46,7 +48,7 @@ class PolicyGradient(Objective):
         auto = _WHITENED.get(self.config.advantage, "none")
         self.whitened = auto if self.config.whiten == "auto" else self.config.whiten
         self.group = advantages.GROUP.get(self.config.advantage)
-        self.user_advantage = None
+        self.user_advantage, self._advantage_setting = None, f"objective.advantage={self.config.advantage}"
         if ":" in self.config.advantage:
             self.user_advantage = user_code.import_symbol(self.config.advantage, "objective.advantage")
             self._probe(self.user_advantage)
@@ -59,12 +61,11 @@ class PolicyGradient(Objective):
 
     def _probe(self, function: Any) -> None:
         """Call the user's advantage once, to refuse before Ray starts what would fail at the first step."""
-        setting = f"objective.advantage={self.config.advantage}"
         try:
-            _checked(function(np.array([0.0, 1.0, 0.5]), np.array([0, 0, 1])), 3, self.config.advantage)
+            finite(function(np.array([0.0, 1.0, 0.5]), np.array([0, 0, 1])), 3, self._advantage_setting)
         except Exception as error:  # the user's code may raise anything; here it is bad input
             reason = f"{type(error).__name__}: {one_line(error)}"
-            raise ConfigError(f"{setting}: fails on 3 rewards of 2 prompts ({reason})") from None
+            raise ConfigError(f"{self._advantage_setting}: fails on 3 rewards of 2 prompts ({reason})") from None
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         """Advantages of all tokens of the step, regularizers that live in the reward included."""
@@ -72,9 +73,8 @@ class PolicyGradient(Objective):
         assert not missing, missing
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch, measured)
-        user_terms = self.own_terms(batch)
         scores = self.moments.normalize(rewards) if self.config.normalize_reward else rewards
-        scores = scores + sum(user_terms.values())
+        scores = scores + sum(self.user_terms(batch).values())
         parts = (scores, penalty, bonus, lengths)
         row_penalty, row_bonus = schema.row_sums(penalty, lengths), schema.row_sums(bonus, lengths)
         regularized = scores + row_bonus - row_penalty
@@ -132,7 +132,7 @@ class PolicyGradient(Objective):
             targets["value"][starts] = rows
             rows = rows - values["value"][starts]
         elif self.user_advantage is not None:
-            rows = _checked(self.user_advantage(rows, tickets), len(rows), self.config.advantage)
+            rows = finite(self.user_advantage(rows, tickets), len(rows), self._advantage_setting)
         elif self.group is not None:
             rows = advantages.by_ticket(self.group, rows, tickets)
         return np.repeat(rows - (0.0 if before else kl), lengths), targets
@@ -148,10 +148,8 @@ class PolicyGradient(Objective):
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         surprise = -logprobs.astype(np.float64)
         if not config.critic:
-            to_come = advantages.returns(surprise, lengths, config.discount)
-            return config.coefficient * advantages.center_by_position(
-                to_come, lengths, batch.column("ticket").to_numpy()
-            )
+            to_come, tickets = advantages.returns(surprise, lengths, config.discount), batch.column("ticket").to_numpy()
+            return config.coefficient * advantages.center_by_position(to_come, lengths, tickets)
         estimates = advantages.gae(surprise, values["entropy"], lengths, config.discount, config.gae_lambda)
         targets["entropy"] = estimates + values["entropy"]
         return config.coefficient * estimates
@@ -170,30 +168,24 @@ class PolicyGradient(Objective):
         """Targets and old values [tokens, K] in the unit the heads are trained in, after PopArt saw the targets."""
         if not targets:
             return None, None
-        assert self.config.critic is not None
+        config = self.config.critic
+        assert config is not None
         for head, art in self.popart.items():
-            if self.config.critic.popart:
-                art.update(targets[head][np.isfinite(targets[head])], self.config.critic.popart_rate)
-
-        def unit(numbers: dict[str, np.ndarray]) -> np.ndarray:
-            scaled = [self._scaled(numbers[head], head) for head in self.heads]
-            return np.stack(scaled, axis=1)
-
-        return unit(targets), unit(values)
-
-    def _scaled(self, numbers: np.ndarray, head: str) -> np.ndarray:
-        assert self.config.critic is not None
-        art = self.popart[head]
-        return (numbers - art.mean) / art.deviation if self.config.critic.popart else numbers
+            if config.popart:
+                art.update(targets[head][np.isfinite(targets[head])], config.popart_rate)
+        arts = [(head, self.popart[head]) for head in self.heads]  # without PopArt mean 0, deviation 1
+        units = [
+            np.stack([(x[head] - art.mean) / art.deviation for head, art in arts], axis=1) for x in (targets, values)
+        ]
+        return units[0], units[1]
 
     def _judge_values(self, values: dict[str, np.ndarray], targets: dict[str, np.ndarray]) -> dict[str, Any]:
-        known = {head: np.isfinite(target) for head, target in targets.items()}
-        explained = {
-            head: critics.explained_variance(values[head][known[head]], target[known[head]])
-            for head, target in targets.items()
-        }
-        means = {head: float(values[head][known[head]].mean()) for head in targets}
-        return {"explained_variance": explained, "value_mean": means} if targets else {}
+        metrics: dict[str, Any] = defaultdict(dict)
+        for head, target in targets.items():
+            known = np.isfinite(target)
+            metrics["explained_variance"][head] = critics.explained_variance(values[head][known], target[known])
+            metrics["value_mean"][head] = float(values[head][known].mean())
+        return metrics
 
     def surrogate(self, rows: Rows, outputs: Outputs, credit: Credit) -> tuple[Tensor, dict[str, float]]:
         logprobs = outputs.logprobs
@@ -268,17 +260,10 @@ class PolicyGradient(Objective):
         return values
 
     def state(self) -> dict[str, Any]:
-        popart = {head: art.state() for head, art in self.popart.items()}
-        return {**super().state(), "moments": self.moments.state(), "popart": popart}
+        popart = {head: dataclasses.asdict(art) for head, art in self.popart.items()}
+        return {**super().state(), "moments": dataclasses.asdict(self.moments), "popart": popart}
 
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.moments = critics.RunningMoments(**state["moments"])
         self.popart = {head: critics.PopArt(**numbers) for head, numbers in state["popart"].items()}
-
-
-def _checked(values: Any, rows: int, source: str) -> np.ndarray:
-    result = np.asarray(values, np.float64)
-    if result.shape != (rows,) or not np.isfinite(result).all():
-        raise ValueError(f"objective.advantage={source}: expected {rows} finite numbers, one a row")
-    return result

@@ -23,7 +23,7 @@ from torch.nn.functional import logsigmoid
 from keel import schema
 from keel.algorithms import pair_selection, reward_ensembles
 from keel.algorithms.advantages import vary
-from keel.algorithms.objective import Objective, finished
+from keel.algorithms.objective import Objective
 from keel.algorithms.pair_selection import Candidates, Pairs
 from keel.algorithms.types import Credit, Measured
 from keel.config.objective import PreferenceSettings
@@ -169,7 +169,7 @@ class Preference(Objective):
         lengths = schema.completion_lengths(batch)
         candidates = self._candidates(batch, lengths)
         rows = self._sequences(batch, measured.logprobs, candidates)
-        pairs = self._pairs(candidates)
+        pairs = pair_selection.select(self.config.pairs, candidates)
         loss, metrics = self._loss(rows, pairs, candidates)
         slopes = np.zeros(len(lengths))
         if loss.requires_grad:
@@ -205,7 +205,7 @@ class Preference(Objective):
             rewards=rewards,
             judged=column(judge) if judge else rewards,
             lengths=lengths,
-            finished=finished(batch),
+            finished=schema.finished(batch),
             members=reward_ensembles.center(members, tickets),
         )
 
@@ -217,54 +217,44 @@ class Preference(Objective):
         lengths, deviation = torch.from_numpy(seen.lengths.astype(np.float64)), seen.members.std(0)
         return Sequences(policy, torch.from_numpy(reference), lengths, torch.from_numpy(deviation))
 
-    def _pairs(self, seen: Candidates) -> Pairs:
-        """Select the pairs of the likelihood term, counts and metrics; a ranking gives its best and worst answer."""
-        return pair_selection.select(self.config.pairs, seen)
-
     def _loss(self, rows: Sequences, pairs: Pairs, seen: Candidates) -> tuple[Tensor, dict[str, float]]:
         """Mean loss over pairs (over prompts for rankings), and what DPO runs are watched by."""
         if len(pairs.chosen) == 0:
             return torch.zeros(()), {}
+        config = self.config
         chosen, rejected = torch.from_numpy(pairs.chosen), torch.from_numpy(pairs.rejected)
-        if self.config.loss in RANKING_SCORES:
+        if config.loss in RANKING_SCORES:
             loss = self._ranking(rows, seen)
-        elif self.config.loss == "kto":
-            loss = kto_losses(rows, chosen, rejected, self.config).mean()
+        elif config.loss == "kto":
+            loss = kto_losses(rows, chosen, rejected, config).mean()
         else:
-            loss = PAIR_LOSSES[self.config.loss][1](
-                pair_logits(rows, chosen, rejected, self.config), self.config
-            ).mean()
-        if self.config.likelihood_coefficient:
-            loss = (
-                loss + self.config.likelihood_coefficient * likelihood_loss(rows, chosen, self.config.likelihood).mean()
-            )
+            loss = PAIR_LOSSES[config.loss][1](pair_logits(rows, chosen, rejected, config), config).mean()
+        if config.likelihood_coefficient:
+            loss = loss + config.likelihood_coefficient * likelihood_loss(rows, chosen, config.likelihood).mean()
         return loss, self._watched(rows, chosen, rejected)
 
     def _ranking(self, rows: Sequences, seen: Candidates) -> Tensor:
-        scores = self.config.beta * RANKING_SCORES[self.config.loss](rows)
-        if self.config.exact_length_margin:
-            scores = scores + self.config.beta / rows.lengths
-        scores = scores + self.config.pessimism * rows.uncertainty
+        config = self.config
+        scores = config.beta * RANKING_SCORES[config.loss](rows)
+        if config.exact_length_margin:
+            scores = scores + config.beta / rows.lengths
+        scores = scores + config.pessimism * rows.uncertainty
         losses = []
         for ticket in np.unique(seen.tickets):
             judged = np.flatnonzero((seen.tickets == ticket) & np.isfinite(seen.judged))
             ranked: list[int] = []  # of rewards no further apart than min_margin only the first
             for row in judged[np.argsort(-seen.judged[judged], kind="stable")]:
-                if not ranked or self._differ(seen.judged[[ranked[-1], row]]):
+                two = seen.judged[[*ranked[-1:], row]]
+                if not ranked or (two[0] - two[1] > config.pairs.min_margin and vary(two)):
                     ranked.append(int(row))
             if len(ranked) > 1:
-                losses.append(ranking_loss(scores[torch.tensor(ranked)], self.config.target_margin))
+                losses.append(ranking_loss(scores[torch.tensor(ranked)], config.target_margin))
         return torch.stack(losses).mean()
-
-    def _differ(self, judged: np.ndarray) -> bool:
-        """Whether of two rewards the first is larger by more than min_margin, and by more than rounding."""
-        return bool(judged[0] - judged[1] > self.config.pairs.min_margin) and vary(judged)
 
     @torch.no_grad()
     def _watched(self, rows: Sequences, chosen: Tensor, rejected: Tensor) -> dict[str, float]:
-        score = PAIR_LOSSES[self.config.loss][0] if self.config.loss in PAIR_LOSSES else None
-        score = score or RANKING_SCORES.get(self.config.loss, log_ratio)
-        implicit, ratio = self.config.beta * score(rows), log_ratio(rows)
+        scores = RANKING_SCORES | {loss: score for loss, (score, _) in PAIR_LOSSES.items()}
+        implicit, ratio = self.config.beta * scores.get(self.config.loss, log_ratio)(rows), log_ratio(rows)
         won, lost = implicit[chosen], implicit[rejected]
         return {
             "chosen_implicit_reward": float(won.mean()),

@@ -171,9 +171,9 @@ def _rollout(audit: Audit, line: manifest.Line, settings: Settings, progress: Pr
             audit.fault(file, "the rows this step trained on", "no file")
         return
     right = line["xxh3_128"]
-    content = reads.confirmed(path, lambda: reads.read(path), lambda read: schema.digest(read) == right)
-    if schema.digest(content) != right:
-        audit.fault(file, f"digest {line['xxh3_128']}", schema.digest(content))
+    content = reads.confirmed(path, lambda: reads.read(path), lambda read: files.digest_of(read) == right)
+    if files.digest_of(content) != right:
+        audit.fault(file, f"digest {line['xxh3_128']}", files.digest_of(content))
         return
     batch = audit.arrow(file, content)
     if batch is None:

@@ -77,7 +77,7 @@ async def _replay(
         try:
             async with asyncio.timeout(settings.deadlines.step_seconds):
                 if reference:
-                    references.check(reference)
+                    checkpoint.check(reference)
                     await learner.renew_reference(str(reference))
                 await learner.set_multipliers(*_multipliers(directory, version + 1))
                 metrics = (await learner.step(batch)).metrics

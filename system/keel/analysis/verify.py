@@ -206,7 +206,7 @@ def compare(run_directory: Path, other: Path) -> list[Finding]:
     _same_metrics(audit, other)
     _same_rows(audit, other)
     frontier, its = (_content(directory / "frontier.arrow") for directory in (run_directory, other))
-    audit.test("frontier.arrow", "digest", schema.digest(its), schema.digest(frontier))
+    audit.test("frontier.arrow", "digest", files.digest_of(its), files.digest_of(frontier))
     _same_policy(audit, other)
     return audit.findings
 

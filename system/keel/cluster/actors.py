@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import ray
@@ -28,8 +28,9 @@ from keel.cluster import capacity, placement
 from keel.cluster.control import reach
 from keel.cluster.pool import Pool
 from keel.cluster.ray_errors import answer
-from keel.cluster.worker import Spawn
+from keel.cluster.worker import Spawn, remote_method
 from keel.config.commands import AnySettings
+from keel.config.rewards import needs_relevance
 from keel.config.run import Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
@@ -41,6 +42,7 @@ from keel.rollout.reference import ReferenceScorer
 from keel.rollout.scorers import RewardScorer
 from keel.text import one_line
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Given = Callable[[pa.RecordBatch], list[list[int]] | None]
 _STARTS = 5
@@ -174,21 +176,21 @@ class GeneratorPool(Pool):
     async def generate(self, request: GenerateRequest) -> tuple[Batch, StageReceipt]:
         if self.given:
             request = dataclasses.replace(request, given=self.given(request.prompts))
-        return await self.call(VllmGenerator.generate, request, deadline=self.deadlines.generate_seconds)
+        return await self.call(self.deadlines.generate_seconds, VllmGenerator.generate, request)
 
 
 class ReferencePool(Pool):
     """A Scorer made of many: the frozen policy's log-probs."""
 
     async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
-        return await self.call(ReferenceScorer.score, batch, deadline=self.deadlines.score_seconds)
+        return await self.call(self.deadlines.score_seconds, ReferenceScorer.score, batch)
 
 
 class ScorerPool(Pool):
     """A Scorer made of many: rewards and monitors."""
 
     async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
-        return await self.call(RewardScorer.score, batch, deadline=self.deadlines.score_seconds)
+        return await self.call(self.deadlines.score_seconds, RewardScorer.score, batch)
 
 
 class RemoteBuffer:
@@ -211,39 +213,50 @@ class RemoteBuffer:
         )
 
     async def admit(self) -> list[int]:
-        return await self._answer(self.actor.admit.remote())
+        return await self._call(RolloutBuffer.admit)
 
     async def add(self, tickets: list[int], batch: Batch) -> AddReceipt:
-        return await self._answer(self.actor.add.remote(tickets, batch), f"the rows of tickets {tickets}")
+        return await self._answer(
+            remote_method(self.actor, RolloutBuffer.add).remote(tickets, batch), f"the rows of tickets {tickets}"
+        )
 
     async def drop(self, tickets: list[int], reason: str) -> None:
-        await self._answer(self.actor.drop.remote(tickets, reason))
+        await self._call(RolloutBuffer.drop, tickets, reason)
 
     async def take(self, groups: int) -> tuple[Batch, Mapping[str, Any]]:
-        handle, numbers = self.actor.take.options(num_returns=2).remote(groups)
+        take = remote_method(self.actor, RolloutBuffer.take).options(num_returns=2)
+        handle, numbers = take.remote(groups)
         return handle, await self._answer(numbers)
 
     async def advance(self, version: int) -> None:
-        await self._answer(self.actor.advance.remote(version))
+        await self._call(RolloutBuffer.advance, version)
 
     async def resize(self, groups_per_batch: int) -> None:
-        await self._answer(self.actor.resize.remote(groups_per_batch))
+        await self._call(RolloutBuffer.resize, groups_per_batch)
         self.groups_per_batch = groups_per_batch
 
     async def waiting(self) -> str:
-        return await self._answer(self.actor.waiting.remote())
+        return await self._call(RolloutBuffer.waiting)
 
     async def restored(self) -> dict[str, Any]:
-        return await self._answer(self.actor.restored.remote())
+        return await self._call(RolloutBuffer.restored)
 
     async def state(self) -> dict[str, int]:
-        return await self._answer(self.actor.state.remote())
+        return await self._call(RolloutBuffer.state)
 
     async def forget(self, before_ticket: int) -> None:
-        await self._answer(self.actor.forget.remote(before_ticket))
+        await self._call(RolloutBuffer.forget, before_ticket)
 
     def stop(self) -> None:
         ray.kill(self.actor, no_restart=True)
+
+    async def _call(
+        self,
+        method: Callable[Concatenate[RolloutBuffer, Arguments], Awaitable[Result]],
+        *arguments: Arguments.args,
+        **options: Arguments.kwargs,
+    ) -> Result:
+        return await self._answer(remote_method(self.actor, method).remote(*arguments, **options))
 
     async def _answer(self, reference: Awaitable[Result], rows: str = "the rows") -> Result:
         input_lost = WorkerLost(f"{rows} were lost with their node")
@@ -265,11 +278,15 @@ def generators(
     return pool
 
 
-def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ReferencePool:
+def reference(
+    settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None, relevance: bool = False
+) -> ReferencePool:
     """The pool of the frozen reference policy."""
     workers, temperature = settings.reference, settings.sampling.temperature
     assert workers is not None
-    spawn = Spawn(ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}"))
+    spawn = Spawn(
+        ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}", relevance)
+    )
     return ReferencePool("reference", spawn, workers.count, **_options(settings, observer))
 
 
@@ -277,11 +294,13 @@ def scorers(
     settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
 ) -> list[ReferencePool | ScorerPool]:
     """The pools that score, in order. The reference policy comes first: rewards may read its log-probs."""
-    frozen = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
+    pools: list[ReferencePool | ScorerPool] = []
+    if settings.reference and reference_folder:
+        pools.append(reference(settings, reference_folder, observer, needs_relevance(settings.rewards)))
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
     rewards = (settings.rewards, settings.ensemble, workers.threads)
     spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", workers.gpus, seconds))
-    return [*frozen, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
+    return [*pools, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
 
 
 def _options(settings: Settings | ScoringSpec, observer: Observer | None) -> dict[str, Any]:

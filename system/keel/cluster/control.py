@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayTaskError
 
 from keel import files
+from keel.cluster.worker import remote_method
 from keel.config.run import Settings
 from keel.errors import ConfigError, KeelError
 from keel.text import one_line
@@ -95,7 +96,7 @@ class ControlLink:
         """Read the wanted counts and the request to stop; both stay as they are when the actor does not answer."""
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                self.desired, stop = await self._actor.exchange.remote(dict(actual))
+                self.desired, stop = await remote_method(self._actor, Control.exchange).remote(dict(actual))
             self.stopping |= stop
         except (RayActorError, TimeoutError):
             self._actor = self._start()
@@ -106,12 +107,12 @@ def ask(run_directory: Path, where: Mapping[str, str], wanted: Mapping[str, int]
 
     `where`: its control.json. Ray must have been imported with the authentication that it names.
     """
-    return _ask(run_directory, where, lambda actor: actor.scale.remote(dict(wanted)))
+    return _ask(run_directory, where, lambda actor: remote_method(actor, Control.scale).remote(dict(wanted)))
 
 
 def ask_to_stop(run_directory: Path, where: Mapping[str, str]) -> None:
     """Ask a live run to end after the step under way, without waiting for it. Raises ConfigError, as `ask`."""
-    _ask(run_directory, where, lambda actor: actor.stop.remote())
+    _ask(run_directory, where, lambda actor: remote_method(actor, Control.stop).remote())
 
 
 def reach(address: str) -> None:

@@ -5,7 +5,7 @@ placement group -> port on rank 0's node -> ranks -> call ... call -> LearnerLos
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 import ray
 
@@ -13,12 +13,15 @@ from keel.cluster.capacity import bundles
 from keel.cluster.placement import Placement, PlacementWait
 from keel.cluster.ray_errors import answer
 from keel.cluster.rendezvous import Rendezvous
+from keel.cluster.worker import remote_method
 from keel.config.run import LearnerSpec
 from keel.config.workers import LearnerSettings
 from keel.errors import BuildFailed, LearnerLost
 from keel.learner.policy_learner import DeepSpeedLearner
 from keel.protocols import Batch, LoadReceipt, Observer, StepReport
 
+Rank = TypeVar("Rank", covariant=True)
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _GRACE_SECONDS = 15
 """From the first error of a rank to those of the others: a dead rank makes the others fail, often before Ray tells."""
@@ -51,11 +54,11 @@ async def largest_placement(
     raise LearnerLost(f"no node has room for one learner rank ({asked}); waited {last_seconds:.0f} s; {free}")
 
 
-class RankGroup:
+class RankGroup(Generic[Rank]):
     """Ranks of one class. `arguments` come before rank, ranks, address and port in its constructor."""
 
     def __init__(
-        self, actor_class: type, learners: LearnerSettings, *arguments: Any, placement: Placement | None = None
+        self, actor_class: type[Rank], learners: LearnerSettings, *arguments: Any, placement: Placement | None = None
     ) -> None:
         self.placement = placement or placement_for(learners, learners.count)
         self._owns_placement = placement is None
@@ -67,7 +70,9 @@ class RankGroup:
         await self.placement.granted()
         rendezvous = self.placement.beside(Rendezvous).remote()
         try:
-            address, port = await _answer(rendezvous.where.remote(), "the rendezvous of the ranks", "start")
+            address, port = await _answer(
+                remote_method(rendezvous, Rendezvous.where).remote(), "the rendezvous of the ranks", "start"
+            )
             for rank in range(self.placement.ranks):
                 actor = self.placement.place(self._actor_class, rank)
                 self.ranks.append(actor.remote(*self._arguments, rank, self.placement.ranks, address, port))
@@ -75,13 +80,18 @@ class RankGroup:
         finally:
             ray.kill(rendezvous, no_restart=True)  # by now rank 0 listens there
 
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method on every rank; the answer is rank 0's. Raises LearnerLost, or what a rank raised."""
-        return (await self._all(method, [getattr(rank, method).remote(*arguments) for rank in self.ranks]))[0]
+    async def call(
+        self,
+        method: Callable[Concatenate[Rank, Arguments], Result],
+        *arguments: Arguments.args,
+        **options: Arguments.kwargs,
+    ) -> Result:
+        """Call a method of the ranks' class on every rank; the answer is rank 0's.
 
-    async def ask(self, method: Callable[..., Result], *arguments: Any) -> Result:
-        """Call a method by the function itself, with the type of its answer."""
-        return await self.call(method.__name__, *arguments)
+        Raises LearnerLost, or what a rank raised.
+        """
+        references = [remote_method(rank, method).remote(*arguments, **options) for rank in self.ranks]
+        return (await self._all(method.__name__, references))[0]
 
     def stop(self) -> None:
         """End all ranks to free their memory. A placement group that the caller passed in stays the caller's."""
@@ -117,7 +127,7 @@ async def _answer(reference: Any, rank: str, method: str) -> Any:
     return await answer(reference, rank, lost, LearnerLost(f"{rank} lost its input during {method}"))
 
 
-class LearnerGroup(RankGroup):
+class LearnerGroup(RankGroup[DeepSpeedLearner]):
     """A Learner made of ranks."""
 
     def __init__(
@@ -131,30 +141,31 @@ class LearnerGroup(RankGroup):
         super().__init__(DeepSpeedLearner, settings.learners, settings, folder, dict(others or {}), placement=placement)
 
     async def step(self, batch: Batch) -> StepReport:
-        return await self.ask(DeepSpeedLearner.step, batch)
+        return await self.call(DeepSpeedLearner.step, batch)
 
     async def publish(self) -> tuple[Any, LoadReceipt]:
-        answers = [rank.publish.options(num_returns=2).remote() for rank in self.ranks]
-        receipts = await self._all("publish", [receipt for _, receipt in answers])
+        publish = DeepSpeedLearner.publish
+        answers = [remote_method(rank, publish).options(num_returns=2).remote() for rank in self.ranks]
+        receipts = await self._all(publish.__name__, [receipt for _, receipt in answers])
         return answers[0][0], receipts[0]
 
     async def compare(self, batch: Batch) -> Mapping[str, float]:
-        return await self.ask(DeepSpeedLearner.compare, batch)
+        return await self.call(DeepSpeedLearner.compare, batch)
 
     async def save(self, directory: str) -> None:
-        await self.ask(DeepSpeedLearner.save, directory)
+        await self.call(DeepSpeedLearner.save, directory)
 
     async def restore_checkpoint(self, directory: str) -> int:
-        return await self.ask(DeepSpeedLearner.restore_checkpoint, directory)
+        return await self.call(DeepSpeedLearner.restore_checkpoint, directory)
 
     async def export(self, folder: str) -> None:
-        await self.ask(DeepSpeedLearner.export, folder)
+        await self.call(DeepSpeedLearner.export, folder)
 
     async def state(self) -> Mapping[str, Any]:
-        return await self.ask(DeepSpeedLearner.state)
+        return await self.call(DeepSpeedLearner.state)
 
     async def set_multipliers(self, kl: float, learning_rate: float) -> None:
         await self.ask(DeepSpeedLearner.set_multipliers, kl, learning_rate)
 
     async def renew_reference(self, folder: str) -> None:
-        await self.ask(DeepSpeedLearner.renew_reference, folder)
+        await self.call(DeepSpeedLearner.renew_reference, folder)

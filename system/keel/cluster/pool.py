@@ -13,17 +13,21 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
+import pyarrow as pa
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from keel.cluster.ray_errors import GONE, answer, own_fault, why
-from keel.cluster.worker import NoWorkers, Spawn, Worker
+from keel.cluster.worker import NoWorkers, Spawn, Worker, remote_method
 from keel.config.workers import DeadlineSettings
 from keel.errors import LearnerLost, WorkerLost
-from keel.protocols import LoadReceipt, Observer
+from keel.protocols import Batch, LoadReceipt, Observer, StageReceipt
 from keel.schema import ContractError
 
+Arguments = ParamSpec("Arguments")
+Stage = Callable[Concatenate[Any, Arguments], tuple[pa.RecordBatch, StageReceipt]]
+"""A method of the actor class that answers with a batch and its receipt."""
 _BACK_OFF_SECONDS = 30.0
 
 
@@ -109,14 +113,16 @@ class Pool:
             worker.kill()
         self._serving.clear()  # their open calls are lost, and no replacement is started
 
-    async def call(self, method: Callable[..., Any], *arguments: Any, deadline: float) -> tuple[Any, Any]:
+    async def call(
+        self, deadline: float, method: Stage[Arguments], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> tuple[Batch, StageReceipt]:
         """Run a method of the actor class on one worker: (handle to the batch, receipt). Raises WorkerLost."""
         self._count(in_line=1)
         try:
             worker = await self._slot()
         finally:
             self._count(in_line=-1)
-        asking = asyncio.create_task(self._ask(worker, method.__name__, arguments, deadline))
+        asking = asyncio.create_task(self._ask(worker, deadline, method, *arguments, **options))
         self._count(running=1)
         asking.add_done_callback(functools.partial(self._asked, worker))
         # the caller may be cancelled, the actor works on: it keeps its turn until it has answered
@@ -167,20 +173,30 @@ class Pool:
         await self._until_one_serves()
         return [worker.receipt for worker in self._serving if worker.receipt is not None]
 
-    async def _ask(self, worker: Worker, method: str, arguments: Any, deadline: float) -> tuple[Any, Any]:
+    async def _ask(
+        self,
+        worker: Worker,
+        deadline: float,
+        method: Stage[Arguments],
+        *arguments: Arguments.args,
+        **options: Arguments.kwargs,
+    ) -> tuple[Batch, StageReceipt]:
+        during = f"during {method.__name__}"
+
         def died(reason: str) -> WorkerLost:
-            return self._lose(worker, f"died during {method}")
+            return self._lose(worker, f"died {during}")
 
         # lost with the node of the worker that made it; not this worker's fault
-        input_lost = WorkerLost(f"the input of {worker.name} for {method} was lost")
+        input_lost = WorkerLost(f"the input of {worker.name} for {method.__name__} was lost")
         try:
             async with asyncio.timeout(deadline):
-                handle, receipt = getattr(worker.handle, method).options(num_returns=2).remote(*arguments)
+                remote = remote_method(worker.handle, method).options(num_returns=2)
+                handle, receipt = remote.remote(*arguments, **options)
                 return handle, await answer(receipt, worker.name, died, input_lost)
         except ContractError as error:
-            raise self._lose(worker, f"gave garbage during {method}: {error}") from error
+            raise self._lose(worker, f"gave garbage {during}: {error}") from error
         except TimeoutError as error:
-            raise self._lose(worker, f"{why(error, deadline)} during {method}") from error
+            raise self._lose(worker, f"{why(error, deadline)} {during}") from error
 
     def _pick(self) -> Worker:
         """Round robin in the order of tickets when that must not depend on timing, else the least waited for."""

@@ -17,6 +17,15 @@ from keel.errors import KeelError
 from keel.protocols import LoadReceipt, Observer
 
 
+def remote_method(handle: ActorHandle, method: Callable[..., object]) -> Any:
+    """The remote counterpart of a method of the actor's class: `.remote(...)` calls it in the actor's process.
+
+    Ray adds these to an untyped handle at run time, so this look-up by name cannot be checked. It is the only one:
+    callers pass the method itself, which type checkers and editors follow.
+    """
+    return getattr(handle, method.__name__)
+
+
 class NoWorkers(KeelError, RuntimeError):
     """No worker of this role is serving and all replacements failed to start."""
 

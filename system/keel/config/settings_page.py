@@ -11,67 +11,33 @@ from pydantic.fields import FieldInfo
 from keel.config.base import Section, blocks_of
 from keel.config.commands import CONFIGURATIONS
 
-READ_BY = {
-    "RunSettings": "online",
-    "RunIdentity": "stages",
-    "LabelRun": "stages",
-    "PipelineRun": "stages",
-    "StageEntry": "stages",
-    "PolicySettings": "learner, rollout",
-    "PromptSettings": "rollout",
-    "ColumnSettings": "rollout",
-    "SamplingSettings": "rollout, learner",
-    "PolicyGradientSettings": "algorithms",
-    "EntropyAdvantageSettings": "algorithms",
-    "CriticSettings": "algorithms, learner",
-    "PreferenceSettings": "algorithms",
-    "PairSettings": "algorithms",
-    "WeightedLikelihoodSettings": "algorithms",
-    "LogitsConvexitySettings": "algorithms",
-    "DenseSettings": "algorithms, learner",
-    "CustomObjectiveSettings": "algorithms",
-    "RegularizerSettings": "algorithms",
-    "KLSettings": "algorithms",
-    "ControllerSettings": "algorithms",
-    "EntropySettings": "algorithms",
-    "TermSettings": "algorithms",
-    "RewardSettings": "rollout, learner",
-    "MembersSettings": "rollout",
-    "EnsembleSettings": "rollout",
-    "ShapingSettings": "algorithms",
-    "FailureSettings": "online, stages",
-    "BufferSettings": "online, rollout",
-    "GeneratorSettings": "rollout, cluster",
-    "WorkerSettings": "cluster",
-    "ReferenceSettings": "rollout, cluster",
-    "LearnerSettings": "learner, cluster",
-    "EvaluationSettings": "online, stages",
-    "CheckpointSettings": "online",
-    "StageCheckpointSettings": "stages",
-    "ParitySettings": "online",
-    "GuardSettings": "online, observability",
-    "DivergenceSettings": "online",
-    "DisagreementSettings": "online",
-    "SlopeSettings": "online",
-    "CurvatureSettings": "online",
-    "EntropyDriftSettings": "online",
-    "ReferenceNllSettings": "online",
-    "LengthDriftSettings": "online",
-    "RepetitionSettings": "online",
-    "GradNormSettings": "online",
-    "RaiseKlSettings": "online",
-    "LowerLrSettings": "online",
-    "MetricsSettings": "observability",
-    "TrackingSettings": "observability",
-    "ClusterSettings": "cluster",
-    "DeadlineSettings": "online, cluster, learner",
-    "CompletionSettings": "rollout, learner",
-    "TextSettings": "rollout, learner",
-    "TrainingSettings": "stages",
-    "MemberSettings": "stages",
-    "CenterSettings": "stages, learner",
-    "NoiseSettings": "rollout",
+_READ_BY = {
+    "online": """
+        RunSettings CheckpointSettings ParitySettings DivergenceSettings DisagreementSettings SlopeSettings
+        CurvatureSettings EntropyDriftSettings ReferenceNllSettings LengthDriftSettings RepetitionSettings
+        GradNormSettings RaiseKlSettings LowerLrSettings
+    """,
+    "online, observability": "GuardSettings",
+    "stages": "RunIdentity LabelRun PipelineRun StageEntry StageCheckpointSettings TrainingSettings MemberSettings",
+    "learner, rollout": "PolicySettings",
+    "rollout": "PromptSettings ColumnSettings MembersSettings EnsembleSettings NoiseSettings",
+    "rollout, learner": "SamplingSettings RewardSettings CompletionSettings TextSettings",
+    "algorithms": """
+        PolicyGradientSettings EntropyAdvantageSettings PreferenceSettings PairSettings WeightedLikelihoodSettings
+        LogitsConvexitySettings CustomObjectiveSettings RegularizerSettings KLSettings ControllerSettings
+        EntropySettings TermSettings ShapingSettings
+    """,
+    "algorithms, learner": "CriticSettings DenseSettings",
+    "online, stages": "FailureSettings EvaluationSettings",
+    "online, rollout": "BufferSettings",
+    "rollout, cluster": "GeneratorSettings ReferenceSettings",
+    "cluster": "WorkerSettings ClusterSettings",
+    "learner, cluster": "LearnerSettings",
+    "observability": "MetricsSettings TrackingSettings",
+    "online, cluster, learner": "DeadlineSettings",
+    "stages, learner": "CenterSettings",
 }
+READ_BY = {block: packages for packages, blocks in _READ_BY.items() for block in blocks.split()}
 """The packages of system/keel/ that read a block, by the name of its class."""
 _UNITS = {
     "seconds": "s", "bytes": "bytes", "tokens": "tokens", "nats": "nats", "samples": "completions", "rows": "rows",

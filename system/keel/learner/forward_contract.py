@@ -233,7 +233,7 @@ def key_of(config: Any, *more: Any) -> str:
     """Digest of all that a verdict depends on; the folder that a configuration was read from is not of it."""
     packages = {name: version(name) for name in ("transformers", "torch")}
     content = {"config": config.to_dict(), "more": more, "packages": packages, "edition": _EDITION}
-    return schema.digest(json.dumps(_without_names(content), sort_keys=True, default=str).encode())
+    return files.digest_of(json.dumps(_without_names(content), sort_keys=True, default=str).encode())
 
 
 def _without_names(tree: Any) -> Any:

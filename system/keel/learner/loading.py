@@ -199,13 +199,7 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         raise ConfigError(f"{setting}={folder}: no tokenizer in it; expected tokenizer.json beside config.json")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:  # damaged, or it needs code
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # damaged, or it needs code
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
@@ -215,11 +209,7 @@ def load_policy(folder: Path, dtype: str) -> Policy:
 
     return Policy(
         AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=without_dropout(folder),
-            dtype=DTYPES[dtype],
-            trust_remote_code=False,
-            use_safetensors=True,
+            folder, config=without_dropout(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
         )
     )
 

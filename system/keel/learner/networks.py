@@ -119,10 +119,7 @@ def hidden_states(trunk: Any, micro: MicroBatch) -> Tensor:
         layout = micro.layout.to(device)
         with attention_masks.of_rows(layout):
             hidden = trunk(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                position_ids=layout.places,
-                use_cache=False,
+                input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=layout.places, use_cache=False
             ).last_hidden_state
     return hidden.flatten(0, 1)[micro.positions.to(device)]
 

@@ -64,7 +64,7 @@ def write_blocks(folder: Path, tensors: ShardedTensors, rank: int, ranks: int) -
         if gathered:
             path = folder / planned[first + rank][0]
             save_file(gathered, path)
-            files.sync_file(path)
+            files.sync(path)
 
 
 def write_index(folder: Path, version: int, tensors: ShardedTensors) -> None:

@@ -70,7 +70,7 @@ class Checkpointer:
         version = await self.learner.restore_checkpoint(str(saved)) if saved else 0
         folder = references.of_version(self.directory, self.settings.reference_iteration_steps, version)
         if folder is not None:
-            references.check(folder)
+            checkpoint.check(folder)
             await self._load_reference(folder)
         elif self.reference and self.reference.loaded is not None:
             assert self.initial_reference

@@ -37,7 +37,7 @@ def write_step(run_directory: Path, step: int, batch: pa.RecordBatch, dropped: M
         "step": step,
         "file": file.name,
         "rows": batch.num_rows,
-        "xxh3_128": schema.digest(content),
+        "xxh3_128": files.digest_of(content),
         "tickets": list(dict.fromkeys(batch.column("ticket").to_pylist())),
         "dropped": {why: sorted(ticket for ticket, reason in dropped.items() if reason == why) for why in reasons},
     }

@@ -67,7 +67,7 @@ def write(run_directory: Path, segment: Segment) -> int:
     metadata = {**(segment.rows.schema.metadata or {}), **{key: json.dumps(value) for key, value in fields.items()}}
     content = schema.to_bytes(segment.rows.replace_schema_metadata(metadata))
     first, last = segment.tickets[0], segment.tickets[-1]
-    name = f"segment.{first:012d}-{last:012d}.{schema.digest(content)}.arrow"
+    name = f"segment.{first:012d}-{last:012d}.{files.digest_of(content)}.arrow"
     files.write(run_directory / "buffer" / name, content)
     return content.size
 
@@ -79,11 +79,11 @@ def read(path: Path) -> Segment:
     """
     name = _NAME.fullmatch(path.name)
     right = name[3] if name else None
-    content = reads.confirmed(path, lambda: reads.read(path), lambda read: right in (None, schema.digest(read)))
+    content = reads.confirmed(path, lambda: reads.read(path), lambda read: right in (None, files.digest_of(read)))
     if not name:
         raise SegmentError(f"named {path.name}; expected segment.FIRST-LAST.DIGEST.arrow")
-    if schema.digest(content) != name[3]:
-        raise SegmentError(f"digest {schema.digest(content)}; expected the one in its name")
+    if files.digest_of(content) != name[3]:
+        raise SegmentError(f"digest {files.digest_of(content)}; expected the one in its name")
     try:
         rows = schema.from_bytes(content)
         metadata = dict(rows.schema.metadata)

@@ -126,9 +126,9 @@ def _label(prepared: Labeling, display: Display, started: float) -> dict[str, An
         raise NoPairs(f"none of {batch.num_rows} completions made a pair: {labeled.dropped}")
     aside = directory / ".pairs.parquet.tmp"
     pq.write_table(labeled.table, aside)
-    files.sync_file(aside)
+    files.sync(aside)
     aside.rename(directory / "pairs.parquet")
-    files.sync_directory(directory)
+    files.sync(directory)
     chosen, rejected = (labeled.table.column(f"score_{side}").to_numpy() for side in ("chosen", "rejected"))
     summary = {
         "stage": "label",

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import psutil
 import pyarrow as pa
@@ -30,14 +30,31 @@ from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
 from keel.observability.tracking import Tracking
 from keel.online.controller import Stalled
+from keel.protocols import StepReport
 
 _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored rows
 
 
 class OfflineLearner(Protocol):
-    """A learner group: `step`, `assess`, `save`, `restore_checkpoint` and `export` run on all of its ranks."""
+    """What an offline run asks of the learner on every rank of its group."""
 
-    async def call(self, method: str, *arguments: Any) -> Any: ...
+    def step(self, batch: pa.RecordBatch) -> StepReport: ...
+
+    def assess(self, batch: pa.RecordBatch) -> dict[str, float]: ...
+
+    def save(self, directory: str) -> None: ...
+
+    def restore_checkpoint(self, directory: str) -> int: ...
+
+    def export(self, folder: str) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+Learner = TypeVar("Learner")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+OfflineGroup = RankGroup[OfflineLearner]
 
 
 @dataclass
@@ -83,7 +100,7 @@ class OfflineRecorder:
         self.offline_run, self.metrics, self.display = offline_run, metrics, display
         self.tracking = Tracking(offline_run.settings, offline_run.directory, metrics, display.note, offline_run.member)
 
-    def step(self, report: Any) -> None:
+    def step(self, report: StepReport) -> None:
         numbers = {name: value for name, value in report.metrics.items() if name not in _LABELS}
         tokens = numbers.pop("trained_tokens", 0.0)
         epochs = report.version * self.offline_run.settings.training.rows_per_step / self.offline_run.rows
@@ -140,7 +157,7 @@ def _conduct(
             return asyncio.run(train(metrics, display, started))
 
 
-async def ready(settings: StageSettings, learner: RankGroup) -> None:
+async def ready(settings: StageSettings, learner: RankGroup[Any]) -> None:
     """Wait until all ranks have started. Raises Stalled after deadlines.start_seconds."""
     seconds = settings.deadlines.start_seconds
     try:
@@ -152,19 +169,19 @@ async def ready(settings: StageSettings, learner: RankGroup) -> None:
         raise Stalled(f"the learner did not start within {seconds:.0f} s (deadlines.start_seconds){why}") from None
 
 
-async def run(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> State:
+async def run(offline_run: OfflineRun, learner: OfflineGroup, recorder: OfflineRecorder, state: State) -> State:
     """Train to the last step or the end of patience and leave the model in the run's directory."""
     recorder.tracking.begin(state.version)
     with recorder.tracking:
         return await _loop(offline_run, learner, recorder, state)
 
 
-async def _loop(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> State:
+async def _loop(offline_run: OfflineRun, learner: OfflineGroup, recorder: OfflineRecorder, state: State) -> State:
     training = offline_run.settings.training
     if not state.evaluations:
         await _evaluate(offline_run, learner, recorder, state)
     while state.version < offline_run.steps and not _out_of_patience(offline_run, state):
-        recorder.step(await call(offline_run, learner, "step", offline_run.batch(state.version)))
+        recorder.step(await call(offline_run, learner, OfflineLearner.step, offline_run.batch(state.version)))
         state.version += 1
         last = state.version == offline_run.steps
         if last or (training.evaluate_every_steps and state.version % training.evaluate_every_steps == 0):
@@ -177,22 +194,29 @@ async def _loop(offline_run: OfflineRun, learner: OfflineLearner, recorder: Offl
     return state
 
 
-async def call(offline_run: OfflineRun, learner: OfflineLearner, method: str, *arguments: Any) -> Any:
-    """Call a method of the learner. Raises Stalled after deadlines.step_seconds."""
+async def call(
+    offline_run: OfflineRun,
+    learner: RankGroup[Learner],
+    method: Callable[Concatenate[Learner, Arguments], Result],
+    *arguments: Arguments.args,
+    **options: Arguments.kwargs,
+) -> Result:
+    """Call a method of the learner on all ranks. Raises Stalled after deadlines.step_seconds."""
     seconds = offline_run.settings.deadlines.step_seconds
     try:
         async with asyncio.timeout(seconds):
-            return await learner.call(method, *arguments)
+            return await learner.call(method, *arguments, **options)
     except TimeoutError:
-        raise Stalled(f"the learner did not answer {method} within {seconds:.0f} s (deadlines.step_seconds)") from None
+        asked = f"the learner did not answer {method.__name__}"
+        raise Stalled(f"{asked} within {seconds:.0f} s (deadlines.step_seconds)") from None
 
 
 def _out_of_patience(offline_run: OfflineRun, state: State) -> bool:
     return 0 < offline_run.settings.training.patience <= state.waited
 
 
-async def _evaluate(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> None:
-    evaluation = await call(offline_run, learner, "assess", offline_run.held_out)
+async def _evaluate(offline_run: OfflineRun, learner: OfflineGroup, recorder: OfflineRecorder, state: State) -> None:
+    evaluation = await call(offline_run, learner, OfflineLearner.assess, offline_run.held_out)
     state.evaluations.append({"step": float(state.version), **evaluation})
     recorder.evaluated(state.version, evaluation)
     if state.best_loss is None and not math.isfinite(evaluation["loss"]):
@@ -205,21 +229,21 @@ async def _evaluate(offline_run: OfflineRun, learner: OfflineLearner, recorder: 
         await _export(offline_run, learner)
 
 
-async def _export(offline_run: OfflineRun, learner: OfflineLearner) -> None:
+async def _export(offline_run: OfflineRun, learner: OfflineGroup) -> None:
     """Replace the model of the run by the current one, atomically."""
     target = offline_run.model
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     files.make_folder(aside.parent)
-    await call(offline_run, learner, "export", str(aside))
+    await call(offline_run, learner, OfflineLearner.export, str(aside))
     files.replace_folder(aside, target)
 
 
-async def save(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder, state: State) -> None:
+async def save(offline_run: OfflineRun, learner: OfflineGroup, recorder: OfflineRecorder, state: State) -> None:
     aside = checkpoint.begin(offline_run.directory, state.version)
-    await call(offline_run, learner, "save", str(aside))
+    await call(offline_run, learner, OfflineLearner.save, str(aside))
     recorder.metrics.add({"checkpoints_total": 1.0})
-    objective = await call(offline_run, learner, "state")
+    objective = await call(offline_run, learner, OfflineLearner.state)
     checkpoint.commit(aside, {**asdict(state), "totals": recorder.metrics.totals, "objective": objective})
     files.append_json(
         offline_run.directory / "events.jsonl", {"event": "checkpoint", "time": time.time(), "step": state.version}
@@ -227,7 +251,7 @@ async def save(offline_run: OfflineRun, learner: OfflineLearner, recorder: Offli
     checkpoint.prune(offline_run.directory, offline_run.settings.checkpoint.keep)
 
 
-async def restore(offline_run: OfflineRun, learner: OfflineLearner, recorder: OfflineRecorder) -> State:
+async def restore(offline_run: OfflineRun, learner: OfflineGroup, recorder: OfflineRecorder) -> State:
     """Load the newest intact checkpoint into learner and counters and return its state; a new state without one.
 
     Raises ConfigError if a committed checkpoint is missing, or if the rows differ from those the run began with.
@@ -242,7 +266,7 @@ async def restore(offline_run: OfflineRun, learner: OfflineLearner, recorder: Of
     if saved is None:
         return State(digest=offline_run.digest)
     check_rows(offline_run.directory, stored["digest"], offline_run.digest)
-    await call(offline_run, learner, "restore_checkpoint", str(saved))
+    await call(offline_run, learner, OfflineLearner.restore_checkpoint, str(saved))
     metrics = recorder.metrics  # which have counted the dropped rows again
     metrics.restore({**stored["totals"], "rows_dropped_total": metrics.totals["rows_dropped_total"]})
     return State(**{name: stored[name] for name in State.__dataclass_fields__})

@@ -154,7 +154,7 @@ class ReferenceLogprobs:
 def _keep(path: Path, content: pa.Buffer) -> None:
     """Write the file, then its digest beside it: Arrow has no checksum."""
     files.write(path, content)
-    files.write_json(path.with_suffix(".json"), {"xxh3_128": schema.digest(content)})
+    files.write_json(path.with_suffix(".json"), {"xxh3_128": files.digest_of(content)})
 
 
 def _kept(path: Path) -> bytes | None:
@@ -166,7 +166,7 @@ def _kept(path: Path) -> bytes | None:
             content = reads.read(path)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return content if schema.digest(content) == expected else None
+        return content if files.digest_of(content) == expected else None
 
     return reads.confirmed(path, look, lambda content: content is not None) if reads.is_there(path) else None
 

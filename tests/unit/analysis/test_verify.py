@@ -106,7 +106,7 @@ def rows(change: Callable[[pa.RecordBatch], pa.RecordBatch]) -> Damage:
         path.write_bytes(content)
 
         def described(lines: list[dict[str, Any]]) -> None:
-            lines[2] |= {"xxh3_128": schema.digest(content), "rows": schema.from_bytes(content).num_rows}
+            lines[2] |= {"xxh3_128": files.digest_of(content), "rows": schema.from_bytes(content).num_rows}
 
         def counted(lines: list[dict[str, Any]]) -> None:
             for line in lines[2:]:

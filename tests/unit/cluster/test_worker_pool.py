@@ -206,7 +206,7 @@ def pool_of(world: World, count: int, log: Log | None = None, **options: Any) ->
 
 async def ask(pool: Pool, order: Any = "", deadline: float = 30.0) -> tuple[int, int]:
     """(index, attempt) of the worker that answered."""
-    handle, receipt = await pool.call(VllmGenerator.generate, order, deadline=deadline)
+    handle, receipt = await pool.call(deadline, VllmGenerator.generate, order)
     assert handle == "rows"
     return receipt
 

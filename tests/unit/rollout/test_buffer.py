@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from buffers import admit_all, blocked, buffer_in, soon, tickets_of, uniform
-from keel import schema
+from keel import files, schema
 from keel.rollout.buffer import RolloutBuffer
 from rollouts import rollouts
 
@@ -161,7 +161,7 @@ async def test_the_rollout_file_of_a_step_is_what_take_returned(tmp_path: Path) 
             "step": step,
             "file": f"step-{step:06d}.arrow",
             "rows": 8,
-            "xxh3_128": schema.digest(content),
+            "xxh3_128": files.digest_of(content),
             "tickets": list(range(4 * step - 4, 4 * step)),
             "dropped": {},
         }
@@ -175,7 +175,7 @@ async def test_accepted_rows_are_on_disk_when_add_returns(tmp_path: Path) -> Non
     receipt = await buffer.add(tickets, rollouts(tickets, failed=[(0, 0)]))
     (path,) = (tmp_path / "buffer").iterdir()
     assert path.stat().st_size == receipt.num_bytes
-    assert path.name.split(".")[2] == schema.digest(path.read_bytes())
+    assert path.name.split(".")[2] == files.digest_of(path.read_bytes())
     assert tickets_of(schema.from_bytes(path.read_bytes())) == [1]  # ticket 0 has one scored sample
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from buffers import admit_all, buffer_in, soon, tickets_of, uniform
-from keel import schema
+from keel import files, schema
 from keel.rollout import manifest, segments
 from rollouts import rollouts
 
@@ -111,7 +111,7 @@ def named(path: Path, content: Any) -> None:
     """Other bytes under a name whose digest is right."""
     first = path.name.rsplit(".", 2)[0]
     path.unlink()
-    path.with_name(f"{first}.{schema.digest(content)}.arrow").write_bytes(content)
+    path.with_name(f"{first}.{files.digest_of(content)}.arrow").write_bytes(content)
 
 
 def not_arrow(path: Path) -> None:
