@@ -56,7 +56,7 @@ def killed_control(arena: Arena, choices: random.Random) -> Outcome:
     victim = choices.choice(arena.victims("control"))
     hit = time.time()
     victim.kill()
-    arena.wait(lambda: [each for each in arena.victims("control") if each.pid != victim.pid], "another control actor")
+    arena.wait(lambda: [item for item in arena.victims("control") if item.pid != victim.pid], "another control actor")
     again = time.time()
     arena.wait_for_step(again)
     return f"pid {victim.pid}", again - hit
@@ -99,7 +99,7 @@ def damaged_checkpoint(arena: Arena, choices: random.Random) -> Outcome:
     arena.wait(lambda: len(checkpoint.committed(arena.run)) >= 2, "two checkpoints")
     arena.end(signal.SIGKILL)
     newest = checkpoint.committed(arena.run)[-1]
-    path = choices.choice([each for each in sorted(newest.rglob("*")) if each.is_file() and each.stat().st_size])
+    path = choices.choice([item for item in sorted(newest.rglob("*")) if item.is_file() and item.stat().st_size])
     what = damage(path, choices)
     hit = time.time()
     outcome = _resumed(arena, f"{path.relative_to(arena.run)} {what}")

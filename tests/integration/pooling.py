@@ -45,8 +45,8 @@ def scores(folder: str, rows: list[tuple[list[int], int]]) -> list[float]:
         for ids, second in rows
     ]
     prompts = [{"prompt_token_ids": ids} for ids, _ in rows]
-    found = engine.encode(prompts, pooling_params=params, pooling_task="classify", use_tqdm=False)
-    return [float(output.outputs.data.reshape(-1)[0]) for output in found]
+    result = engine.encode(prompts, pooling_params=params, pooling_task="classify", use_tqdm=False)
+    return [float(output.outputs.data.reshape(-1)[0]) for output in result]
 
 
 def main(job: dict[str, Any]) -> None:

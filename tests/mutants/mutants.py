@@ -105,7 +105,7 @@ def mutants(path: Path, operators: Iterable[str], root: Path) -> Iterator[Mutati
     spared = [span(node) for node in texts(ast.parse(source))]
     bare = re.compile(r"(?:^\s*|[(,] ?)(\*),")  # the mark between parameters is no product
     lines = enumerate(source.splitlines(), 1)
-    marks = {(number, found.start(1)) for number, line in lines for found in bare.finditer(line)}
+    marks = {(number, result.start(1)) for number, line in lines for result in bare.finditer(line)}
     nodes = list(ast_nodes(get_ast(source)))
     for name in operators:
         operator = plugins.get_operator(name)()

@@ -367,8 +367,8 @@ def test_a_difference_is_found_and_named(original: Path, run: Path, name: str) -
 def test_who_made_a_row_and_how_long_it_took_is_no_difference(original: Path, run: Path) -> None:
     for name, value in {"generator": "another", "scorer": "another", "generate_seconds": 9.0}.items():
         column(name, lambda old, value=value: [value] * len(old))(run)
-    found = verify.compare(run, original)
-    assert {finding.file.partition(" ")[0] for finding in found} <= {"metrics.jsonl"}  # longer names, larger files
+    result = verify.compare(run, original)
+    assert {finding.file.partition(" ")[0] for finding in result} <= {"metrics.jsonl"}  # longer names, larger files
 
 
 # ---- the command
@@ -392,9 +392,9 @@ def test_the_command_shows_and_exits(
     assert keel(monkeypatch, "verify", run) == 1
     assert "Finding  rollouts/step-000002.arrow: expected the rows" in capsys.readouterr().out
     assert keel(monkeypatch, "verify", run, "--against", original, "--json") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert (found["intact"], found["counts"]["steps"], len(found["differences"])) == (False, STEPS, 1)
-    assert found["findings"][0]["file"] == "rollouts/step-000002.arrow"
+    result = json.loads(capsys.readouterr().out)
+    assert (result["intact"], result["counts"]["steps"], len(result["differences"])) == (False, STEPS, 1)
+    assert result["findings"][0]["file"] == "rollouts/step-000002.arrow"
     assert keel(monkeypatch, "verify", original, "--against", run, "--json") == 1
     assert json.loads(capsys.readouterr().out)["intact"] is True
 

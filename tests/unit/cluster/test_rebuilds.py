@@ -18,36 +18,36 @@ Script = list[Exception | int | str]
 
 def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.MonkeyPatch, has_run: bool = True) -> Any:
     """The loop around the attempts, everything they do replaced by the script; `saved` follows what was done."""
-    own: Any = object.__new__(OnlineRun)
-    own.settings = settings_for(steps=10, failures={"max_rebuilds": rebuilds})
-    own.prepared, own.has_run = SimpleNamespace(directory=tmp_path), has_run
-    own.events, own.attempts = [], 0
-    own.recorder = SimpleNamespace(
+    subject: Any = object.__new__(OnlineRun)
+    subject.settings = settings_for(steps=10, failures={"max_rebuilds": rebuilds})
+    subject.prepared, subject.has_run = SimpleNamespace(directory=tmp_path), has_run
+    subject.events, subject.attempts = [], 0
+    subject.recorder = SimpleNamespace(
         furthest=0,
-        event=lambda name, **fields: own.events.append((name, fields)),
-        add=lambda values: own.events.append(("add", values)),
+        event=lambda name, **fields: subject.events.append((name, fields)),
+        add=lambda values: subject.events.append(("add", values)),
         display=SimpleNamespace(note=lambda text: None),
     )
-    own.scaling = SimpleNamespace(stopping=False, end=lambda: own.events.append(("end", {})))
+    subject.scaling = SimpleNamespace(stopping=False, end=lambda: subject.events.append(("end", {})))
 
     async def attempt(saved: Saved) -> None:
         await asyncio.sleep(0)
-        assert saved.version == own.recorder.furthest
-        what = script[own.attempts]
-        own.attempts += 1
+        assert saved.version == subject.recorder.furthest
+        what = script[subject.attempts]
+        subject.attempts += 1
         if isinstance(what, Exception):
             raise what
         if isinstance(what, str):
-            own.scaling.stopping = True
+            subject.scaling.stopping = True
         else:
-            own.recorder.furthest += what
-            if own.recorder.furthest < 10:
+            subject.recorder.furthest += what
+            if subject.recorder.furthest < 10:
                 raise LearnerLost("later")
 
-    own._attempt = attempt
+    subject._attempt = attempt
     monkeypatch.setattr(train, "_end_on_signals", lambda: None)
     monkeypatch.setattr(train, "_newest", lambda recorder: Saved(None, {"version": recorder.furthest}))
-    return own
+    return subject
 
 
 LOST = [LearnerLost("the learner group"), BufferLost("the buffer"), BuildFailed("a rank")]

@@ -200,8 +200,8 @@ def placement(world: World, worker: Any) -> Placement:
 
 
 def pool_of(world: World, count: int, log: Log | None = None, **options: Any) -> Pool:
-    by: dict[str, Any] = {"restarts": 1, "patience_seconds": 20.0, "by_ticket": True} | options
-    return Pool("generator", world, count, LIMITS, observer=log, **by)  # type: ignore[arg-type]
+    config: dict[str, Any] = {"restarts": 1, "patience_seconds": 20.0, "by_ticket": True} | options
+    return Pool("generator", world, count, LIMITS, observer=log, **config)  # type: ignore[arg-type]
 
 
 async def ask(pool: Pool, order: Any = "", deadline: float = 30.0) -> tuple[int, int]:
@@ -601,7 +601,7 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
         pool.stop()
         return receipts
 
-    assert [(each.version, each.digest) for each in run(work())] == [(7, f"digest {index}") for index in range(3)]
+    assert [(item.version, item.digest) for item in run(work())] == [(7, f"digest {index}") for index in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -624,9 +624,9 @@ def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World,
         pool = pool_of(world, 2, log)
         await pool.ready()
         receipts = await pool.load_weights(7)
-        assert [each.digest for each in receipts] == ["digest 0"] and pool.serving == 1
+        assert [item.digest for item in receipts] == ["digest 0"] and pool.serving == 1
         await seconds(1)
-        assert pool.serving == 2 and [each.version for each in await pool.load_weights(8)] == [8, 8]
+        assert pool.serving == 2 and [item.version for item in await pool.load_weights(8)] == [8, 8]
         pool.stop()
 
     run(work())
@@ -726,8 +726,8 @@ def test_a_worker_that_is_spare_by_the_time_it_is_lost_is_not_replaced(world: Wo
         calls = [asyncio.create_task(ask(pool)) for _ in range(2)]
         await seconds(0.1)
         pool.resize(1)
-        found = await asyncio.gather(*calls, return_exceptions=True)
-        assert found[0] == (0, 1) and isinstance(found[1], WorkerLost)
+        result = await asyncio.gather(*calls, return_exceptions=True)
+        assert result[0] == (0, 1) and isinstance(result[1], WorkerLost)
         await seconds(100)
         assert pool.serving == 1 and len(world.starts[1]) == 1
         pool.stop()

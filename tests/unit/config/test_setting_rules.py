@@ -273,21 +273,21 @@ def test_who_reads_the_reference(blocks: dict[str, Any], readers: list[str]) -> 
     ],
 )  # fmt: skip
 def test_where_a_kl_lives(regularizer: Any, in_reward: bool, in_loss: bool, exact: bool, named: list[str]) -> None:
-    own = parse(regularizer=regularizer).regularizer
-    assert (own.kl.in_reward, own.kl.in_loss, own.kl.exact) == (in_reward, in_loss, exact)
-    assert own.reward_terms() == named
+    parsed = parse(regularizer=regularizer).regularizer
+    assert (parsed.kl.in_reward, parsed.kl.in_loss, parsed.kl.exact) == (in_reward, in_loss, exact)
+    assert parsed.reward_terms() == named
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 @pytest.mark.parametrize("form", ["sequence_sum", "sequence_mean_naive", "sequence_mean_exact", "token_bonus"])
 def test_where_an_entropy_lives(form: str, coefficient: float) -> None:
-    own = parse(regularizer=entropy(form=form, coefficient=coefficient)).regularizer.entropy
-    assert own.in_loss == (coefficient > 0 and form == "token_bonus")
-    assert own.in_reward == (coefficient > 0 and form != "token_bonus")
+    parsed = parse(regularizer=entropy(form=form, coefficient=coefficient)).regularizer.entropy
+    assert parsed.in_loss == (coefficient > 0 and form == "token_bonus")
+    assert parsed.in_reward == (coefficient > 0 and form != "token_bonus")
 
 
 @pytest.mark.parametrize(
-    ("by", "by_token", "min_samples"),
+    ("config", "by_token", "min_samples"),
     [
         ({"advantage": "rloo"}, False, 2),
         ({"advantage": "none"}, False, 1),
@@ -301,16 +301,16 @@ def test_where_an_entropy_lives(form: str, coefficient: float) -> None:
         ({"advantage": "rloo", "critic": {}, "entropy_advantage": {}}, False, 2),
     ],
 )
-def test_what_an_advantage_compares(by: dict[str, Any], by_token: bool, min_samples: int) -> None:
-    own = parse(objective=by).objective
-    assert (own.by_token, own.min_samples) == (by_token, min_samples)  # type: ignore[union-attr]
+def test_what_an_advantage_compares(config: dict[str, Any], by_token: bool, min_samples: int) -> None:
+    parsed = parse(objective=config).objective
+    assert (parsed.by_token, parsed.min_samples) == (by_token, min_samples)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
-    ("by", "expected"), [(PREFER, 2), (CONVEX, 2), (OWN, 2), (WEIGH, 2), ({**WEIGH, "weights": "uniform"}, 1)]
+    ("config", "expected"), [(PREFER, 2), (CONVEX, 2), (OWN, 2), (WEIGH, 2), ({**WEIGH, "weights": "uniform"}, 1)]
 )
-def test_how_many_samples_other_objectives_compare(by: dict[str, Any], expected: int) -> None:
-    assert parse(objective=by).objective.min_samples == expected
+def test_how_many_samples_other_objectives_compare(config: dict[str, Any], expected: int) -> None:
+    assert parse(objective=config).objective.min_samples == expected
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ def test_busy_and_idle_are_the_seconds_of_all_that_serve(own: Utilization, clock
     own.ranks(4)
     own.doing("learner_step")
     clock.now += 10
-    found = own.drain()
-    assert found["busy_seconds_total"] == {"generator": 20.0, "learner": 40.0}
-    assert found["queue_seconds_total"] == {"generator": 50.0}
-    assert found["idle_seconds_total"] == {"generator/learner": 10.0}
-    assert found["phase_seconds_total"]["learner_step"] == 10.0
+    result = own.drain()
+    assert result["busy_seconds_total"] == {"generator": 20.0, "learner": 40.0}
+    assert result["queue_seconds_total"] == {"generator": 50.0}
+    assert result["idle_seconds_total"] == {"generator/learner": 10.0}
+    assert result["phase_seconds_total"]["learner_step"] == 10.0
     assert own.drain() == {}, "handed out once"
 
 
