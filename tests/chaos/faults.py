@@ -52,7 +52,7 @@ def runs_again(arena: Arena, role: str, hit: float) -> float:
 
 
 def killed_control(arena: Arena, choices: random.Random) -> Outcome:
-    """kill -9 of the control actor: nobody waits for it, and there is another."""
+    """kill -9 of the control actor: no call waits for it, and another one is started."""
     victim = choices.choice(arena.victims("control"))
     hit = time.time()
     victim.kill()
@@ -77,7 +77,7 @@ def paused(arena: Arena, choices: random.Random) -> Outcome:
 
 
 def ended_driver(*signals: signal.Signals) -> Fault:
-    """The driver gets signals; `keel resume` goes on."""
+    """The driver gets signals; `keel resume` continues."""
 
     def fault(arena: Arena, choices: random.Random) -> Outcome:
         arena.end(*signals)
@@ -160,7 +160,7 @@ def failing_server(way: str) -> Fault:
 
 
 def full_disk(arena: Arena, choices: random.Random) -> Outcome:
-    """No space left: the run ends with an error that says so, and goes on when there is room."""
+    """No space left: the run ends with an error that says so, and resumes when there is room."""
     filler = arena.folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:

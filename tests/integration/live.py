@@ -1,4 +1,4 @@
-"""A run that is alive: what its files say while it goes on, what commands answer, and how it is ended."""
+"""A run that is alive: what its files say while it runs, what commands answer, and how it is ended."""
 
 import json
 import os

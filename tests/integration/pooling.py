@@ -27,7 +27,7 @@ ENGINE: dict[str, Any] = {
 }
 
 
-def said(folder: str) -> list[int]:
+def sampled_tokens(folder: str) -> list[int]:
     engine = LLM(model=folder, max_model_len=64, **ENGINE)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
     answer = engine.generate([{"prompt_token_ids": [5, 20, 30]}], params, use_tqdm=False)
@@ -52,7 +52,7 @@ def scores(folder: str, rows: list[tuple[list[int], int]]) -> list[float]:
 def main(job: dict[str, Any]) -> None:
     answers: dict[str, Any] = {}
     for name, folder in job["policies"].items():
-        answers[name] = said(folder)
+        answers[name] = sampled_tokens(folder)
         gc.collect()
     for name, (folder, rows) in job["rewards"].items():
         try:

@@ -26,7 +26,7 @@ def test_a_lost_generator_is_seen_and_the_discovery_file_goes_with_the_run(tmp_p
 
 
 def check_a_lost_generator(run: Observed) -> None:
-    """The loss is counted, the generator is replaced, and every series goes on."""
+    """The loss is counted, the generator is replaced, and every series continues."""
     prometheus = run.prometheus
     before = prometheus.query(f'{{__name__=~"{PREFIX}.+"}}')
     began = before[0].samples[-1][0]

@@ -174,7 +174,7 @@ def counts_of(run: Path) -> dict[str, tuple[int, int]]:
 
 
 def requested_of(run: Path) -> dict[float, int]:
-    """How many bundles of so many CPUs the run's Ray is asked to make room for; asked by a driver that joins it."""
+    """Number of bundles of `cpus` CPUs that the run's Ray is asked to make room for; asked by a driver that joins it."""
     where = json.loads((run / "control.json").read_text())
     code = (
         "import ray; from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL as channel;"

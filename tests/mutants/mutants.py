@@ -4,7 +4,7 @@
     one mutant  the module is changed in a copy of the tree; pytest of its group's files, in a fork of this process,
                 which has the heavy libraries loaded already; killed: a test fails, or the time is up
     session     runs/mutants/NAME/session.sqlite, a work database of cosmic-ray (cr-report, cr-html read it): a second
-                call goes on where the first one ended; --again tries the survivors with the tests of now
+                call continues where the first one ended; --again tries the survivors with the tests of now
 
 What is changed and which tests belong to it: mutants.toml. The working tree itself is never written.
 """

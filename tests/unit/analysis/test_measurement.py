@@ -125,7 +125,7 @@ def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Pa
     assert result.prompts.held_out == 6, "half of the twelve sequences of a step"
     assert calibration.settings_of(wide, tmp_path).prompts.held_out == 2, "half of a wave"
     assert result.run_directory == str(tmp_path) and result.metrics.port == 0
-    assert not result.tracking.trackers and not result.metrics.discovery_directory, "nobody's experiment"
+    assert not result.tracking.trackers and not result.metrics.discovery_directory, "a calibration is no experiment"
 
 
 ON_GPUS = {"gpus": 1, "count": 4, "zero_stage": 3}

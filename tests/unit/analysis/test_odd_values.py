@@ -1,4 +1,4 @@
-"""Values at the edge: what a reward, a remote scorer or an override may give that nobody meant."""
+"""Values at the edge: what a reward, a remote scorer or an override may give by mistake."""
 
 import json
 import threading

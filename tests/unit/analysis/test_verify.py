@@ -175,7 +175,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "rollouts deleted": (delete(STEP_3), STEP_3),
     "last rollouts deleted": (delete("rollouts/step-000005.arrow"), "rollouts/step-000005.arrow"),
     "rollouts truncated": (truncate(STEP_3), STEP_3),
-    "rollouts of nobody": (lambda run: shutil.copy(run / STEP_3, run / "rollouts/step-000009.arrow"), LEDGER),
+    "rollouts without a line": (lambda run: shutil.copy(run / STEP_3, run / "rollouts/step-000009.arrow"), LEDGER),
     "manifest deleted": (delete(LEDGER), LEDGER),
     "line deleted": (manifest(lambda lines: lines[:2] + lines[3:]), LEDGER),
     "last line deleted": (manifest(lambda lines: lines[:-1]), LEDGER),
@@ -234,7 +234,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "checkpoint took more": (state(lambda it: it["buffer"].update(taken=11)), f"{LAST}/state.json"),
     "checkpoint counts less": (state(lambda it: it["totals"].update(steps_total=4.0)), f"{LAST}/state.json"),
     "checkpoint without buffer": (state(lambda it: it.pop("buffer")), LAST),
-    "checkpoint of a step nobody recorded": (
+    "checkpoint of a step that was not recorded": (
         lambda run: shutil.copytree(run / LAST, run / "checkpoints/step-000007") and None,
         "metrics.jsonl",
     ),

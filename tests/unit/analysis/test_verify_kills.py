@@ -1,4 +1,4 @@
-"""A run killed before any single write to disk is in order, goes on, and ends as the run that was never killed."""
+"""A run killed before any single write to disk is in order, resumes, and ends as the run that was never killed."""
 
 import contextlib
 import tempfile

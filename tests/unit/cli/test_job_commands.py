@@ -290,7 +290,7 @@ def test_stop_now_ends_the_job_and_what_is_not_alive_is_refused(
     server.jobs[job]["status"] = "RUNNING"
     write_run(tmp_path / "runs" / "mine")
     line = keel(capsys, "stop", "mine", "--address", ADDRESS, code=2)
-    assert "broken off at step 2 of 4" in line, "the command on the cluster finds nobody at work"
+    assert "broken off at step 2 of 4" in line, "the command on the cluster finds no live process"
     assert json.loads(keel(capsys, "stop", "mine", "--address", ADDRESS, "--now", "--json"))["job"] == job
     assert server.jobs[job]["status"] == "STOPPED"
     assert "is over (STOPPED)" in keel(capsys, "stop", "mine", "--address", ADDRESS, code=2)

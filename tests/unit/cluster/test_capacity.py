@@ -210,7 +210,9 @@ def test_an_autoscaler_may_add_nodes_up_to_its_limits() -> None:
     assert line == (
         "generators.count=4: 4 x 1 GPU (generators) = 4 GPUs; the cluster may grow to 3; expected at most 3 generators"
     )
-    assert problems(asked, [{"CPU": 8.0, "GPU": 4.0}], {"CPU": 2}) == []  # what is there counts, whoever started it
+    assert (
+        problems(asked, [{"CPU": 8.0, "GPU": 4.0}], {"CPU": 2}) == []
+    )  # present nodes count, however they were started
 
 
 def test_amounts_in_words() -> None:

@@ -13,7 +13,7 @@ from keel.online import train
 from keel.online.train import OnlineRun, Saved
 
 Script = list[Exception | int | str]
-"""What each attempt does: loses something, gets further by so many steps, or is asked to stop."""
+"""What each attempt does: loses something, advances by a number of steps, or is asked to stop."""
 
 
 def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.MonkeyPatch, has_run: bool = True) -> Any:
@@ -54,8 +54,8 @@ LOST = [LearnerLost("the learner group"), BufferLost("the buffer"), BuildFailed(
 
 
 @pytest.mark.parametrize("rebuilds", [0, 1, 2, 3])
-@pytest.mark.parametrize("lost", LOST, ids=[type(each).__name__ for each in LOST])
-def test_so_many_losses_in_a_row_are_built_again_and_one_more_is_not(
+@pytest.mark.parametrize("lost", LOST, ids=[type(error).__name__ for error in LOST])
+def test_max_rebuilds_losses_in_a_row_are_built_again_and_one_more_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilds: int, lost: Exception
 ) -> None:
     enough = run_of(tmp_path, [lost] * rebuilds + [10], rebuilds, monkeypatch)
@@ -70,7 +70,7 @@ def test_so_many_losses_in_a_row_are_built_again_and_one_more_is_not(
 
 
 def test_a_step_between_losses_starts_the_count_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these gets one step further and is lost then: with two in a row allowed it goes on for ever."""
+    """Each attempt advances one step and is lost then: with two in a row allowed the run never gives up."""
     lost = LearnerLost("the learner group")
     run = run_of(tmp_path, [1, lost, 1, lost, 1, lost, 3, lost, 4], 2, monkeypatch)
     assert asyncio.run(run.to_the_end(Saved(None, {}))).version == 10

@@ -129,7 +129,7 @@ class Actor:
         self.load_weights, self.generate = Method(self._load), Method(self._generate)
 
     async def _do(self, what: Any) -> None:
-        """Take so many seconds, or raise."""
+        """Sleep for `what` seconds, or raise it."""
         if isinstance(what, BaseException):
             await asyncio.sleep(0.25)
             raise what
@@ -224,7 +224,7 @@ async def seconds(count: float) -> None:
 
 @pytest.mark.parametrize("restarts", [0, 1, 2, 4])
 def test_a_worker_that_never_comes_up_is_tried_as_often_as_restarts_say(world: World, restarts: int) -> None:
-    """The first attempt and so many more, each later than the one before by a wait that doubles."""
+    """The first attempt and `restarts` more, each later than the one before by a wait that doubles."""
     world.start = lambda index, attempt: died()
     pool = pool_of(world, 1, restarts=restarts)
     with pytest.raises(NoWorkers, match="no generator serves: generator-0 died while starting"):
@@ -398,7 +398,7 @@ def test_those_not_up_yet_give_way_and_come_again(world: World) -> None:
 
 
 def test_patience_is_had_once(world: World) -> None:
-    """The first `ready` waits for those who are slow; a later one goes on with whoever serves."""
+    """The first `ready` waits for slow workers; a later one continues with those that serve."""
     world.start = lambda index, attempt: 1000.0 if index == 1 else 0.0
 
     async def work() -> list[float]:
@@ -757,7 +757,7 @@ def test_spare_ones_that_come_up_are_ended_and_holes_are_filled(world: World) ->
 
 
 def test_a_stopped_pool_leaves_nobody(world: World) -> None:
-    """Serving, coming up and retiring workers are all ended; whoever still asks is told that they are lost."""
+    """Serving, coming up and retiring workers are all ended; open calls raise that they are lost."""
     world.start = lambda index, attempt: FOREVER if index == 3 else 0.0
     world.answer = lambda index, order: 10.0
 
@@ -781,7 +781,7 @@ def test_a_stopped_pool_leaves_nobody(world: World) -> None:
 
 
 def test_when_one_comes_up_again_those_that_gave_up_are_tried_again(world: World) -> None:
-    """Both failed while nobody served; worker 0 had more attempts left, and worker 1 has not been forgotten."""
+    """Both failed while no worker served; worker 0 had more attempts left, and worker 1 has not been forgotten."""
     world.answer = lambda index, order: died()
     world.start = lambda index, attempt: died() if (index, attempt) in {(0, 2), (1, 2), (1, 3)} else 0.0
     world.placement = lambda index, attempt: 3.0 if index == 0 and attempt == 3 else 0.0

@@ -52,8 +52,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reference": None, "regularizer": kl("loss", "exact")}, "regularizer.kl.coefficient=0.1 needs column reference_logprobs but reference is null"),
     # groups of one
     *[
-        ({"sampling": {"samples_per_prompt": 1}, "objective": by}, f"sampling.samples_per_prompt=1: {what} compares samples of one prompt; expected at least 2")
-        for by, what in [
+        ({"sampling": {"samples_per_prompt": 1}, "objective": objective}, f"sampling.samples_per_prompt=1: {what} compares samples of one prompt; expected at least 2")
+        for objective, what in [
             ({"advantage": "grpo"}, "grpo"),
             ({"advantage": "reinforce_pp_baseline"}, "reinforce_pp_baseline"),
             (PREFER, "preference"),
@@ -97,9 +97,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regularizer": kl("reward", "k1", coefficient=0.0, controller={"kind": "safe"})}, "regularizer.kl.coefficient=0.0: controller.kind=safe starts from it; expected more"),
     # entropies over |y|
     *[
-        ({"regularizer": entropy(form=form), "objective": by}, f"regularizer.entropy.form={form}: objective.advantage={by['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
+        ({"regularizer": entropy(form=form), "objective": objective}, f"regularizer.entropy.form={form}: objective.advantage={objective['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
         for form in ("sequence_mean_exact", "sequence_mean_naive")
-        for by in ({"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, {"advantage": "gae", "critic": {}})
+        for objective in ({"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, {"advantage": "gae", "critic": {}})
     ],
     ({"regularizer": entropy(form="sequence_mean")}, "regularizer.entropy.form='sequence_mean': two forms were meant by it; expected sequence_mean_naive (reward R - (beta/|y|) S, what it was) or sequence_mean_exact ("),
     ({"sampling": {"stored_ratio": 0.5}, "objective": PREFER, "regularizer": kl("loss", "k2", importance_weighted=True)}, "regularizer.kl.importance_weighted=true: no known policy sampled the stored completions (sampling.stored_ratio=0.5), so there is no ratio to weigh by; expected false"),

@@ -28,20 +28,20 @@ def samples(count: int, **sampling: Any) -> dict[str, Any]:
     return {"samples_per_prompt": count, **sampling}
 
 
-def kl(**by: Any) -> dict[str, Any]:
-    return {"kl": {"coefficient": 0.1, **by}}
+def kl(**settings: Any) -> dict[str, Any]:
+    return {"kl": {"coefficient": 0.1, **settings}}
 
 
-def entropy(**by: Any) -> dict[str, Any]:
-    return {"entropy": {"form": "sequence_sum", "coefficient": 0.1, **by}}
+def entropy(**settings: Any) -> dict[str, Any]:
+    return {"entropy": {"form": "sequence_sum", "coefficient": 0.1, **settings}}
 
 
 def terms(*placements: str, names: str = "uvw") -> dict[str, Any]:
     return {"terms": [{"name": n, "source": "m:f", "placement": p} for n, p in zip(names, placements, strict=False)]}
 
 
-def controlled(**by: Any) -> dict[str, Any]:
-    return kl(controller={"kind": "dual", "target_nats": 1.0, **by})
+def controlled(**settings: Any) -> dict[str, Any]:
+    return kl(controller={"kind": "dual", "target_nats": 1.0, **settings})
 
 
 DUAL = {"kind": "dual", "target_nats": 1.0}
@@ -110,8 +110,8 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         "deviate alike on two samples, so their spread says nothing; expected at least 3",
     ),
     "stored completions": (
-        [{"sampling": samples(4, stored_ratio=ratio), "objective": by} for ratio, by in itertools.product((0.5, 1.0), (PREFER, WEIGH))] + [{"sampling": samples(4, stored_ratio=0.0, temperature=0.5)}],
-        [{"sampling": samples(4, stored_ratio=0.1), "objective": by} for by in (GAE, CONVEX)],
+        [{"sampling": samples(4, stored_ratio=ratio), "objective": objective} for ratio, objective in itertools.product((0.5, 1.0), (PREFER, WEIGH))] + [{"sampling": samples(4, stored_ratio=0.0, temperature=0.5)}],
+        [{"sampling": samples(4, stored_ratio=0.1), "objective": objective} for objective in (GAE, CONVEX)],
         "needs samples of the policy; expected preference or weighted_likelihood",
     ),
     "temperature of stored completions": (
@@ -130,13 +130,13 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         "rewards.r: kind=reference but reference is null",
     ),
     "linear in the reward": (
-        [{"objective": by, "regularizer": kl()} for by in (GAE, CONVEX, OWN)] + [{"objective": by, "regularizer": terms("loss")} for by in (PREFER, WEIGH)] + [{"objective": by, "regularizer": kl(placement="loss", estimator="k2")} for by in (PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}})],
-        [{"objective": by, "regularizer": regularizer} for by, regularizer in itertools.product((PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}}), (kl(), entropy(), terms("loss", "reward")))],
+        [{"objective": objective, "regularizer": kl()} for objective in (GAE, CONVEX, OWN)] + [{"objective": objective, "regularizer": terms("loss")} for objective in (PREFER, WEIGH)] + [{"objective": objective, "regularizer": kl(placement="loss", estimator="k2")} for objective in (PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}})],
+        [{"objective": objective, "regularizer": regularizer} for objective, regularizer in itertools.product((PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}}), (kl(), entropy(), terms("loss", "reward")))],
         "has no gradient that is linear in the reward",
     ),
     "after the baseline": (
-        [{"regularizer": kl(order="after_baseline"), "objective": by} for by in ({"advantage": "rloo"}, CONVEX, {"advantage": "value_baseline", "critic": {}})] + [{"regularizer": {"kl": {"order": "after_baseline"}}, "objective": GAE}],
-        [{"regularizer": kl(order="after_baseline"), "objective": by} for by in (GAE, {"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, OWN)],
+        [{"regularizer": kl(order="after_baseline"), "objective": objective} for objective in ({"advantage": "rloo"}, CONVEX, {"advantage": "value_baseline", "critic": {}})] + [{"regularizer": {"kl": {"order": "after_baseline"}}, "objective": GAE}],
+        [{"regularizer": kl(order="after_baseline"), "objective": objective} for objective in (GAE, {"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, OWN)],
         "order=after_baseline: the KL is part of the reward before",
     ),
     "a copy of the head": (

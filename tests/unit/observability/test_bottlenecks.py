@@ -18,26 +18,26 @@ class Run:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.own = Utilization(lambda: self.now)
+        self.utilization = Utilization(lambda: self.now)
         self.totals: dict[str, dict[str, float]] = {}
         self.lines: list[dict[str, Any]] = []
         for role in ("generator", "reference", "scorer"):
-            self.own.occupied(role, 0, 0, 1)
-        self.own.ranks(1)
+            self.utilization.occupied(role, 0, 0, 1)
+        self.utilization.ranks(1)
 
     def stage(self, role: str, seconds: float, *, waiting: int = 0, serving: int = 1, phase: str = "rollouts") -> None:
-        """One worker of a role works, the learn loop in a phase; then nobody does."""
-        self.own.doing(phase)
-        self.own.occupied(role, 1, waiting, serving)
+        """One worker of a role works, the learn loop in a phase; then none does."""
+        self.utilization.doing(phase)
+        self.utilization.occupied(role, 1, waiting, serving)
         self.now += seconds
-        self.own.occupied(role, 0, 0, serving)
+        self.utilization.occupied(role, 0, 0, serving)
 
     def phase(self, name: str, seconds: float) -> None:
-        self.own.doing(name)
+        self.utilization.doing(name)
         self.now += seconds
 
     def step(self) -> None:
-        for name, values in self.own.drain().items():
+        for name, values in self.utilization.drain().items():
             total = self.totals.setdefault(name, {})
             for label, value in values.items():
                 total[label] = total.get(label, 0.0) + value
@@ -46,7 +46,7 @@ class Run:
 
 
 def synchronous(**seconds: float) -> Run:
-    """Three steps in which everyone takes his turn for so many seconds."""
+    """Three steps in which the roles work one after the other, for the given seconds."""
     run = Run()
     run.phase("start", 100.0)
     for _ in range(3):

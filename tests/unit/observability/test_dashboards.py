@@ -214,18 +214,18 @@ def test_the_labels_of_an_expression_are_those_of_its_outermost_aggregation(expr
 RENAME = """
 import dataclasses
 from keel.observability import metric_table
-metric_table.TABLE = [dataclasses.replace(each, name="other") if each.name == NAME else each for each in metric_table.TABLE]
+metric_table.TABLE = [dataclasses.replace(row, name="other") if row.name == NAME else row for row in metric_table.TABLE]
 from keel.observability import dashboards
 dashboards.files()
 """
 
 
-@pytest.mark.parametrize("name", ["kl_nats", "busy_seconds_total", "nobody"])
+@pytest.mark.parametrize("name", ["kl_nats", "busy_seconds_total", "unread"])
 def test_a_renamed_metric_ends_the_generation(name: str) -> None:
     code = RENAME.replace("NAME", repr(name))
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     last = answer.stderr.splitlines()[-1:]
-    assert last == ([] if name == "nobody" else [f"KeyError: {name!r}"])
+    assert last == ([] if name == "unread" else [f"KeyError: {name!r}"])
 
 
 def test_no_variable_is_left_in_expressions() -> None:

@@ -60,7 +60,7 @@ def test_page_and_file_have_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_counters_exist_before_anything_happened_and_gauges_do_not(tmp_path: Path) -> None:
-    """A rate needs its 0; a KL or an entropy that nobody measured is absent, not 0."""
+    """A rate needs its 0; a KL or an entropy that was not measured is absent, not 0."""
     page = samples(generate_latest(RunMetrics("test", tmp_path / "m").registry).decode())
     counters = {PREFIX + metric.name for metric in TABLE if not metric.labels and metric.kind == "counter"}
     assert page == {(name, ""): 0.0 for name in counters}

@@ -123,7 +123,7 @@ def test_an_expression_names_what_is_there(expression: str) -> None:
 
 
 def test_matched_values_are_those_of_the_code() -> None:
-    """A role, phase or stage that nobody writes would leave an alert silent for ever."""
+    """A role, phase or stage that no code writes would leave an alert silent for ever."""
     packages = ("online", "rollout")
     code = "".join(path.read_text("utf8") for name in packages for path in (ROOT / "system/keel" / name).glob("*.py"))
     phases = {name.replace(" ", "_") for name in re.findall(r'\.doing\("([a-z ]+)"\)', code)}

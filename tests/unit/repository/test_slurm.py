@@ -43,7 +43,7 @@ _jobs: list[subprocess.Popen[str]] = []
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Of a test that fails, no process goes on."""
+    """A test that fails leaves no process running."""
     yield
     while _jobs:
         with contextlib.suppress(ProcessLookupError):  # it ended, and all it started
