@@ -80,7 +80,11 @@ def run(directories: list[Path], console: Console, *, as_json: bool, picture: Pa
         rows = {name: evaluations.frontier(path) for name, path in zip(comparison.names, directories, strict=True)}
         has_gold = any(row.get("gold") is not None for table in rows.values() for row in table)
         frontier_plot.draw(rows, picture, proxy="proxy", gold="gold" if has_gold else None)
-    (_print_json if as_json else _print_tables)(console, comparison)
+    if as_json:
+        text = json.dumps(tree_of(comparison), indent=2, allow_nan=False)
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+    else:
+        _print_tables(console, comparison)
 
 
 def compare(arms: Sequence[Arm]) -> Comparison:
@@ -205,12 +209,8 @@ def _arm_at_level(
     )
 
 
-def tables(comparison: Comparison) -> list[Table]:
-    """One table a matching: each metric's value in every arm, and its difference to the first one."""
-    return [_table(comparison, matching) for matching in comparison.matchings]
-
-
 def _table(comparison: Comparison, matching: Matching) -> Table:
+    """Each metric's value in every arm, and its difference to the first one."""
     title, level = _TITLES[matching.name]
     at = "" if math.isnan(matching.level) else f" ({level.format(matching.level)})"
     scope = f"{comparison.num_prompts} held-out prompts, 95 % intervals per metric, not corrected for many metrics"
@@ -255,53 +255,38 @@ def _interval(value: Estimate, sign: str) -> str:
     return f"{value.mean:{sign}.3f} [{value.low:{sign}.3f}, {value.high:{sign}.3f}]"
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
+def tree_of(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values: NaN is null."""
     arms = zip(comparison.names, comparison.directories, strict=True)
     return {
         "prompts": comparison.num_prompts,
         "arms": [{"name": name, "directory": str(directory)} for name, directory in arms],
-        "matchings": {
-            matching.name: _matching_as_json(matching, comparison.names) for matching in comparison.matchings
-        },
+        "matchings": {matching.name: _matching_as_json(matching, comparison) for matching in comparison.matchings},
         "notes": list(comparison.notes),
     }
 
 
-def _matching_as_json(matching: Matching, names: Sequence[str]) -> dict[str, Any]:
+def _matching_as_json(matching: Matching, comparison: Comparison) -> dict[str, Any]:
     return {
-        "level": _number(matching.level),
+        "level": matching.level if math.isfinite(matching.level) else None,
         "why_not": matching.why_not or None,
         "arms": {
             name: {
                 "steps": [arm_at_level.before, arm_at_level.after],
                 "weight": arm_at_level.weight,
-                "values": {metric: _estimate_as_json(value) for metric, value in arm_at_level.values.items()},
+                "values": {metric: value.as_json() for metric, value in arm_at_level.values.items()},
                 "differences": {
-                    metric: {**_estimate_as_json(value), "prompts": arm_at_level.paired[metric]}
+                    metric: {**value.as_json(), "prompts": arm_at_level.paired[metric]}
                     for metric, value in arm_at_level.differences.items()
                 },
             }
-            for name, arm_at_level in zip(names, matching.arms_at_level, strict=False)
+            for name, arm_at_level in zip(comparison.names, matching.arms_at_level, strict=False)
         },
     }
 
 
-def _estimate_as_json(value: Estimate) -> dict[str, Any]:
-    return {"mean": _number(value.mean), "low": _number(value.low), "high": _number(value.high)}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _print_json(console: Console, comparison: Comparison) -> None:
-    text = json.dumps(as_json(comparison), indent=2, allow_nan=False)
-    console.print(text, soft_wrap=True, markup=False, highlight=False)
-
-
 def _print_tables(console: Console, comparison: Comparison) -> None:
-    for table in tables(comparison):
-        console.print(table)
+    for matching in comparison.matchings:
+        console.print(_table(comparison, matching))
     for note in comparison.notes:
         console.print(f"Note     {note}", soft_wrap=True, markup=False, highlight=False)

@@ -69,7 +69,7 @@ def load(directory: Path) -> Arm:
     if not batches:
         raise ConfigError(f"run {directory}: no evaluation in it; expected evaluations/ and frontier.arrow")
     tokens = {0: 0.0} | {line["step"]: line.get("trained_tokens_total", math.nan) for line in lines}
-    read = [_per_prompt(batch) for batch in batches]
+    read = [per_prompt(batch) for batch in batches]
     for step, (prompts, _) in zip(steps, read, strict=True):
         if prompts != read[0][0]:
             raise ConfigError(f"run {directory}: step {step} was evaluated on other prompts than step {steps[0]}")
@@ -79,7 +79,7 @@ def load(directory: Path) -> Arm:
     return Arm(directory.resolve().name, directory, settings, read[0][0], tuple(evaluations))
 
 
-def _per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np.ndarray]]:
+def per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np.ndarray]]:
     """Prompts in ascending order, and every shown value [prompts] as the mean over the prompt's samples."""
     rows = list(zip(batch.column("prompt_id").to_pylist(), batch.column("prompt").to_pylist(), strict=True))
     prompts = tuple(sorted(set(rows)))

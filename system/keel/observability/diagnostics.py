@@ -106,6 +106,10 @@ class Estimate:
     def half_width(self) -> float:
         return (self.high - self.low) / 2
 
+    def as_json(self) -> dict[str, float | None]:
+        """The three numbers as JSON values: what is not finite is null."""
+        return {name: value if np.isfinite(value) else None for name, value in vars(self).items()}
+
 
 def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
     """Mean over completions of different prompts with a BCa bootstrap interval (95 %, 2,000 resamples).

@@ -390,7 +390,7 @@ def test_tables_say_where_they_stand_and_what_intervals_are(slow: Path, fast: Pa
 def test_json_has_the_numbers_of_the_tables_and_null_for_none(slow: Path, fast: Path, tmp_path: Path) -> None:
     bare = store(tmp_path / "bare", {0: held_out([1.0] * 4, None), 4: held_out([2.0] * 4, None)})
     found = json.loads(printed([slow, fast, bare], as_json=True), parse_constant=pytest.fail)
-    assert found == compare.as_json(compare.compare([compare.load(each) for each in (slow, fast, bare)]))
+    assert found == compare.tree_of(compare.compare([compare.load(each) for each in (slow, fast, bare)]))
     assert found["prompts"] == 4 and [each["name"] for each in found["arms"]] == ["slow", "fast", "bare"]
     steps = found["matchings"]["steps"]
     assert steps["arms"]["fast"]["differences"]["reward"]["mean"] == pytest.approx(1)

@@ -1,6 +1,5 @@
 """What a batch says about over-optimization, against naive sums; intervals against their coverage."""
 
-import json
 import math
 from pathlib import Path
 
@@ -162,7 +161,7 @@ def test_estimates_cover_rewards_monitors_and_the_signs_of_over_optimization() -
         known = values[name][np.isfinite(values[name])]
         assert each.mean == pytest.approx(known.mean()) and each.low <= each.mean <= each.high, name
     reward = found["reward"]
-    assert json.loads(evaluations.as_json(found))["reward"] == {
+    assert reward.as_json() == {
         "mean": reward.mean,
         "low": reward.low,
         "high": reward.high,
