@@ -123,3 +123,5 @@ def test_the_step_reports_them_and_leaves_out_what_it_cannot_know() -> None:
     assert summary["reference_nll_nats"] == pytest.approx(np.mean(reference), abs=1e-6)
     assert summary["template_overlap"] == sample_diagnostics.template_overlap(rows)
     assert "reward_tail_index" not in summary  # four rows
+    many = scored(generated(prompts(list(range(8)))), (np.arange(16.0) ** 2).tolist())
+    assert diagnostics.summarize(many)["reward_tail_index"] == sample_diagnostics.tail_index(np.arange(16.0) ** 2)
