@@ -95,6 +95,8 @@ ABSENT = {
         ),
     },
 }
+CHANCE = {"reward_length_correlation", "reward_correlation", "reward_tail_index"}
+"""In a step whose rewards or lengths are all equal, or which has few rows, there is none."""
 LABELS = {
     "reward_component": {"low", "gold"},
     "busy_seconds_total": ROLES,
@@ -111,7 +113,7 @@ def test_every_series_of_such_a_run_is_there(observed_run: Observed) -> None:
     for series in observed_run.prometheus.query(f'{{__name__=~"{PREFIX}.+"}}'):
         result.setdefault(series.name.removeprefix(PREFIX), []).append(series.labels)
     absent = set().union(*ABSENT.values())
-    assert set(result) == {metric.name for metric in TABLE} - absent
+    assert set(result) - CHANCE == {metric.name for metric in TABLE} - absent - CHANCE
     for metric in (metric for metric in TABLE if metric.name in result):
         assert all(set(metric.labels) <= set(labels) for labels in result[metric.name]), metric.name
         assert all(labels["run"] == RUN for labels in result[metric.name]), metric.name

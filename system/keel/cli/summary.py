@@ -1,6 +1,7 @@
 """Print the result of a finished run: first against last evaluation, two answers before and after, next commands."""
 
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keel import checkpoint
-from keel.analysis import frontier_plot
+from keel import checkpoint, files
+from keel.analysis import frontier_plot, report_page
 from keel.config.run import Settings
+from keel.errors import KeelError, safe_line
 from keel.observability import evaluations
 from keel.observability.console import from_here
 from keel.observability.diagnostics import Estimate, per_completion
-from keel.text import printable
+from keel.text import one_line, printable
 
 _UNITS = {
     "kl_nats": "KL to reference (nats)",
@@ -50,6 +52,17 @@ def draw_frontier(directory: Path, settings: Settings) -> str | None:
     gold = "gold" if any(reward.name == "gold" for reward in settings.rewards) else None
     frontier_plot.draw({settings.run.name: rows}, directory / "frontier.png", "proxy", gold)
     return from_here(directory / "frontier.png")
+
+
+def write_report(directory: Path) -> str:
+    """Write report.html of a run; its path, or why there is none, which is an event too: the run itself is done."""
+    try:
+        report_page.write([directory], directory / "report.html")
+    except (ArithmeticError, KeelError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {safe_line(one_line(error))}"
+        files.append_json(directory / "events.jsonl", {"event": "report_failed", "time": time.time(), "reason": reason})
+        return f"not written: {reason}"
+    return f"{from_here(directory / 'report.html')}  (curves, frontier, rollouts; open it in a browser)"
 
 
 def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> None:

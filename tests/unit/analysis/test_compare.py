@@ -14,11 +14,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy import stats
 
 from keel import files
 from keel.analysis import compare
 from keel.analysis.compare import ArmAtLevel, Comparison, Matching
-from keel.analysis.compared_runs import Arm, Evaluation
+from keel.analysis.compared_runs import Evaluation, Run
 from keel.errors import ConfigError
 from keel.observability import evaluations as stored_evaluations
 from keel.observability.diagnostics import Estimate
@@ -97,7 +98,7 @@ def fast(tmp_path: Path) -> Path:
 
 def test_equal_steps_is_the_last_evaluation_all_have(slow: Path, fast: Path) -> None:
     matching, (first, other) = of([slow, fast], "steps")
-    assert (matching.level, first.before, first.after, other.after) == (4, 4, 4, 4)
+    assert (matching.level, first.places[0].before, first.places[0].after, other.places[0].after) == (4, 4, 4, 4)
     assert (first.values["reward"].mean, other.values["reward"].mean) == pytest.approx((3, 4))
     assert other.differences["reward"].mean == pytest.approx((1 - 1 + 1 + 3) / 4)
     assert other.differences["kl_nats"].mean == pytest.approx(2, abs=1e-6)
@@ -108,8 +109,8 @@ def test_equal_tokens_is_the_budget_of_the_run_that_trained_least(slow: Path, fa
     """fast ends at 600 tokens, which slow reached half way from step 4 (400) to step 8 (800)."""
     matching, (first, other) = of([slow, fast], "tokens")
     assert matching.level == 600
-    assert (first.before, first.after, first.weight) == (4, 8, pytest.approx(0.5))
-    assert (other.before, other.after, other.weight) == (4, 4, 1)
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (4, 8, pytest.approx(0.5))
+    assert (other.places[0].before, other.places[0].after, other.places[0].weight) == (4, 4, 1)
     between = [3.0, 4.0, 3.0, 6.0]
     assert first.values["reward"].mean == pytest.approx(np.mean(between))
     assert other.differences["reward"].mean == pytest.approx(np.mean(np.subtract([2, 2, 3, 9], between)))
@@ -119,8 +120,12 @@ def test_equal_kl_is_where_the_run_that_went_least_far_ends(slow: Path, fast: Pa
     """fast reached 4 nats, slow half way from 2 (step 4) to 6 (step 8)."""
     matching, (first, other) = of([slow, fast], "kl")
     assert matching.level == pytest.approx(4, abs=1e-6)
-    assert (first.before, first.after, first.weight) == (4, 8, pytest.approx(0.5, abs=1e-6))
-    assert (other.before, other.after) == (4, 4)
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (
+        4,
+        8,
+        pytest.approx(0.5, abs=1e-6),
+    )
+    assert (other.places[0].before, other.places[0].after) == (4, 4)
     assert first.values["kl_nats"].mean == pytest.approx(other.values["kl_nats"].mean, abs=1e-9)
     assert other.differences["kl_nats"].mean == pytest.approx(0, abs=1e-9)
     assert first.values["reward"].mean == pytest.approx(4, abs=1e-5)
@@ -131,8 +136,12 @@ def test_the_first_crossing_counts(tmp_path: Path) -> None:
     back = store(tmp_path / "back", {step: held_out([float(step)] * 3, [item] * 3) for step, item in kl.items()})
     steady = store(tmp_path / "steady", {step: held_out([7.0] * 3, [step * 1.0] * 3) for step in (0, 1, 3)})
     _, (first, other) = of([back, steady], "kl")
-    assert (first.before, first.after, first.weight) == (0, 1, pytest.approx(0.75, abs=1e-6))
-    assert other.after == 3
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (
+        0,
+        1,
+        pytest.approx(0.75, abs=1e-6),
+    )
+    assert other.places[0].after == 3
 
 
 def test_differences_are_paired(tmp_path: Path) -> None:
@@ -156,7 +165,7 @@ def test_the_interval_is_that_of_paired_values_between_evaluations(tmp_path: Pat
     matching, (_, result) = of([one, two], "tokens")
     differences = 0.75 * early + 0.25 * late - other
     half = 1.96 * differences.std(ddof=1) / math.sqrt(300)
-    assert (matching.level, result.weight) == (25, 0.25)
+    assert (matching.level, result.places[0].weight) == (25, 0.25)
     change = result.differences["reward"]
     assert change.mean == pytest.approx(differences.mean(), abs=1e-6)
     assert (change.low, change.high) == pytest.approx((change.mean - half, change.mean + half), abs=0.1 * half)
@@ -170,12 +179,12 @@ def test_the_interval_at_equal_kl_knows_that_the_kl_is_estimated() -> None:
     rng, count = np.random.default_rng(8), 200
     rows = tuple((number, "") for number in range(count))
 
-    def arm(nats: Sequence[float]) -> Arm:
+    def arm(nats: Sequence[float]) -> Run:
         values = [
             {"kl_nats": item + rng.normal(0, item / 2, count), "reward": item / 10 + rng.normal(0, 0.3, count)}
             for item in nats
         ]
-        return Arm("arm", Path("arm"), {}, rows, tuple(Evaluation(k, math.nan, item) for k, item in enumerate(values)))
+        return Run("arm", Path("arm"), {}, rows, tuple(Evaluation(k, math.nan, item) for k, item in enumerate(values)))
 
     near, far = arm([0, 6, 12]), arm([0, 8, 16])
     result = matched(compare.compare([near, far]), "kl").arms_at_level[1].differences["reward"]
@@ -243,14 +252,14 @@ def test_an_evaluation_before_its_line_of_metrics_has_no_tokens_yet(slow: Path, 
         tmp_path / "running", {step: held_out(*item) for step, item in (SLOW | SLOW_END).items()}, {4: 400.0}
     )
     matching, arms_at_level = of([slow, running], "tokens")
-    assert (matching.level, arms_at_level[1].after) == (400, 4)
+    assert (matching.level, arms_at_level[1].places[0].after) == (400, 4)
     assert of([slow, running], "steps")[0].level == 8
 
 
 # ---- what must not matter
 
 
-def arm_of(seed: int, name: str, num_prompts: int, steps: Sequence[int]) -> Arm:
+def arm_of(seed: int, name: str, num_prompts: int, steps: Sequence[int]) -> Run:
     """An arm drawn from a seed, KL growing with the step; a tenth of the gold values missing."""
     rng = np.random.default_rng(seed)
     evaluations = []
@@ -263,7 +272,7 @@ def arm_of(seed: int, name: str, num_prompts: int, steps: Sequence[int]) -> Arm:
         }
         evaluations.append(Evaluation(step, step * rng.uniform(50, 100), values))
     rows = tuple((number, f"prompt {number}") for number in range(num_prompts))
-    return Arm(name, Path(name), {}, rows, tuple(evaluations))
+    return Run(name, Path(name), {}, rows, tuple(evaluations))
 
 
 ARMS = st.tuples(st.integers(0, 9999), st.integers(0, 9999), st.integers(8, 30), st.integers(1, 4))
@@ -312,12 +321,89 @@ def test_the_order_of_prompts_in_a_file_changes_nothing(
     assert pair.matchings == other.matchings
 
 
+# ---- arms of several seeds
+
+
+def seeded(folder: Path, name: str, seed: int, shift: float, step: int = 4, **run: Any) -> Path:
+    """A run of a seed: reward shift + seed on four prompts that differ by 10, KL 2 nats at its last step."""
+    end = held_out([shift + seed + 10 * prompt for prompt in range(4)], [2.0] * 4)
+    identity = {"name": name, "seed": seed, "directory": str(folder / name), **run}
+    return store(folder / name, {0: held_out([0.0] * 4, [0.0] * 4), step: end}, run=identity)
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_arm(tmp_path: Path) -> None:
+    """Means over seeds 1 and 2.5, difference 1.5; seeds spread alike in both, so the interval is Welch's of them."""
+    kl = [seeded(tmp_path, f"kl-seed-{seed}", seed, 0.0, steps=4) for seed in (0, 1, 2)]
+    other = [seeded(tmp_path, f"entropy_s{seed}", seed, 1.5, steps=5) for seed in (0, 1, 2)]
+    comparison = compare.compare([compare.load(item) for item in [kl[0], other[1], kl[2], other[0], kl[1], other[2]]])
+    assert [(arm.name, [run.seed for run in arm.runs]) for arm in comparison.arms] == [
+        ("kl", [0, 2, 1]),
+        ("entropy", [1, 0, 2]),
+    ]
+    assert comparison.names == ["kl (3 seeds)", "entropy (3 seeds)"] and comparison.notes == ()
+    for name in ("steps", "tokens", "kl"):
+        first, second = matched(comparison, name).arms_at_level
+        assert (first.values["reward"].mean, second.values["reward"].mean) == pytest.approx((16, 17.5))
+        change = second.differences["reward"]
+        expected = stats.ttest_ind([1.5, 2.5, 3.5], [0, 1, 2], equal_var=False).confidence_interval()
+        assert (change.mean, change.low, change.high) == pytest.approx((1.5, *expected), abs=0.1)
+        assert first.differences["reward"] == Estimate(0, 0, 0)
+
+
+def test_a_repetition_is_another_arm_and_a_lone_arm_has_no_difference(tmp_path: Path) -> None:
+    runs = [seeded(tmp_path, name, seed, 0.0) for name, seed in (("a0", 0), ("a1", 1), ("again", 0))]
+    comparison = compare.compare([compare.load(item) for item in runs])
+    assert [[run.name for run in arm.runs] for arm in comparison.arms] == [["a0", "a1"], ["again"]]
+    text = printed(runs)
+    assert "1 seed: interval over prompts only" in text and "several seeds: interval over seeds and prompts" in text
+    alone = compare.compare([compare.load(item) for item in runs[:2]])
+    assert alone.names == ["a (2 seeds)"] and matched(alone, "steps").arms_at_level[0].values["reward"].mean == 15.5
+
+
+def test_arms_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [seeded(tmp_path, name, 0, shift, steps=shift + 1) for name, shift in (("x", 0), ("y", 1), ("z=1", 2))]
+    console = Console(file=io.StringIO(), width=120)
+    monkeypatch.chdir(tmp_path)
+    compare.run(["both=x", f"both={runs[1]}", "z=1"], console, as_json=True, picture=None)
+    arms = json.loads(console.file.getvalue())["arms"]  # type: ignore[attr-defined]
+    assert [(arm["name"], arm["intervals"], len(arm["runs"])) for arm in arms] == [
+        ("both", "seeds and prompts", 2),
+        ("z=1", "prompts", 1),
+    ]
+    with pytest.raises(ConfigError, match=r"absent: no config\.yaml in it"):
+        compare.run(["both=x", "both=absent"], console, as_json=True, picture=None)
+
+
+def test_every_seed_stands_at_its_own_place(tmp_path: Path) -> None:
+    """At 300 tokens seed 0 is three quarters of the way to step 4 (400), seed 1 stands at its step 3."""
+    runs = [seeded(tmp_path, f"a{seed}", seed, 0.0, step=4 - seed) for seed in (0, 1)]
+    matching = matched(compare.compare([compare.load(run) for run in runs]), "tokens")
+    assert [(place.before, place.after, place.weight) for place in matching.arms_at_level[0].places] == [
+        (0, 4, 0.75),
+        (3, 3, 1.0),
+    ]
+    assert matching.arms_at_level[0].values["reward"].mean == pytest.approx((0.75 * 15 + 16) / 2)
+    assert "0-4 by seed" in printed(runs) and "a place of its own" in printed(runs)
+
+
+def test_the_prompts_of_an_arm_are_those_with_a_value_in_every_seed(tmp_path: Path) -> None:
+    gold = [[1.0, 2.0, None, 4.0], [3.0, None, 5.0, 6.0]]
+    for seed, values in enumerate(gold):
+        batch = held_out([1.0] * 4, [0.0] * 4, gold=values)
+        store(tmp_path / f"a{seed}", {0: batch}, run={"name": f"a{seed}", "seed": seed})
+    lone = store(tmp_path / "b", {0: held_out([1.0] * 4, [0.0] * 4, gold=[0.0] * 4)}, run={"name": "b", "steps": 9})
+    comparison = compare.compare([compare.load(item) for item in (tmp_path / "a0", tmp_path / "a1", lone)])
+    first, second = matched(comparison, "steps").arms_at_level
+    assert first.values["reward_gold"].mean == pytest.approx((2 + 5) / 2)
+    assert (second.differences["reward_gold"].mean, second.paired["reward_gold"]) == (pytest.approx(-3.5), 2)
+
+
 # ---- refusals, each one line
 
 
 def refusal(*directories: Path) -> str:
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
-        compare.run(list(directories), Console(file=io.StringIO()), as_json=False, picture=None)
+        compare.run(list(map(str, directories)), Console(file=io.StringIO()), as_json=False, picture=None)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -373,7 +459,7 @@ def test_a_damaged_file(slow: Path) -> None:
 
 def printed(directories: list[Path], as_json: bool = False, picture: Path | None = None) -> str:
     console = Console(file=io.StringIO(), width=120)
-    compare.run(directories, console, as_json=as_json, picture=picture)
+    compare.run(list(map(str, directories)), console, as_json=as_json, picture=picture)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -398,7 +484,9 @@ def test_json_has_the_numbers_of_the_tables_and_null_for_none(slow: Path, fast: 
     assert steps["arms"]["bare"]["values"]["kl_nats"] == {"mean": None, "low": None, "high": None}
     assert steps["why_not"] is None
     assert result["matchings"]["kl"] == {"level": None, "why_not": "bare has no reference log-probs", "arms": {}}
-    assert result["matchings"]["tokens"]["arms"]["fast"]["steps"] == [0, 4]
+    assert result["matchings"]["tokens"]["arms"]["fast"]["places"] == [
+        {"steps": [0, 4], "weight": pytest.approx(2 / 3)}
+    ]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

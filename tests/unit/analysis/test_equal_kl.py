@@ -9,19 +9,19 @@ import pytest
 
 from keel.analysis import compare
 from keel.analysis.compare import Matching
-from keel.analysis.compared_runs import Arm, Evaluation
+from keel.analysis.compared_runs import Evaluation, Run
 
 COUNT = 200
 
 
-def arm(name: str, kl: Sequence[np.ndarray], reward: Sequence[np.ndarray], steps: Sequence[int] | None = None) -> Arm:
+def arm(name: str, kl: Sequence[np.ndarray], reward: Sequence[np.ndarray], steps: Sequence[int] | None = None) -> Run:
     """A run whose evaluations have these values of each prompt."""
     pairs = zip(steps or range(len(kl)), kl, reward, strict=True)
     evaluations = tuple(Evaluation(step, math.nan, {"kl_nats": k, "reward": r}) for step, k, r in pairs)
-    return Arm(name, Path(name), {}, tuple((number, "") for number in range(len(kl[0]))), evaluations)
+    return Run(name, Path(name), {}, tuple((number, "") for number in range(len(kl[0]))), evaluations)
 
 
-def at_equal_kl(*arms: Arm) -> Matching:
+def at_equal_kl(*arms: Run) -> Matching:
     return next(item for item in compare.compare(arms).matchings if item.name == "kl")
 
 
@@ -52,7 +52,7 @@ def test_a_reward_that_is_a_multiple_of_the_kl_has_no_error_at_equal_kl(slope: f
         assert arm_at_level.values["kl_nats"].half_width == pytest.approx(1.96 * spread / abs(slope), rel=0.15)
 
 
-def bootstrap(short: Arm, long: Arm, name: str = "reward") -> tuple[float, float]:
+def bootstrap(short: Run, long: Run, name: str = "reward") -> tuple[float, float]:
     """Difference long - short at equal KL, and its deviation over prompts drawn again with the whole procedure."""
     kl = [item.values["kl_nats"] for item in long.evaluations]
     reward = [item.values[name] for item in long.evaluations]
@@ -74,7 +74,7 @@ def test_the_interval_is_that_of_the_whole_procedure_whatever_goes_together(corr
     """Prompts whose KL lies high have a reward that lies high, or low; the curve rises, or falls."""
     rng = np.random.default_rng(int(10 * correlation) + 20)
 
-    def run(name: str, seed: int, nats: Sequence[float]) -> Arm:
+    def run(name: str, seed: int, nats: Sequence[float]) -> Run:
         kl = draws(seed, nats)
         rewards = []
         for mean, first in zip(nats, kl, strict=True):
@@ -102,9 +102,13 @@ def test_an_arm_at_an_evaluation_keeps_its_numbers_and_one_between_is_linear() -
     short = arm("short", [zero, np.full(4, 4.0)], [zero, np.full(4, 2.5)], steps=[0, 7])
     matching = at_equal_kl(short, long)
     first, other = matching.arms_at_level
-    assert (first.before, first.after, first.weight) == (7, 7, 1.0)
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (7, 7, 1.0)
     assert first.values["reward"].mean == 2.5 and first.values["reward"].half_width == 0
-    assert (other.before, other.after, other.weight) == (5, 20, 0.25)  # from 2 to 10 nats, at 4
+    assert (other.places[0].before, other.places[0].after, other.places[0].weight) == (
+        5,
+        20,
+        0.25,
+    )  # from 2 to 10 nats, at 4
     assert other.values["reward"].mean == pytest.approx(0.75 * 2.5 + 0.25 * 5.5)
     assert other.differences["reward"].mean == pytest.approx(0.75)
     # per prompt: v = .75 r5 + .25 r20, corrected by the slope (5.5 - 2.5) / (10 - 2) times how far its KL lies from 4
@@ -122,12 +126,12 @@ def test_a_metric_that_some_prompts_lack_is_corrected_on_the_others() -> None:
     end = draws(4, [0.0, 5.0])
     rows = tuple((number, "") for number in range(COUNT))
 
-    def run(name: str, nats: list[np.ndarray], values: list[np.ndarray]) -> Arm:
+    def run(name: str, nats: list[np.ndarray], values: list[np.ndarray]) -> Run:
         evaluations = [
             Evaluation(step, math.nan, {"kl_nats": a, "reward_gold": b})
             for step, (a, b) in enumerate(zip(nats, values, strict=True))
         ]
-        return Arm(name, Path(name), {}, rows, tuple(evaluations))
+        return Run(name, Path(name), {}, rows, tuple(evaluations))
 
     arm_at_level = at_equal_kl(run("end", end, end), run("other", kl, gold)).arms_at_level[1]
     assert (
@@ -148,7 +152,7 @@ def test_at_equal_steps_and_tokens_nothing_is_corrected(matching: str) -> None:
     arms = []
     for name, nats in (("one", kl), ("two", other)):
         evaluations = [Evaluation(n, 100.0 * n, {"kl_nats": k, "reward": 2 * k}) for n, k in enumerate(nats)]
-        arms.append(Arm(name, Path(name), {}, tuple((n, "") for n in range(COUNT)), tuple(evaluations)))
+        arms.append(Run(name, Path(name), {}, tuple((n, "") for n in range(COUNT)), tuple(evaluations)))
     result = next(item for item in compare.compare(arms).matchings if item.name == matching)
     assert result.arms_at_level[1].differences["reward"] == compare.estimate(2 * other[1] - 2 * kl[1])
     assert result.arms_at_level[1].differences["kl_nats"] == compare.estimate(other[1] - kl[1])

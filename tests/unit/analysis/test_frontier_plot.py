@@ -123,3 +123,15 @@ def test_without_matplotlib_one_line_says_so(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match="matplotlib is not installed"):
         frontier_plot.draw({"one": ROWS}, tmp_path / "a.png")
+
+
+def test_an_arm_of_several_seeds_is_their_mean_with_the_error_over_seeds() -> None:
+    """At the steps that all seeds evaluated; a column one of them has no value of is unknown."""
+    one = [{"step": 0.0, "kl_nats": 0.0, "proxy": 1.0, "stderr": 9.0, "gold": None}]
+    one += [{"step": step, "kl_nats": 2.0, "proxy": 3.0, "stderr": 9.0, "gold": 1.0} for step in (2.0, 4.0)]
+    two = [{"step": step, "kl_nats": 4.0, "proxy": 6.0, "stderr": 9.0, "gold": 2.0} for step in (0.0, 4.0)]
+    assert frontier_plot.mean_over_seeds([one]) == one
+    assert frontier_plot.mean_over_seeds([one, two]) == [
+        {"step": 0.0, "kl_nats": 2.0, "proxy": 3.5, "stderr": pytest.approx(2.5), "gold": None},
+        {"step": 4.0, "kl_nats": 3.0, "proxy": 4.5, "stderr": pytest.approx(1.5), "gold": 1.5},
+    ]
