@@ -170,7 +170,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {_quoted(override)}: the value is not YAML") from None
-    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, people mean the number
+    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, the number is meant
         with contextlib.suppress(ValueError):
             value = float(value)
     *parents, last = path.split(".")
