@@ -144,11 +144,11 @@ def _cluster(plan: PodPlan) -> dict[str, Any]:
 def _worker_group(plan: PodPlan, group: PodGroup) -> dict[str, Any]:
     resources = {
         "cpu": str(group.pod_cpus),
-        "memory": quantity(group.worker_bytes * group.per_pod + plan.shared_bytes),
+        "memory": quantity(group.pod_bytes + plan.shared_bytes),
         **({"nvidia.com/gpu": str(group.pod_gpus)} if group.pod_gpus else {}),
     }
     gpus = {"num-gpus": str(group.pod_gpus)} if group.pod_gpus else {}
-    custom = {"resources": f"'{json.dumps(group.pod_resources)}'"} if group.worker_resources else {}  # for a shell
+    custom = {"resources": f"'{json.dumps(group.pod_resources)}'"} if group.pod_resources else {}  # for a shell
     return {
         "groupName": group.role,
         "replicas": group.pods,
