@@ -247,7 +247,6 @@ def without_dropout(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
-        for name, value in part.to_dict().items():
-            if any(noise in name for noise in scaled_down_models.NOISE) and isinstance(value, float):
-                setattr(part, name, 0.0)
+        for name, value in scaled_down_models.without_noise(part.to_dict()).items():
+            setattr(part, name, value)
     return scaled_down_models.keep_attention_caps(config)
