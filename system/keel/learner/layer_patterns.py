@@ -17,8 +17,15 @@ from keel.errors import KeelError
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 """Names of the number of layers that a causal model runs, the first one that a configuration has."""
 _OTHER_COUNTS = ("encoder_layers", "num_encoder_layers")
-_INDICES: tuple[str, ...] = ("full_attn_idxs", "attn_layer_indices", "cross_attention_layers", "moe_layers", "mlp_only_layers")
-_INDICES += ("local_layer_ids", "ple_layer_ids")
+_INDICES = (
+    "full_attn_idxs",
+    "attn_layer_indices",
+    "cross_attention_layers",
+    "moe_layers",
+    "mlp_only_layers",
+    "local_layer_ids",
+    "ple_layer_ids",
+)
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_hash_layers")
 _TRAILING, _LAST = "num_kv_shared_layers", "moe_layer_end_index"
 _PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
@@ -33,10 +40,7 @@ Layers = Sequence[int]
 
 @dataclass(frozen=True)
 class Column:
-    """One thing that may differ from layer to layer, and the settings which say so for a choice of layers.
-
-    `write` returns None where its form cannot express the choice.
-    """
+    """One thing that differs from layer to layer, and the settings that say so for a choice of layers, if any can."""
 
     values: list[Any]
     write: Callable[[Layers], Values | None]
@@ -47,10 +51,7 @@ class LayerError(KeelError):
 
 
 def cut(values: Values, most: int) -> Values:
-    """Settings of the same pattern on at most this number of layers, a few more where the kinds need them.
-
-    Raises LayerError where no choice of layers holds every kind.
-    """
+    """The same pattern on about `most` layers. Raises LayerError where no choice of layers has every kind."""
     count = _number_of_layers(values)
     if count is None or count <= most:
         return {}
@@ -72,11 +73,7 @@ def _number_of_layers(values: Values) -> int | None:
 
 
 def _choices(kinds: Sequence[tuple[str, ...]], most: int) -> Iterator[list[int]]:
-    """Choices of layers that hold every kind, the most faithful first.
-
-    One period of the pattern, its first layers, the first layer of every kind with the one after it, and longer
-    beginnings.
-    """
+    """Choices of layers with every kind: a period, the first layers, the first of each kind (and the next), more."""
     count, firsts = len(kinds), {kinds.index(kind) for kind in set(kinds)}
     for period in range(1, most + 1):
         if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds)):

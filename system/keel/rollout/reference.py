@@ -12,10 +12,7 @@ from keel.protocols import LoadReceipt, StageReceipt
 
 
 class ReferenceScorer:
-    """Appends the log-probs of the completions under a frozen policy, at the sampling temperature.
-
-    On every run, also one whose objective does not use them: they are the KL monitor.
-    """
+    """Appends the completions' log-probs under a frozen policy: the KL monitor of every run."""
 
     def __init__(self, folder: str, settings: ReferenceSettings, temperature: float, name: str) -> None:
         import torch
