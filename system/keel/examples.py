@@ -6,6 +6,7 @@ Needs the extra `examples` (pip install "keel-rlhf[examples]"). The rewards have
 
 import functools
 import importlib.util
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,33 @@ def distinct_token_ratio(
     if completion_ids is not None:
         rows = completion_ids
     return [len(set(row)) / len(row) if len(row) else 1.0 for row in rows]
+
+
+def sentiment_on_topic(
+    completions: Sequence[Completion],
+    reference_logprobs: Sequence[Sequence[float]],
+    relevance_nats: Sequence[float | None],
+    **columns: Any,
+) -> list[float | None]:
+    """VADER x s(2 (fluency + 4)) x s(8 (relevance - 0.3)), s the logistic function; in [-1, 1].
+
+    Fluency is the mean log-prob of a token under the reference policy, relevance what of it the prompt explains, both
+    in nats. The product is high for a positive answer that is fluent and belongs to its question; a proxy that knows
+    sentiment alone cannot see the last factor. None where there is no other prompt to compare with.
+    """
+    rows = zip(vader_compound(completions), reference_logprobs, relevance_nats, strict=True)
+    return [
+        None if relevance is None else sentiment * _logistic(2 * (_mean(nats) + 4)) * _logistic(8 * (relevance - 0.3))
+        for sentiment, nats, relevance in rows
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _logistic(x: float) -> float:
+    return (1 + math.tanh(x / 2)) / 2
 
 
 def content(completion: Completion) -> str:

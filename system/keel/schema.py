@@ -48,6 +48,9 @@ GENERATE = described(
     generate_seconds=(pa.float32(), "of the whole generator batch"),
 )
 REFERENCE = described(reference_logprobs=(NATS, "nats, same temperature as completion_logprobs"))
+RELEVANCE = described(
+    relevance_nats=(pa.float32(), "mean log-prob a token under the reference, given the prompt minus given another")
+)
 SCORE = described(
     reward=(pa.float32(), "weighted sum of the training rewards; null: failed"),
     failure=(pa.string(), "why the sample has no reward; null: it was scored"),
@@ -55,7 +58,7 @@ SCORE = described(
     scorer=(pa.string(), "names of the scorers, joined by +"),
 )
 _PER_COMPLETION_TOKEN = ("completion_logprobs", "weight_versions", "reference_logprobs")
-_NULLABLE = {"failure"}
+_NULLABLE = {"failure", "relevance_nats"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

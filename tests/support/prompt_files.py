@@ -45,7 +45,9 @@ PLAIN = word_tokenizer(chat_template=None, numbers=200)
 CHAT = word_tokenizer(numbers=200)
 
 
-def settings_for(source: object, seed: int = 0, samples: int = 2, policy: Any = None, **prompts: Any) -> Any:
+def settings_for(
+    source: object, seed: int = 0, samples: int = 2, policy: Any = None, evaluation: Any = None, **prompts: Any
+) -> Any:
     return loader.parse(
         {
             "run": {"name": "test", "seed": seed},
@@ -53,6 +55,7 @@ def settings_for(source: object, seed: int = 0, samples: int = 2, policy: Any = 
             "prompts": {"source": str(source), "held_out": 2, **prompts},
             "sampling": {"samples_per_prompt": samples},
             "rewards": [{"name": "length", "source": "tests:length"}],
+            "evaluation": evaluation or {},
         }
     )
 

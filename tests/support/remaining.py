@@ -27,6 +27,7 @@ SECONDS = {
     "integration/test_predictions": 150.0,
     "integration/test_prometheus": 20.0,
     "integration/test_recovery": 90.0,
+    "integration/test_report_in_browser": 3.0,
     "integration/test_resharding": 4.0,
     "integration/test_runs": 80.0,
     "integration/test_same_curve": 150.0,

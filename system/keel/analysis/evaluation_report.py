@@ -43,7 +43,7 @@ def report(batch: pa.RecordBatch, judge: str, pass_at: Sequence[int], pass_thres
         missing = np.isnan(scores).any(1)  # a judge that failed says nothing of its prompt
         ks = [k for k in pass_at if k <= scores.shape[1]]
         passed = win_rates.pass_at_k(scores[~missing] >= pass_threshold, ks)
-        tree["pass_at_k"] = {str(k): _as_json(value) for k, value in passed.items()}
+        tree["pass_at_k"] = {str(k): value.as_json() for k, value in passed.items()}
         tree["pass_prompts"] = int((~missing).sum())
     return tree
 
@@ -56,7 +56,7 @@ def means(part: pa.RecordBatch, *, sampled: bool) -> dict[str, dict[str, float |
         if name in _OF_SAMPLES and not sampled:
             continue
         known = np.isfinite(values[name])
-        numbers[name] = _as_json(_over_prompts(values[name][known], prompts[known])) | {"missing": int((~known).sum())}
+        numbers[name] = _over_prompts(values[name][known], prompts[known]).as_json() | {"missing": int((~known).sum())}
     return numbers
 
 
@@ -73,8 +73,8 @@ def against(policy: pa.RecordBatch, other: pa.RecordBatch, judge: str) -> dict[s
     prompts = policy.column("prompt_id").to_numpy()
     controlled = win_rates.length_controlled_win_rate(won, lengths[0], lengths[1][partner], prompts)
     return {
-        "win_rate": _as_json(win_rates.win_rate(won, prompts)),
-        "length_controlled_win_rate": _as_json(controlled),
+        "win_rate": win_rates.win_rate(won, prompts).as_json(),
+        "length_controlled_win_rate": controlled.as_json(),
         "unjudged": int(np.isnan(won).sum()),
         "length_characters": [float(lengths[0].mean()), float(lengths[1][partner].mean())],
     }
@@ -104,8 +104,3 @@ def _by_prompt(batch: pa.RecordBatch, judge: str) -> np.ndarray:
 def _over_prompts(values: np.ndarray, prompts: np.ndarray) -> Estimate:
     _, group, size = np.unique(prompts, return_inverse=True, return_counts=True)
     return estimate(np.bincount(group, values, len(size)) / size)
-
-
-def _as_json(value: Estimate) -> dict[str, float | None]:
-    numbers = {"mean": value.mean, "low": value.low, "high": value.high}
-    return {name: number if np.isfinite(number) else None for name, number in numbers.items()}

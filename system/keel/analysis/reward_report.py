@@ -10,7 +10,7 @@ import numpy as np
 from scipy import special, stats
 
 from keel.algorithms.advantages import vary
-from keel.observability.diagnostics import Estimate, estimate
+from keel.observability.diagnostics import estimate
 
 BINS = 10
 
@@ -58,7 +58,7 @@ def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, 
     bins = calibration(margins)
     return {
         "pairs": len(margins),
-        "accuracy": _as_json(estimate(accuracies(margins))),
+        "accuracy": estimate(accuracies(margins)).as_json(),
         "member_accuracies": [
             float(accuracies(one - other).mean()) for one, other in zip(chosen, rejected, strict=True)
         ],
@@ -77,7 +77,3 @@ def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float | None:
     """Rank correlation; None where one of them does not vary by more than rounding, which has ranks, too."""
     return float(stats.spearmanr(one, other).statistic) if vary(one) and vary(other) else None
-
-
-def _as_json(value: Estimate) -> dict[str, float]:
-    return {"mean": value.mean, "low": value.low, "high": value.high}

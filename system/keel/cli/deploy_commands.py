@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from keel.cluster import kubernetes
+from keel.cluster.capacity import BLOCKS
 from keel.cluster.kubernetes_plan import FOR_A_CLUSTER, Options
 from keel.config import loader
 from keel.errors import ConfigError
@@ -119,29 +120,14 @@ def kubernetes_manifests(
 ) -> None:
     """Print KubeRay manifests of a run, for `kubectl apply -f -`."""
     settings = loader.load(config_path, [*(overrides or []), *FOR_A_CLUSTER])
-    largest = {
-        "generators": max_generators,
-        "reference": max_reference,
-        "scorers": max_scorers,
-        "learners": max_learners,
-    }
-    text = kubernetes.render(
-        settings,
-        Options(
-            kind=kind,
-            image=image,
-            namespace=namespace,
-            storage=storage,
-            storage_size=storage_size,
-            memory=dict(_by_role("--memory", memory)),
-            per_pod={role: _number(role, value) for role, value in _by_role("--per-pod", per_pod)},
-            largest={role: count for role, count in largest.items() if count is not None},
-            retries=retries,
-            deadline_seconds=deadline_seconds,
-            secret=secret,
-            monitor=monitor,
-        ),
+    most = zip(BLOCKS.values(), (max_generators, max_reference, max_scorers, max_learners), strict=True)
+    largest = {role: count for role, count in most if count is not None}
+    pods = {role: _number(role, value) for role, value in _by_role("--per-pod", per_pod)}
+    sizes = dict(_by_role("--memory", memory))
+    options = Options(
+        kind, image, namespace, storage, storage_size, sizes, pods, largest, retries, deadline_seconds, secret, monitor
     )
+    text = kubernetes.render(settings, options)
     if output is None:
         typer.echo(text, nl=False)
         return

@@ -132,6 +132,7 @@ def pipeline(
 
 for command in (
     run_commands.compare,
+    run_commands.report,
     run_commands.verify,
     run_commands.scale,
     run_commands.replay,

@@ -1,9 +1,9 @@
 """`keel plan`: what a configuration will take, and how to divide a budget; main.py registers it."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -142,20 +142,14 @@ def _parameters(settings: Settings) -> int | None:
 
 
 def _tree(rates: Rates, machine: Machine, plans: list[dict[str, Any]], memory: list[Footprint]) -> dict[str, Any]:
-    predicted = [
-        {
-            "max_staleness": plan["max_staleness"],
-            "configured": dataclasses.asdict(plan["configured"]),
-            "best": [dataclasses.asdict(prediction) for prediction in plan["best"]],
-        }
-        for plan in plans
-    ]
-    parts = {footprint.role: dict(footprint.parts) for footprint in memory}
     return {
         "rates": rates.model_dump(mode="json"),
-        "machine": dataclasses.asdict(machine),
-        "plans": predicted,
-        "memory_bytes": parts,
+        "machine": asdict(machine),
+        "plans": [
+            {**plan, "best": list(map(asdict, plan["best"])), "configured": asdict(plan["configured"])}
+            for plan in plans
+        ],
+        "memory_bytes": {footprint.role: dict(footprint.parts) for footprint in memory},
     }
 
 

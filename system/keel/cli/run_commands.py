@@ -12,7 +12,7 @@ from rich.text import Text
 from keel.cli.remote import Address, answer_of, job_server_of
 from keel.config import loader
 from keel.errors import ConfigError
-from keel.observability.console import console, errors, progress_display, quiet_libraries
+from keel.observability.console import console, errors, from_here, progress_display, quiet_libraries
 from keel.online import status
 
 if TYPE_CHECKING:
@@ -28,7 +28,14 @@ _SHOWN = 20  # findings, and differences
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; the first is the baseline")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[ARM=]RUN...",
+            help="run directories; the first is of the baseline; runs that differ in run.seed alone are one arm, as are"
+            " those of one ARM",
+        ),
+    ],
     as_json: AsJson = False,
     picture: Annotated[Path | None, typer.Option(help="also draw reward against sqrt(KL): .png or .svg")] = None,
 ) -> None:
@@ -36,6 +43,21 @@ def compare(
     from keel.analysis import compare as comparing
 
     comparing.run(runs, console, as_json=as_json, picture=picture)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run directories, of stages too")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="file to write; default: report.html in the run's directory, or here for several"),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: what happened, the frontier, curves, rollouts, settings."""
+    from keel.analysis import report_page
+
+    path = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    num_bytes = report_page.write(runs, path)
+    console.print(f"Report   {from_here(path)}  ({num_bytes / 1e6:.1f} MB; open it in a browser)", soft_wrap=True)
 
 
 def verify(

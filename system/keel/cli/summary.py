@@ -1,6 +1,7 @@
 """Print the result of a finished run: first against last evaluation, two answers before and after, next commands."""
 
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from keel import checkpoint
-from keel.analysis import frontier_plot
+from keel import checkpoint, files
+from keel.analysis import frontier_plot, report_page
 from keel.config.run import Settings
+from keel.errors import KeelError, safe_line
 from keel.observability import evaluations
 from keel.observability.console import from_here
 from keel.observability.diagnostics import Estimate, per_completion
-from keel.text import printable
+from keel.text import one_line, printable
 
 _UNITS = {
     "kl_nats": "KL to reference (nats)",
@@ -36,15 +38,10 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
     for row in _telling_rows(first, last):
         console.print(_answer(first, last, row, steps[0], steps[-1]), soft_wrap=True)
     newest = checkpoint.latest(directory)
-    console.print(
-        f"Run      {from_here(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)", soft_wrap=True
-    )
-    console.print(
-        f"Policy   {from_here(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)",
-        soft_wrap=True,
-    )
+    _say(console, f"Run      {from_here(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)")
+    _say(console, f"Policy   {from_here(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)")
     console.print(f"Time     {seconds:.0f} s in this process")
-    console.print("Next     " + _next(directory, settings, config_path), soft_wrap=True)
+    _say(console, "Next     " + _next(directory, settings, config_path))
 
 
 def draw_frontier(directory: Path, settings: Settings) -> str | None:
@@ -57,6 +54,17 @@ def draw_frontier(directory: Path, settings: Settings) -> str | None:
     return from_here(directory / "frontier.png")
 
 
+def write_report(directory: Path) -> str:
+    """Write report.html of a run; its path, or why there is none, which is an event too: the run itself is done."""
+    try:
+        report_page.write([directory], directory / "report.html")
+    except (ArithmeticError, KeelError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {safe_line(one_line(error))}"
+        files.append_json(directory / "events.jsonl", {"event": "report_failed", "time": time.time(), "reason": reason})
+        return f"not written: {reason}"
+    return f"{from_here(directory / 'report.html')}  (curves, frontier, rollouts; open it in a browser)"
+
+
 def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> None:
     """Print what an offline stage did: held-out numbers before and after, rows left out, the model's folder."""
     first, last = done["evaluations"][0], done["evaluations"][-1]
@@ -66,24 +74,20 @@ def show_stage(console: Console, directory: Path, done: Mapping[str, Any]) -> No
     for name in [name for name in last if name != "step"]:
         table.add_row(name, *(f"{of[name]:.4f}" if name in of else "-" for of in (first, last)))
     console.print(table)
-    left_out = ", ".join(f"{count} {reason}" for reason, count in done["dropped"].items()) or "none"
-    console.print(f"Rows     {done['rows']} for training; left out: {left_out}", soft_wrap=True)
-    console.print(f"Model    {from_here(directory / 'model')}  (step {done['model_step']})", soft_wrap=True)
+    _say(console, f"Rows     {done['rows']} for training; left out: {_left_out(done)}")
+    _say(console, f"Model    {from_here(directory / 'model')}  (step {done['model_step']})")
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
 def show_labels(console: Console, directory: Path, done: Mapping[str, Any]) -> None:
     """Print how many completions became how many pairs, and what was left out and why."""
-    left_out = ", ".join(f"{count} {reason}" for reason, count in done["dropped"].items()) or "none"
-    console.print(
+    _say(
+        console,
         f"Pairs    {done['pairs']} of {done['completions']} completions, mean margin {done['margin_mean']:.3f}, labels"
         f" exchanged {done['flipped_ratio']:.3f}, completions cut at the budget {done['truncated_ratio']:.3f}",
-        soft_wrap=True,
     )
-    console.print(f"Left out {left_out}", soft_wrap=True)
-    console.print(
-        f"File     {from_here(directory / 'pairs.parquet')}  (TRL's columns prompt, chosen, rejected)", soft_wrap=True
-    )
+    _say(console, f"Left out {_left_out(done)}")
+    _say(console, f"File     {from_here(directory / 'pairs.parquet')}  (TRL's columns prompt, chosen, rejected)")
     console.print(f"Time     {done['seconds']:.0f} s")
 
 
@@ -100,14 +104,22 @@ def show_evaluation(console: Console, directory: Path, evaluation: Mapping[str, 
     console.print(table)
     for decoding, rate in evaluation.get("win_rates", {}).items():
         plain, controlled = (_interval(_estimate(rate[name])) for name in ("win_rate", "length_controlled_win_rate"))
-        console.print(
+        _say(
+            console,
             f"Wins     {decoding}, by {evaluation['judge']}, against {evaluation['against']}: {plain}; at equal lengths"
             f" {controlled}; not judged: {rate['unjudged']}",
-            soft_wrap=True,
         )
     for k, value in evaluation.get("pass_at_k", {}).items():
         console.print(f"pass@{k}   {_interval(_estimate(value))} of {evaluation['pass_prompts']} prompts")
-    console.print(f"Files    {from_here(directory)}  (evaluation.arrow: every answer; evaluation.json)", soft_wrap=True)
+    _say(console, f"Files    {from_here(directory)}  (evaluation.arrow: every answer; evaluation.json)")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True)
+
+
+def _left_out(done: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in done["dropped"].items()) or "none"
 
 
 def _estimate(value: Mapping[str, float]) -> Estimate:
@@ -125,16 +137,16 @@ def show_reward_report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(table)
     accuracy = report["accuracy"]
     members = ", ".join(f"{value:.3f}" for value in report["member_accuracies"])
-    console.print(
+    _say(
+        console,
         f"Accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] on held-out pairs (members"
         f" {members}); calibration error {report['calibration_error']:.3f}",
-        soft_wrap=True,
     )
     if report["length_correlation"] is not None and report["prefers_longer"] is not None:
-        console.print(
+        _say(
+            console,
             f"Length   rank correlation of score and length {report['length_correlation']:+.3f}; prefers the longer"
             f" text in {report['prefers_longer']:.3f} of pairs, the labels in {report['label_prefers_longer']:.3f}",
-            soft_wrap=True,
         )
 
 

@@ -112,6 +112,7 @@ def _online(settings: Settings, config_path: str) -> Job:
         summary.show(console, outcome.directory, settings, outcome.seconds, config_path)
         if picture := summary.draw_frontier(outcome.directory, settings):
             console.print(f"Picture  {picture}  (reward against sqrt(KL))", soft_wrap=True)
+        console.print(f"Report   {summary.write_report(outcome.directory)}", soft_wrap=True)
 
     steps = settings.run.steps
     headline = f"{settings.run.name}, {steps} steps, {prepared.prompts.counts}"

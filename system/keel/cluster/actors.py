@@ -30,6 +30,7 @@ from keel.cluster.pool import Pool
 from keel.cluster.ray_errors import answer
 from keel.cluster.worker import Spawn, remote_method
 from keel.config.commands import AnySettings
+from keel.config.rewards import needs_relevance
 from keel.config.run import Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
@@ -277,11 +278,15 @@ def generators(
     return pool
 
 
-def reference(settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None) -> ReferencePool:
+def reference(
+    settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None, relevance: bool = False
+) -> ReferencePool:
     """The pool of the frozen reference policy."""
     workers, temperature = settings.reference, settings.sampling.temperature
     assert workers is not None
-    spawn = Spawn(ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}"))
+    spawn = Spawn(
+        ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}", relevance)
+    )
     return ReferencePool("reference", spawn, workers.count, **_options(settings, observer))
 
 
@@ -289,11 +294,13 @@ def scorers(
     settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
 ) -> list[ReferencePool | ScorerPool]:
     """The pools that score, in order. The reference policy comes first: rewards may read its log-probs."""
-    frozen = [reference(settings, reference_folder, observer)] if settings.reference and reference_folder else []
+    pools: list[ReferencePool | ScorerPool] = []
+    if settings.reference and reference_folder:
+        pools.append(reference(settings, reference_folder, observer, needs_relevance(settings.rewards)))
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
     rewards = (settings.rewards, settings.ensemble, workers.threads)
     spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", workers.gpus, seconds))
-    return [*frozen, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
+    return [*pools, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
 
 
 def _options(settings: Settings | ScoringSpec, observer: Observer | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from keel.config.workers import GeneratorSettings, WorkerSettings
 
 Amounts = Mapping[str, float]
 """Amounts by resource: CPU, GPU, custom ones."""
-_BLOCKS = {"generator": "generators", "reference": "reference", "scorer": "scorers", "learner": "learners"}
+BLOCKS = {"generator": "generators", "reference": "reference", "scorer": "scorers", "learner": "learners"}
 """Roles -> their blocks of the configuration."""
 _UNITS = 10_000
 """Ray counts resources in parts of 1/10,000; integer sums of these are exact."""
@@ -46,7 +46,7 @@ class Ask:
 
     @property
     def block(self) -> str:
-        return _BLOCKS[self.role]
+        return BLOCKS[self.role]
 
     @property
     def one(self) -> str:
@@ -71,12 +71,9 @@ def bundles(workers: WorkerSettings) -> list[dict[str, float]]:
     return [actor | ({"GPU": workers.gpus} if workers.gpus else {}) | workers.resources]
 
 
-_BLOCKS = {"generator": "generators", "reference": "reference", "scorer": "scorers", "learner": "learners"}
-
-
 def workers(settings: AnySettings) -> dict[str, WorkerSettings]:
     """Settings of the workers by role, in the order in which a batch passes through them."""
-    blocks = {role: getattr(settings, block, None) for role, block in _BLOCKS.items()}
+    blocks = {role: getattr(settings, block, None) for role, block in BLOCKS.items()}
     return {role: block for role, block in blocks.items() if block is not None}
 
 

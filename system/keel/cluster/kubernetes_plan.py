@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal, Self
 
 from keel import __version__
+from keel.cluster import capacity
 from keel.config.run import Settings
 from keel.config.workers import GeneratorSettings, WorkerSettings
 from keel.errors import ConfigError
@@ -166,13 +167,7 @@ def _check(settings: Settings, options: Options) -> None:
 
 def _roles(settings: Settings, options: Options) -> dict[str, WorkerSettings]:
     """Blocks of the roles that the run has. Raises ConfigError for options of others."""
-    blocks = {
-        "generators": settings.generators,
-        "reference": settings.reference,
-        "scorers": settings.scorers,
-        "learners": settings.learners,
-    }
-    roles: dict[str, WorkerSettings] = {role: workers for role, workers in blocks.items() if workers is not None}
+    roles = {capacity.BLOCKS[role]: workers for role, workers in capacity.workers(settings).items()}
     for flag, given, known in (
         ("--memory ", options.memory, ["head", *roles]),
         ("--per-pod ", options.per_pod, list(roles)),

@@ -1,6 +1,6 @@
 """Settings of what goes in and what is drawn: the policy, its prompts, its completions."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,10 @@ class ColumnSettings(Section):
 class PromptSettings(Section):
     """Where prompts come from, and how they are read."""
 
+    source_setting: ClassVar[str] = "prompts.source"
+    split_setting: ClassVar[str] = "prompts.split"
+    """Names of the settings that hold source and split, for messages."""
+
     source: str = Field(
         description="JSONL, Parquet, Hugging Face dataset folder or hub name, or python:module:function"
     )
@@ -53,6 +57,20 @@ class PromptSettings(Section):
     max_tokens: int = Field(256, ge=1, description="prompt budget in tokens, chat template included")
     overlong: Literal["refuse", "skip", "cut_left"] = Field("refuse", description="what to do with longer prompts")
     held_out: int = Field(64, ge=2, description="prompts set aside for evaluation, never trained on")
+    held_out_seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="seed that draws the held-out prompts and their samples; run.seed does not, so runs of several"
+        " seeds share them",
+    )
+
+
+class EvaluationPromptSpec(PromptSettings):
+    """Prompts of evaluation.source, read as those of prompts.source are."""
+
+    source_setting: ClassVar[str] = "evaluation.source"
+    split_setting: ClassVar[str] = "evaluation.split"
 
 
 class SamplingSettings(Section):

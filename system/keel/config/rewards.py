@@ -1,6 +1,7 @@
 """Settings of rewards: who computes them, how several become one, what length and end of a completion do to it."""
 
 import re
+from collections.abc import Iterable
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -8,6 +9,8 @@ from pydantic import Field, model_validator
 from keel.config.base import Seconds, Section, TemplateOptions
 
 ENVIRONMENT = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+RELEVANCE = "relevance"
+"""The source of a reward of kind reference that says how much a completion depends on its prompt."""
 _SECRET = re.compile(rf"([A-Za-z]{{1,10}} )?{ENVIRONMENT.pattern}")
 
 
@@ -39,7 +42,9 @@ class RewardSettings(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="column reward_<name> and metric label")
     kind: Literal["rule", "model", "reference", "http", "stored"] = Field("rule", description="what computes it")
     source: str = Field(
-        "", description="rule: module:function; model: folder or hub name; http: URL; reference, stored: empty"
+        "",
+        description="rule: module:function; model: folder or hub name; http: URL; reference: empty or relevance;"
+        " stored: empty",
     )
     role: Literal["train", "judge", "monitor"] = Field(
         "train", description="judge: orders pairs, no part of the reward; monitors are never visible to the objective"
@@ -90,7 +95,8 @@ class RewardSettings(Section):
 
     @model_validator(mode="after")
     def _source_fits_kind(self) -> Self:
-        if (self.kind in ("reference", "stored")) != (self.source == ""):
+        without = self.kind == "stored" or (self.kind == "reference" and self.source != RELEVANCE)
+        if without != (self.source == ""):
             raise ValueError(f"source={self.source!r}: kind={self.kind} expects " + _SOURCE_FORMS[self.kind])
         if self.kind == "rule" and self.source.count(":") != 1:
             raise ValueError(f"source={self.source!r}: expected module:function")
@@ -101,9 +107,14 @@ _SOURCE_FORMS = {
     "rule": "module:function",
     "model": "a folder or hub name",
     "http": "a URL",
-    "reference": "no source (it is the mean log-prob of the completion under the reference policy)",
+    "reference": "no source (the mean log-prob of the completion under the reference policy), or relevance",
     "stored": "no source (it is what the prompt source says of the completion)",
 }
+
+
+def needs_relevance(rewards: Iterable[RewardSettings]) -> bool:
+    """Whether the reference policy must also read every completion after another prompt."""
+    return any(reward.kind == "reference" and reward.source == RELEVANCE for reward in rewards)
 
 
 class ShapingSettings(Section):

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from keel.config.base import CommandSettings, Fraction, RunIdentity, Seconds, Section
 from keel.config.monitoring import MetricsSettings, TrackingSettings
 from keel.config.objective import ObjectiveSettings, PolicyGradientSettings
-from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
+from keel.config.prompts import EvaluationPromptSpec, PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings, ShapingSettings
 from keel.config.workers import (
@@ -54,6 +54,12 @@ class EvaluationSettings(Section):
     every_steps: int = Field(
         10, ge=0, description="steps between evaluations; 0: only before the first and after the last step"
     )
+    source: str | None = Field(
+        None,
+        description="where prompts.held_out prompts for evaluation come from, forms as prompts.source (a function is"
+        " called without options); null: from prompts.source",
+    )
+    split: str | None = Field(None, description="split of evaluation.source; null: that of prompts.split")
     samples_per_prompt: int = Field(1, ge=1, description="keel evaluate: sampled answers to a prompt")
     greedy: bool = Field(True, description="keel evaluate: also the most probable answer")
     against: str | None = Field(
@@ -123,6 +129,11 @@ class LearnerSpec(CommandSettings):
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:
         """Number format of published and exported weights."""
         raise NotImplementedError
+
+    @property
+    def evaluation_prompts(self) -> EvaluationPromptSpec | None:
+        """The source of the prompts for evaluation; None: they are held out of the training prompts."""
+        return None
 
     @property
     def max_model_tokens(self) -> int:
@@ -267,6 +278,14 @@ class Settings(LearnerSpec):
         return self.generators.dtype
 
     @property
+    def evaluation_prompts(self) -> EvaluationPromptSpec | None:
+        config = self.evaluation
+        if config.source is None:
+            return None
+        other = {"source": config.source, "split": config.split or self.prompts.split, "options": {}}
+        return EvaluationPromptSpec(**{**self.prompts.model_dump(), **other})
+
+    @property
     def in_ticket_order(self) -> bool:
         """Whether batches go to workers by ticket, as synchronous training needs to be repeatable."""
         return self.buffer.max_staleness == 0
@@ -284,6 +303,12 @@ class Settings(LearnerSpec):
     def groups_per_batch_of(self, generators: int) -> int:
         """The same for another number of generators: a step's groups divided among them, unless set."""
         return self.buffer.groups_per_batch or -(-self.buffer.groups_per_step // generators)
+
+    @model_validator(mode="after")
+    def _evaluation_split_has_a_source(self) -> Self:
+        if self.evaluation.split is not None and self.evaluation.source is None:
+            raise ValueError(f"evaluation.split={self.evaluation.split}: evaluation.source is null; expected a source")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_has_a_judge(self) -> Self:

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from keel.config.base import CommandSettings, RunIdentity, Section
 from keel.config.monitoring import MetricsSettings, TrackingSettings
 from keel.config.objective import PreferenceSettings
-from keel.config.prompts import PolicySettings, PromptSettings, SamplingSettings
+from keel.config.prompts import EvaluationPromptSpec, PolicySettings, PromptSettings, SamplingSettings
 from keel.config.regularizer import RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.run import CheckpointSettings, FailureSettings, LearnerSpec
@@ -193,6 +193,10 @@ class SamplingSpec(ScoringSpec):
     policy: PolicySettings
     prompts: PromptSettings
     generators: GeneratorSettings
+
+    @property
+    def evaluation_prompts(self) -> EvaluationPromptSpec | None:
+        return None
 
     @property
     def max_model_tokens(self) -> int:

@@ -57,7 +57,7 @@ def explain(lines: Sequence[Line], max_staleness: int = 0, steps: int | None = N
     """
     first = lines[max(0, len(lines) - 1 - (steps or len(lines)))] if lines else {}
     last = lines[-1] if lines else {}
-    roles = [role for name in (*STAGES, LEARNER) if (role := _role(name, first, last))]
+    roles = worked(first, last)
     if not roles or roles[-1].name != LEARNER:
         raise ValueError("no two steps whose worker seconds were counted")
     shares = {LEARNER: roles[-1].busy_ratio} | roles[-1].idle_ratios
@@ -79,6 +79,11 @@ def _increase(name: str, first: Line, last: Line) -> dict[str, float]:
     """What a labeled counter grew by; a run that was resumed from a checkpoint may have lost some of it."""
     before, now = first.get(name, {}), last.get(name, {})
     return {label: grown for label in now if (grown := now[label] - before.get(label, 0.0)) > 0}
+
+
+def worked(first: Line, last: Line) -> list[Role]:
+    """The roles whose worker seconds were counted between two lines; the learner is the last of them."""
+    return [role for name in (*STAGES, LEARNER) if (role := _role(name, first, last))]
 
 
 def _role(name: str, first: Line, last: Line) -> Role | None:

@@ -1,7 +1,6 @@
 """Held-out evaluation: the same prompts and seeds every time, one frontier row each, estimates with intervals."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +70,6 @@ def changes(first: pa.RecordBatch, last: pa.RecordBatch) -> dict[str, Estimate]:
     assert first.column("prompt_id").equals(last.column("prompt_id"))
     before, after = per_completion(first), per_completion(last)
     return {name: estimate(after[name] - before[name]) for name in estimates(first) if name in after}
-
-
-def as_json(values: Mapping[str, Estimate]) -> str:
-    return json.dumps({name: {"mean": e.mean, "low": e.low, "high": e.high} for name, e in values.items()})
 
 
 def _mean(values: np.ndarray | None) -> float:

@@ -2,9 +2,10 @@
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -16,7 +17,7 @@ from keel.config import loader
 from keel.config.base import Section
 from keel.config.commands import COMMANDS, AnySettings, command_of
 from keel.config.label import LabelSettings
-from keel.config.rewards import RewardSettings
+from keel.config.rewards import RewardSettings, needs_relevance
 from keel.config.run import LearnerSpec, Settings
 from keel.config.stages import SamplingSpec, ScoringSpec
 from keel.config.workers import ClusterSettings
@@ -87,6 +88,8 @@ def check_prompts(settings: Settings | SamplingSpec, models: Models, setting: st
     prompts = Prompts(settings, models.tokenizer)
     text_checks.check_token_ids(Path(models.policy), prompts.largest_token, settings, setting)
     check_rewards(settings, prompts.batch([0, 1]))
+    if settings.evaluation_prompts is not None:  # whose rows may lack a column that a reward reads
+        check_rewards(settings, prompts.held_out())
     return prompts
 
 
@@ -165,10 +168,14 @@ def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) 
     text = "Yes, of course. I am glad to help you."
     names = [name for name in schema.PROMPT.names if name in prompts.schema.names]
     sample = schema.concat([prompts.slice(0, 2).select(names)])
-    columns = {"completion": [text] * sample.num_rows, "completion_tokens": [[1, 2, 3]] * sample.num_rows}
+    columns: dict[str, list[Any]] = {"completion": [text], "completion_tokens": [[1, 2, 3]]}
+    if settings.reference:
+        columns |= {"reference_logprobs": [[-1.0, -2.0, -3.0]]}
+        columns |= {"relevance_nats": [0.5]} if needs_relevance(settings.rewards) else {}
+    columns = {name: values * sample.num_rows for name, values in columns.items()}
     probe = schema.append(sample, pa.RecordBatch.from_pydict(columns))
     rules = {reward.name: reward for reward in settings.rewards if reward.kind == "rule"}
-    functions = {name: scorers.load_function(reward) for name, reward in rules.items()}
+    functions = {name: _with_probe(reward, probe) for name, reward in rules.items()}
     loop = EventLoop()
     try:
         seconds = settings.deadlines.score_seconds
@@ -178,6 +185,18 @@ def check_rewards(settings: LearnerSpec | ScoringSpec, prompts: pa.RecordBatch) 
     for name, outcome in outcomes.items():
         if problem := _wrong(outcome, probe.num_rows, settings.deadlines.score_seconds):
             raise ConfigError(f"rewards.{name}.source={rules[name].source}: {problem}")
+
+
+def _with_probe(reward: RewardSettings, probe: pa.RecordBatch) -> Callable[..., Any]:
+    """The function with the sample's measurements by the reference. Raises ConfigError for one that nothing makes."""
+    function = scorers.load_function(reward)
+    missing = [name for name in scorers.measured_by_reference(function) if name not in probe.schema.names]
+    if missing:
+        setting = f"rewards.{reward.name}.source={reward.source}: reads {missing[0]}, which this run does not compute"
+        monitor = "a monitor of kind reference with source: relevance"
+        expected = "a reference block" if missing[0] in schema.REFERENCE.names else monitor
+        raise ConfigError(f"{setting}; expected {expected}")
+    return scorers.with_measurements(function, probe)
 
 
 def _wrong(outcome: Outcome, rows: int, seconds: float) -> str | None:

@@ -247,7 +247,7 @@ def _missing(missing: Sequence[str], names: Sequence[str], prompts: PromptSettin
         hint = " (where the prompt ends in `text` cannot be told)"
     settings = ", ".join(f"prompts.columns.{role}=NAME" for role in missing)
     return (
-        f"prompts.source={prompts.source}: no column {' and '.join(missing)}; it has {_listed(names)}{hint};"
+        f"{prompts.source_setting}={prompts.source}: no column {' and '.join(missing)}; it has {_listed(names)}{hint};"
         f" expected {_EXPECTED.get(samples, f'prompt, responses and rewards, {samples} of each')}, or {settings}"
     )
 

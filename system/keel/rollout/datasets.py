@@ -117,7 +117,7 @@ def _check_text(row: SourceRow, prompts: PromptSettings) -> None:
 
 def wrong(prompts: PromptSettings, message: str) -> ConfigError:
     """The error for a mistake inside the source."""
-    return ConfigError(f"prompts.source={prompts.source}: {message}")
+    return ConfigError(f"{prompts.source_setting}={prompts.source}: {message}")
 
 
 def _describe(value: Any) -> str:
@@ -225,12 +225,12 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
         raise
     # offline, unknown name or split, broken data files; RuntimeError: a loading script; the rest: a damaged folder
     except (DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        where = f"cannot be loaded as a dataset with prompts.split={prompts.split}"
+        where = f"cannot be loaded as a dataset with {prompts.split_setting}={prompts.split}"
         raise wrong(prompts, f"{where}: {one_line(error)}; expected {_FORMS}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if prompts.split not in loaded:
             problem = f"no such split in {prompts.source}; expected one of {', '.join(loaded)}"
-            raise ConfigError(f"prompts.split={prompts.split}: {problem}")
+            raise ConfigError(f"{prompts.split_setting}={prompts.split}: {problem}")
         loaded = loaded[prompts.split]
     return _rows_of(loaded.with_format("arrow")[:])
 

@@ -43,7 +43,7 @@ class OfflineRows:
         rows = datasets.read_rows(settings.prompts, self.samples)
         stored_completions.check_shape(rows, self.samples, settings.prompts.source)
         for row in [row for row in rows if not isinstance(row.prompt, str)][:1]:
-            require_template(row, settings, tokenizer)
+            require_template(row, settings.prompts, settings.policy, tokenizer)
         problem = self._problem(settings, config.max_tokens)
         usable, self.dropped = usable_rows(rows, config, problem, settings.prompts.source)
         self.prompts = Prompts(settings, tokenizer, usable)

@@ -5,6 +5,8 @@ A sample is scored or failed with a reason; a failure is a null, never a number.
 signature `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
 """
 
+import functools
+import inspect
 import json
 import math
 import time
@@ -17,7 +19,7 @@ import pyarrow as pa
 
 from keel import schema, user_code
 from keel.algorithms import reward_ensembles
-from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.rewards import RELEVANCE, EnsembleSettings, RewardSettings
 from keel.protocols import StageReceipt
 from keel.rollout import http_rewards, row_columns, stored_completions
 from keel.rollout.dataset_layouts import ANSWERS
@@ -95,7 +97,8 @@ class RewardScorer:
 
     def _results(self, batch: pa.RecordBatch) -> dict[str, Values | Failure | np.ndarray]:
         """What every reward says of the batch; async functions are at work while all the others are computed."""
-        calls = Calls(self._functions, lambda: arguments(batch), self._loop, self._seconds)
+        functions = {name: with_measurements(function, batch) for name, function in self._functions.items()}
+        calls = Calls(functions, lambda: arguments(batch), self._loop, self._seconds)
         results: dict[str, Values | Failure | np.ndarray] = {
             name: compute(batch) for name, compute in self._compute.items()
         }
@@ -170,6 +173,24 @@ def arguments(batch: pa.RecordBatch) -> dict[str, Any]:
     }
 
 
+def measured_by_reference(function: Callable[..., Any]) -> list[str]:
+    """The parameters of a reward function that the reference policy's measurements are given to.
+
+    reference_logprobs: nats a token, a list a completion. relevance_nats: a number or None a completion.
+    """
+    try:
+        parameters = inspect.signature(function).parameters
+    except (ValueError, TypeError):  # a built-in function without a signature
+        return []
+    return [name for name in (*schema.REFERENCE.names, *schema.RELEVANCE.names) if name in parameters]
+
+
+def with_measurements(function: Callable[..., Any], batch: pa.RecordBatch) -> Callable[..., Any]:
+    """The function with the measurements of the batch that it reads."""
+    names = [name for name in measured_by_reference(function) if name in batch.schema.names]
+    return functools.partial(function, **{name: batch.column(name).to_pylist() for name in names})
+
+
 def load_function(reward: RewardSettings) -> Callable[..., Any]:
     """The function of a rule. Raises ConfigError."""
     return user_code.import_symbol(reward.source, f"rewards.{reward.name}.source")
@@ -186,7 +207,12 @@ def values_or_reason(outcome: Outcome) -> Values | Failure:
 
 
 def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
-    """Mean log-prob of a completion's tokens under the reference, nats: sees word salad that rewards miss."""
+    """Mean log-prob of a completion's tokens under the reference, nats: sees word salad that rewards miss.
+
+    `relevance`: minus the same given another prompt: sees one answer to every question, which fluency misses.
+    """
+    if reward.source == RELEVANCE:
+        return lambda batch: batch.column("relevance_nats").to_pylist()
 
     def compute(batch: pa.RecordBatch) -> Values:
         values, lengths = schema.ragged(batch, "reference_logprobs")

@@ -56,7 +56,7 @@ class PairRows:
         self.pairs = [best_first(row) for row in usable]
         self.margins = [self._margin(row) for row in usable]
         identities = [json.dumps(row.prompt) for row in usable]
-        self.held_out, self.train = prompts.split(identities, settings.prompts, settings.run.seed)
+        self.held_out, self.train = prompts.split(identities, settings.prompts)
         if further := len(usable) - len(self.held_out) - len(self.train):
             self.dropped["of_held_out_prompt"] = further
         self.counts = {"read": len(rows), "held_out": len(self.held_out), "train": len(self.train), **self.dropped}

@@ -23,6 +23,10 @@ def raises(completions: list[str], **columns: Any) -> list[float]:
     raise KeyError("answer")
 
 
+def right_answer(completions: list[str], answer: list[str | None], **columns: Any) -> list[float]:
+    return [float(text in completion) for text, completion in zip(answer, completions, strict=True)]
+
+
 NOT_A_FUNCTION = 3
 
 
@@ -109,7 +113,19 @@ def test_prompt_files(tree: dict[str, Any], tmp_path: Path) -> None:
     assert line.startswith(f"prompts.source={tmp_path / 'bad.jsonl'}: line 2 is not JSON: ") and "; expected" in line
     line = refused(tree, prompts={"source": str(tmp_path / "absent.jsonl")})
     assert line.startswith(f"prompts.source={tmp_path / 'absent.jsonl'}: no such file or folder; expected")
-    assert refused(tree, prompts={"max_tokens": 2}).startswith("prompts.max_tokens=2: 8 of 8 prompts are longer")
+    assert refused(tree, prompts={"max_tokens": 2}).startswith("prompts.max_tokens=2: 8 of 8 prompts of")
+
+
+def test_a_reward_that_cannot_read_the_evaluation_prompts_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
+    for name, columns in (("prompts", {"answer": "a"}), ("same", {"answer": "b"}), ("bare", {})):
+        rows = [json.dumps({"prompt": f"What is {name} {n}?", **columns}) for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    reward = [{"name": "right", "source": f"{__name__}:right_answer"}]
+    same = {**tree, "rewards": reward, "evaluation": {"source": str(tmp_path / "same.jsonl")}}
+    counts = preflight.prepare(loader.parse(same)).prompts.counts
+    assert (counts["train"], counts["held_out"]) == (8, 2)
+    line = refused(tree, rewards=reward, evaluation={"source": str(tmp_path / "bare.jsonl")})
+    assert line.startswith(f"rewards.right.source={__name__}:right_answer: raised")
 
 
 def test_context_of_the_model(tree: dict[str, Any]) -> None:

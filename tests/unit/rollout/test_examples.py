@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keel import examples
@@ -74,3 +75,16 @@ def test_distinct_token_ratio_of_nothing_is_1() -> None:
 def test_distinct_token_ratio_reads_conversations() -> None:
     conversation = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c c"}]
     assert examples.distinct_token_ratio([conversation]) == [0.5]
+
+
+def test_the_gold_of_the_quickstart_is_a_product_of_three_factors() -> None:
+    """Beside the same formula with scipy's logistic function; a missing factor is a missing gold."""
+    from scipy.special import expit
+
+    texts = ["What a great day!", "Terrible.", "Great, great, great."]
+    nats = [[-1.0, -2.0], [-3.0], [-0.5, -0.25, -6.0]]
+    gold = examples.sentiment_on_topic(completions=texts, reference_logprobs=nats, relevance_nats=[0.8, 0.3, None])
+    sentiment = examples.vader_compound(completions=texts)
+    fluency, relevance = np.array([-1.5, -3.0]), np.array([0.8, 0.3])
+    expected = np.array(sentiment[:2]) * expit(2 * (fluency + 4)) * expit(8 * (relevance - 0.3))
+    assert gold[:2] == pytest.approx(expected.tolist(), abs=1e-12) and gold[2] is None

@@ -1,15 +1,19 @@
-"""Order, seeds and held-out rows: pure functions of the run seed, the epoch and the ticket."""
+"""Order and seeds are functions of run seed, epoch and ticket; held-out rows are those of held_out_seed alone."""
 
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import pytest
 import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from keel import schema
+from keel.errors import ConfigError
 from keel.rollout.prompts import Prompts
-from prompt_files import CHAT, PLAIN, jsonl, numbered, settings_for, word_tokenizer
+from prompt_files import CHAT, PLAIN, jsonl, numbered, one_line, settings_for, word_tokenizer
 
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -48,13 +52,62 @@ def test_epochs_and_run_seeds_have_different_orders(tmp_path: Path) -> None:
     assert tuple(range(52)) not in {tuple(dict.fromkeys(each)) for each in orders}
 
 
-def test_the_held_out_rows_follow_from_the_run_seed(tmp_path: Path) -> None:
-    def held_out(seed: int, samples: int) -> frozenset[int]:
-        prompts = Prompts(settings_for(numbered(tmp_path, 60), seed=seed, held_out=10, samples=samples), PLAIN)
-        return frozenset(prompts.held_out().column("prompt_id").to_pylist())
+def test_runs_of_several_seeds_share_their_held_out_rows_and_no_order_of_training(tmp_path: Path) -> None:
+    def made(seed: int, held_out_seed: int = 0, samples: int = 2) -> Prompts:
+        config = {"held_out": 10, "held_out_seed": held_out_seed, "samples": samples}
+        return Prompts(settings_for(numbered(tmp_path, 60), seed=seed, **config), PLAIN)
 
-    assert held_out(0, 2) == held_out(0, 4)
-    assert len({held_out(seed, 2) for seed in range(8)}) == 8
+    first, second = made(seed=0), made(seed=1)
+    assert first.held_out(3).equals(second.held_out(3))  # the samples' seeds, too
+    assert first.held_out().column("prompt_id") == made(seed=0, samples=4).held_out().column("prompt_id")
+    held_out = set(first.held_out().column("prompt_id").to_pylist())
+    orders = [prompts.batch(range(50)).column("prompt_id").to_pylist() for prompts in (first, second)]
+    assert orders[0] != orders[1]
+    assert [set(order) for order in orders] == [set(range(60)) - held_out] * 2
+    assert first.batch([7]).column("seed") != second.batch([7]).column("seed")
+    drawn = {tuple(made(0, seed).held_out().column("prompt_id").to_pylist()) for seed in range(8)}
+    assert len(drawn) == 8
+
+
+def test_evaluation_prompts_of_a_source_of_their_own(tmp_path: Path) -> None:
+    """Drawn by the same seed; a training row that equals one of them is left out, the other rows all train."""
+    source = numbered(tmp_path, 20)
+    other = jsonl(tmp_path / "e.jsonl", [{"prompt": str(number), "of": "evaluation"} for number in range(15, 27)])
+    runs = [
+        Prompts(settings_for(source, seed=seed, held_out=12, evaluation={"source": str(other)}), PLAIN)
+        for seed in (0, 1)
+    ]
+    rows = runs[0].held_out().to_pylist()
+    assert runs[0].held_out(2).equals(runs[1].held_out(2))
+    assert sorted(int(row["prompt"]) for row in rows) == list(range(15, 27))
+    assert all(int(row["prompt"]) == row["prompt_id"] + 15 for row in rows)  # its row in its own source
+    assert {json.loads(row["prompt_columns"])["of"] for row in rows} == {"evaluation"}
+    assert set(runs[0].batch(range(15)).column("prompt_id").to_pylist()) == set(range(15))
+    assert runs[0].counts == {"read": 20, "skipped": 0, "cut": 0, "duplicates": 5, "held_out": 12, "train": 15}
+    fewer = Prompts(settings_for(source, held_out=3, evaluation={"source": str(other)}), PLAIN)
+    chosen = set(fewer.held_out().column("prompt").to_pylist())
+    assert len(chosen) == 3 and chosen < {str(number) for number in range(15, 27)}
+    assert fewer.counts["duplicates"] == len(chosen & {str(number) for number in range(20)})
+
+
+def test_mistakes_in_a_source_of_evaluation_prompts_name_it(tmp_path: Path) -> None:
+    source = numbered(tmp_path, 20)
+
+    def refused(name: str, *prompts: str, **options: Any) -> str:
+        other = jsonl(tmp_path / name, [{"prompt": prompt} for prompt in prompts])
+        return one_line(source, evaluation={"source": str(other)}, **options)
+
+    assert refused("few.jsonl", "1", "2", "2", held_out=3) == (
+        f"prompts.held_out=3: {tmp_path}/few.jsonl has 2 different prompts of at most 256 tokens; expected at least 3"
+    )
+    assert refused("empty.jsonl", "1", "").startswith(f"evaluation.source={tmp_path}/empty.jsonl: line 2")
+    assert f"prompts of {tmp_path}/long.jsonl are longer" in refused("long.jsonl", "1", "2 3 4 5", max_tokens=3)
+    every = refused("all.jsonl", *map(str, range(20)), held_out=20)
+    assert every.startswith(f"evaluation.source={tmp_path}/all.jsonl: every prompt of {source} is among the 20")
+    missing = one_line(source, evaluation={"source": str(tmp_path / "none.jsonl")})
+    assert missing.startswith(f"evaluation.source={tmp_path}/none.jsonl: no such file")
+    with pytest.raises(ConfigError, match=r"evaluation\.split=test: evaluation\.source is null"):
+        settings_for(source, evaluation={"split": "test"})
 
 
 def test_the_order_of_seed_0_stays_what_it_is(tmp_path: Path) -> None:
@@ -73,7 +126,8 @@ def test_seeds_are_63_bit_hashes_of_run_ticket_and_sample(tmp_path: Path) -> Non
 def test_no_two_rows_share_a_seed(tmp_path: Path) -> None:
     seeds: list[int] = []
     for seed in (0, 1, 2**32 - 1):
-        prompts = Prompts(settings_for(numbered(tmp_path, 60), seed=seed, samples=4, held_out=50), PLAIN)
+        config = {"samples": 4, "held_out": 50, "held_out_seed": seed}
+        prompts = Prompts(settings_for(numbered(tmp_path, 60), seed=seed, **config), PLAIN)
         seeds += prompts.batch(range(200)).column("seed").to_pylist() + prompts.held_out().column("seed").to_pylist()
     assert len(set(seeds)) == len(seeds) == 3 * (800 + 50)
     assert all(0 <= seed < 2**63 for seed in seeds)

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -407,3 +408,19 @@ def test_a_column_that_a_function_asks_for_and_nobody_can_hold_is_refused(monkey
     monkeypatch.setitem(sys.modules, module.__name__, module)
     with pytest.raises(ConfigError, match="column image holds a object, which no reward function can be given"):
         datasets.read_rows(PromptSettings(source="python:rows_for_a_test:rows"), 0, lambda: frozenset(["image"]))
+
+
+def on_topic(completions: list[str], relevance_nats: list[float], **columns: Any) -> list[float]:
+    return list(relevance_nats)
+
+
+def test_a_function_that_reads_what_is_not_measured_is_refused_before_the_start() -> None:
+    run = settings(rewards=[reward("on_topic")])
+    expected = (
+        f"rewards.on_topic.source={__name__}:on_topic: reads relevance_nats, which this run does not compute;"
+        " expected a monitor of kind reference with source: relevance"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        preflight.check_rewards(run, prompts([0, 1]))
+    monitor = {"name": "tie", "kind": "reference", "source": "relevance", "role": "monitor"}
+    preflight.check_rewards(settings(rewards=[reward("on_topic"), monitor]), prompts([0, 1]))

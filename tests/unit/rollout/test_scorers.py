@@ -285,9 +285,82 @@ def test_reference_log_probs_equal_whole_logits_at_the_same_temperature(tmp_path
     answer, receipt = scorer.score(rows)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for row in answer.to_pylist():
-        prompt, completion = row["prompt_tokens"], row["completion_tokens"]
-        with torch.inference_mode():
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
-        expected = logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)]
-        assert row["reference_logprobs"] == pytest.approx(expected.tolist(), abs=1e-5)
+        expected = plain_logprobs(model, row["prompt_tokens"], row["completion_tokens"], 0.7)
+        assert row["reference_logprobs"] == pytest.approx(expected, abs=1e-5)
     assert receipt.tokens == schema.lengths(rows, "completion_tokens").sum()
+
+
+def plain_logprobs(model: Any, prompt: list[int], completion: list[int], temperature: float) -> list[float]:
+    """Log-probs of a completion by transformers alone, one row and no packing."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)].tolist()
+
+
+def test_relevance_is_the_mean_log_prob_given_the_prompt_minus_given_the_next_other_one(tmp_path: Path) -> None:
+    """Three prompts, of which tickets 1 and 4 share one: ticket 1 is compared with 2, 2 with 3, 3 with 1, 4 with 2."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.write(tmp_path / "m")
+    prompts_of = {1: [5, 6, 7], 2: [8, 9], 3: [5, 6, 7, 10], 4: [5, 6, 7]}
+    rows = of_prompts([prompts_of[ticket] for ticket in (3, 1, 1, 2, 4)], tickets=[3, 1, 1, 2, 4])
+    scorer = reference.ReferenceScorer(
+        str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0", relevance=True
+    )
+    answer, _ = scorer.score(rows)
+    schema.check(answer)
+    assert set(answer.schema.names) - set(rows.schema.names) == set(scorer.adds.names)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    others = {1: 2, 2: 3, 3: 1, 4: 2}
+    for row in answer.to_pylist():
+        own = plain_logprobs(model, row["prompt_tokens"], row["completion_tokens"], 0.7)
+        other = plain_logprobs(model, prompts_of[others[row["ticket"]]], row["completion_tokens"], 0.7)
+        assert row["reference_logprobs"] == pytest.approx(own, abs=1e-5)
+        assert row["relevance_nats"] == pytest.approx(np.mean(own) - np.mean(other), abs=1e-5)
+    assert np.ptp(answer.column("relevance_nats").to_numpy()) > 1
+    measured, failures = scored(
+        reward(source=f"{__name__}:zeros"),
+        reward(name="tie", kind="reference", source="relevance", role="monitor"),
+        rows=answer,
+    )
+    assert measured.column("reward_tie").to_pylist() == answer.column("relevance_nats").to_pylist() and not failures
+
+
+def test_where_all_prompts_are_one_there_is_no_relevance(tmp_path: Path) -> None:
+    """A null, never a 0: nothing was compared."""
+    folder = tiny.write(tmp_path / "m")
+    scorer = reference.ReferenceScorer(str(folder), ReferenceSettings(threads=1), 1.0, "reference-0", relevance=True)
+    answer, _ = scorer.score(of_prompts([[5, 6]] * 2, tickets=[1, 2]))
+    schema.check(answer)
+    assert answer.column("relevance_nats").to_pylist() == [None, None]
+    monitor = reward(name="tie", kind="reference", source="relevance", role="monitor")
+    _, failures = scored(reward(source=f"{__name__}:zeros"), monitor, rows=answer)
+    assert failures == {"tie_none": 2}
+
+
+def of_prompts(tokens: list[list[int]], tickets: list[int]) -> pa.RecordBatch:
+    """Generated rows with these prompts and tickets."""
+    rows = schema.concat([generated(prompts(list(range(len(tokens))))).slice(0, len(tokens))])
+    for name, column in (("prompt_tokens", pa.array(tokens, schema.TOKENS)), ("ticket", pa.array(tickets, pa.int64()))):
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), column)
+    return rows
+
+
+def zeros(completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def reads_the_reference(
+    completions: list[str], reference_logprobs: list[list[float]], relevance_nats: list[float | None], **columns: Any
+) -> list[float | None]:
+    assert "completion_logprobs" not in columns
+    return [nats[0] + 10 * (tie or 0) for nats, tie in zip(reference_logprobs, relevance_nats, strict=True)]
+
+
+def test_a_function_that_names_a_measurement_of_the_reference_is_given_it() -> None:
+    rows = with_reference(batch())
+    rows = schema.append(rows, schema.build(schema.RELEVANCE, {"relevance_nats": [0.5, None, -1.0, 2.0]}))
+    answer, _ = scored(reward(source=f"{__name__}:reads_the_reference"), rows=rows)
+    firsts = [row[0] for row in rows.column("reference_logprobs").to_pylist()]
+    expected = [first + 10 * tie for first, tie in zip(firsts, [0.5, 0, -1.0, 2.0], strict=True)]
+    assert answer.column("reward").to_pylist() == pytest.approx(expected, abs=1e-5)

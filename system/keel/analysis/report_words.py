@@ -1,0 +1,173 @@
+"""What happened in a run, in plain sentences computed from its files."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keel.analysis.report_curves import Curve, EvaluationPoint, Interval, interval
+
+FAILURES = {
+    "worker_lost": "worker lost and replaced",
+    "retry": "batch made again",
+    "rebuild": "rebuild of the learner and the buffer",
+    "resume": "resume from a checkpoint",
+    "restored": "restoring of accepted rollouts",
+    "degraded": "stretch with fewer workers than wanted",
+    "start_failed": "start that failed",
+    "checkpoint_damaged": "damaged checkpoint",
+    "line_damaged": "damaged line of metrics.jsonl",
+    "quarantine": "step whose rows the learner refused",
+    "tracker_failed": "step that a tracker did not take",
+    "report_failed": "report that was not written",
+}
+"""Events that are failures or recoveries, in words."""
+
+
+def of_online(
+    lines: Sequence[Mapping[str, Any]],
+    points: Sequence[EvaluationPoint],
+    values: Sequence[Mapping[str, np.ndarray]],
+    committed: Sequence[int],
+) -> list[str]:
+    """Proxy, gold, KL, entropy, length and the best checkpoint of an online run, from its evaluations."""
+    if not points:
+        return ["It has no evaluation yet, so nothing is known about held-out prompts.", *_last_step(lines)]
+    first, last = points[0], points[-1]
+    if first.step == last.step:
+        where = f"At its only evaluation, step {first.step}, on {first.values['reward'].n} held-out prompts,"
+    else:
+        where = (
+            f"Between the first and the last evaluation (steps {first.step} and {last.step},"
+            f" {last.values['reward'].n} held-out prompts)"
+        )
+    sentences = [f"{where} the proxy, the training reward, {_change(first, last, 'reward')}."]
+    sentences += (
+        _gold(points, values)
+        if "reward_gold" in last.values
+        else ["The run has no reward called gold, so this report cannot say whether the proxy was over-optimized."]
+    )
+    sentences += _distance(first, last)
+    return sentences + _best(points, committed)
+
+
+def _change(first: EvaluationPoint, last: EvaluationPoint, name: str) -> str:
+    if first.step == last.step:
+        return f"was {number(last.values[name])}"
+    return f"went from {number(first.values[name])} to {number(last.values[name])}"
+
+
+def number(value: Interval) -> str:
+    """The mean with its standard error, to the two leading digits of the error."""
+    if math.isnan(value.mean):
+        return "unknown"
+    if not value.stderr > 0:
+        return f"{value.mean:.3g}"
+    decimals = max(1 - math.floor(math.log10(value.stderr)), 0)
+    return f"{value.mean:.{decimals}f} (standard error {value.stderr:.{decimals}f})"
+
+
+def peak(points: Sequence[EvaluationPoint], name: str) -> int | None:
+    """Place of the evaluation with the largest mean, the first of equal ones; None where none has a value."""
+    means = [point.values[name].mean if name in point.values else math.nan for point in points]
+    return int(np.nanargmax(means)) if np.isfinite(means).any() else None
+
+
+def _gold(points: Sequence[EvaluationPoint], values: Sequence[Mapping[str, np.ndarray]]) -> list[str]:
+    best = peak(points, "reward_gold")
+    if best is None:
+        return ["Gold has no value in any evaluation."]
+    sentences = [f"Gold {_change(points[0], points[-1], 'reward_gold')}."]
+    if len(points) == 1:
+        return sentences
+    at = f"Gold was highest at step {points[best].step}, at {number(points[best].values['reward_gold'])}"
+    if best == len(points) - 1:
+        return [*sentences, f"{at}, which is the last evaluation: it shows no turn of gold."]
+    fall = interval(values[best]["reward_gold"] - values[-1]["reward_gold"])
+    rise = interval(values[-1]["reward"] - values[best]["reward"])
+    sentences.append(
+        f"{at}; the last evaluation lies {fall.mean:.3g} below it (standard error of the paired difference"
+        f" {fall.stderr:.2g})."
+    )
+    if fall.low > 0 and rise.low > 0:
+        sentences.append(
+            f"From there on the proxy rose by {rise.mean:.3g} while gold fell by {fall.mean:.3g}, both beyond their 95"
+            " % intervals: the proxy was over-optimized. The peak was chosen as the largest of"
+            f" {len(points)} evaluations, which makes the fall look larger than it is."
+        )
+    else:
+        sentences.append("Proxy up and gold down from there on, both beyond their 95 % intervals, is not seen.")
+    return sentences
+
+
+def _distance(first: EvaluationPoint, last: EvaluationPoint) -> list[str]:
+    sentences = []
+    if "kl_nats" in last.values:
+        text = f"The KL to the reference is {number(last.values['kl_nats'])} nats a completion at step {last.step}."
+        sentences.append(text)
+    for name, title, unit in (
+        ("entropy_nats", "Entropy", "nats a token"),
+        ("length_tokens", "The length of completions", "tokens"),
+    ):
+        if name in last.values and name in first.values:
+            sentences.append(f"{title} {_change(first, last, name)} {unit}.")
+    return sentences
+
+
+def _best(points: Sequence[EvaluationPoint], committed: Sequence[int]) -> list[str]:
+    """The best evaluation by gold, else by the proxy, and whether a checkpoint of it is there."""
+    name, title = ("reward_gold", "gold") if "reward_gold" in points[-1].values else ("reward", "proxy")
+    best = peak(points, name)
+    if best is None:
+        return []
+    step = points[best].step
+    text = f"The best evaluation by {title} is that of step {step}"
+    if step == 0:
+        return [f"{text}, the start model: training did not improve it."]
+    if step in committed:
+        return [f"{text}; its checkpoint is checkpoints/step-{step:06d}."]
+    if not committed:
+        return [f"{text}; the run directory holds no checkpoint."]
+    nearest = min(committed, key=lambda other: (abs(other - step), other))
+    return [f"{text}; its checkpoint is not there, the nearest is checkpoints/step-{nearest:06d}."]
+
+
+def _last_step(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = {"reward": "reward {:.3g}", "kl_nats": "KL {:.3g} nats", "length_tokens": "length {:.3g} tokens"}
+    known = [text.format(lines[-1][name]) for name, text in names.items() if lines and name in lines[-1]]
+    return [f"On the rollouts of its last step, {lines[-1]['step']}: {', '.join(known)}."] if known else []
+
+
+def of_stage(curves: Mapping[str, Curve]) -> list[str]:
+    """Held-out loss and accuracy of an offline stage."""
+    sentences = []
+    for name, title, best in (("held_out_loss", "loss", min), ("held_out_accuracy_ratio", "accuracy", max)):
+        if name in curves:
+            curve = curves[name]
+            value = best(curve.mean)
+            sentences.append(
+                f"The held-out {title} went from {curve.mean[0]:.4g} at step {curve.steps[0]} to {curve.mean[-1]:.4g}"
+                f" at step {curve.steps[-1]}; the best was {value:.4g} at step {curve.steps[curve.mean.index(value)]}."
+            )
+    return sentences or ["It has no evaluation yet."]
+
+
+def of_events(events: Sequence[Mapping[str, Any]], last_line: Mapping[str, Any]) -> list[str]:
+    """Failures and recoveries, dropped samples, and what the guard did."""
+    counts = Counter(str(event["event"]) for event in events)
+    failures = [f"{counts[name]} x {text}" for name, text in FAILURES.items() if counts[name]]
+    sentences = [f"Failures and recoveries: {'; '.join(failures)}." if failures else "No failure was recorded."]
+    for counter, title in (
+        ("samples_failed_total", "Samples without a reward"),
+        ("groups_dropped_total", "Groups dropped"),
+    ):
+        reasons = {reason: count for reason, count in (last_line.get(counter) or {}).items() if count}
+        if reasons:
+            listed = ", ".join(f"{count:.0f} {reason}" for reason, count in reasons.items())
+            sentences.append(f"{title}: {listed}.")
+    guarded = {name: count for name, count in counts.items() if name.startswith("guard")}
+    if guarded:
+        sentences.append(f"The guard acted: {', '.join(f'{count} x {name}' for name, count in guarded.items())}.")
+    return sentences
