@@ -28,7 +28,14 @@ _SHOWN = 20  # findings, and differences
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; the first is the baseline")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[ARM=]RUN...",
+            help="run directories; the first is of the baseline; runs that differ in run.seed alone are one arm, as are"
+            " those of one ARM",
+        ),
+    ],
     as_json: AsJson = False,
     picture: Annotated[Path | None, typer.Option(help="also draw reward against sqrt(KL): .png or .svg")] = None,
 ) -> None:

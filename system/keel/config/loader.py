@@ -43,6 +43,8 @@ _HEADER = "# written by keel {version}; sha256 of the resolved settings: {digest
 _HEADER_PATTERN = re.compile(_HEADER.format(version=r"(?P<version>\d+\.\d+\S*)", digest=r"(?P<digest>\S+)"))
 _HEADER_OF_0_1_0 = "# sha256 of the resolved settings: "
 
+OF_THE_PLACE = frozenset({"metrics", "tracking", "cluster", "deadlines"})
+"""Blocks that say where a run lives and how it is watched; they change no number."""
 INTERRUPTED = 130
 """Exit code of a run that a signal or `keel stop` ended; bad input, ConfigError, is 2."""
 
@@ -138,7 +140,7 @@ def dump(settings: Section) -> str:
 
 def digest(settings: Section) -> str:
     """Hash of every setting that can change a number; where the run lives and how it is watched is left out."""
-    tree = settings.model_dump(mode="json", exclude={"metrics", "tracking", "cluster", "deadlines"})
+    tree = settings.model_dump(mode="json", exclude=set(OF_THE_PLACE))
     del tree["run"]["directory"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

@@ -29,7 +29,6 @@ from keel.config.pipeline import PipelineSettings, StageEntry
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import from_here
 
-_NOT_CONTENT = {"metrics", "tracking", "cluster", "deadlines"}
 _PATHS = ("source", "model", "against", "MODEL")
 """Settings that name files, folders, wheels or code; any other text is hashed as it is."""
 _EXPLAINED_CODES = (2, 130)
@@ -129,7 +128,7 @@ def _written(value: Any) -> str:
 
 def _key(command: str, settings: Section, model: str | None, upstream: dict[Path, str]) -> str:
     """Hash everything that the result of a stage depends on."""
-    tree = settings.model_dump(mode="json", exclude=_NOT_CONTENT)
+    tree = settings.model_dump(mode="json", exclude=set(loader.OF_THE_PLACE))
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
     hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
     for setting, leaf in [*_leaves(tree), ("MODEL", model)]:
