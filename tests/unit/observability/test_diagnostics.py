@@ -31,6 +31,8 @@ def test_one_value_a_completion() -> None:
         "sequence_entropy_nats": [1.7, 2.0, 0.4, 3.5],
         "entropy_nats": [1.7 / 3, 2.0, 0.2, 0.7],
         "finished_ratio": [1, 1, 1, 0],  # the fifth token was the last the budget had
+        "repetition_ratio": [0, 0, 0, 0],  # by brute force in test_sample_diagnostics.py
+        "reference_nll_nats": [-sum(row) / len(row) for row in REFERENCE],
         "kl_nats": [1.0 - 0.1, -1.5, 0.0, 0.2 + 0.5 + 24.3],
         "kl_k3_nats": [
             2 * (math.exp(-0.5) - 1 + 0.5) + math.exp(0.1) - 1 - 0.1,
