@@ -43,6 +43,7 @@ def evaluation(rng: np.random.Generator, level: np.ndarray, kl: float, turn: flo
         "prompt_id": range(PROMPTS),
         "prompt_tokens": [[1]] * PROMPTS,
         "prompt": [f"synthetic prompt {number}" for number in range(PROMPTS)],
+        "prompt_messages": ["[]"] * PROMPTS,
         "prompt_columns": ["{}"] * PROMPTS,
         "seed": range(PROMPTS),
         "completion_tokens": [[1] * TOKENS] * PROMPTS,
@@ -81,4 +82,4 @@ if __name__ == "__main__":
     random = np.random.default_rng(0)
     shared = random.normal(0, 0.5, PROMPTS)
     runs = [write(target, name, shared, random) for name in KL_NATS]
-    compare.run(runs, Console(width=120), as_json=False, picture=picture)
+    compare.run([str(run) for run in runs], Console(width=120), as_json=False, picture=picture)

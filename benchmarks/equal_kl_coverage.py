@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from keel.analysis import compare
-from keel.analysis.compared_runs import Arm, Evaluation
+from keel.analysis.compared_runs import Evaluation, Run
 from keel.observability.diagnostics import Estimate
 
 PROMPTS, REPETITIONS = 64, 600
@@ -26,7 +26,7 @@ def normal(values: np.ndarray) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def arm(rng: np.random.Generator, base: np.ndarray, kl_nats: list[float], slope: float, noise: float) -> Arm:
+def arm(rng: np.random.Generator, base: np.ndarray, kl_nats: list[float], slope: float, noise: float) -> Run:
     """Evaluations at these mean KLs; a prompt's KL has a standard deviation of 7 nats, 0.3 before training."""
     evaluations = [
         Evaluation(
@@ -40,7 +40,7 @@ def arm(rng: np.random.Generator, base: np.ndarray, kl_nats: list[float], slope:
         for step, kl in enumerate(kl_nats)
     ]
     prompts = tuple((number, "") for number in range(PROMPTS))
-    return Arm("run", Path("run"), {}, prompts, tuple(evaluations))
+    return Run("run", Path("run"), {}, prompts, tuple(evaluations))
 
 
 def coverage(noise: float, slope: float, other_slope: float) -> float:

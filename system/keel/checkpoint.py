@@ -74,10 +74,7 @@ def trained(folder: Path) -> Path:
 
 
 def stage(directory: Path) -> dict[str, Any] | None:
-    """What a finished stage says of itself; None: it has not finished.
-
-    Raises ConfigError where what it left is not what it wrote.
-    """
+    """What a finished stage says of itself, None before its end. Raises ConfigError where it is not what it wrote."""
     path = directory / _STAGE
     if not reads.is_there(path):
         return None
@@ -126,7 +123,7 @@ def lost(run_directory: Path) -> tuple[int, str] | None:
 
 
 def check_known(run_directory: Path) -> None:
-    """The newest commit that the run's own files know of is there, or was put aside. Raises ConfigError."""
+    """Raise ConfigError unless the newest commit that the run's own files know of is there, or was put aside."""
     if missing := lost(run_directory):
         known, source = missing
         raise ConfigError(

@@ -77,10 +77,7 @@ class Objective:
         raise NotImplementedError
 
     def credited(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
-        """Call `weigh`, check its answer, and add what all objectives share: the vocabulary term and the user's terms.
-
-        Raises ValueError unless there is one finite advantage a token.
-        """
+        """Add what all objectives share to `weigh`. Raises ValueError unless every token has a finite advantage."""
         credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
         user_terms = {name: float(values.mean()) for name, values in self.user_terms(batch).items()}
         terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **user_terms}} if user_terms else {}

@@ -9,9 +9,11 @@ method's. So arms are compared where they are equal in one of these:
     kl         the largest mean KL to the reference all reached     the same, at the first crossing
 
 Between evaluations i and i+1, w of the way, the value of prompt p is (1 - w) v[i, p] + w v[i+1, p]: prompts stay
-paired. Differences are to the first arm, mean over prompts with a paired BCa bootstrap interval (95 %). It covers which
-prompts were drawn and what was sampled, at equal KL also that the KL is itself estimated (`_with_error_of_kl`); it does
-not cover another seed of training.
+paired. Runs that differ in their seed alone are one arm; each stands at its own place at the shared level.
+
+Differences are to the first arm, with a 95 % interval: over seeds and prompts (hierarchical_bootstrap.py) where an arm
+has several seeds, else a paired BCa bootstrap over prompts. It covers which prompts were drawn and what was sampled, at
+equal KL also that the KL is itself estimated (`_with_error_of_kl`), and the seeds of the arms that have several.
 """
 
 import json
@@ -26,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from keel.analysis import frontier_plot
-from keel.analysis.compared_runs import Arm, Evaluation, load, notes
+from keel.analysis.compared_runs import Arm, Evaluation, Run, arms_of, load, named_directory, notes
+from keel.analysis.hierarchical_bootstrap import over_seeds_and_prompts
 from keel.errors import ConfigError
 from keel.observability import evaluations
 from keel.observability.diagnostics import Estimate, estimate
@@ -39,18 +42,26 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class ArmAtLevel:
-    """An arm at the level of a matching: at an evaluation (before == after), or between two."""
+class Place:
+    """Where a run has the level of a matching: at an evaluation (before == after), or between two."""
 
     before: int
     after: int
     weight: float
     """Of the evaluation at step `after`."""
+
+
+@dataclass(frozen=True)
+class ArmAtLevel:
+    """An arm at the level of a matching."""
+
+    places: tuple[Place, ...]
+    """One a run."""
     values: Mapping[str, Estimate]
     differences: Mapping[str, Estimate]
     """This arm minus the first one."""
     paired: Mapping[str, int]
-    """Prompts with a value in both."""
+    """Prompts with a value in every run of both."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +75,28 @@ class Matching:
 
 @dataclass(frozen=True)
 class Comparison:
-    names: tuple[str, ...]
-    directories: tuple[Path, ...]
+    arms: tuple[Arm, ...]
     num_prompts: int
     metrics: tuple[str, ...]
     matchings: tuple[Matching, ...]
     notes: tuple[str, ...]
     """Settings in which the runs differ that make a number mean something else."""
 
+    @property
+    def names(self) -> list[str]:
+        """Arms as tables show them."""
+        return [arm.label for arm in self.arms]
 
-def run(directories: list[Path], console: Console, *, as_json: bool, picture: Path | None) -> None:
-    """The command: read, compare, draw the picture if a path is given, print tables or one JSON object."""
-    comparison = compare([load(directory) for directory in directories])
+
+def run(arguments: Sequence[str], console: Console, *, as_json: bool, picture: Path | None) -> None:
+    """The command: read, compare, draw the picture if a path is given, print tables or one JSON object.
+
+    `arguments`: run directories, each as `RUN` or `ARM=RUN`.
+    """
+    named = [named_directory(argument) for argument in arguments]
+    comparison = compare([load(directory) for _, directory in named], [name for name, _ in named])
     if picture is not None:
-        rows = {name: evaluations.frontier(path) for name, path in zip(comparison.names, directories, strict=True)}
-        has_gold = any(row.get("gold") is not None for table in rows.values() for row in table)
-        frontier_plot.draw(rows, picture, proxy="proxy", gold="gold" if has_gold else None)
+        draw(comparison, picture)
     if as_json:
         text = json.dumps(tree_of(comparison), indent=2, allow_nan=False)
         console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -87,37 +104,48 @@ def run(directories: list[Path], console: Console, *, as_json: bool, picture: Pa
         _print_tables(console, comparison)
 
 
-def compare(arms: Sequence[Arm]) -> Comparison:
-    """Every arm at every matching. Raises ConfigError for fewer than two arms, or arms with different prompts."""
-    if len(arms) < 2:
-        raise ConfigError(f"compare: {len(arms)} run; expected at least 2 run directories")
-    first = arms[0]
-    for arm in arms[1:]:
-        if arm.prompts != first.prompts:
-            shared = len(set(arm.prompts) & set(first.prompts))
+def draw(comparison: Comparison, path: Path) -> None:
+    """The frontier of every arm; that of an arm of several seeds is their mean."""
+    tables = {arm.label: [evaluations.frontier(run.directory) for run in arm.runs] for arm in comparison.arms}
+    rows = {name: frontier_plot.mean_over_seeds(frontiers) for name, frontiers in tables.items()}
+    has_gold = any(row.get("gold") is not None for table in rows.values() for row in table)
+    frontier_plot.draw(rows, path, proxy="proxy", gold="gold" if has_gold else None)
+
+
+def compare(runs: Sequence[Run], names: Sequence[str | None] = ()) -> Comparison:
+    """Every arm at every matching; `names`: the arms of the runs where the user gave them.
+
+    Raises ConfigError for fewer than two runs, or runs with different prompts.
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"compare: {len(runs)} run; expected at least 2 run directories")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.prompts != first.prompts:
+            shared = len(set(run.prompts) & set(first.prompts))
             raise ConfigError(
-                f"run {arm.directory}: evaluated on other held-out prompts than {first.directory} ({shared} of"
-                f" {len(first.prompts)} shared); expected the same prompts.source,"
-                " prompts.held_out and prompts.held_out_seed, or the same evaluation.source"
+                f"run {run.directory}: evaluated on other held-out prompts than {first.directory} ({shared} of"
+                f" {len(first.prompts)} shared); expected the same prompts.source, prompts.held_out and"
+                " prompts.held_out_seed, or the same evaluation.source"
             )
-    names = [arm.name for arm in arms]
-    if len(set(names)) < len(names):
-        names = [f"{arm.directory} (run {number})" for number, arm in enumerate(arms, start=1)]
-    metrics = evaluations.shown(name for arm in arms for evaluation in arm.evaluations for name in evaluation.values)
+    arms = arms_of(runs, names or [None] * len(runs))
+    metrics = evaluations.shown(name for run in runs for evaluation in run.evaluations for name in evaluation.values)
+    members = [(run, arm.label) for arm in arms for run in arm.runs]
     return Comparison(
-        names=tuple(names),
-        directories=tuple(arm.directory for arm in arms),
+        arms=tuple(arms),
         num_prompts=len(first.prompts),
         metrics=tuple(metrics),
-        matchings=tuple(_match(name, arms, names, metrics) for name in _TITLES),
-        notes=tuple(notes(arms, names)),
+        matchings=tuple(_match(name, arms, metrics) for name in _TITLES),
+        notes=tuple(notes(*zip(*members, strict=True))),
     )
 
 
-def _match(matching: str, arms: Sequence[Arm], names: Sequence[str], metrics: Sequence[str]) -> Matching:
-    """All arms at the largest level that all have reached, or why there is none."""
-    levels = [{evaluation.step: evaluation.level(matching) for evaluation in arm.evaluations} for arm in arms]
-    known = [[level for level in levels_of_arm.values() if math.isfinite(level)] for levels_of_arm in levels]
+def _match(matching: str, arms: Sequence[Arm], metrics: Sequence[str]) -> Matching:
+    """All runs at the largest level that all have reached, or why there is none."""
+    runs = [run for arm in arms for run in arm.runs]
+    names = [arm.name if len(arm.runs) == 1 else run.name for arm in arms for run in arm.runs]
+    levels = [{evaluation.step: evaluation.level(matching) for evaluation in run.evaluations} for run in runs]
+    known = [[level for level in levels_of_run.values() if math.isfinite(level)] for levels_of_run in levels]
     for name, reached in zip(names, known, strict=True):
         if not reached:
             missing = "no reference log-probs" if matching == "kl" else "no trained_tokens_total in metrics.jsonl"
@@ -134,25 +162,38 @@ def _match(matching: str, arms: Sequence[Arm], names: Sequence[str], metrics: Se
             return Matching(
                 matching, level, why_not=f"{name} is beyond that from its first evaluation on: {reached[0]:g}"
             )
-    places = [_place(arm, matching, level) for arm in arms]
+    places = [_place(run, matching, level) for run in runs]
     values = [
-        {name: _between(before, after, weight, name, len(arms[0].prompts)) for name in metrics}
+        {name: _between(before, after, weight, name, len(runs[0].prompts)) for name in metrics}
         for before, after, weight in places
     ]
     if matching == "kl":
         anchor = values[next(number for number, reached in enumerate(known) if max(reached) == level)]["kl_nats"]
         values = [
-            _with_error_of_kl(place, arm_values, anchor) for place, arm_values in zip(places, values, strict=True)
+            _with_error_of_kl(place, run_values, anchor) for place, run_values in zip(places, values, strict=True)
         ]
-    arms_at_level = [
-        _arm_at_level(place, arm_values, values[0]) for place, arm_values in zip(places, values, strict=True)
-    ]
-    return Matching(matching, level, tuple(arms_at_level))
+    return Matching(matching, level, _arms_at_level(arms, places, values, metrics))
 
 
-def _place(arm: Arm, matching: str, level: float) -> tuple[Evaluation, Evaluation, float]:
+def _arms_at_level(
+    arms: Sequence[Arm],
+    places: Sequence[tuple[Evaluation, Evaluation, float]],
+    values: Sequence[Mapping[str, np.ndarray]],
+    metrics: Sequence[str],
+) -> tuple[ArmAtLevel, ...]:
+    """Put the runs of every arm together; `places` and `values` have one entry a run, in the order of the arms."""
+    ends = np.cumsum([len(arm.runs) for arm in arms])
+    members = [slice(end - len(arm.runs), end) for arm, end in zip(arms, ends, strict=True)]
+    stacked = [{name: np.stack([run[name] for run in values[part]]) for name in metrics} for part in members]
+    return tuple(
+        _arm_at_level([Place(before.step, after.step, w) for before, after, w in places[part]], arm_values, stacked[0])
+        for part, arm_values in zip(members, stacked, strict=True)
+    )
+
+
+def _place(run: Run, matching: str, level: float) -> tuple[Evaluation, Evaluation, float]:
     """The evaluations around the first crossing of the level, and the weight of the second."""
-    known = [evaluation for evaluation in arm.evaluations if math.isfinite(evaluation.level(matching))]
+    known = [evaluation for evaluation in run.evaluations if math.isfinite(evaluation.level(matching))]
     after = next(number for number, evaluation in enumerate(known) if evaluation.level(matching) >= level)
     high = known[after].level(matching)
     if high == level:
@@ -196,17 +237,31 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _arm_at_level(
-    place: tuple[Evaluation, Evaluation, float], values: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]
+    places: Sequence[Place], values: Mapping[str, np.ndarray], first: Mapping[str, np.ndarray]
 ) -> ArmAtLevel:
-    differences = {name: values[name] - first[name] for name in values}
+    """`values` and `first` [runs, prompts] by metric: of this arm, and of the first one."""
+    known = {name: np.isfinite(values[name]).all(axis=0) & np.isfinite(first[name]).all(axis=0) for name in values}
     return ArmAtLevel(
-        before=place[0].step,
-        after=place[1].step,
-        weight=place[2],
-        values={name: estimate(value) for name, value in values.items()},
-        differences={name: estimate(value) for name, value in differences.items()},
-        paired={name: int(np.isfinite(value).sum()) for name, value in differences.items()},
+        places=tuple(places),
+        values={name: _estimate([(1, value)]) for name, value in values.items()},
+        differences={name: _difference_to(value, first[name]) for name, value in values.items()},
+        paired={name: int(both.sum()) for name, both in known.items()},
     )
+
+
+def _difference_to(values: np.ndarray, first: np.ndarray) -> Estimate:
+    """An arm minus the first one, which differs from itself in nothing."""
+    if values is first:
+        values = np.where(np.isfinite(first).all(axis=0), 0.0, np.nan)[None]
+        return estimate(values[0])
+    return _estimate([(1, values), (-1, first)])
+
+
+def _estimate(terms: Sequence[tuple[int, np.ndarray]]) -> Estimate:
+    """Of arms that all have one run: a BCa bootstrap over prompts; else over seeds and prompts."""
+    if all(len(values) == 1 for _, values in terms):
+        return estimate(np.sum([sign * values[0] for sign, values in terms], axis=0))
+    return over_seeds_and_prompts(terms)
 
 
 def _table(comparison: Comparison, matching: Matching) -> Table:
@@ -214,9 +269,7 @@ def _table(comparison: Comparison, matching: Matching) -> Table:
     title, level = _TITLES[matching.name]
     at = "" if math.isnan(matching.level) else f" ({level.format(matching.level)})"
     scope = f"{comparison.num_prompts} held-out prompts, 95 % intervals per metric, not corrected for many metrics"
-    interpolated = any(arm_at_level.before != arm_at_level.after for arm_at_level in matching.arms_at_level)
-    caption = "a-b (w): interpolated, w of the way from the evaluation at step a to the one at step b"
-    table = Table(title=f"{title}{at}: {scope}", caption=caption if interpolated else None)
+    table = Table(title=f"{title}{at}: {scope}", caption=_caption(comparison, matching))
     if not matching.arms_at_level:
         table.add_column("not comparable this way")
         table.add_row(matching.why_not)
@@ -237,11 +290,27 @@ def _table(comparison: Comparison, matching: Matching) -> Table:
     return table
 
 
+def _caption(comparison: Comparison, matching: Matching) -> str:
+    """What the intervals cover, and how places are written."""
+    seeds = {len(arm.runs) for arm in comparison.arms}
+    lines = ["1 seed: interval over prompts only"] * (1 in seeds)
+    lines += ["several seeds: interval over seeds and prompts"] * (max(seeds) > 1)
+    places = [place for arm_at_level in matching.arms_at_level for place in arm_at_level.places]
+    if any(place.before != place.after for place in places):
+        lines.append("a-b (w): interpolated, w of the way from the evaluation at step a to the one at step b")
+    if any(len(set(arm_at_level.places)) > 1 for arm_at_level in matching.arms_at_level):
+        lines.append("by seed: every seed at a place of its own between these steps")
+    return "\n".join(lines)
+
+
 def _where(arm_at_level: ArmAtLevel) -> str:
-    """A step, or the two whose values were interpolated."""
-    if arm_at_level.before == arm_at_level.after:
-        return str(arm_at_level.after)
-    return f"{arm_at_level.before}-{arm_at_level.after} ({arm_at_level.weight:.2f})"
+    """A step, or the two whose values were interpolated, or the steps between which the seeds are."""
+    places = arm_at_level.places
+    if len(set(places)) > 1:
+        return f"{min(place.before for place in places)}-{max(place.after for place in places)} by seed"
+    if places[0].before == places[0].after:
+        return str(places[0].after)
+    return f"{places[0].before}-{places[0].after} ({places[0].weight:.2f})"
 
 
 def _difference(arm_at_level: ArmAtLevel, metric: str, num_prompts: int) -> str:
@@ -257,30 +326,37 @@ def _interval(value: Estimate, sign: str) -> str:
 
 def tree_of(comparison: Comparison) -> dict[str, Any]:
     """The comparison as JSON values: NaN is null."""
-    arms = zip(comparison.names, comparison.directories, strict=True)
     return {
         "prompts": comparison.num_prompts,
-        "arms": [{"name": name, "directory": str(directory)} for name, directory in arms],
-        "matchings": {matching.name: _matching_as_json(matching, comparison) for matching in comparison.matchings},
+        "arms": [
+            {
+                "name": arm.name,
+                "runs": [{"directory": str(run.directory), "seed": run.seed} for run in arm.runs],
+                "intervals": "prompts" if len(arm.runs) == 1 else "seeds and prompts",
+            }
+            for arm in comparison.arms
+        ],
+        "matchings": {matching.name: _matching_as_json(matching, comparison.arms) for matching in comparison.matchings},
         "notes": list(comparison.notes),
     }
 
 
-def _matching_as_json(matching: Matching, comparison: Comparison) -> dict[str, Any]:
+def _matching_as_json(matching: Matching, arms: Sequence[Arm]) -> dict[str, Any]:
     return {
         "level": matching.level if math.isfinite(matching.level) else None,
         "why_not": matching.why_not or None,
         "arms": {
-            name: {
-                "steps": [arm_at_level.before, arm_at_level.after],
-                "weight": arm_at_level.weight,
+            arm.name: {
+                "places": [
+                    {"steps": [place.before, place.after], "weight": place.weight} for place in arm_at_level.places
+                ],
                 "values": {metric: value.as_json() for metric, value in arm_at_level.values.items()},
                 "differences": {
                     metric: {**value.as_json(), "prompts": arm_at_level.paired[metric]}
                     for metric, value in arm_at_level.differences.items()
                 },
             }
-            for name, arm_at_level in zip(comparison.names, matching.arms_at_level, strict=False)
+            for arm, arm_at_level in zip(arms, matching.arms_at_level, strict=False)
         },
     }
 

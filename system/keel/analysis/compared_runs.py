@@ -1,8 +1,12 @@
-"""A run directory as an arm of a comparison: what each evaluation says of each held-out prompt."""
+"""Run directories as arms of a comparison: what each evaluation says of each held-out prompt; seeds of one arm."""
 
+import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ Prompt = tuple[int, str]
 """prompt_id and text: the row of the prompt source, and what stood in it."""
 
 
+_ARM_NAME = r"[A-Za-z0-9._-]+"
 _SAME_REFERENCE = ("policy.model", "reference.model", "reference.ref_policy", "reference.iteration_steps")
 _SAME_TEXT = ("prompts.system_prompt", "sampling.temperature", "sampling.top_p", "sampling.max_tokens")
 
@@ -42,7 +47,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Arm:
+class Run:
     """One run."""
 
     name: str
@@ -53,8 +58,64 @@ class Arm:
     evaluations: tuple[Evaluation, ...]
     """By step; at least one."""
 
+    @property
+    def seed(self) -> int:
+        return int((self.settings.get("run") or {}).get("seed", 0))
 
-def load(directory: Path) -> Arm:
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone, or that the user put together."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def label(self) -> str:
+        return self.name if len(self.runs) == 1 else f"{self.name} ({len(self.runs)} seeds)"
+
+
+def named_directory(argument: str) -> tuple[str | None, Path]:
+    """The arm and the directory of `RUN` or `ARM=RUN`; a directory whose path has an equals sign is a directory."""
+    name, separator, path = argument.partition("=")
+    named = separator and re.fullmatch(_ARM_NAME, name) and not Path(argument).exists()
+    return (name, Path(path)) if named else (None, Path(argument))
+
+
+def arms_of(runs: Sequence[Run], names: Sequence[str | None]) -> list[Arm]:
+    """Group runs by the names that they were given, the others by their settings apart from the seed.
+
+    A second run of a seed with the same settings is a repetition, no other seed: it belongs to another arm.
+    """
+    members: dict[tuple[str, str, int], list[Run]] = {}
+    repeats: Counter[tuple[str, int]] = Counter()
+    for run, name in zip(runs, names, strict=True):
+        settings = _settings_of_arm(run)
+        key = ("named", name, 0) if name is not None else ("settings", settings, repeats[settings, run.seed])
+        repeats[settings, run.seed] += name is None
+        members.setdefault(key, []).append(run)
+    arms = [Arm(key[1] if key[0] == "named" else _common_name(group), tuple(group)) for key, group in members.items()]
+    if len({arm.name for arm in arms}) < len(arms):
+        return [Arm(f"{arm.runs[0].directory} (run {number})", arm.runs) for number, arm in enumerate(arms, start=1)]
+    return arms
+
+
+def _settings_of_arm(run: Run) -> str:
+    """What runs of one arm have in common: every setting that can change a number, without the seed."""
+    tree = {block: value for block, value in run.settings.items() if block not in loader.OF_THE_PLACE}
+    identity = tree.get("run") or {}
+    tree["run"] = {key: value for key, value in identity.items() if key not in ("name", "directory", "seed")}
+    return json.dumps(tree, sort_keys=True, default=str)
+
+
+def _common_name(runs: Sequence[Run]) -> str:
+    """What the names of runs begin with: kl of kl-seed-0 and kl-seed-1."""
+    columns = takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False))
+    shared = "".join(letters[0] for letters in columns)
+    return runs[0].name if len(runs) == 1 else re.sub(r"([-_.](seed|s))?[-_.]*$", "", shared) or runs[0].name
+
+
+def load(directory: Path) -> Run:
     """A run from its directory, finished or not. Raises ConfigError, one line, when it has nothing to compare."""
     stored = loader.stored_config(directory, f"run {directory}")
     try:
@@ -76,7 +137,7 @@ def load(directory: Path) -> Arm:
     evaluations = [
         Evaluation(step, tokens.get(step, math.nan), values) for step, (_, values) in zip(steps, read, strict=True)
     ]
-    return Arm(directory.resolve().name, directory, settings, read[0][0], tuple(evaluations))
+    return Run(directory.resolve().name, directory, settings, read[0][0], tuple(evaluations))
 
 
 def per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np.ndarray]]:
@@ -95,27 +156,30 @@ def per_prompt(batch: pa.RecordBatch) -> tuple[tuple[Prompt, ...], dict[str, np.
     return prompts, means
 
 
-def notes(arms: Sequence[Arm], names: Sequence[str]) -> list[str]:
-    """What differs between the settings of the first arm and another, and which metric that touches."""
+def notes(runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    """What differs between the settings of the first run and another, and which metric that touches.
+
+    `names`: of the runs' arms, each of which is named once.
+    """
     lines = []
-    for arm, name in zip(arms[1:], names[1:], strict=True):
-        if _rewards(arm) != _rewards(arms[0]):
+    for run, name in zip(runs[1:], names[1:], strict=True):
+        if _rewards(run) != _rewards(runs[0]):
             lines.append(f"{name} has other rewards than {names[0]}: `reward` is another quantity in each")
         for keys, consequence in (
             (_SAME_REFERENCE, "KL is to another policy"),
             (_SAME_TEXT, "the answers differ by more than training"),
         ):
-            if changed := [key for key in keys if _setting(arm, key) != _setting(arms[0], key)]:
+            if changed := [key for key in keys if _setting(run, key) != _setting(runs[0], key)]:
                 lines.append(f"{name} differs from {names[0]} in {', '.join(changed)}: {consequence}")
-    return lines
+    return list(dict.fromkeys(lines))
 
 
-def _rewards(arm: Arm) -> list[tuple[Any, ...]]:
+def _rewards(run: Run) -> list[tuple[Any, ...]]:
     """What the number `reward` is made of."""
-    blocks = [block for block in arm.settings.get("rewards", []) if block.get("role", "train") == "train"]
+    blocks = [block for block in run.settings.get("rewards", []) if block.get("role", "train") == "train"]
     return [tuple(block.get(key) for key in ("name", "kind", "source", "weight")) for block in blocks]
 
 
-def _setting(arm: Arm, path: str) -> Any:
+def _setting(run: Run, path: str) -> Any:
     block, key = path.split(".")
-    return (arm.settings.get(block) or {}).get(key)
+    return (run.settings.get(block) or {}).get(key)

@@ -47,14 +47,32 @@ def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | 
     )
 
 
+def mean_over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Frontier rows of an arm: those of its run, or their means over several runs at the steps that all evaluated.
+
+    The standard error of the proxy is then the one over seeds.
+    """
+    if len(tables) == 1:
+        return [dict(row) for row in tables[0]]
+    rows = [{row["step"]: row for row in table} for table in tables]
+    means = []
+    for step in sorted(set.intersection(*map(set, rows))):
+        at_step = [table[step] for table in rows]
+        values = {name: _column(at_step, name) for name in at_step[0]}
+        row: dict[str, Any] = {name: float(column.mean()) for name, column in values.items()}
+        row["stderr"] = float(values["proxy"].std(ddof=1) / np.sqrt(len(rows)))
+        means.append({name: value if np.isfinite(value) else None for name, value in row.items()})
+    return means
+
+
 def draw(
     arms: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, proxy: str = "proxy", gold: str | None = "gold"
 ) -> None:
     """Write a PNG or SVG, by suffix: a color a run, proxy solid, gold dashed, a point an evaluation.
 
-    Bars are one standard error over held-out prompts. `arms` holds frontier rows by name of the run; proxy and gold are
-    columns of these, gold None where no run has one. Raises ConfigError, one line, for another suffix, where no run has
-    an evaluation with a finite KL, and where matplotlib is missing.
+    Bars are one standard error over held-out prompts, or over seeds (`mean_over_seeds`). `arms` holds frontier rows by
+    name of the run; proxy and gold are columns of these, gold None where no run has one. Raises ConfigError, one line,
+    for another suffix, where no run has an evaluation with a finite KL, and where matplotlib is missing.
     """
     if path.suffix not in (".png", ".svg"):
         raise ConfigError(f"picture {path}: expected a name that ends in .png or .svg")

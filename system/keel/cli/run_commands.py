@@ -28,7 +28,14 @@ _SHOWN = 20  # findings, and differences
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run directories; the first is the baseline")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[ARM=]RUN...",
+            help="run directories; the first is of the baseline; runs that differ in run.seed alone are one arm, as are"
+            " those of one ARM",
+        ),
+    ],
     as_json: AsJson = False,
     picture: Annotated[Path | None, typer.Option(help="also draw reward against sqrt(KL): .png or .svg")] = None,
 ) -> None:
@@ -44,10 +51,19 @@ def report(
         Path | None,
         typer.Option(help="file to write; default: report.html in the run's directory, or here for several"),
     ] = None,
+    live: Annotated[bool, typer.Option("--live", help="serve the page here and renew it as the run proceeds")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --live; 0: any free one")] = 0,
 ) -> None:
     """Write one self-contained HTML page: what happened, the frontier, curves, rollouts, settings."""
-    from keel.analysis import report_page
+    from keel.analysis import report_live, report_page
 
+    if live:
+        if output is not None:
+            raise ConfigError(f"--output={output}: with --live no file is written; expected one of the two")
+        with report_live.serving(runs, port) as (address, server):
+            console.print(f"Report   {address}  (follows the files; end it with Ctrl-C)", soft_wrap=True)
+            server.serve_forever()
+        return
     path = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     num_bytes = report_page.write(runs, path)
     console.print(f"Report   {from_here(path)}  ({num_bytes / 1e6:.1f} MB; open it in a browser)", soft_wrap=True)

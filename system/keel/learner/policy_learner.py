@@ -91,10 +91,7 @@ class DeepSpeedLearner:
         return critic
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
-        """One version: `objective.epochs` optimizer updates on the batch.
-
-        Raises NotFinite for log-probs, values, a loss or a gradient that are not, before the optimizer's update.
-        """
+        """Make `objective.epochs` optimizer updates. Raises NotFinite before an update that would not be finite."""
         state, updates = self.objective.state(), self._engine.updates
         try:
             return self._step(batch)

@@ -3,11 +3,9 @@
 import numpy as np
 import pyarrow as pa
 
-from keel import schema
 from keel.config.run import Settings
+from keel.observability import sample_diagnostics
 from keel.observability.diagnostics import per_completion
-
-_GRAM = 3
 
 
 def held_out_values(batch: pa.RecordBatch, settings: Settings) -> dict[str, np.ndarray]:
@@ -25,20 +23,10 @@ def held_out_values(batch: pa.RecordBatch, settings: Settings) -> dict[str, np.n
         "length": "length_tokens",
     }
     statistics = {name: values[column] for name, column in named.items() if column in values}
-    statistics["repetition"] = repetition(batch)
+    statistics["repetition"] = sample_diagnostics.repetition(batch)
     if "reference_logprobs" in batch.schema.names:
-        logprobs, lengths = schema.ragged(batch, "reference_logprobs")
-        statistics["reference_nll"] = -schema.row_sums(logprobs, lengths) / lengths
+        statistics["reference_nll"] = sample_diagnostics.reference_nll(batch)
     return statistics
-
-
-def repetition(batch: pa.RecordBatch) -> np.ndarray:
-    """1 - distinct / all 3-grams of token ids in each completion; 0 where it is shorter than three tokens."""
-    shares = []
-    for tokens in batch.column("completion_tokens").to_pylist():
-        grams = [tuple(tokens[place : place + _GRAM]) for place in range(len(tokens) - _GRAM + 1)]
-        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
-    return np.array(shares)
 
 
 def members(batch: pa.RecordBatch, settings: Settings) -> np.ndarray | None:

@@ -16,11 +16,12 @@ Section = Literal["train", "rollout", "reward", "perf"]
 _SECTIONS: dict[Section, str] = {
     "reward": """
         reward reward_std regularized_reward reward_kl_term reward_entropy_term reward_component shaping_term
-        normalizer_mean normalizer_std best_reward
+        normalizer_mean normalizer_std best_reward reward_length_correlation reward_tail_index reward_correlation
     """,
     "rollout": """
         kl_nats kl_k3_nats entropy_nats sequence_entropy_nats stored_logprob_nats stored_token_logprob_nats
-        stored_log_ratio_nats length_tokens sampled_length_tokens finished_ratio uniform_groups
+        stored_log_ratio_nats length_tokens sampled_length_tokens finished_ratio repetition_ratio reference_nll_nats
+        template_overlap compression_ratio reference_importance_mass reference_effective_sample_ratio uniform_groups
         staleness_mean_versions staleness_max_versions buffer_groups completion_tokens_total samples_accepted_total
         rows_dropped_total pairs_dropped_total samples_failed_total groups_dropped_total
     """,
@@ -92,6 +93,17 @@ TABLE: list[Metric] = [
         ("length_tokens", "Mean completion length, end token included."),
         ("sampled_length_tokens", "The same of the sampled completions, in steps that also have stored ones."),
         ("finished_ratio", "Share of completions that sampled an end token."),
+        ("repetition_ratio", "Mean over completions of 1 - distinct / all 3-grams of their tokens."),
+        ("reference_nll_nats", "Mean over completions of -log pi_ref(y)/|y|."),
+        ("template_overlap", "Mean Jaccard overlap of the 3-grams of completions of different prompts."),
+        ("compression_ratio", "Bytes of the step's completions over their bytes after zlib."),
+        ("reward_length_correlation", "Correlation of the training reward with the completion's length."),
+        (
+            "reward_tail_index",
+            "Hill's estimate of the reward's upper tail over the step: near 0 light, above 0.5 heavy.",
+        ),
+        ("reference_importance_mass", "Mean over sampled completions of pi_ref(y)/pi(y): below 1 where mass was lost."),
+        ("reference_effective_sample_ratio", "(sum w)^2 / (n sum w^2) of these weights."),
         (
             "uniform_groups",
             "Groups of two or more samples that all have the same reward, but for rounding: no gradient.",
@@ -156,6 +168,12 @@ TABLE: list[Metric] = [
     ),
     Metric(
         "reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", ("reward",)
+    ),
+    Metric(
+        "reward_correlation",
+        "gauge",
+        "Correlation of the training reward with each reward, monitors included.",
+        ("reward",),
     ),
     Metric("objective_term", "gauge", "Regularizer terms and metrics of the user's own objective, by name.", ("term",)),
     Metric("critic_loss", "gauge", "Loss of each value head, coefficient included.", ("head",)),

@@ -13,7 +13,6 @@ from keel import checkpoint, files
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
-from keel.observability import held_out_statistics
 from keel.online import status
 from keel.online.guard import Guard
 from keel.online.train import Saved
@@ -252,16 +251,6 @@ def test_a_detector_is_switched_off_by_null() -> None:
 
 
 # ---- what is read of rows
-
-
-def test_repetition_is_the_share_of_repeated_trigrams() -> None:
-    batch = rollouts.generated(rollouts.prompts([0, 1]), logprobs=[[-0.1] * n for n in (2, 3, 6, 5)])
-    tokens = [[1, 2], [1, 2, 3], [5, 5, 5, 5, 5, 5], [1, 2, 1, 2, 1]]
-    place = batch.schema.get_field_index("completion_tokens")
-    batch = batch.set_column(
-        place, batch.schema.field(place), rollouts.pa.array(tokens, batch.schema.field(place).type)
-    )
-    assert held_out_statistics.repetition(batch).tolist() == pytest.approx([0, 0, 0.75, 1 / 3])
 
 
 def test_the_spread_is_that_of_members_less_their_zero_at_the_start() -> None:
