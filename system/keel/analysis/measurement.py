@@ -30,7 +30,7 @@ _MOST_KEPT = 200  # relative durations
 
 @dataclass
 class _Seen:
-    """What runs took. Points: waves and sequences a worker (learner: a rank) had, and seconds."""
+    """Measurements of the runs. Points: waves and sequences a worker (learner: a rank) had, and seconds."""
 
     points: dict[str, list[tuple[float, float, float]]] = field(default_factory=lambda: defaultdict(list))
     relative: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))

@@ -1,4 +1,4 @@
-"""One learner step again, from the files of a run: the same rows on the same weights give the same numbers.
+"""Replays one learner step from the files of a run: the same rows on the same weights give the same numbers.
 
 newest checkpoint before the step (or the start model) -> the steps between, from rollouts/ -> the step
     rows: quarantine/step-N.arrow if the learner refused them, else rollouts/step-N.arrow
@@ -23,7 +23,7 @@ from keel.online.preflight import Prepared
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step gave when it was made again."""
+    """The result of a replayed step."""
 
     step: int
     start: int

@@ -92,7 +92,7 @@ class _Worker:
 
 
 class _Pool:
-    """The part of pool.Pool that decides who does what when."""
+    """The part of pool.Pool that assigns calls to workers."""
 
     def __init__(self, role: str, clock: Clock, shape: Shape, utilization: Utilization) -> None:
         self.role, self.clock, self.utilization = role, clock, utilization
@@ -103,7 +103,7 @@ class _Pool:
         self._turns = self._running = self._in_line = 0
 
     def call(self, seconds: float, made_by: Callable[[int], None] = lambda version: None) -> Process:
-        """One batch through one worker; `made_by` hears the version of the weights it held."""
+        """Pass one batch through one worker; `made_by` receives the version of the worker's weights."""
         worker = self._pick()
         worker.waiting += 1
         self._count(in_line=1)

@@ -145,9 +145,11 @@ def _alone(ask: Ask, nodes: Sequence[Amounts]) -> str | None:
     for name, amount in ask.amounts.items():
         largest = max(node.get(name, 0.0) for node in nodes)
         if not _holds({name: largest}, {name: amount}):
-            where = f"of {len(nodes)} nodes" if many else "node"
-            has = f"the {'largest' if many else 'only'} {where} has {largest:g}" if largest else _none(nodes)
-            return f"{ask.setting(name)}: {ask.one} asks for {_amount(amount, name)}; {has}{_list(nodes, name, many)}"
+            has = f"the only node has {largest:g}" if largest else "the only node has none"
+            if many:
+                of = f"the largest of {len(nodes)} nodes has {largest:g} ({_listed(nodes, name)})"
+                has = of if largest else f"none of {len(nodes)} nodes has any"
+            return f"{ask.setting(name)}: {ask.one} asks for {_amount(amount, name)}; {has}"
     shown = "; ".join(_words({name: node.get(name, 0.0) for name in ask.amounts}) for node in nodes[:_SHOWN_NODES])
     more = "; ..." if len(nodes) > _SHOWN_NODES else ""
     wanted = f"{ask.one} asks for {words(ask.amounts)} on one node"
@@ -229,14 +231,6 @@ def _listed(nodes: Sequence[Amounts], name: str) -> str:
     """Amounts of all nodes, the largest first."""
     amounts = sorted((node.get(name, 0.0) for node in nodes), reverse=True)
     return ", ".join([*(f"{amount:g}" for amount in amounts[:_SHOWN_NODES]), *["..."] * (len(amounts) > _SHOWN_NODES)])
-
-
-def _list(nodes: Sequence[Amounts], name: str, many: bool) -> str:
-    return f" ({_listed(nodes, name)})" if many and any(node.get(name) for node in nodes) else ""
-
-
-def _none(nodes: Sequence[Amounts]) -> str:
-    return f"none of {len(nodes)} nodes has any" if len(nodes) > 1 else "the only node has none"
 
 
 def _total(nodes: Sequence[Amounts], name: str) -> float:

@@ -51,40 +51,18 @@ class Options:
 
 @dataclass(frozen=True)
 class PodGroup:
-    """Pods of one role: `per_pod` of its workers each, between `workers` and `largest` in all."""
+    """Pods of one role, and what each of them asks for."""
 
     role: str
-    workers: int
-    largest: int
-    per_pod: int
-    threads: int
-    gpus: float
-    worker_bytes: int
-    worker_resources: Mapping[str, float]
-
-    @property
-    def pods(self) -> int:
-        return -(-self.workers // self.per_pod)
-
-    @property
-    def largest_pods(self) -> int:
-        return -(-self.largest // self.per_pod)
-
-    @property
-    def pod_cpus(self) -> int:
-        return self.threads * self.per_pod
-
-    @property
-    def pod_gpus(self) -> int:
-        """Whole GPUs: a worker's share is always of one."""
-        if 0 < self.gpus < 1:
-            return -(-self.per_pod // _sharers(self.gpus))
-        return int(self.gpus) * self.per_pod
-
-    @property
-    def pod_resources(self) -> dict[str, int]:
-        """Custom Ray resources, rounded up: Ray's autoscaler reads whole numbers only."""
-        return {name: -int(-amount * self.per_pod // 1) for name, amount in self.worker_resources.items()}
+    pods: int
+    largest_pods: int
+    pod_cpus: int
+    pod_gpus: int
+    """Whole GPUs: a worker's share is always of one."""
+    pod_bytes: int
+    """Memory, shared memory not included."""
+    pod_resources: Mapping[str, int]
+    """Custom Ray resources, rounded up: Ray's autoscaler reads whole numbers only."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +90,7 @@ class PodPlan:
     @property
     def image(self) -> str:
         """One image for all pods: Ray needs the same Python and Ray on every node."""
-        built_for = "gpu" if any(group.gpus for group in self.groups) else "cpu"
+        built_for = "gpu" if any(group.pod_gpus for group in self.groups) else "cpu"
         return self.options.image or f"keel:{__version__}-{built_for}"
 
     @property
@@ -194,4 +172,12 @@ def _group(role: str, workers: WorkerSettings, settings: Settings, options: Opti
         if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):  # it goes through a shell
             raise ConfigError(f"{role}.resources.{name}: expected letters, digits and ._:/-")
     gpus = workers.gpus * (workers.tensor_parallel if isinstance(workers, GeneratorSettings) else 1)
-    return PodGroup(role, workers.count, largest, per_pod, workers.threads, gpus, memory, workers.resources)
+    return PodGroup(
+        role,
+        pods=-(-workers.count // per_pod),
+        largest_pods=-(-largest // per_pod),
+        pod_cpus=workers.threads * per_pod,
+        pod_gpus=-(-per_pod // _sharers(gpus)) if 0 < gpus < 1 else int(gpus) * per_pod,
+        pod_bytes=memory * per_pod,
+        pod_resources={name: -int(-amount * per_pod // 1) for name, amount in workers.resources.items()},
+    )

@@ -154,7 +154,11 @@ def as_json(dashboard: Dashboard, dashboards: tuple[Dashboard, ...]) -> Json:
         "uid": dashboard.uid,
         "title": dashboard.title,
         "description": dashboard.description,
-        "links": [_link(other) for other in dashboards if other.uid != dashboard.uid],
+        "links": [
+            _FIXED["link"] | {"title": other.title, "tooltip": other.description, "url": f"/d/{other.uid}"}
+            for other in dashboards
+            if other.uid != dashboard.uid
+        ],
         "templating": {"list": [_FIXED["source variable"], _run_variable(dashboard.many_runs)]},
         "annotations": {"list": [_annotation(query) for query in dashboard.annotations]},
         "panels": _laid_out(dashboard),
@@ -309,7 +313,3 @@ def _annotation(query: Query) -> Json:
         "titleFormat": query.name,
         "textFormat": " ".join(f"{{{{{label}}}}}" for label in labels_of(query.expression)),
     }
-
-
-def _link(other: Dashboard) -> Json:
-    return _FIXED["link"] | {"title": other.title, "tooltip": other.description, "url": f"/d/{other.uid}"}

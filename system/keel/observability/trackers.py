@@ -18,7 +18,7 @@ _PARAMETERS_AT_ONCE = 100  # MLflow's limit; that of metrics is 1000, which no s
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of the run it shows."""
+    """The run that a tracker shows."""
 
     name: str
     identity: str

@@ -61,7 +61,7 @@ class Checkpointer:
         await self.buffer.forget(checkpoint.state_of(self.directory, oldest)["buffer"]["next_ticket"])
 
     async def restore(self, saved: Path | None) -> int:
-        """Load a checkpoint into the learner and its reference wherever that is read; None: the start. The version."""
+        """Load a checkpoint (None: the start) into the learner, and the reference in force then; return its version."""
         version = await self.learner.restore_checkpoint(str(saved)) if saved else 0
         folder = references.of_version(self.directory, self.settings.reference_iteration_steps, version)
         if folder is not None:

@@ -79,7 +79,7 @@ def control_of(directory: Path) -> dict[str, str]:
 
 
 def authenticate_as(where: Mapping[str, str]) -> None:
-    """Let this process authenticate as the Ray of a run does, by its control.json: before it imports Ray."""
+    """Choose the authentication of a run's Ray, by its control.json; call before this process imports Ray."""
     os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])
 
 
