@@ -31,7 +31,7 @@ class Replayed:
     refused: str | None
     """Why the learner refuses the rows; None: it steps."""
     numbers: Mapping[str, tuple[float | None, float]]
-    """By metric: as metrics.jsonl has it (None: it has no such step), and now."""
+    """Metric -> value in metrics.jsonl (None: it has no such step), and value of the replay."""
 
 
 def run(run_directory: Path, step: int, display: Display) -> Replayed:

@@ -193,7 +193,7 @@ def _signed(value: Estimate) -> str:
 
 
 def _next(directory: Path, settings: Settings, config_path: str) -> str:
-    """From the run's own config.yaml: what was given may have been changed by overrides, or by a pipeline."""
+    """The next command, from the run's config.yaml: overrides or a pipeline may have changed the given file."""
     other = Path(config_path).with_name("quickstart-maxent.yaml")
     if Path(config_path).name == "quickstart.yaml" and other.exists():
         return f"keel train {other}  (the same run regularized by entropy: watch KL and the answers)"

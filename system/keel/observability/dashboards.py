@@ -30,7 +30,7 @@ NOT_SHOWN = {
 
 
 def event(name: str) -> str:
-    """What a counter counted in the last minute, where that is anything.
+    """PromQL of the increase of a counter in the last minute, where it is above 0.
 
     `increase` would miss the first event: a counter with a label does not exist before it. A series that was absent
     for less than ten minutes, as after a failed scrape, has counted nothing in between.

@@ -31,7 +31,7 @@ _SECTIONS: dict[Section, str] = {
         learner_seconds_total weight_syncs_total rollout_bytes_total
     """,
 }
-"""Of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
+"""Sections of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Metric:
     """Labels besides `run`; their values come from a fixed set of the configuration or the code. Numbers travel under
     their values joined by `/`."""
     operational: bool = False
-    """Says how the run went, not what it computed: two equal runs may differ in it, and a rebuild does not undo it."""
+    """Whether it measures how the run went, not its result: equal runs may differ in it, a rebuild does not undo it."""
 
     @property
     def section(self) -> Section:

@@ -72,7 +72,7 @@ class Outcome:
     steps: int
     stopped: bool
     seconds: float
-    """Of this process: start-up, steps and evaluations."""
+    """Duration of this process: start-up, steps and evaluations."""
 
 
 def run(prepared: Prepared, display: Display) -> Outcome:
