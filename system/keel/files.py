@@ -198,10 +198,7 @@ def _moved_away(target: Path) -> Path:
 
 
 def lock(directory: Path) -> IO[str]:
-    """Hold a directory for this process until the file is closed or the process ends, however it does.
-
-    Raises ConfigError when another process holds it.
-    """
+    """Hold a directory until the file is closed or the process ends. Raises ConfigError where another holds it."""
     file = (directory / "lock").open("a", encoding="utf8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

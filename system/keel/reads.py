@@ -48,10 +48,7 @@ def confirmed(
     sound: Callable[[Seen], bool],
     same: Callable[[Seen, Seen], bool] | None = None,
 ) -> Seen:
-    """Look at a file, and once more past the page cache where the first look is not sound.
-
-    Only two wrong looks that agree are damage: raises ReadFailed where they differ.
-    """
+    """Look at a file, and again past the page cache where it is not sound; ReadFailed where two such looks differ."""
     first = look()
     if sound(first):
         return first

@@ -6,7 +6,7 @@ the borders (generator out, buffer in) and `files.digest_of` covers bytes on dis
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,14 +102,14 @@ def _array(values: Sequence[Any], of: pa.DataType) -> pa.Array:
 
 def given(tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> pa.RecordBatch:
     """Completions that no policy sampled, in the columns of GENERATE. Their log-probs are 0: they stand for nothing."""
-    lengths_, reasons = np.array([len(ids) for ids in tokens]), pa.array(["stop"] * len(tokens)).dictionary_encode()
+    lengths_ = np.array([len(ids) for ids in tokens])
     zeros = np.zeros(int(lengths_.sum()))
     columns = {
         "completion_tokens": list(tokens),
         "completion_logprobs": from_ragged(zeros.astype(np.float32), lengths_, NATS),
         "weight_versions": from_ragged(zeros.astype(np.int32), lengths_, TOKENS),
         "completion": list(texts),
-        "finish_reason": reasons.cast(GENERATE.field("finish_reason").type),
+        "finish_reason": finish_reasons(True for _ in tokens),
         "generator": [GIVEN] * len(tokens),
         "generate_seconds": [0.0] * len(tokens),
     }
@@ -182,6 +182,12 @@ def from_ragged(values: np.ndarray, row_lengths: np.ndarray, list_type: pa.DataT
     offsets = np.concatenate([[0], np.cumsum(row_lengths)]).astype(np.int32)
     items = pa.array(values, type=list_type.value_type)
     return pa.ListArray.from_arrays(pa.array(offsets), items, type=list_type)
+
+
+def finish_reasons(ended: Iterable[bool]) -> pa.Array:
+    """The column `finish_reason` of completions that ended by themselves, or did not."""
+    reasons = pa.array(["stop" if end else "length" for end in ended], pa.string())
+    return reasons.dictionary_encode().cast(GENERATE.field("finish_reason").type)
 
 
 def finished(batch: pa.RecordBatch) -> np.ndarray:

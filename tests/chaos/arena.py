@@ -82,8 +82,8 @@ class Arena:
     def variables(self) -> dict[str, str]:
         """Environment of a run in this arena."""
         paths = [str(Path(__file__).parent), str(Path(keel.__file__).parent.parent)]
-        own = {"PYTHONPATH": os.pathsep.join(paths), chaos_rewards.PACE: str(self._pace), "HF_HUB_OFFLINE": "1"}
-        return os.environ | own | self.environment
+        subject = {"PYTHONPATH": os.pathsep.join(paths), chaos_rewards.PACE: str(self._pace), "HF_HUB_OFFLINE": "1"}
+        return os.environ | subject | self.environment
 
     def hurry(self) -> None:
         """No more pauses: the run goes to its end as fast as it can."""
@@ -95,15 +95,15 @@ class Arena:
     def victims(self, role: str) -> list[psutil.Process]:
         """Processes of a role, by age."""
         assert self.process is not None
-        found = []
+        result = []
         for child in self.processes():
             try:
                 title = " ".join(child.cmdline())
             except psutil.Error:
                 continue
             if title.startswith(f"ray::{PROCESSES[role]}"):
-                found.append(child)
-        return sorted(found, key=lambda child: child.pid)
+                result.append(child)
+        return sorted(result, key=lambda child: child.pid)
 
     def processes(self) -> list[psutil.Process]:
         """Everything the run has started."""
@@ -116,13 +116,13 @@ class Arena:
     def end(self, *signals: signal.Signals) -> None:
         """Send signals to the driver alone and wait until it and all it started are gone."""
         assert self.process is not None
-        started = [each for each in self.processes() if not _agent_of_ray(each)]
-        for each in signals:
-            self.process.send_signal(each)
+        started = [item for item in self.processes() if not _agent_of_ray(item)]
+        for item in signals:
+            self.process.send_signal(item)
             time.sleep(0.3)
         self.process.wait(180)
         _, alive = psutil.wait_procs(started, timeout=180)
-        assert not alive, f"left behind: {[each.cmdline()[:1] for each in alive if each.is_running()]}"
+        assert not alive, f"left behind: {[item.cmdline()[:1] for item in alive if item.is_running()]}"
 
     def kill_all(self) -> None:
         """Leave nothing of the run, whatever state it is in."""
@@ -137,10 +137,10 @@ class Arena:
 
     def events(self, since: float = 0.0, *names: str, **fields: Any) -> list[dict[str, Any]]:
         """Events of some names and fields since a time."""
-        found = files.read_json_lines(self.run / "events.jsonl")
+        result = files.read_json_lines(self.run / "events.jsonl")
         return [
             event
-            for event in found
+            for event in result
             if event["time"] >= since
             and (not names or event["event"] in names)
             and all(event.get(key) == value for key, value in fields.items())
@@ -153,13 +153,13 @@ class Arena:
     def wait(self, condition: Callable[[], Any], what: str, seconds: float = RECOVERY_SECONDS) -> Any:
         """Wait until something true comes back, and return it; a run that ended meanwhile is an error."""
         deadline = time.monotonic() + seconds
-        while not (found := condition()):
+        while not (result := condition()):
             assert self.running(), (
                 f"the run ended ({self.process and self.process.returncode}) before {what}; {self.tail()}"
             )
             assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s; {self.tail()}"
             time.sleep(0.05)
-        return found
+        return result
 
     def wait_for_step(self, since: float) -> None:
         self.wait(lambda: self.last_step()["time"] > since, "a step")

@@ -52,11 +52,11 @@ def runs_again(arena: Arena, role: str, hit: float) -> float:
 
 
 def killed_control(arena: Arena, choices: random.Random) -> Outcome:
-    """kill -9 of the control actor: nobody waits for it, and there is another."""
+    """kill -9 of the control actor: no call waits for it, and another one is started."""
     victim = choices.choice(arena.victims("control"))
     hit = time.time()
     victim.kill()
-    arena.wait(lambda: [each for each in arena.victims("control") if each.pid != victim.pid], "another control actor")
+    arena.wait(lambda: [item for item in arena.victims("control") if item.pid != victim.pid], "another control actor")
     again = time.time()
     arena.wait_for_step(again)
     return f"pid {victim.pid}", again - hit
@@ -77,7 +77,7 @@ def paused(arena: Arena, choices: random.Random) -> Outcome:
 
 
 def ended_driver(*signals: signal.Signals) -> Fault:
-    """The driver gets signals; `keel resume` goes on."""
+    """The driver gets signals; `keel resume` continues."""
 
     def fault(arena: Arena, choices: random.Random) -> Outcome:
         arena.end(*signals)
@@ -99,7 +99,7 @@ def damaged_checkpoint(arena: Arena, choices: random.Random) -> Outcome:
     arena.wait(lambda: len(checkpoint.committed(arena.run)) >= 2, "two checkpoints")
     arena.end(signal.SIGKILL)
     newest = checkpoint.committed(arena.run)[-1]
-    path = choices.choice([each for each in sorted(newest.rglob("*")) if each.is_file() and each.stat().st_size])
+    path = choices.choice([item for item in sorted(newest.rglob("*")) if item.is_file() and item.stat().st_size])
     what = damage(path, choices)
     hit = time.time()
     outcome = _resumed(arena, f"{path.relative_to(arena.run)} {what}")
@@ -160,7 +160,7 @@ def failing_server(way: str) -> Fault:
 
 
 def full_disk(arena: Arena, choices: random.Random) -> Outcome:
-    """No space left: the run ends with an error that says so, and goes on when there is room."""
+    """No space left: the run ends with an error that says so, and resumes when there is room."""
     filler = arena.folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:

@@ -1,4 +1,4 @@
-"""A run that is alive: what its files say while it goes on, what commands answer, and how it is ended."""
+"""A run that is alive: what its files say while it runs, what commands answer, and how it is ended."""
 
 import json
 import os
@@ -51,9 +51,9 @@ def add_node(cluster: Cluster, **options: Any) -> None:
 
 def events_of(run: Path, *names: str, since: float = 0.0, **fields: Any) -> list[dict[str, Any]]:
     """Events of some names, or of all, with these fields, since a time."""
-    found = [each for each in files.read_json_lines(run / "events.jsonl") if each["time"] > since]
-    named = [each for each in found if not names or each["event"] in names]
-    return [each for each in named if all(each.get(key) == value for key, value in fields.items())]
+    result = [item for item in files.read_json_lines(run / "events.jsonl") if item["time"] > since]
+    named = [item for item in result if not names or item["event"] in names]
+    return [item for item in named if all(item.get(key) == value for key, value in fields.items())]
 
 
 def last_step(run: Path) -> int:
@@ -100,16 +100,16 @@ def check_intact(keel: Start, run: Path) -> Any:
 def end(process: Any, *signals: signal.Signals) -> None:
     """Signals to the driver alone; it says how to go on, and nothing that it started is left."""
     started = psutil.Process(process.pid).children(recursive=True)
-    titles = {each.pid: title_of(each) for each in started}
+    titles = {item.pid: title_of(item) for item in started}
     began = time.monotonic()
-    for each in signals:
-        process.send_signal(each)
+    for item in signals:
+        process.send_signal(item)
         time.sleep(0.3)
     code, _, err = finish(process)
     seconds = time.monotonic() - began
-    print(f"{[each.name for each in signals]}: {code} after {seconds:.1f} s")
+    print(f"{[item.name for item in signals]}: {code} after {seconds:.1f} s")
     assert code == 130 and seconds < ENDS_WITHIN_SECONDS, (code, seconds, err)
     assert err.strip() == "keel: interrupted; `keel resume RUN_DIR` resumes from the last checkpoint", err
-    held = [each for each in started if not titles[each.pid].startswith(LINGERING)]
+    held = [item for item in started if not titles[item.pid].startswith(LINGERING)]
     _, alive = psutil.wait_procs(held, timeout=60)
-    assert not alive, [titles[each.pid] for each in alive]
+    assert not alive, [titles[item.pid] for item in alive]

@@ -27,7 +27,7 @@ ENGINE: dict[str, Any] = {
 }
 
 
-def said(folder: str) -> list[int]:
+def sampled_tokens(folder: str) -> list[int]:
     engine = LLM(model=folder, max_model_len=64, **ENGINE)
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, detokenize=False)
     answer = engine.generate([{"prompt_token_ids": [5, 20, 30]}], params, use_tqdm=False)
@@ -45,14 +45,14 @@ def scores(folder: str, rows: list[tuple[list[int], int]]) -> list[float]:
         for ids, second in rows
     ]
     prompts = [{"prompt_token_ids": ids} for ids, _ in rows]
-    found = engine.encode(prompts, pooling_params=params, pooling_task="classify", use_tqdm=False)
-    return [float(output.outputs.data.reshape(-1)[0]) for output in found]
+    result = engine.encode(prompts, pooling_params=params, pooling_task="classify", use_tqdm=False)
+    return [float(output.outputs.data.reshape(-1)[0]) for output in result]
 
 
 def main(job: dict[str, Any]) -> None:
     answers: dict[str, Any] = {}
     for name, folder in job["policies"].items():
-        answers[name] = said(folder)
+        answers[name] = sampled_tokens(folder)
         gc.collect()
     for name, (folder, rows) in job["rewards"].items():
         try:

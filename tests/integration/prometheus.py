@@ -23,10 +23,10 @@ Samples = list[tuple[float, float]]
 
 def program(name: str) -> str:
     """The path of prometheus or promtool; the test is skipped where it is missing."""
-    found = shutil.which(name)
-    if found is None:
+    result = shutil.which(name)
+    if result is None:
         pytest.skip(f"{name} is not there (deploy/prometheus/fetch.sh FOLDER, and the folder on PATH)")
-    return found
+    return result
 
 
 def shipped(folder: Path, discovery: Path, address: str, scrape_seconds: int = 1) -> str:
@@ -116,8 +116,8 @@ class Prometheus:
         if answer["resultType"] in ("scalar", "string"):
             return [Series({}, [_sample(answer["result"])])]
         return [
-            Series(each["metric"], [_sample(pair) for pair in each.get("values") or [each["value"]]])
-            for each in answer["result"]
+            Series(item["metric"], [_sample(pair) for pair in item.get("values") or [item["value"]]])
+            for item in answer["result"]
         ]
 
     def value(self, expression: str, time: float | None = None) -> float:
@@ -128,10 +128,10 @@ class Prometheus:
     def wait_until(self, expression: str, seconds: float = PATIENCE_SECONDS) -> list[Series]:
         """Ask until an expression has an answer, as `keel_steps_total > 3` has; the answer."""
         deadline = time.monotonic() + seconds
-        while not (found := self.query(expression)):
+        while not (result := self.query(expression)):
             assert time.monotonic() < deadline, f"{expression}: nothing within {seconds:.0f} s"
             time.sleep(0.3)
-        return found
+        return result
 
 
 def _sample(pair: list[Any]) -> tuple[float, float]:

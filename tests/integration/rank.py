@@ -92,13 +92,13 @@ class Rank:
 
     def odd(self, stage: int, directory: str, steps: int) -> dict[str, Tensor]:
         """A module of odd sizes with a frozen part and two parameter groups: load if there is what to load, step, save."""
-        by = settings(zero_stage=stage).learners
-        join_ranks(by, *self.place, 60.0)
+        config = settings(zero_stage=stage).learners
+        join_ranks(config, *self.place, 60.0)
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7), nn.Linear(7, 1))
         module[1].requires_grad_(False)
         groups = [{"params": list(part.parameters()), "lr": 1e-2} for part in (module[:2], module[2])]
-        engine = Engine(by, self.place[1], 10)
+        engine = Engine(config, self.place[1], 10)
         engine.drive(module, torch.optim.AdamW(groups))
         loaded = (Path(directory) / "learner").exists()
         version = engine.restore_checkpoint(directory) if loaded else 0
@@ -118,10 +118,10 @@ def read(engine: Engine, rank: int) -> dict[str, Tensor]:
     zero = engine._engine.optimizer
     if engine.learners.zero_stage < 3:
         zero._lazy_init_hp_params_optimizer_state()  # or its moments are unknown before its first step
-    found = {f"module/{name}": tensor for name, tensor in engine.gather(engine.module, rank).items()}
+    result = {f"module/{name}": tensor for name, tensor in engine.gather(engine.module, rank).items()}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            found[f"weight/{name}"] = utils.safe_get_full_fp32_param(parameter).clone()
+            result[f"weight/{name}"] = utils.safe_get_full_fp32_param(parameter).clone()
             for kind in ("exp_avg", "exp_avg_sq"):
-                found[f"{kind}/{name}"] = utils.safe_get_full_optimizer_state(parameter, kind).clone()
-    return found
+                result[f"{kind}/{name}"] = utils.safe_get_full_optimizer_state(parameter, kind).clone()
+    return result

@@ -43,7 +43,7 @@ def kill_node_of(role: str) -> set[str]:
     for raylet in psutil.Process().children(recursive=True):
         if Path(title_of(raylet).split(" ")[0]).name == "raylet":
             titles = [title_of(worker) for worker in raylet.children()]
-            held = {each for each, name in CLASSES.items() if any(title.startswith(f"ray::{name}") for title in titles)}
+            held = {item for item, name in CLASSES.items() if any(title.startswith(f"ray::{name}") for title in titles)}
             if role in held:
                 raylet.kill()
                 return held

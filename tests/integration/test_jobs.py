@@ -170,7 +170,7 @@ def test_a_run_is_submitted_watched_stopped_and_submitted_again(
     code, out, _ = finish(keel("logs", "first", *at, "--attempt", "1"))
     assert code == 0 and f"stopped, as asked, after step {at_step}" in out, out
     with urllib.request.urlopen(f"{address}/api/jobs/", timeout=30) as reply:  # questions leave no jobs behind
-        assert {each["submission_id"] for each in json.load(reply)} == {job, f"{job}-2"}
+        assert {item["submission_id"] for item in json.load(reply)} == {job, f"{job}-2"}
 
 
 def test_rays_own_command_runs_keel_and_now_ends_it(

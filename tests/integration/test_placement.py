@@ -62,15 +62,15 @@ def everything_is_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(placement, "REPORT_EVERY_SECONDS", 0.5)
     yield
     left = granted()
-    for name, each in placement_group_table().items():
-        if each["state"] != "REMOVED":  # or the next tests would fail, too
+    for name, item in placement_group_table().items():
+        if item["state"] != "REMOVED":  # or the next tests would fail, too
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
     assert left == []
 
 
 def granted() -> list[Any]:
     """Bundles of all placement groups that hold something, or ask for it."""
-    return [each["bundles"] for each in placement_group_table().values() if each["state"] != "REMOVED"]
+    return [item["bundles"] for item in placement_group_table().values() if item["state"] != "REMOVED"]
 
 
 class Waits(Log):
@@ -78,8 +78,8 @@ class Waits(Log):
         super().__init__()
         self.told: list[tuple[str, ...]] = []
 
-    def waiting_for_resources(self, *said: str) -> None:
-        self.told.append(said)
+    def waiting_for_resources(self, *words: str) -> None:
+        self.told.append(words)
 
     def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
         self.told.append((name, "found" if granted else "gave up"))
@@ -141,7 +141,7 @@ async def test_where_others_serve_a_worker_waits_as_long_as_it_takes() -> None:
     assert pool.serving == 1 and ("degraded", "") in log.events
     await asyncio.sleep(4.0)
     assert len(pool._coming) == 1 and not any(task.done() for task in pool._coming.values())
-    assert len(log.told) > 3 and len({said[0] for said in log.told[-3:]}) == 1
+    assert len(log.told) > 3 and len({answer[0] for answer in log.told[-3:]}) == 1
     with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     await ask(pool)  # whichever of the two got the room that came free
@@ -220,11 +220,11 @@ class Rank:
 
 async def test_a_rank_group_goes_where_its_resources_are_and_tells_what_it_waits_for() -> None:
     learners = LearnerSettings(count=2, threads=2, resources={"fast": 1})
-    found = await learner_group.largest_placement(learners, 2, 60.0, 60.0)
-    ranks = learner_group.RankGroup(Rank, learners, placement=found)
+    result = await learner_group.largest_placement(learners, 2, 60.0, 60.0)
+    ranks = learner_group.RankGroup(Rank, learners, placement=result)
     await ranks.ready()
     (with_gpus,) = [node["NodeID"] for node in ray.nodes() if "GPU" in node["Resources"]]
-    assert [node for node, _ in await asyncio.gather(*(each.where.remote() for each in ranks.ranks))] == [with_gpus] * 2
+    assert [node for node, _ in await asyncio.gather(*(rank.where.remote() for rank in ranks.ranks))] == [with_gpus] * 2
     log = Waits()
     with pytest.raises(
         LearnerLost,
@@ -234,7 +234,7 @@ async def test_a_rank_group_goes_where_its_resources_are_and_tells_what_it_waits
         await learner_group.largest_placement(learners, 1, 1.0, 1.0, log)
     assert log.told[0] == ("the learner", "2 CPUs and 1 fast", "free are 2, 0 CPUs and 0, 0 fast on 2 nodes")
     ranks.stop()
-    found.release()
+    result.release()
 
 
 class Engine:
@@ -274,9 +274,9 @@ async def test_a_tensor_parallel_generator_has_a_bundle_for_each_of_its_gpus_on_
     await pool.ready()
     assert pool.serving == 1  # two of three GPUs are no room
     assert {0: {"CPU": 2.0}, 1: {"GPU": 1.0}, 2: {"GPU": 1.0}, 3: {"GPU": 1.0}} in granted()
-    (own, gpus), workers = await pool._serving[0].handle.where.remote()
+    (subject, gpus), workers = await pool._serving[0].handle.where.remote()
     (with_gpus,) = [node["NodeID"] for node in ray.nodes() if "GPU" in node["Resources"]]
-    assert own == with_gpus and gpus == []
+    assert subject == with_gpus and gpus == []
     assert {node for node, _ in workers} == {with_gpus}
     assert len({number for _, numbers in workers for number in numbers}) == 3
     pool.stop()
@@ -290,10 +290,10 @@ async def test_vllm_accepts_the_bundles_of_a_tensor_parallel_generator() -> None
     settings = GeneratorSettings(threads=2, gpus=1, tensor_parallel=4)
     taken = Placement(bundles(settings), "STRICT_PACK")
     assert await taken.granted(60.0)
-    indices = [int(each) for each in generator.environment(settings)["VLLM_RAY_BUNDLE_INDICES"].split(",")]
+    indices = [int(item) for item in generator.environment(settings)["VLLM_RAY_BUNDLE_INDICES"].split(",")]
     ranks = generator.engine_arguments("folder", settings, 128)["tensor_parallel_size"]
-    found = get_bundles_for_indices(taken.group, indices, ranks)
-    assert [bundle for bundle, *_ in found] == [1, 2, 3, 4] and len({node for _, node, _ in found}) == 1
+    result = get_bundles_for_indices(taken.group, indices, ranks)
+    assert [bundle for bundle, *_ in result] == [1, 2, 3, 4] and len({node for _, node, _ in result}) == 1
     assert all(taken.group.bundle_specs[bundle] == {"GPU": 1.0} for bundle in indices)
     taken.release()
 
@@ -312,7 +312,7 @@ def test_a_run_that_can_never_fit_is_one_line_and_leaves_nothing(
         " CPUs; the cluster has 6; expected at most 3 generators",
     }
     for overrides, line in lines.items():
-        said = refusal(keel, "train", config, *overrides, "--address", cluster.address)
-        assert said == f"keel: {line}"
+        answer = refusal(keel, "train", config, *overrides, "--address", cluster.address)
+        assert answer == f"keel: {line}"
         assert [path.name for path in run.iterdir()] == ["lock"]
     remove_placement_group(other)

@@ -119,7 +119,7 @@ async def test_others_serve_while_a_lost_worker_comes_back() -> None:
     with pytest.raises(WorkerLost, match="died during generate"):
         await ask(pool, "die")
     assert [await ask(pool) for _ in range(4)] == [(1, 1)] * 4
-    assert pool.serving == 1, "nobody waited for the other"
+    assert pool.serving == 1, "the call waited for the other worker"
     await pool.load_weights(2)  # also while one is coming up
     async with asyncio.timeout(60):
         while pool.serving < 2:
@@ -157,7 +157,7 @@ async def test_a_pool_grows_and_shrinks_without_losing_a_call() -> None:
     await pool.ready()
     await pool.load_weights(3)
     pool.resize(3)
-    assert await ask(pool) == (0, 3)  # nobody waits for the new ones
+    assert await ask(pool) == (0, 3)  # the call does not wait for the new ones
     await asyncio.gather(*pool._coming.values())
     receipts = await pool.load_weights(4)
     assert [receipt.version for receipt in receipts] == [4, 4, 4]

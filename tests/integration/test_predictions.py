@@ -30,14 +30,14 @@ def test_one_run_tells_how_long_steps_of_another_take(write_config: Any, pace: P
         code, _, err = finish(keel("train", str(path)))
         assert code == 0, err
     saved = tmp_path / "rates.yaml"
-    own = planned(keel, measured, "--from", str(measured.parent / "run"), "--save-rates", str(saved))
-    assert own["step_seconds"] == pytest.approx(step_seconds(measured), rel=0.2)
+    plan = planned(keel, measured, "--from", str(measured.parent / "run"), "--save-rates", str(saved))
+    assert plan["step_seconds"] == pytest.approx(step_seconds(measured), rel=0.2)
     rates = yaml.safe_load(saved.read_text())
     rates["scorer"]["cpu_ratio"] = 0.0  # it sleeps
     saved.write_text(yaml.safe_dump(rates))
-    found = planned(keel, other, "--rates", str(saved))
-    assert found["step_seconds"] == pytest.approx(step_seconds(other), rel=0.2)
-    assert found["step_seconds"] == pytest.approx(4 * 0.7 / 2, rel=0.2), "four batches of a step through two scorers"
+    result = planned(keel, other, "--rates", str(saved))
+    assert result["step_seconds"] == pytest.approx(step_seconds(other), rel=0.2)
+    assert result["step_seconds"] == pytest.approx(4 * 0.7 / 2, rel=0.2), "four batches of a step through two scorers"
 
 
 def planned(keel: Any, path: Path, *arguments: str) -> Any:

@@ -26,7 +26,7 @@ def test_a_lost_generator_is_seen_and_the_discovery_file_goes_with_the_run(tmp_p
 
 
 def check_a_lost_generator(run: Observed) -> None:
-    """The loss is counted, the generator is replaced, and every series goes on."""
+    """The loss is counted, the generator is replaced, and every series continues."""
     prometheus = run.prometheus
     before = prometheus.query(f'{{__name__=~"{PREFIX}.+"}}')
     began = before[0].samples[-1][0]
@@ -41,14 +41,14 @@ def check_a_lost_generator(run: Observed) -> None:
 
     ended = prometheus.query("keel_steps_total[60s]")[0].samples[-1][0]
     window = f"{round(ended - began)}s"
-    after = {key_of(each): each for each in prometheus.query(f'{{__name__=~"{PREFIX}.+"}}[{window}]', time=ended)}
+    after = {key_of(item): item for item in prometheus.query(f'{{__name__=~"{PREFIX}.+"}}[{window}]', time=ended)}
     scrapes = [moment for moment, _ in after[key_of(steps)].samples]
     assert len(scrapes) > 4, scrapes
     for series in before:
         check_goes_on(after[key_of(series)], scrapes)
     prometheus.wait_until(UP)
     lost = prometheus.query("keel_workers_lost_total")
-    assert [(each.labels["role"], each.value) for each in lost] == [("generator", 1)]
+    assert [(item.labels["role"], item.value) for item in lost] == [("generator", 1)]
 
 
 def key_of(series: Series) -> tuple[tuple[str, str], ...]:
@@ -71,11 +71,11 @@ def check_the_end(run: Observed) -> None:
     assert code == 0, err
     assert len(files.read_json_lines(run.directory / "metrics.jsonl")) == STEPS
     assert list(run.discovery.iterdir()) == []
-    found: Any = None
+    result: Any = None
 
     def gone() -> bool:
-        nonlocal found
-        found = run.prometheus.page("/metrics")
-        return 'prometheus_sd_discovered_targets{config="keel",name="scrape"} 1' in found  # /sd was the last one's
+        nonlocal result
+        result = run.prometheus.page("/metrics")
+        return 'prometheus_sd_discovered_targets{config="keel",name="scrape"} 1' in result  # /sd was the last one's
 
     wait_for(gone, PATIENCE_SECONDS, "Prometheus to forget the file")

@@ -54,10 +54,10 @@ def test_a_step_that_is_not_finite_ends_the_run_and_can_be_made_again(
     assert f"--step 7: {run} has no rows of step 7" in refusal(keel, "replay", run, "--step", 7)
 
 
-def check_same_numbers(found: dict[str, Any], start: int) -> None:
-    assert found["start"] == start and found["refused"] is None, found
-    numbers = {name: pair for name, pair in found["numbers"].items() if pair[0] is not None}
-    assert {"loss", "grad_norm", "reward", "kl_nats"} <= set(found["numbers"]), sorted(found["numbers"])
+def check_same_numbers(result: dict[str, Any], start: int) -> None:
+    assert result["start"] == start and result["refused"] is None, result
+    numbers = {name: pair for name, pair in result["numbers"].items() if pair[0] is not None}
+    assert {"loss", "grad_norm", "reward", "kl_nats"} <= set(result["numbers"]), sorted(result["numbers"])
     print({name: now - then for name, (then, now) in numbers.items() if now != then}, len(numbers))
     assert all(then == now for then, now in numbers.values()), numbers
 
@@ -130,9 +130,11 @@ def test_a_cluster_that_cannot_be_joined_is_one_line(
 def check_a_stop_while_it_starts(keel: Start, process: Any, run: Path) -> None:
     wait(process, (run / "control.json").is_file, "somebody who hears")
     began = time.monotonic()
-    code, said, err = finish(keel("stop", str(run)))
+    code, answer, err = finish(keel("stop", str(run)))
     print(f"stopped while it started in {time.monotonic() - began:.1f} s")
-    assert code == 0 and f"stopped, as asked, at step 0 of {STEPS}; go on with: keel resume {run}" in said, said + err
+    assert code == 0 and f"stopped, as asked, at step 0 of {STEPS}; go on with: keel resume {run}" in answer, (
+        answer + err
+    )
     code, out, err = finish(process)
     assert code == 130 and "Traceback" not in err, (code, out, err)
     assert not ranks_of(run) and not checkpoint.steps(run)
@@ -172,13 +174,13 @@ def counts_of(run: Path) -> dict[str, tuple[int, int]]:
 
 
 def requested_of(run: Path) -> dict[float, int]:
-    """How many bundles of so many CPUs the run's Ray is asked to make room for; asked by a driver that joins it."""
+    """Number of bundles of `cpus` CPUs that the run's Ray is asked to make room for; asked by a driver that joins it."""
     where = json.loads((run / "control.json").read_text())
     code = (
         "import ray; from ray._private.ray_constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL as channel;"
         "from ray.experimental.internal_kv import _internal_kv_get as get;"
         f"ray.init({where['address']!r}, log_to_driver=False, logging_level='ERROR'); print(get(channel).decode())"
     )
-    own = os.environ | {"RAY_AUTH_MODE": where["authentication"]}
-    answer = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True)
+    subject = os.environ | {"RAY_AUTH_MODE": where["authentication"]}
+    answer = subprocess.run([sys.executable, "-c", code], env=subject, capture_output=True, text=True, check=True)
     return dict(Counter(bundle["CPU"] for bundle in json.loads(answer.stdout.splitlines()[-1])))

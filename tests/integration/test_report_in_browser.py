@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 import report_runs
 from browser import Tab, tab
-from keel.analysis import report_page
+from commands import wait_for
+from keel import files
+from keel.analysis import report_live, report_page
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -158,6 +161,32 @@ def test_it_fits_and_can_be_read(opened: Tab, page: Path, width: int, scheme: st
     for selector, contrast in (("#words li", 7), (".note", 4.5), ("nav a", 4.5)):
         ink = opened.run(f"{luminance}(getComputedStyle(document.querySelector('{selector}')).color)")
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= contrast, selector
+
+
+def test_a_live_page_shows_new_numbers_unless_a_row_is_read(
+    chromium: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_live, "_LOOK_SECONDS", 0.2)
+    run = report_runs.online(tmp_path / "run", steps=3)
+    last = "document.readyState === 'complete' ? report.runs[0].training.loss.steps.at(-1) : 0"  # 0 while it reloads
+    chromium.problems.clear()
+    with report_live.serving([run], 0) as (address, server):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        chromium.open(address)
+        assert chromium.run(last) == 3
+        files.append_json(run / "metrics.jsonl", report_runs.line(4, 4.0, 7))
+        wait_for(lambda: chromium.run(last) == 4, 30, "step 4")
+        chromium.run("document.querySelector('#browser tbody tr').click()")
+        files.append_json(run / "metrics.jsonl", report_runs.line(5, 4.0, 7))
+        wait_for(lambda: not chromium.run("document.querySelector('#newer').hidden"), 30, "the button")
+        assert chromium.run(last) == 4
+        chromium.run("document.querySelector('#newer button').click()")
+        wait_for(lambda: chromium.run(last) == 5, 30, "step 5")
+        chromium.open("about:blank")
+        server.shutdown()
+        thread.join()
+    assert chromium.problems == []
 
 
 def test_two_hundred_steps_of_64_rollouts_open_in_two_seconds(chromium: Tab, tmp_path: Path) -> None:

@@ -37,12 +37,12 @@ class Ranks:
 
     def refusals(self, step: int) -> list[NotFinite]:
         """What every rank says of a step that none of them takes."""
-        found = []
+        result = []
         for answer in [actor.step.remote(rollouts(step)) for actor in self.actors]:
             with pytest.raises(NotFinite, match=rf"step {step + 1}: ") as caught:
                 ray.get(answer)
-            found.append(caught.value)
-        return found
+            result.append(caught.value)
+        return result
 
 
 @pytest.fixture(scope="module")

@@ -59,9 +59,9 @@ def policy_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 def rollouts_of(run: Path) -> list[list[dict[str, Any]]]:
-    own = ("generate_seconds", "score_seconds", "generator")
+    timings = ("generate_seconds", "score_seconds", "generator")
     batches = [schema.from_bytes(path.read_bytes()) for path in sorted((run / "rollouts").glob("*.arrow"))]
-    return [[{k: v for k, v in row.items() if k not in own} for row in batch.to_pylist()] for batch in batches]
+    return [[{k: v for k, v in row.items() if k not in timings} for row in batch.to_pylist()] for batch in batches]
 
 
 def same_policy(one: Path, other: Path) -> bool:
@@ -213,8 +213,8 @@ def test_late_samples_two_generators_two_ranks(write_config: Start, keel: Start,
     page = ""
     for line in process.stdout:
         lines.append(line)
-        if found := re.search(r"http://\S+/metrics", line):
-            address = found.group()
+        if result := re.search(r"http://\S+/metrics", line):
+            address = result.group()
         if "step 2/4" in line:  # the page is read while the scorer rests
             page = urllib.request.urlopen(address, timeout=10).read().decode()
     code, _, err = finish(process)

@@ -70,13 +70,13 @@ class Work:
         return {"source": str(self.folder / f"{name}.jsonl"), "max_tokens": 48, "held_out": 2}
 
     def settings(self, stage: str, model: str, run: str) -> Any:
-        own = {"reference": {"threads": 1, "dtype": "float32"}} if stage == "prefer" else {}
+        subject = {"reference": {"threads": 1, "dtype": "float32"}} if stage == "prefer" else {}
         return STAGES[stage](
             run={"name": run, "directory": str(self.folder / run)},
             policy={"model": model},
             prompts=self.prompts("demonstrations" if stage == "sft" else "pairs"),
             **STAGE,
-            **own,
+            **subject,
         )
 
     def train(self, stage: str, model: str, run: str) -> None:
@@ -161,16 +161,16 @@ def test_transformers_loads_a_reward_model(work: Work, name: str) -> None:
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"] and model.config.num_labels == 1, info
-    own = reward_models.load_reward_model(folder)
-    inputs = own.padded(token_rows(folder))
+    subject = reward_models.load_reward_model(folder)
+    inputs = subject.padded(token_rows(folder))
     with torch.no_grad():
         places = torch.arange(inputs[0].shape[1])
         named = {"input_ids": inputs[0], "attention_mask": (places < inputs[1][:, None]).long()}
-        if "token_type_ids" in own.text.tokenizer.model_input_names:
+        if "token_type_ids" in subject.text.tokenizer.model_input_names:
             named["token_type_ids"] = ((places >= inputs[2][:, None]) & (places < inputs[1][:, None])).long()
         logits = model(**named).logits[:, 0]
     assert torch.isfinite(logits).all()
-    assert logits.tolist() == pytest.approx([score + own.offset for score in own.scores(ANSWERS)], abs=1e-4)
+    assert logits.tolist() == pytest.approx([score + subject.offset for score in subject.scores(ANSWERS)], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -187,8 +187,8 @@ def test_vllm_says_what_transformers_says(work: Work, answers: dict[str, Any], n
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_vllm_scores_like_keel(work: Work, answers: dict[str, Any], name: str) -> None:
-    own = reward_models.load_reward_model(work.model(name))
-    expected = [score + own.offset for score in own.scores(ANSWERS)]
+    subject = reward_models.load_reward_model(work.model(name))
+    expected = [score + subject.offset for score in subject.scores(ANSWERS)]
     assert len(set(expected)) == len(ANSWERS)
     assert answers[name] == pytest.approx(expected, abs=1e-3)
 
@@ -197,12 +197,12 @@ def test_vllm_scores_like_keel(work: Work, answers: dict[str, Any], name: str) -
 @pytest.mark.parametrize("of", ["run", "model"])
 def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) -> None:
     """The run directory and the model folder alike: policy, reference, trunk, evaluation and its opponent."""
-    given, found = str(work.folder / name if of == "run" else work.model(name)), str(work.model(name))
+    given, result = str(work.folder / name if of == "run" else work.model(name)), str(work.model(name))
     for stage, module in (("sft", policy_stage), ("prefer", policy_stage), ("reward", reward_stage)):
         prepared: Any = module.prepare(work.settings(stage, given, "next"))
-        assert (prepared.folder if stage == "reward" else prepared.models.policy) == found
+        assert (prepared.folder if stage == "reward" else prepared.models.policy) == result
     online = preflight.prepare(work.online(given))
-    assert (online.models.policy, online.models.reference) == (found, found)
+    assert (online.models.policy, online.models.reference) == (result, result)
     judge = {"name": "distinct", "source": "keel.examples:distinct_token_ratio"}
     labels = LabelSettings(
         run={"directory": str(work.folder / "next")},
@@ -212,10 +212,10 @@ def test_a_policy_is_the_input_of_every_stage(work: Work, name: str, of: str) ->
         **{"cluster": MACHINE["cluster"]},
     )
     labeling = label.prepare(labels)
-    assert labeling.models and labeling.models.policy == found
-    by = work.online(given, evaluation={"against": given})
-    evaluation = evaluate.prepare(by, given, work.folder / "evaluation")
-    assert (evaluation.models.policy, evaluation.other and evaluation.other.policy) == (found, found)
+    assert labeling.models and labeling.models.policy == result
+    config = work.online(given, evaluation={"against": given})
+    evaluation = evaluate.prepare(config, given, work.folder / "evaluation")
+    assert (evaluation.models.policy, evaluation.other and evaluation.other.policy) == (result, result)
 
 
 @pytest.mark.parametrize("name", REWARDS)

@@ -1,4 +1,4 @@
-"""Stages through the command line: a killed one goes on bit for bit, rollouts become labels, bad input ends with 2."""
+"""Stages through the command line: a killed one resumes bit for bit, rollouts become labels, bad input ends with 2."""
 
 import json
 from collections.abc import Callable

@@ -97,7 +97,7 @@ def rate(step: int) -> float:
 def optimize(model: torch.nn.Module, losses: Any) -> list[float]:
     """Ten steps of a plain loop: `losses(step)` gives the loss to differentiate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=EPSILON, weight_decay=0.0)
-    found = []
+    result = []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.zero_grad()
@@ -105,8 +105,8 @@ def optimize(model: torch.nn.Module, losses: Any) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-        found.append(loss.item())
-    return found
+        result.append(loss.item())
+    return result
 
 
 def logprob(model: Any, tokenizer: Any, prompt: str, completion: str) -> tuple[torch.Tensor, int]:
@@ -138,19 +138,19 @@ def test_supervised_steps_are_those_of_a_plain_loop(
     tree = blocks(tmp_path, tiny_model, source, **learners)
     prepared = policy.prepare(loader.parse_as(SupervisedSettings, tree))
     batches = [prepared.rows.step(version) for version in range(STEPS)]
-    own = group_losses(LearnerGroup(prepared.spec, prepared.models.policy), batches, "loss")
+    losses = group_losses(LearnerGroup(prepared.spec, prepared.models.policy), batches, "loss")
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
     def loss(step: int) -> torch.Tensor:
         rows = zip(*(batches[step].column(name).to_pylist() for name in ("prompt", "completion")), strict=True)
-        found = [logprob(model, tokenizer, prompt, completion) for prompt, completion in rows]
-        return -sum(total for total, _ in found) / sum(count for _, count in found)
+        result = [logprob(model, tokenizer, prompt, completion) for prompt, completion in rows]
+        return -sum(total for total, _ in result) / sum(count for _, count in result)
 
     plain = optimize(model, loss)
     assert plain[-1] < plain[0] - 0.1
-    np.testing.assert_allclose(own, plain, atol=1e-4)
+    np.testing.assert_allclose(losses, plain, atol=1e-4)
 
 
 def test_preference_steps_are_those_of_a_plain_dpo_loop(
@@ -189,7 +189,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
     )
     table = asyncio.run(reads)
     completed = [table.append(batch) for batch in batches]
-    own = group_losses(LearnerGroup(prepared.spec, prepared.models.policy), completed, "preference_loss")
+    losses = group_losses(LearnerGroup(prepared.spec, prepared.models.policy), completed, "preference_loss")
 
     def loss(step: int) -> torch.Tensor:
         pairs = list(zip(*(batches[step].column(name).to_pylist() for name in ("prompt", "completion")), strict=True))
@@ -199,7 +199,7 @@ def test_preference_steps_are_those_of_a_plain_dpo_loop(
 
     plain = optimize(model, loss)
     assert plain[0] == pytest.approx(np.log(2), abs=1e-3) and plain[-1] < 0.6
-    np.testing.assert_allclose(own, plain, atol=1e-4)
+    np.testing.assert_allclose(losses, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize(("trunk", "ranks"), [("decoder", 2), ("encoder", 1)])
@@ -215,7 +215,7 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
     prepared = reward.prepare(loader.parse_as(RewardModelSettings, tree))
     batches = [prepared.rows.step(version, member=0) for version in range(STEPS)]
     learner = RankGroup(RewardModelLearner, prepared.settings.learners, prepared.settings, prepared.folder, STEPS)
-    own = group_losses(learner, batches, "loss", member=0)
+    losses = group_losses(learner, batches, "loss", member=0)
 
     start = reward_models.start(Path(prepared.folder), "float32", 64, seed=0)
     start.model.save_pretrained(tmp_path / "start")
@@ -240,4 +240,4 @@ def test_reward_model_steps_are_those_of_a_plain_loop(
 
     plain = optimize(model, loss)
     assert plain[-1] < plain[0]
-    np.testing.assert_allclose(own, plain, atol=1e-4)
+    np.testing.assert_allclose(losses, plain, atol=1e-4)

@@ -36,7 +36,7 @@ def starved(process: Any, class_name: str, seconds_per_step: float) -> Iterator[
     """The actors of a class run for a moment now and then."""
     stopped, running = STOPPED_STEPS * seconds_per_step, RUNNING_STEPS * seconds_per_step
     children = psutil.Process(process.pid).children(recursive=True)
-    actors = [each for each in children if title_of(each).startswith(f"ray::{class_name}")]
+    actors = [item for item in children if title_of(item).startswith(f"ray::{class_name}")]
     assert actors, class_name
     over = threading.Event()
 
@@ -79,13 +79,13 @@ def test_explain_names_the_role_that_is_starved(write_config: Start, keel: Start
             with starved(process, class_name, unhindered):
                 more_steps(process, run, 1)
                 more_steps(process, run, STEPS)
-                found = answer(keel, "explain", run, "--last", STEPS)
-            if next(iter(found["timeline"])) == role:
+                result = answer(keel, "explain", run, "--last", STEPS)
+            if next(iter(result["timeline"])) == role:
                 break
-        print(role, found["timeline"], found["advice"], f"{found['seconds_per_step']:.2f} s")
-        assert next(iter(found["timeline"])) == role, found
-        assert option in found["advice"][0], found["advice"]
-        shares = {each["name"]: each["busy_ratio"] for each in found["roles"]}
+        print(role, result["timeline"], result["advice"], f"{result['seconds_per_step']:.2f} s")
+        assert next(iter(result["timeline"])) == role, result
+        assert option in result["advice"][0], result["advice"]
+        shares = {item["name"]: item["busy_ratio"] for item in result["roles"]}
         assert max(shares, key=lambda name: shares[name]) == role, shares
     process.send_signal(signal.SIGTERM)
     code, out, _ = finish(process)

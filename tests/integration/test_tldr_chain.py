@@ -26,7 +26,7 @@ TOPICS = ["cats", "dogs", "rain", "snow", "love", "work", "cars", "food", "time"
 PLACES = ["advice", "tifu", "pets", "jobs"]
 MACHINE = ["cluster.object_store_bytes=134217728", "cluster.min_memory_bytes=2147483648", "metrics.port=0"]
 LEARNER = ["count=1", "gpus=0", "threads=1", "precision=fp32", "tokens_per_batch=1024", "adam_epsilon=1e-8"]
-SMALL = [*MACHINE, "checkpoint.every_steps=0", *(f"learners.{each}" for each in LEARNER)]
+SMALL = [*MACHINE, "checkpoint.every_steps=0", *(f"learners.{setting}" for setting in LEARNER)]
 ARM = [
     *SMALL,
     "run.steps=3",
@@ -37,9 +37,9 @@ ARM = [
     "buffer.groups_per_step=4",
     "learners.learning_rate=2e-4",
     "evaluation.every_steps=0",
-    *(f"generators.{each}" for each in ("gpus=0", "threads=1", "dtype=float32", "enforce_eager=true")),
+    *(f"generators.{setting}" for setting in ("gpus=0", "threads=1", "dtype=float32", "enforce_eager=true")),
     "generators.kv_cache_bytes=67108864",
-    *(f"{actor}.{each}" for actor in ("scorers", "reference") for each in ("gpus=0", "threads=1")),
+    *(f"{actor}.{setting}" for actor in ("scorers", "reference") for setting in ("gpus=0", "threads=1")),
     "reference.dtype=float32",
 ]
 
@@ -106,11 +106,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder)
     sizes = ["training.rows_per_step=8", "training.evaluate_every_steps=0", "learners.learning_rate=3e-3"]
     data = ["prompts.source=demonstrations.jsonl", "prompts.max_tokens=96", "prompts.held_out=8"]
-    own = [f"policy.model={model}", "completions.max_tokens=24", "training.epochs=4"]
-    keel(folder, "sft", str(CONFIGS / "sft-1b.yaml"), *SMALL, *sizes, *data, *own)
+    overrides = [f"policy.model={model}", "completions.max_tokens=24", "training.epochs=4"]
+    keel(folder, "sft", str(CONFIGS / "sft-1b.yaml"), *SMALL, *sizes, *data, *overrides)
     data = ["prompts.source=pairs.jsonl", "prompts.held_out=12", "center.source=demonstrations.jsonl"]
-    own = ["completions.max_tokens=128", "training.epochs=5"]
-    keel(folder, "reward", str(CONFIGS / "reward-1b.yaml"), *SMALL, *sizes, *data, *own)
+    overrides = ["completions.max_tokens=128", "training.epochs=5"]
+    keel(folder, "reward", str(CONFIGS / "reward-1b.yaml"), *SMALL, *sizes, *data, *overrides)
     for arm in ("rloo-kl", "rloo-entropy-sum"):
         keel(folder, "train", str(CONFIGS / f"{arm}.yaml"), *ARM)
     keel(folder, "evaluate", "runs/tldr/rloo-kl", "evaluation.against=runs/tldr/sft-1b", *MACHINE)
@@ -139,9 +139,9 @@ def generates(folder: Path) -> None:
 
 
 def test_sft_learns_the_demonstrations(work: Path) -> None:
-    said = stage(work, "sft-1b")
-    assert (said["stage"], said["rows"], said["steps"], said["dropped"]) == ("sft", 40, 20, {})
-    first, last = said["evaluations"][0], said["evaluations"][-1]
+    answer = stage(work, "sft-1b")
+    assert (answer["stage"], answer["rows"], answer["steps"], answer["dropped"]) == ("sft", 40, 20, {})
+    first, last = answer["evaluations"][0], answer["evaluations"][-1]
     assert last["loss"] < first["loss"] - 0.5
     assert len(metrics_of(run_of(work, "sft-1b"))) == 20
     generates(run_of(work, "sft-1b") / "model")
@@ -150,16 +150,16 @@ def test_sft_learns_the_demonstrations(work: Path) -> None:
 def test_the_reward_model_knows_the_marker_and_demonstrations_score_zero(work: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    said = stage(work, "reward-1b")
-    assert (said["stage"], said["rows"], said["dropped"]) == ("reward", 35, {"too_long": 1})
-    assert said["report"]["accuracy"]["mean"] >= 0.9, said["report"]
+    answer = stage(work, "reward-1b")
+    assert (answer["stage"], answer["rows"], answer["dropped"]) == ("reward", 35, {"too_long": 1})
+    assert answer["report"]["accuracy"]["mean"] >= 0.9, answer["report"]
     folder = run_of(work, "reward-1b") / "model"
     plain = AutoModelForSequenceClassification.from_pretrained(folder)
     assert plain.num_labels == 1 and type(plain).__name__ == "GPTNeoXForSequenceClassification"
     rows = files.read_json_lines(work / "demonstrations.jsonl")
     model = reward_models.load_reward_model(folder)
     scores = model.scores([ScoredText(row["prompt"], [], row["completion"], True) for row in rows])
-    assert abs(sum(scores) / len(scores)) < 1e-3 and said["report"]["reference_rows"] == len(rows)
+    assert abs(sum(scores) / len(scores)) < 1e-3 and answer["report"]["reference_rows"] == len(rows)
     good, bad = model.scores([ScoredText(prompt(3), [], text, True) for text in (" good snow", " snow zzz")])
     assert good > bad + 0.5
 
@@ -198,13 +198,13 @@ def test_the_arms_start_alike_and_part(work: Path) -> None:
 
 
 def test_evaluation_and_comparison(work: Path) -> None:
-    found = json.loads((run_of(work, "rloo-kl") / "evaluation" / "evaluation.json").read_text())
-    assert (found["against"], found["prompts"]) == ("runs/tldr/sft-1b", 8)
-    assert set(found["means"]) == {f"{model}, {how}" for model in ("policy", "other") for how in ("sampled", "greedy")}
-    assert abs(found["means"]["other, sampled"]["kl_nats"]["mean"]) < 1e-3  # the SFT model is the reference
+    result = json.loads((run_of(work, "rloo-kl") / "evaluation" / "evaluation.json").read_text())
+    assert (result["against"], result["prompts"]) == ("runs/tldr/sft-1b", 8)
+    assert set(result["means"]) == {f"{model}, {how}" for model in ("policy", "other") for how in ("sampled", "greedy")}
+    assert abs(result["means"]["other, sampled"]["kl_nats"]["mean"]) < 1e-3  # the SFT model is the reference
     for how in ("sampled", "greedy"):
-        assert math.isfinite(found["means"][f"policy, {how}"]["reward_proxy"]["mean"])
-        assert 0 <= found["win_rates"][how]["win_rate"]["mean"] <= 1
+        assert math.isfinite(result["means"][f"policy, {how}"]["reward_proxy"]["mean"])
+        assert 0 <= result["win_rates"][how]["win_rate"]["mean"] <= 1
     compared = json.loads((work / "compare.json").read_text())
     assert [arm["name"] for arm in compared["arms"]] == ["rloo-kl", "rloo-entropy-sum"] and compared["prompts"] == 8
     steps = compared["matchings"]["steps"]

@@ -50,8 +50,8 @@ def cluster(pace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 def endpoint_of(process: Any) -> str:
     """The address that the run says it serves its metrics at."""
     for line in process.stdout:
-        if found := re.search(r"metrics: (http://\S+)", line):
-            return found[1]
+        if result := re.search(r"metrics: (http://\S+)", line):
+            return result[1]
     raise AssertionError(f"no endpoint: {process.stderr.read()}")
 
 
@@ -101,10 +101,10 @@ def check_nothing_is_left(cluster: Cluster) -> None:
     ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     try:
         wait_for(lambda: ray.available_resources().get("CPU") == 8.0, 30, "all CPUs free again")
-        there, free = ray.cluster_resources(), ray.available_resources()
-        assert there["object_store_memory"] == free["object_store_memory"], (there, free)
+        present, free = ray.cluster_resources(), ray.available_resources()
+        assert present["object_store_memory"] == free["object_store_memory"], (present, free)
     finally:
         ray.shutdown()
     titles = map(title_of, psutil.Process().children(recursive=True))
-    left = [each for each in titles if re.match(r"ray::(Vllm|Reference|Reward|DeepSpeed|Rollout|Control)", each)]
+    left = [title for title in titles if re.match(r"ray::(Vllm|Reference|Reward|DeepSpeed|Rollout|Control)", title)]
     assert not left, left

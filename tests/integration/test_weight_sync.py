@@ -40,7 +40,7 @@ def test_loaded_engine_equals_a_fresh_one(answers: Answers, architecture: str, t
 
 
 def test_the_comparison_sees_a_stale_tied_head(answers: Answers) -> None:
-    """Without packing the head again a tied model goes on with its old head: the trap this test exists for."""
+    """Without packing the head again a tied model continues with its old head: the trap this test exists for."""
     assert answers["no-repack"] == {"moved": True, "identical": False, "version": 7}
 
 

@@ -4,7 +4,7 @@
     one mutant  the module is changed in a copy of the tree; pytest of its group's files, in a fork of this process,
                 which has the heavy libraries loaded already; killed: a test fails, or the time is up
     session     runs/mutants/NAME/session.sqlite, a work database of cosmic-ray (cr-report, cr-html read it): a second
-                call goes on where the first one ended; --again tries the survivors with the tests of now
+                call continues where the first one ended; --again tries the survivors with the tests of now
 
 What is changed and which tests belong to it: mutants.toml. The working tree itself is never written.
 """
@@ -105,7 +105,7 @@ def mutants(path: Path, operators: Iterable[str], root: Path) -> Iterator[Mutati
     spared = [span(node) for node in texts(ast.parse(source))]
     bare = re.compile(r"(?:^\s*|[(,] ?)(\*),")  # the mark between parameters is no product
     lines = enumerate(source.splitlines(), 1)
-    marks = {(number, found.start(1)) for number, line in lines for found in bare.finditer(line)}
+    marks = {(number, result.start(1)) for number, line in lines for result in bare.finditer(line)}
     nodes = list(ast_nodes(get_ast(source)))
     for name in operators:
         operator = plugins.get_operator(name)()

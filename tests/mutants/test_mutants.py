@@ -34,10 +34,10 @@ OPERATORS, GROUPS = mutants.configuration()
 def changed(tmp_path: Path) -> dict[int, set[str]]:
     """What is changed of the source, by line."""
     (tmp_path / "file.py").write_text(SOURCE)
-    found: dict[int, set[str]] = {}
+    result: dict[int, set[str]] = {}
     for spec in mutants.mutants(Path("file.py"), OPERATORS, tmp_path):
-        found.setdefault(spec.start_pos[0], set()).add(spec.operator_name.removeprefix("core/"))
-    return found
+        result.setdefault(spec.start_pos[0], set()).add(spec.operator_name.removeprefix("core/"))
+    return result
 
 
 def test_text_annotations_and_messages_are_left_alone(changed: dict[int, set[str]]) -> None:

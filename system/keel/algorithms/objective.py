@@ -37,6 +37,8 @@ class Objective:
     reads_old = True
     """Several updates of a step need the log-probs it began with (`Rows.old`)."""
     vocabulary: VocabularyTerm | None = None
+    kl_multiplier = 1.0
+    """Factor on the KL coefficient, beside its controller's: an action of the guard."""
     heads: Sequence[str] = ()
     """Names of the critic's outputs, K of them."""
 
@@ -61,6 +63,11 @@ class Objective:
                 self.measures |= {"logprobs"}
 
     @property
+    def kl_strength(self) -> float:
+        """The KL coefficient in force."""
+        return self.kl_coefficient.value * self.kl_multiplier
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the full-vocabulary entropy is computed at all."""
         return self.entropy.in_loss or self.entropy.monitor
@@ -70,10 +77,7 @@ class Objective:
         raise NotImplementedError
 
     def credited(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
-        """Call `weigh`, check its answer, and add what all objectives share: the vocabulary term and the user's terms.
-
-        Raises ValueError unless there is one finite advantage a token.
-        """
+        """Add what all objectives share to `weigh`. Raises ValueError unless every token has a finite advantage."""
         credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
         user_terms = {name: float(values.mean()) for name, values in self.user_terms(batch).items()}
         terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **user_terms}} if user_terms else {}
@@ -102,10 +106,10 @@ class Objective:
         total, sums = self.surrogate(rows, outputs, credit)
         if self.kl.in_loss:
             tokens = self._kl_tokens(rows, outputs)
-            total = total + self.kl_coefficient.value * self.reduce(tokens, rows, credit)
+            total = total + self.kl_strength * self.reduce(tokens, rows, credit)
             for name, part in self._apart("kl_loss", "log_ratio_loss", tokens, rows):
                 nats = self.reduce(part, rows, credit).item()
-                sums |= {name: self.kl_coefficient.value * nats, f"{name}_nats": nats}
+                sums |= {name: self.kl_strength * nats, f"{name}_nats": nats}
         if outputs.entropies is not None:
             mean = outputs.entropies.sum() / credit.num_tokens
             sums |= self._entropies(outputs.entropies, rows, credit)
@@ -193,7 +197,7 @@ class Objective:
         if not self.kl.in_reward:
             return np.zeros(len(logprobs))
         reference, _ = schema.ragged(batch, "reference_logprobs")
-        return self.kl_coefficient.value * (logprobs.astype(np.float64) - reference)
+        return self.kl_strength * (logprobs.astype(np.float64) - reference)
 
     def bonus(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """Entropy term of the reward at each token, float64 [tokens]; 0 where none is."""
@@ -263,7 +267,7 @@ class Objective:
 
     def coefficients(self) -> dict[str, float]:
         """Every number that adapts, by metric name, as it is in force at this step."""
-        values = {"kl_coefficient": self.kl_coefficient.value, "entropy_coefficient": self.entropy_coefficient.value}
+        values = {"kl_coefficient": self.kl_strength, "entropy_coefficient": self.entropy_coefficient.value}
         if isinstance(self.kl_coefficient, coefficients.Safe):
             values |= {f"safe_{name}": value for name, value in self.kl_coefficient.seen.items()}
         return values

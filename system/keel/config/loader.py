@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -166,12 +166,18 @@ def difference(stored: dict[str, Any], settings: Section) -> str:
     return "; ".join(shown) + (f"; {len(changed) - 2} more" if len(changed) > 2 else "")
 
 
-def leaves(node: Any, path: str = "") -> dict[str, Any]:
+def leaves(node: Any) -> dict[str, Any]:
     """Values of a tree of settings by their name, as overrides write it."""
+    return {name.removeprefix("."): value for name, value in dotted(node)}
+
+
+def dotted(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """List the settings of a tree as (name behind a dot, value), in order."""
     if isinstance(node, dict | list) and node:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        return {k: v for key, child in items for k, v in leaves(child, f"{path}.{key}" if path else str(key)).items()}
-    return {path: node}
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from dotted(child, f"{path}.{key}")
+    else:
+        yield path, node
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -183,7 +189,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {_quoted(override)}: the value is not YAML") from None
-    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, people mean the number
+    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, the number is meant
         with contextlib.suppress(ValueError):
             value = float(value)
     *parents, last = path.split(".")
@@ -204,7 +210,7 @@ def _quoted(override: str) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a YAML text and where; the text itself may hold a secret."""
+    """Describe what is wrong with a YAML text and where, without the text, which may hold a secret."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
         return f"{error.problem or error.context}, {place}"

@@ -55,18 +55,13 @@ def decide(
         **{file: _of_file(folder / file) for file in _FILES},
     }
     names = named_tokens(text.tokenizer)
-    written = set(sources[_FILES[0]]) if _is_written(folder / _FILES[0]) else set()
-    known = set(names) | written
+    known = {*names, *(sources[_FILES[0]] if _is_written(folder / _FILES[0]) else ())}
     usable = {what: [n for n in ids if n in known and n < vocabulary] for what, ids in sources.items()}
     _check(sources, names, vocabulary, configured, f"{named}={folder}")
-    stop = (
-        tuple(configured) if configured is not None else tuple(dict.fromkeys(n for ids in usable.values() for n in ids))
-    )
-    chat, plain = (behind_answers(text, stop, conversational) for conversational in (True, False))
-    show = _shower(text)
-    notes = [_choice(stop, chat, plain, usable, show, configured, bool(text.tokenizer.chat_template))]
-    notes += [f"warning: {line}" for line in _warnings(text, sources, usable, stop, chat, show, configured)]
-    return EndTokens(stop, chat, plain, tuple(notes))
+    stop = configured if configured is not None else dict.fromkeys(n for ids in usable.values() for n in ids)
+    decision = _Decision(text, names, sources, usable, configured, tuple(stop))
+    notes = [decision.choice(), *(f"warning: {line}" for line in decision.warnings())]
+    return EndTokens(decision.stop, decision.chat, decision.plain, tuple(notes))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -114,70 +109,70 @@ def _check(
                 )
 
 
-def _shower(text: ModelText) -> Any:
-    names = named_tokens(text.tokenizer)
+@dataclass(frozen=True)
+class _Decision:
+    """The end tokens that each source names, those that end samples, and the lines about them."""
 
-    def show(ids: Iterable[int]) -> str:
-        return ", ".join(f"{names.get(n) or text.tokenizer.decode([n])!r} ({n})" for n in ids) or "none"
+    text: ModelText
+    names: Mapping[int, str]
+    sources: Mapping[str, list[int]]
+    usable: Mapping[str, list[int]]
+    configured: Sequence[int] | None
+    stop: tuple[int, ...]
 
-    return show
+    @property
+    def chat(self) -> int | None:
+        return behind_answers(self.text, self.stop, conversational=True)
 
+    @property
+    def plain(self) -> int | None:
+        return behind_answers(self.text, self.stop, conversational=False)
 
-def _choice(
-    stop: Sequence[int],
-    chat: int | None,
-    plain: int | None,
-    usable: Mapping[str, list[int]],
-    show: Any,
-    configured: Sequence[int] | None,
-    template: bool,
-) -> str:
-    if not stop:
-        why = "sampling.stop_token_ids=[]" if configured is not None else "nothing names one"
-        return f"end tokens: none ({why}): completions run to their budget, and none is trained behind answers"
-    origins = {n: [what for what, ids in usable.items() if n in ids] for n in stop}
-    if configured is not None:
-        origins = {n: ["sampling.stop_token_ids"] for n in stop}
-    listed = "; ".join(f"{show([n])} of {', '.join(origins[n])}" for n in stop)
-    behind = f"trained behind answers: {show([chat if template else plain])}"
-    if template and plain != chat:
-        behind += f", without a conversation {show([plain])}"
-    return f"end tokens: {listed}; {behind}"
+    def show(self, ids: Iterable[int | None]) -> str:
+        shown = [f"{self.names.get(n) or self.text.tokenizer.decode([n])!r} ({n})" for n in ids if n is not None]
+        return ", ".join(shown) or "none"
 
+    def choice(self) -> str:
+        if not self.stop:
+            why = "sampling.stop_token_ids=[]" if self.configured is not None else "nothing names one"
+            return f"end tokens: none ({why}): completions run to their budget, and none is trained behind answers"
+        origins = {n: [what for what, ids in self.usable.items() if n in ids] for n in self.stop}
+        if self.configured is not None:
+            origins = {n: ["sampling.stop_token_ids"] for n in self.stop}
+        listed = "; ".join(f"{self.show([n])} of {', '.join(origins[n])}" for n in self.stop)
+        template = bool(self.text.tokenizer.chat_template)
+        behind = f"trained behind answers: {self.show([self.chat if template else self.plain])}"
+        if template and self.plain != self.chat:
+            behind += f", without a conversation {self.show([self.plain])}"
+        return f"end tokens: {listed}; {behind}"
 
-def _warnings(
-    text: ModelText,
-    sources: Mapping[str, list[int]],
-    usable: Mapping[str, list[int]],
-    stop: Sequence[int],
-    chat: int | None,
-    show: Any,
-    configured: Sequence[int] | None,
-) -> Iterable[str]:
-    closing, eos = text.chat.frame.end, text.tokenizer.eos_token_id
-    if configured is not None:
-        if stop and closing is not None and closing not in stop:
-            yield f"sampling.stop_token_ids leaves out {show([closing])}, with which the chat template closes a turn"
-        return
-    if not stop:
-        yield (
-            "nothing can end a completion: chat template, tokenizer, generation_config.json and config.json name no end"
-            " token; expected sampling.stop_token_ids, or a tokenizer with an end token"
-        )
-        return
-    if closing is not None and eos is not None and closing != eos:
-        yield (
-            f"the tokenizer's end token is {show([eos])}, the chat template closes a turn with {show([closing])}:"
-            f" both end samples, {show([chat])} is trained behind answers to conversations"
-        )
-    if text.tokenizer.chat_template and closing is None:
-        yield f"the chat template closes a turn with no end token of its own: {show([chat])} is trained behind answers"
-    wanted = list(dict.fromkeys([*sources[_TEMPLATE], *sources[_TOKENIZER]]))
-    for file in _FILES:
-        if usable[file] and (absent := [n for n in wanted if n not in usable[file]]):
-            yield f"{file} names {show(usable[file])} and not {show(absent)}: all of them end samples"
-        if ignored := [n for n in sources[file] if n not in usable[file]]:
+    def warnings(self) -> Iterable[str]:
+        closing, eos, show = self.text.chat.frame.end, self.text.tokenizer.eos_token_id, self.show
+        chat = show([self.chat])
+        if self.configured is not None:
+            if self.stop and closing is not None and closing not in self.stop:
+                named = f"{show([closing])}, with which the chat template closes a turn"
+                yield f"sampling.stop_token_ids leaves out {named}"
+            return
+        if not self.stop:
             yield (
-                f"{file} names {ignored} as end tokens, which are no special tokens of the tokenizer: they end nothing;"
-                " expected sampling.stop_token_ids if they should"
+                "nothing can end a completion: chat template, tokenizer, generation_config.json and config.json name no"
+                " end token; expected sampling.stop_token_ids, or a tokenizer with an end token"
             )
+            return
+        if closing is not None and eos is not None and closing != eos:
+            yield (
+                f"the tokenizer's end token is {show([eos])}, the chat template closes a turn with {show([closing])}:"
+                f" both end samples, {chat} is trained behind answers to conversations"
+            )
+        if self.text.tokenizer.chat_template and closing is None:
+            yield f"the chat template closes a turn with no end token of its own: {chat} is trained behind answers"
+        wanted = list(dict.fromkeys([*self.sources[_TEMPLATE], *self.sources[_TOKENIZER]]))
+        for file in _FILES:
+            if self.usable[file] and (absent := [n for n in wanted if n not in self.usable[file]]):
+                yield f"{file} names {show(self.usable[file])} and not {show(absent)}: all of them end samples"
+            if ignored := [n for n in self.sources[file] if n not in self.usable[file]]:
+                yield (
+                    f"{file} names {ignored} as end tokens, which are no special tokens of the tokenizer: they end"
+                    " nothing; expected sampling.stop_token_ids if they should"
+                )

@@ -18,10 +18,7 @@ _COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def policy(target: Path, source: Path, named: Mapping[str, Tensor], settings: LearnerSpec, version: int) -> None:
-    """Write a folder that `from_pretrained` and vLLM load, with the tokenizer and template of the start model.
-
-    All of it is on the disk when this returns: no other machine could have that done.
-    """
+    """Write a folder that `from_pretrained` and vLLM load, with the start model's tokenizer; synced to the disk."""
     target.mkdir(parents=True)
     for pattern in _COPIED:
         for path in source.glob(pattern):
@@ -65,12 +62,6 @@ tags: [rlhf, keel, {_objective(settings)}]
 
 def _objective(settings: LearnerSpec) -> str:
     """The one word that tells an objective from others of its kind."""
-    objective = settings.objective
-    words = {
-        "policy_gradient": "advantage",
-        "preference": "loss",
-        "weighted_likelihood": "weights",
-        "logits_convexity": "form",
-        "custom": "source",
-    }
-    return str(getattr(objective, words[objective.kind]))
+    words = {"policy_gradient": "advantage", "preference": "loss", "weighted_likelihood": "weights"}
+    words |= {"logits_convexity": "form", "custom": "source"}
+    return str(getattr(settings.objective, words[settings.objective.kind]))

@@ -33,6 +33,7 @@ from keel.text import one_line
 
 TOLERANCE = 1e-3
 """Largest difference of two log-probs, in units of their spread over tokens, that counts as rounding."""
+PASSES = ("alone", "shared", "packed")
 _SEEDS = (0, 1, 2)
 _MORE_TOKENS = 19
 """By which the longest row that is tried exceeds `tokens_per_row`."""
@@ -52,12 +53,7 @@ class Verdict:
 
     def both(self, other: "Verdict") -> "Verdict":
         """What holds for two models that read the same micro-batches."""
-        return Verdict(
-            self.alone and other.alone,
-            self.shared and other.shared,
-            self.packed and other.packed,
-            {**other.reasons, **self.reasons},
-        )
+        return _failing({**other.reasons, **self.reasons})
 
 
 def check(model: Any, tokens_per_row: int, seed: int = 0) -> Verdict:
@@ -71,23 +67,23 @@ def check(model: Any, tokens_per_row: int, seed: int = 0) -> Verdict:
         try:
             expected = _plain(model.eval(), rows)
         except Exception as error:  # what a family's code makes of a plain row of tokens
-            return _refused(f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}")
+            reason = f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}"
+            return _failing(dict.fromkeys(PASSES, reason))
         spread = float(np.std(expected))
         if not np.isfinite(spread):
-            return _refused("its own forward gives numbers that are not finite")
+            return _failing(dict.fromkeys(PASSES, "its own forward gives numbers that are not finite"))
         model.train()
-        reasons = {}
-        for name, budget in _budgets(rows).items():
-            reason = difference(functools.partial(_through_keel, model, rows, budget), expected, spread)
-            if reason:
-                reasons[name] = reason
+        reasons = {
+            name: difference(functools.partial(_through_keel, model, rows, budget), expected, spread)
+            for name, budget in _budgets(rows).items()
+        }
     finally:
         model.train(training)
+    return _failing({name: reason for name, reason in reasons.items() if reason})
+
+
+def _failing(reasons: dict[str, str]) -> Verdict:
     return Verdict("alone" not in reasons, "shared" not in reasons, "packed" not in reasons, reasons)
-
-
-def _refused(reason: str) -> Verdict:
-    return Verdict(False, False, False, dict.fromkeys(("alone", "shared", "packed"), reason))
 
 
 def _rows(vocabulary: int, tokens_per_row: int, seed: int) -> pa.RecordBatch:
@@ -169,64 +165,48 @@ def _of_scaled_down(small: Any) -> Verdict:
 
 
 def of_seeds(build: Callable[[int], Any], tokens_per_row: int, seeds: Sequence[int] = _SEEDS) -> Verdict:
-    """What holds with the weights and rows of any one seed: a wrong pass is wrong with all, rounding that flips a
-    discrete choice (an expert, a top-k of keys) is not."""
+    """Try several seeds: a wrong pass fails with all, rounding that flips a discrete choice (an expert) does not."""
     verdicts = []
     for seed in seeds:
         verdicts.append(check(build(seed), tokens_per_row, seed))
         if not verdicts[-1].reasons:
             return verdicts[-1]
-    held = {name: any(getattr(verdict, name) for verdict in verdicts) for name in ("alone", "shared", "packed")}
-    reasons = {name: verdicts[0].reasons.get(name, "") for name, holds in held.items() if not holds}
-    return Verdict(**held, reasons=reasons)
+    failed = [name for name in PASSES if not any(getattr(verdict, name) for verdict in verdicts)]
+    reasons = {name: verdicts[0].reasons.get(name, "") for name in failed}
+    return _failing(reasons)
 
 
 def verdict(folder: Path, longest_row: int | None = None) -> Verdict:
-    """The verdict on the model of a folder, from the cache or made now, in about a second.
-
-    Where the configuration cannot be scaled down, the model itself is tried.
-    """
+    """The verdict on the model of a folder, from the cache or a scaled-down model; else from the model itself."""
     config = loading.without_dropout(folder)
     try:
         small = scaled_down_models.scale_down(config, longest_row)
-        return _once(key_of(small), lambda: _of_scaled_down(small))
+        result = kept(key_of(small), lambda: dataclasses.asdict(_of_scaled_down(small)))
     except ScaleDownError:
-        return _once(key_of(config, longest_row), lambda: _of_itself(folder, config, longest_row))
-
-
-def _once(key: str, make: Callable[[], Verdict]) -> Verdict:
-    """The verdict that an earlier process kept under this key, or that is made now."""
-    if (kept := kept_result(key)) is not None:
-        return Verdict(**kept)
-    result = make()
-    keep_result(key, dataclasses.asdict(result))
-    return result
+        make = functools.partial(_of_itself, folder, config, longest_row)
+        result = kept(key_of(config, longest_row), lambda: dataclasses.asdict(make()))
+    return Verdict(**result)
 
 
 def _of_itself(folder: Path, config: Any, longest_row: int | None) -> Verdict:
-    """The verdict from the model itself, on rows that it has positions for and that the run can have.
-
-    A window that is longer than every row of the run never matters.
-    """
+    """The verdict from the model itself, on rows as long as it and the run allow: longer windows never matter."""
     limits = (longest_row, getattr(config.get_text_config(), "max_position_embeddings", None))
     longest = min([limit for limit in limits if limit] or [2 * _MORE_TOKENS])
     tokens = min(scaled_down_models.row_tokens(config), longest - _MORE_TOKENS)
     return check(loading.load_policy(folder, "float32").model, max(tokens, 1))
 
 
-def kept_result(key: str) -> dict[str, Any] | None:
-    """What an earlier process found under this key."""
+def kept(key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result that an earlier process kept under this key; else make it, and keep it for other processes."""
     path = loading.cache_directory() / "forward_contract" / f"{key}.json"
-    return json.loads(path.read_text(encoding="utf8")) if path.is_file() else None
-
-
-def keep_result(key: str, result: Mapping[str, Any]) -> None:
-    """Keep a result for other processes, of which several may do so at once."""
-    path = loading.cache_directory() / "forward_contract" / f"{key}.json"
-    aside = path.with_name(f"{key}.{os.getpid()}")
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf8"))
+    result = make()
+    aside = path.with_name(f"{key}.{os.getpid()}")  # several processes may be at it
     with contextlib.suppress(OSError):  # a home that cannot be written to: the next process tries the model again
         files.write_json(aside, result)
         aside.rename(path)
+    return result
 
 
 def key_of(config: Any, *more: Any) -> str:

@@ -6,6 +6,8 @@ dense ones), a list that is repeated (RecurrentGemma). Each of them is a column 
 how to write the values of a choice of layers back.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +27,7 @@ _INDICES = (
     "ple_layer_ids",
 )
 _LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_hash_layers")
-_TRAILING = ("num_kv_shared_layers",)
-_LAST = ("moe_layer_end_index",)
+_TRAILING, _LAST = "num_kv_shared_layers", "moe_layer_end_index"
 _PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
 _STEPS = ("decoder_sparse_step", "moe_layer_interval", "moe_layer_freq", "full_attention_interval")
 _CYCLES = ("block_types",)
@@ -39,10 +40,7 @@ Layers = Sequence[int]
 
 @dataclass(frozen=True)
 class Column:
-    """One thing that may differ from layer to layer, and the settings which say so for a choice of layers.
-
-    `write` returns None where its form cannot express the choice.
-    """
+    """One thing that differs from layer to layer, and the settings that say so for a choice of layers, if any can."""
 
     values: list[Any]
     write: Callable[[Layers], Values | None]
@@ -52,65 +50,47 @@ class LayerError(KeelError):
     """The layers of a configuration cannot be cut to a few without losing a kind of them."""
 
 
-def count_name(values: Values) -> str | None:
-    """Name under which a configuration keeps its number of layers; None where it follows from a list alone."""
-    return next((name for name in COUNTS if isinstance(values.get(name), int)), None)
-
-
 def cut(values: Values, most: int) -> Values:
-    """Settings of the same pattern on at most this number of layers, a few more where the kinds need them.
-
-    Raises LayerError where no choice of layers holds every kind.
-    """
+    """The same pattern on about `most` layers. Raises LayerError where no choice of layers has every kind."""
     count = _number_of_layers(values)
     if count is None or count <= most:
         return {}
     columns = list(_columns(values, count))
     kinds = [tuple(repr(column.values[layer]) for column in columns) for layer in range(count)]
     for layers in _choices(kinds, most):
-        written = [column.write(layers) for column in columns]
-        if all(part is not None for part in written):
+        written = [part for column in columns if (part := column.write(layers)) is not None]
+        if len(written) == len(columns):
             sizes = {name: len(layers) for name in COUNTS + _OTHER_COUNTS if isinstance(values.get(name), int)}
-            return sizes | {name: value for part in written for name, value in (part or {}).items()}
+            return functools.reduce(operator.or_, written, sizes)
     raise LayerError(f"no choice of its {count} layers has all {len(set(kinds))} kinds of them")
 
 
 def _number_of_layers(values: Values) -> int | None:
-    name = count_name(values)
-    if name is not None:
-        return int(values[name])
-    listed = next((values[name] for name in ("layer_types", "layers_block_type") if values.get(name)), None)
-    return None if listed is None else len(listed)
+    """The number that a configuration names, or that of a list with an entry a layer."""
+    named = [int(values[name]) for name in COUNTS if isinstance(values.get(name), int)]
+    listed = [len(values[name]) for name in ("layer_types", "layers_block_type") if values.get(name)]
+    return next(iter(named + listed), None)
 
 
 def _choices(kinds: Sequence[tuple[str, ...]], most: int) -> Iterator[list[int]]:
-    """Choices of layers that hold every kind, the most faithful first.
-
-    One period of the pattern, its first layers, the first layer of every kind with the one after it, and longer
-    beginnings.
-    """
-    count, distinct = len(kinds), len(set(kinds))
+    """Choices of layers with every kind: a period, the first layers, the first of each kind (and the next), more."""
+    count, firsts = len(kinds), {kinds.index(kind) for kind in set(kinds)}
     for period in range(1, most + 1):
         if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds)):
             yield list(range(max(period, 2)))
             break
-    needed = max(kinds.index(kind) for kind in set(kinds)) + 1
+    needed = max(firsts) + 1
     if needed <= most:
         yield list(range(min(count, max(needed + 1, 2))))
         yield list(range(needed))
-    firsts = {kinds.index(kind) for kind in set(kinds)}
     followed = firsts | {layer + 1 for layer in firsts if layer + 1 < count}
-    if len(followed) <= 2 * most:
-        yield sorted(followed)
-    if distinct <= 2 * most:
-        yield sorted(firsts)
+    yield from (sorted(layers) for layers in (followed, firsts) if len(layers) <= 2 * most)
     yield from (list(range(length)) for length in range(needed, min(count, 4 * most) + 1))
 
 
 def _columns(values: Values, count: int) -> Iterator[Column]:
-    yield from _listed(values, count)
-    yield from _numbered(values, count)
-    yield from _periodic(values, count)
+    for form in (_listed, _numbered, _periodic):
+        yield from form(values, count)
     if str(values.get("model_type")).startswith("zamba"):
         yield _shared_blocks(values)
     if values.get("model_type") in _OTHER_FIRST_LAYER:
@@ -152,16 +132,11 @@ def _numbered(values: Values, count: int) -> Iterator[Column]:
     for name in _INDICES:
         if isinstance(values.get(name), list):
             yield _index_column(name, [layer in values[name] for layer in range(count)])
-    for name in _LEADING + _TRAILING + _LAST:
+    for name in (*_LEADING, _TRAILING, _LAST):
         number = values.get(name)
-        if not isinstance(number, int) or number < 0:
-            continue
-        if name in _LEADING:
-            yield _count_column(name, [layer < number for layer in range(count)], 0)
-        elif name in _TRAILING:
-            yield _count_column(name, [layer >= count - number for layer in range(count)], 0)
-        else:
-            yield _count_column(name, [layer <= number for layer in range(count)], -1)
+        if isinstance(number, int) and number >= 0:
+            first, end = {_TRAILING: (count - number, count), _LAST: (0, number + 1)}.get(name, (0, number))
+            yield _count_column(name, [first <= layer < end for layer in range(count)], -1 if name == _LAST else 0)
 
 
 def _index_column(name: str, members: list[bool]) -> Column:

@@ -94,10 +94,7 @@ def read_config(folder: Path, named: str) -> dict[str, Any]:
 
 
 def locate_policy(model: str, setting: str) -> Path:
-    """Folder of a causal language model, as `locate`.
-
-    Raises ConfigError for a reward model, an encoder, a model of images and text, and one that lacks a weight, too.
-    """
+    """Folder of a causal language model, as `locate`. Raises ConfigError for any other model, or a missing weight."""
     from transformers.models.auto import modeling_auto
 
     folder = locate(model, setting)
@@ -147,19 +144,15 @@ def _from_wheel(name: str, setting: str) -> Path:
     return target
 
 
-def _manifest_of(target: Path) -> str:
-    """Name of the manifest beside a converted model."""
-    return f"{target.name}.MANIFEST.json"
-
-
 def _is_converted(target: Path) -> bool:
     """The model is in the cache as it was written; of one without a manifest (earlier versions) no file is empty."""
+    manifest = f"{target.name}.MANIFEST.json"
     if not (target / "config.json").is_file():
         return False
-    if not reads.is_there(target.parent / _manifest_of(target)):
+    if not reads.is_there(target.parent / manifest):
         return all(path.stat().st_size for path in reads.files(target))
     try:
-        checkpoint.check(target.parent, _manifest_of(target))
+        checkpoint.check(target.parent, manifest)
     except checkpoint.CheckpointError:
         return False
     return True
@@ -170,14 +163,10 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.parent,
-        gguf_file=source.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        trust_remote_code=False,
-    )
+    options = {"gguf_file": source.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    dequantized = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(source.parent, **options, **dequantized)
     if hasattr(model.config, "quantization_config"):  # the saved weights are plain; the loader would look for GGUF
         del model.config.quantization_config
     files.make_folder(target.parent)
@@ -187,7 +176,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
         shutil.rmtree(aside)
         return
     files.replace_folder(aside, target)
-    checkpoint.seal(target.parent, [target.name], _manifest_of(target))
+    checkpoint.seal(target.parent, [target.name], f"{target.name}.MANIFEST.json")
 
 
 def load_tokenizer(folder: Path, setting: str) -> Any:
@@ -203,15 +192,16 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         raise ConfigError(f"{setting}={folder}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
+def pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """A model of one of transformers' auto classes from safetensors alone, running no code of its author's."""
+    return kind.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, **options)
+
+
 def load_policy(folder: Path, dtype: str) -> Policy:
     """A causal language model with dropout off: sampler, learner and reference must be the same function."""
     from transformers import AutoModelForCausalLM
 
-    return Policy(
-        AutoModelForCausalLM.from_pretrained(
-            folder, config=without_dropout(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
-        )
-    )
+    return Policy(pretrained(AutoModelForCausalLM, folder, config=without_dropout(folder), dtype=DTYPES[dtype]))
 
 
 def load_frozen(folder: Path, dtype: str, device: torch.device) -> Policy:
@@ -223,9 +213,7 @@ def load_trunk(folder: Path, dtype: str) -> Any:
     """The model without its head: of a language model, or of a reward model a critic starts from."""
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(
-        folder, config=without_dropout(folder), dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
-    )
+    return pretrained(AutoModel, folder, config=without_dropout(folder), dtype=DTYPES[dtype])
 
 
 def score_head(folder: Path) -> tuple[torch.Tensor, float] | None:
@@ -247,7 +235,6 @@ def without_dropout(folder: Path) -> Any:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for part in (config, config.get_text_config()):
-        for name, value in part.to_dict().items():
-            if any(noise in name for noise in scaled_down_models.NOISE) and isinstance(value, float):
-                setattr(part, name, 0.0)
+        for name, value in scaled_down_models.without_noise(part.to_dict()).items():
+            setattr(part, name, value)
     return scaled_down_models.keep_attention_caps(config)

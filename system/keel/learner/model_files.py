@@ -56,13 +56,13 @@ def parameter_shapes(folder: Path, named: str = "") -> dict[str, tuple[int, ...]
     another shape: transformers would draw it at random. `named`: the setting and its value.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = named or str(folder)
+    config = model_config(folder, named)
     with torch.device("meta"):  # its head is tied as the configuration says, whatever the file repeats
         parameters = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=False).named_parameters())
-    named = named or str(folder)
     loaded = _loaded(folder, named, AutoModelForCausalLM)
     _check_tied(folder, named, set(parameters), {name for name, _ in loaded.named_parameters()})
     published = revert_weight_conversion(loaded, {n: p for n, p in loaded.named_parameters() if n in parameters})
@@ -89,14 +89,11 @@ def _loaded(folder: Path, named: str, kind: Any) -> Any:
 
 
 def check_whole(folder: Path, named: str) -> None:
-    """A language model or a reward model holds all of its parameters. Raises ConfigError.
-
-    Of other models, a trunk without its head, nothing is known: the head is to be trained.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    """Raise ConfigError where a language or reward model lacks a parameter; a trunk's head is yet to be trained."""
+    from transformers import AutoModelForSequenceClassification
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    architecture = next(iter(AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or []), "")
+    architecture = next(iter(model_config(folder, named).architectures or []), "")
     if architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         parameter_shapes(folder, named)
     elif architecture.endswith("ForSequenceClassification"):

@@ -42,10 +42,7 @@ class SequenceLayout:
         return SequenceLayout(self.places.to(device), self.prompts.to(device), self.completions.to(device))
 
     def same_row(self, sequence: Any, query: Any, key: Any) -> Any:
-        """bool of (sequence, query, key) indices that broadcast: the key is in the query's prompt or completion.
-
-        It says nothing of order: a causal mask of places does.
-        """
+        """bool of (sequence, query, key) indices: the key is in the prompt or completion of the query, in any order."""
         prompt = self.prompts[sequence, query] == self.prompts[sequence, key]
         completion = self.completions[sequence, key]
         return prompt & ((completion == 0) | (completion == self.completions[sequence, query]))

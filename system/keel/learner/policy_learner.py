@@ -91,10 +91,7 @@ class DeepSpeedLearner:
         return critic
 
     def step(self, batch: pa.RecordBatch) -> StepReport:
-        """One version: `objective.epochs` optimizer updates on the batch.
-
-        Raises NotFinite for log-probs, values, a loss or a gradient that are not, before the optimizer's update.
-        """
+        """Make `objective.epochs` optimizer updates. Raises NotFinite before an update that would not be finite."""
         state, updates = self.objective.state(), self._engine.updates
         try:
             return self._step(batch)
@@ -209,6 +206,10 @@ class DeepSpeedLearner:
         self.version = self._engine.restore_checkpoint(directory)
         self.objective.restore(json.loads((Path(directory) / "state.json").read_text())["objective"])
         return self.version
+
+    def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        """Multiply the KL coefficient and the learning rate of later steps: the guard's actions."""
+        self.objective.kl_multiplier, self._engine.rate_multiplier = kl, learning_rate
 
     def renew_reference(self, folder: str) -> None:
         """Read the frozen reference inside the learner from another folder, where there is one."""

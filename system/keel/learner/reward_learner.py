@@ -9,9 +9,8 @@ of a pair go through the model together. Shapes: P pairs, B = 2 P rows (chosen, 
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,20 +24,15 @@ from keel.learner import optimizer, packing, reward_models
 from keel.learner.engine import Engine, join_ranks
 from keel.protocols import StepReport
 
-PAIR = pa.schema(
-    [
-        pa.field("tokens", schema.TOKENS, metadata={"meaning": "prompt and completion as the reward model reads them"}),
-        pa.field("second", pa.int32(), metadata={"meaning": "where the second segment of an encoder's text begins"}),
-        pa.field("margin", pa.float32(), metadata={"meaning": "subtracted from the difference of the pair"}),
-    ]
+PAIR = schema.described(
+    tokens=(schema.TOKENS, "prompt and completion as the reward model reads them"),
+    second=(pa.int32(), "where the second segment of an encoder's text begins"),
+    margin=(pa.float32(), "subtracted from the difference of the pair"),
 )
 """Two rows a pair: chosen, then rejected."""
 
 
-@dataclass(frozen=True)
-class PairLoss:
-    """The loss of some pairs, and what it says of them."""
-
+class PairLoss(NamedTuple):
     losses: Tensor
     """[P]."""
     margins: Tensor
@@ -84,14 +78,13 @@ class RewardModelLearner:
         margins = torch.from_numpy(batch.column("margin").to_numpy()[0::2].copy())
         sums: dict[str, float] = defaultdict(float)
         for numbers, real, inputs in self._passes(batch):
-            pair_losses = pair_loss(
-                self._engine(*inputs), margins[torch.from_numpy(numbers)].to(self._engine.device), self.settings
-            )
-            self._engine.backward(pair_losses.losses.sum() / pairs, real=real)
+            scores, margin = self._engine(*inputs), margins[torch.from_numpy(numbers)].to(self._engine.device)
+            losses, differences = pair_loss(scores, margin, self.settings)
+            self._engine.backward(losses.sum() / pairs, real=real)
             if real:
-                sums["loss"] += pair_losses.losses.sum().item() / pairs
-                sums["implicit_margin"] += pair_losses.margins.sum().item() / pairs
-                sums["preference_accuracy_ratio"] += (pair_losses.margins > 0).sum().item() / pairs
+                sums["loss"] += losses.sum().item() / pairs
+                sums["implicit_margin"] += differences.sum().item() / pairs
+                sums["preference_accuracy_ratio"] += (differences > 0).sum().item() / pairs
         metrics = self._engine.sum_named(sums)
         metrics["grad_norm"] = self._engine.update(self.version + 1, metrics["loss"], metrics)
         self.version += 1
@@ -105,11 +98,10 @@ class RewardModelLearner:
         """float64 [rows] under the weights of now, without dropout (there is none), no offset subtracted."""
         scores = torch.zeros(batch.num_rows, dtype=torch.float64, device=self._engine.device)
         for numbers, real, inputs in self._passes(batch):
+            values = self._engine(*inputs).double()
             if real:
                 rows = torch.from_numpy(np.stack([2 * numbers, 2 * numbers + 1], axis=1).reshape(-1))
-                scores[rows.to(scores.device)] = self._engine(*inputs).double()
-            else:
-                self._engine(*inputs)
+                scores[rows.to(scores.device)] = values
         return self._engine.sum_over_ranks(scores).cpu().numpy()
 
     def assess(self, batch: pa.RecordBatch) -> dict[str, float]:

@@ -36,21 +36,16 @@ _COUNT_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longfo
 
 
 def members(folder: Path, setting: str) -> list[Path]:
-    """Folders of the models of an artefact: itself, or the members that ensemble.json names.
-
-    Raises ConfigError when a member is missing or is no reward model.
-    """
+    """Folders of an artefact's models: itself, or the members in ensemble.json. Raises ConfigError for a bad member."""
     if not (folder / ENSEMBLE).is_file():
         check_head(folder, setting)
         return [folder]
-    names = _names(folder, setting)
+    names, named = _names(folder, setting), f"{setting}={folder}"
     for name in names:
         if not (folder / name / "config.json").is_file():
-            raise ConfigError(
-                f"{setting}={folder}: {name} of its {len(names)} members is missing; expected all of them"
-            )
+            raise ConfigError(f"{named}: {name} of its {len(names)} members is missing; expected all of them")
         check_head(folder / name, setting)
-        loading.check_intact(folder / name, f"{setting}={folder}")
+        loading.check_intact(folder / name, named)
     return [folder / name for name in names]
 
 
@@ -131,19 +126,17 @@ def load_reward_model(folder: Path, options: Mapping[str, Any] | None = None) ->
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model, report = AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, use_safetensors=True
-    )
+    options_of_load = {"dtype": torch.float32, "output_loading_info": True}
+    model, report = loading.pretrained(AutoModelForSequenceClassification, folder, **options_of_load)
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{folder}: {len(missing)} parameters are not in its weights ({missing[0]}); expected all")
-    model.eval()
-    stored = getattr(model.config, "keel_reward", None) or {}
-    if model.config.get_text_config().pad_token_id is None:
-        size = model.config.get_text_config().vocab_size
-        model.config.get_text_config().pad_token_id = spare_token(tokenizer, size)
+    config, inner = model.config, model.config.get_text_config()
+    stored = getattr(config, "keel_reward", None) or {}
+    if inner.pad_token_id is None:
+        inner.pad_token_id = spare_token(tokenizer, inner.vocab_size)
     options = {**stored.get("chat_template_options", {}), **(options or {})}
-    text = RewardText(tokenizer, is_encoder(model.config), stored.get("max_tokens") or limit(model.config), options)
-    return RewardModel(model.requires_grad_(False), text, stored.get("offset", 0.0))
+    text = RewardText(tokenizer, is_encoder(config), stored.get("max_tokens") or limit(config), options)
+    return RewardModel(model.eval().requires_grad_(False), text, stored.get("offset", 0.0))
 
 
 def start(
@@ -161,9 +154,8 @@ def start(
         inner.pad_token_id = tokenizer.pad_token_id = spare_token(tokenizer, inner.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # of heads with more than one layer
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=loading.DTYPES[dtype], trust_remote_code=False, use_safetensors=True
-        )
+        loaded = {"config": config, "dtype": loading.DTYPES[dtype]}
+        model = loading.pretrained(AutoModelForSequenceClassification, folder, **loaded)
     generator = torch.Generator().manual_seed(seed)
     named = dict(model.named_parameters())
     head = next(named[name] for name in _HEADS if name in named)
@@ -178,10 +170,9 @@ def check_trunk(config: Any, model: str) -> None:
     """transformers has a sequence classifier of this family. Raises ConfigError."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
+    family = config.model_type
     if config.is_encoder_decoder or type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ConfigError(
-            f"policy.model={model}: {config.model_type} has no sequence classifier; expected another trunk"
-        )
+        raise ConfigError(f"policy.model={model}: {family} has no sequence classifier; expected another trunk")
 
 
 def is_encoder(config: Any) -> bool:
@@ -217,16 +208,14 @@ def check_readable(folder: Path, setting: str) -> None:
 
     A pad token is no text: many tokenizers name one that the embedding has not.
     """
-    model_files.check_text_alone(folder, f"{setting}={folder}")
-    model_files.check_whole(folder, f"{setting}={folder}")
-    vocabulary, tokenizer = (
-        model_files.vocabulary(folder, f"{setting}={folder}"),
-        loading.load_tokenizer(folder, setting),
-    )
+    named = f"{setting}={folder}"
+    model_files.check_text_alone(folder, named)
+    model_files.check_whole(folder, named)
+    vocabulary, tokenizer = model_files.vocabulary(folder, named), loading.load_tokenizer(folder, setting)
     largest = max((number for number in tokenizer.get_vocab().values() if number != tokenizer.pad_token_id), default=0)
     if largest >= vocabulary:
         raise ConfigError(
-            f"{setting}={folder}: its tokenizer has token {largest}, beyond the model's vocabulary of {vocabulary};"
+            f"{named}: its tokenizer has token {largest}, beyond the model's vocabulary of {vocabulary};"
             " expected the model's own tokenizer"
         )
 
@@ -290,9 +279,7 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
 class Ensemble:
     """All members of an artefact."""
 
-    def __init__(
-        self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None):
         self.models = [load_reward_model(member, options).to(device) for member in members(folder, setting)]
 
     def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:

@@ -5,8 +5,10 @@ and norms, not in widths. A scaled-down model keeps all of the former and is bui
 second, so that the model's own forward pass can be compared with Keel's before a run starts.
 """
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from keel.errors import KeelError
@@ -26,7 +28,7 @@ _REFUSALS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeE
 """What classes of configurations and models raise where settings do not fit together."""
 
 
-NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
+_NOISE = ("dropout", "pdrop", "layerdrop", "drop_path", "jitter")
 """Parts of the names under which configurations keep what is random in training: units, layers or routing."""
 
 
@@ -60,12 +62,19 @@ def scale_down(config: Any, longest_row: int | None = None) -> Any:
     whole = text_architecture(config)
     loaded = config if getattr(whole, "config_class", None) is type(config) else text_config(config)
     try:
-        return keep_attention_caps(_smaller(loaded, longest_row))
+        with _refused(f"{loaded.model_type}: its small configuration is refused"):
+            return keep_attention_caps(_smaller(loaded, longest_row))
     except LayerError as error:
         raise ScaleDownError(f"{loaded.model_type}: {error}") from None
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Raise ScaleDownError where a class of transformers refuses the settings."""
+    try:
+        yield
     except _REFUSALS as error:
-        reason = one_line(error)[:200] or type(error).__name__
-        raise ScaleDownError(f"{loaded.model_type}: its small configuration is refused ({reason})") from None
+        raise ScaleDownError(f"{what} ({one_line(error)[:200] or type(error).__name__})") from None
 
 
 def _smaller(config: Any, longest_row: int | None) -> Any:
@@ -78,7 +87,7 @@ def _smaller(config: Any, longest_row: int | None) -> Any:
         values |= _rotary(config, values, longest_row)
     elif not sized:
         raise ValueError("it names no hidden size")
-    values |= _without_dropout(values) | _special_tokens(values)
+    values |= without_noise(values) | _special_tokens(values)
     values |= {name: _smaller(part, longest_row) for name, part in sized.items()}
     return type(config)(**{name: value for name, value in values.items() if name not in _RECOMPUTED})
 
@@ -94,21 +103,16 @@ def build(config: Any, seed: int = 0, architecture: Any = None) -> Any:
     architecture = architecture or text_architecture(config)
     if architecture is None:
         raise ScaleDownError(f"{config.model_type}: transformers has no causal language model of it")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):
-                model = architecture._from_config(copy.deepcopy(config))
-            size = sum(parameter.numel() for parameter in model.parameters())
-            if size > MOST_PARAMETERS:
-                raise ScaleDownError(
-                    f"{config.model_type}: its scaled-down model has {size:,} parameters, over {MOST_PARAMETERS:,}"
-                )
-            torch.manual_seed(seed)
-            model = architecture._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-            _spread(model)
-    except _REFUSALS as error:
-        reason = one_line(error)[:200] or type(error).__name__
-        raise ScaleDownError(f"{config.model_type}: its scaled-down model cannot be built ({reason})") from None
+    with _refused(f"{config.model_type}: its scaled-down model cannot be built"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            model = architecture._from_config(copy.deepcopy(config))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if size > MOST_PARAMETERS:
+            what = f"its scaled-down model has {size:,} parameters, over {MOST_PARAMETERS:,}"
+            raise ScaleDownError(f"{config.model_type}: {what}")
+        torch.manual_seed(seed)
+        model = architecture._from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+        _spread(model)
     return model
 
 
@@ -153,8 +157,9 @@ def row_tokens(config: Any) -> int:
     return max(3 * longest, 80 if any(name.startswith("linear_") for name in values) else 0)
 
 
-def _without_dropout(values: Values) -> Values:
-    noisy = [name for name in values if any(part in name for part in NOISE)]
+def without_noise(values: Values) -> Values:
+    """The settings of what is random in training, set to none of it."""
+    noisy = [name for name in values if any(part in name for part in _NOISE)]
     return {name: 0.0 for name in noisy if isinstance(values[name], float)}
 
 
@@ -181,9 +186,9 @@ def _rotary(text: Any, values: Values, longest_row: int | None) -> Values:
     settings = copy.deepcopy(values.get("rope_parameters"))
     changes: Values = {"rope_parameters": settings} if isinstance(settings, dict) else {}
     for part in scaled_down_sizes.rotary_settings(changes):
+        _resize(part, values)
         kind = str(part.get("rope_type", part.get("type", "default")))
         if kind == "default":
-            _resize(part, values)
             continue
         lengths = _trained_length(part, text, kind), text.max_position_embeddings
         if "llama_4_scaling_beta" in part or (kind in _BY_LENGTH and longest_row and longest_row > lengths[0]):
@@ -194,7 +199,6 @@ def _rotary(text: Any, values: Values, longest_row: int | None) -> Values:
         if "original_max_position_embeddings" in values:
             changes["original_max_position_embeddings"] = lengths[0]
         changes["max_position_embeddings"] = lengths[0] if kind == "dynamic" else lengths[1]
-        _resize(part, values)
     return changes
 
 

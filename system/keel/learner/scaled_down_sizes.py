@@ -21,40 +21,36 @@ NESTED = ("attn_config", "ffn_config")
 """Parts of one model's configuration, MPT's and DBRX's, rather than configurations of models of their own."""
 _REFUSED_PARTS = ("_name_or_path", "output_attentions")
 """What a nested configuration writes and does not read."""
+_VOCABULARIES = ("vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input")
 
 
 def width(values: Values) -> int | None:
     """The width of the model; None where the settings name none."""
-    return _first(values, size_names.WIDTHS)
+    return next(iter(_sizes(values, size_names.WIDTHS).values()), None)
 
 
 def small(values: Values) -> Values:
     """The settings of small sizes for a configuration's settings, which name a width."""
-    wide, heads = width(values), _first(values, size_names.HEADS)
+    wide, heads = width(values), next(iter(_sizes(values, size_names.HEADS).values()), None)
     assert wide is not None
     few, head = few_heads(heads or 4), _head_width(values)
     narrow = few * head
-    changes: Values = {name: narrow for name in size_names.WIDTHS if values.get(name)}
+    changes = _widths(values, wide, narrow)
     changes |= {
-        name: few_heads(values[name])
-        for name in size_names.HEADS + size_names.OTHER_HEADS
-        if _is_size(values.get(name))
+        name: few_heads(size) for name, size in _sizes(values, size_names.HEADS + size_names.OTHER_HEADS).items()
     }
     changes |= _attention(values, wide // (heads or 4), head, heads)
-    changes |= {
-        name: _related(values[name], wide, narrow) for name in size_names.OTHER_WIDTHS if _is_size(values.get(name))
-    }
-    changes |= {name: _inner(name, values[name], wide, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
-    changes |= _experts(values) | _recurrent(values, wide, narrow) | _linear_attention(values) | _vocabularies(values)
-    limits = (
-        size_names.AT_MOST | dict.fromkeys(size_names.WINDOWS, WINDOW) | dict.fromkeys(size_names.LENGTHS, POSITIONS)
-    )
+    changes |= {name: _related(size, wide, narrow) for name, size in _sizes(values, size_names.OTHER_WIDTHS).items()}
+    changes |= _experts(values) | _recurrent(values, wide, narrow) | _linear_attention(values)
+    limits = size_names.AT_MOST | dict.fromkeys(_VOCABULARIES, VOCABULARY)
+    limits |= dict.fromkeys(size_names.WINDOWS, WINDOW) | dict.fromkeys(size_names.LENGTHS, POSITIONS)
     limits |= {name: 16 for name in values if name.endswith("rank") and name not in changes}
-    changes |= {name: min(values[name], most) for name, most in limits.items() if _is_size(values.get(name))}
+    changes |= {name: min(size, limits[name]) for name, size in _sizes(values, limits).items()}
     for name in NESTED:
         if isinstance(values.get(name), dict):
             parts = {key: value for key, value in values[name].items() if key not in _REFUSED_PARTS}
-            changes[name] = parts | _nested(parts, wide, narrow, heads)
+            key_heads = {key: _few_key_heads(n, heads or 4) for key, n in _sizes(parts, size_names.KEY_HEADS).items()}
+            changes[name] = parts | key_heads | _experts(parts) | _widths(parts, wide, narrow)
     return changes | _of_family(values | changes)
 
 
@@ -63,12 +59,14 @@ def few_heads(heads: int) -> int:
     return heads if heads <= 4 else 4 if heads & (heads - 1) == 0 else 6
 
 
-def _first(values: Values, names: Iterable[str]) -> int | None:
-    return next((values[name] for name in names if _is_size(values.get(name))), None)
+def _sizes(values: Values, names: Iterable[str]) -> dict[str, int]:
+    """Those of the named settings that are sizes: positive whole numbers."""
+    return {name: values[name] for name in names if type(values.get(name)) is int and values[name] > 0}
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _widths(values: Values, wide: int, narrow: int) -> Values:
+    inner = {name: _inner(name, values[name], wide, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
+    return inner | {name: narrow for name in size_names.WIDTHS if values.get(name)}
 
 
 def rotary_settings(values: Values) -> list[Values]:
@@ -92,20 +90,17 @@ def _head_width(values: Values) -> int:
 
 def _attention(values: Values, derived: int, head: int, heads: int | None) -> Values:
     """Heads of keys and values, widths of heads, the part of a head that is rotated."""
-    changes: Values = {}
-    for name in size_names.KEY_HEADS:
-        if _is_size(values.get(name)):
-            changes[name] = _few_key_heads(values[name], heads or values[name])
-    for name in size_names.HEAD_WIDTHS:
-        if _is_size(values.get(name)):
-            changes[name] = head if values[name] == derived else 2 * head
-    if _is_size(values.get("rotary_dim")):
+    changes: Values = {name: _few_key_heads(n, heads or n) for name, n in _sizes(values, size_names.KEY_HEADS).items()}
+    head_widths = _sizes(values, size_names.HEAD_WIDTHS)
+    changes |= {name: head if size == derived else 2 * head for name, size in head_widths.items()}
+    special = _sizes(values, ("rotary_dim", "v_head_dim", "qk_rope_head_dim"))
+    if "rotary_dim" in special:
         whole = values.get("head_dim") or derived
-        changes["rotary_dim"] = max(2, changes.get("head_dim", head) * values["rotary_dim"] // whole // 2 * 2)
-    if _is_size(values.get("v_head_dim")):
-        changes["v_head_dim"] = 16 if values["v_head_dim"] == values.get("qk_nope_head_dim") else 24
-    if _is_size(values.get("qk_rope_head_dim")) and "head_dim" in values:
-        changes["head_dim"] = 8 if values["head_dim"] == values["qk_rope_head_dim"] else 24
+        changes["rotary_dim"] = max(2, changes.get("head_dim", head) * special["rotary_dim"] // whole // 2 * 2)
+    if "v_head_dim" in special:
+        changes["v_head_dim"] = 16 if special["v_head_dim"] == values.get("qk_nope_head_dim") else 24
+    if "qk_rope_head_dim" in special and "head_dim" in values:
+        changes["head_dim"] = 8 if values["head_dim"] == special["qk_rope_head_dim"] else 24
     listed = values.get("num_attention_heads_per_layer")
     if listed:
         changes["num_attention_heads_per_layer"] = [few_heads(heads or 4) * (1 + (size != heads)) for size in listed]
@@ -131,18 +126,16 @@ def _inner(name: str, size: Any, wide: int, narrow: int) -> Any:
 
 def _experts(values: Values) -> Values:
     """A few experts with the same form of routing: one, some or all of them a token, in groups or not."""
-    experts = _first(values, size_names.EXPERTS)
-    if experts is None:
+    numbers, grouped = (_sizes(values, names) for names in (size_names.EXPERTS, size_names.EXPERT_GROUPS))
+    if not numbers:
         return {}
-    groups = _first(values, size_names.EXPERT_GROUPS) or 1
+    experts, groups = next(iter(numbers.values())), next(iter(grouped.values()), 1)
     few = min(experts, 8 if groups > 1 else 4)
-    changes: Values = {name: few for name in size_names.EXPERTS if _is_size(values.get(name))}
-    for name in size_names.EXPERTS_A_TOKEN:
-        if _is_size(values.get(name)):
-            changes[name] = few if values[name] == experts else min(values[name], 2)
+    chosen = _sizes(values, size_names.EXPERTS_A_TOKEN)
+    changes: Values = dict.fromkeys(numbers, few)
+    changes |= {name: few if number == experts else min(number, 2) for name, number in chosen.items()}
     if groups > 1:
-        changes |= {name: 2 for name in size_names.EXPERT_GROUPS if _is_size(values.get(name))}
-        changes["topk_group"] = 2 if values.get("topk_group") == groups else 1
+        changes |= dict.fromkeys(grouped, 2) | {"topk_group": 2 if values.get("topk_group") == groups else 1}
     return changes
 
 
@@ -151,58 +144,41 @@ def _recurrent(values: Values, wide: int, narrow: int) -> Values:
     expand = values.get("mamba_expand") or values.get("expand") or 1
     inner, changes = int(expand * narrow), {}
     for heads, head, groups in size_names.SSM_HEADS:
-        if not _is_size(values.get(heads)):
+        sizes = _sizes(values, (heads, groups))
+        if heads not in sizes:
             continue
-        most = min(values[heads], 8 if head in values else 2)
+        most = min(sizes[heads], 8 if head in values else 2)
         changes[heads] = next(few for few in range(most, 0, -1) if inner % few == 0)
         if head in values:
             changes[head] = inner // changes[heads]
-        if _is_size(values.get(groups)):
-            changes[groups] = 2 if values[groups] > 1 and changes[heads] % 2 == 0 else 1
-    if _is_size(values.get("mamba_d_ssm")):
-        changes["mamba_d_ssm"] = inner
+        if groups in sizes:
+            changes[groups] = 2 if sizes[groups] > 1 and changes[heads] % 2 == 0 else 1
+    changes |= dict.fromkeys(_sizes(values, ("mamba_d_ssm",)), inner)
     if values.get("intermediate_size") == expand * wide and "expand" in values:
         changes["intermediate_size"] = inner
-    for name in ("time_step_rank", "mamba_dt_rank"):
-        if _is_size(values.get(name)):
-            changes[name] = math.ceil(narrow / 16) if values[name] == math.ceil(wide / 16) else 2
-    return changes
+    ranks = _sizes(values, ("time_step_rank", "mamba_dt_rank"))
+    return changes | {n: math.ceil(narrow / 16) if r == math.ceil(wide / 16) else 2 for n, r in ranks.items()}
 
 
 def _linear_attention(values: Values) -> Values:
     """Gated delta rules: as many or more heads of values than of keys."""
-    key_heads, value_heads = (_first(values, (f"linear_num_{kind}_heads",)) for kind in ("key", "value"))
-    if key_heads is None or value_heads is None:
+    numbers = list(_sizes(values, ("linear_num_key_heads", "linear_num_value_heads")).values())
+    if len(numbers) < 2:
         return {}
-    few = min(key_heads, 2)
-    widths = values.get("linear_key_head_dim"), values.get("linear_value_head_dim")
+    few, square = min(numbers[0], 2), values.get("linear_key_head_dim") == values.get("linear_value_head_dim")
     return {
         "linear_num_key_heads": few,
-        "linear_num_value_heads": few * min(value_heads // key_heads, 2),
+        "linear_num_value_heads": few * min(numbers[1] // numbers[0], 2),
         "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16 if widths[0] == widths[1] else 32,
+        "linear_value_head_dim": 16 if square else 32,
     }
-
-
-def _vocabularies(values: Values) -> Values:
-    listed = ("vocab_size", "decoder_vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input")
-    return {name: min(values[name], VOCABULARY) for name in listed if _is_size(values.get(name))}
-
-
-def _nested(values: Values, wide: int, narrow: int, heads: int | None) -> Values:
-    changes = {
-        name: _few_key_heads(values[name], heads or 4) for name in size_names.KEY_HEADS if _is_size(values.get(name))
-    }
-    inner = {name: _inner(name, values[name], wide, narrow) for name in size_names.INNER_WIDTHS if values.get(name)}
-    return changes | inner | _experts(values) | {name: narrow for name in size_names.WIDTHS if values.get(name)}
 
 
 def _of_family(values: Values) -> Values:
     """What a single family needs beside; `values` hold the small sizes already."""
     match values.get("model_type"):
         case "mamba2":
-            heads = 8
-            return {"num_heads": heads, "head_dim": values["expand"] * values["hidden_size"] // heads, "n_groups": 2}
+            return {"num_heads": 8, "head_dim": values["expand"] * values["hidden_size"] // 8, "n_groups": 2}
         case "rwkv":  # weights are divided at every such layer in evaluation: let it happen in a few layers
             return {"rescale_every": min(values["rescale_every"], 1)}
         case "xlstm":  # widths of queries and values are rounded up to multiples of 64
@@ -210,6 +186,5 @@ def _of_family(values: Values) -> Values:
         case "hrm_text":
             return {"num_layers_per_stack": None, "num_hidden_layers": 2}
         case "deepseek_v4":
-            rates = {kind: min(rate, 8) for kind, rate in values["compress_rates"].items()}
-            return {"compress_rates": rates, "o_groups": 2}
+            return {"compress_rates": {k: min(rate, 8) for k, rate in values["compress_rates"].items()}, "o_groups": 2}
     return {}

@@ -1,4 +1,4 @@
-"""The contract for reward models: scores in a padded batch are those of the classifier's own forward, row by row."""
+"""The contract for reward models: Keel's scores of rows in a padded batch are the classifier's own, row by row."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,24 +9,16 @@ import torch
 
 from keel.errors import ConfigError
 from keel.learner import loading, reward_models, scaled_down_models
-from keel.learner.forward_contract import difference, keep_result, kept_result, key_of
+from keel.learner.forward_contract import difference, kept, key_of
 from keel.learner.reward_text import RewardText
 from keel.learner.scaled_down_models import ScaleDownError
 from keel.text import one_line
 
 
 def check_scores(folder: Path, setting: str) -> None:
-    """Hold a sequence classifier to the contract: scores in a padded batch are those of its own forward, row by row.
-
-    Raises ConfigError for a family whose scores are not.
-    """
+    """Hold a sequence classifier to the contract. Raises ConfigError for a family whose scores break it."""
     config = loading.without_dropout(folder)
-    key = f"scores-{key_of(config)}"
-    kept = kept_result(key)
-    if kept is None:
-        kept = {"reason": score_difference(config)}
-        keep_result(key, kept)
-    if reason := kept["reason"]:
+    if reason := kept(f"scores-{key_of(config)}", lambda: {"reason": score_difference(config)})["reason"]:
         raise ConfigError(
             f"{setting}={folder}: the scores that Keel computes for {config.model_type} are not the model's own"
             f" ({reason}); expected another family of sequence classifiers"

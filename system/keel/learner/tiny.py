@@ -13,10 +13,7 @@ _COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, 
 
 
 def write(folder: Path, architecture: str = "llama", tied: bool = True, seed: int = 0) -> Path:
-    """Write a random model of about 100,000 parameters and its tokenizer in Hugging Face layout; the folder.
-
-    architecture: llama, qwen2, qwen3 or gpt_neox (Pythia's). tied: output head shares the embedding.
-    """
+    """Write a random llama, qwen2, qwen3 or gpt_neox model of some 100,000 parameters with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,6 @@
-"""What a batch of rollouts says about over-optimization: reward, KL, entropy, length, repetition. Pure numpy."""
+"""Measures of over-optimization in a batch of rollouts: reward, KL, entropy, length, repetition. Pure numpy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,13 +9,15 @@ from scipy import stats
 
 from keel import schema
 from keel.algorithms import regularizers
+from keel.observability import sample_diagnostics
 
 
 def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     """One value a completion, float64 [rows]; a reward that a monitor failed to give is NaN.
 
     reward, reward_<name>; length_tokens; sequence_entropy_nats = -S and entropy_nats = -S/|y| (sampled estimates at the
-    sampling temperature); kl_nats = S - S_ref (k1 over the completion); finished_ratio (1: ended with an end token).
+    sampling temperature); kl_nats = S - S_ref (k1 over the completion); finished_ratio (1: ended with an end token);
+    repetition_ratio (of 3-grams); reference_nll_nats = -S_ref/|y|.
     Completions that no policy sampled have no entropy and no KL, hence NaN: where there are stored ones, the same
     numbers of them are stored_logprob_nats, stored_token_logprob_nats and stored_log_ratio_nats.
     """
@@ -28,6 +31,10 @@ def per_completion(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
         "length_tokens": lengths.astype(np.float64),
         "finished_ratio": np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()], float),
     }
+    if "completion_tokens" in batch.schema.names:
+        values["repetition_ratio"] = sample_diagnostics.repetition(batch)
+    if "reference_logprobs" in batch.schema.names:
+        values["reference_nll_nats"] = sample_diagnostics.reference_nll(batch)
     if "completion_logprobs" in batch.schema.names:
         values |= _of_logprobs(batch, lengths)
     return values
@@ -61,7 +68,30 @@ def summarize(batch: pa.RecordBatch) -> dict[str, float | dict[str, float]]:
     columns = [name for name in means if name.startswith("reward_")]
     components = {name.removeprefix("reward_"): means.pop(name) for name in columns}
     spread = {"reward_std": float(np.nanstd(values["reward"]))}
-    return {**means, **spread, **({"reward_component": components} if components else {})}
+    return {**means, **spread, **({"reward_component": components} if components else {}), **of_batch(batch, values)}
+
+
+def of_batch(batch: pa.RecordBatch, values: Mapping[str, np.ndarray]) -> dict[str, float | dict[str, float]]:
+    """The numbers of the whole batch that are no means over its rows; those that it cannot give are absent.
+
+    `values` are those of `per_completion`. Correlations are with the training reward.
+    """
+    reward, log_ratio = values["reward"], values.get("kl_nats", np.empty(0))
+    importance = sample_diagnostics.importance(log_ratio) or (None, None)
+    texts = {"completion", "completion_tokens"} <= set(batch.schema.names)
+    numbers = {
+        "reward_length_correlation": sample_diagnostics.correlation(reward, values["length_tokens"]),
+        "reward_tail_index": sample_diagnostics.tail_index(reward),
+        "template_overlap": sample_diagnostics.template_overlap(batch) if texts else None,
+        "compression_ratio": sample_diagnostics.compression_ratio(batch) if texts else None,
+        "reference_importance_mass": importance[0],
+        "reference_effective_sample_ratio": importance[1],
+    }
+    names = [name for name in values if name.startswith("reward_")]
+    pairs = {name.removeprefix("reward_"): sample_diagnostics.correlation(reward, values[name]) for name in names}
+    correlations = {name: value for name, value in pairs.items() if value is not None}
+    known: dict[str, float | dict[str, float]] = {name: value for name, value in numbers.items() if value is not None}
+    return known | ({"reward_correlation": correlations} if correlations else {})
 
 
 @dataclass(frozen=True)

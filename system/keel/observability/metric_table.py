@@ -16,11 +16,12 @@ Section = Literal["train", "rollout", "reward", "perf"]
 _SECTIONS: dict[Section, str] = {
     "reward": """
         reward reward_std regularized_reward reward_kl_term reward_entropy_term reward_component shaping_term
-        normalizer_mean normalizer_std best_reward
+        normalizer_mean normalizer_std best_reward reward_length_correlation reward_tail_index reward_correlation
     """,
     "rollout": """
         kl_nats kl_k3_nats entropy_nats sequence_entropy_nats stored_logprob_nats stored_token_logprob_nats
-        stored_log_ratio_nats length_tokens sampled_length_tokens finished_ratio uniform_groups
+        stored_log_ratio_nats length_tokens sampled_length_tokens finished_ratio repetition_ratio reference_nll_nats
+        template_overlap compression_ratio reference_importance_mass reference_effective_sample_ratio uniform_groups
         staleness_mean_versions staleness_max_versions buffer_groups completion_tokens_total samples_accepted_total
         rows_dropped_total pairs_dropped_total samples_failed_total groups_dropped_total
     """,
@@ -30,7 +31,7 @@ _SECTIONS: dict[Section, str] = {
         learner_seconds_total weight_syncs_total rollout_bytes_total
     """,
 }
-"""Of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
+"""Sections of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Metric:
     """Labels besides `run`; their values come from a fixed set of the configuration or the code. Numbers travel under
     their values joined by `/`."""
     operational: bool = False
-    """Says how the run went, not what it computed: two equal runs may differ in it, and a rebuild does not undo it."""
+    """Whether it measures how the run went, not its result: equal runs may differ in it, a rebuild does not undo it."""
 
     @property
     def section(self) -> Section:
@@ -92,6 +93,17 @@ TABLE: list[Metric] = [
         ("length_tokens", "Mean completion length, end token included."),
         ("sampled_length_tokens", "The same of the sampled completions, in steps that also have stored ones."),
         ("finished_ratio", "Share of completions that sampled an end token."),
+        ("repetition_ratio", "Mean over completions of 1 - distinct / all 3-grams of their tokens."),
+        ("reference_nll_nats", "Mean over completions of -log pi_ref(y)/|y|."),
+        ("template_overlap", "Mean Jaccard overlap of the 3-grams of completions of different prompts."),
+        ("compression_ratio", "Bytes of the step's completions over their bytes after zlib."),
+        ("reward_length_correlation", "Correlation of the training reward with the completion's length."),
+        (
+            "reward_tail_index",
+            "Hill's estimate of the reward's upper tail over the step: near 0 light, above 0.5 heavy.",
+        ),
+        ("reference_importance_mass", "Mean over sampled completions of pi_ref(y)/pi(y): below 1 where mass was lost."),
+        ("reference_effective_sample_ratio", "(sum w)^2 / (n sum w^2) of these weights."),
         (
             "uniform_groups",
             "Groups of two or more samples that all have the same reward, but for rounding: no gradient.",
@@ -132,6 +144,8 @@ TABLE: list[Metric] = [
         ("held_out_loss", "Stages: loss on the held-out rows at the last evaluation."),
         ("held_out_accuracy_ratio", "Stages: share of held-out pairs in the right order at the last evaluation."),
         ("epochs", "Stages: passes over the training rows so far."),
+        ("guard_kl_multiplier", "The guard's factor in kl_coefficient at the step (raise_kl)."),
+        ("guard_learning_rate_multiplier", "The guard's factor in learning_rate at the step (lower_lr)."),
         ("grad_norm", "Global gradient norm before clipping."),
         ("learning_rate", "Learning rate of the step."),
         ("clip_ratio", "Share of surrogate terms where the PPO clip was active."),
@@ -155,6 +169,12 @@ TABLE: list[Metric] = [
     Metric(
         "reward_component", "gauge", "Mean of each reward over the step's completions, monitors included.", ("reward",)
     ),
+    Metric(
+        "reward_correlation",
+        "gauge",
+        "Correlation of the training reward with each reward, monitors included.",
+        ("reward",),
+    ),
     Metric("objective_term", "gauge", "Regularizer terms and metrics of the user's own objective, by name.", ("term",)),
     Metric("critic_loss", "gauge", "Loss of each value head, coefficient included.", ("head",)),
     Metric("explained_variance", "gauge", "1 - var(target - value) / var(target) before the step.", ("head",)),
@@ -174,6 +194,7 @@ TABLE: list[Metric] = [
         ("evaluations_total", "Evaluations on the held-out prompts."),
         ("checkpoints_total", "Checkpoints committed."),
     ),
+    Metric("guard_fired_total", "counter", "Times a detector of the guard fired.", ("detector",)),
     Metric("rows_dropped_total", "counter", "Stages: rows of the source left out, by reason.", ("reason",)),
     Metric("pairs_dropped_total", "counter", "Pairs or prompts not compared, by reason.", ("reason",)),
     Metric("samples_failed_total", "counter", "Completions without a reward, by reason.", ("reason",)),

@@ -234,10 +234,7 @@ class RolloutBuffer:
         return head if ready else []
 
     def _reason_to_drop(self, batch: pa.RecordBatch, scored: np.ndarray) -> str:
-        """Why the group of these rows is dropped; empty: it is kept.
-
-        A group of equal rewards is kept once the step may ask for no others.
-        """
+        """Why the group of these rows is dropped; empty: it is kept, as are equal rewards once all refills are used."""
         if scored.sum() < self.min_samples:
             return "too_few_samples"
         rewards = batch.column("reward").to_numpy(zero_copy_only=False)

@@ -4,20 +4,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+_NAMES_BY_ROLE = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "chatgpt", "assistant", "bot", "model"),
+    "system": ("system",),
+    "tool": ("tool", "function", "observation"),
 }
-_SYSTEM = ("system", "developer")
+_ROLES = {name: role for role, names in _NAMES_BY_ROLE.items() for name in names}
+SYSTEM = ("system", "developer")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 
@@ -41,7 +35,7 @@ def _message(turn: Any) -> Any:
     if turn.get("role") is None and isinstance(turn.get("from"), str) and "value" in turn:
         others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
         speaker = turn["from"]
-        turn = {"role": _SPEAKERS.get(speaker.lower(), speaker), "content": turn["value"], **others}
+        turn = {"role": _ROLES.get(speaker.lower(), speaker), "content": turn["value"], **others}
     if turn.get("content") is None and turn.get("tool_calls"):  # OpenAI: a call alone says nothing
         turn = {**turn, "content": ""}
     parts = turn.get("content")
@@ -62,8 +56,7 @@ def head_of(conversations: Sequence[list[Any]]) -> tuple[Any, str | None]:
     heads = [conversation[:-1] for conversation in conversations]
     if any(head != heads[0] for head in heads):
         return heads[0], "different_prompts"
-    ends = bool(heads[0]) and isinstance(heads[0][-1], dict) and heads[0][-1].get("role") == "assistant"
-    return heads[0], "several_messages" if ends else None
+    return heads[0], "several_messages" if heads[0] and _role(heads[0][-1]) == "assistant" else None
 
 
 def joined(prompt: Any, conversations: Sequence[list[Any]]) -> tuple[Any, str | None]:
@@ -72,16 +65,16 @@ def joined(prompt: Any, conversations: Sequence[list[Any]]) -> tuple[Any, str | 
     head, problem = head_of(conversations)
     if problem or not head or not isinstance(messages, list):
         return messages, problem
-    instructions = [turn for turn in messages if isinstance(turn, dict) and turn.get("role") in _SYSTEM]
+    instructions = [turn for turn in messages if _role(turn) in SYSTEM]
     if holds(head, prompt):
-        return head if _begins_with_system(head) else [*instructions, *head], None
-    if all(isinstance(turn, dict) and turn.get("role") in _SYSTEM for turn in head):
+        return head if _role(head[0]) in SYSTEM else [*instructions, *head], None
+    if all(_role(turn) in SYSTEM for turn in head):
         return [*head, *messages], None
     return messages, "different_prompts"
 
 
-def _begins_with_system(messages: Sequence[Any]) -> bool:
-    return isinstance(messages[0], dict) and messages[0].get("role") in _SYSTEM
+def _role(turn: Any) -> Any:
+    return turn.get("role") if isinstance(turn, dict) else None
 
 
 def holds(conversation: Any, prompt: Any) -> bool:
@@ -93,12 +86,8 @@ def holds(conversation: Any, prompt: Any) -> bool:
             [(turn.get("role"), turn.get("content")) for turn in messages if isinstance(turn, dict)]
             for messages in (conversation, prompt)
         )
-        without_system = [turn for turn in beginning if turn[0] not in _SYSTEM]
+        without_system = [turn for turn in beginning if turn[0] not in SYSTEM]
         return whole[: len(beginning)] == beginning or whole[: len(without_system)] == without_system
-    return isinstance(prompt, str) and any(
-        isinstance(turn, dict)
-        and turn.get("role") == "user"
-        and isinstance(turn.get("content"), str)
-        and turn["content"].strip() == prompt.strip()
-        for turn in conversation
-    )
+    contents = [turn.get("content") for turn in conversation if _role(turn) == "user"]
+    texts = [content.strip() for content in contents if isinstance(content, str)]
+    return isinstance(prompt, str) and prompt.strip() in texts

@@ -88,10 +88,7 @@ class DatasetLayout:
         return next((name for name in names if isinstance(turns(columns.get(name)), list)), names[0])
 
     def _prompt(self, columns: Mapping[str, Any], whole: bool) -> tuple[str | None, Any]:
-        """Column and value of the prompt; no column where a conversation is the prompt and the answer.
-
-        `whole`: the answers are such conversations, and messages beside them are not read.
-        """
+        """Column and value of the prompt; no column where conversations (`whole`) hold prompt and answer."""
         column = self.roles.get("prompt")
         if column is None and "messages" in self.roles and self.kind != ("messages",) and not whole:
             return self.roles["messages"], turns(columns.get(self.roles["messages"]))

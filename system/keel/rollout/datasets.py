@@ -21,16 +21,16 @@ from keel import user_code
 from keel.config.prompts import PromptSettings
 from keel.errors import ConfigError
 from keel.rollout import dataset_layouts
-from keel.rollout.conversations import holds, turns
+from keel.rollout.conversations import SYSTEM, holds, turns
 from keel.rollout.dataset_layouts import ANSWERS, DatasetLayout
-from keel.rollout.row_columns import Asked, Unreadable, is_json, no_columns, to_json
+from keel.rollout.row_columns import Asked, Unreadable, is_json, to_json
+from keel.text import one_line
 
 _FORMS = "a .jsonl, .json or .parquet file, a Hugging Face dataset folder or hub name, or python:module:function"
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _MESSAGES = "a string or a list of {role, content} messages"
 _TURN = ("role", "content")
 _MOST_DIGITS = 4000
-_SYSTEM = ("system", "developer")
 _NAMED = " (prompts.columns.prompt=NAME)"
 
 Prompt = str | list[dict[str, Any]]
@@ -58,11 +58,8 @@ class SourceRow:
         return contents[-1] if contents else self.prompt[-1]["content"]
 
 
-def read_rows(prompts: PromptSettings, samples: int = 0, asked: Asked = no_columns) -> list[SourceRow]:
-    """All rows of `prompts.source`, at least one, with their answers where `samples` of them are wanted.
-
-    `asked`: columns that reward functions read by name. Raises ConfigError.
-    """
+def read_rows(prompts: PromptSettings, samples: int = 0, asked: Asked = frozenset) -> list[SourceRow]:
+    """All rows of `prompts.source`, at least one, with `samples` answers each. Raises ConfigError."""
     raw = _open(prompts)
     if not raw:
         raise wrong(prompts, "no rows; expected one prompt a row")
@@ -77,15 +74,10 @@ def read_rows(prompts: PromptSettings, samples: int = 0, asked: Asked = no_colum
     if any(reading.answers for reading in readings):
         trees = [{**tree, ANSWERS: reading.answers} for tree, reading in zip(trees, readings, strict=True)]
     texts = to_json(trees, asked, lambda message: wrong(prompts, message))
-    rows = [
-        SourceRow(
-            place,
-            _prompt(reading.prompt, f"{place}: column {reading.column}", reading.explicit, prompts),
-            text,
-            reading.conversational,
-        )
-        for (place, _), reading, text in zip(raw, readings, texts, strict=True)
-    ]
+    rows = []
+    for (place, _), reading, text in zip(raw, readings, texts, strict=True):
+        prompt = _prompt(reading.prompt, f"{place}: column {reading.column}", reading.explicit, prompts)
+        rows.append(SourceRow(place, prompt, text, reading.conversational))
     for row in rows:
         _check_text(row, prompts)
     return rows
@@ -132,7 +124,7 @@ def _describe(value: Any) -> str:
     """Type and the value's beginning, on one line."""
     if value is None:
         return "null"
-    shown = _one_line(repr(value))
+    shown = one_line(repr(value))
     return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
@@ -149,10 +141,6 @@ def _open(prompts: PromptSettings) -> list[tuple[str, Any]]:
     return _number(_load_dataset(path if path.is_dir() else None, prompts))
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
 def _number(rows: Iterable[Any]) -> list[tuple[str, Any]]:
     return [(f"row {number}", columns) for number, columns in enumerate(rows)]
 
@@ -163,7 +151,7 @@ def _read_file(path: Path, prompts: PromptSettings) -> list[tuple[str, Any]]:
             return _number(_rows_of(pq.read_table(path)))
         content = path.read_bytes()
     except (OSError, pa.ArrowException, ValueError, OverflowError) as error:  # not UTF-8; a date that Python has not
-        raise wrong(prompts, f"cannot be read: {_one_line(error)}; expected {_FORMS}") from None
+        raise wrong(prompts, f"cannot be read: {one_line(error)}; expected {_FORMS}") from None
     if path.suffix == ".json" and content.lstrip()[:1] == b"[":
         return _number(_parse(content, None, prompts))
     if path.suffix not in (".jsonl", ".json"):
@@ -203,7 +191,7 @@ def _call(prompts: PromptSettings) -> list[Any]:
         _check_options(function, prompts)
         rows = function(**prompts.options)
     except ImportError as error:
-        raise wrong(prompts, f"cannot be imported: {_one_line(error)}; expected installed code") from None
+        raise wrong(prompts, f"cannot be imported: {one_line(error)}; expected installed code") from None
     if not isinstance(rows, list):
         raise wrong(prompts, f"the function returned {_describe(rows)}; expected a list of row dicts")
     return rows
@@ -214,7 +202,7 @@ def _check_options(function: Callable[..., Any], prompts: PromptSettings) -> Non
         inspect.signature(function).bind(**prompts.options)
     except TypeError as error:
         raise ConfigError(
-            f"prompts.options={prompts.options}: {_one_line(error)}; expected arguments of {prompts.source}"
+            f"prompts.options={prompts.options}: {one_line(error)}; expected arguments of {prompts.source}"
         ) from None
 
 
@@ -232,19 +220,19 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
                 raise wrong(prompts, f"an archive (.tar), which may hold pickles; expected {_FORMS}")
             builder.download_and_prepare()
             return _rows_of(builder.as_dataset(split=prompts.split).with_format("arrow")[:])
-        saved_dataset = datasets.load_from_disk(str(folder))
+        loaded = datasets.load_from_disk(str(folder))
     except ConfigError:
         raise
     # offline, unknown name or split, broken data files; RuntimeError: a loading script; the rest: a damaged folder
     except (DatasetsError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         where = f"cannot be loaded as a dataset with {prompts.split_setting}={prompts.split}"
-        raise wrong(prompts, f"{where}: {_one_line(error)}; expected {_FORMS}") from None
-    if isinstance(saved_dataset, datasets.Dataset):
-        return _rows_of(saved_dataset.with_format("arrow")[:])
-    if prompts.split not in saved_dataset:
-        problem = f"no such split in {prompts.source}; expected one of {', '.join(saved_dataset)}"
-        raise ConfigError(f"{prompts.split_setting}={prompts.split}: {problem}")
-    return _rows_of(saved_dataset[prompts.split].with_format("arrow")[:])
+        raise wrong(prompts, f"{where}: {one_line(error)}; expected {_FORMS}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if prompts.split not in loaded:
+            problem = f"no such split in {prompts.source}; expected one of {', '.join(loaded)}"
+            raise ConfigError(f"{prompts.split_setting}={prompts.split}: {problem}")
+        loaded = loaded[prompts.split]
+    return _rows_of(loaded.with_format("arrow")[:])
 
 
 def _rows_of(table: pa.Table) -> list[dict[str, Any]]:
@@ -258,7 +246,7 @@ def _values(column: pa.ChunkedArray) -> Sequence[Any]:
         return column.to_pylist()
     # not UTF-8; a date that Python has not; nanoseconds; a type that only another library knows
     except (pa.ArrowException, ValueError, OverflowError, ImportError, TypeError) as error:
-        return [Unreadable(_one_line(error))] * len(column)
+        return [Unreadable(one_line(error))] * len(column)
 
 
 def _prompt(value: Any, where: str, explicit: bool, prompts: PromptSettings) -> Prompt:
@@ -273,7 +261,7 @@ def _prompt(value: Any, where: str, explicit: bool, prompts: PromptSettings) -> 
     else:
         turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
         messages = _messages(turns, where, explicit, prompts)
-        empty = not any(message["content"].strip() for message in messages if message["role"] not in _SYSTEM)
+        empty = not any(message["content"].strip() for message in messages if message["role"] not in SYSTEM)
     if empty:
         raise wrong(prompts, f"{where} is an empty prompt; expected {_MESSAGES}")
     if messages and messages[-1]["role"] == "assistant":
@@ -292,7 +280,7 @@ def _messages(turns: list[Any], where: str, explicit: bool, prompts: PromptSetti
         messages.append({key: value for key, value in turn.items() if key in _TURN or is_json(value)})
     while not explicit and messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    has_system = bool(messages) and messages[0]["role"] in _SYSTEM
+    has_system = bool(messages) and messages[0]["role"] in SYSTEM
     if not has_system and prompts.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": prompts.system_prompt})
     return messages

@@ -1,7 +1,7 @@
 """vLLM behind the Generator protocol: token ids in, token ids and log-probs out, one engine in this process.
 
 `vllm.LLM` runs in-process, one process an actor. With `tensor_parallel` vLLM's own Ray executor starts an actor for
-each GPU inside the generator's room; it refuses CPUs, and no such engine was run here. The class is the only
+each GPU inside the generator's placement group; it refuses CPUs, and no such engine was run here. The class is the only
 thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
 """
 
@@ -110,7 +110,8 @@ class VllmGenerator:
         ]
         seconds = time.monotonic() - started
         columns = self._columns(completions, seconds)
-        texts = self._texts(prompts, completions, sampling)
+        chat = [messages != "[]" for messages in prompts.column("prompt_messages").to_pylist()]
+        texts = self._text.texts(columns["completion_tokens"], sampling.stop_token_ids, chat)
         batch = schema.append(prompts, schema.build(schema.GENERATE, {**columns, "completion": texts}))
         schema.check(batch)
         tokens = int(schema.lengths(batch, "completion_tokens").sum())
@@ -121,10 +122,6 @@ class VllmGenerator:
         receipt = weights.load_engine(self._engine, new, self._expected, self.dtype)
         self.version = new.version
         return receipt
-
-    def _texts(self, prompts: pa.RecordBatch, completions: list["_Completion"], sampling: Sampling) -> list[str]:
-        chat = [messages != "[]" for messages in prompts.column("prompt_messages").to_pylist()]
-        return self._text.texts([completion.tokens for completion in completions], sampling.stop_token_ids, chat)
 
     def _columns(self, completions: list["_Completion"], seconds: float) -> dict[str, Any]:
         tokens = [completion.tokens for completion in completions]

@@ -21,13 +21,15 @@ from keel.errors import ConfigError
 
 _FIRST_WAIT_SECONDS = 0.25
 _LONGEST_WAIT_SECONDS = 15.0
-REASONS = (
+REASONS: tuple[str, ...] = (
     "http_timeout",
     "http_unreachable",
     "http_malformed",
     "http_too_large",
-    *(f"http_{n}xx" for n in (1, 3, 4, 5)),
+    "http_1xx",
+    "http_3xx",
 )
+REASONS += ("http_4xx", "http_5xx")
 """All reasons there are: they become metric labels."""
 
 
@@ -89,9 +91,8 @@ def headers(reward: RewardSettings, setting: str) -> dict[str, str]:
             raise ConfigError(f"{place}: ${{{match[1]}}} is not set; expected this variable in the environment")
         text = os.environ[match[1]].strip()
         if not (text and text.isascii() and text.isprintable()):
-            raise ConfigError(
-                f"{place}: ${{{match[1]}}} is empty or holds characters that no header may; expected ASCII"
-            )
+            problem = "is empty or holds characters that no header may; expected ASCII"
+            raise ConfigError(f"{place}: ${{{match[1]}}} {problem}")
         return text
 
     return {name: ENVIRONMENT.sub(value, template) for name, template in reward.headers.items()}
@@ -145,7 +146,7 @@ def rewards_of(content: bytes, rows: int) -> list[float | None]:
     except (ValueError, RecursionError):  # no JSON, no UTF-8, a number of thousands of digits; brackets without end
         raise _Unusable("http_malformed") from None
     values = tree.get("rewards") if isinstance(tree, dict) else None
-    if not isinstance(values, list) or len(values) != rows:  # nothing can be said about which is whose
+    if not isinstance(values, list) or len(values) != rows:  # which belongs to which row is unknown
         raise _Unusable("http_malformed")
     if any(type(value) not in (int, float, type(None)) for value in values):
         raise _Unusable("http_malformed")

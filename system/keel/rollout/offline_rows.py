@@ -51,11 +51,8 @@ class OfflineRows:
         counts = self.prompts.counts
         more = {"prompt_too_long": counts["skipped"], "of_held_out_prompt": counts["duplicates"]}
         self.dropped |= {reason: count for reason, count in more.items() if count}
-        self.counts = {
-            "read": len(rows),
-            **{name: counts[name] for name in ("cut", "held_out", "train")},
-            **self.dropped,
-        }
+        split = {name: counts[name] for name in ("cut", "held_out", "train")}
+        self.counts = {"read": len(rows), **split, **self.dropped}
 
     def _problem(self, settings: LearnerSpec, max_tokens: int) -> Callable[[SourceRow], str | None]:
         from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"
@@ -92,15 +89,13 @@ class OfflineRows:
         return [self._completed(self.prompts.batch(range(self.num_training))), self.held_out()]
 
     def _completed(self, prompts: pa.RecordBatch) -> pa.RecordBatch:
-        tokens = self._completions.tokens(prompts)
         further = [json.loads(columns) for columns in prompts.column("prompt_columns").to_pylist()]
         rows = list(zip(further, prompts.column("sample").to_pylist(), strict=True))
-        reasons = ["stop" if stored_completions.finished(columns)[sample] else "length" for columns, sample in rows]
         columns = {
-            "completion_tokens": tokens,
-            "completion": [stored_completions.completions(columns)[sample] for columns, sample in rows],
-            "finish_reason": pa.array(reasons).dictionary_encode().cast(COMPLETION.field("finish_reason").type),
-            "reward": np.array([stored_completions.rewards(columns)[sample] for columns, sample in rows], np.float32),
+            "completion_tokens": self._completions.tokens(prompts),
+            "completion": [stored_completions.completions(row)[sample] for row, sample in rows],
+            "finish_reason": schema.finish_reasons(stored_completions.finished(row)[sample] for row, sample in rows),
+            "reward": np.array([stored_completions.rewards(row)[sample] for row, sample in rows], np.float32),
         }
         return schema.append(prompts, schema.build(COMPLETION, columns))
 

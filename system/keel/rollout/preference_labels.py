@@ -49,7 +49,7 @@ def label(batch: pa.RecordBatch, config: LabelSettings) -> Labeled:
         rewards=judged,
         judged=judged,
         lengths=schema.lengths(rows, "completion_tokens"),
-        finished=_finished(rows),
+        finished=schema.finished(rows),
         members=judged[None],
     )
     pairs = pair_selection.select(config.pairs, candidates)
@@ -72,17 +72,15 @@ def usable(batch: pa.RecordBatch, *, truncated: bool) -> tuple[np.ndarray, Count
     dropped: Counter[str] = Counter()
     seen: set[tuple[int, str]] = set()
     columns = (batch.column(name).to_pylist() for name in ("ticket", "completion", "reward"))
-    for row, (ticket, text, reward) in enumerate(zip(*columns, strict=True)):
-        reason = "judge_failed" if reward is None else "empty" if not text.strip() else None
-        if reason is None and not truncated and not _finished(batch.slice(row, 1))[0]:
-            reason = "truncated"
-        if reason is None and (ticket, text.strip()) in seen:
-            reason = "equal"
-        if reason is None:
-            seen.add((ticket, text.strip()))
-        else:
+    for row, (ticket, text, reward, whole) in enumerate(zip(*columns, schema.finished(batch) | truncated, strict=True)):
+        words = text.strip()
+        problems = {"judge_failed": reward is None, "empty": not words, "truncated": not whole}
+        problems["equal"] = (ticket, words) in seen
+        if reason := next((name for name, holds in problems.items() if holds), None):
             keep[row] = False
             dropped[reason] += 1
+        else:
+            seen.add((ticket, words))
     return keep, dropped
 
 
@@ -100,14 +98,10 @@ def _uniform(run_seed: int, seed: int, what: str) -> float:
     return xxhash.xxh3_64_intdigest(f"label:{run_seed}:{seed}:{what}".encode()) / 2**64
 
 
-def _finished(batch: pa.RecordBatch) -> np.ndarray:
-    return np.array([reason == "stop" for reason in batch.column("finish_reason").to_pylist()], bool)
-
-
 def _table(rows: pa.RecordBatch, chosen: np.ndarray, rejected: np.ndarray, flipped: np.ndarray) -> pa.Table:
     messages = [json.loads(text) for text in rows.column("prompt_messages").to_pylist()]
     texts, scores = rows.column("completion").to_pylist(), rows.column("reward").to_pylist()
-    prompts, ended = rows.column("prompt").to_pylist(), _finished(rows)
+    prompts, ended = rows.column("prompt").to_pylist(), schema.finished(rows)
 
     conversational = any(messages)  # one form in all rows: plain prompts among others become a user's message
 

@@ -162,10 +162,7 @@ def seed_of(domain: str, seed: int, ticket: int, sample: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _permutation(domain: int, seed: int, epoch: int, count: int) -> np.ndarray:
-    """Order of 0..count-1.
-
-    Sorts raw bits: numpy keeps the stream of PCG64 for ever, not that of Generator.permutation.
-    """
+    """Order of 0..count-1 from raw bits: numpy keeps the stream of PCG64, not that of Generator.permutation."""
     bits = np.random.PCG64(np.random.SeedSequence([domain, seed, epoch])).random_raw(count)
     order = np.argsort(bits, kind="stable")
     order.flags.writeable = False

@@ -10,7 +10,6 @@
 """
 
 import base64
-import functools
 import inspect
 import json
 import math
@@ -45,10 +44,6 @@ class Unreadable:
 
 class _NoJson(Exception):
     """A value that JSON cannot hold in any form; the argument is its type."""
-
-
-def no_columns() -> frozenset[str]:
-    return frozenset()
 
 
 def asked_columns(rewards: Iterable[RewardSettings]) -> frozenset[str]:
@@ -102,18 +97,14 @@ def _held(row: Mapping[str, Any], asked: Asked, left_out: dict[str, str]) -> dic
     held: dict[str, Any] = {}
     for name, value in row.items():
         try:
-            held[name] = _plain(value, functools.partial(_is_asked, name, asked))
+            held[name] = _plain(value, name, asked)
         except _NoJson as error:
             left_out.setdefault(name, str(error))
     return held
 
 
-def _is_asked(name: str, asked: Asked) -> bool:
-    return name in asked()
-
-
-def _plain(value: Any, with_bytes: Callable[[], bool], depth: int = 0) -> Any:
-    """The value in types that JSON has, NaN and bytes marked. Raises _NoJson."""
+def _plain(value: Any, column: str, asked: Asked, depth: int = 0) -> Any:
+    """The value in types that JSON has, NaN and (of columns that are asked for) bytes marked. Raises _NoJson."""
     if depth > _DEEPEST:
         raise _NoJson("lists in lists without end")
     if isinstance(value, float):
@@ -123,13 +114,13 @@ def _plain(value: Any, with_bytes: Callable[[], bool], depth: int = 0) -> Any:
     if isinstance(value, _AS_TEXT):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner, with_bytes, depth + 1) for key, inner in value.items()}
+        return {str(key): _plain(inner, column, asked, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(inner, with_bytes, depth + 1) for inner in value]
-    if isinstance(value, bytes | bytearray | memoryview) and with_bytes():
+        return [_plain(inner, column, asked, depth + 1) for inner in value]
+    if isinstance(value, bytes | bytearray | memoryview) and column in asked():
         return {_BYTES: base64.b64encode(value).decode()}
     if not isinstance(value, memoryview) and callable(getattr(value, "tolist", None)):  # of numpy or torch
-        return _plain(value.tolist(), with_bytes, depth + 1)
+        return _plain(value.tolist(), column, asked, depth + 1)
     raise _NoJson(f"a {type(value).__name__}")
 
 

@@ -80,7 +80,8 @@ class RewardScorer:
             if reward.role == "train":
                 members.append(values)
                 failure = [earlier or new for earlier, new in zip(failure, reasons, strict=True)]
-        total = self._combine(np.stack(members), batch)
+        weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
+        total = np.nan_to_num(_combined(np.stack(members), weights, self.ensemble, batch.column("ticket").to_numpy()))
         for row in np.flatnonzero(np.abs(total) > np.finfo(np.float32).max):
             failure[row] = failure[row] or "sum_not_finite"
         failed = np.array([reason is not None for reason in failure])
@@ -102,13 +103,6 @@ class RewardScorer:
             name: compute(batch) for name, compute in self._compute.items()
         }
         return results | {name: values_or_reason(outcome) for name, outcome in calls.finish().items()}
-
-    def _combine(self, members: np.ndarray, batch: pa.RecordBatch) -> np.ndarray:
-        """The reward [rows] of the training rewards [M, rows]: their weighted sum, or an ensemble's estimate."""
-        weights = np.array([reward.weight for reward in self.rewards if reward.role == "train"])
-        centered = reward_ensembles.center(members, batch.column("ticket").to_numpy()) if self.ensemble.center else None
-        config = self.ensemble
-        return np.nan_to_num(reward_ensembles.combine(members, weights, config.form, config.coefficient, centered))
 
 
 def num_members(reward: RewardSettings) -> int:
@@ -135,15 +129,16 @@ def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
 
 def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
     """The reward [rows] of an artefact's members [M, rows], as `rewards.NAME.ensemble` says; NaN where one has none."""
-    config = reward.ensemble
     known = ~np.isnan(members).any(0)
-    complete = members[:, known]
-    centered = reward_ensembles.center(complete, tickets[known]) if config.center else None
-    combined = np.full(members.shape[1], np.nan)
-    combined[known] = reward_ensembles.combine(
-        complete, np.ones(len(members)), config.form, config.coefficient, centered
-    )
-    return combined
+    rewards = np.full(members.shape[1], np.nan)
+    rewards[known] = _combined(members[:, known], np.ones(len(members)), reward.ensemble, tickets[known])
+    return rewards
+
+
+def _combined(members: np.ndarray, weights: np.ndarray, config: EnsembleSettings, tickets: np.ndarray) -> np.ndarray:
+    """One reward [rows] of several [M, rows]: their weighted sum, or an ensemble's estimate."""
+    centered = reward_ensembles.center(members, tickets) if config.center else None
+    return reward_ensembles.combine(members, weights, config.form, config.coefficient, centered)
 
 
 def checked(name: str, result: Values | Failure, rows: int) -> tuple[np.ndarray, list[str | None]]:

@@ -73,10 +73,7 @@ def write(run_directory: Path, segment: Segment) -> int:
 
 
 def read(path: Path) -> Segment:
-    """A segment with the metadata of its rows as they were.
-
-    Raises SegmentError saying what is wrong with the file, ReadFailed where that cannot be said.
-    """
+    """Read a segment. Raises SegmentError that says what is wrong with the file, ReadFailed where that is unknown."""
     name = _NAME.fullmatch(path.name)
     right = name[3] if name else None
     content = reads.confirmed(path, lambda: reads.read(path), lambda read: right in (None, files.digest_of(read)))

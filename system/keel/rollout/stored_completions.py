@@ -36,12 +36,12 @@ NAME = schema.STORED
 
 def completions(columns: Mapping[str, Any]) -> list[str]:
     """Texts of one row, chosen before rejected. Raises KeyError or TypeError when the columns are not there."""
-    return [text if isinstance(text, str) else _last(text) for text in _given(columns)]
+    return [text if isinstance(text, str) else _last(text) for text in _stored(columns)["given"]]
 
 
 def answers(columns: Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
     """Texts of one row, or the whole last messages (thoughts, tool calls): what a chat template is given."""
-    return [answer if isinstance(answer, str) else answer[-1] for answer in _given(columns)]
+    return [answer if isinstance(answer, str) else answer[-1] for answer in _stored(columns)["given"]]
 
 
 def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
@@ -51,39 +51,36 @@ def _last(conversation: Sequence[Mapping[str, Any]]) -> str:
     return conversation[-1]["content"]
 
 
-def _given(columns: Mapping[str, Any]) -> list[Any]:
-    """Texts or conversations of one row, as the source has them."""
+def _stored(columns: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The answers of one row as dataset_layouts.py packs them; `given` has them as the source does."""
     if packed := columns.get(ANSWERS):
-        return packed["given"]
+        return packed
+    values: Any
     if "chosen" in columns:
-        return [columns["chosen"], columns["rejected"]]
-    if "responses" in columns:
-        return columns["responses"]
-    return [columns["completion"] if "completion" in columns else columns["messages"]]
+        given, values = [columns["chosen"], columns["rejected"]], [1.0, 0.0]
+        ended = [columns.get(f"{side}_finished") is not False for side in ("chosen", "rejected")]
+    elif "responses" in columns:
+        given, values = columns["responses"], columns.get("rewards")
+        ended = [True] * len(given)
+    else:
+        given, values, ended = [columns["completion" if "completion" in columns else "messages"]], [0.0], [True]
+    return {"given": given, "rewards": values, "finished": ended, "problem": None, "labeled": False}
 
 
 def finished(columns: Mapping[str, Any]) -> list[bool]:
     """Whether each completion of a row ended by itself: all but those that `keel label` marked as cut."""
-    if packed := columns.get(ANSWERS):
-        return packed["finished"]
-    if "chosen" in columns:
-        return [columns.get("chosen_finished") is not False, columns.get("rejected_finished") is not False]
-    return [True] * len(_given(columns))
+    return _stored(columns)["finished"]
 
 
 def rewards(columns: Mapping[str, Any]) -> list[float]:
     """Rewards of one row: its own, or 1 for chosen and 0 for rejected."""
-    if packed := columns.get(ANSWERS):
-        return [float(value) for value in packed["rewards"]]
-    if "chosen" in columns:
-        return [1.0, 0.0]
-    return [float(value) for value in columns["rewards"]] if "responses" in columns else [0.0]
+    return [float(value) for value in _stored(columns)["rewards"]]
 
 
 def is_bad_demonstration(columns: Mapping[str, Any]) -> bool:
     """Whether the row is an answer that its label calls bad (an unpaired preference)."""
-    packed = columns.get(ANSWERS) or {"labeled": False, "rewards": []}
-    return packed["labeled"] and packed["rewards"] == [0.0]
+    answer = _stored(columns)
+    return answer["labeled"] and answer["rewards"] == [0.0]
 
 
 def is_stored(ticket: int, ratio: float) -> bool:
@@ -101,10 +98,7 @@ class StoredCompletions:
         self.ratio, self.sampling, self.text = ratio, sampling, ModelText(tokenizer, options)
 
     def __call__(self, prompts: pa.RecordBatch) -> list[list[int]] | None:
-        """Tokens of each row, the end token behind them, cut at the budget; [] where the row is to be sampled.
-
-        None for held-out rows: what is evaluated is what the policy says.
-        """
+        """Tokens of each row with its end token, cut at the budget; [] for rows to sample, None for held-out rows."""
         if (prompts.schema.metadata or {}).get(b"keel.held_out"):
             return None
         is_stored_row = [is_stored(ticket, self.ratio) for ticket in prompts.column("ticket").to_pylist()]
@@ -133,10 +127,7 @@ class StoredCompletions:
 
 
 def check(rows: Sequence[SourceRow], samples: int, source: str) -> None:
-    """Every row has as many different completions, with rewards and text, as a prompt has samples.
-
-    Raises ConfigError naming the first row that has not.
-    """
+    """Raise ConfigError for the first row without as many different scored completions as a prompt has samples."""
     check_shape(rows, samples, source)
     for row in rows:
         if problem := unusable(json.loads(row.further)):
@@ -151,7 +142,7 @@ def check_shape(rows: Sequence[SourceRow], samples: int, source: str) -> None:
         columns = from_json(row.further)
         try:
             texts, values = completions(columns), rewards(columns)
-            conversations = {not isinstance(text, str) for text in _given(columns)}
+            conversations = {not isinstance(text, str) for text in _stored(columns)["given"]}
         except (KeyError, TypeError, IndexError, ValueError, AttributeError):
             nulls = [name for name in _COLUMNS if name in columns and columns[name] is None]
             which = f" ({' and '.join(nulls)} is null)" if nulls else ""
@@ -159,20 +150,19 @@ def check_shape(rows: Sequence[SourceRow], samples: int, source: str) -> None:
                 f"prompts.source={source}: {row.place} has no completions{which}; expected columns chosen and rejected,"
                 " responses and rewards, completion, or messages that end with an assistant's"
             ) from None
+        problem = ""
         if len(texts) != samples or len(values) != samples:
-            raise ConfigError(
-                f"prompts.source={source}: {row.place} has {len(texts)} completions and {len(values)} rewards;"
-                f" expected {samples} of each (sampling.samples_per_prompt)"
-            )
-        if not all(isinstance(text, str) and _is_utf8(text) for text in texts):
-            raise ConfigError(f"prompts.source={source}: {row.place} has a completion that is no text; expected text")
-        if not all(map(math.isfinite, values)):
-            raise ConfigError(f"prompts.source={source}: {row.place} has a reward that is not finite; expected numbers")
-        if len(conversations) > 1 or (True in conversations and not row.conversational):
-            raise ConfigError(
-                f"prompts.source={source}: {row.place} mixes text and messages; expected messages in prompt and"
-                " completions, text in both, or conversations alone (without the column prompt)"
-            )
+            counts = f"has {len(texts)} completions and {len(values)} rewards"
+            problem = f"{counts}; expected {samples} of each (sampling.samples_per_prompt)"
+        elif not all(isinstance(text, str) and _is_utf8(text) for text in texts):
+            problem = "has a completion that is no text; expected text"
+        elif not all(map(math.isfinite, values)):
+            problem = "has a reward that is not finite; expected numbers"
+        elif len(conversations) > 1 or (True in conversations and not row.conversational):
+            problem = "mixes text and messages; expected messages in prompt and completions, text in both,"
+            problem += " or conversations alone (without the column prompt)"
+        if problem:
+            raise ConfigError(f"prompts.source={source}: {row.place} {problem}")
         forms.setdefault((row.conversational, *conversations), row.place)
     if len(forms) > 1:
         (one, first), (_, second) = list(forms.items())[:2]
@@ -193,13 +183,11 @@ def _is_utf8(text: str) -> bool:
 
 
 def unusable(columns: Mapping[str, Any]) -> str | None:
-    """The reason, in a word, not to train on this row: empty or equal completions, answers to different conversations.
-
-    None: it is fine.
-    """
-    if (packed := columns.get(ANSWERS)) and packed["problem"]:
-        return packed["problem"]
-    given = [text for text in _given(columns) if not isinstance(text, str)]
+    """Why not to train on this row: empty or equal completions, different conversations; None: it is fine."""
+    stored = _stored(columns)
+    if stored["problem"]:
+        return stored["problem"]
+    given = [text for text in stored["given"] if not isinstance(text, str)]
     if any(text[:-1] != given[0][:-1] for text in given):
         return "different_prompts"
     texts = [text.strip() for text in completions(columns)]

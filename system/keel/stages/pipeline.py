@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,20 +125,11 @@ def _key(command: str, settings: Section, model: str | None, upstream: dict[Path
     tree = settings.model_dump(mode="json", exclude=set(loader.OF_THE_PLACE))
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
     hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
-    for setting, leaf in [*_leaves(tree), ("MODEL", model)]:
+    for setting, leaf in [*loader.dotted(tree), ("MODEL", model)]:
         named = setting.rpartition(".")[2] in _PATHS or ".runs." in setting
         content = _content(leaf, upstream) if named else leaf
         hasher.update(json.dumps([setting, content], ensure_ascii=False).encode())
     return hasher.hexdigest()
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """List the settings of a tree as (name, value), in order."""
-    if isinstance(node, dict | list) and node:
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _leaves(child, f"{path}.{key}")
-    else:
-        yield path, node
 
 
 def _content(leaf: Any, upstream: dict[Path, str]) -> Any:

@@ -48,7 +48,7 @@ def held_out(
     rows = generated(prompts(tickets, samples), logprobs=[[-0.5] * n for n in lengths or [2] * count])
     if kl is not None:
         sampler = rows.column("completion_logprobs").to_pylist()
-        rows = referenced(rows, [[row[0] - each, *row[1:]] for row, each in zip(sampler, kl, strict=True)])
+        rows = referenced(rows, [[row[0] - item, *row[1:]] for row, item in zip(sampler, kl, strict=True)])
     return scored(rows, rewards, monitors)
 
 
@@ -69,12 +69,12 @@ def store(
 
 
 def matched(comparison: Comparison, name: str) -> Matching:
-    return next(each for each in comparison.matchings if each.name == name)
+    return next(matching for matching in comparison.matchings if matching.name == name)
 
 
 def of(directories: Sequence[Path], name: str) -> tuple[Matching, list[ArmAtLevel]]:
-    found = matched(compare.compare([compare.load(each) for each in directories]), name)
-    return found, list(found.arms_at_level)
+    result = matched(compare.compare([compare.load(directory) for directory in directories]), name)
+    return result, list(result.arms_at_level)
 
 
 SLOW = {0: ([0.0, 1.0, 2.0, 5.0], [0.0] * 4), 4: ([1.0, 3.0, 2.0, 6.0], [1.0, 3.0, 2.0, 2.0])}
@@ -84,55 +84,63 @@ FAST = {0: ([0.0, 1.0, 2.0, 5.0], [0.0] * 4), 4: ([2.0, 2.0, 3.0, 9.0], [4.0, 2.
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Path:
-    return store(tmp_path / "slow", {step: held_out(*each) for step, each in (SLOW | SLOW_END).items()})
+    return store(tmp_path / "slow", {step: held_out(*item) for step, item in (SLOW | SLOW_END).items()})
 
 
 @pytest.fixture
 def fast(tmp_path: Path) -> Path:
     tokens = {step: 150.0 * step for step in range(1, 5)}
-    return store(tmp_path / "fast", {step: held_out(*each) for step, each in FAST.items()}, tokens)
+    return store(tmp_path / "fast", {step: held_out(*item) for step, item in FAST.items()}, tokens)
 
 
 # ---- the three matchings, by hand
 
 
 def test_equal_steps_is_the_last_evaluation_all_have(slow: Path, fast: Path) -> None:
-    matching, (own, other) = of([slow, fast], "steps")
-    assert (matching.level, own.places[0].before, own.places[0].after, other.places[0].after) == (4, 4, 4, 4)
-    assert (own.values["reward"].mean, other.values["reward"].mean) == pytest.approx((3, 4))
+    matching, (first, other) = of([slow, fast], "steps")
+    assert (matching.level, first.places[0].before, first.places[0].after, other.places[0].after) == (4, 4, 4, 4)
+    assert (first.values["reward"].mean, other.values["reward"].mean) == pytest.approx((3, 4))
     assert other.differences["reward"].mean == pytest.approx((1 - 1 + 1 + 3) / 4)
     assert other.differences["kl_nats"].mean == pytest.approx(2, abs=1e-6)
-    assert own.differences["reward"] == Estimate(0, 0, 0)
+    assert first.differences["reward"] == Estimate(0, 0, 0)
 
 
 def test_equal_tokens_is_the_budget_of_the_run_that_trained_least(slow: Path, fast: Path) -> None:
     """fast ends at 600 tokens, which slow reached half way from step 4 (400) to step 8 (800)."""
-    matching, (own, other) = of([slow, fast], "tokens")
+    matching, (first, other) = of([slow, fast], "tokens")
     assert matching.level == 600
-    assert (own.places[0].before, own.places[0].after, own.places[0].weight) == (4, 8, pytest.approx(0.5))
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (4, 8, pytest.approx(0.5))
     assert (other.places[0].before, other.places[0].after, other.places[0].weight) == (4, 4, 1)
     between = [3.0, 4.0, 3.0, 6.0]
-    assert own.values["reward"].mean == pytest.approx(np.mean(between))
+    assert first.values["reward"].mean == pytest.approx(np.mean(between))
     assert other.differences["reward"].mean == pytest.approx(np.mean(np.subtract([2, 2, 3, 9], between)))
 
 
 def test_equal_kl_is_where_the_run_that_went_least_far_ends(slow: Path, fast: Path) -> None:
     """fast reached 4 nats, slow half way from 2 (step 4) to 6 (step 8)."""
-    matching, (own, other) = of([slow, fast], "kl")
+    matching, (first, other) = of([slow, fast], "kl")
     assert matching.level == pytest.approx(4, abs=1e-6)
-    assert (own.places[0].before, own.places[0].after, own.places[0].weight) == (4, 8, pytest.approx(0.5, abs=1e-6))
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (
+        4,
+        8,
+        pytest.approx(0.5, abs=1e-6),
+    )
     assert (other.places[0].before, other.places[0].after) == (4, 4)
-    assert own.values["kl_nats"].mean == pytest.approx(other.values["kl_nats"].mean, abs=1e-9)
+    assert first.values["kl_nats"].mean == pytest.approx(other.values["kl_nats"].mean, abs=1e-9)
     assert other.differences["kl_nats"].mean == pytest.approx(0, abs=1e-9)
-    assert own.values["reward"].mean == pytest.approx(4, abs=1e-5)
+    assert first.values["reward"].mean == pytest.approx(4, abs=1e-5)
 
 
 def test_the_first_crossing_counts(tmp_path: Path) -> None:
     kl = {0: 0.0, 1: 4.0, 2: 1.0, 3: 9.0}
-    back = store(tmp_path / "back", {step: held_out([float(step)] * 3, [each] * 3) for step, each in kl.items()})
+    back = store(tmp_path / "back", {step: held_out([float(step)] * 3, [item] * 3) for step, item in kl.items()})
     steady = store(tmp_path / "steady", {step: held_out([7.0] * 3, [step * 1.0] * 3) for step in (0, 1, 3)})
-    _, (own, other) = of([back, steady], "kl")
-    assert (own.places[0].before, own.places[0].after, own.places[0].weight) == (0, 1, pytest.approx(0.75, abs=1e-6))
+    _, (first, other) = of([back, steady], "kl")
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (
+        0,
+        1,
+        pytest.approx(0.75, abs=1e-6),
+    )
     assert other.places[0].after == 3
 
 
@@ -141,9 +149,9 @@ def test_differences_are_paired(tmp_path: Path) -> None:
     rewards = [0.0, 10.0, 20.0, 30.0]
     one = store(tmp_path / "one", {0: held_out(rewards, [0.0] * 4)})
     two = store(tmp_path / "two", {0: held_out([reward + 2 for reward in rewards], [0.0] * 4)})
-    _, (own, other) = of([one, two], "steps")
+    _, (first, other) = of([one, two], "steps")
     assert other.differences["reward"] == Estimate(2, 2, 2)
-    assert own.values["reward"].half_width > 5
+    assert first.values["reward"].half_width > 5
 
 
 def test_the_interval_is_that_of_paired_values_between_evaluations(tmp_path: Path) -> None:
@@ -154,11 +162,11 @@ def test_the_interval_is_that_of_paired_values_between_evaluations(tmp_path: Pat
     kl = [0.0] * 300
     one = store(tmp_path / "one", {0: held_out(list(base), kl), 3: held_out(list(other), kl)}, {3: 25.0})
     two = store(tmp_path / "two", {0: held_out(list(early), kl), 9: held_out(list(late), kl)}, {9: 100.0})
-    matching, (_, found) = of([one, two], "tokens")
+    matching, (_, result) = of([one, two], "tokens")
     differences = 0.75 * early + 0.25 * late - other
     half = 1.96 * differences.std(ddof=1) / math.sqrt(300)
-    assert (matching.level, found.places[0].weight) == (25, 0.25)
-    change = found.differences["reward"]
+    assert (matching.level, result.places[0].weight) == (25, 0.25)
+    change = result.differences["reward"]
     assert change.mean == pytest.approx(differences.mean(), abs=1e-6)
     assert (change.low, change.high) == pytest.approx((change.mean - half, change.mean + half), abs=0.1 * half)
 
@@ -173,24 +181,24 @@ def test_the_interval_at_equal_kl_knows_that_the_kl_is_estimated() -> None:
 
     def arm(nats: Sequence[float]) -> Run:
         values = [
-            {"kl_nats": each + rng.normal(0, each / 2, count), "reward": each / 10 + rng.normal(0, 0.3, count)}
-            for each in nats
+            {"kl_nats": item + rng.normal(0, item / 2, count), "reward": item / 10 + rng.normal(0, 0.3, count)}
+            for item in nats
         ]
-        return Run("arm", Path("arm"), {}, rows, tuple(Evaluation(k, math.nan, each) for k, each in enumerate(values)))
+        return Run("arm", Path("arm"), {}, rows, tuple(Evaluation(k, math.nan, item) for k, item in enumerate(values)))
 
     near, far = arm([0, 6, 12]), arm([0, 8, 16])
-    found = matched(compare.compare([near, far]), "kl").arms_at_level[1].differences["reward"]
+    result = matched(compare.compare([near, far]), "kl").arms_at_level[1].differences["reward"]
 
     def difference(drawn: np.ndarray) -> float:
         (near_kl, far_kl), (near_reward, far_reward) = (
-            [[each.values[name][drawn].mean() for each in run.evaluations] for run in (near, far)]
+            [[item.values[name][drawn].mean() for item in run.evaluations] for run in (near, far)]
             for name in ("kl_nats", "reward")
         )
         return float(np.interp(near_kl[2], far_kl, far_reward) - near_reward[2])
 
     again = np.std([difference(rng.integers(0, count, count)) for _ in range(2000)])
-    assert found.mean == pytest.approx(difference(np.arange(count)), abs=1e-12)
-    assert found.half_width == pytest.approx(1.96 * again, rel=0.08)
+    assert result.mean == pytest.approx(difference(np.arange(count)), abs=1e-12)
+    assert result.half_width == pytest.approx(1.96 * again, rel=0.08)
     fixed = 0.5 * (far.evaluations[1].values["reward"] + far.evaluations[2].values["reward"])
     naive = np.std(fixed - near.evaluations[2].values["reward"], ddof=1) / math.sqrt(count)
     assert again > 1.5 * naive  # what an interval with level and place held fixed would say
@@ -214,8 +222,8 @@ def test_a_failed_monitor_leaves_the_pair_out_and_the_table_says_so(tmp_path: Pa
 def test_a_reward_only_one_run_has_is_not_compared(tmp_path: Path) -> None:
     one = store(tmp_path / "one", {0: held_out([1.0] * 4, [0.0] * 4)})
     two = store(tmp_path / "two", {0: held_out([1.0] * 4, [0.0] * 4, gold=[2.0] * 4)})
-    _, (own, other) = of([one, two], "steps")
-    assert math.isnan(own.values["reward_gold"].mean) and other.values["reward_gold"].mean == 2
+    _, (first, other) = of([one, two], "steps")
+    assert math.isnan(first.values["reward_gold"].mean) and other.values["reward_gold"].mean == 2
     assert math.isnan(other.differences["reward_gold"].mean)
 
 
@@ -241,7 +249,7 @@ def test_without_a_reference_there_is_no_equal_kl(tmp_path: Path, fast: Path) ->
 def test_an_evaluation_before_its_line_of_metrics_has_no_tokens_yet(slow: Path, tmp_path: Path) -> None:
     """What a live run looks like: the evaluation of step 8 is there, the line of step 8 is not."""
     running = store(
-        tmp_path / "running", {step: held_out(*each) for step, each in (SLOW | SLOW_END).items()}, {4: 400.0}
+        tmp_path / "running", {step: held_out(*item) for step, item in (SLOW | SLOW_END).items()}, {4: 400.0}
     )
     matching, arms_at_level = of([slow, running], "tokens")
     assert (matching.level, arms_at_level[1].places[0].after) == (400, 4)
@@ -276,10 +284,10 @@ def test_swapping_runs_flips_every_difference(drawn: tuple[int, int, int, int]) 
     seed, other_seed, num_prompts, count = drawn
     one = arm_of(seed, "one", num_prompts, [0, 2, 4, 6, 8][: count + 1])
     two = arm_of(other_seed, "two", num_prompts, [0, 4, 8])
-    there, back = compare.compare([one, two]), compare.compare([two, one])
-    for left, right in zip(there.matchings, back.matchings, strict=True):
+    present, back = compare.compare([one, two]), compare.compare([two, one])
+    for left, right in zip(present.matchings, back.matchings, strict=True):
         assert left.level == right.level and len(left.arms_at_level) == len(right.arms_at_level) == 2
-        for name in there.metrics:
+        for name in present.metrics:
             a, b = left.arms_at_level[1].differences[name], right.arms_at_level[1].differences[name]
             assert (a.mean, a.low, a.high) == pytest.approx((-b.mean, -b.high, -b.low), abs=0.02, nan_ok=True)
             assert a.mean == pytest.approx(-b.mean, abs=1e-12)
@@ -294,7 +302,7 @@ def test_a_run_beside_itself_differs_in_nothing(drawn: tuple[int, int, int, int]
     longer = arm_of(seed + 1, "longer", num_prompts, [0, 3, 9])
     for beside in ([arm, arm], [arm, arm, longer]):
         for matching in compare.compare(beside).matchings:
-            assert all(each == Estimate(0, 0, 0) for each in matching.arms_at_level[1].differences.values())
+            assert all(item == Estimate(0, 0, 0) for item in matching.arms_at_level[1].differences.values())
             assert matching.arms_at_level[0].values == matching.arms_at_level[1].values
 
 
@@ -309,7 +317,7 @@ def test_the_order_of_prompts_in_a_file_changes_nothing(
     one = store(folder / "one", {0: held_out(kl, [0.0] * 6), 3: held_out(kl, rewards)})
     two = store(folder / "two", batches)
     mixed = store(folder / "else/two", {0: batches[0], 5: batches[5].take(pa.array(order))})
-    pair, other = (compare.compare([compare.load(one), compare.load(each)]) for each in (two, mixed))
+    pair, other = (compare.compare([compare.load(one), compare.load(item)]) for item in (two, mixed))
     assert pair.matchings == other.matchings
 
 
@@ -327,7 +335,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_arm(tmp_path: Path) -> Non
     """Means over seeds 1 and 2.5, difference 1.5; seeds spread alike in both, so the interval is Welch's of them."""
     kl = [seeded(tmp_path, f"kl-seed-{seed}", seed, 0.0, steps=4) for seed in (0, 1, 2)]
     other = [seeded(tmp_path, f"entropy_s{seed}", seed, 1.5, steps=5) for seed in (0, 1, 2)]
-    comparison = compare.compare([compare.load(each) for each in [kl[0], other[1], kl[2], other[0], kl[1], other[2]]])
+    comparison = compare.compare([compare.load(item) for item in [kl[0], other[1], kl[2], other[0], kl[1], other[2]]])
     assert [(arm.name, [run.seed for run in arm.runs]) for arm in comparison.arms] == [
         ("kl", [0, 2, 1]),
         ("entropy", [1, 0, 2]),
@@ -344,11 +352,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_arm(tmp_path: Path) -> Non
 
 def test_a_repetition_is_another_arm_and_a_lone_arm_has_no_difference(tmp_path: Path) -> None:
     runs = [seeded(tmp_path, name, seed, 0.0) for name, seed in (("a0", 0), ("a1", 1), ("again", 0))]
-    comparison = compare.compare([compare.load(each) for each in runs])
+    comparison = compare.compare([compare.load(item) for item in runs])
     assert [[run.name for run in arm.runs] for arm in comparison.arms] == [["a0", "a1"], ["again"]]
     text = printed(runs)
     assert "1 seed: interval over prompts only" in text and "several seeds: interval over seeds and prompts" in text
-    alone = compare.compare([compare.load(each) for each in runs[:2]])
+    alone = compare.compare([compare.load(item) for item in runs[:2]])
     assert alone.names == ["a (2 seeds)"] and matched(alone, "steps").arms_at_level[0].values["reward"].mean == 15.5
 
 
@@ -369,7 +377,7 @@ def test_arms_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_seed_stands_at_its_own_place(tmp_path: Path) -> None:
     """At 300 tokens seed 0 is three quarters of the way to step 4 (400), seed 1 stands at its step 3."""
     runs = [seeded(tmp_path, f"a{seed}", seed, 0.0, step=4 - seed) for seed in (0, 1)]
-    matching = matched(compare.compare([compare.load(each) for each in runs]), "tokens")
+    matching = matched(compare.compare([compare.load(run) for run in runs]), "tokens")
     assert [(place.before, place.after, place.weight) for place in matching.arms_at_level[0].places] == [
         (0, 4, 0.75),
         (3, 3, 1.0),
@@ -384,7 +392,7 @@ def test_the_prompts_of_an_arm_are_those_with_a_value_in_every_seed(tmp_path: Pa
         batch = held_out([1.0] * 4, [0.0] * 4, gold=values)
         store(tmp_path / f"a{seed}", {0: batch}, run={"name": f"a{seed}", "seed": seed})
     lone = store(tmp_path / "b", {0: held_out([1.0] * 4, [0.0] * 4, gold=[0.0] * 4)}, run={"name": "b", "steps": 9})
-    comparison = compare.compare([compare.load(each) for each in (tmp_path / "a0", tmp_path / "a1", lone)])
+    comparison = compare.compare([compare.load(item) for item in (tmp_path / "a0", tmp_path / "a1", lone)])
     first, second = matched(comparison, "steps").arms_at_level
     assert first.values["reward_gold"].mean == pytest.approx((2 + 5) / 2)
     assert (second.differences["reward_gold"].mean, second.paired["reward_gold"]) == (pytest.approx(-3.5), 2)
@@ -467,22 +475,24 @@ def test_tables_say_where_they_stand_and_what_intervals_are(slow: Path, fast: Pa
 
 def test_json_has_the_numbers_of_the_tables_and_null_for_none(slow: Path, fast: Path, tmp_path: Path) -> None:
     bare = store(tmp_path / "bare", {0: held_out([1.0] * 4, None), 4: held_out([2.0] * 4, None)})
-    found = json.loads(printed([slow, fast, bare], as_json=True), parse_constant=pytest.fail)
-    assert found == compare.tree_of(compare.compare([compare.load(each) for each in (slow, fast, bare)]))
-    assert found["prompts"] == 4 and [each["name"] for each in found["arms"]] == ["slow", "fast", "bare"]
-    steps = found["matchings"]["steps"]
+    result = json.loads(printed([slow, fast, bare], as_json=True), parse_constant=pytest.fail)
+    assert result == compare.tree_of(compare.compare([compare.load(item) for item in (slow, fast, bare)]))
+    assert result["prompts"] == 4 and [item["name"] for item in result["arms"]] == ["slow", "fast", "bare"]
+    steps = result["matchings"]["steps"]
     assert steps["arms"]["fast"]["differences"]["reward"]["mean"] == pytest.approx(1)
     assert steps["arms"]["fast"]["differences"]["reward"]["prompts"] == 4
     assert steps["arms"]["bare"]["values"]["kl_nats"] == {"mean": None, "low": None, "high": None}
     assert steps["why_not"] is None
-    assert found["matchings"]["kl"] == {"level": None, "why_not": "bare has no reference log-probs", "arms": {}}
-    assert found["matchings"]["tokens"]["arms"]["fast"]["places"] == [{"steps": [0, 4], "weight": pytest.approx(2 / 3)}]
+    assert result["matchings"]["kl"] == {"level": None, "why_not": "bare has no reference log-probs", "arms": {}}
+    assert result["matchings"]["tokens"]["arms"]["fast"]["places"] == [
+        {"steps": [0, 4], "weight": pytest.approx(2 / 3)}
+    ]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     batch = held_out([1.0] * 3, [0.0] * 3)
     both = [store(tmp_path / parent / "run", {0: batch}) for parent in ("a", "b")]
-    names = compare.compare([compare.load(each) for each in [*both, both[0]]]).names
+    names = compare.compare([compare.load(item) for item in [*both, both[0]]]).names
     assert len(set(names)) == 3 and str(both[1]) in names[1]
 
 

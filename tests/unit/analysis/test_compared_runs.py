@@ -53,8 +53,8 @@ def test_no_answer_has_an_advantage_at_the_arms_optimum(arm: str, temperature: f
         pushed = policy.copy()
         pushed[answer] *= 1.5
         pushed /= pushed.sum()
-        found = objective(arm, temperature).weigh(rows(pushed), Measured()).advantages
-        assert found[answer] == found.min() < -0.9 * temperature * np.log(1.5)
+        result = objective(arm, temperature).weigh(rows(pushed), Measured()).advantages
+        assert result[answer] == result.min() < -0.9 * temperature * np.log(1.5)
 
 
 @pytest.mark.parametrize(("arm", "temperature"), OPTIMA)
@@ -63,6 +63,6 @@ def test_monitors_read_kl_and_entropy_of_the_oracle(arm: str, temperature: float
     policy = optimum(arm, temperature)
     values = diagnostics.per_completion(rows(policy))
     kl, entropy = policy @ values["kl_nats"], policy @ values["sequence_entropy_nats"]
-    found = (policy @ values["reward"], policy @ GOLD, kl, entropy, policy[4])
-    assert found == pytest.approx(OPTIMA[arm, temperature], abs=2e-4)
+    result = (policy @ values["reward"], policy @ GOLD, kl, entropy, policy[4])
+    assert result == pytest.approx(OPTIMA[arm, temperature], abs=2e-4)
     assert policy @ values["kl_k3_nats"] == pytest.approx(kl, abs=1e-3)  # unbiased, too

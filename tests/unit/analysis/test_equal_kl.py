@@ -22,14 +22,14 @@ def arm(name: str, kl: Sequence[np.ndarray], reward: Sequence[np.ndarray], steps
 
 
 def at_equal_kl(*arms: Run) -> Matching:
-    return next(each for each in compare.compare(arms).matchings if each.name == "kl")
+    return next(item for item in compare.compare(arms).matchings if item.name == "kl")
 
 
 def draws(seed: int, nats: Sequence[float], spread: float = 0.4) -> list[np.ndarray]:
     """KLs of every prompt, the same prompts lying higher in every evaluation."""
     rng = np.random.default_rng(seed)
-    own = rng.normal(0, 1, COUNT)
-    return [each * (1 + spread * (0.8 * own + 0.6 * rng.normal(0, 1, COUNT))) for each in nats]
+    first = rng.normal(0, 1, COUNT)
+    return [nat * (1 + spread * (0.8 * first + 0.6 * rng.normal(0, 1, COUNT))) for nat in nats]
 
 
 @pytest.mark.parametrize("slope", [0.5, -0.5, 2.0])
@@ -40,28 +40,28 @@ def test_a_reward_that_is_a_multiple_of_the_kl_has_no_error_at_equal_kl(slope: f
     With the correction left out, or added where it is subtracted, the interval is as wide as that of the KL.
     """
     near, far = draws(1, [0.0, 3.0, 6.0]), draws(2, [0.0, 4.0, 9.0])
-    short, long = (arm(name, kl, [slope * each for each in kl]) for name, kl in (("short", near), ("long", far)))
+    short, long = (arm(name, kl, [slope * item for item in kl]) for name, kl in (("short", near), ("long", far)))
     order = [long, short] if interpolated_first else [short, long]
-    found = at_equal_kl(*order)
-    difference = found.arms_at_level[1].differences["reward"]
-    assert found.level == pytest.approx(near[2].mean(), abs=1e-12)
+    result = at_equal_kl(*order)
+    difference = result.arms_at_level[1].differences["reward"]
+    assert result.level == pytest.approx(near[2].mean(), abs=1e-12)
     assert (difference.mean, difference.low, difference.high) == pytest.approx((0, 0, 0), abs=1e-9)
     spread = abs(slope) * np.std(near[2], ddof=1) / math.sqrt(COUNT)
-    for arm_at_level in found.arms_at_level:  # the value itself is as uncertain as the KL that is the level
+    for arm_at_level in result.arms_at_level:  # the value itself is as uncertain as the KL that is the level
         assert arm_at_level.values["reward"].half_width == pytest.approx(1.96 * spread, rel=0.15)
         assert arm_at_level.values["kl_nats"].half_width == pytest.approx(1.96 * spread / abs(slope), rel=0.15)
 
 
 def bootstrap(short: Run, long: Run, name: str = "reward") -> tuple[float, float]:
     """Difference long - short at equal KL, and its deviation over prompts drawn again with the whole procedure."""
-    kl = [each.values["kl_nats"] for each in long.evaluations]
-    reward = [each.values[name] for each in long.evaluations]
+    kl = [item.values["kl_nats"] for item in long.evaluations]
+    reward = [item.values[name] for item in long.evaluations]
     end = short.evaluations[-1].values
 
     def difference(drawn: np.ndarray) -> float:
         level = end["kl_nats"][drawn].mean()
-        means = [each[drawn].mean() for each in kl]
-        return float(np.interp(level, means, [each[drawn].mean() for each in reward]) - end[name][drawn].mean())
+        means = [item[drawn].mean() for item in kl]
+        return float(np.interp(level, means, [item[drawn].mean() for item in reward]) - end[name][drawn].mean())
 
     rng = np.random.default_rng(0)
     again = [difference(rng.integers(0, COUNT, COUNT)) for _ in range(1500)]
@@ -77,20 +77,20 @@ def test_the_interval_is_that_of_the_whole_procedure_whatever_goes_together(corr
     def run(name: str, seed: int, nats: Sequence[float]) -> Run:
         kl = draws(seed, nats)
         rewards = []
-        for mean, own in zip(nats, kl, strict=True):
+        for mean, first in zip(nats, kl, strict=True):
             noise = math.sqrt(1 - correlation**2) * rng.normal(0, 1, COUNT)
-            scaled = (own - mean) / (0.4 * mean) if mean else np.zeros(COUNT)
+            scaled = (first - mean) / (0.4 * mean) if mean else np.zeros(COUNT)
             rewards.append(rising * mean / 3 + 0.8 * (correlation * scaled + noise))
         return arm(name, kl, rewards)
 
     short, long = run("short", 5, [0.0, 2.0, 6.0]), run("long", 6, [0.0, 4.0, 9.0])
     mean, deviation = bootstrap(short, long)
-    found = at_equal_kl(short, long).arms_at_level[1].differences["reward"]
-    assert found.mean == pytest.approx(mean, abs=1e-9)
-    assert found.half_width == pytest.approx(1.96 * deviation, rel=0.12)
+    result = at_equal_kl(short, long).arms_at_level[1].differences["reward"]
+    assert result.mean == pytest.approx(mean, abs=1e-9)
+    assert result.half_width == pytest.approx(1.96 * deviation, rel=0.12)
     back = at_equal_kl(long, short).arms_at_level[1].differences["reward"]
     assert back.mean == pytest.approx(-mean, abs=1e-9)
-    assert back.half_width == pytest.approx(found.half_width, rel=0.05)
+    assert back.half_width == pytest.approx(result.half_width, rel=0.05)
 
 
 def test_an_arm_at_an_evaluation_keeps_its_numbers_and_one_between_is_linear() -> None:
@@ -101,9 +101,9 @@ def test_an_arm_at_an_evaluation_keeps_its_numbers_and_one_between_is_linear() -
     long = arm("long", kl, reward, steps=[0, 5, 20])
     short = arm("short", [zero, np.full(4, 4.0)], [zero, np.full(4, 2.5)], steps=[0, 7])
     matching = at_equal_kl(short, long)
-    own, other = matching.arms_at_level
-    assert (own.places[0].before, own.places[0].after, own.places[0].weight) == (7, 7, 1.0)
-    assert own.values["reward"].mean == 2.5 and own.values["reward"].half_width == 0
+    first, other = matching.arms_at_level
+    assert (first.places[0].before, first.places[0].after, first.places[0].weight) == (7, 7, 1.0)
+    assert first.values["reward"].mean == 2.5 and first.values["reward"].half_width == 0
     assert (other.places[0].before, other.places[0].after, other.places[0].weight) == (
         5,
         20,
@@ -120,7 +120,7 @@ def test_an_arm_at_an_evaluation_keeps_its_numbers_and_one_between_is_linear() -
 
 def test_a_metric_that_some_prompts_lack_is_corrected_on_the_others() -> None:
     kl = draws(3, [0.0, 2.0, 8.0])
-    gold = [each.copy() for each in kl]
+    gold = [item.copy() for item in kl]
     for values in gold:
         values[::7] = np.nan
     end = draws(4, [0.0, 5.0])
@@ -153,9 +153,9 @@ def test_at_equal_steps_and_tokens_nothing_is_corrected(matching: str) -> None:
     for name, nats in (("one", kl), ("two", other)):
         evaluations = [Evaluation(n, 100.0 * n, {"kl_nats": k, "reward": 2 * k}) for n, k in enumerate(nats)]
         arms.append(Run(name, Path(name), {}, tuple((n, "") for n in range(COUNT)), tuple(evaluations)))
-    found = next(each for each in compare.compare(arms).matchings if each.name == matching)
-    assert found.arms_at_level[1].differences["reward"] == compare.estimate(2 * other[1] - 2 * kl[1])
-    assert found.arms_at_level[1].differences["kl_nats"] == compare.estimate(other[1] - kl[1])
+    result = next(item for item in compare.compare(arms).matchings if item.name == matching)
+    assert result.arms_at_level[1].differences["reward"] == compare.estimate(2 * other[1] - 2 * kl[1])
+    assert result.arms_at_level[1].differences["kl_nats"] == compare.estimate(other[1] - kl[1])
 
 
 def test_a_table_has_a_line_below_every_metric() -> None:

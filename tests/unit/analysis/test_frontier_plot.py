@@ -42,18 +42,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_curves_are_rows_with_a_kl_at_its_root() -> None:
-    found = frontier_plot.curves(ROWS)
-    assert found.steps == pytest.approx([0, 5, 9])
-    assert found.root_kl == pytest.approx([0, 2, 2.5])
-    assert found.proxy == pytest.approx([0.1, 0.6, 0.9])
-    assert found.gold == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
-    assert found.stderr == pytest.approx([0.05, NAN, 0.03], nan_ok=True)
+    result = frontier_plot.curves(ROWS)
+    assert result.steps == pytest.approx([0, 5, 9])
+    assert result.root_kl == pytest.approx([0, 2, 2.5])
+    assert result.proxy == pytest.approx([0.1, 0.6, 0.9])
+    assert result.gold == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
+    assert result.stderr == pytest.approx([0.05, NAN, 0.03], nan_ok=True)
 
 
 def test_another_column_has_no_standard_error() -> None:
-    found = frontier_plot.curves(ROWS, proxy="reward_gold", gold=None)
-    assert found.proxy == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
-    assert np.isnan(found.stderr).all() and np.isnan(found.gold).all()
+    result = frontier_plot.curves(ROWS, proxy="reward_gold", gold=None)
+    assert result.proxy == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
+    assert np.isnan(result.stderr).all() and np.isnan(result.gold).all()
     assert len(frontier_plot.curves([]).steps) == 0
 
 
@@ -63,26 +63,26 @@ def test_curves_of_a_stored_frontier(tmp_path: Path) -> None:
         rows = generated(prompts(range(4), samples=1), logprobs=[[-0.5, -0.5]] * 4)
         rows = referenced(rows, [[-0.5 - kl, -0.5]] * 4)
         evaluations.store(tmp_path, step, scored(rows, [1.0, 2.0, 3.0, 6.0], {"gold": [1.0, 1.0, 2.0, None]}))
-    found = frontier_plot.curves(evaluations.frontier(tmp_path))
-    assert found.root_kl == pytest.approx([math.sqrt(0.5), math.sqrt(2)], abs=1e-6)
-    assert found.proxy == pytest.approx([3, 3]) and found.gold == pytest.approx([4 / 3, 4 / 3])
-    assert found.stderr == pytest.approx([np.std([1, 2, 3, 6], ddof=1) / 2] * 2)
+    result = frontier_plot.curves(evaluations.frontier(tmp_path))
+    assert result.root_kl == pytest.approx([math.sqrt(0.5), math.sqrt(2)], abs=1e-6)
+    assert result.proxy == pytest.approx([3, 3]) and result.gold == pytest.approx([4 / 3, 4 / 3])
+    assert result.stderr == pytest.approx([np.std([1, 2, 3, 6], ddof=1) / 2] * 2)
 
 
 def test_lines_are_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
     frontier_plot.draw({"one": ROWS, "_two": ROWS[:2]}, tmp_path / "a.png")
     (axis,) = drawn
-    lines = {(each.get_color(), each.get_linestyle()): each for each in axis.lines if each.get_linestyle() != "None"}
+    lines = {(item.get_color(), item.get_linestyle()): item for item in axis.lines if item.get_linestyle() != "None"}
     assert set(lines) == {("C0", "-"), ("C0", "--"), ("C1", "-"), ("C1", "--")}
     proxy, gold = lines["C0", "-"], lines["C0", "--"]
     assert proxy.get_xdata() == pytest.approx([0, 2, 2.5]) and proxy.get_ydata() == pytest.approx([0.1, 0.6, 0.9])
     assert gold.get_ydata() == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
-    (segments, _) = (each.get_segments() for each in axis.collections)  # the error bars of either run
+    (segments, _) = (item.get_segments() for item in axis.collections)  # the error bars of either run
     assert [segment[:, 1] for segment in segments] == [
         pytest.approx(ends) for ends in ([0.05, 0.15], [0.6, 0.6], [0.87, 0.93])
     ]
-    assert [each.get_text() for each in axis.texts] == ["step 0", "step 9", "step 0", "step 5"]
-    legend = [each.get_text() for each in axis.get_legend().get_texts()]
+    assert [item.get_text() for item in axis.texts] == ["step 0", "step 9", "step 0", "step 5"]
+    legend = [item.get_text() for item in axis.get_legend().get_texts()]
     assert sorted(legend) == ["gold: _two", "gold: one", "proxy: _two", "proxy: one"]
     assert "nats" in axis.get_xlabel() and "reward" in axis.get_ylabel() and axis.get_title()
 
@@ -91,7 +91,7 @@ def test_a_run_without_gold_or_without_kl(tmp_path: Path, drawn: list[Any]) -> N
     no_gold = [row | {"gold": None} for row in ROWS]
     no_kl = [row | {"kl_nats": NAN} for row in ROWS]
     frontier_plot.draw({"bare": no_kl, "one": no_gold}, tmp_path / "a.png")
-    assert [each.get_text() for each in drawn[0].get_legend().get_texts()] == ["proxy: one"]
+    assert [item.get_text() for item in drawn[0].get_legend().get_texts()] == ["proxy: one"]
 
 
 def test_png_and_svg_parse(tmp_path: Path) -> None:

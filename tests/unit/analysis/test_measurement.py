@@ -19,38 +19,38 @@ from planned import APART, DRIVEN, GIVEN, rates, settings, written
 
 
 def test_rates_come_back_from_the_files_of_a_run(tmp_path: Path) -> None:
-    there = Rates.model_validate({**GIVEN, **DRIVEN})
-    runs = [written(tmp_path / str(groups), settings(groups=groups), there) for groups in (4, 8)]
-    found = measurement.measured(runs)
+    present = Rates.model_validate({**GIVEN, **DRIVEN})
+    runs = [written(tmp_path / str(groups), settings(groups=groups), present) for groups in (4, 8)]
+    result = measurement.measured(runs)
     for role in ("generator", "reference", "scorer", "learner"):
-        own, other = getattr(found, role), getattr(there, role)
-        assert own.fixed_seconds == pytest.approx(other.fixed_seconds, abs=0.02), role
-        assert own.sequence_seconds == pytest.approx(other.sequence_seconds, abs=0.005), role
-    assert found.weights.publish_seconds == pytest.approx(0.125)
-    assert found.weights.load_seconds == pytest.approx(0.25)
-    assert found.driver.model_dump() == pytest.approx(there.driver.model_dump(), abs=1e-5)
-    assert str(runs[0]) in found.source
+        subject, other = getattr(result, role), getattr(present, role)
+        assert subject.fixed_seconds == pytest.approx(other.fixed_seconds, abs=0.02), role
+        assert subject.sequence_seconds == pytest.approx(other.sequence_seconds, abs=0.005), role
+    assert result.weights.publish_seconds == pytest.approx(0.125)
+    assert result.weights.load_seconds == pytest.approx(0.25)
+    assert result.driver.model_dump() == pytest.approx(present.driver.model_dump(), abs=1e-5)
+    assert str(runs[0]) in result.source
 
 
 def test_one_size_of_batch_leaves_the_fixed_part_to_an_assumption_and_evaluations_do_not(tmp_path: Path) -> None:
-    found = measurement.measured([written(tmp_path / "run", settings(), rates())])
-    assert found.generator.fixed_seconds == pytest.approx(1.0, abs=0.02), "a second size: two held-out prompts"
-    assert found.generator.sequence_seconds == pytest.approx(0.25, abs=0.005)
-    assert found.learner.fixed_seconds == pytest.approx(0.2 * (1 + 8 * 0.5))
-    assert found.learner.seconds(8) == pytest.approx(1 + 8 * 0.5)
+    result = measurement.measured([written(tmp_path / "run", settings(), rates())])
+    assert result.generator.fixed_seconds == pytest.approx(1.0, abs=0.02), "a second size: two held-out prompts"
+    assert result.generator.sequence_seconds == pytest.approx(0.25, abs=0.005)
+    assert result.learner.fixed_seconds == pytest.approx(0.2 * (1 + 8 * 0.5))
+    assert result.learner.seconds(8) == pytest.approx(1 + 8 * 0.5)
 
 
 @pytest.mark.parametrize(("max_sequences", "waves"), [(64, 1), (4, 2), (2, 4)])
 def test_a_run_predicts_its_own_step_time(tmp_path: Path, max_sequences: int, waves: int) -> None:
     """Eight sequences a batch and two held out: in waves of two both sizes only say what a wave takes."""
     sizes = settings(generators={"max_sequences": max_sequences})
-    found = measurement.measured([written(tmp_path / "run", sizes, Rates.model_validate({**GIVEN, **DRIVEN}))])
-    again = predict(sizes, found, configured(sizes), APART)
+    result = measurement.measured([written(tmp_path / "run", sizes, Rates.model_validate({**GIVEN, **DRIVEN}))])
+    again = predict(sizes, result, configured(sizes), APART)
     assert again.step_seconds == pytest.approx(13.125 - 3 + (waves - 1) + 0.03 + 0.02 + 0.04, rel=0.01)
     if max_sequences != 2:
-        assert found.generator.fixed_seconds == pytest.approx(1.0, abs=0.02)
+        assert result.generator.fixed_seconds == pytest.approx(1.0, abs=0.02)
     else:
-        assert found.generator.fixed_seconds == pytest.approx(0.5 * (1.0 + 2 * 0.25), abs=0.02), "assumed"
+        assert result.generator.fixed_seconds == pytest.approx(0.5 * (1.0 + 2 * 0.25), abs=0.02), "assumed"
 
 
 def test_the_wait_for_a_busy_generator_is_no_time_of_a_load(tmp_path: Path) -> None:
@@ -86,16 +86,16 @@ def test_what_holds_no_rates_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "why"),
+    ("measured", "why"),
     [
         ({"learner": {"fixed_seconds": 0, "sequence_seconds": 0}}, "learner.*a step takes time"),
         ({"scorer": {"relative_seconds": [1.0, -0.5]}}, "scorer.relative_seconds"),
         ({"learner": {"cpu_ratio": 0.5}}, "learner.cpu_ratio"),
     ],
 )
-def test_rates_that_cannot_be_are_refused(tmp_path: Path, own: dict[str, Any], why: str) -> None:
+def test_rates_that_cannot_be_are_refused(tmp_path: Path, measured: dict[str, Any], why: str) -> None:
     path = tmp_path / "rates.yaml"
-    path.write_text(yaml.safe_dump({**GIVEN, **{role: {**GIVEN[role], **block} for role, block in own.items()}}))
+    path.write_text(yaml.safe_dump({**GIVEN, **{role: {**GIVEN[role], **block} for role, block in measured.items()}}))
     with pytest.raises(ConfigError, match=why):
         loader.load_as(Rates, path)
 
@@ -119,13 +119,13 @@ def test_a_calibration_measures_alone_and_evaluates_on_another_size(tmp_path: Pa
     heard = {"tracking": {"trackers": ["wandb"]}, "metrics": {"discovery_directory": str(tmp_path)}}
     wanted = settings(2, groups=6, generators={"count": 3}, scorers={"count": 2}, prompts={"held_out": 64}, **heard)
     wide = settings(groups=6, generators={"max_sequences": 4}, prompts={"held_out": 64})
-    found = calibration.settings_of(wanted, tmp_path)
-    assert (found.generators.count, found.scorers.count, found.reference and found.reference.count) == (1, 1, 1)
-    assert found.buffer.max_staleness == 0 and found.groups_per_batch == found.buffer.groups_per_step == 6
-    assert found.prompts.held_out == 6, "half of the twelve sequences of a step"
+    result = calibration.settings_of(wanted, tmp_path)
+    assert (result.generators.count, result.scorers.count, result.reference and result.reference.count) == (1, 1, 1)
+    assert result.buffer.max_staleness == 0 and result.groups_per_batch == result.buffer.groups_per_step == 6
+    assert result.prompts.held_out == 6, "half of the twelve sequences of a step"
     assert calibration.settings_of(wide, tmp_path).prompts.held_out == 2, "half of a wave"
-    assert found.run_directory == str(tmp_path) and found.metrics.port == 0
-    assert not found.tracking.trackers and not found.metrics.discovery_directory, "nobody's experiment"
+    assert result.run_directory == str(tmp_path) and result.metrics.port == 0
+    assert not result.tracking.trackers and not result.metrics.discovery_directory, "a calibration is no experiment"
 
 
 ON_GPUS = {"gpus": 1, "count": 4, "zero_stage": 3}

@@ -1,4 +1,4 @@
-"""Values at the edge: what a reward, a remote scorer or an override may give that nobody meant."""
+"""Values at the edge: what a reward, a remote scorer or an override may give by mistake."""
 
 import json
 import threading
@@ -36,8 +36,8 @@ def test_a_number_the_column_cannot_hold_fails_its_sample_alone() -> None:
 
 
 def test_a_sum_the_column_cannot_hold_fails_its_sample_too() -> None:
-    own = RewardSettings(name="mine", source=f"{__name__}:too_large", weight=10.0)
-    answer, _ = scored(own)
+    reward = RewardSettings(name="mine", source=f"{__name__}:too_large", weight=10.0)
+    answer, _ = scored(reward)
     assert answer.column("reward").to_pylist() == [None, None, None, 10.0]
 
 
@@ -74,15 +74,15 @@ def answers() -> Iterator[Any]:
     ids=["list", "null", "number", "text", "words"],
 )
 def test_a_remote_reply_that_is_no_list_of_numbers_fails_the_samples(answers: Any, reply: Any) -> None:
-    own = RewardSettings(name="mine", kind="http", source=answers(reply), retries=0)
-    answer, failures = scored(own)
+    reward = RewardSettings(name="mine", kind="http", source=answers(reply), retries=0)
+    answer, failures = scored(reward)
     assert failures == {"mine_http_malformed": 4}
     assert answer.column("reward").null_count == 4
 
 
 def test_a_remote_null_is_one_failed_sample(answers: Any) -> None:
-    own = RewardSettings(name="mine", kind="http", source=answers({"rewards": [0, None, 2, 3.5]}), retries=0)
-    answer, failures = scored(own)
+    reward = RewardSettings(name="mine", kind="http", source=answers({"rewards": [0, None, 2, 3.5]}), retries=0)
+    answer, failures = scored(reward)
     assert failures == {"mine_none": 1}
     assert answer.column("reward").to_pylist() == [0.0, None, 2.0, 3.5]
 

@@ -20,46 +20,46 @@ from planned import APART, GIVEN, rates, settings
 
 def test_a_synchronous_step_is_the_sum_of_its_stages() -> None:
     """Four groups of two samples: eight sequences through every stage."""
-    found = predict(settings(), rates(), configured(settings()), APART)
+    result = predict(settings(), rates(), configured(settings()), APART)
     whole = (1 + 8 * 0.25) + 0.5 + (0.25 + 8 * 0.125) + (1 + 8 * 0.5) + 0.125 + 0.25
-    assert found.step_seconds == pytest.approx(whole)
-    assert found.step_seconds_p90 == pytest.approx(whole)
-    assert found.tokens_per_second == pytest.approx(8 * 100 / whole)
-    assert found.busy == pytest.approx({"generator": 3 / whole, "reference": 0.5 / whole, "scorer": 1.25 / whole, "learner": 5 / whole})  # fmt: skip
-    for role in found.counts:
-        assert found.busy[role] + sum(found.idle[role].values()) == pytest.approx(1.0)
-    assert found.idle["learner"]["generator"] == pytest.approx(3 / whole)
-    assert found.staleness == {0: 1.0}
+    assert result.step_seconds == pytest.approx(whole)
+    assert result.step_seconds_p90 == pytest.approx(whole)
+    assert result.tokens_per_second == pytest.approx(8 * 100 / whole)
+    assert result.busy == pytest.approx({"generator": 3 / whole, "reference": 0.5 / whole, "scorer": 1.25 / whole, "learner": 5 / whole})  # fmt: skip
+    for role in result.counts:
+        assert result.busy[role] + sum(result.idle[role].values()) == pytest.approx(1.0)
+    assert result.idle["learner"]["generator"] == pytest.approx(3 / whole)
+    assert result.staleness == {0: 1.0}
 
 
 def test_ranks_divide_what_they_can() -> None:
     counts = {**configured(settings()), "learner": 4}
     slow = rates(learner={"communication_seconds": 0.75})
-    one, four = (predict(settings(), slow, by, APART) for by in (configured(settings()), counts))
+    one, four = (predict(settings(), slow, config, APART) for config in (configured(settings()), counts))
     assert one.step_seconds - four.step_seconds == pytest.approx((1 + 8 * 0.5) - (1 + 2 * 0.5 + 0.75))
 
 
 def test_a_broadcast_passes_every_node() -> None:
     counts = {**configured(settings(groups=20)), "generator": 20}
     sizes, far = settings(groups=20), rates(weights={"node_seconds": 0.5})
-    here, there = (predict(sizes, by, counts, APART).step_seconds for by in (rates(), far))
-    assert there - here == pytest.approx(2 * 0.5), "twenty generators are on three nodes"
+    here, present = (predict(sizes, config, counts, APART).step_seconds for config in (rates(), far))
+    assert present - here == pytest.approx(2 * 0.5), "twenty generators are on three nodes"
 
 
 def test_what_does_not_fit_into_a_generator_together_is_decoded_in_waves() -> None:
     narrow = settings(generators={"max_sequences": 2})
-    wide, slow = (predict(by, rates(), configured(by), APART).step_seconds for by in (settings(), narrow))
+    wide, slow = (predict(config, rates(), configured(config), APART).step_seconds for config in (settings(), narrow))
     assert slow - wide == pytest.approx((4 - 1) * 1.0), "eight sequences, two together"
 
 
 def test_variation_is_of_the_size_that_was_given() -> None:
     sizes = settings(groups=1)
     steady, uneven = rates(), rates(generator={"variation_ratio": 0.5})
-    found = predict(sizes, uneven, configured(sizes), APART, steps=3000)
-    assert found.step_seconds == pytest.approx(predict(sizes, steady, configured(sizes), APART).step_seconds, rel=0.01)
-    assert found == predict(sizes, uneven, configured(sizes), APART, steps=3000), "seeded"
+    result = predict(sizes, uneven, configured(sizes), APART, steps=3000)
+    assert result.step_seconds == pytest.approx(predict(sizes, steady, configured(sizes), APART).step_seconds, rel=0.01)
+    assert result == predict(sizes, uneven, configured(sizes), APART, steps=3000), "seeded"
     drawn = predict(sizes, rates(generator={"relative_seconds": [0.5, 1.5]}), configured(sizes), APART, steps=200)
-    assert drawn.step_seconds_p90 - found.step_seconds == pytest.approx(0.5 * 1.5, abs=0.05)
+    assert drawn.step_seconds_p90 - result.step_seconds == pytest.approx(0.5 * 1.5, abs=0.05)
 
 
 @pytest.mark.parametrize(("staleness", "decoding"), [(0, 1.0), (1, 1.0), (0, 20.0)])
@@ -72,12 +72,12 @@ def test_the_best_split_is_the_best_of_all(staleness: int, decoding: float) -> N
     sizes = settings(staleness, groups=16)
     counts, tried = configured(sizes), []
 
-    def simulate(by: Any) -> Prediction:
-        tried.append(dict(by))
-        return predict(sizes, given, by, APART, steps=6)
+    def simulate(config: Any) -> Prediction:
+        tried.append(dict(config))
+        return predict(sizes, given, config, APART, steps=6)
 
-    found = best(of_gpus(sizes, counts, 12), given, counts, simulate)
-    assert all(by["generator"] + by["reference"] + by["learner"] <= 12 for by in tried)
+    result = best(of_gpus(sizes, counts, 12), given, counts, simulate)
+    assert all(config["generator"] + config["reference"] + config["learner"] <= 12 for config in tried)
     assert len(tried) < 150, "of 2640"
     every = [
         simulate({"generator": generators, "scorer": scorers, "reference": references, "learner": ranks})
@@ -86,23 +86,25 @@ def test_the_best_split_is_the_best_of_all(staleness: int, decoding: float) -> N
         )
         if generators + references + ranks == 12
     ]
-    assert found[0].step_seconds <= 1.01 * min(each.step_seconds for each in every)
+    assert result[0].step_seconds <= 1.01 * min(item.step_seconds for item in every)
 
 
 def test_a_slow_role_gets_the_devices() -> None:
     sizes = settings(2, groups=16)
     slow = rates(generator={"sequence_seconds": 4.0})
-    found = best(of_gpus(sizes, configured(sizes), 10), slow, configured(sizes), lambda by: predict(sizes, slow, by, APART, steps=8))  # fmt: skip
-    assert found[0].counts["generator"] >= 7
+    result = best(of_gpus(sizes, configured(sizes), 10), slow, configured(sizes), lambda config: predict(sizes, slow, config, APART, steps=8))  # fmt: skip
+    assert result[0].counts["generator"] >= 7
 
 
 def test_on_shared_cores_more_workers_do_not_help() -> None:
     sizes = settings(1, groups=8, **{name: {"threads": 1} for name in ("generators", "reference", "learners")})
     counts, machine = configured(sizes), Machine(cores=1.0)
-    found = best(of_cpus(sizes, counts, 2), rates(), counts, lambda by: predict(sizes, rates(), by, machine, steps=8))
-    assert sum(found[0].counts.values()) <= 5
+    result = best(
+        of_cpus(sizes, counts, 2), rates(), counts, lambda config: predict(sizes, rates(), config, machine, steps=8)
+    )
+    assert sum(result[0].counts.values()) <= 5
     alone = predict(sizes, rates(), counts, machine, steps=8)
-    assert found[0].step_seconds > 0.9 * alone.step_seconds
+    assert result[0].step_seconds > 0.9 * alone.step_seconds
 
 
 def test_a_budget_too_small_for_one_of_each_is_refused() -> None:
@@ -115,18 +117,21 @@ def test_memory_is_bytes_a_parameter() -> None:
     sizes = settings()
     for stage, num_bytes in ((1, 2 + 2 + 12 / 8), (2, 2 + (2 + 12) / 8), (3, (2 + 2 + 12) / 8)):
         learners = sizes.learners.model_copy(update={"zero_stage": stage})
-        found = {each.role: each for each in footprints(sizes.model_copy(update={"learners": learners}), 7 * 10**9, 8)}
-        assert found["learner"].num_bytes == pytest.approx(7e9 * num_bytes)
-    assert found["generator"].num_bytes == 14e9 + 2**30
-    assert found["reference"].num_bytes == 14e9
-    assert found["node"].parts == {"published weights, old and new": 28e9}
+        result = {
+            footprint.role: footprint
+            for footprint in footprints(sizes.model_copy(update={"learners": learners}), 7 * 10**9, 8)
+        }
+        assert result["learner"].num_bytes == pytest.approx(7e9 * num_bytes)
+    assert result["generator"].num_bytes == 14e9 + 2**30
+    assert result["reference"].num_bytes == 14e9
+    assert result["node"].parts == {"published weights, old and new": 28e9}
 
 
 @pytest.mark.parametrize(("stage", "num_bytes"), [(1, 4 + 4 + 12 / 8), (2, 4 + (4 + 12) / 8), (3, (4 + 4 + 8) / 8)])
 def test_in_fp32_only_stage_3_keeps_no_second_copy_of_the_weights(stage: int, num_bytes: float) -> None:
     """DeepSpeed 0.19.8: stage_1_and_2.py:560 clones the partition whatever its type, stage3.py:1162 does not."""
     sizes = settings(learners={"zero_stage": stage, "precision": "fp32"})
-    (learner,) = [each for each in footprints(sizes, 10**9, 8) if each.role == "learner"]
+    (learner,) = [footprint for footprint in footprints(sizes, 10**9, 8) if footprint.role == "learner"]
     assert learner.num_bytes == pytest.approx(1e9 * num_bytes)
 
 
@@ -141,7 +146,7 @@ def test_a_tensor_parallel_generator_takes_all_its_devices() -> None:
     assert budget.most == {"generator": 2, "reference": 16, "scorer": 8, "learner": 8}
     assert budget.allows({"generator": 1, "reference": 2, "scorer": 1, "learner": 3})
     assert not budget.allows({"generator": 2, "reference": 1, "scorer": 1, "learner": 1})
-    (generator,) = [each for each in footprints(sizes, 10**9, 1) if each.role == "generator"]
+    (generator,) = [footprint for footprint in footprints(sizes, 10**9, 1) if footprint.role == "generator"]
     assert generator.parts == {"weights": 2e9 / 4, "KV cache": 2**30}, "of one of the four"
     far = rates(weights={"node_seconds": 0.5})
     three, two = (predict(sizes, far, {**counts, "generator": count}, APART).step_seconds for count in (5, 4))
@@ -181,7 +186,7 @@ def test_the_command_plans_with_given_rates(tmp_path: Path, capsys: pytest.Captu
         "2",
     ]
     tree = json.loads(plan(capsys, *arguments, "--save-rates", str(saved), "--json"))
-    assert [each["max_staleness"] for each in tree["plans"]] == [0, 2]
+    assert [item["max_staleness"] for item in tree["plans"]] == [0, 2]
     assert tree["plans"][0]["configured"]["step_seconds"] == pytest.approx(10.125)
     best_counts = tree["plans"][1]["best"][0]["counts"]
     assert best_counts["generator"] + best_counts["reference"] + best_counts["learner"] <= 6
@@ -223,8 +228,8 @@ def test_the_same_counts_take_the_same_time_in_both_tables(tmp_path: Path, capsy
     given = tmp_path / "rates.yaml"
     given.write_text(yaml.safe_dump(GIVEN))
     arguments = [str(config_file(tmp_path)), "evaluation.every_steps=7", "--rates", str(given), "--gpus", "3", "--json"]
-    (found,) = json.loads(plan(capsys, *arguments))["plans"]
-    assert found["best"][0] == found["configured"]
+    (result,) = json.loads(plan(capsys, *arguments))["plans"]
+    assert result["best"][0] == result["configured"]
 
 
 def test_what_is_wrong_is_said_before_minutes_of_measuring(

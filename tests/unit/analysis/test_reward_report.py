@@ -27,28 +27,30 @@ def test_a_tie_is_half_right() -> None:
 def test_bins_are_those_of_brute_force(bins: int) -> None:
     rng = np.random.default_rng(0)
     margins = np.concatenate([rng.normal(0, 2, 500), [0.0, 0.0, 50.0, -50.0, 800.0, -800.0]])
-    found = reward_report.calibration(margins, bins)
+    result = reward_report.calibration(margins, bins)
     width = 0.5 / bins
     place = 0
     for number in range(bins):
         low, high = 0.5 + number * width, 0.5 + (number + 1) * width
         last = number == bins - 1
-        own = [m for m in margins if low <= 1 / (1 + math.exp(-min(abs(m), 700))) and (last or sigma(abs(m)) < high)]
-        if not own:
+        subject = [
+            m for m in margins if low <= 1 / (1 + math.exp(-min(abs(m), 700))) and (last or sigma(abs(m)) < high)
+        ]
+        if not subject:
             continue
-        one, place = found[place], place + 1
-        assert (one.low, one.high, one.pairs) == (pytest.approx(low), pytest.approx(high), len(own))
-        assert one.predicted == pytest.approx(np.mean([sigma(min(abs(m), 700)) for m in own]))
-        assert one.observed == pytest.approx(np.mean([1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in own]))
-    assert place == len(found) and sum(one.pairs for one in found) == len(margins)
+        one, place = result[place], place + 1
+        assert (one.low, one.high, one.pairs) == (pytest.approx(low), pytest.approx(high), len(subject))
+        assert one.predicted == pytest.approx(np.mean([sigma(min(abs(m), 700)) for m in subject]))
+        assert one.observed == pytest.approx(np.mean([1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in subject]))
+    assert place == len(result) and sum(one.pairs for one in result) == len(margins)
 
 
 def test_the_expected_calibration_error_by_hand() -> None:
     """Four choices at 0.6 of which three are right, one at 0.9 that is wrong: (4 * 0.15 + 1 * 0.9) / 5 = 0.3."""
     margins = np.array([logit(0.6)] * 3 + [-logit(0.6)] + [-logit(0.9)])
-    found = reward_report.calibration(margins, 5)
-    assert [(one.pairs, one.observed) for one in found] == [(4, 0.75), (1, 0.0)]
-    assert reward_report.calibration_error(found) == pytest.approx(0.3)
+    result = reward_report.calibration(margins, 5)
+    assert [(one.pairs, one.observed) for one in result] == [(4, 0.75), (1, 0.0)]
+    assert reward_report.calibration_error(result) == pytest.approx(0.3)
 
 
 def test_a_calibrated_model_has_no_error() -> None:
@@ -65,13 +67,13 @@ def lengths(*pairs: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_model_that_is_always_sure_and_right_or_wrong(sign: float) -> None:
     scores = sign * np.full((1, 6), 30.0)
-    found = reward_report.report(scores, -scores, lengths(*[(3, 3)] * 6))
-    assert found["accuracy"] == dict.fromkeys(("mean", "low", "high"), 1.0 if sign > 0 else 0.0)
-    assert found["calibration_error"] == pytest.approx(0.0 if sign > 0 else 1.0)
-    assert found["loss"] == pytest.approx(0.0 if sign > 0 else 60.0)
-    assert len(found["calibration"]) == 1 and found["calibration"][0]["high"] == 1.0
-    assert found["length_correlation"] is None or abs(found["length_correlation"]) <= 1
-    assert (found["prefers_longer"], found["label_prefers_longer"]) == (None, None)
+    result = reward_report.report(scores, -scores, lengths(*[(3, 3)] * 6))
+    assert result["accuracy"] == dict.fromkeys(("mean", "low", "high"), 1.0 if sign > 0 else 0.0)
+    assert result["calibration_error"] == pytest.approx(0.0 if sign > 0 else 1.0)
+    assert result["loss"] == pytest.approx(0.0 if sign > 0 else 60.0)
+    assert len(result["calibration"]) == 1 and result["calibration"][0]["high"] == 1.0
+    assert result["length_correlation"] is None or abs(result["length_correlation"]) <= 1
+    assert (result["prefers_longer"], result["label_prefers_longer"]) == (None, None)
 
 
 def test_a_report_is_that_of_its_pairs() -> None:
@@ -79,29 +81,29 @@ def test_a_report_is_that_of_its_pairs() -> None:
     chosen, rejected = rng.normal(0.4, 1, (3, 40)), rng.normal(0, 1, (3, 40))
     sizes = rng.integers(1, 50, (2, 40)).astype(float)
     sizes[0, :3] = sizes[1, :3]
-    found = reward_report.report(chosen, rejected, (sizes[0], sizes[1]))
+    result = reward_report.report(chosen, rejected, (sizes[0], sizes[1]))
     margins = [float(np.mean(chosen[:, p]) - np.mean(rejected[:, p])) for p in range(40)]
-    assert found["pairs"] == 40
-    assert found["accuracy"]["mean"] == pytest.approx(sum(m > 0 for m in margins) / 40)
-    assert found["accuracy"]["low"] < found["accuracy"]["mean"] < found["accuracy"]["high"]
-    assert found["member_accuracies"] == pytest.approx([(chosen[m] > rejected[m]).mean() for m in range(3)])
-    assert found["loss"] == pytest.approx(np.mean([-math.log(sigma(m)) for m in margins]))
-    assert (found["margin_mean"], found["margin_std"]) == (
+    assert result["pairs"] == 40
+    assert result["accuracy"]["mean"] == pytest.approx(sum(m > 0 for m in margins) / 40)
+    assert result["accuracy"]["low"] < result["accuracy"]["mean"] < result["accuracy"]["high"]
+    assert result["member_accuracies"] == pytest.approx([(chosen[m] > rejected[m]).mean() for m in range(3)])
+    assert result["loss"] == pytest.approx(np.mean([-math.log(sigma(m)) for m in margins]))
+    assert (result["margin_mean"], result["margin_std"]) == (
         pytest.approx(np.mean(margins)),
         pytest.approx(np.std(margins)),
     )
     everything = [column for side in (chosen, rejected) for column in side.T]
-    assert found["member_std"] == pytest.approx(np.mean([np.std(column) for column in everything]))
+    assert result["member_std"] == pytest.approx(np.mean([np.std(column) for column in everything]))
     scores, characters = [np.mean(column) for column in everything], [*sizes[0], *sizes[1]]
     ranks = [stats.rankdata(values) for values in (scores, characters)]
-    assert found["length_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert result["length_correlation"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     differ = [(m, a - b) for m, a, b in zip(margins, *sizes, strict=True) if a != b]
-    assert found["prefers_longer"] == pytest.approx(np.mean([(m > 0) == (d > 0) for m, d in differ]))
-    assert found["label_prefers_longer"] == pytest.approx(np.mean([d > 0 for _, d in differ]))
-    assert json.loads(json.dumps(found)) == found
+    assert result["prefers_longer"] == pytest.approx(np.mean([(m > 0) == (d > 0) for m, d in differ]))
+    assert result["label_prefers_longer"] == pytest.approx(np.mean([d > 0 for _, d in differ]))
+    assert json.loads(json.dumps(result)) == result
 
 
 def test_of_one_model_the_members_do_not_differ() -> None:
-    found = reward_report.report(np.array([[1.0, 2.0]]), np.array([[0.0, 3.0]]), lengths((1, 2), (3, 1)))
-    assert found["member_std"] == 0.0 and found["member_accuracies"] == [0.5]
-    assert (found["prefers_longer"], found["label_prefers_longer"]) == (0.0, 0.5)
+    result = reward_report.report(np.array([[1.0, 2.0]]), np.array([[0.0, 3.0]]), lengths((1, 2), (3, 1)))
+    assert result["member_std"] == 0.0 and result["member_accuracies"] == [0.5]
+    assert (result["prefers_longer"], result["label_prefers_longer"]) == (0.0, 0.5)

@@ -51,14 +51,14 @@ CASES = {
 def test_the_simulation_does_what_the_real_controller_does(name: str, seed: int, tmp_path: Path) -> None:
     sizes, means = CASES[name]
     durations = jumping.Drawn(means, seed)
-    here, there = simulated(sizes, durations), jumping.real(tmp_path, sizes, durations)
-    for own, real in ((here.admitted, there.admitted), (here.accepted, there.accepted)):
-        assert [tickets for _, tickets in own] == [tickets for _, tickets in real]
-        assert [time for time, _ in own] == pytest.approx([time for time, _ in real])
-    assert here.recorded == pytest.approx(there.recorded)
+    here, present = simulated(sizes, durations), jumping.real(tmp_path, sizes, durations)
+    for subject, real in ((here.admitted, present.admitted), (here.accepted, present.accepted)):
+        assert [tickets for _, tickets in subject] == [tickets for _, tickets in real]
+        assert [time for time, _ in subject] == pytest.approx([time for time, _ in real])
+    assert here.recorded == pytest.approx(present.recorded)
     assert len(here.recorded) == sizes.steps
-    assert here.staleness == there.staleness
-    for own_counts, real_counts in zip(here.counted, there.counted, strict=True):
+    assert here.staleness == present.staleness
+    for own_counts, real_counts in zip(here.counted, present.counted, strict=True):
         assert flat(own_counts) == pytest.approx(flat(real_counts))
 
 
@@ -132,7 +132,7 @@ def test_exponential_stages_are_an_m_m_1_queue_with_as_many_places_as_the_bound(
     rho, places = 1.0 / scorer, 1 + staleness  # load of the learner, mean step 1 s
     idle = 1 / (places + 1) if rho == 1 else (1 - rho) / (1 - rho ** (places + 1))
     assert line.recorded[-1] / sizes.steps == pytest.approx(1 / (1 - idle), rel=0.03)
-    waited = sum(sum(each.get("idle_seconds_total", {}).get(f"learner/{on}", 0.0) for on in ("scorer", "driver")) for each in line.counted)  # fmt: skip
+    waited = sum(sum(item.get("idle_seconds_total", {}).get(f"learner/{on}", 0.0) for on in ("scorer", "driver")) for item in line.counted)  # fmt: skip
     assert waited / line.recorded[-1] == pytest.approx(idle, abs=0.015)
 
 
@@ -170,7 +170,7 @@ def ends(cores: float, jobs: list[tuple[float, float, float]]) -> list[float]:
         done[place] = clock.now
 
     def everyone() -> Process:
-        yield from [clock.spawn(job(place, *each)) for place, each in enumerate(jobs)]
+        yield from [clock.spawn(job(place, *item)) for place, item in enumerate(jobs)]
 
     clock.run(clock.spawn(everyone()))
     return done

@@ -175,7 +175,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "rollouts deleted": (delete(STEP_3), STEP_3),
     "last rollouts deleted": (delete("rollouts/step-000005.arrow"), "rollouts/step-000005.arrow"),
     "rollouts truncated": (truncate(STEP_3), STEP_3),
-    "rollouts of nobody": (lambda run: shutil.copy(run / STEP_3, run / "rollouts/step-000009.arrow"), LEDGER),
+    "rollouts without a line": (lambda run: shutil.copy(run / STEP_3, run / "rollouts/step-000009.arrow"), LEDGER),
     "manifest deleted": (delete(LEDGER), LEDGER),
     "line deleted": (manifest(lambda lines: lines[:2] + lines[3:]), LEDGER),
     "last line deleted": (manifest(lambda lines: lines[:-1]), LEDGER),
@@ -234,7 +234,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "checkpoint took more": (state(lambda it: it["buffer"].update(taken=11)), f"{LAST}/state.json"),
     "checkpoint counts less": (state(lambda it: it["totals"].update(steps_total=4.0)), f"{LAST}/state.json"),
     "checkpoint without buffer": (state(lambda it: it.pop("buffer")), LAST),
-    "checkpoint of a step nobody recorded": (
+    "checkpoint of a step that was not recorded": (
         lambda run: shutil.copytree(run / LAST, run / "checkpoints/step-000007") and None,
         "metrics.jsonl",
     ),
@@ -367,8 +367,8 @@ def test_a_difference_is_found_and_named(original: Path, run: Path, name: str) -
 def test_who_made_a_row_and_how_long_it_took_is_no_difference(original: Path, run: Path) -> None:
     for name, value in {"generator": "another", "scorer": "another", "generate_seconds": 9.0}.items():
         column(name, lambda old, value=value: [value] * len(old))(run)
-    found = verify.compare(run, original)
-    assert {finding.file.partition(" ")[0] for finding in found} <= {"metrics.jsonl"}  # longer names, larger files
+    result = verify.compare(run, original)
+    assert {finding.file.partition(" ")[0] for finding in result} <= {"metrics.jsonl"}  # longer names, larger files
 
 
 # ---- the command
@@ -392,9 +392,9 @@ def test_the_command_shows_and_exits(
     assert keel(monkeypatch, "verify", run) == 1
     assert "Finding  rollouts/step-000002.arrow: expected the rows" in capsys.readouterr().out
     assert keel(monkeypatch, "verify", run, "--against", original, "--json") == 1
-    found = json.loads(capsys.readouterr().out)
-    assert (found["intact"], found["counts"]["steps"], len(found["differences"])) == (False, STEPS, 1)
-    assert found["findings"][0]["file"] == "rollouts/step-000002.arrow"
+    result = json.loads(capsys.readouterr().out)
+    assert (result["intact"], result["counts"]["steps"], len(result["differences"])) == (False, STEPS, 1)
+    assert result["findings"][0]["file"] == "rollouts/step-000002.arrow"
     assert keel(monkeypatch, "verify", original, "--against", run, "--json") == 1
     assert json.loads(capsys.readouterr().out)["intact"] is True
 

@@ -1,4 +1,4 @@
-"""A run killed before any single write to disk is in order, goes on, and ends as the run that was never killed."""
+"""A run killed before any single write to disk is in order, resumes, and ends as the run that was never killed."""
 
 import contextlib
 import tempfile
@@ -13,8 +13,8 @@ SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None  # fsync is slow on 
 
 
 def writer(folder: str, name: str, staleness: int, checkpoints: int = 2) -> Writer:
-    by = settings(staleness, checkpoint={"every_steps": checkpoints, "keep": 1})
-    return Writer(Path(folder) / name, by, failing=frozenset({1, 6}), lost=frozenset({3}))
+    config = settings(staleness, checkpoint={"every_steps": checkpoints, "keep": 1})
+    return Writer(Path(folder) / name, config, failing=frozenset({1, 6}), lost=frozenset({3}))
 
 
 @pytest.mark.parametrize(("staleness", "checkpoints", "stride"), [(0, 2, 3), (1, 2, 7), (2, 2, 11), (0, 0, 11)])

@@ -35,25 +35,25 @@ def by_another_optimizer(won: np.ndarray, difference: np.ndarray, weights: np.nd
         return -total + 0.005 * math.log(ratio) ** 2
 
     start = minus_objective(np.array([0.1, 0.1]))
-    found = optimize.minimize(
+    result = optimize.minimize(
         minus_objective, [0.1, 0.1], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
     )
-    assert found.fun < start
-    return float(special.expit(found.x[0]))
+    assert result.fun < start
+    return float(special.expit(result.x[0]))
 
 
 # ---- wins and plain rates
 
 
 def test_wins_by_hand() -> None:
-    own, other = np.array([2.0, 1.0, 0.0, NAN, 1.0, NAN, math.inf]), np.array([1.0, 1.0, 3.0, 0.0, NAN, NAN, 1.0])
-    assert win_rates.wins(own, other) == pytest.approx([1, 0.5, 0, NAN, NAN, NAN, 1], nan_ok=True)
+    first, other = np.array([2.0, 1.0, 0.0, NAN, 1.0, NAN, math.inf]), np.array([1.0, 1.0, 3.0, 0.0, NAN, NAN, 1.0])
+    assert win_rates.wins(first, other) == pytest.approx([1, 0.5, 0, NAN, NAN, NAN, 1], nan_ok=True)
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_a_win_is_the_other_sides_loss(scores: list[tuple[int, int]]) -> None:
-    own, other = np.array(scores, float).T
-    assert win_rates.wins(own, other) + win_rates.wins(other, own) == pytest.approx(1)
+    first, other = np.array(scores, float).T
+    assert win_rates.wins(first, other) + win_rates.wins(other, first) == pytest.approx(1)
 
 
 def test_a_failed_judge_is_neither_win_nor_loss() -> None:
@@ -67,9 +67,9 @@ def test_a_failed_judge_is_neither_win_nor_loss() -> None:
 
 def test_the_interval_of_a_win_rate_is_binomial_where_it_should_be() -> None:
     wins = (np.arange(400) < 120).astype(float)
-    found, half = win_rates.win_rate(wins), 1.96 * math.sqrt(0.3 * 0.7 / 400)
-    assert found.mean == pytest.approx(0.3)
-    assert (found.low, found.high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.007)
+    result, half = win_rates.win_rate(wins), 1.96 * math.sqrt(0.3 * 0.7 / 400)
+    assert result.mean == pytest.approx(0.3)
+    assert (result.low, result.high) == pytest.approx((0.3 - half, 0.3 + half), abs=0.007)
 
 
 def test_prompts_are_resampled_not_their_samples() -> None:
@@ -108,9 +108,9 @@ def test_so_it_is_with_several_samples_a_prompt() -> None:
     prompts = np.repeat(np.arange(12), np.arange(1, 13))
     difference, won = rng.normal(20, 40, len(prompts)), rng.integers(0, 2, len(prompts)).astype(float)
     weights = 1 / (prompts + 1)
-    found = controlled(won, difference, prompts).mean
-    assert found == pytest.approx(by_another_optimizer(won, difference, weights), abs=1e-6)
-    assert abs(found - controlled(won, difference).mean) > 1e-3
+    result = controlled(won, difference, prompts).mean
+    assert result == pytest.approx(by_another_optimizer(won, difference, weights), abs=1e-6)
+    assert abs(result - controlled(won, difference).mean) > 1e-3
 
 
 def test_two_lengths_have_a_closed_form() -> None:
@@ -138,18 +138,18 @@ def test_the_interval_covers_the_truth() -> None:
     for _ in range(40):
         difference = rng.normal(10, 40, 80)
         won = (rng.random(80) < special.expit(0.4 + 1.5 * np.tanh(difference / 40))).astype(float)
-        found = controlled(won, difference)
-        held += found.low <= truth <= found.high
+        result = controlled(won, difference)
+        held += result.low <= truth <= result.high
     assert 34 <= held <= 40
 
 
 def test_where_length_separates_wins_from_losses_the_rate_is_finite() -> None:
     difference = np.linspace(-30, 30, 40)
     won = (difference > 0).astype(float)
-    found = controlled(won, difference)
-    assert found.mean == pytest.approx(0.5, abs=1e-6)
-    assert found.mean == pytest.approx(by_another_optimizer(won, difference), abs=1e-6)
-    assert 0 <= found.low < 0.5 < found.high <= 1
+    result = controlled(won, difference)
+    assert result.mean == pytest.approx(0.5, abs=1e-6)
+    assert result.mean == pytest.approx(by_another_optimizer(won, difference), abs=1e-6)
+    assert 0 <= result.low < 0.5 < result.high <= 1
     needs_more = (difference > 15).astype(float)
     assert controlled(needs_more, difference).mean < 0.05 < win_rates.win_rate(needs_more).mean
 
@@ -179,10 +179,10 @@ def test_too_little_to_say_anything() -> None:
 def test_the_other_side_has_the_rest(seed: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     won, difference = rng.choice([0.0, 0.5, 1.0], count), rng.integers(-20, 20, count).astype(float)
-    own, other = controlled(won, difference), controlled(1 - won, -difference)
-    assert own.mean + other.mean == pytest.approx(1, abs=1e-7)
-    assert own.low - 1e-9 <= own.mean <= own.high + 1e-9
-    assert (own.low + other.high, own.high + other.low) == pytest.approx((1, 1), abs=1e-5)
+    first, other = controlled(won, difference), controlled(1 - won, -difference)
+    assert first.mean + other.mean == pytest.approx(1, abs=1e-7)
+    assert first.low - 1e-9 <= first.mean <= first.high + 1e-9
+    assert (first.low + other.high, first.high + other.low) == pytest.approx((1, 1), abs=1e-5)
 
 
 # ---- pass@k
@@ -190,14 +190,14 @@ def test_the_other_side_has_the_rest(seed: int, count: int) -> None:
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_success() -> None:
     correct = np.array([[i < c for i in range(7)] for c in range(8)])
-    found = win_rates.pass_at_k(correct, range(1, 8))
+    result = win_rates.pass_at_k(correct, range(1, 8))
     for k in range(1, 8):
         subsets = list(itertools.combinations(range(7), k))
-        each = [sum(any(row[i] for i in subset) for subset in subsets) / len(subsets) for row in correct]
-        assert found[k].mean == pytest.approx(np.mean(each), abs=1e-14)
-        interval = estimate(np.array(each))
-        assert (found[k].low, found[k].high) == pytest.approx((interval.low, interval.high), abs=0.02)
-    assert found[1].mean == pytest.approx(correct.mean())
+        item = [sum(any(row[i] for i in subset) for subset in subsets) / len(subsets) for row in correct]
+        assert result[k].mean == pytest.approx(np.mean(item), abs=1e-14)
+        interval = estimate(np.array(item))
+        assert (result[k].low, result[k].high) == pytest.approx((interval.low, interval.high), abs=0.02)
+    assert result[1].mean == pytest.approx(correct.mean())
 
 
 @given(st.integers(1, 40), st.data())
@@ -219,8 +219,8 @@ def test_pass_at_k_is_unbiased() -> None:
     """Each of 5 samples is right with chance 0.3: pass@3 is 1 - 0.7^3 on average; the naive 1 - (1 - c/n)^3 is not."""
     correct = np.random.default_rng(5).random((2_000, 5)) < 0.3
     naive = 1 - (1 - correct.mean(axis=1)) ** 3
-    found = win_rates.pass_at_k(correct, [3])[3]
-    assert found.low < 1 - 0.7**3 < found.high
+    result = win_rates.pass_at_k(correct, [3])[3]
+    assert result.low < 1 - 0.7**3 < result.high
     assert abs(naive.mean() - (1 - 0.7**3)) > 0.03
 
 

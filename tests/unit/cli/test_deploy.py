@@ -28,8 +28,8 @@ def deploy(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None
 def test_committed_files_are_what_the_code_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert deploy(monkeypatch, "grafana", "--output", str(tmp_path)) == 0
     written = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    there = {path.relative_to(COMMITTED): path.read_bytes() for path in COMMITTED.rglob("*") if path.is_file()}
-    assert written == there
+    present = {path.relative_to(COMMITTED): path.read_bytes() for path in COMMITTED.rglob("*") if path.is_file()}
+    assert written == present
 
 
 @pytest.mark.parametrize(("more", "code"), [((), 2), (("--force",), 0)])
@@ -75,15 +75,15 @@ def test_files_come_from_inside_the_package_where_they_are(tmp_path: Path, monke
 
 def test_the_wheel_has_the_files(tmp_path: Path) -> None:
     """All of `deploy` inside the package; in an editable installation none, where they would grow old."""
-    found = {}
+    result = {}
     for version in ("standard", "editable"):
         for path in WheelBuilder(str(REPOSITORY)).build(directory=str(tmp_path), versions=[version]):
             with zipfile.ZipFile(path) as wheel:
-                found[version] = {name: wheel.read(name) for name in wheel.namelist()}
-    there = [path for path in (REPOSITORY / "deploy").rglob("*") if path.is_file()]
-    expected = {f"keel/{path.relative_to(REPOSITORY)}": path.read_bytes() for path in there}
-    assert {name: text for name, text in found["standard"].items() if name.startswith("keel/deploy/")} == expected
-    assert [name for name in found["editable"] if name.startswith("keel/")] == []
+                result[version] = {name: wheel.read(name) for name in wheel.namelist()}
+    present = [path for path in (REPOSITORY / "deploy").rglob("*") if path.is_file()]
+    expected = {f"keel/{path.relative_to(REPOSITORY)}": path.read_bytes() for path in present}
+    assert {name: text for name, text in result["standard"].items() if name.startswith("keel/deploy/")} == expected
+    assert [name for name in result["editable"] if name.startswith("keel/")] == []
 
 
 def test_provisioning_names_the_folder_and_the_source_by_type() -> None:
@@ -103,7 +103,7 @@ def test_grafana_knows_how_often_prometheus_scrapes() -> None:
     interval = source["jsonData"]["timeInterval"]
     assert interval == yaml.safe_load(scraping.read_text())["global"]["scrape_interval"]
     endpoints = made()["PodMonitor"]["spec"]["podMetricsEndpoints"]
-    assert [each["interval"] for each in endpoints if each["port"] == "keel-metrics"] == [interval]
+    assert [endpoint["interval"] for endpoint in endpoints if endpoint["port"] == "keel-metrics"] == [interval]
 
 
 def test_without_output_it_says_what_there_is(

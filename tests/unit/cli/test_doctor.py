@@ -19,10 +19,10 @@ def checks(capsys: pytest.CaptureFixture[str]) -> tuple[bool, dict[str, Any]]:
 
 
 def test_every_part_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
-    _, found = checks(capsys)
+    _, result = checks(capsys)
     expected = {"python", "compiler", "memory", "shared memory", "metrics port", "vllm", "torchvision", *doctor.TESTED}
-    assert set(found) == expected
-    assert found["torch"]["finding"].startswith("2.")
+    assert set(result) == expected
+    assert result["torch"]["finding"].startswith("2.")
 
 
 def test_a_missing_compiler_and_a_wrong_package_are_found(
@@ -30,10 +30,10 @@ def test_a_missing_compiler_and_a_wrong_package_are_found(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setitem(doctor.TESTED, "no-such-package", "1.0")
-    healthy, found = checks(capsys)
+    healthy, result = checks(capsys)
     assert not healthy
-    assert found["compiler"]["finding"] == "missing: gcc, g++"
-    assert found["no-such-package"]["finding"] == "not installed (tested with 1.0)"
+    assert result["compiler"]["finding"] == "missing: gcc, g++"
+    assert result["no-such-package"]["finding"] == "not installed (tested with 1.0)"
 
 
 @pytest.mark.parametrize(

@@ -74,12 +74,12 @@ class Server:
         return submission_id
 
     def _run(self, job: str) -> None:
-        own = self.jobs[job]
-        self.asked.append(own["entrypoint"])
-        shell = own["entrypoint"].replace("python -m", f"{sys.executable} -m")
-        folder, bare = own["runtime_env"]["working_dir"], {"PATH": os.environ["PATH"]}  # Keel is what came along
+        subject = self.jobs[job]
+        self.asked.append(subject["entrypoint"])
+        shell = subject["entrypoint"].replace("python -m", f"{sys.executable} -m")
+        folder, bare = subject["runtime_env"]["working_dir"], {"PATH": os.environ["PATH"]}  # Keel is what came along
         done = subprocess.run(shell, shell=True, cwd=folder, env=bare, capture_output=True, text=True)
-        own["logs"] += done.stdout + done.stderr
+        subject["logs"] += done.stdout + done.stderr
         self.end(job, "FAILED" if done.returncode else "SUCCEEDED", done.returncode)
 
     def end(self, job: str, status: str, code: int | None = None) -> None:
@@ -92,7 +92,7 @@ class Server:
 
     def list_jobs(self) -> list[JobDetails]:
         driver = JobDetails(type="DRIVER", job_id="01000000", status="RUNNING", entrypoint="python other.py")
-        return [driver, *(JobDetails(**own) for own in reversed(self.jobs.values()))]
+        return [driver, *(JobDetails(**job) for job in reversed(self.jobs.values()))]
 
     def get_job_logs(self, job: str) -> str:
         return self.jobs[job]["logs"]
@@ -155,17 +155,17 @@ def submit(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any
 def test_what_is_submitted_runs_the_configuration_as_it_was_given(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = submit(capsys, "run.steps=7")
+    answer = submit(capsys, "run.steps=7")
     (job,) = server.jobs
-    own = server.jobs[job]
-    assert said["job"] == job == "keel-mine-" + job[-8:] and said["new"] and said["attempt"] == 1
-    assert own["entrypoint"] == "python -m keel train config.yaml"
-    assert own["options"] == {"entrypoint_num_cpus": 0.5, "entrypoint_resources": {"head": 1.0}}
+    subject = server.jobs[job]
+    assert answer["job"] == job == "keel-mine-" + job[-8:] and answer["new"] and answer["attempt"] == 1
+    assert subject["entrypoint"] == "python -m keel train config.yaml"
+    assert subject["options"] == {"entrypoint_num_cpus": 0.5, "entrypoint_resources": {"head": 1.0}}
     staged = loader.load(tmp_path / "cluster" / job / "config.yaml")
     here = loader.load("config.yaml", ["run.steps=7", "prompts.source=files/prompts.jsonl", "cluster.address=null"])
     assert staged == here and (tmp_path / "cluster" / job / "files" / "prompts.jsonl").is_file()
-    metadata = own["metadata"]
-    assert metadata["keel_digest"] == loader.digest(staged) == said["digest"]
+    metadata = subject["metadata"]
+    assert metadata["keel_digest"] == loader.digest(staged) == answer["digest"]
     assert (metadata["keel_run"], metadata["keel_directory"]) == ("mine", str(tmp_path / "runs" / "mine"))
 
 
@@ -215,7 +215,7 @@ def test_status_lists_jobs_and_asks_the_run_beside_itself(
     server.end(job, "FAILED", 130)  # its uploaded files may be gone: the next question brings its own
     shutil.rmtree(tmp_path / "cluster" / job)
     listed = json.loads(keel(capsys, "status", "--address", ADDRESS, "--json"))["jobs"]
-    assert [(each["run"], each["attempt"], each["state"]) for each in listed] == [("mine", 1, "STOPPED")]
+    assert [(item["run"], item["attempt"], item["state"]) for item in listed] == [("mine", 1, "STOPPED")]
     assert "step 2 of 4" in keel(capsys, "status", "mine", "--address", ADDRESS)
 
 
@@ -250,13 +250,13 @@ def test_a_silent_log_is_followed_as_long_as_the_server_answers(
     monkeypatch.setattr(server, "get_job_info", info)
     monkeypatch.setattr(server, "tail_job_logs", silent)
     monkeypatch.setattr(jobs, "_SILENCE_SECONDS", 0.05)
-    said: list[str] = []
+    answer: list[str] = []
     with pytest.raises(requests.ConnectTimeout, match="gone"):
-        jobs.follow(server, job, said.append)  # type: ignore[arg-type]
-    assert said == ["a line\n"] and asked == 3
+        jobs.follow(server, job, answer.append)  # type: ignore[arg-type]
+    assert answer == ["a line\n"] and asked == 3
     asked = -1000
     server.end(job, "FAILED", 1)
-    assert jobs.follow(server, job, said.append).state == "FAILED"  # type: ignore[arg-type]
+    assert jobs.follow(server, job, answer.append).state == "FAILED"  # type: ignore[arg-type]
 
 
 def test_a_run_that_has_begun_and_cannot_be_asked_can_be_ended(
@@ -290,7 +290,7 @@ def test_stop_now_ends_the_job_and_what_is_not_alive_is_refused(
     server.jobs[job]["status"] = "RUNNING"
     write_run(tmp_path / "runs" / "mine")
     line = keel(capsys, "stop", "mine", "--address", ADDRESS, code=2)
-    assert "broken off at step 2 of 4" in line, "the command on the cluster finds nobody at work"
+    assert "broken off at step 2 of 4" in line, "the command on the cluster finds no live process"
     assert json.loads(keel(capsys, "stop", "mine", "--address", ADDRESS, "--now", "--json"))["job"] == job
     assert server.jobs[job]["status"] == "STOPPED"
     assert "is over (STOPPED)" in keel(capsys, "stop", "mine", "--address", ADDRESS, code=2)
@@ -308,11 +308,11 @@ def write_run(directory: Path) -> None:
 def test_where_a_run_stands_comes_from_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     write_run(run)
-    found = run_status.of(run)
+    result = run_status.of(run)
     last = files.read_json_lines(run / "metrics.jsonl")[-1]
-    assert (found["state"], found["step"], found["steps"], found["checkpoint"]) == ("broken off", 2, 4, 2)
-    assert (found["wanted"], found["present"]) == ({"generator": 2}, {"generator": 1})
-    assert found["reward"] == last.get("reward") and found["event"] is None
+    assert (result["state"], result["step"], result["steps"], result["checkpoint"]) == ("broken off", 2, 4, 2)
+    assert (result["wanted"], result["present"]) == ({"generator": 2}, {"generator": 1})
+    assert result["reward"] == last.get("reward") and result["event"] is None
     assert keel(capsys, "status", str(run)).splitlines()[0].endswith(f"go on with: keel resume {run}")
     files.append_json(run / "events.jsonl", {"event": "stopped", "time": 5.0, "step": 2})
     assert run_status.of(run)["state"] == "stopped"
@@ -345,9 +345,9 @@ def test_a_run_that_breaks_off_while_it_is_asked_to_stop_is_no_success(
         lock.close()
 
     monkeypatch.setattr(run_status, "_ask", end)
-    said = keel(capsys, "stop", str(run), code=0 if last_event == "stopped" else 1)
-    assert ("stopped, as asked, at step 2" in said) == (last_event == "stopped")
-    assert ("broken off at step 2" in said) != (last_event == "stopped")
+    answer = keel(capsys, "stop", str(run), code=0 if last_event == "stopped" else 1)
+    assert ("stopped, as asked, at step 2" in answer) == (last_event == "stopped")
+    assert ("broken off at step 2" in answer) != (last_event == "stopped")
 
 
 def test_a_run_that_ends_before_it_can_be_asked_to_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,13 +23,13 @@ def tree(**blocks: Any) -> dict[str, Any]:
     return {"run": {"name": "data", "directory": "/runs/{name}"}, **blocks}
 
 
-def labels(found: bundle.Bundle) -> set[str]:
-    return {item.label for item in found.items} - {"keel"}
+def labels(result: bundle.Bundle) -> set[str]:
+    return {item.label for item in result.items} - {"keel"}
 
 
-def unpacked(found: bundle.Bundle, folder: Path, configuration: str = "") -> Path:
+def unpacked(result: bundle.Bundle, folder: Path, configuration: str = "") -> Path:
     archive = folder / "bundle.zip"
-    assert found.write(archive, configuration, LIMIT_BYTES) == archive.stat().st_size
+    assert result.write(archive, configuration, LIMIT_BYTES) == archive.stat().st_size
     with zipfile.ZipFile(archive) as source:
         source.extractall(folder / "job")
     return folder / "job"
@@ -45,7 +45,7 @@ def test_relative_paths_that_exist_go_along_and_the_setting_says_so(tmp_path: Pa
     (here / "org" / "model" / "__pycache__").mkdir()
     (here / "org" / "model" / "__pycache__" / "x.pyc").write_text("")
     (here / "authority.pem").write_text("pem")
-    found = bundle.gather(
+    result = bundle.gather(
         tree(
             policy={"model": "org/model"},
             reference={"model": "org/model"},
@@ -55,11 +55,11 @@ def test_relative_paths_that_exist_go_along_and_the_setting_says_so(tmp_path: Pa
         ),
         here,
     )
-    assert found.tree["policy"] == found.tree["reference"] == {"model": "files/model"}
-    assert found.tree["prompts"]["source"] == "files/prompts.jsonl"
-    assert found.tree["center"]["source"] == "files/2/prompts.jsonl"
-    assert found.tree["rewards"] == [{"name": "a", "ca_file": "files/authority.pem", "source": "https://host/score"}]
-    job = unpacked(found, tmp_path, "run: {}")
+    assert result.tree["policy"] == result.tree["reference"] == {"model": "files/model"}
+    assert result.tree["prompts"]["source"] == "files/prompts.jsonl"
+    assert result.tree["center"]["source"] == "files/2/prompts.jsonl"
+    assert result.tree["rewards"] == [{"name": "a", "ca_file": "files/authority.pem", "source": "https://host/score"}]
+    job = unpacked(result, tmp_path, "run: {}")
     contents = {str(path.relative_to(job)): path.read_text() for path in (job / "files").rglob("*") if path.is_file()}
     assert contents == {
         "files/prompts.jsonl": "mine",
@@ -81,9 +81,9 @@ def test_names_and_places_of_the_cluster_stay_as_they_are(tmp_path: Path) -> Non
         center={"source": "~/rows.parquet"},
         rewards=[{"name": "data", "source": ""}],
     )
-    found = bundle.gather(given, tmp_path)
-    assert found.tree == given and labels(found) == set()
-    assert found.absolute == ["prompts.source=/shared/prompts.jsonl", "center.source=~/rows.parquet"]
+    result = bundle.gather(given, tmp_path)
+    assert result.tree == given and labels(result) == set()
+    assert result.absolute == ["prompts.source=/shared/prompts.jsonl", "center.source=~/rows.parquet"]
 
 
 def test_of_a_run_directory_only_the_model_goes_along(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_of_a_run_directory_only_the_model_goes_along(tmp_path: Path) -> None:
     (aside / "learner" / "state").write_text("large")
     checkpoint.commit(aside, {"version": 3})
     (run / "config.yaml").write_text("run: {}")
-    found = bundle.gather(tree(policy={"model": "runs/before"}, runs=["runs/before"]), tmp_path)
-    assert found.tree["policy"]["model"] == "files/policy" and found.tree["runs"] == ["files/before"]
-    job = unpacked(found, tmp_path)
+    result = bundle.gather(tree(policy={"model": "runs/before"}, runs=["runs/before"]), tmp_path)
+    assert result.tree["policy"]["model"] == "files/policy" and result.tree["runs"] == ["files/before"]
+    job = unpacked(result, tmp_path)
     assert [path.name for path in (job / "files" / "policy").iterdir()] == ["config.json"]
     assert (job / "files" / "before" / "checkpoints" / "step-000003" / "learner" / "state").is_file()  # rows of a run
 
@@ -119,10 +119,10 @@ def test_modules_of_the_users_own_go_along_with_what_they_import(tmp_path: Path)
         prompts={"source": "python:my_prompts:rows"},
         objective={"source": "elsewhere_only:Objective", "advantage": "yaml:safe_load"},
     )
-    found = bundle.gather(given, tmp_path)
-    own = {"my_rewards", "my_package", "my_words", "my_prompts"}
-    assert labels(found) == {f"module {name}" for name in own} and found.tree == given
-    job = unpacked(found, tmp_path)
+    result = bundle.gather(given, tmp_path)
+    modules = {"my_rewards", "my_package", "my_words", "my_prompts"}
+    assert labels(result) == {f"module {name}" for name in modules} and result.tree == given
+    job = unpacked(result, tmp_path)
     assert (job / "my_package" / "tables" / "rows.txt").read_text() == "rows"
     code = "import keel, my_rewards; print(my_rewards.score(), keel.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=job, capture_output=True, text=True, env={})
@@ -135,8 +135,8 @@ def test_a_folder_called_like_an_installed_module_is_no_module(tmp_path: Path) -
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.jsonl").write_text("rows")
     (tmp_path / "my_rewards.py").write_text("import numpy, my_words, __main__\n")
-    found = bundle.gather(tree(rewards=[{"source": "my_rewards:score"}]), tmp_path)
-    assert labels(found) == {"module my_rewards", "module my_words"}
+    result = bundle.gather(tree(rewards=[{"source": "my_rewards:score"}]), tmp_path)
+    assert labels(result) == {"module my_rewards", "module my_words"}
 
 
 def test_hidden_files_and_links_in_a_circle_stay_here_and_other_links_are_followed(tmp_path: Path) -> None:
@@ -151,8 +151,8 @@ def test_hidden_files_and_links_in_a_circle_stay_here_and_other_links_are_follow
     (data / "loop").symlink_to(data)
     (elsewhere / "up").symlink_to(tmp_path)
     (data / "absent").symlink_to(tmp_path / "absent")
-    found = bundle.gather(tree(prompts={"source": "my data"}, policy={"model": "m" * 300}), tmp_path)
-    names = {name.removeprefix("files/my data/") for name in found.items[-1].files}
+    result = bundle.gather(tree(prompts={"source": "my data"}, policy={"model": "m" * 300}), tmp_path)
+    names = {name.removeprefix("files/my data/") for name in result.items[-1].files}
     assert names == {"rows.jsonl", "more/file", "again/file"}
 
 
@@ -173,14 +173,14 @@ def test_the_same_files_are_the_same_bytes_and_keel_is_whole(tmp_path: Path) -> 
 def test_too_much_is_refused_by_what_it_is_compressed_naming_the_largest(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("a" * 10**6)  # next to nothing, compressed
     model = tiny.write(tmp_path / "model")
-    found = bundle.gather(tree(policy={"model": "model"}, prompts={"source": "rows.jsonl"}), tmp_path)
-    size = found.write(tmp_path / "whole.zip", "", LIMIT_BYTES)
+    result = bundle.gather(tree(policy={"model": "model"}, prompts={"source": "rows.jsonl"}), tmp_path)
+    size = result.write(tmp_path / "whole.zip", "", LIMIT_BYTES)
     weights = (model / "model.safetensors").stat().st_size
     assert weights * 0.5 < size < weights + 10**6
-    found.write(tmp_path / "fits.zip", "", size + 1)
+    result.write(tmp_path / "fits.zip", "", size + 1)
     for limit in (size, 10**5):
         with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as refused:
-            found.write(tmp_path / "refused.zip", "", limit)
+            result.write(tmp_path / "refused.zip", "", limit)
         line = str(refused.value)
         assert line.startswith(f"CONFIG: more to upload than the {limit / 1e6:.1f} MB Ray takes") and "\n" not in line
         assert "prompts.source=rows.jsonl (1.0 MB)" in line and "policy.model=model (" in line
@@ -197,7 +197,7 @@ def test_a_module_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 def test_every_setting_that_may_be_a_path_is_known() -> None:
     """By what the descriptions say, so that a new one is not forgotten; the run directory must be absolute anyway."""
     words = re.compile(r"folder|JSONL|run director|\(PEM\)")
-    found, seen = set(), set()
+    result, seen = set(), set()
 
     def walk(model: type[BaseModel]) -> None:
         if model in seen:
@@ -205,18 +205,18 @@ def test_every_setting_that_may_be_a_path_is_known() -> None:
         seen.add(model)
         for name, field in model.model_fields.items():
             if "str" in str(field.annotation) and words.search(field.description or ""):
-                found.add(name)
+                result.add(name)
             for block in re.findall(r"\w+Settings|\w+Identity", str(field.annotation)):
                 walk(known[block])
 
     def subclasses(model: type[BaseModel]) -> set[type[BaseModel]]:
-        return {model}.union(*(subclasses(each) for each in model.__subclasses__()))
+        return {model}.union(*(subclasses(item) for item in model.__subclasses__()))
 
-    known = {each.__name__: each for each in subclasses(BaseModel)}
+    known = {item.__name__: item for item in subclasses(BaseModel)}
     for command in COMMANDS.values():
         walk(command)
-    assert len(seen) > 20 and found - bundle.WRITTEN <= bundle.PATHS, found - bundle.WRITTEN
-    assert {"model", "source", "ca_file", "against", "runs"} <= found, found
+    assert len(seen) > 20 and result - bundle.WRITTEN <= bundle.PATHS, result - bundle.WRITTEN
+    assert {"model", "source", "ca_file", "against", "runs"} <= result, result
 
 
 def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ def test_asks_are_those_of_the_configuration() -> None:
     settings = loader.parse(
         tree(generators={"threads": 3, "gpus": 1, "tensor_parallel": 2, "resources": {"fast": 0.5}}, reference=None)
     )
-    found = {ask.role: (ask.count, ask.amounts) for ask in asks(settings, {"generator": 2, "scorer": 1, "learner": 4})}
-    assert found == {
+    result = {ask.role: (ask.count, ask.amounts) for ask in asks(settings, {"generator": 2, "scorer": 1, "learner": 4})}
+    assert result == {
         "generator": (2, {"CPU": 3, "GPU": 2, "fast": 0.5}),
         "scorer": (1, {"CPU": 1}),
         "learner": (4, {"CPU": 2}),
@@ -36,7 +36,7 @@ def test_asks_are_those_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    ("by", "expected"),
+    ("config", "expected"),
     [
         (workers(2), [{"CPU": 2}]),
         (workers(2, 0.5, fast=1), [{"CPU": 2, "GPU": 0.5, "fast": 1}]),
@@ -48,9 +48,9 @@ def test_asks_are_those_of_the_configuration() -> None:
     ],
 )
 def test_bundles_give_each_tensor_parallel_rank_a_gpu_of_its_own(
-    by: WorkerSettings, expected: list[dict[str, float]]
+    config: WorkerSettings, expected: list[dict[str, float]]
 ) -> None:
-    assert bundles(by) == expected
+    assert bundles(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -161,15 +161,15 @@ def test_first_fit_decreasing_is_not_enough_to_refuse() -> None:
 
 def fits_somehow(asked: list[Ask], nodes: list[dict[str, float]]) -> bool:
     """Every assignment of workers to nodes, one after the other."""
-    each = [ask.amounts for ask in asked for _ in range(ask.count)]
-    for places in itertools.product(range(len(nodes)), repeat=len(each)):
+    item = [ask.amounts for ask in asked for _ in range(ask.count)]
+    for places in itertools.product(range(len(nodes)), repeat=len(item)):
         used = [dict.fromkeys(("CPU", "GPU"), 0.0) for _ in nodes]
-        for place, amounts in zip(places, each, strict=True):
+        for place, amounts in zip(places, item, strict=True):
             for name, amount in amounts.items():
                 used[place][name] += amount
         if all(total[name] <= node.get(name, 0.0) for total, node in zip(used, nodes, strict=True) for name in total):
             return True
-    return not each
+    return not item
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -210,7 +210,9 @@ def test_an_autoscaler_may_add_nodes_up_to_its_limits() -> None:
     assert line == (
         "generators.count=4: 4 x 1 GPU (generators) = 4 GPUs; the cluster may grow to 3; expected at most 3 generators"
     )
-    assert problems(asked, [{"CPU": 8.0, "GPU": 4.0}], {"CPU": 2}) == []  # what is there counts, whoever started it
+    assert (
+        problems(asked, [{"CPU": 8.0, "GPU": 4.0}], {"CPU": 2}) == []
+    )  # present nodes count, however they were started
 
 
 def test_amounts_in_words() -> None:

@@ -39,8 +39,8 @@ def serving(submissions: list[tuple[int, str]], uploads: list[int] | None = None
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             known = {"/api/version": {"ray_version": ray.__version__, "version": "4"}, "/api/jobs/": []}
-            there = self.path in known
-            self._answer(200 if there else 404, json.dumps(known[self.path]) if there else "")
+            present = self.path in known
+            self._answer(200 if present else 404, json.dumps(known[self.path]) if present else "")
 
         def do_PUT(self) -> None:
             left = int(self.headers["Content-Length"])

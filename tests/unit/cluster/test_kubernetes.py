@@ -37,13 +37,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def commands() -> dict[str, list[str]]:
     """Arguments that render.sh gives, by the file that it writes."""
     lines = (ROOT / "deploy" / "kubernetes" / "render.sh").read_text(encoding="utf8").splitlines()
-    found = {}
+    result = {}
     for line in lines:
         if line.startswith("keel deploy kubernetes "):
             arguments = shlex.split(line)[3:]
             at = arguments.index("--output")
-            found[arguments[at + 1]] = arguments[:at] + arguments[at + 2 :]
-    return found
+            result[arguments[at + 1]] = arguments[:at] + arguments[at + 2 :]
+    return result
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -59,7 +59,7 @@ def test_the_committed_examples_are_what_the_command_prints(
 
 def test_output_is_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert run(monkeypatch, "--config", str(CPU), "--output", str(tmp_path / "run.yaml"), ON_STORAGE) == 0
-    kinds = [each["kind"] for each in yaml.safe_load_all((tmp_path / "run.yaml").read_text())]
+    kinds = [item["kind"] for item in yaml.safe_load_all((tmp_path / "run.yaml").read_text())]
     assert kinds == ["ConfigMap", "RayJob", "PodMonitor"]
 
 
@@ -94,9 +94,9 @@ def test_a_job_that_ended_keeps_its_gpus_for_minutes_only() -> None:
 
 def test_pods_meet_the_restricted_security_standard() -> None:
     for _, pod in templates(made(path=GPU)["RayJob"]):
-        own = pod["spec"]["securityContext"]
-        assert own["runAsNonRoot"] and own["runAsUser"] == own["fsGroup"] == 1000
-        assert own["seccompProfile"] == {"type": "RuntimeDefault"}
+        context = pod["spec"]["securityContext"]
+        assert context["runAsNonRoot"] and context["runAsUser"] == context["fsGroup"] == 1000
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in pod["spec"]["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -116,10 +116,10 @@ def test_labels_leave_kuberay_its_own() -> None:
 
 
 def test_prometheus_finds_every_named_port() -> None:
-    found = made("metrics.port=9999")
+    result = made("metrics.port=9999")
     ports: dict[str, dict[str, int]] = {
         component: {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0].get("ports", [])}
-        for component, pod in templates(found["RayJob"])
+        for component, pod in templates(result["RayJob"])
     }
     followed = {"gcs-server": 6379, "dashboard": 8265}
     assert ports["head"] == followed | {
@@ -130,15 +130,15 @@ def test_prometheus_finds_every_named_port() -> None:
     }
     assert ports["generators"] == ports["learners"] == {"metrics": 8080}
     assert ports["submitter"] == {}
-    spec = found["PodMonitor"]["spec"]
-    jobs = {each["port"]: each["relabelings"] for each in spec["podMetricsEndpoints"]}
+    spec = result["PodMonitor"]["spec"]
+    jobs = {item["port"]: item["relabelings"] for item in spec["podMetricsEndpoints"]}
     assert set(jobs) == set(ports["head"]) - set(followed)
     configuration = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf8"))
-    assert {each["job_name"] for each in configuration["scrape_configs"]} == {"keel", "ray"}
+    assert {item["job_name"] for item in configuration["scrape_configs"]} == {"keel", "ray"}
     for port, relabelings in jobs.items():  # the jobs that the alerts ask for
-        own = "keel" if port == "keel-metrics" else "ray"
-        assert relabelings == [{"targetLabel": "job", "replacement": own}]
-    for _, pod in templates(found["RayJob"]):
+        context = "keel" if port == "keel-metrics" else "ray"
+        assert relabelings == [{"targetLabel": "job", "replacement": context}]
+    for _, pod in templates(result["RayJob"]):
         assert spec["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     assert "PodMonitor" not in made(monitor=False)
 
@@ -173,8 +173,8 @@ def test_custom_resources_are_quoted_for_a_shell_and_for_rays_autoscaler() -> No
 
 
 def test_ranks_of_one_generator_share_a_pod() -> None:
-    by = GeneratorSettings(count=3, gpus=1, tensor_parallel=4)
-    settings = loader.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": by})
+    config = GeneratorSettings(count=3, gpus=1, tensor_parallel=4)
+    settings = loader.load(CPU, [ON_STORAGE, *FOR_A_CLUSTER]).model_copy(update={"generators": config})
     generators = PodPlan.of(settings, Options()).groups[0]
     assert (generators.pods, generators.pod_gpus) == (3, 4)
 
@@ -233,12 +233,12 @@ def test_every_worker_finds_a_pod_of_its_group(run: tuple[list[str], dict[str, A
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
     assert list(groups) == ["generators", "reference", "scorers", "learners"]
     for role, group in groups.items():
-        by = settings.model_dump()[role]
-        in_one = held(group, by["threads"], by["gpus"])
-        most = options["largest"].get(role, 2 * by["count"])
+        config = settings.model_dump()[role]
+        in_one = held(group, config["threads"], config["gpus"])
+        most = options["largest"].get(role, 2 * config["count"])
         assert in_one == options["per_pod"].get(role, in_one) >= 1
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        assert (group["replicas"] - 1) * in_one < by["count"] <= group["replicas"] * in_one
+        assert (group["replicas"] - 1) * in_one < config["count"] <= group["replicas"] * in_one
         assert (group["maxReplicas"] - 1) * in_one < most <= group["maxReplicas"] * in_one
 
 
@@ -250,7 +250,7 @@ def test_a_run_name_is_taken_as_it_is_or_refused(name: str) -> None:
     label = name[0] in "abz" and name[-1] in "abz019" and set(name) <= set("abz019-") and len(name) <= 47
     settings = loader.load(CPU, [f'run.name="{name}"', ON_STORAGE, *FOR_A_CLUSTER])
     if label:
-        names = [each["metadata"]["name"] for each in kubernetes.manifests(settings, Options())]
+        names = [manifest["metadata"]["name"] for manifest in kubernetes.manifests(settings, Options())]
         assert names == [f"{name}-config", name, name]
     else:
         with pytest.raises(ConfigError, match=r"^run\.name="):

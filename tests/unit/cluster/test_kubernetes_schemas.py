@@ -29,7 +29,7 @@ def problems(manifest: dict[str, Any]) -> list[str]:
 
 
 def examples() -> list[dict[str, Any]]:
-    return [each for path in EXAMPLES for each in yaml.safe_load_all(path.read_text(encoding="utf8"))]
+    return [item for path in EXAMPLES for item in yaml.safe_load_all(path.read_text(encoding="utf8"))]
 
 
 def everything() -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ def everything() -> list[dict[str, Any]]:
 
 @needs_definitions
 def test_kuberay_accepts_every_field() -> None:
-    judged = [each for each in everything() if each["kind"] in PLURALS]
+    judged = [item for item in everything() if item["kind"] in PLURALS]
     assert len(judged) == 5
     for manifest in judged:
         assert problems(manifest) == []
@@ -92,8 +92,8 @@ def test_kubernetes_accepts_pods_claim_and_configuration() -> None:
                 {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name} | pod["metadata"], "spec": pod["spec"]}
                 for name, pod in pods.items()
             ]
-        for each in core:
-            kubernetes_validate.validate(each, KUBERNETES, strict=True)
+        for item in core:
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
             judged += 1
     assert judged == 5 + 2 + 2 * 5 + 3 * 6  # ConfigMaps, claims, pods of clusters, pods of jobs
 
@@ -112,12 +112,12 @@ def test_kubernetes_refuses_a_wrong_pod() -> None:
 def test_rays_autoscaler_reads_the_groups() -> None:
     """Its own reading of the resource, beside the configuration."""
     reader = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
-    found = made("generators.count=3", path=GPU, per_pod={"learners": 2}, largest={"generators": 7})
-    cluster = {"metadata": {"name": "run", "namespace": "default"}, "spec": cluster_of(found)}
+    result = made("generators.count=3", path=GPU, per_pod={"learners": 2}, largest={"generators": 7})
+    cluster = {"metadata": {"name": "run", "namespace": "default"}, "spec": cluster_of(result)}
     read = reader._derive_autoscaling_config_from_ray_cr(cluster)
     types = read["available_node_types"]
-    resources = {name: {key: each["resources"].get(key, 0) for key in ("CPU", "GPU")} for name, each in types.items()}
-    bounds = {name: (each["min_workers"], each["max_workers"]) for name, each in types.items()}
+    resources = {name: {key: item["resources"].get(key, 0) for key in ("CPU", "GPU")} for name, item in types.items()}
+    bounds = {name: (item["min_workers"], item["max_workers"]) for name, item in types.items()}
     assert resources == {
         "headgroup": {"CPU": 0, "GPU": 0},
         "generators": {"CPU": 4, "GPU": 1},

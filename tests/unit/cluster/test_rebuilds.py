@@ -13,49 +13,49 @@ from keel.online import train
 from keel.online.train import OnlineRun, Saved
 
 Script = list[Exception | int | str]
-"""What each attempt does: loses something, gets further by so many steps, or is asked to stop."""
+"""What each attempt does: loses something, advances by a number of steps, or is asked to stop."""
 
 
 def run_of(tmp_path: Path, script: Script, rebuilds: int, monkeypatch: pytest.MonkeyPatch, has_run: bool = True) -> Any:
     """The loop around the attempts, everything they do replaced by the script; `saved` follows what was done."""
-    own: Any = object.__new__(OnlineRun)
-    own.settings = settings_for(steps=10, failures={"max_rebuilds": rebuilds})
-    own.prepared, own.has_run = SimpleNamespace(directory=tmp_path), has_run
-    own.events, own.attempts = [], 0
-    own.recorder = SimpleNamespace(
+    subject: Any = object.__new__(OnlineRun)
+    subject.settings = settings_for(steps=10, failures={"max_rebuilds": rebuilds})
+    subject.prepared, subject.has_run = SimpleNamespace(directory=tmp_path), has_run
+    subject.events, subject.attempts = [], 0
+    subject.recorder = SimpleNamespace(
         furthest=0,
-        event=lambda name, **fields: own.events.append((name, fields)),
-        add=lambda values: own.events.append(("add", values)),
+        event=lambda name, **fields: subject.events.append((name, fields)),
+        add=lambda values: subject.events.append(("add", values)),
         display=SimpleNamespace(note=lambda text: None),
     )
-    own.scaling = SimpleNamespace(stopping=False, end=lambda: own.events.append(("end", {})))
+    subject.scaling = SimpleNamespace(stopping=False, end=lambda: subject.events.append(("end", {})))
 
     async def attempt(saved: Saved) -> None:
         await asyncio.sleep(0)
-        assert saved.version == own.recorder.furthest
-        what = script[own.attempts]
-        own.attempts += 1
+        assert saved.version == subject.recorder.furthest
+        what = script[subject.attempts]
+        subject.attempts += 1
         if isinstance(what, Exception):
             raise what
         if isinstance(what, str):
-            own.scaling.stopping = True
+            subject.scaling.stopping = True
         else:
-            own.recorder.furthest += what
-            if own.recorder.furthest < 10:
+            subject.recorder.furthest += what
+            if subject.recorder.furthest < 10:
                 raise LearnerLost("later")
 
-    own._attempt = attempt
+    subject._attempt = attempt
     monkeypatch.setattr(train, "_end_on_signals", lambda: None)
     monkeypatch.setattr(train, "_newest", lambda recorder: Saved(None, {"version": recorder.furthest}))
-    return own
+    return subject
 
 
 LOST = [LearnerLost("the learner group"), BufferLost("the buffer"), BuildFailed("a rank")]
 
 
 @pytest.mark.parametrize("rebuilds", [0, 1, 2, 3])
-@pytest.mark.parametrize("lost", LOST, ids=[type(each).__name__ for each in LOST])
-def test_so_many_losses_in_a_row_are_built_again_and_one_more_is_not(
+@pytest.mark.parametrize("lost", LOST, ids=[type(error).__name__ for error in LOST])
+def test_max_rebuilds_losses_in_a_row_are_built_again_and_one_more_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rebuilds: int, lost: Exception
 ) -> None:
     enough = run_of(tmp_path, [lost] * rebuilds + [10], rebuilds, monkeypatch)
@@ -70,7 +70,7 @@ def test_so_many_losses_in_a_row_are_built_again_and_one_more_is_not(
 
 
 def test_a_step_between_losses_starts_the_count_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these gets one step further and is lost then: with two in a row allowed it goes on for ever."""
+    """Each attempt advances one step and is lost then: with two in a row allowed the run never gives up."""
     lost = LearnerLost("the learner group")
     run = run_of(tmp_path, [1, lost, 1, lost, 1, lost, 3, lost, 4], 2, monkeypatch)
     assert asyncio.run(run.to_the_end(Saved(None, {}))).version == 10

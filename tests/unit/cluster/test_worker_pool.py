@@ -129,7 +129,7 @@ class Actor:
         self.load_weights, self.generate = Method(self._load), Method(self._generate)
 
     async def _do(self, what: Any) -> None:
-        """Take so many seconds, or raise."""
+        """Sleep for `what` seconds, or raise it."""
         if isinstance(what, BaseException):
             await asyncio.sleep(0.25)
             raise what
@@ -200,8 +200,8 @@ def placement(world: World, worker: Any) -> Placement:
 
 
 def pool_of(world: World, count: int, log: Log | None = None, **options: Any) -> Pool:
-    by: dict[str, Any] = {"restarts": 1, "patience_seconds": 20.0, "by_ticket": True} | options
-    return Pool("generator", world, count, LIMITS, observer=log, **by)  # type: ignore[arg-type]
+    config: dict[str, Any] = {"restarts": 1, "patience_seconds": 20.0, "by_ticket": True} | options
+    return Pool("generator", world, count, LIMITS, observer=log, **config)  # type: ignore[arg-type]
 
 
 async def ask(pool: Pool, order: Any = "", deadline: float = 30.0) -> tuple[int, int]:
@@ -224,7 +224,7 @@ async def seconds(count: float) -> None:
 
 @pytest.mark.parametrize("restarts", [0, 1, 2, 4])
 def test_a_worker_that_never_comes_up_is_tried_as_often_as_restarts_say(world: World, restarts: int) -> None:
-    """The first attempt and so many more, each later than the one before by a wait that doubles."""
+    """The first attempt and `restarts` more, each later than the one before by a wait that doubles."""
     world.start = lambda index, attempt: died()
     pool = pool_of(world, 1, restarts=restarts)
     with pytest.raises(NoWorkers, match="no generator serves: generator-0 died while starting"):
@@ -398,7 +398,7 @@ def test_those_not_up_yet_give_way_and_come_again(world: World) -> None:
 
 
 def test_patience_is_had_once(world: World) -> None:
-    """The first `ready` waits for those who are slow; a later one goes on with whoever serves."""
+    """The first `ready` waits for slow workers; a later one continues with those that serve."""
     world.start = lambda index, attempt: 1000.0 if index == 1 else 0.0
 
     async def work() -> list[float]:
@@ -601,7 +601,7 @@ def test_everyone_who_serves_loads_and_proves_it(world: World) -> None:
         pool.stop()
         return receipts
 
-    assert [(each.version, each.digest) for each in run(work())] == [(7, f"digest {index}") for index in range(3)]
+    assert [(item.version, item.digest) for item in run(work())] == [(7, f"digest {index}") for index in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -624,9 +624,9 @@ def test_a_worker_that_fails_a_load_is_replaced_and_has_no_receipt(world: World,
         pool = pool_of(world, 2, log)
         await pool.ready()
         receipts = await pool.load_weights(7)
-        assert [each.digest for each in receipts] == ["digest 0"] and pool.serving == 1
+        assert [item.digest for item in receipts] == ["digest 0"] and pool.serving == 1
         await seconds(1)
-        assert pool.serving == 2 and [each.version for each in await pool.load_weights(8)] == [8, 8]
+        assert pool.serving == 2 and [item.version for item in await pool.load_weights(8)] == [8, 8]
         pool.stop()
 
     run(work())
@@ -726,8 +726,8 @@ def test_a_worker_that_is_spare_by_the_time_it_is_lost_is_not_replaced(world: Wo
         calls = [asyncio.create_task(ask(pool)) for _ in range(2)]
         await seconds(0.1)
         pool.resize(1)
-        found = await asyncio.gather(*calls, return_exceptions=True)
-        assert found[0] == (0, 1) and isinstance(found[1], WorkerLost)
+        result = await asyncio.gather(*calls, return_exceptions=True)
+        assert result[0] == (0, 1) and isinstance(result[1], WorkerLost)
         await seconds(100)
         assert pool.serving == 1 and len(world.starts[1]) == 1
         pool.stop()
@@ -757,7 +757,7 @@ def test_spare_ones_that_come_up_are_ended_and_holes_are_filled(world: World) ->
 
 
 def test_a_stopped_pool_leaves_nobody(world: World) -> None:
-    """Serving, coming up and retiring workers are all ended; whoever still asks is told that they are lost."""
+    """Serving, coming up and retiring workers are all ended; open calls raise that they are lost."""
     world.start = lambda index, attempt: FOREVER if index == 3 else 0.0
     world.answer = lambda index, order: 10.0
 
@@ -781,7 +781,7 @@ def test_a_stopped_pool_leaves_nobody(world: World) -> None:
 
 
 def test_when_one_comes_up_again_those_that_gave_up_are_tried_again(world: World) -> None:
-    """Both failed while nobody served; worker 0 had more attempts left, and worker 1 has not been forgotten."""
+    """Both failed while no worker served; worker 0 had more attempts left, and worker 1 has not been forgotten."""
     world.answer = lambda index, order: died()
     world.start = lambda index, attempt: died() if (index, attempt) in {(0, 2), (1, 2), (1, 3)} else 0.0
     world.placement = lambda index, attempt: 3.0 if index == 0 and attempt == 3 else 0.0

@@ -52,8 +52,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"reference": None, "regularizer": kl("loss", "exact")}, "regularizer.kl.coefficient=0.1 needs column reference_logprobs but reference is null"),
     # groups of one
     *[
-        ({"sampling": {"samples_per_prompt": 1}, "objective": by}, f"sampling.samples_per_prompt=1: {what} compares samples of one prompt; expected at least 2")
-        for by, what in [
+        ({"sampling": {"samples_per_prompt": 1}, "objective": objective}, f"sampling.samples_per_prompt=1: {what} compares samples of one prompt; expected at least 2")
+        for objective, what in [
             ({"advantage": "grpo"}, "grpo"),
             ({"advantage": "reinforce_pp_baseline"}, "reinforce_pp_baseline"),
             (PREFER, "preference"),
@@ -97,9 +97,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regularizer": kl("reward", "k1", coefficient=0.0, controller={"kind": "safe"})}, "regularizer.kl.coefficient=0.0: controller.kind=safe starts from it; expected more"),
     # entropies over |y|
     *[
-        ({"regularizer": entropy(form=form), "objective": by}, f"regularizer.entropy.form={form}: objective.advantage={by['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
+        ({"regularizer": entropy(form=form), "objective": objective}, f"regularizer.entropy.form={form}: objective.advantage={objective['advantage']} pays by token, before |y| is known, which pays for length; expected an advantage of whole completions")
         for form in ("sequence_mean_exact", "sequence_mean_naive")
-        for by in ({"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, {"advantage": "gae", "critic": {}})
+        for objective in ({"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, {"advantage": "gae", "critic": {}})
     ],
     ({"regularizer": entropy(form="sequence_mean")}, "regularizer.entropy.form='sequence_mean': two forms were meant by it; expected sequence_mean_naive (reward R - (beta/|y|) S, what it was) or sequence_mean_exact ("),
     ({"sampling": {"stored_ratio": 0.5}, "objective": PREFER, "regularizer": kl("loss", "k2", importance_weighted=True)}, "regularizer.kl.importance_weighted=true: no known policy sampled the stored completions (sampling.stored_ratio=0.5), so there is no ratio to weigh by; expected false"),
@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_that_names_it(blocks: dict[str, Any], expected: s
 
 
 @pytest.mark.parametrize(
-    "by",
+    "config",
     [
         {"advantage": "none"},
         {"advantage": "reinforce_pp"},
@@ -143,16 +143,16 @@ def test_a_mistake_is_one_line_that_names_it(blocks: dict[str, Any], expected: s
         {"advantage": "gae", "critic": {}, "entropy_advantage": {}},
     ],
 )
-def test_these_need_no_group(by: dict[str, Any]) -> None:
-    settings = loader.parse(tree(sampling={"samples_per_prompt": 1}, objective=by))
+def test_these_need_no_group(config: dict[str, Any]) -> None:
+    settings = loader.parse(tree(sampling={"samples_per_prompt": 1}, objective=config))
     assert settings.objective.min_samples == settings.sampling.samples_per_prompt == 1
-    free = {**by, "entropy_advantage": {"critic": False}}
+    free = {**config, "entropy_advantage": {"critic": False}}
     with pytest.raises(ConfigError, match=r"samples_per_prompt=1"):
         loader.parse(tree(sampling={"samples_per_prompt": 1}, objective=free))
 
 
 @pytest.mark.parametrize(
-    "by",
+    "config",
     [
         {**PREFER, "loss": "cpo", "target_margin": 0.5, "label_smoothing": 0.1, "pessimism": 0.1},
         {**PREFER, "loss": "simpo", "label_smoothing": 0.1, "exact_length_margin": True},
@@ -164,9 +164,9 @@ def test_these_need_no_group(by: dict[str, Any]) -> None:
         {"level": "sequence", "correction": "sequence", "advantage": "value_baseline", "critic": {}},
     ],
 )
-def test_what_the_rules_only_just_allow(by: dict[str, Any]) -> None:
-    found = loader.parse(tree(objective=by)).objective.model_dump(exclude_unset=True)
-    assert found == {"kind": "policy_gradient", **by}
+def test_what_the_rules_only_just_allow(config: dict[str, Any]) -> None:
+    result = loader.parse(tree(objective=config)).objective.model_dump(exclude_unset=True)
+    assert result == {"kind": "policy_gradient", **config}
 
 
 @pytest.mark.parametrize("loss", ["simpo", "simpo_hinge", "simpo_plackett_luce", "cpo", "orpo"])
@@ -179,8 +179,8 @@ def prefer(rewards: list[float], pairs: dict[str, Any] | None = None, loss: str 
     """Two completions of each prompt, every log-prob -1."""
     size = len(rewards)
     batch = rollout([[-1.0]] * size, rewards, [row // 2 for row in range(size)], **columns)
-    own = objective(objective={**PREFER, "loss": loss, "pairs": pairs or {}})
-    return own.weigh(batch, Measured(np.full(size, -1.0)))
+    subject = objective(objective={**PREFER, "loss": loss, "pairs": pairs or {}})
+    return subject.weigh(batch, Measured(np.full(size, -1.0)))
 
 
 REASONS = pa.array(["stop", "length", "stop", "stop"])
@@ -235,8 +235,8 @@ def test_settled_prompts_end_the_run() -> None:
 
 def test_a_ranking_whose_neighbors_are_ties_still_ranks_its_ends() -> None:
     """Rewards 1, .7, .4 and a margin of .5: only the first and the last differ enough, and they are a pair."""
-    by = {**PREFER, "loss": "simpo_plackett_luce", "beta": 2.0, "pairs": {"min_margin": 0.5}}
+    config = {**PREFER, "loss": "simpo_plackett_luce", "beta": 2.0, "pairs": {"min_margin": 0.5}}
     batch = rollout([[-1.0]] * 3, [1.0, 0.7, 0.4])
-    credit = objective(objective=by).weigh(batch, Measured(np.full(3, -1.0)))
+    credit = objective(objective=config).weigh(batch, Measured(np.full(3, -1.0)))
     assert credit.metrics["preference_loss"] == pytest.approx(np.log(2), abs=1e-12)
     assert credit.advantages == pytest.approx([3.0, 0.0, -3.0], abs=1e-12)

@@ -28,20 +28,20 @@ def samples(count: int, **sampling: Any) -> dict[str, Any]:
     return {"samples_per_prompt": count, **sampling}
 
 
-def kl(**by: Any) -> dict[str, Any]:
-    return {"kl": {"coefficient": 0.1, **by}}
+def kl(**settings: Any) -> dict[str, Any]:
+    return {"kl": {"coefficient": 0.1, **settings}}
 
 
-def entropy(**by: Any) -> dict[str, Any]:
-    return {"entropy": {"form": "sequence_sum", "coefficient": 0.1, **by}}
+def entropy(**settings: Any) -> dict[str, Any]:
+    return {"entropy": {"form": "sequence_sum", "coefficient": 0.1, **settings}}
 
 
 def terms(*placements: str, names: str = "uvw") -> dict[str, Any]:
     return {"terms": [{"name": n, "source": "m:f", "placement": p} for n, p in zip(names, placements, strict=False)]}
 
 
-def controlled(**by: Any) -> dict[str, Any]:
-    return kl(controller={"kind": "dual", "target_nats": 1.0, **by})
+def controlled(**settings: Any) -> dict[str, Any]:
+    return kl(controller={"kind": "dual", "target_nats": 1.0, **settings})
 
 
 DUAL = {"kind": "dual", "target_nats": 1.0}
@@ -110,8 +110,8 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         "deviate alike on two samples, so their spread says nothing; expected at least 3",
     ),
     "stored completions": (
-        [{"sampling": samples(4, stored_ratio=ratio), "objective": by} for ratio, by in itertools.product((0.5, 1.0), (PREFER, WEIGH))] + [{"sampling": samples(4, stored_ratio=0.0, temperature=0.5)}],
-        [{"sampling": samples(4, stored_ratio=0.1), "objective": by} for by in (GAE, CONVEX)],
+        [{"sampling": samples(4, stored_ratio=ratio), "objective": objective} for ratio, objective in itertools.product((0.5, 1.0), (PREFER, WEIGH))] + [{"sampling": samples(4, stored_ratio=0.0, temperature=0.5)}],
+        [{"sampling": samples(4, stored_ratio=0.1), "objective": objective} for objective in (GAE, CONVEX)],
         "needs samples of the policy; expected preference or weighted_likelihood",
     ),
     "temperature of stored completions": (
@@ -130,13 +130,13 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         "rewards.r: kind=reference but reference is null",
     ),
     "linear in the reward": (
-        [{"objective": by, "regularizer": kl()} for by in (GAE, CONVEX, OWN)] + [{"objective": by, "regularizer": terms("loss")} for by in (PREFER, WEIGH)] + [{"objective": by, "regularizer": kl(placement="loss", estimator="k2")} for by in (PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}})],
-        [{"objective": by, "regularizer": regularizer} for by, regularizer in itertools.product((PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}}), (kl(), entropy(), terms("loss", "reward")))],
+        [{"objective": objective, "regularizer": kl()} for objective in (GAE, CONVEX, OWN)] + [{"objective": objective, "regularizer": terms("loss")} for objective in (PREFER, WEIGH)] + [{"objective": objective, "regularizer": kl(placement="loss", estimator="k2")} for objective in (PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}})],
+        [{"objective": objective, "regularizer": regularizer} for objective, regularizer in itertools.product((PREFER, WEIGH, CONVEX | {"dense": {"teacher": "t"}}), (kl(), entropy(), terms("loss", "reward")))],
         "has no gradient that is linear in the reward",
     ),
     "after the baseline": (
-        [{"regularizer": kl(order="after_baseline"), "objective": by} for by in ({"advantage": "rloo"}, CONVEX, {"advantage": "value_baseline", "critic": {}})] + [{"regularizer": {"kl": {"order": "after_baseline"}}, "objective": GAE}],
-        [{"regularizer": kl(order="after_baseline"), "objective": by} for by in (GAE, {"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, OWN)],
+        [{"regularizer": kl(order="after_baseline"), "objective": objective} for objective in ({"advantage": "rloo"}, CONVEX, {"advantage": "value_baseline", "critic": {}})] + [{"regularizer": {"kl": {"order": "after_baseline"}}, "objective": GAE}],
+        [{"regularizer": kl(order="after_baseline"), "objective": objective} for objective in (GAE, {"advantage": "reinforce_pp"}, {"advantage": "reinforce_pp_baseline"}, OWN)],
         "order=after_baseline: the KL is part of the reward before",
     ),
     "a copy of the head": (
@@ -273,21 +273,21 @@ def test_who_reads_the_reference(blocks: dict[str, Any], readers: list[str]) -> 
     ],
 )  # fmt: skip
 def test_where_a_kl_lives(regularizer: Any, in_reward: bool, in_loss: bool, exact: bool, named: list[str]) -> None:
-    own = parse(regularizer=regularizer).regularizer
-    assert (own.kl.in_reward, own.kl.in_loss, own.kl.exact) == (in_reward, in_loss, exact)
-    assert own.reward_terms() == named
+    parsed = parse(regularizer=regularizer).regularizer
+    assert (parsed.kl.in_reward, parsed.kl.in_loss, parsed.kl.exact) == (in_reward, in_loss, exact)
+    assert parsed.reward_terms() == named
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.1])
 @pytest.mark.parametrize("form", ["sequence_sum", "sequence_mean_naive", "sequence_mean_exact", "token_bonus"])
 def test_where_an_entropy_lives(form: str, coefficient: float) -> None:
-    own = parse(regularizer=entropy(form=form, coefficient=coefficient)).regularizer.entropy
-    assert own.in_loss == (coefficient > 0 and form == "token_bonus")
-    assert own.in_reward == (coefficient > 0 and form != "token_bonus")
+    parsed = parse(regularizer=entropy(form=form, coefficient=coefficient)).regularizer.entropy
+    assert parsed.in_loss == (coefficient > 0 and form == "token_bonus")
+    assert parsed.in_reward == (coefficient > 0 and form != "token_bonus")
 
 
 @pytest.mark.parametrize(
-    ("by", "by_token", "min_samples"),
+    ("config", "by_token", "min_samples"),
     [
         ({"advantage": "rloo"}, False, 2),
         ({"advantage": "none"}, False, 1),
@@ -301,16 +301,16 @@ def test_where_an_entropy_lives(form: str, coefficient: float) -> None:
         ({"advantage": "rloo", "critic": {}, "entropy_advantage": {}}, False, 2),
     ],
 )
-def test_what_an_advantage_compares(by: dict[str, Any], by_token: bool, min_samples: int) -> None:
-    own = parse(objective=by).objective
-    assert (own.by_token, own.min_samples) == (by_token, min_samples)  # type: ignore[union-attr]
+def test_what_an_advantage_compares(config: dict[str, Any], by_token: bool, min_samples: int) -> None:
+    parsed = parse(objective=config).objective
+    assert (parsed.by_token, parsed.min_samples) == (by_token, min_samples)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
-    ("by", "expected"), [(PREFER, 2), (CONVEX, 2), (OWN, 2), (WEIGH, 2), ({**WEIGH, "weights": "uniform"}, 1)]
+    ("config", "expected"), [(PREFER, 2), (CONVEX, 2), (OWN, 2), (WEIGH, 2), ({**WEIGH, "weights": "uniform"}, 1)]
 )
-def test_how_many_samples_other_objectives_compare(by: dict[str, Any], expected: int) -> None:
-    assert parse(objective=by).objective.min_samples == expected
+def test_how_many_samples_other_objectives_compare(config: dict[str, Any], expected: int) -> None:
+    assert parse(objective=config).objective.min_samples == expected
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ BOUNDS = ("gt", "ge", "lt", "le", "min_length", "max_length", "pattern")
 
 def bounds(field: FieldInfo) -> dict[str, Any]:
     """What pydantic was told of the values, the annotated types inside included."""
-    found: dict[str, Any] = {}
-    for each in field.metadata:
-        found |= {name: getattr(each, name) for name in BOUNDS if getattr(each, name, None) is not None}
-    return found
+    result: dict[str, Any] = {}
+    for item in field.metadata:
+        result |= {name: getattr(item, name) for name in BOUNDS if getattr(item, name, None) is not None}
+    return result
 
 
 def default(field: FieldInfo) -> str:
@@ -38,12 +38,12 @@ def default(field: FieldInfo) -> str:
 
 def lines() -> list[str]:
     """`Block.setting = default  bound value ...`, sorted."""
-    found = []
+    result = []
     for block, section in sections().items():
         for name, field in section.model_fields.items():
             limits = "".join(f"  {bound} {json.dumps(value)}" for bound, value in bounds(field).items())
-            found.append(f"{block}.{name} = {default(field)}{limits}")
-    return sorted(found)
+            result.append(f"{block}.{name} = {default(field)}{limits}")
+    return sorted(result)
 
 
 def test_defaults_and_bounds_are_those_of_the_table() -> None:

@@ -18,26 +18,26 @@ class Run:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.own = Utilization(lambda: self.now)
+        self.utilization = Utilization(lambda: self.now)
         self.totals: dict[str, dict[str, float]] = {}
         self.lines: list[dict[str, Any]] = []
         for role in ("generator", "reference", "scorer"):
-            self.own.occupied(role, 0, 0, 1)
-        self.own.ranks(1)
+            self.utilization.occupied(role, 0, 0, 1)
+        self.utilization.ranks(1)
 
     def stage(self, role: str, seconds: float, *, waiting: int = 0, serving: int = 1, phase: str = "rollouts") -> None:
-        """One worker of a role works, the learn loop in a phase; then nobody does."""
-        self.own.doing(phase)
-        self.own.occupied(role, 1, waiting, serving)
+        """One worker of a role works, the learn loop in a phase; then none does."""
+        self.utilization.doing(phase)
+        self.utilization.occupied(role, 1, waiting, serving)
         self.now += seconds
-        self.own.occupied(role, 0, 0, serving)
+        self.utilization.occupied(role, 0, 0, serving)
 
     def phase(self, name: str, seconds: float) -> None:
-        self.own.doing(name)
+        self.utilization.doing(name)
         self.now += seconds
 
     def step(self) -> None:
-        for name, values in self.own.drain().items():
+        for name, values in self.utilization.drain().items():
             total = self.totals.setdefault(name, {})
             for label, value in values.items():
                 total[label] = total.get(label, 0.0) + value
@@ -46,7 +46,7 @@ class Run:
 
 
 def synchronous(**seconds: float) -> Run:
-    """Three steps in which everyone takes his turn for so many seconds."""
+    """Three steps in which the roles work one after the other, for the given seconds."""
     run = Run()
     run.phase("start", 100.0)
     for _ in range(3):
@@ -60,22 +60,22 @@ def synchronous(**seconds: float) -> Run:
 
 @pytest.mark.parametrize("slow", ["generator", "reference", "scorer", "learner", "weight_sync"])
 def test_the_slow_one_is_what_the_time_goes_to(slow: str) -> None:
-    found = explain(synchronous(**{slow: 6.0}).lines, max_staleness=1)
-    assert found.timeline == pytest.approx({slow: 0.6} | {name: 0.1 for name in found.timeline if name != slow})
-    assert next(iter(found.timeline)) == slow and sum(found.timeline.values()) == pytest.approx(1)
-    assert (found.first_step, found.last_step, found.seconds_per_step) == (2, 3, pytest.approx(10.0))
+    result = explain(synchronous(**{slow: 6.0}).lines, max_staleness=1)
+    assert result.timeline == pytest.approx({slow: 0.6} | {name: 0.1 for name in result.timeline if name != slow})
+    assert next(iter(result.timeline)) == slow and sum(result.timeline.values()) == pytest.approx(1)
+    assert (result.first_step, result.last_step, result.seconds_per_step) == (2, 3, pytest.approx(10.0))
     option = {"generator": "--generators", "reference": "--reference", "scorer": "--scorers", "learner": "--learners"}
     expected = option.get(slow, "buffer.groups_per_step")
-    assert len(found.advice) == 1 and expected in found.advice[0] and "60%" in found.advice[0], found.advice
+    assert len(result.advice) == 1 and expected in result.advice[0] and "60%" in result.advice[0], result.advice
 
 
 def test_a_run_that_was_built_again_says_so() -> None:
     run = synchronous()
     run.phase("start", 40.0)
     run.step()
-    found = explain(run.lines)
-    assert next(iter(found.timeline)) == "start"
-    assert found.advice[0].startswith("start takes") and "resumed, or built again" in found.advice[0], found.advice
+    result = explain(run.lines)
+    assert next(iter(result.timeline)) == "start"
+    assert result.advice[0].startswith("start takes") and "resumed, or built again" in result.advice[0], result.advice
 
 
 def test_busy_and_idle_add_up_and_say_whom_a_role_waits_for() -> None:
@@ -106,10 +106,10 @@ def test_the_line_and_the_workers_that_too_many_are() -> None:
         run.stage("scorer", 8.0, waiting=3)
         run.stage("generator", 2.0, serving=3)
         run.step()
-    found = explain(run.lines)
-    scorer = next(role for role in found.roles if role.name == "scorer")
+    result = explain(run.lines)
+    scorer = next(role for role in result.roles if role.name == "scorer")
     assert scorer.waiting_batches == pytest.approx(2.4) and scorer.busy_ratio == pytest.approx(0.8)
-    assert "3 workers of generator are busy 7%" in found.advice[-1], found.advice
+    assert "3 workers of generator are busy 7%" in result.advice[-1], result.advice
 
 
 def test_only_the_last_steps_count() -> None:
@@ -142,8 +142,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "steps 2 to 3, 10.00 s each" in shown and "Time     reference 60%" in shown
     assert "Advice   reference is what the learner waits for 60% of the time" in shown
     run_commands.explain(tmp_path, last=1, as_json=True)
-    found = json.loads(capsys.readouterr().out)
-    assert (found["first_step"], found["timeline"]["reference"]) == (3, pytest.approx(0.6))
+    result = json.loads(capsys.readouterr().out)
+    assert (result["first_step"], result["timeline"]["reference"]) == (3, pytest.approx(0.6))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0}\n')
     with pytest.raises(ConfigError, match="no two steps"):
         run_commands.explain(tmp_path)

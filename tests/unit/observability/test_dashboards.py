@@ -53,7 +53,7 @@ def test_panels_have_title_description_unit_and_the_chosen_source(uid: str) -> N
         assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert panel["targets"] and all(target["legendFormat"] for target in panel["targets"])
     sources = list(named("datasource", BUILT[uid]))
-    assert len(sources) > len(asked(uid)) and all(each == CHOSEN for each in sources)
+    assert len(sources) > len(asked(uid)) and all(source == CHOSEN for source in sources)
     names = [variable["name"] for variable in BUILT[uid]["templating"]["list"]]
     assert names == ["datasource", "run"] and BUILT[uid]["templating"]["list"][0]["query"] == "prometheus"
     assert BUILT[uid]["templating"]["list"][1]["query"]["query"] == "label_values(keel_steps_total, run)"
@@ -61,15 +61,15 @@ def test_panels_have_title_description_unit_and_the_chosen_source(uid: str) -> N
 
 @UIDS
 def test_dashboards_can_be_told_apart_and_link_to_each_other(uid: str) -> None:
-    own = BUILT[uid]
-    assert own["uid"] == uid and own["schemaVersion"] >= 39 and own["timezone"] == "browser"
-    assert {link["url"] for link in own["links"]} == {f"/d/{other}" for other in BUILT if other != uid}
-    assert own["templating"]["list"][1]["multi"] == (uid != "keel-run")
+    built = BUILT[uid]
+    assert built["uid"] == uid and built["schemaVersion"] >= 39 and built["timezone"] == "browser"
+    assert {link["url"] for link in built["links"]} == {f"/d/{other}" for other in BUILT if other != uid}
+    assert built["templating"]["list"][1]["multi"] == (uid != "keel-run")
 
 
 @UIDS
 def test_numbers_of_panels_are_unique_and_stay_when_others_come(uid: str) -> None:
-    panels_of = [each for head in BUILT[uid]["panels"] for each in (head, *head.get("panels", []))]
+    panels_of = [item for head in BUILT[uid]["panels"] for item in (head, *head.get("panels", []))]
     numbers = {panel["title"]: panel["id"] for panel in panels_of}
     assert len(numbers) == len(panels_of) == len(set(numbers.values()))
     assert all(0 < number < 2**31 for number in numbers.values())
@@ -110,7 +110,7 @@ def test_queries_of_an_xy_chart_and_of_a_table_have_the_labels_they_are_joined_b
         assert len({query.name for query in panel.queries} - {""}) == len(panel.queries), panel.title
     for panel in drawn(uid):
         names = [step for step in panel["transformations"] if step["id"] == "organize"]
-        values = ["Value"] if len(panel["targets"]) == 1 else [f"Value #{each['refId']}" for each in panel["targets"]]
+        values = ["Value"] if len(panel["targets"]) == 1 else [f"Value #{item['refId']}" for item in panel["targets"]]
         assert bool(names) == (panel["type"] in ("xychart", "table"))
         assert all(list(step["options"]["renameByName"]) == values for step in names)
         if panel["type"] == "xychart":  # Grafana rewrites what does not say that it has the form of 11.1
@@ -125,17 +125,17 @@ def test_queries_of_an_xy_chart_and_of_a_table_have_the_labels_they_are_joined_b
 def test_expressions_read_metrics_and_labels_of_the_table(uid: str) -> None:
     """Every metric that an expression names exists and has the labels by which it is selected and summed."""
     for text in asked(uid):
-        own = set(re.findall(r"\bkeel_\w+", text))
+        built = set(re.findall(r"\bkeel_\w+", text))
         others = set(re.findall(r"\bray_\w+", text))
-        assert own <= set(LABELS) and others <= RAY_METRICS, text
-        assert bool(own) != bool(others), text
+        assert built <= set(LABELS) and others <= RAY_METRICS, text
+        assert bool(built) != bool(others), text
         for name, matchers in re.findall(r"(keel_\w+)\{([^}]*)\}", text):
             parts = [part.strip() for part in matchers.split(", ")]
             assert parts[0] == 'run=~"$run"' and len(re.findall(rf"{name}(?!\{{|\w)", text)) == 0, text
             assert {part.split("=")[0].rstrip("~") for part in parts} <= LABELS[name], text
-        there = set.union(*(LABELS[name] for name in own)) if own else {"instance"}
+        present = set.union(*(LABELS[name] for name in built)) if built else {"instance"}
         for labels in re.findall(r"\bby \(([^)]*)\)", text):
-            assert set(labels.split(", ")) <= there, text
+            assert set(labels.split(", ")) <= present, text
 
 
 @UIDS
@@ -214,18 +214,18 @@ def test_the_labels_of_an_expression_are_those_of_its_outermost_aggregation(expr
 RENAME = """
 import dataclasses
 from keel.observability import metric_table
-metric_table.TABLE = [dataclasses.replace(each, name="other") if each.name == NAME else each for each in metric_table.TABLE]
+metric_table.TABLE = [dataclasses.replace(row, name="other") if row.name == NAME else row for row in metric_table.TABLE]
 from keel.observability import dashboards
 dashboards.files()
 """
 
 
-@pytest.mark.parametrize("name", ["kl_nats", "busy_seconds_total", "nobody"])
+@pytest.mark.parametrize("name", ["kl_nats", "busy_seconds_total", "unread"])
 def test_a_renamed_metric_ends_the_generation(name: str) -> None:
     code = RENAME.replace("NAME", repr(name))
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     last = answer.stderr.splitlines()[-1:]
-    assert last == ([] if name == "nobody" else [f"KeyError: {name!r}"])
+    assert last == ([] if name == "unread" else [f"KeyError: {name!r}"])
 
 
 def test_no_variable_is_left_in_expressions() -> None:
@@ -285,7 +285,11 @@ def test_expressions_are_worth_what_their_panels_say(tmp_path: Path) -> None:
         panel = next(panel for panel in drawn(uid) if panel["title"] == title)
         checks.append(("58m", filled(panel["targets"][number]["expr"], ".+"), samples))
     tests = [
-        {"expr": text, "eval_time": when, "exp_samples": [{"labels": own, "value": value} for own, value in samples]}
+        {
+            "expr": text,
+            "eval_time": when,
+            "exp_samples": [{"labels": built, "value": value} for built, value in samples],
+        }
         for when, text, samples in checks
     ]
     series = [{"series": name, "values": values} for name, values in SERIES.items()]
@@ -314,9 +318,9 @@ RAY_METRICS = {
 
 def test_ray_has_the_metrics_that_are_asked_of_it() -> None:
     """Ray's own dashboards, read as text, ask for the same names."""
-    found = importlib.util.find_spec("ray")
-    assert found and found.origin
-    folder = Path(found.origin).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    result = importlib.util.find_spec("ray")
+    assert result and result.origin
+    folder = Path(result.origin).parent / "dashboard" / "modules" / "metrics" / "dashboards"
     text = (folder / "default_dashboard_panels.py").read_text(encoding="utf8")
     assert {name for name in RAY_METRICS if not re.search(rf"\b{name}\b", text)} == set()
-    assert {name for own in asked("keel-cluster") for name in re.findall(r"\bray_\w+", own)} == RAY_METRICS
+    assert {name for built in asked("keel-cluster") for name in re.findall(r"\bray_\w+", built)} == RAY_METRICS

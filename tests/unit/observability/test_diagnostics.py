@@ -31,6 +31,8 @@ def test_one_value_a_completion() -> None:
         "sequence_entropy_nats": [1.7, 2.0, 0.4, 3.5],
         "entropy_nats": [1.7 / 3, 2.0, 0.2, 0.7],
         "finished_ratio": [1, 1, 1, 0],  # the fifth token was the last the budget had
+        "repetition_ratio": [0, 0, 0, 0],  # by brute force in test_sample_diagnostics.py
+        "reference_nll_nats": [-sum(row) / len(row) for row in REFERENCE],
         "kl_nats": [1.0 - 0.1, -1.5, 0.0, 0.2 + 0.5 + 24.3],
         "kl_k3_nats": [
             2 * (math.exp(-0.5) - 1 + 0.5) + math.exp(0.1) - 1 - 0.1,
@@ -40,8 +42,8 @@ def test_one_value_a_completion() -> None:
         ],
     }
     assert set(values) == set(expected)
-    for name, each in expected.items():
-        assert values[name] == pytest.approx(each, abs=1e-6, nan_ok=True), name
+    for name, item in expected.items():
+        assert values[name] == pytest.approx(item, abs=1e-6, nan_ok=True), name
 
 
 def test_k3_of_a_token_the_policy_hates_stays_finite() -> None:
@@ -76,19 +78,19 @@ def test_a_sample_without_reward_does_not_take_the_spread_away() -> None:
 def test_the_interval_is_the_t_interval_where_that_is_exact() -> None:
     """BCa and Student agree to a few percent on many normal values."""
     values = np.random.default_rng(1).normal(3.0, 2.0, 400)
-    found = diagnostics.estimate(values)
+    result = diagnostics.estimate(values)
     low, high = stats.t.interval(0.95, 399, values.mean(), stats.sem(values))
-    assert found.mean == pytest.approx(values.mean(), abs=1e-12)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
-    assert found.half_width == pytest.approx((found.high - found.low) / 2)
+    assert result.mean == pytest.approx(values.mean(), abs=1e-12)
+    assert (result.low, result.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert result.half_width == pytest.approx((result.high - result.low) / 2)
 
 
 def test_the_interval_covers_the_mean_of_skewed_rewards() -> None:
     """64 held-out prompts, exponential rewards of mean 1: about 95 of 100 intervals hold it."""
     draws = np.random.default_rng(0).exponential(1.0, (100, 64))
-    found = [diagnostics.estimate(values) for values in draws]
-    assert 86 <= sum(each.low <= 1.0 <= each.high for each in found) <= 100
-    above, below = (sum(each) for each in zip(*((e.high - e.mean, e.mean - e.low) for e in found), strict=True))
+    result = [diagnostics.estimate(values) for values in draws]
+    assert 86 <= sum(item.low <= 1.0 <= item.high for item in result) <= 100
+    above, below = (sum(item) for item in zip(*((e.high - e.mean, e.mean - e.low) for e in result), strict=True))
     assert above > 1.1 * below  # BCa follows the skew, a plain normal interval does not
 
 
@@ -154,13 +156,13 @@ def test_a_number_nobody_measured_is_no_number(tmp_path: Path) -> None:
 
 def test_estimates_cover_rewards_monitors_and_the_signs_of_over_optimization() -> None:
     rows = held_out([0.5, 0.25, None, 1.5], kl=0.75)
-    found = evaluations.estimates(rows)
-    assert list(found) == ["reward", "reward_gold", "kl_nats", "entropy_nats", "length_tokens", "finished_ratio"]
+    result = evaluations.estimates(rows)
+    assert list(result) == ["reward", "reward_gold", "kl_nats", "entropy_nats", "length_tokens", "finished_ratio"]
     values = diagnostics.per_completion(rows)
-    for name, each in found.items():
+    for name, item in result.items():
         known = values[name][np.isfinite(values[name])]
-        assert each.mean == pytest.approx(known.mean()) and each.low <= each.mean <= each.high, name
-    reward = found["reward"]
+        assert item.mean == pytest.approx(known.mean()) and item.low <= item.mean <= item.high, name
+    reward = result["reward"]
     assert reward.as_json() == {
         "mean": reward.mean,
         "low": reward.low,

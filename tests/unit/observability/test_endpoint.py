@@ -28,9 +28,9 @@ PAGES = ("/metrics", "/sd", "/-/healthy", "/")
 
 @pytest.fixture
 def metrics(tmp_path: Path) -> RunMetrics:
-    own = RunMetrics("mine", tmp_path / "metrics.jsonl")
-    own.add({"steps_total": 3.0})
-    return own
+    addresses = RunMetrics("mine", tmp_path / "metrics.jsonl")
+    addresses.add({"steps_total": 3.0})
+    return addresses
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def port(metrics: RunMetrics, tmp_path: Path) -> Iterator[int]:
 
 
 def port_of(url: str) -> int:
-    found = re.fullmatch(r"http://.*:(\d+)/metrics", url)
-    assert found, url
-    return int(found[1])
+    result = re.fullmatch(r"http://.*:(\d+)/metrics", url)
+    assert result, url
+    return int(result[1])
 
 
 def ask(port: int, path: str, method: str = "GET", host: str = "127.0.0.1", **headers: str) -> tuple[int, Any, bytes]:
@@ -137,9 +137,9 @@ def test_what_is_counted_together_is_seen_together(metrics: RunMetrics, port: in
     try:
         for _ in range(60):
             page = ask(port, "/metrics")[2].decode()
-            found = {sample.name: sample.value for family in parse_text(page) for sample in family.samples}
-            tokens, trained = found["keel_completion_tokens_total"], found["keel_trained_tokens_total"]
-            assert tokens == trained == 7 * found["keel_evaluations_total"]
+            result = {sample.name: sample.value for family in parse_text(page) for sample in family.samples}
+            tokens, trained = result["keel_completion_tokens_total"], result["keel_trained_tokens_total"]
+            assert tokens == trained == 7 * result["keel_evaluations_total"]
     finally:
         stop.set()
         thread.join()
@@ -224,14 +224,14 @@ def test_the_target_is_what_others_reach(
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_run_on_every_address_names_one_of_this_machine(metrics: RunMetrics, tmp_path: Path, host: str) -> None:
-    own = {each.address for addresses in psutil.net_if_addrs().values() for each in addresses}
+    subject = {item.address for addresses in psutil.net_if_addrs().values() for item in addresses}
     try:
         endpoint.check(MetricsSettings(port=0, host=host))
     except ConfigError:
         pytest.skip("this machine has no IPv6")
     with endpoint.serving(MetricsSettings(port=0, host=host), "mine", tmp_path, metrics.page) as url:
         address = url.removeprefix("http://").rpartition(":")[0]
-        assert address.strip("[]") in own or address == socket.gethostname()
+        assert address.strip("[]") in subject or address == socket.gethostname()
         assert ask(port_of(url), "/-/healthy", host=address.strip("[]"))[0] == 200
 
 

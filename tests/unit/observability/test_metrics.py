@@ -27,12 +27,12 @@ from rollouts import generated, prompts, referenced, scored
 
 def filled(tmp_path: Path) -> RunMetrics:
     """Every metric of the table with a number of its own."""
-    own = RunMetrics("test", tmp_path / "metrics.jsonl")
+    metrics = RunMetrics("test", tmp_path / "metrics.jsonl")
     for number, metric in enumerate(TABLE, start=1):
         one, two = ("/".join([name] * len(metric.labels)) for name in ("one", "two"))
         value = {one: number + 0.5, two: number + 0.25} if metric.labels else number + 0.5
-        (own.set if metric.kind == "gauge" else own.add)({metric.name: value})
-    return own
+        (metrics.set if metric.kind == "gauge" else metrics.add)({metric.name: value})
+    return metrics
 
 
 def samples(page: str) -> dict[tuple[str, str], float]:
@@ -45,11 +45,11 @@ def samples(page: str) -> dict[tuple[str, str], float]:
 
 
 def test_page_and_file_have_the_same_numbers(tmp_path: Path) -> None:
-    own = filled(tmp_path)
-    own.record(3, 12.5)
+    metrics = filled(tmp_path)
+    metrics.record(3, 12.5)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert (line.pop("step"), line.pop("time")) == (3, 12.5)
-    page = samples(generate_latest(own.registry).decode())
+    page = samples(generate_latest(metrics.registry).decode())
     flat = {
         (PREFIX + name, label): number
         for name, value in line.items()
@@ -60,49 +60,49 @@ def test_page_and_file_have_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_counters_exist_before_anything_happened_and_gauges_do_not(tmp_path: Path) -> None:
-    """A rate needs its 0; a KL or an entropy that nobody measured is absent, not 0."""
+    """A rate needs its 0; a KL or an entropy that was not measured is absent, not 0."""
     page = samples(generate_latest(RunMetrics("test", tmp_path / "m").registry).decode())
     counters = {PREFIX + metric.name for metric in TABLE if not metric.labels and metric.kind == "counter"}
     assert page == {(name, ""): 0.0 for name in counters}
 
 
 def test_a_slash_in_the_last_label_is_part_of_it(tmp_path: Path) -> None:
-    own = RunMetrics("test", tmp_path / "m")
-    own.set({"objective_term": {"a/b": 1.0}})
-    own.add({"idle_seconds_total": {"learner/generator": 2.0}})
-    page = generate_latest(own.registry).decode()
+    metrics = RunMetrics("test", tmp_path / "m")
+    metrics.set({"objective_term": {"a/b": 1.0}})
+    metrics.add({"idle_seconds_total": {"learner/generator": 2.0}})
+    page = generate_latest(metrics.registry).decode()
     assert 'keel_objective_term{run="test",term="a/b"} 1.0' in page
     assert 'keel_idle_seconds_total{on="generator",role="learner",run="test"} 2.0' in page
 
 
 def test_totals_are_restored(tmp_path: Path) -> None:
-    own = filled(tmp_path)
+    metrics = filled(tmp_path)
     again = RunMetrics("test", tmp_path / "again.jsonl")
-    again.restore(own.totals)
+    again.restore(metrics.totals)
     again.add({"steps_total": 1.0})
-    assert again.totals == {**own.totals, "steps_total": own.totals["steps_total"] + 1}
+    assert again.totals == {**metrics.totals, "steps_total": metrics.totals["steps_total"] + 1}
 
 
 def test_labels_keep_their_own_totals(tmp_path: Path) -> None:
-    own = RunMetrics("test", tmp_path / "metrics.jsonl")
-    own.add({"samples_failed_total": {"none": 2.0}})
-    own.add({"samples_failed_total": {"none": 1.0, "http_5xx": 4.0}})
-    own.set({"reward_component": {"gold": 0.5}, "reward": 1.0})
-    own.set({"reward_component": {"gold": 0.25}})
-    line = own.record(1, 0.0)
+    metrics = RunMetrics("test", tmp_path / "metrics.jsonl")
+    metrics.add({"samples_failed_total": {"none": 2.0}})
+    metrics.add({"samples_failed_total": {"none": 1.0, "http_5xx": 4.0}})
+    metrics.set({"reward_component": {"gold": 0.5}, "reward": 1.0})
+    metrics.set({"reward_component": {"gold": 0.25}})
+    line = metrics.record(1, 0.0)
     assert line["samples_failed_total"] == {"none": 3.0, "http_5xx": 4.0}
     assert (line["reward_component"], line["reward"]) == ({"gold": 0.25}, 1.0)
-    page = samples(generate_latest(own.registry).decode())
+    page = samples(generate_latest(metrics.registry).decode())
     assert page["keel_samples_failed_total", "none"] == 3 and page["keel_reward_component", "gold"] == 0.25
 
 
 def test_a_name_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
-    own = RunMetrics("test", tmp_path / "metrics.jsonl")
-    for record in (own.set, own.add):
+    metrics = RunMetrics("test", tmp_path / "metrics.jsonl")
+    for record in (metrics.set, metrics.add):
         with pytest.raises(KeyError, match="rewrad"):
             record({"rewrad": 1.0})
     with pytest.raises(AssertionError, match="steps_total"):
-        own.set({"steps_total": 1.0})
+        metrics.set({"steps_total": 1.0})
 
 
 # ---- every number of a step has a row, and every row gets a number
@@ -176,13 +176,14 @@ async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
 ) -> None:
     names = of_the_batch(monkeypatch) | of_the_learner()
     assert {"reward", "kl_nats", "loss", "gap_nats", "grad_norm", "learning_rate", "trained_tokens"} <= names
-    run = Run(tmp_path, settings_for(steps=1))
+    run = Run(tmp_path, settings_for(steps=1, guard={"length": {"actions": ["lower_lr"]}}))
     await run.finish()
     written = (names - {"trained_tokens"}) | set(run.observer.gauges) | {"free_memory_bytes"}
     of_stages = {metric.name for metric in TABLE if metric.kind == "gauge" and metric.meaning.startswith("Stages: ")}
     assert of_stages == {"held_out_loss", "held_out_accuracy_ratio", "epochs"}  # test_course.py sees them written
     assert not written & of_stages
     written |= {"workers", "workers_desired"}  # by the pools and scaling.py: tests/integration/test_recovery.py
+    written |= {"reward_tail_index"}  # of 16 rows or more: test_sample_diagnostics.py
     written |= {"batches_waiting", "max_staleness_versions", "steps_wanted"}  # by the recorder: test_recorder.py
     assert written | of_stages == {metric.name for metric in TABLE if metric.kind == "gauge"}
 

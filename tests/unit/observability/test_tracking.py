@@ -67,10 +67,10 @@ class Made:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    own = Made(monkeypatch)
-    own.replace("wandb")
-    own.replace("mlflow")
-    return own
+    tracked = Made(monkeypatch)
+    tracked.replace("wandb")
+    tracked.replace("mlflow")
+    return tracked
 
 
 class Told:
@@ -79,8 +79,8 @@ class Told:
     def __init__(self, folder: Path, *trackers: str, **settings: Any) -> None:
         self.folder, self.notes = folder, list[str]()
         self.metrics = RunMetrics("test", folder / "metrics.jsonl")
-        own = settings_for(tracking={"trackers": list(trackers), **settings})
-        self.tracking = Tracking(own, folder, self.metrics, self.notes.append)
+        tracked = settings_for(tracking={"trackers": list(trackers), **settings})
+        self.tracking = Tracking(tracked, folder, self.metrics, self.notes.append)
 
     @property
     def failures(self) -> dict[str, float]:
@@ -117,30 +117,30 @@ def test_every_number_has_one_name_that_all_libraries_take() -> None:
         "nothing": None,
         "objective_term": {"x" * 300: 1.0},
     }
-    found = tracking.flat(values)
+    result = tracking.flat(values)
     long = f"objective_term.{'x' * 300}"[:250]
-    assert found == {
+    assert result == {
         "reward": 1.0,
         "reward_component.gold": 0.5,
         "reward_component.my_reward._": 2.0,
         "idle_seconds_total.learner.generator": 3.0,
         long: 1.0,
     }
-    assert all(type(value) is float for value in found.values())
+    assert all(type(value) is float for value in result.values())
 
 
 # ---- order
 
 
 def test_a_tracker_hears_everything_in_order(tmp_path: Path, made: Made) -> None:
-    own = Told(tmp_path, "wandb", "mlflow", "wandb", project="p", tags=["a", "b"])
-    own.tracking.begin(0)
-    with own.tracking:
-        own.tracking.evaluated(0, {"step": 0.0, "proxy": 1.5, "gold": float("nan")})
-        own.tracking.step(line(1, reward=0.5))
-        own.tracking.step(line(2, reward=0.75, reward_component={"gold": 1.0}))
-        own.tracking.begin(1)  # built again
-        own.tracking.step(line(2, reward=0.8))
+    tracked = Told(tmp_path, "wandb", "mlflow", "wandb", project="p", tags=["a", "b"])
+    tracked.tracking.begin(0)
+    with tracked.tracking:
+        tracked.tracking.evaluated(0, {"step": 0.0, "proxy": 1.5, "gold": float("nan")})
+        tracked.tracking.step(line(1, reward=0.5))
+        tracked.tracking.step(line(2, reward=0.75, reward_component={"gold": 1.0}))
+        tracked.tracking.begin(1)  # built again
+        tracked.tracking.step(line(2, reward=0.8))
     assert len(made.trackers) == 2  # named twice, made once
     for tracker in made.trackers:
         assert tracker.told == [
@@ -155,17 +155,17 @@ def test_a_tracker_hears_everything_in_order(tmp_path: Path, made: Made) -> None
         assert (run.name, run.project, run.tags, run.version) == ("test", "p", ("a", "b"), 0)
         assert run.directory == tmp_path and run.tensorboard_directory == tmp_path / "tensorboard"
         assert run.configuration["sampling.samples_per_prompt"] == 2
-    assert own.failures == {} and own.notes == [] and own.events() == []
+    assert tracked.failures == {} and tracked.notes == [] and tracked.events() == []
 
 
 @pytest.mark.parametrize(
     ("error", "outcome"), [(ValueError("x"), "failed"), (KeyboardInterrupt(), "interrupted"), (None, "finished")]
 )
 def test_how_a_run_ended_is_told(tmp_path: Path, made: Made, error: BaseException | None, outcome: str) -> None:
-    own = Told(tmp_path, "wandb")
+    tracked = Told(tmp_path, "wandb")
     try:
-        with own.tracking:
-            own.tracking.begin(0)
+        with tracked.tracking:
+            tracked.tracking.begin(0)
             if error:
                 raise error
     except (ValueError, KeyboardInterrupt) as raised:
@@ -175,10 +175,10 @@ def test_how_a_run_ended_is_told(tmp_path: Path, made: Made, error: BaseExceptio
 
 def test_a_run_without_trackers_has_no_thread_and_no_file(tmp_path: Path) -> None:
     before = threading.active_count()
-    own = Told(tmp_path)
-    with own.tracking:
-        own.tracking.begin(0)
-        own.tracking.step(line(1, reward=0.5))
+    tracked = Told(tmp_path)
+    with tracked.tracking:
+        tracked.tracking.begin(0)
+        tracked.tracking.step(line(1, reward=0.5))
         assert threading.active_count() == before
     assert list(tmp_path.iterdir()) == []
 
@@ -186,9 +186,9 @@ def test_a_run_without_trackers_has_no_thread_and_no_file(tmp_path: Path) -> Non
 def test_a_folder_of_event_files_has_the_name_of_the_run(tmp_path: Path, made: Made) -> None:
     settings = settings_for(tracking={"trackers": ["wandb"], "tensorboard_directory": "all/{name}"})
     for member in (None, 3):
-        own = Tracking(settings, tmp_path, RunMetrics("t", tmp_path / "m"), print, member)
-        own.begin(0)
-        own.finish("finished")
+        tracked = Tracking(settings, tmp_path, RunMetrics("t", tmp_path / "m"), print, member)
+        tracked.begin(0)
+        tracked.finish("finished")
     assert [(t.run.name, str(t.run.tensorboard_directory)) for t in made.trackers] == [
         ("test", "all/test"),
         ("test-3", "all/test-3"),
@@ -202,9 +202,9 @@ def test_a_resumed_run_is_the_same_run_and_another_directory_is_another(tmp_path
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     for folder, version in (("one", 0), ("one", 7), ("two", 0)):
-        own = Told(tmp_path / folder, "wandb")
-        own.tracking.begin(version)
-        own.tracking.finish("finished")
+        tracked = Told(tmp_path / folder, "wandb")
+        tracked.tracking.begin(version)
+        tracked.tracking.finish("finished")
     first, again, other = (tracker.run for tracker in made.trackers)
     assert first.identity == again.identity != other.identity
     assert (first.version, again.version) == (0, 7)
@@ -213,9 +213,9 @@ def test_a_resumed_run_is_the_same_run_and_another_directory_is_another(tmp_path
 @pytest.mark.parametrize("content", ["", "[]", "{}", "\x00"])
 def test_a_damaged_identity_begins_another_run(tmp_path: Path, made: Made, content: str) -> None:
     (tmp_path / "tracking.json").write_text(content)
-    own = Told(tmp_path, "wandb")
-    own.tracking.begin(0)
-    own.tracking.finish("finished")
+    tracked = Told(tmp_path, "wandb")
+    tracked.tracking.begin(0)
+    tracked.tracking.finish("finished")
     assert json.loads((tmp_path / "tracking.json").read_text())["identity"] == made.trackers[0].run.identity
 
 
@@ -228,31 +228,31 @@ def test_a_failure_is_counted_told_once_and_the_run_goes_on(tmp_path: Path, made
             raise OSError(f"https://me:{SECRET}@host:\nno route\x1b[1m")
 
     made.replace("wandb", refuse)
-    own = Told(tmp_path, "wandb", "mlflow")
-    own.tracking.begin(0)
+    tracked = Told(tmp_path, "wandb", "mlflow")
+    tracked.tracking.begin(0)
     for step in (1, 2, 3, 4):
-        own.tracking.step(line(step, reward=0.5))
+        tracked.tracking.step(line(step, reward=0.5))
         if step == 2:
-            until(lambda: own.failures == {"wandb": 1.0})
-    own.tracking.finish("finished")
+            until(lambda: tracked.failures == {"wandb": 1.0})
+    tracked.tracking.finish("finished")
     broken, sound = sorted(made.trackers, key=lambda tracker: len(tracker.told))
     assert [told[0] for told in broken.told[:-1]] == [1, 4] and broken.told[-1] == "finished"
     assert [told[0] for told in sound.told[:-1]] == [1, 2, 3, 4]
-    assert own.failures == {"wandb": 2.0}
-    (event,) = own.events()
+    assert tracked.failures == {"wandb": 2.0}
+    (event,) = tracked.events()
     assert (event["event"], event["tracker"]) == ("tracker_failed", "wandb")
     assert event["reason"] == r"raised: OSError: https://...@host:\nno route\x1b[1m"
-    assert own.notes == [f"tracker wandb: {event['reason']}; the run continues, metrics.jsonl has every number"]
+    assert tracked.notes == [f"tracker wandb: {event['reason']}; the run continues, metrics.jsonl has every number"]
 
 
 def test_a_library_that_exits_is_counted_like_one_that_raises(tmp_path: Path, made: Made) -> None:
     made.replace("wandb", lambda step: sys.exit("no key") if step == 1 else None)
-    own = Told(tmp_path, "wandb")
-    own.tracking.begin(0)
-    own.tracking.step(line(1, reward=0.5))
-    own.tracking.step(line(2, reward=0.5))
-    own.tracking.finish("finished")
-    assert own.failures == {"wandb": 1.0} and [event["reason"] for event in own.events()] == [
+    tracked = Told(tmp_path, "wandb")
+    tracked.tracking.begin(0)
+    tracked.tracking.step(line(1, reward=0.5))
+    tracked.tracking.step(line(2, reward=0.5))
+    tracked.tracking.finish("finished")
+    assert tracked.failures == {"wandb": 1.0} and [event["reason"] for event in tracked.events()] == [
         "raised: SystemExit: no key"
     ]
     assert made.trackers[0].told == [(2, {"reward/reward": 0.5}), "finished"]
@@ -263,44 +263,44 @@ def test_a_tracker_that_does_not_start_counts_every_step(tmp_path: Path, monkeyp
         raise ImportError("libx.so")
 
     monkeypatch.setitem(TRACKERS, "trackio", make)
-    own = Told(tmp_path, "trackio")
-    own.tracking.begin(0)
-    own.tracking.step(line(1, reward=0.5))
-    own.tracking.finish("finished")
-    assert own.failures == {"trackio": 2.0}  # the start and the step
-    assert [event["reason"] for event in own.events()] == ["did not start: ImportError: libx.so"]
+    tracked = Told(tmp_path, "trackio")
+    tracked.tracking.begin(0)
+    tracked.tracking.step(line(1, reward=0.5))
+    tracked.tracking.finish("finished")
+    assert tracked.failures == {"trackio": 2.0}  # the start and the step
+    assert [event["reason"] for event in tracked.events()] == ["did not start: ImportError: libx.so"]
 
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    own = threading.Event()
-    yield own
-    own.set()
+    tracked = threading.Event()
+    yield tracked
+    tracked.set()
 
 
 def test_a_blocked_tracker_holds_neither_the_run_nor_another_one(
     tmp_path: Path, made: Made, gate: threading.Event
 ) -> None:
     made.replace("wandb", lambda step: gate.wait(60))
-    own = Told(tmp_path, "wandb", "mlflow", finish_seconds=5.0)
+    tracked = Told(tmp_path, "wandb", "mlflow", finish_seconds=5.0)
     steps = tracking.QUEUE_JOBS + 10
-    own.tracking.begin(0)
+    tracked.tracking.begin(0)
     until(lambda: len(made.trackers) == 2)
-    own.tracking.step(line(0, reward=0.5))
+    tracked.tracking.step(line(0, reward=0.5))
     until(lambda: any(tracker.told for tracker in made.trackers))  # the other one waits inside its first step
     started = time.monotonic()
     for step in range(1, steps + 1):
-        own.tracking.step(line(step, reward=0.5))
+        tracked.tracking.step(line(step, reward=0.5))
         if step % 50 == 0:
             time.sleep(0.02)  # the free one keeps up; a learner step is longer
     took = time.monotonic() - started
     began = time.monotonic()
-    own.tracking.finish("finished")
+    tracked.tracking.finish("finished")
     assert time.monotonic() - began < 30 and took < 30
     assert sorted(len(tracker.told) for tracker in made.trackers) == [0, 1 + steps + 1]
     # step 0 is in the tracker, the queue is full of others but one that gave way to the end, which never came
-    assert own.failures == {"wandb": steps - tracking.QUEUE_JOBS + 2.0}
-    assert own.events()[0]["reason"] == f"{tracking.QUEUE_JOBS} steps wait for it already"
+    assert tracked.failures == {"wandb": steps - tracking.QUEUE_JOBS + 2.0}
+    assert tracked.events()[0]["reason"] == f"{tracking.QUEUE_JOBS} steps wait for it already"
 
 
 def test_an_interrupted_run_does_not_wait_long(
@@ -308,13 +308,13 @@ def test_an_interrupted_run_does_not_wait_long(
 ) -> None:
     monkeypatch.setattr(tracking, "_INTERRUPTED_SECONDS", 0.2)
     made.replace("wandb", lambda step: gate.wait(60))
-    own = Told(tmp_path, "wandb", finish_seconds=50)
-    own.tracking.begin(0)
-    own.tracking.step(line(1, reward=0.5))
+    tracked = Told(tmp_path, "wandb", finish_seconds=50)
+    tracked.tracking.begin(0)
+    tracked.tracking.step(line(1, reward=0.5))
     began = time.monotonic()
-    own.tracking.finish("interrupted")
+    tracked.tracking.finish("interrupted")
     assert time.monotonic() - began < 30
-    assert own.notes[0].startswith("tracker wandb: did not finish in time; ")
+    assert tracked.notes[0].startswith("tracker wandb: did not finish in time; ")
 
 
 # ---- secrets
@@ -335,14 +335,14 @@ def test_no_secret_leaves_the_machine() -> None:
         },
         rewards=[{"name": "r", "kind": "http", "source": "http://h/x", "headers": {"X-Key": "Bearer ${NAME}"}}],
     )
-    found = tracking.configuration(settings)
-    assert SECRET not in json.dumps(found) and "NAME" not in json.dumps(found)
-    assert found["rewards.0.headers.X-Key"] == found["prompts.options.api_key"] == "(not shown)"
-    assert found["prompts.options.address"] == "postgres://...@host/rows"
-    assert (found["prompts.options.max_tokens"], found["prompts.options.tokenizer"]) == (7, "seen")
-    hidden = {name for name, value in found.items() if value == "(not shown)"}
+    result = tracking.configuration(settings)
+    assert SECRET not in json.dumps(result) and "NAME" not in json.dumps(result)
+    assert result["rewards.0.headers.X-Key"] == result["prompts.options.api_key"] == "(not shown)"
+    assert result["prompts.options.address"] == "postgres://...@host/rows"
+    assert (result["prompts.options.max_tokens"], result["prompts.options.tokenizer"]) == (7, "seen")
+    hidden = {name for name, value in result.items() if value == "(not shown)"}
     assert len(hidden) == 4, hidden  # no setting of ours is hidden by its name
-    assert all(len(name) <= 250 for name in found)
+    assert all(len(name) <= 250 for name in result)
 
 
 # ---- what is installed

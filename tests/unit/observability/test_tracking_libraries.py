@@ -33,8 +33,8 @@ class Run:
             {"name": "rule", "source": "tests:length"},
             {"name": "r", "kind": "http", "source": "http://h/x", "headers": {"X-Key": "${KEY}"}},
         ]
-        own = {"trackers": [library], "project": "keel-test", "tags": ["tag"], "finish_seconds": 60}
-        self.settings = settings_for(tracking=own, rewards=rewards)
+        subject = {"trackers": [library], "project": "keel-test", "tags": ["tag"], "finish_seconds": 60}
+        self.settings = settings_for(tracking=subject, rewards=rewards)
         self.folder = folder
 
     def start(self, version: int) -> Tracking:
@@ -123,21 +123,21 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, environment: None) -> 
     run.first_process()
     client = mlflow.MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("keel-test").experiment_id
-    (found,) = client.search_runs([experiment])
-    assert found.info.status == "KILLED"
+    (result,) = client.search_runs([experiment])
+    assert result.info.status == "KILLED"
     run.second_process()
-    (found,) = client.search_runs([experiment], "tags.`keel_tag.tag` = 'true'")
-    assert (found.info.status, found.info.run_name) == ("FINISHED", "test")
-    assert found.data.metrics == {
+    (result,) = client.search_runs([experiment], "tags.`keel_tag.tag` = 'true'")
+    assert (result.info.status, result.info.run_name) == ("FINISHED", "test")
+    assert result.data.metrics == {
         "reward/reward": 3.0,
         NAME: 3.0,
         "perf/idle_seconds_total.learner.generator": 4.0,
         "evaluation/proxy": 2.5,
     }
-    history = [(point.step, point.value) for point in client.get_metric_history(found.info.run_id, NAME)]
+    history = [(point.step, point.value) for point in client.get_metric_history(result.info.run_id, NAME)]
     assert sorted(history) == [(1, 0.125), (2, 0.25), (2, 0.75), (2, 2.0), (3, 0.375), (3, 3.0)]
-    assert found.data.params["rewards.0.source"] == "tests:length" and found.data.params["run.steps"] == "4"
-    assert found.data.params["rewards.1.headers.X-Key"] == "(not shown)"
+    assert result.data.params["rewards.0.source"] == "tests:length" and result.data.params["run.steps"] == "4"
+    assert result.data.params["rewards.1.headers.X-Key"] == "(not shown)"
 
 
 def test_trackio_goes_on_with_the_same_run(tmp_path: Path, environment: None) -> None:
@@ -149,10 +149,10 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path, environment: None) ->
     run = Run(tmp_path, "trackio")
     run.first_process()
     run.second_process()
-    (found,) = trackio.Api().runs("keel-test")
-    assert found.name == f"test-{run.identity}"
-    assert found.config["rewards.0.source"] == "tests:length" and "KEY" not in json.dumps(found.config)
-    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("keel-test", found.name)
+    (result,) = trackio.Api().runs("keel-test")
+    assert result.name == f"test-{run.identity}"
+    assert result.config["rewards.0.source"] == "tests:length" and "KEY" not in json.dumps(result.config)
+    logs = trackio.sqlite_storage.SQLiteStorage.get_logs("keel-test", result.name)
     read = [(row["step"], row[NAME]) for row in logs if NAME in row]
     assert sorted(read) == [(1, 0.125), (2, 0.25), (2, 0.75), (2, 2.0), (3, 0.375), (3, 3.0)]
     assert [(row["step"], row["evaluation/proxy"]) for row in logs if "evaluation/proxy" in row] == [(0, 1.5), (3, 2.5)]
@@ -219,8 +219,8 @@ def test_wandb_without_a_key_does_not_ask_at_the_terminal(
     finally:
         os.close(end)
         os.close(terminal)
-    said = done.stdout.decode()
-    assert "{'wandb': 2.0}" in said and "did not start: UsageError" in said, said
+    answer = done.stdout.decode()
+    assert "{'wandb': 2.0}" in answer and "did not start: UsageError" in answer, answer
 
 
 def name(item: Any) -> str:

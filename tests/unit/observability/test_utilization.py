@@ -18,25 +18,25 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def own(clock: Clock) -> Utilization:
+def utilization(clock: Clock) -> Utilization:
     return Utilization(clock)
 
 
-def test_busy_and_idle_are_the_seconds_of_all_that_serve(own: Utilization, clock: Clock) -> None:
-    own.occupied("generator", running=2, waiting=5, serving=3)
-    own.ranks(4)
-    own.doing("learner_step")
+def test_busy_and_idle_are_the_seconds_of_all_that_serve(utilization: Utilization, clock: Clock) -> None:
+    utilization.occupied("generator", running=2, waiting=5, serving=3)
+    utilization.ranks(4)
+    utilization.doing("learner_step")
     clock.now += 10
-    found = own.drain()
-    assert found["busy_seconds_total"] == {"generator": 20.0, "learner": 40.0}
-    assert found["queue_seconds_total"] == {"generator": 50.0}
-    assert found["idle_seconds_total"] == {"generator/learner": 10.0}
-    assert found["phase_seconds_total"]["learner_step"] == 10.0
-    assert own.drain() == {}, "handed out once"
+    result = utilization.drain()
+    assert result["busy_seconds_total"] == {"generator": 20.0, "learner": 40.0}
+    assert result["queue_seconds_total"] == {"generator": 50.0}
+    assert result["idle_seconds_total"] == {"generator/learner": 10.0}
+    assert result["phase_seconds_total"]["learner_step"] == 10.0
+    assert utilization.drain() == {}, "handed out once"
 
 
 ROLES = ("generator", "reference", "scorer", "learner")
-STATES = [  # phase; (running, waiting, serving) of generator, reference, scorer; role -> whom it waits for
+STATES = [  # phase; (running, waiting, serving) of generator, reference, scorer; role -> what it waits for
     ("rollouts", (1, 0, 1), (0, 0, 1), (0, 0, 1), dict.fromkeys(ROLES[1:], "generator")),
     ("rollouts", (0, 0, 1), (0, 0, 1), (1, 3, 1), {"generator": "scorer", "reference": "scorer", "learner": "scorer"}),
     ("rollouts", (1, 0, 1), (1, 2, 1), (0, 0, 1), {"scorer": "reference", "learner": "reference"}),
@@ -52,7 +52,7 @@ STATES = [  # phase; (running, waiting, serving) of generator, reference, scorer
 
 @pytest.mark.parametrize(("phase", "generator", "reference", "scorer", "idle"), STATES)
 def test_who_has_nothing_to_do_waits_for_someone(
-    own: Utilization,
+    utilization: Utilization,
     clock: Clock,
     phase: str,
     generator: tuple[int, int, int],
@@ -61,8 +61,8 @@ def test_who_has_nothing_to_do_waits_for_someone(
     idle: dict[str, str],
 ) -> None:
     for role, state in (("generator", generator), ("reference", reference), ("scorer", scorer)):
-        own.occupied(role, *state)
-    own.ranks(1)
-    own.doing(phase)
+        utilization.occupied(role, *state)
+    utilization.ranks(1)
+    utilization.doing(phase)
     clock.now += 1
-    assert own.drain()["idle_seconds_total"] == {f"{role}/{on}": 1.0 for role, on in idle.items()}
+    assert utilization.drain()["idle_seconds_total"] == {f"{role}/{on}": 1.0 for role, on in idle.items()}

@@ -58,7 +58,7 @@ def trained(arm: str, temperature: float) -> np.ndarray:
         "regularizer": ARMS[arm](temperature),
         "rewards": [{"name": "proxy", "source": "a:b"}],
     }
-    own = registry.build(loader.parse(tree))
+    objective = registry.build(loader.parse(tree))
     logits = torch.tensor(np.log(REFERENCE)).requires_grad_()
     optimizer = torch.optim.Adam([logits], betas=(0.9, 0.9), eps=1e-30)
     places, ones = torch.arange(N), torch.ones(N, dtype=torch.float64)
@@ -66,16 +66,16 @@ def trained(arm: str, temperature: float) -> np.ndarray:
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = 0.5 * (1 - step / STEPS) ** 3 + 1e-4
         log_p = logits.log_softmax(0)
-        credit = own.weigh(BATCH, Measured(log_p.detach().numpy()))
+        credit = objective.weigh(BATCH, Measured(log_p.detach().numpy()))
         advantages = torch.from_numpy(credit.advantages)
         rows = Rows(advantages, ones, places, torch.full((N,), -np.log(N), dtype=torch.float64), None, LOG_REFERENCE)
-        entropy = -(log_p.exp() * log_p).sum().expand(N) if own.needs_entropy else None
+        entropy = -(log_p.exp() * log_p).sum().expand(N) if objective.needs_entropy else None
         term = None
-        if own.vocabulary is not None:  # one state: what the term says of it stands for every row
-            piece = chunk_term_of(own.vocabulary, places, advantages, None, {"reference": reference}, 1.0)
+        if objective.vocabulary is not None:  # one state: what the term says of it stands for every row
+            piece = chunk_term_of(objective.vocabulary, places, advantages, None, {"reference": reference}, 1.0)
             term = piece(logits[None], 0, 1).expand(N)
         optimizer.zero_grad()
-        own.loss(rows, Outputs(log_p, entropy, None, term), credit).loss.backward()
+        objective.loss(rows, Outputs(log_p, entropy, None, term), credit).loss.backward()
         optimizer.step()
     return logits.detach().softmax(0).numpy()
 
@@ -96,8 +96,8 @@ def divergence(one: np.ndarray, other: np.ndarray) -> float:
 def test_training_reaches_the_closed_form_optimum_of_the_arm(arm: str, temperature: float) -> None:
     policy, family = trained(arm, temperature), arm.split("_")[0]
     assert divergence(policy, optimum(family, temperature)) < 1e-3
-    found = (policy @ PROXY, policy @ GOLD, divergence(policy, REFERENCE), -policy @ np.log(policy), policy[4])
-    assert found == pytest.approx(OPTIMA[family, temperature], abs=0.03)
+    result = (policy @ PROXY, policy @ GOLD, divergence(policy, REFERENCE), -policy @ np.log(policy), policy[4])
+    assert result == pytest.approx(OPTIMA[family, temperature], abs=0.03)
 
 
 def test_maximum_entropy_ends_below_the_reference_at_every_temperature() -> None:

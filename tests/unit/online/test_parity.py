@@ -109,9 +109,9 @@ async def test_a_run_that_only_warns_takes_all_its_steps(tmp_path: Path) -> None
 
 def test_fresh_tokens_are_those_of_the_version_under_training() -> None:
     learner = DeepSpeedLearner.__new__(DeepSpeedLearner)
-    late, own = (rollouts.generated(rollouts.prompts([ticket]), version) for ticket, version in ((0, 3), (1, 4)))
-    batch = schema.concat([late, own])
-    lengths = [int(schema.lengths(part, "completion_tokens").sum()) for part in (late, own)]
+    late, subject = (rollouts.generated(rollouts.prompts([ticket]), version) for ticket, version in ((0, 3), (1, 4)))
+    batch = schema.concat([late, subject])
+    lengths = [int(schema.lengths(part, "completion_tokens").sum()) for part in (late, subject)]
     for version, expected in ((4, [False, True]), (3, [True, False]), (5, [False, False])):
         learner.version = version
         assert learner._fresh(batch).tolist() == np.repeat(expected, lengths).tolist()

@@ -67,7 +67,10 @@ def test_of_many_that_wait_for_resources_one_speaks_for_all(tmp_path: Path) -> N
     recorder.waited_for_resources("generator-2", 70.0, granted=False)
     assert display.notes[3:] == ["resources for generator-1 after 66 s", first.replace("generator-1", "generator-2")]
     assert display.now == "learner step"  # others work
-    events = [(each["event"], each["who"]) for each in files.read_json_lines(tmp_path / "events.jsonl")]
+    events = [
+        (read_json_line["event"], read_json_line["who"])
+        for read_json_line in files.read_json_lines(tmp_path / "events.jsonl")
+    ]
     assert events == [
         ("waiting_for_resources", "generator-1"),
         ("waiting_for_resources", "generator-2"),
@@ -102,7 +105,7 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
 
     monkeypatch.setattr(actors, "holds", lambda *_, **__: True)
     pool = SimpleNamespace(forget_load=lambda: None)
-    own = SimpleNamespace(
+    subject = SimpleNamespace(
         settings=prepared.settings,
         recorder=recorder,
         generators=pool,
@@ -111,5 +114,5 @@ async def test_what_a_lost_learner_did_is_not_counted_until_there_is_another(
         _placement_for=placement_for,
     )
     with pytest.raises(BuildFailed, match="the end of this test"):
-        await OnlineRun._start(cast(OnlineRun, own), Saved(None, {}), contextlib.ExitStack())
+        await OnlineRun._start(cast(OnlineRun, subject), Saved(None, {}), contextlib.ExitStack())
     assert asked == [True]

@@ -44,7 +44,7 @@ def test_the_autoscaler_holds_what_is_wanted_now_and_nothing_after_the_end(
 
 
 class Link:
-    """A control actor that hears a stop in so many exchanges."""
+    """A control actor that hears a stop after a number of exchanges."""
 
     def __init__(self, exchanges: int | None) -> None:
         self.desired, self.stopping, self.left = {"generator": 1, "learner": 2}, False, exchanges

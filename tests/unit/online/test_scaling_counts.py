@@ -49,9 +49,9 @@ class World:
         self.pools: Any = {role: self.pool(role) for role in ("generator", "scorer")}
         self.asked_to_stop = threading.Event()
         self.settings = settings_for(buffer={"groups_per_step": 6, "groups_per_batch": None})
-        self.own = Scaling(self.settings, tmp_path, self.pools, self.link, Observer(), self.asked_to_stop)
+        self.scaling = Scaling(self.settings, tmp_path, self.pools, self.link, Observer(), self.asked_to_stop)
         self.resized: list[int] = []
-        self.buffer: Any = SimpleNamespace(groups_per_batch=self.own.groups_per_batch, resize=self.resize)
+        self.buffer: Any = SimpleNamespace(groups_per_batch=self.scaling.groups_per_batch, resize=self.resize)
         self.group: Any = SimpleNamespace(placement=SimpleNamespace(ranks=2))
 
     def pool(self, role: str) -> Any:
@@ -84,8 +84,8 @@ class World:
         self.left += 1
 
     async def follow(self, exchanges: int) -> None:
-        """Follow what is wanted for so many exchanges."""
-        following = asyncio.create_task(self.own.follow(self.group, self.buffer, SimpleNamespace(leave=self.leave)))  # type: ignore[arg-type]
+        """Follow the wanted counts for a number of exchanges."""
+        following = asyncio.create_task(self.scaling.follow(self.group, self.buffer, SimpleNamespace(leave=self.leave)))  # type: ignore[arg-type]
         async with asyncio.timeout(20):
             while self.exchanges < exchanges and not following.done():
                 await asyncio.sleep(0.001)
@@ -108,7 +108,7 @@ def test_pools_get_their_counts_and_batches_the_size_of_the_generators(
     """Six groups a step: three a batch for two generators, two for three of them; a scorer more changes none."""
     world = World(monkeypatch, tmp_path)
     world.at = {2: lambda: world.desired.update(generator=3), 4: lambda: world.desired.update(scorer=2)}
-    assert world.own.groups_per_batch == 3
+    assert world.scaling.groups_per_batch == 3
     asyncio.run(world.follow(7))
     assert world.pools["generator"].resizes == [3] and world.pools["scorer"].resizes == [2]
     assert world.resized == [2] and world.left == 0
@@ -136,8 +136,8 @@ def test_more_ranks_leave_once_there_is_resources_for_those_that_are_missing(
         assert world.left == 0
     asyncio.run(world.follow(granted_at + 1))
     assert world.left >= 1 and [placement.ranks for placement in world.placements] == [3]
-    world.own.release()
-    world.own.release()
+    world.scaling.release()
+    world.scaling.release()
     assert [placement.released for placement in world.placements] == [1]
 
 
@@ -165,9 +165,9 @@ def test_a_stop_leaves_with_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             world.asked_to_stop.set()
 
     world.at = {2: stop}
-    assert not world.own.stopping
+    assert not world.scaling.stopping
     asyncio.run(world.follow(2))
-    assert world.own.stopping and world.left >= 1
+    assert world.scaling.stopping and world.left >= 1
 
 
 def test_a_resumed_run_starts_with_the_counts_that_were_wanted_last(tmp_path: Path) -> None:

@@ -140,11 +140,11 @@ def test_the_buffer_has_its_time_to_drop_tickets(tmp_path: Path) -> None:
 
 
 async def test_a_timeout_of_the_awaited_itself_stays_one() -> None:
-    async def own() -> None:
+    async def timing_out() -> None:
         raise TimeoutError("of its own")
 
     with pytest.raises(TimeoutError, match="of its own"):
-        await within(60, own(), lambda: Stalled("late"))
+        await within(60, timing_out(), lambda: Stalled("late"))
 
 
 def test_a_comparison_before_the_run_waits_a_steps_time(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ async def test_another_error_is_not_tried_again() -> None:
 
 
 def test_as_many_samples_as_a_step_has_may_fail_up_to_the_ratio() -> None:
-    """Four samples a step, half of them allowed: at the ratio itself a run goes on, and an old failure is forgotten."""
+    """Four samples a step, half of them allowed: at the ratio itself a run continues, and an old failure is forgotten."""
     watch = FailureWatch(settings_for(failures={"max_failed_ratio": 0.5}))
     watch.saw({"broken": 3}, accepted=0)  # three of three, but a step has four
     watch.saw({}, accepted=2)  # broken, broken, fine, fine

@@ -140,7 +140,7 @@ def test_format(caplog):
 def test_a_module_that_starts_ray_leaves_the_next_one_its_log_format(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, restored: bool
 ) -> None:
-    """Ray formats every handler of its logger anew, also those that pytest has hung there for `caplog`."""
+    """Ray formats every handler of its logger again, also those that pytest has hung there for `caplog`."""
     pytester.makepyfile(test_next=AFTER)
     result = outcome(pytester, monkeypatch, MODULE if restored else MODULE.replace("process_state.restore(before)", ""))
     counts = {name: result.parseoutcomes().get(name, 0) for name in ("passed", "failed", "errors")}

@@ -38,18 +38,18 @@ def rules() -> list[dict[str, Any]]:
 
 @functools.cache
 def alerts() -> dict[str, dict[str, Any]]:
-    found = [rule for rule in rules() if "alert" in rule]
-    by_name = {rule["alert"]: rule for rule in found}
-    assert len(by_name) == len(found) > 0
+    result = [rule for rule in rules() if "alert" in rule]
+    by_name = {rule["alert"]: rule for rule in result}
+    assert len(by_name) == len(result) > 0
     return by_name
 
 
 @functools.cache
 def recorded() -> dict[str, str]:
     """Expression of every recorded series, by name."""
-    found = [rule for rule in rules() if "record" in rule]
-    by_name = {rule["record"]: rule["expr"] for rule in found}
-    assert len(by_name) == len(found) > 0
+    result = [rule for rule in rules() if "record" in rule]
+    by_name = {rule["record"]: rule["expr"] for rule in result}
+    assert len(by_name) == len(result) > 0
     return by_name
 
 
@@ -74,8 +74,8 @@ def of_records(expression: str) -> set[str]:
 
 def matchers(expression: str) -> list[tuple[str, set[str]]]:
     """(name, labels) of every selector with matchers."""
-    found = re.findall(r"([a-z_:][a-z0-9_:]*)\{([^{}]*)\}", expression)
-    return [(name, set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", inside))) for name, inside in found]
+    result = re.findall(r"([a-z_:][a-z0-9_:]*)\{([^{}]*)\}", expression)
+    return [(name, set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", inside))) for name, inside in result]
 
 
 def labels_of(name: str) -> set[str]:
@@ -123,7 +123,7 @@ def test_an_expression_names_what_is_there(expression: str) -> None:
 
 
 def test_matched_values_are_those_of_the_code() -> None:
-    """A role, phase or stage that nobody writes would leave an alert silent for ever."""
+    """A role, phase or stage that no code writes would leave an alert silent for ever."""
     packages = ("online", "rollout")
     code = "".join(path.read_text("utf8") for name in packages for path in (ROOT / "system/keel" / name).glob("*.py"))
     phases = {name.replace(" ", "_") for name in re.findall(r'\.doing\("([a-z ]+)"\)', code)}
@@ -138,9 +138,9 @@ def test_matched_values_are_those_of_the_code() -> None:
         "job": {"keel"},
     }
     texts = [expression.replace("'", '"') for expression in expressions()]
-    found = [pair for text in texts for pair in re.findall(r'(\w+)(?:=~|!~|!=|=)"([^"]*)"', text) if pair[0] != "run"]
-    assert {label for label, _ in found} == set(known)
-    for label, values in found:
+    result = [pair for text in texts for pair in re.findall(r'(\w+)(?:=~|!~|!=|=)"([^"]*)"', text) if pair[0] != "run"]
+    assert {label for label, _ in result} == set(known)
+    for label, values in result:
         assert {value.strip(".*") for value in values.split("|")} <= known[label], (label, values)
 
 
@@ -226,15 +226,15 @@ def setting(path: str) -> bool:
     """Whether a dotted name is a setting of an online run, in any of the kinds a block may have."""
     level: list[Any] = [Settings]
     for part in [part for part in path.split(".") if part != "NAME"]:  # of one in a list
-        blocks = [each for each in level if isinstance(each, type) and issubclass(each, BaseModel)]
+        blocks = [item for item in level if isinstance(item, type) and issubclass(item, BaseModel)]
         fields = [block.model_fields[part] for block in blocks if part in block.model_fields]
-        level = [each for field in fields for each in _models(field.annotation)]
+        level = [item for field in fields for item in _models(field.annotation)]
     return bool(level)
 
 
 def _models(annotation: Any) -> list[Any]:
     """The blocks an annotation may be, and the annotation itself where it is none."""
-    return [annotation, *(each for argument in get_args(annotation) for each in _models(argument))]
+    return [annotation, *(_model for argument in get_args(annotation) for _model in _models(argument))]
 
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.glob("*.md")), ids=lambda page: page.stem)
@@ -246,7 +246,7 @@ def test_a_runbook_names_metrics_and_settings_that_are_there(page: Path) -> None
         assert labels <= labels_of(name), name
     code = re.findall(r"`([^`]+)`", text)
     dotted = {
-        name for each in code for name in re.findall(r"(?<![\w./*-])([a-z_]+(?:\.[a-zA-Z_]+)+)(?![\w./-]*/)", each)
+        name for item in code for name in re.findall(r"(?<![\w./*-])([a-z_]+(?:\.[a-zA-Z_]+)+)(?![\w./-]*/)", item)
     }
     named = {name for name in dotted if name.split(".")[0] in Settings.model_fields}
     assert {name for name in named if not setting(name)} == set()
@@ -292,7 +292,7 @@ def test_every_recorded_series_has_a_value_computed_by_hand() -> None:
 
 def test_series_of_the_tests_are_those_of_a_run() -> None:
     """A test on a series that no run has would prove nothing."""
-    for series in [each["series"] for block in blocks() for each in block["input_series"]]:
+    for series in [item["series"] for block in blocks() for item in block["input_series"]]:
         ((name, labels),) = matchers(series)
         assert labels - TARGET == labels_of(name) - TARGET, series
         assert "run" in labels or name == "up", series

@@ -43,7 +43,7 @@ _jobs: list[subprocess.Popen[str]] = []
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Of a test that fails, no process goes on."""
+    """A test that fails leaves no process running."""
     yield
     while _jobs:
         with contextlib.suppress(ProcessLookupError):  # it ended, and all it started
@@ -59,8 +59,8 @@ def started(folder: Path, *arguments: str, **environment: str) -> subprocess.Pop
         (folder / "bin" / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[1-3]"}
     slurm |= {"SLURM_NTASKS": "3", "SLURM_CPUS_ON_NODE": "16", "SLURM_JOB_CPUS_PER_NODE": "16,8(x2)"}
-    own = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "HOME": str(folder)}
-    environment = slurm | own | environment
+    subject = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "CALLS": str(folder / "calls"), "HOME": str(folder)}
+    environment = slurm | subject | environment
     command = ["bash", str(SCRIPT), *arguments]
     _jobs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True))
     return _jobs[-1]

@@ -22,13 +22,13 @@ def functions(tree: ast.AST) -> list[Function]:
 
 def imported(tree: ast.AST, modules: set[str]) -> dict[str, Place]:
     """Names in a file for a module of tests/ (its function is empty), or for something in one."""
-    found = {}
+    result = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.asname or alias.name: (alias.name, "") for alias in node.names if alias.name in modules}
+            result |= {alias.asname or alias.name: (alias.name, "") for alias in node.names if alias.name in modules}
         elif isinstance(node, ast.ImportFrom) and node.module in modules:
-            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
-    return found
+            result |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    return result
 
 
 def reached(call: ast.AST, module: str, names: dict[str, Place]) -> Place | None:
@@ -125,7 +125,7 @@ class TestThese:
     def test_i(self): self.ends()
     def test_j(self): self.begins()
 """
-    found = without_assertion({"file": text, "helpers": helpers})
-    assert found == ["file::test_d", "file::test_e", "file::test_h", "file::test_j"]
+    result = without_assertion({"file": text, "helpers": helpers})
+    assert result == ["file::test_d", "file::test_e", "file::test_h", "file::test_j"]
     raising = "pytest.raises(A)\npytest.raises(A, match='')\npytest.raises(A, match='b')\nraises(A, f)\npytest.warns(B)"
     assert without_match({"file": raising}) == ["file:1", "file:2", "file:4", "file:5"]

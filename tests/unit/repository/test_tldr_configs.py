@@ -48,7 +48,7 @@ def test_the_arms_differ_in_their_regularizer_alone() -> None:
     assert [tree["run"].pop("name") for tree in trees] == [path.stem for path in ARMS]
     regularizers = [tree.pop("regularizer") for tree in trees]
     assert len(trees) == 5 and all(tree == trees[0] for tree in trees)
-    assert {terms(each) for each in regularizers} == {
+    assert {terms(regularizer) for regularizer in regularizers} == {
         (0.05, "none", 0.0),
         (0.0, "none", 0.0),
         (0.0, "sequence_sum", 0.01),
@@ -110,4 +110,4 @@ def test_the_commands_of_the_readme_resolve(words: list[str]) -> None:
 
 def test_the_commands_of_the_readme_know_both_sizes() -> None:
     resolved = [loader.load(FOLDER.parent.parent / words[1], words[2:]) for words in commands() if words[0] == "train"]
-    assert {each.policy.model for each in resolved} == {f"runs/tldr/sft-{size}" for size in SIZES}
+    assert {item.policy.model for item in resolved} == {f"runs/tldr/sft-{size}" for size in SIZES}

@@ -59,16 +59,16 @@ class Project:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    own = Project(tmp_path)
+    subject = Project(tmp_path)
     for name, tree in (("label", LABEL), ("reward", REWARD), ("train", TRAIN)):
-        own.write(f"{name}.yaml", tree)
+        subject.write(f"{name}.yaml", tree)
     jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
     (tmp_path / "judging.py").write_text("def gold(completions, **columns):\n    return [0.0 for _ in completions]\n")
     for folder in ("start", "trunk"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text("{}")
         (tmp_path / folder / "model.safetensors").write_bytes(folder.encode())
-    return own
+    return subject
 
 
 def changed(before: list[str], after: list[str]) -> list[str]:

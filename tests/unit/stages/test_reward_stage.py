@@ -114,20 +114,20 @@ def test_what_scores_zero_on_average(
 ) -> None:
     """Training pairs alone, every text once; the same ones every time."""
     stage = Stage(tmp_path, monkeypatch, center=center)
-    found = reward._reference(stage.settings, stage.rows)
-    said = [(text.prompt.strip(), text.completion) for text in found]
-    assert len(found) == len(set(said)) == center.get("max_rows", 20 * len(completions))
-    assert {" ".join("n" for _ in completion.split()) for _, completion in said} <= completions
+    result = reward._reference(stage.settings, stage.rows)
+    answer = [(text.prompt.strip(), text.completion) for text in result]
+    assert len(result) == len(set(answer)) == center.get("max_rows", 20 * len(completions))
+    assert {" ".join("n" for _ in completion.split()) for _, completion in answer} <= completions
     train = set(stage.rows.train.tolist())
-    assert {int(prompt) for prompt, _ in said} <= train
-    assert found == reward._reference(stage.settings, stage.rows)
+    assert {int(prompt) for prompt, _ in answer} <= train
+    assert result == reward._reference(stage.settings, stage.rows)
 
 
 def test_demonstrations_can_score_zero_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = demonstrations(tmp_path / "d.jsonl", [1, 2, 3])
     stage = Stage(tmp_path, monkeypatch, center={"source": source})
-    found = reward._reference(stage.settings, stage.rows)
-    assert sorted(text.completion for text in found) == ["0", "0 0", "0 0 0"]
+    result = reward._reference(stage.settings, stage.rows)
+    assert sorted(text.completion for text in result) == ["0", "0 0", "0 0 0"]
 
 
 def test_demonstrations_that_are_too_long_score_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

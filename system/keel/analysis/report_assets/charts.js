@@ -147,8 +147,9 @@ function drawPoints(state, line) {
     if (line.xLow && known(line.xLow[place])) whisker(svg, line, x(line.xLow[place]), x(line.xHigh[place]), y(line.y[place]), y(line.y[place]));
     shape(state, x(value), y(line.y[place]), line.number);
     if (line.best === place) {
+      const right = x(value) > state.width - 90;
       draw(svg, "circle", {cx: x(value), cy: y(line.y[place]), r: 8, fill: "none", "stroke-width": 1.5}).style.stroke = color(line.number);
-      if (line.alone) draw(svg, "text", {x: Math.max(x(value), state.left + 32), y: Math.max(y(line.y[place]) - 12, 9), "text-anchor": "middle"}, `best: step ${line.steps[place]}`);
+      if (line.alone) draw(svg, "text", {x: x(value) + (right ? -11 : 11), y: y(line.y[place]) - 7, "text-anchor": right ? "end" : "start"}, `best: step ${line.steps[place]}`);
     }
   });
 }
