@@ -24,7 +24,7 @@ from keel.rollout.prompts import seed_of
 
 _COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
 UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)
-"""What content that is no Arrow file raises; not what a failed read of it does (ReadFailed)."""
+"""Errors of content that is no Arrow file; a failed read of it raises ReadFailed."""
 _RELATIVE_ERROR = 1e-6  # means of the frontier are summed in another order here
 _NUMBERS = ("steps", "rows", "largest_staleness_versions", "tickets_trained")
 _NOTHING: dict[str, Any] = {
@@ -90,7 +90,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run got, by what its files say."""
+    """How far a run got, according to its files."""
 
     committed: int
     """Step of the newest committed checkpoint, 0 without one."""

@@ -31,13 +31,13 @@ _LABELED = {metric.name for metric in metric_table.TABLE if metric.labels}
 _OPERATIONAL = {metric.name for metric in metric_table.TABLE if metric.operational}
 _CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
 _ODD = (ValueError, KeyError, TypeError, AttributeError, checkpoint.CheckpointError)
-"""What content of a checkpoint raises that is not what a run writes; a failed read (ReadFailed) says nothing of it."""
+"""Errors of checkpoint content that no run writes; a failed read raises ReadFailed."""
 _PROVENANCE = ("generate_seconds", "score_seconds", "generator", "scorer")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked in a run directory, and what was found."""
+    """The result of checking a run directory."""
 
     directory: str
     findings: tuple[Finding, ...]

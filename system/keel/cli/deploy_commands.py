@@ -29,7 +29,7 @@ def deploy_folder() -> Path:
 
 
 def shipped(folder: str) -> dict[str, str]:
-    """All files of a folder inside `deploy`: path inside it -> text."""
+    """Read all files of a folder inside `deploy`: path inside it -> text."""
     top = deploy_folder() / folder
     paths = sorted(path for path in top.rglob("*") if path.is_file())
     return {str(path.relative_to(top)): path.read_text(encoding="utf8") for path in paths}

@@ -1,4 +1,4 @@
-"""What `keel submit` uploads, as one zip: this Keel, the configuration, the user's own modules, local files.
+"""Collects what `keel submit` uploads, as one zip: this Keel, the configuration, the user's own modules, local files.
 
 configuration --> module:name, importable here, not installed   itself, and what it imports of that kind
               --> a relative path that exists here              files/, and the setting says so
@@ -49,7 +49,7 @@ class Item:
     """A file, folder or module that is uploaded."""
 
     label: str
-    """What the user calls it: `policy.model=models/tiny`."""
+    """The name in messages: `policy.model=models/tiny`."""
     files: Mapping[str, Path]
     """Name in the zip -> file here."""
 
@@ -60,7 +60,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Bundle:
-    """All that a job needs beside its configuration."""
+    """The configuration of a job with the files it needs."""
 
     tree: dict[str, Any]
     """The configuration, its local paths as they are in the job's working directory."""

@@ -35,7 +35,7 @@ class Ask:
 
     @property
     def amounts(self) -> dict[str, float]:
-        """All resources of one worker."""
+        """Sum the resources of one worker."""
         total: dict[str, float] = {}
         for bundle in bundles(self.workers):
             total |= {name: total.get(name, 0.0) + amount for name, amount in bundle.items()}
@@ -64,7 +64,7 @@ class Ask:
 
 
 def bundles(workers: WorkerSettings) -> list[dict[str, float]]:
-    """What one worker asks Ray for: a bundle for its actor, then one for each GPU of a tensor parallel engine."""
+    """List one worker's bundles: that of its actor, then one for each GPU of a tensor parallel engine."""
     actor = {"CPU": float(workers.threads)}
     if isinstance(workers, GeneratorSettings) and workers.tensor_parallel > 1:
         return [actor | workers.resources, *({"GPU": 1.0} for _ in range(workers.tensor_parallel))]

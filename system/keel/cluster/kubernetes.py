@@ -23,7 +23,7 @@ USER = 1000
 _SCRAPE_SECONDS = {"keel": 5, "ray": 15}
 """Seconds between scrapes, by Prometheus job; Grafana's data source has that of Keel, for its windows of rates."""
 _CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-"""What Kubernetes' pod security standard `restricted` asks of a container."""
+"""The settings of a container that Kubernetes' pod security standard `restricted` requires."""
 _POD = f"""
 enableServiceLinks: false  # links would set VLLM_PORT for a service of the name `vllm`, and vLLM reads that
 securityContext:

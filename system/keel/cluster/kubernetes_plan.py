@@ -1,4 +1,4 @@
-"""How a run divides into pods: arithmetic on counts, threads, GPUs and memory, and what Kubernetes would refuse.
+"""Divides a run into pods: arithmetic on counts, threads, GPUs and memory, and what Kubernetes would refuse.
 
 workers of a role --per_pod--> pods of a group, from as many as are configured to as many as the run may grow to
 """
@@ -21,7 +21,7 @@ FOR_A_CLUSTER = ("cluster.address=auto", "cluster.wait_for_nodes=true", "metrics
 MEMORY = {"head": "8Gi", "generators": "8Gi", "reference": "4Gi", "scorers": "4Gi", "learners": "16Gi"}
 """Memory of the head pod and of one worker of a role, shared memory not included: for models of about 0.5 B."""
 RAY_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
-"""What Ray (every pod), its autoscaler and its dashboard (head) export; KubeRay takes `metrics` to be Ray's own."""
+"""Metrics ports of Ray (every pod), its autoscaler and its dashboard (head); KubeRay takes `metrics` for Ray's own."""
 HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265}
 """Before it merged both, KubeRay left its own ports out of the head's service where the container names any; the
 operator finds the dashboard, through which it follows a job, by this name."""

@@ -164,5 +164,8 @@ class LearnerGroup(RankGroup[DeepSpeedLearner]):
     async def state(self) -> Mapping[str, Any]:
         return await self.call(DeepSpeedLearner.state)
 
+    async def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        await self.call(DeepSpeedLearner.set_multipliers, kl, learning_rate)
+
     async def renew_reference(self, folder: str) -> None:
         await self.call(DeepSpeedLearner.renew_reference, folder)

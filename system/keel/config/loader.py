@@ -197,7 +197,7 @@ def _quoted(override: str) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a YAML text and where; the text itself may hold a secret."""
+    """Describe what is wrong with a YAML text and where, without the text, which may hold a secret."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
         return f"{error.problem or error.context}, {place}"

@@ -45,7 +45,7 @@ def from_here(path: Path) -> str:
 
 
 class Display(Protocol):
-    """Where progress is shown: a live table, plain lines, or nowhere."""
+    """A display of progress: a live table, plain lines, or none."""
 
     def note(self, text: str) -> None: ...
 

@@ -28,7 +28,7 @@ class NotStopped(KeelError, RuntimeError):
 
 
 def of(directory: Path) -> dict[str, Any]:
-    """State, step of steps, reward, KL, workers wanted and present, last event. Raises ConfigError.
+    """State, step of steps, best checkpoint, reward, KL, workers wanted and present, last event. Raises ConfigError.
 
     `state`: live (a process works on it), ended, stopped (as it was asked to) or broken off; a number that the run has
     not written is null.
@@ -51,6 +51,7 @@ def of(directory: Path) -> dict[str, Any]:
         "step": last.get("step", 0),
         "steps": steps,
         "checkpoint": committed[-1] if committed else None,
+        "best": checkpoint.best(directory),
         "reward": last.get("reward"),
         "kl_nats": last.get("kl_nats"),
         "wanted": counts.get("desired", {}),

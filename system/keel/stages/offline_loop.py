@@ -37,7 +37,7 @@ _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored row
 
 
 class OfflineLearner(Protocol):
-    """What an offline run asks of the learner on every rank of its group."""
+    """The methods that an offline run calls on every rank of its learner group."""
 
     def step(self, batch: pa.RecordBatch) -> StepReport: ...
 

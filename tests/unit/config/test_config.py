@@ -198,6 +198,7 @@ SEEN: list[dict[str, Any]] = [
     {"evaluation": {"every_steps": 0}},
     {"checkpoint": {"keep": 3}},
     {"parity": {"max_gap_nats": 0.2}},
+    {"guard": {"kl_slope": {"actions": ["stop"]}}},
     {"ensemble": {"coefficient": 2.0}},
     {"shaping": {"missing_end_penalty": 1.0}},
 ]
