@@ -75,7 +75,8 @@ def proxy_gold_divergence(
     peak = max(range(len(gold)), key=lambda place: gold[place].mean)
     fall, low, high = difference(gold[-1], gold[peak], 1.0, confidence)
     _, rise, _ = difference(proxy[-1], proxy[peak], 1.0, confidence)
-    return Verdict(high < -min_fall and rise > 0, fall, low, high, -min_fall)
+    threshold = 0.0 - min_fall
+    return Verdict(high < threshold and rise > 0, fall, low, high, threshold)
 
 
 def ratio(series: Sequence[Sample], lowest: float | None, highest: float, confidence: float) -> Verdict | None:
