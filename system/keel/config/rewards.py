@@ -1,4 +1,4 @@
-"""Settings of rewards: who computes them, how several become one, what length and end of a completion do to it."""
+"""Settings of rewards: what computes them, how several become one, what length and end of a completion do to it."""
 
 import re
 from collections.abc import Iterable

@@ -46,7 +46,7 @@ class ModelEvaluation:
     """Answers of the prompt source to compare with, where there are some."""
     prompts: Prompts
     judge: str
-    """Name of the column that decides who wins and what passes."""
+    """Name of the column that decides which answer wins or passes."""
     notes: tuple[str, ...] = ()
     """Lines that the evaluation prints at its start."""
 
