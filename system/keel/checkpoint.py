@@ -17,8 +17,9 @@ from keel import files, reads, recorded_commits
 from keel.errors import ConfigError, KeelError
 
 _MANIFEST, _COMMIT, _STAGE = "MANIFEST.json", "COMMIT", "stage.json"
-_DAMAGED = "damaged-"
+_DAMAGED, ROLLED_BACK = "damaged-", "rolled-back-"
 _STEP = re.compile(r"step-(\d+)")
+_ASIDE = re.compile(rf"(?:{_DAMAGED}|{ROLLED_BACK})step-(\d+)")
 
 
 class CheckpointError(KeelError, RuntimeError):
@@ -116,8 +117,8 @@ def lost(run_directory: Path) -> tuple[int, str] | None:
     known, source = recorded_commits.newest_known(run_directory)
     if known <= max(steps(run_directory), default=0) or reads.is_there(run_directory / _STAGE):
         return None  # in this order: a live run commits meanwhile; a finished stage has deleted its own
-    names = [path.name for path in reads.entries(run_directory / "checkpoints") if path.name.startswith(_DAMAGED)]
-    aside = [_STEP.fullmatch(name.removeprefix(_DAMAGED)) for name in names]
+    names = [path.name for path in reads.entries(run_directory / "checkpoints")]
+    aside = [_ASIDE.fullmatch(name) for name in names]
     return None if any(int(name[1]) >= known for name in aside if name) else (known, source)
 
 
@@ -146,7 +147,7 @@ def newest_intact(run_directory: Path) -> tuple[Path | None, dict[str, Any] | No
         except CheckpointError as error:
             damaged.append(str(error))
             continue
-        _put_aside(run_directory, newer_than=path)
+        put_aside(run_directory, int(path.name.removeprefix("step-")), _DAMAGED)
         return path, state, damaged
     if damaged:
         raise CheckpointError(
@@ -155,10 +156,12 @@ def newest_intact(run_directory: Path) -> tuple[Path | None, dict[str, Any] | No
     return None, None, []
 
 
-def _put_aside(run_directory: Path, newer_than: Path) -> None:
-    for path in committed(run_directory):
-        if path.name > newer_than.name:
-            aside = path.with_name(f"{_DAMAGED}{path.name}")
+def put_aside(run_directory: Path, last_step: int, prefix: str) -> None:
+    """Rename the checkpoints of later steps, so that they count no longer."""
+    for step in steps(run_directory):
+        if step > last_step:
+            path = folder_of(run_directory, step)
+            aside = path.with_name(f"{prefix}{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
             files.sync(path.parent)
@@ -207,12 +210,45 @@ def state_of(run_directory: Path, step: int) -> dict[str, Any]:
     return reads.read_json(folder_of(run_directory, step) / "state.json")
 
 
+def best_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The best evaluation that a checkpoint's state knows of; None without a monitor."""
+    return state.get("guard", {}).get("best")
+
+
+def best(run_directory: Path) -> dict[str, Any] | None:
+    """The best evaluation that the newest checkpoint knows of: step, reward, mean, standard_error, rows, folder.
+
+    `folder`: the policy of its checkpoint; null where the best is step 0, which has none.
+    """
+    committed_steps = steps(run_directory)
+    known = best_of(state_of(run_directory, committed_steps[-1])) if committed_steps else None
+    if known is None:
+        return None
+    folder = folder_of(run_directory, known["step"]) / "policy" if known["step"] in committed_steps else None
+    return {**known, "folder": None if folder is None else str(folder)}
+
+
+def best_line(known: Mapping[str, Any]) -> str:
+    """The best evaluation in words: step, monitor with its standard error, where the policy lies."""
+    value = f"{known['mean']:+.3f} +- {known['standard_error']:.3f} (standard error, {known['rows']} prompts)"
+    place = known["folder"] or ("the policy it started from" if known["step"] == 0 else "no checkpoint of it is there")
+    return f"step {known['step']}, {known['reward']} {value}: {place}"
+
+
+def kept(run_directory: Path, keep: int) -> list[int]:
+    """Steps of the newest checkpoints, and of the best that each of them knows of: a damaged one may be put aside."""
+    newest = steps(run_directory)[-keep:]
+    bests = [best_of(state_of(run_directory, step)) for step in newest]
+    return sorted({*newest, *(known["step"] for known in bests if known)} & set(steps(run_directory)))
+
+
 def prune(run_directory: Path, keep: int) -> None:
-    """Delete all but the newest checkpoints, and what an earlier deletion left."""
+    """Delete all but the newest checkpoints and the best, and what an earlier deletion left."""
     for path in reads.entries(run_directory / "checkpoints"):
         if _STEP.fullmatch(path.name) and not reads.is_there(path / _COMMIT):
             shutil.rmtree(path)
-    for path in committed(run_directory)[:-keep]:
+    spared = [folder_of(run_directory, step) for step in kept(run_directory, keep)]
+    for path in [path for path in committed(run_directory) if path not in spared]:
         (path / _COMMIT).unlink()  # from here on it does not exist for a reader
         files.sync(path)  # nor after a power cut
         shutil.rmtree(path)

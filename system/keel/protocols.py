@@ -175,6 +175,9 @@ class Learner(Protocol):
     async def state(self) -> Mapping[str, Any]:
         """What changes the run and is not in the weights: coefficients, moments, normalizers. JSON."""
 
+    async def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        """Multiply the KL coefficient and the learning rate from now on; no checkpoint of the learner holds them."""
+
     async def renew_reference(self, folder: str) -> None:
         """Read the reference inside the learner from this folder from now on, where there is one."""
 

@@ -12,6 +12,9 @@ import yaml
 
 from keel import files, reads
 
+_KNOWN = ("checkpoint", "resume", "checkpoint_damaged", "roll_back")
+"""Events whose step has a commit; the last three give up newer ones."""
+
 
 def newest_known(run_directory: Path) -> tuple[int, str]:
     """Step of the newest recorded commit, and the file that records it; 0 without one."""
@@ -27,7 +30,7 @@ def newest_known(run_directory: Path) -> tuple[int, str]:
 def _by_events(path: Path) -> int:
     """The last commit that was made or resumed from; resuming from an older one gives up the newer ones."""
     lines, _ = files.sound_lines(path, {"event": str, "step": int})
-    steps = [line["step"] for line in lines if line["event"] in ("checkpoint", "resume", "checkpoint_damaged")]
+    steps = [line["step"] for line in lines if line["event"] in _KNOWN]
     return steps[-1] if steps else 0
 
 

@@ -4,6 +4,7 @@ RUN_DIR/references/step-000010/    the policy after step 10, Hugging Face layout
 """
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from keel import checkpoint, files, reads
@@ -34,9 +35,11 @@ def of_version(run_directory: Path, every_steps: int | None, version: int) -> Pa
     return folder_of(run_directory, step) if step else None
 
 
-def prune(run_directory: Path, every_steps: int | None, oldest_version: int) -> None:
-    """Delete references that no checkpoint from this version on would start with."""
+def prune(run_directory: Path, every_steps: int | None, oldest_version: int, kept: Iterable[int] = ()) -> None:
+    """Delete references that no checkpoint from this version on, and none of the `kept` versions, would start with."""
     oldest = of_version(run_directory, every_steps, oldest_version)
+    spared = [of_version(run_directory, every_steps, version) for version in kept]
     for folder in reads.entries(run_directory / "references"):
-        if oldest is not None and folder.name.startswith("step-") and folder.name < oldest.name:
+        obsolete = oldest is not None and folder.name.startswith("step-") and folder.name < oldest.name
+        if obsolete and folder not in spared:
             shutil.rmtree(folder)

@@ -57,11 +57,12 @@ class Tab:
         if method == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
 
-    def open(self, page: Path) -> float:
-        """Open a file and wait until it is loaded and drawn; the seconds by the page's own clock."""
-        self.send("Page.navigate", url=page.as_uri())
+    def open(self, page: Path | str) -> float:
+        """Open a file or an address and wait until it is loaded and drawn; the seconds by the page's own clock."""
+        address = page if isinstance(page, str) else page.as_uri()
+        self.send("Page.navigate", url=address)
         deadline = time.monotonic() + ANSWER_SECONDS
-        while self.run("document.readyState") != "complete" or self.run("location.href") != page.as_uri():
+        while self.run("document.readyState") != "complete" or self.run("location.href") != address:
             assert time.monotonic() < deadline, "the page did not load"
             time.sleep(0.01)
         return float(

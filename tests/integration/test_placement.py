@@ -78,8 +78,8 @@ class Waits(Log):
         super().__init__()
         self.told: list[tuple[str, ...]] = []
 
-    def waiting_for_resources(self, *said: str) -> None:
-        self.told.append(said)
+    def waiting_for_resources(self, *words: str) -> None:
+        self.told.append(words)
 
     def waited_for_resources(self, name: str, seconds: float, *, granted: bool) -> None:
         self.told.append((name, "found" if granted else "gave up"))

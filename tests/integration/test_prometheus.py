@@ -83,6 +83,7 @@ ABSENT = {
         *("stored_logprob_nats", "stored_token_logprob_nats", "stored_log_ratio_nats"),
         *("teacher_forced_entropy_nats", "sampled_length_tokens"),
     },
+    "no action of the guard": {"guard_kl_multiplier", "guard_learning_rate_multiplier"},
     "no critic": {"critic_loss", "explained_variance", "value_mean", "popart_mean", "popart_std"},
     "no stage": {"held_out_loss", "held_out_accuracy_ratio", "epochs", "rows_dropped_total"},
     "nothing failed so far": {
@@ -92,6 +93,7 @@ ABSENT = {
             "workers_lost_total",
             "load_failures_total",
             "tracker_failures_total",
+            "guard_fired_total",
         ),
     },
 }

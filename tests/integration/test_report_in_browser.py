@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 
 import report_runs
 from browser import Tab, tab
-from keel.analysis import report_page
+from commands import wait_for
+from keel import files
+from keel.analysis import report_live, report_page
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -133,6 +136,25 @@ def test_everything_is_reached_by_tab_and_a_chart_by_arrows(opened: Tab) -> None
     assert {"frontier", "curves", "rollouts", "settings"} <= seen
 
 
+def test_the_cursor_names_values_and_the_first_events_of_a_step(opened: Tab, page: Path) -> None:
+    opened.run("document.querySelectorAll('#curves svg')[1].focus()")  # gold
+    opened.press("Home", 36)
+    tip = "[...document.querySelectorAll('#curves .tip')[1].children].map(line => line.textContent)"
+    arms = embedded(page)["arms"]
+    curves = [arm["evaluated"]["reward_gold"] for arm in arms]
+    values = [tuple(f"{curve[key][0]:.4g}" for key in ("mean", "low", "high")) for curve in curves]
+    expected = [
+        f"{arm['name']}, evaluation: {mean} [{low}, {high}]"
+        for arm, (mean, low, high) in zip(arms, values, strict=True)
+    ]
+    assert opened.run(tip) == ["step 0", *expected]
+    for _ in range(6):
+        opened.press("ArrowRight", 39)
+    lines = opened.run(tip)
+    assert lines[0] == "step 6" and sum(line.startswith("failure or recovery: ") for line in lines) == 3
+    assert lines[-1] == "3 more in the list of events"  # three runs lost a worker and tried again
+
+
 def test_search_and_hostile_text(opened: Tab) -> None:
     opened.run(
         "let box = document.querySelector('input[type=search]'); box.value = '</SCRIPT>'; box.dispatchEvent(new Event('input'))"
@@ -158,6 +180,32 @@ def test_it_fits_and_can_be_read(opened: Tab, page: Path, width: int, scheme: st
     for selector, contrast in (("#words li", 7), (".note", 4.5), ("nav a", 4.5)):
         ink = opened.run(f"{luminance}(getComputedStyle(document.querySelector('{selector}')).color)")
         assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= contrast, selector
+
+
+def test_a_live_page_shows_new_numbers_unless_a_row_is_read(
+    chromium: Tab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_live, "_LOOK_SECONDS", 0.2)
+    run = report_runs.online(tmp_path / "run", steps=3)
+    last = "document.readyState === 'complete' ? report.runs[0].training.loss.steps.at(-1) : 0"  # 0 while it reloads
+    chromium.problems.clear()
+    with report_live.serving([run], 0) as (address, server):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        chromium.open(address)
+        assert chromium.run(last) == 3
+        files.append_json(run / "metrics.jsonl", report_runs.line(4, 4.0, 7))
+        wait_for(lambda: chromium.run(last) == 4, 30, "step 4")
+        chromium.run("document.querySelector('#browser tbody tr').click()")
+        files.append_json(run / "metrics.jsonl", report_runs.line(5, 4.0, 7))
+        wait_for(lambda: not chromium.run("document.querySelector('#newer').hidden"), 30, "the button")
+        assert chromium.run(last) == 4
+        chromium.run("document.querySelector('#newer button').click()")
+        wait_for(lambda: chromium.run(last) == 5, 30, "step 5")
+        chromium.open("about:blank")
+        server.shutdown()
+        thread.join()
+    assert chromium.problems == []
 
 
 def test_two_hundred_steps_of_64_rollouts_open_in_two_seconds(chromium: Tab, tmp_path: Path) -> None:

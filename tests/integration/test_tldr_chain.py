@@ -26,7 +26,7 @@ TOPICS = ["cats", "dogs", "rain", "snow", "love", "work", "cars", "food", "time"
 PLACES = ["advice", "tifu", "pets", "jobs"]
 MACHINE = ["cluster.object_store_bytes=134217728", "cluster.min_memory_bytes=2147483648", "metrics.port=0"]
 LEARNER = ["count=1", "gpus=0", "threads=1", "precision=fp32", "tokens_per_batch=1024", "adam_epsilon=1e-8"]
-SMALL = [*MACHINE, "checkpoint.every_steps=0", *(f"learners.{each}" for each in LEARNER)]
+SMALL = [*MACHINE, "checkpoint.every_steps=0", *(f"learners.{setting}" for setting in LEARNER)]
 ARM = [
     *SMALL,
     "run.steps=3",
@@ -37,9 +37,9 @@ ARM = [
     "buffer.groups_per_step=4",
     "learners.learning_rate=2e-4",
     "evaluation.every_steps=0",
-    *(f"generators.{each}" for each in ("gpus=0", "threads=1", "dtype=float32", "enforce_eager=true")),
+    *(f"generators.{setting}" for setting in ("gpus=0", "threads=1", "dtype=float32", "enforce_eager=true")),
     "generators.kv_cache_bytes=67108864",
-    *(f"{actor}.{each}" for actor in ("scorers", "reference") for each in ("gpus=0", "threads=1")),
+    *(f"{actor}.{setting}" for actor in ("scorers", "reference") for setting in ("gpus=0", "threads=1")),
     "reference.dtype=float32",
 ]
 

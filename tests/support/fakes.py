@@ -153,6 +153,10 @@ class FakeLearner:
         await a_turn()
         return {"gap_mean_nats": 0.0, "gap_max_nats": 0.0}
 
+    async def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        await a_turn()
+        self.log.append(("multipliers", kl, learning_rate))
+
     async def save(self, directory: str) -> None:
         raise AssertionError("checkpoints are the observer's")
 

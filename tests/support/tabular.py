@@ -219,6 +219,7 @@ PREFERENCE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         ("dpo_pessimism", {"loss": "dpo", "pessimism": 0.6, "pairs": {"selection": "most_disagreeing"}}, {}),
         ("dpo_judge", {"loss": "dpo", "pairs": {"judge": "gold", "selection": "max_max"}}, token_kl("k2")),
         ("dpo_hinge", {"loss": "dpo_hinge"}, {}),
+        ("chi_po", {"loss": "chi_po"}, {}),
         ("dpo_plackett_luce", {"loss": "dpo_plackett_luce", "pessimism": 0.3}, {}),
         ("ipo_sum", {"loss": "ipo_sum", "beta": 0.5}, {}),
         ("ipo_average", {"loss": "ipo_average", "beta": 0.5, "pairs": {"selection": "random"}}, {}),

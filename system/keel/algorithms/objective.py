@@ -37,6 +37,8 @@ class Objective:
     reads_old = True
     """Several updates of a step need the log-probs it began with (`Rows.old`)."""
     vocabulary: VocabularyTerm | None = None
+    kl_multiplier = 1.0
+    """Factor on the KL coefficient, beside its controller's: an action of the guard."""
     heads: Sequence[str] = ()
     """Names of the critic's outputs, K of them."""
 
@@ -57,6 +59,11 @@ class Objective:
         for term in (self.kl, self.entropy):
             if term.in_reward and term.importance_weighted:
                 self.measures |= {"logprobs"}
+
+    @property
+    def kl_strength(self) -> float:
+        """The KL coefficient in force."""
+        return self.kl_coefficient.value * self.kl_multiplier
 
     @property
     def needs_entropy(self) -> bool:
@@ -97,10 +104,10 @@ class Objective:
         total, sums = self.surrogate(rows, outputs, credit)
         if self.kl.in_loss:
             tokens = self._kl_tokens(rows, outputs)
-            total = total + self.kl_coefficient.value * self.reduce(tokens, rows, credit)
+            total = total + self.kl_strength * self.reduce(tokens, rows, credit)
             for name, part in self._apart("kl_loss", "log_ratio_loss", tokens, rows):
                 nats = self.reduce(part, rows, credit).item()
-                sums |= {name: self.kl_coefficient.value * nats, f"{name}_nats": nats}
+                sums |= {name: self.kl_strength * nats, f"{name}_nats": nats}
         if outputs.entropies is not None:
             mean = outputs.entropies.sum() / credit.num_tokens
             sums |= self._entropies(outputs.entropies, rows, credit)
@@ -188,7 +195,7 @@ class Objective:
         if not self.kl.in_reward:
             return np.zeros(len(logprobs))
         reference, _ = schema.ragged(batch, "reference_logprobs")
-        return self.kl_coefficient.value * (logprobs.astype(np.float64) - reference)
+        return self.kl_strength * (logprobs.astype(np.float64) - reference)
 
     def bonus(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """Entropy term of the reward at each token, float64 [tokens]; 0 where none is."""
@@ -258,7 +265,7 @@ class Objective:
 
     def coefficients(self) -> dict[str, float]:
         """Every number that adapts, by metric name, as it is in force at this step."""
-        values = {"kl_coefficient": self.kl_coefficient.value, "entropy_coefficient": self.entropy_coefficient.value}
+        values = {"kl_coefficient": self.kl_strength, "entropy_coefficient": self.entropy_coefficient.value}
         if isinstance(self.kl_coefficient, coefficients.Safe):
             values |= {f"safe_{name}": value for name, value in self.kl_coefficient.seen.items()}
         return values

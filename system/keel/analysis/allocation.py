@@ -1,4 +1,4 @@
-"""Which counts of workers suit a budget: predictions of many allocations, the fastest first.
+"""Finds the counts of workers that suit a budget: predictions of many allocations, the fastest first.
 
 A budget of devices is divided; cores of one machine are shared, so there any role may have up to as many workers as
 there are cores. Where allocations are few all are tried, else neighbors of the best so far, from shares by work on.
@@ -30,14 +30,14 @@ Counts = Mapping[str, int]
 
 @dataclass(frozen=True)
 class WorkerBudget:
-    """What there is, and what one worker of a role takes of it."""
+    """An amount of devices or cores, and the cost of one worker of each role."""
 
     amount: float
     costs: Mapping[str, float]
     most: Mapping[str, int]
     """Workers of a role at the most."""
     setting: str
-    """How the user named it: --gpus or --cpus."""
+    """The option that gave it: --gpus or --cpus."""
 
     def allows(self, counts: Counts) -> bool:
         spent = sum(self.costs[role] * count for role, count in counts.items())
@@ -151,7 +151,7 @@ def _neighbors(allocation: tuple[int, ...], stride: int) -> Iterator[tuple[int, 
 
 
 def ranked(predictions: list[Prediction]) -> list[Prediction]:
-    """By step seconds in classes that count as equal, then by fewer workers; none with all of one before and more."""
+    """Sort by step seconds, within 0.5 % by fewer workers; leave out those that only add workers to a better one."""
     fastest = min((prediction.step_seconds for prediction in predictions), default=0.0)
     order = sorted(
         predictions,

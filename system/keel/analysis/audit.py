@@ -24,7 +24,7 @@ from keel.rollout.prompts import seed_of
 
 _COLUMNS = {*schema.PROMPT.names, *schema.GENERATE.names, *schema.SCORE.names}
 UNREADABLE = (pa.ArrowException, OSError, ValueError, AssertionError)
-"""What content that is no Arrow file raises; not what a failed read of it does (ReadFailed)."""
+"""Errors of content that is no Arrow file; a failed read of it raises ReadFailed."""
 _RELATIVE_ERROR = 1e-6  # means of the frontier are summed in another order here
 _NUMBERS = ("steps", "rows", "largest_staleness_versions", "tickets_trained")
 _NOTHING: dict[str, Any] = {
@@ -48,24 +48,24 @@ class Finding:
 
 @dataclass
 class Audit:
-    """What was looked at in one run directory."""
+    """Findings, notes and counts of the check of one run directory."""
 
     directory: Path
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, Any] = field(default_factory=lambda: dict(_NOTHING))
-    """Of what was looked at: numbers, or mappings of numbers."""
+    """How many of what were checked: numbers, or mappings of numbers."""
 
     def fault(self, file: str, expected: object, found: object) -> None:
         self.findings.append(Finding(file, str(expected), str(found)))
 
     def test(self, file: str, what: str, expected: object, found: object) -> None:
-        """A fault unless the two are equal."""
+        """Record a fault unless the two are equal."""
         if expected != found:
             self.fault(file, f"{what} {expected}", found)
 
     def lines(self, file: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
-        """Whole lines of a JSON-lines file; damaged ones are faults, a last one cut off by a crash is a note."""
+        """Read the whole lines of a JSON-lines file; damaged ones are faults, one cut off by a crash is a note."""
         path = self.directory / file
         lines, damaged = files.sound_lines(path, fields)
         for number in damaged:
@@ -75,7 +75,7 @@ class Audit:
         return lines
 
     def arrow(self, file: str, content: bytes) -> pa.RecordBatch | None:
-        """Rows of a rollout or evaluation that keep the contract of their columns."""
+        """Read rows of a rollout or evaluation and check the contract of their columns; None after a fault."""
         try:
             batch = schema.from_bytes(content)
             batch.validate(full=True)
@@ -90,7 +90,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run got, by what its files say."""
+    """How far a run got, according to its files."""
 
     committed: int
     """Step of the newest committed checkpoint, 0 without one."""
@@ -104,7 +104,7 @@ class Progress:
 
 
 def audit_rollouts(audit: Audit, settings: Settings, progress: Progress) -> list[dict[str, Any]]:
-    """Manifest, rollout files and segments; the manifest's lines that say something."""
+    """Check manifest, rollout files and segments; returns the sound lines of the manifest."""
     name = "rollouts/MANIFEST.jsonl"
     lines = audit.lines(name, manifest.FIELDS)
     steps = [line["step"] for line in lines]
@@ -118,7 +118,7 @@ def audit_rollouts(audit: Audit, settings: Settings, progress: Progress) -> list
     _tickets(audit, sound, settings)
     for line in sound:
         _rollout(audit, line, settings, progress)
-    _strangers(audit, set(steps), progress)
+    _files_without_line(audit, set(steps), progress)
     _segments(audit, sound[-1]["tickets"][-1] if sound else -1)
     audit.counts["steps"] = len(lines)
     return sound
@@ -134,7 +134,7 @@ def _numbered(audit: Audit, line: manifest.Line) -> bool:
 
 
 def _tickets(audit: Audit, lines: Sequence[manifest.Line], settings: Settings) -> None:
-    """Trained and dropped tickets are 0, 1, 2, ..., each once, in the first step that may name it."""
+    """Check that trained and dropped tickets are 0, 1, 2, ..., each once, in the first step that may name it."""
     following = 0  # the first ticket behind the last trained one
     dropped: Counter[str] = Counter()
     for line in lines:
@@ -159,7 +159,7 @@ def _tickets(audit: Audit, lines: Sequence[manifest.Line], settings: Settings) -
 
 
 def _rollout(audit: Audit, line: manifest.Line, settings: Settings, progress: Progress) -> None:
-    """The file of one step is the one its line describes, made by the right seeds and not too late."""
+    """Check that a step's file is the one its line describes, made by the right seeds and not too late."""
     step = line["step"]
     file = f"rollouts/step-{step:06d}.arrow"
     audit.test("rollouts/MANIFEST.jsonl", f"file of step {step}:", f"step-{step:06d}.arrow", line["file"])
@@ -197,7 +197,7 @@ def _rollout(audit: Audit, line: manifest.Line, settings: Settings, progress: Pr
 
 
 def _staleness(audit: Audit, file: str, batch: pa.RecordBatch, step: int, most: int) -> None:
-    """Also of stored completions: the generator that read them says which version it read them with."""
+    """Check the staleness, also of stored completions: their version is that of the generator that read them."""
     versions, _ = schema.ragged(batch, "weight_versions")
     late = step - 1 - versions
     if late.min() < 0 or late.max() > most:
@@ -205,8 +205,8 @@ def _staleness(audit: Audit, file: str, batch: pa.RecordBatch, step: int, most: 
     audit.counts["largest_staleness_versions"] = max(audit.counts["largest_staleness_versions"], int(np.max(late)))
 
 
-def _strangers(audit: Audit, known: set[int], progress: Progress) -> None:
-    """Files of steps that have no line: the last step's, when the kill came between file and line."""
+def _files_without_line(audit: Audit, known: set[int], progress: Progress) -> None:
+    """Check files of steps without a line: only the last step's may be one, killed between file and line."""
     following = max(known, default=0) + 1
     for path in _named(audit.directory / "rollouts", "step-*.arrow"):
         file = f"rollouts/{path.name}"
@@ -223,7 +223,7 @@ def _named(folder: Path, pattern: str) -> list[Path]:
 
 
 def _segments(audit: Audit, last_trained: int) -> None:
-    """Accepted batches in buffer/: each is what was written; how many groups of them are still to be trained."""
+    """Check that accepted batches in buffer/ are intact, and count their groups that are still to be trained."""
     waiting = set()
     for path in _named(audit.directory / "buffer", "*.arrow"):
         try:
@@ -239,7 +239,7 @@ def _segments(audit: Audit, last_trained: int) -> None:
 
 
 def audit_evaluations(audit: Audit, settings: Settings, committed: Sequence[int]) -> None:
-    """frontier.arrow has the due evaluations in order, and says what their files say.
+    """Check that frontier.arrow has the due evaluations in order, with the numbers of their files.
 
     `committed`: steps of checkpoints. What was evaluated behind the newest is evaluated again by a resumed run, which
     writes the file first and then the row.
@@ -287,7 +287,7 @@ def _is_arrow(content: bytes) -> bool:
 
 
 def _evaluation(audit: Audit, path: Path, row: Mapping[str, Any], again: bool) -> None:
-    """One evaluation against its row of the frontier; `again`: a resumed run may have written it again."""
+    """Compare one evaluation with its row of the frontier; `again`: a resumed run may have written it again."""
     file = f"evaluations/{path.name}"
     batch = audit.arrow(file, _content(path))
     if batch is None:

@@ -36,13 +36,13 @@ def settings_of(settings: Settings, directory: Path) -> Settings:
     if not settings.learners.gpus and settings.cluster.address_to_join is None:
         tree["learners"]["count"] = 1
     tree["evaluation"]["every_steps"] = tree["checkpoint"]["every_steps"] = 0
-    tree["metrics"] |= {"port": 0, "discovery_directory": None}  # it is no experiment: neither Prometheus
-    tree["tracking"]["trackers"] = []  # nor a tracker hears of it
+    tree["metrics"] |= {"port": 0, "discovery_directory": None}  # a calibration is no experiment:
+    tree["tracking"]["trackers"] = []  # neither Prometheus nor a tracker shows it
     return loader.parse(tree)
 
 
 def folder_for(settings: Settings) -> Path | None:
-    """Where the files go: in a cluster beside the run directory, which its nodes share; None: this machine's own place.
+    """Choose the folder of the files: in a cluster beside the run directory, which its nodes share; None: the default.
 
     Raises ConfigError where nothing can be written.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation says, from its rows alone: means with intervals, win rates, pass@k. Pure numpy.
+"""Reports an evaluation from its rows alone: means with intervals, win rates, pass@k. Pure numpy.
 
 A row is one completion; `model` says whose (policy, other), `decoding` how it was drawn (sampled, greedy; the other
 side may be given answers). Every interval resamples prompts: samples of a prompt are averaged first.
@@ -20,7 +20,7 @@ _OF_SAMPLES = ("kl_nats", "kl_k3_nats", "entropy_nats", "sequence_entropy_nats")
 
 
 def report(batch: pa.RecordBatch, judge: str, pass_at: Sequence[int], pass_threshold: float | None) -> dict[str, Any]:
-    """Everything about all rows, as JSON.
+    """Build the report of all rows, as JSON.
 
     judge: column whose score decides who wins. pass_at: k of pass@k, of sampled answers with score >= pass_threshold.
     """

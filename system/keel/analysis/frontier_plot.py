@@ -26,12 +26,12 @@ class Curves:
     """sqrt(nats)"""
     proxy: np.ndarray
     stderr: np.ndarray
-    """Of proxy; known for the column `proxy` alone."""
+    """Standard error of proxy; known for the column `proxy` alone."""
     gold: np.ndarray
 
 
 def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | None = "gold") -> Curves:
-    """What is drawn of the rows of a frontier.arrow, `proxy` and `gold` being names of its columns.
+    """Extract the curves from rows of a frontier.arrow; `proxy` and `gold` are names of its columns.
 
     The KL is a sampled estimate and can be slightly negative, as at step 0, where it is 0 in truth: it is clipped at 0.
     """

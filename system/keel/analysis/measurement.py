@@ -30,13 +30,13 @@ _MOST_KEPT = 200  # relative durations
 
 @dataclass
 class _Seen:
-    """What runs took. Points: waves and sequences a worker (learner: a rank) had, and seconds."""
+    """Measurements of the runs. Points: waves and sequences a worker (learner: a rank) had, and seconds."""
 
     points: dict[str, list[tuple[float, float, float]]] = field(default_factory=lambda: defaultdict(list))
     relative: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     driver: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     late_loads: list[float] = field(default_factory=list)
-    """With the wait for a busy generator in them, if there was one."""
+    """Seconds of late loads, which include the wait for a busy generator."""
     tokens: list[float] = field(default_factory=list)
 
 
@@ -179,7 +179,7 @@ def _waves(role: str, batch: _Batch, settings: Settings) -> float:
 
 
 def _thinned(values: Sequence[float]) -> list[float]:
-    """At most _MOST_KEPT of them: by size every n-th, so of every part of the runs, with the mean of all."""
+    """Keep at most _MOST_KEPT values, every n-th by size, scaled to the mean of all."""
     stride = math.ceil(len(values) / _MOST_KEPT)
     if stride <= 1:
         return list(values)

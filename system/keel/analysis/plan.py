@@ -58,7 +58,7 @@ class Prediction:
     tokens_per_second: float
     """Completion tokens trained on."""
     wait_seconds: float
-    """Of a step: the learner waits for rollouts."""
+    """Seconds of a step in which the learner waits for rollouts."""
     busy: Mapping[str, float]
     """Share of a role's worker seconds."""
     idle: Mapping[str, Mapping[str, float]]

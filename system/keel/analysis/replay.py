@@ -1,4 +1,4 @@
-"""One learner step again, from the files of a run: the same rows on the same weights give the same numbers.
+"""Replays one learner step from the files of a run: the same rows on the same weights give the same numbers.
 
 newest checkpoint before the step (or the start model) -> the steps between, from rollouts/ -> the step
     rows: quarantine/step-N.arrow if the learner refused them, else rollouts/step-N.arrow
@@ -23,7 +23,7 @@ from keel.online.preflight import Prepared
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a step gave when it was made again."""
+    """The result of a replayed step."""
 
     step: int
     start: int
@@ -31,7 +31,7 @@ class Replayed:
     refused: str | None
     """Why the learner refuses the rows; None: it steps."""
     numbers: Mapping[str, tuple[float | None, float]]
-    """By metric: as metrics.jsonl has it (None: it has no such step), and now."""
+    """Metric -> value in metrics.jsonl (None: it has no such step), and value of the replay."""
 
 
 def run(run_directory: Path, step: int, display: Display) -> Replayed:
@@ -79,15 +79,26 @@ async def _replay(
                 if reference:
                     checkpoint.check(reference)
                     await learner.renew_reference(str(reference))
+                await learner.set_multipliers(*_multipliers(directory, version + 1))
                 metrics = (await learner.step(batch)).metrics
         except NotFinite as error:
             return {}, str(error)
     return metrics, None
 
 
+def _multipliers(run_directory: Path, step: int) -> tuple[float, float]:
+    """What the guard multiplied KL coefficient and learning rate by in a step."""
+    line = _line(run_directory, step)
+    return line.get("guard_kl_multiplier", 1.0), line.get("guard_learning_rate_multiplier", 1.0)
+
+
+def _line(run_directory: Path, step: int) -> Mapping[str, Any]:
+    lines = files.read_json_lines(run_directory / "metrics.jsonl")
+    return next((line for line in lines if line["step"] == step), {})
+
+
 def _beside(run_directory: Path, step: int, report: Mapping[str, Any]) -> dict[str, tuple[float | None, float]]:
     """Numbers of the report beside those the run wrote; times are left out."""
-    lines = files.read_json_lines(run_directory / "metrics.jsonl")
-    then: Mapping[str, Any] = next((line for line in lines if line["step"] == step), {})
+    then = _line(run_directory, step)
     numbers = {name: value for name, value in report.items() if isinstance(value, float) and "seconds" not in name}
     return {name: (then.get(name), value) for name, value in sorted(numbers.items())}

@@ -113,7 +113,7 @@ def collect(directories: Sequence[Path]) -> Report:
         names = [str(directory) for directory, _ in places]
     runs = [_run(directory, stored, name, len(places)) for (directory, stored), name in zip(places, names, strict=True)]
     arms = _arms(runs)
-    named = dict.fromkeys(name for run in runs for name in (*run.evaluated, *run.training))
+    named = dict.fromkeys(name for run in runs for name in (*run.evaluated, *run.training) if not _repeats(name, runs))
     return Report(
         version=__version__,
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
@@ -305,6 +305,12 @@ def _roles(runs: Sequence[RunReport]) -> dict[str, str]:
             if block.startswith("rewards.") and field == "name":
                 roles[f"reward_{value}"] = run.settings.get(f"{block}.role", "train")
     return roles
+
+
+def _repeats(name: str, runs: Sequence[RunReport]) -> bool:
+    """Whether a reward is the training reward itself in every run, as an only one of weight 1 is."""
+    pairs = [(curves.get(name), curves.get("reward")) for run in runs for curves in (run.training, run.evaluated)]
+    return name.startswith("reward_") and all(one == whole for one, whole in pairs if one)
 
 
 def _notes(runs: Sequence[RunReport], arms: Sequence[Arm]) -> list[str]:

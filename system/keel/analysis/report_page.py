@@ -26,6 +26,8 @@ from keel.text import one_line
 _SCRIPTS = ("charts.js", "rollouts.js", "page.js")
 _ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 """What HTML could read as markup; line separators are escaped by ASCII."""
+_FOLLOWING = " connect-src 'self';"
+"""Added to the policy of a live page, which asks its own server for the state of the files."""
 
 
 def write(directories: list[Path], path: Path) -> int:
@@ -40,14 +42,15 @@ def write(directories: list[Path], path: Path) -> int:
     return len(content)
 
 
-def html(collected: report.Report) -> str:
-    """The page as text."""
+def html(collected: report.Report, live: str = "") -> str:
+    """The page as text; `live`: seconds between looks, and the state of the files, of a page that follows a run."""
     style, scripts = _asset("report.css"), [_asset(name) for name in _SCRIPTS]
     parts = {
         "{{policy}}": (
-            "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';"
+            f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none';{_FOLLOWING if live else ''}"
             f" style-src {_digest(style)}; script-src {' '.join(map(_digest, scripts))}"
         ),
+        "{{live}}": live,
         "{{style}}": f"<style>{style}</style>",
         "{{scripts}}": "\n".join(f"<script>{script}</script>" for script in scripts),
         "{{numbers}}": as_json(collected),  # the last: its text is looked through for no further mark

@@ -64,7 +64,7 @@ def number(value: Interval) -> str:
     if math.isnan(value.mean):
         return "unknown"
     if not value.stderr > 0:
-        return f"{value.mean:.3g}"
+        return f"{value.mean:.3g}" + (" (standard error 0)" if value.stderr == 0 else "")
     decimals = max(1 - math.floor(math.log10(value.stderr)), 0)
     return f"{value.mean:.{decimals}f} (standard error {value.stderr:.{decimals}f})"
 

@@ -1,4 +1,4 @@
-"""What held-out pairs say of a reward model: accuracy, calibration, length. Pure numpy.
+"""Reports a reward model on held-out pairs: accuracy, calibration, length. Pure numpy.
 
 Shapes: P pairs, M members of an ensemble; scores of the chosen and of the rejected text of each pair.
 """
@@ -51,7 +51,7 @@ def calibration_error(bins: list[Bin]) -> float:
 
 
 def report(chosen: np.ndarray, rejected: np.ndarray, lengths: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """Everything, as JSON: scores [M, P] of members, lengths [P] of the chosen and rejected texts in characters."""
+    """Build the report, as JSON, of scores [M, P] and lengths [P] of the chosen and rejected texts in characters."""
     margins = chosen.mean(0) - rejected.mean(0)
     scores, characters = np.concatenate([chosen.mean(0), rejected.mean(0)]), np.concatenate(lengths)
     longer = np.sign(lengths[0] - lengths[1])

@@ -29,14 +29,14 @@ class Shape:
     """Sizes of a run, as far as they decide which role waits for which."""
 
     workers: Mapping[str, int]
-    """Of the roles generator, scorer and (where there is one) reference."""
+    """Workers by role: generator, scorer and, where there is one, reference."""
     ranks: int
     groups_per_step: int
     groups_per_batch: int
     max_staleness: int
     steps: int
     evaluate_every: int = 0
-    """Besides before the first and after the last step; 0: only then."""
+    """Steps between evaluations; 0: only before the first and after the last step."""
     checkpoint_every: int = 0
     threads: Mapping[str, float] = field(default_factory=dict)
     """Cores that one worker (learner: one rank) of a role computes on."""
@@ -64,14 +64,14 @@ class Durations(Protocol):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What happened when. Times are seconds since the loops began."""
+    """The events of a simulated run. Times are seconds since the loops began."""
 
     admitted: list[tuple[float, tuple[int, ...]]]
     """Tickets that share a generator batch, in the order of admission."""
     accepted: list[tuple[float, tuple[int, ...]]]
     """The same when their rows were in the buffer."""
     recorded: list[float]
-    """When each step was done: trained, loaded, evaluated where due."""
+    """Time at which each step was done: trained, loaded, evaluated where due."""
     waited: list[float]
     """Seconds the learner waited for the rollouts of each step."""
     staleness: list[Counter[int]]
@@ -92,7 +92,7 @@ class _Worker:
 
 
 class _Pool:
-    """The part of pool.Pool that decides who does what when."""
+    """The part of pool.Pool that assigns calls to workers."""
 
     def __init__(self, role: str, clock: Clock, shape: Shape, utilization: Utilization) -> None:
         self.role, self.clock, self.utilization = role, clock, utilization
@@ -103,7 +103,7 @@ class _Pool:
         self._turns = self._running = self._in_line = 0
 
     def call(self, seconds: float, made_by: Callable[[int], None] = lambda version: None) -> Process:
-        """One batch through one worker; `made_by` hears the version of the weights it held."""
+        """Pass one batch through one worker; `made_by` receives the version of the worker's weights."""
         worker = self._pick()
         worker.waiting += 1
         self._count(in_line=1)
@@ -119,7 +119,7 @@ class _Pool:
         self._count(running=-1)
 
     def load(self, version: int, durations: Durations) -> list[Event]:
-        """Every worker takes over the weights, a busy one after its call; the events of their ends."""
+        """Load the weights in every worker, in a busy one after its call; returns the events of their ends."""
         return [self.clock.spawn(self._load(place, version, durations)) for place in range(len(self.workers))]
 
     def _load(self, place: int, version: int, durations: Durations) -> Process:
@@ -233,7 +233,7 @@ class Simulation:
         self._version += 1
 
     def _driving(self, phase: str, what: str) -> Process:
-        """What the learner's actors do beside a step."""
+        """Spend the time of the learner's actors on work beside a step."""
         self.utilization.doing(phase)
         yield self.clock.compute(self.durations.driver(what), self._learner_threads)
 

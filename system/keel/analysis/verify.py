@@ -31,13 +31,13 @@ _LABELED = {metric.name for metric in metric_table.TABLE if metric.labels}
 _OPERATIONAL = {metric.name for metric in metric_table.TABLE if metric.operational}
 _CLOCKS = ("time", "free_memory_bytes", "generate_tokens_per_second")  # and everything with "seconds" in its name
 _ODD = (ValueError, KeyError, TypeError, AttributeError, checkpoint.CheckpointError)
-"""What content of a checkpoint raises that is not what a run writes; a failed read (ReadFailed) says nothing of it."""
+"""Errors of checkpoint content that no run writes; a failed read raises ReadFailed."""
 _PROVENANCE = ("generate_seconds", "score_seconds", "generator", "scorer")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was checked in a run directory, and what was found."""
+    """The result of checking a run directory."""
 
     directory: str
     findings: tuple[Finding, ...]
@@ -81,7 +81,7 @@ def _check(run_directory: Path) -> Report:
 
 
 def _settings(audit: Audit) -> Settings | None:
-    """Settings of the run; None, and a finding, where its file is damaged."""
+    """Read the settings of the run; None, with a finding, where the file is damaged."""
     path = loader.stored_config(audit.directory, f"RUN_DIR={audit.directory}", kind="an online run")
     try:
         tree = loader.read(path)
@@ -135,7 +135,7 @@ def _counters(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _ledger_counters(audit: Audit, manifest: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """What counters must be at every step, from manifest and files. A group counts from the step behind its place."""
+    """Compute every step's counters from manifest and files. A group counts from the step behind its place."""
     faulty = {finding.file for finding in audit.findings}
     reasons = {reason for line in manifest for reason in line["dropped"]} | {"too_few_samples", "uniform_rewards"}
     totals: Counter[str] = Counter({f"groups_dropped_total/{reason}": 0 for reason in reasons})
@@ -161,7 +161,7 @@ def _checkpoints(
     manifest: Sequence[Mapping[str, Any]],
     settings: Settings,
 ) -> None:
-    """Every committed checkpoint is whole, and its state is the one the ledger says of its step."""
+    """Check that every committed checkpoint is whole, with the state that the manifest has for its step."""
     if missing := checkpoint.lost(audit.directory):
         audit.fault("checkpoints", f"the commit of step {missing[0]}, which {missing[1]} knows of", "none")
     last_of = {line["step"]: line["tickets"][-1] for line in manifest}
@@ -193,7 +193,7 @@ def _checkpoints(
 
 
 def compare(run_directory: Path, other: Path) -> list[Finding]:
-    """In what a run differs from another: "a killed run is the same run".
+    """List how a run differs from another; a run that was killed and resumed must not differ from a whole one.
 
     Compared are the policy weights of the newest checkpoint both have, bit for bit; every rollout column but who made
     it and how long it took; every metric but clocks, memory and the operational ones; frontier.arrow. Settings are not:

@@ -87,7 +87,7 @@ class Clock:
         self.happen(end)
 
     def _jump(self) -> None:
-        """To the next end of a sleep or of work."""
+        """Jump to the next end of a sleep or of work."""
         assert self._sleeping or self._computing, "deadlock: every process waits for another"
         rate = self._rate()
         wakes = self._sleeping[0][0] if self._sleeping else float("inf")
@@ -123,7 +123,7 @@ class VirtualLock:
         yield event
 
     def give(self) -> None:
-        """To the next in line, at once."""
+        """Pass the lock to the next in line, at once."""
         if self._line:
             self._clock.happen(self._line.popleft())
         else:

@@ -1,4 +1,4 @@
-"""How often one policy beats another: win rates, win rates at equal lengths, pass@k. Intervals resample prompts.
+"""Rates at which one policy beats another: win rates, win rates at equal lengths, pass@k. Intervals resample prompts.
 
 One row is one completion beside another of the same prompt. Rows of one prompt share what makes it hard, so prompts
 are resampled, not rows (cluster bootstrap), and every prompt weighs the same however many rows it has.

@@ -1,4 +1,4 @@
-"""`keel deploy`: the files with which others watch and run Keel. They are in the wheel, so no checkout is needed."""
+"""`keel deploy`: the files to monitor and run Keel elsewhere. They are in the wheel, so no checkout is needed."""
 
 import json
 from collections.abc import Iterable
@@ -29,14 +29,14 @@ def deploy_folder() -> Path:
 
 
 def shipped(folder: str) -> dict[str, str]:
-    """All files of a folder inside `deploy`: path inside it -> text."""
+    """Read all files of a folder inside `deploy`: path inside it -> text."""
     top = deploy_folder() / folder
     paths = sorted(path for path in top.rglob("*") if path.is_file())
     return {str(path.relative_to(top)): path.read_text(encoding="utf8") for path in paths}
 
 
 def write(output: Path, texts: dict[str, str], force: bool) -> None:
-    """Write files into a folder, all or none. ConfigError where one is there and differs, unless forced."""
+    """Write files into a folder, all or none. Raises ConfigError where a present one differs, unless forced."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output={output}: is a file; expected a folder")
     present = [name for name in texts if (output / name).exists()]

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from keel import checkpoint
 from keel.cli.remote import Address, job_server_of, required_address
 from keel.cli.run_commands import AsJson, Run
 from keel.cluster import bundle
@@ -230,6 +231,8 @@ def _lines(state: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if state["reward"] is not None:
         kl = state["kl_nats"]
         yield "Step", f"reward {state['reward']:+.3f}" + (f", KL {kl:.3f} nats" if kl is not None else "")
+    if best := state.get("best"):  # not of a run by an older version
+        yield "Best", checkpoint.best_line(best)
     if wanted := state["wanted"]:
         pairs = [f"{role} {state['present'].get(role, 0)} of {count}" for role, count in wanted.items()]
         yield "Workers", ", ".join(pairs)

@@ -131,7 +131,7 @@ def _search(settings: Settings, rates: Rates, machine: Machine, counts: Mapping[
 
 
 def _parameters(settings: Settings) -> int | None:
-    """Of the policy, where its files are here: nothing is downloaded to count it."""
+    """Count the parameters of the policy if its files are local; None else: nothing is downloaded for that."""
     model = settings.policy.model
     if not (model.startswith("wheel:") or Path(model).is_dir()):
         return None
@@ -189,6 +189,6 @@ def _table(title: str, predictions: list[Prediction], waits: int) -> Table:
 
 
 def _idle(shares: Mapping[str, float]) -> str:
-    """What a role waits for, the longest wait first."""
+    """List what a role waits for, the longest wait first."""
     waits = sorted(shares.items(), key=lambda pair: -pair[1])
     return "".join(f"\n{share:.0%} on {on}" for on, share in waits[:3] if share >= 0.005)

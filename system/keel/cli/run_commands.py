@@ -51,10 +51,19 @@ def report(
         Path | None,
         typer.Option(help="file to write; default: report.html in the run's directory, or here for several"),
     ] = None,
+    live: Annotated[bool, typer.Option("--live", help="serve the page here and renew it as the run proceeds")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --live; 0: any free one")] = 0,
 ) -> None:
     """Write one self-contained HTML page: what happened, the frontier, curves, rollouts, settings."""
-    from keel.analysis import report_page
+    from keel.analysis import report_live, report_page
 
+    if live:
+        if output is not None:
+            raise ConfigError(f"--output={output}: with --live no file is written; expected one of the two")
+        with report_live.serving(runs, port) as (address, server):
+            console.print(f"Report   {address}  (follows the files; end it with Ctrl-C)", soft_wrap=True)
+            server.serve_forever()
+        return
     path = output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     num_bytes = report_page.write(runs, path)
     console.print(f"Report   {from_here(path)}  ({num_bytes / 1e6:.1f} MB; open it in a browser)", soft_wrap=True)

@@ -40,6 +40,9 @@ def show(console: Console, directory: Path, settings: Settings, seconds: float, 
     newest = checkpoint.latest(directory)
     _say(console, f"Run      {from_here(directory)}  (metrics.jsonl, rollouts/, evaluations/, frontier.arrow)")
     _say(console, f"Policy   {from_here(newest / 'policy') if newest else '-'}  (loads with from_pretrained and vLLM)")
+    if best := checkpoint.best(directory):
+        folder = best["folder"] and from_here(Path(best["folder"]))
+        _say(console, "Best     " + checkpoint.best_line({**best, "folder": folder}))
     console.print(f"Time     {seconds:.0f} s in this process")
     _say(console, "Next     " + _next(directory, settings, config_path))
 
@@ -190,7 +193,7 @@ def _signed(value: Estimate) -> str:
 
 
 def _next(directory: Path, settings: Settings, config_path: str) -> str:
-    """From the run's own config.yaml: what was given may have been changed by overrides, or by a pipeline."""
+    """The next command, from the run's config.yaml: overrides or a pipeline may have changed the given file."""
     other = Path(config_path).with_name("quickstart-maxent.yaml")
     if Path(config_path).name == "quickstart.yaml" and other.exists():
         return f"keel train {other}  (the same run regularized by entropy: watch KL and the answers)"

@@ -169,7 +169,7 @@ async def fetch(batch: Batch) -> pa.RecordBatch:
 
 
 class GeneratorPool(Pool):
-    """A Generator made of many. `given` knows the completions of prompts that come with theirs."""
+    """A Generator over many workers. `given` returns the stored completions of prompts that have some."""
 
     given: Given | None = None
 
@@ -180,14 +180,14 @@ class GeneratorPool(Pool):
 
 
 class ReferencePool(Pool):
-    """A Scorer made of many: the frozen policy's log-probs."""
+    """A Scorer over many workers: log-probs under the frozen policy."""
 
     async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
         return await self.call(self.deadlines.score_seconds, ReferenceScorer.score, batch)
 
 
 class ScorerPool(Pool):
-    """A Scorer made of many: rewards and monitors."""
+    """A Scorer over many workers: rewards and monitors."""
 
     async def score(self, batch: Batch) -> tuple[Batch, StageReceipt]:
         return await self.call(self.deadlines.score_seconds, RewardScorer.score, batch)

@@ -1,4 +1,4 @@
-"""What `keel submit` uploads, as one zip: this Keel, the configuration, the user's own modules, local files.
+"""Collects what `keel submit` uploads, as one zip: this Keel, the configuration, the user's own modules, local files.
 
 configuration --> module:name, importable here, not installed   itself, and what it imports of that kind
               --> a relative path that exists here              files/, and the setting says so
@@ -27,7 +27,7 @@ PATHS = frozenset({"model", "teacher", "source", "against", "ca_file", "runs"})
 WRITTEN = frozenset({"directory", "discovery_directory", "tensorboard_directory"})
 """Names of the settings that say where a run writes: none of it may be the job's own folder, which is thrown away."""
 _MODELS = frozenset({"model", "teacher", "source", "against"})
-_WHEN = (1980, 1, 1, 0, 0, 0)  # the oldest a zip knows: the same files give the same bytes, and Ray uploads them once
+_WHEN = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can store: equal files give equal bytes, which Ray uploads once
 _BLOCK_BYTES = 2**20
 _SHOWN = 3
 
@@ -49,7 +49,7 @@ class Item:
     """A file, folder or module that is uploaded."""
 
     label: str
-    """What the user calls it: `policy.model=models/tiny`."""
+    """The name in messages: `policy.model=models/tiny`."""
     files: Mapping[str, Path]
     """Name in the zip -> file here."""
 
@@ -60,7 +60,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Bundle:
-    """All that a job needs beside its configuration."""
+    """The configuration of a job with the files it needs."""
 
     tree: dict[str, Any]
     """The configuration, its local paths as they are in the job's working directory."""
@@ -193,7 +193,7 @@ def _modules(values: set[str], here: Path) -> list[str]:
 
 
 def _place(name: str, here: Path) -> Path | None:
-    """File or folder of a module of the user's own; None: it is installed, Python's or Keel's, or not there."""
+    """Find the file or folder of a user's module; None if it is installed, Python's or Keel's, or does not exist."""
     if name in sys.stdlib_module_names or name in ("keel", "__main__"):
         return None
     # one search, as an import does it: what lies here comes last, behind everything that is installed

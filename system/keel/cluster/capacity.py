@@ -35,7 +35,7 @@ class Ask:
 
     @property
     def amounts(self) -> dict[str, float]:
-        """All resources of one worker."""
+        """Sum the resources of one worker."""
         total: dict[str, float] = {}
         for bundle in bundles(self.workers):
             total |= {name: total.get(name, 0.0) + amount for name, amount in bundle.items()}
@@ -64,7 +64,7 @@ class Ask:
 
 
 def bundles(workers: WorkerSettings) -> list[dict[str, float]]:
-    """What one worker asks Ray for: a bundle for its actor, then one for each GPU of a tensor parallel engine."""
+    """List one worker's bundles: that of its actor, then one for each GPU of a tensor parallel engine."""
     actor = {"CPU": float(workers.threads)}
     if isinstance(workers, GeneratorSettings) and workers.tensor_parallel > 1:
         return [actor | workers.resources, *({"GPU": 1.0} for _ in range(workers.tensor_parallel))]
@@ -145,9 +145,11 @@ def _alone(ask: Ask, nodes: Sequence[Amounts]) -> str | None:
     for name, amount in ask.amounts.items():
         largest = max(node.get(name, 0.0) for node in nodes)
         if not _holds({name: largest}, {name: amount}):
-            where = f"of {len(nodes)} nodes" if many else "node"
-            has = f"the {'largest' if many else 'only'} {where} has {largest:g}" if largest else _none(nodes)
-            return f"{ask.setting(name)}: {ask.one} asks for {_amount(amount, name)}; {has}{_list(nodes, name, many)}"
+            has = f"the only node has {largest:g}" if largest else "the only node has none"
+            if many:
+                of = f"the largest of {len(nodes)} nodes has {largest:g} ({_listed(nodes, name)})"
+                has = of if largest else f"none of {len(nodes)} nodes has any"
+            return f"{ask.setting(name)}: {ask.one} asks for {_amount(amount, name)}; {has}"
     shown = "; ".join(_words({name: node.get(name, 0.0) for name in ask.amounts}) for node in nodes[:_SHOWN_NODES])
     more = "; ..." if len(nodes) > _SHOWN_NODES else ""
     wanted = f"{ask.one} asks for {words(ask.amounts)} on one node"
@@ -229,14 +231,6 @@ def _listed(nodes: Sequence[Amounts], name: str) -> str:
     """Amounts of all nodes, the largest first."""
     amounts = sorted((node.get(name, 0.0) for node in nodes), reverse=True)
     return ", ".join([*(f"{amount:g}" for amount in amounts[:_SHOWN_NODES]), *["..."] * (len(amounts) > _SHOWN_NODES)])
-
-
-def _list(nodes: Sequence[Amounts], name: str, many: bool) -> str:
-    return f" ({_listed(nodes, name)})" if many and any(node.get(name) for node in nodes) else ""
-
-
-def _none(nodes: Sequence[Amounts]) -> str:
-    return f"none of {len(nodes)} nodes has any" if len(nodes) > 1 else "the only node has none"
 
 
 def _total(nodes: Sequence[Amounts], name: str) -> float:

@@ -70,7 +70,7 @@ class Control:
 
 
 class ControlLink:
-    """The run's end of the connection. An actor that died is started again with the counts it told last."""
+    """The driver's end of the connection; it restarts a control actor that died, with the last counts it reported."""
 
     def __init__(self, settings: Settings, directory: Path, desired: Mapping[str, int]) -> None:
         self.desired = dict(desired)
@@ -82,7 +82,7 @@ class ControlLink:
         self._name = f"keel-control-{uuid.uuid4().hex[:12]}"
         self._actor = self._start()
         context = ray.get_runtime_context()
-        # an embedded Ray asks for a token, and a driver that joins by address does not offer one unless it is told to
+        # an embedded Ray asks for a token, which a driver that joins by address offers only in this mode
         mode = os.environ.get(AUTHENTICATION, "disabled")
         where = {"address": context.gcs_address, "namespace": context.namespace, "actor": self._name}
         where["authentication"] = mode

@@ -46,7 +46,7 @@ class Submission:
     run: str
     directory: str
     digest: str
-    """Of the settings, as `config.digest`."""
+    """The digest of the settings, as `loader.digest` makes it."""
     command: str
     """The command of Keel that runs config.yaml."""
     driver_cpus: float
@@ -81,7 +81,7 @@ class Attempt:
     state: str
     """PENDING, RUNNING, SUCCEEDED, STOPPED (also as `keel stop` ends it) or FAILED."""
     since: float
-    """When it began, or ended. Unix seconds."""
+    """Unix seconds at which the job began, or ended."""
     message: str
     runtime_env: Mapping[str, Any]
     driver_resources: Mapping[str, float]
@@ -92,7 +92,7 @@ class Attempt:
 
 
 def attempts(client: Client) -> list[Attempt]:
-    """All jobs of the cluster that `keel submit` made, oldest first."""
+    """List the jobs of the cluster that `keel submit` made, oldest first."""
     jobs = [details for details in client.list_jobs() if "keel_run" in (details.metadata or {})]
     return sorted(map(_attempt, jobs), key=lambda attempt: (attempt.directory, attempt.number))
 

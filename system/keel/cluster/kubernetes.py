@@ -21,9 +21,9 @@ HEAD_CPUS = 2
 USER = 1000
 """The user of the images in deploy/docker."""
 _SCRAPE_SECONDS = {"keel": 5, "ray": 15}
-"""By job; Grafana's data source, whose windows of rates follow from it, is told that of Keel's."""
+"""Seconds between scrapes, by Prometheus job; Grafana's data source has that of Keel, for its windows of rates."""
 _CONTAINER_SECURITY = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-"""What Kubernetes' pod security standard `restricted` asks of a container."""
+"""The settings of a container that Kubernetes' pod security standard `restricted` requires."""
 _POD = f"""
 enableServiceLinks: false  # links would set VLLM_PORT for a service of the name `vllm`, and vLLM reads that
 securityContext:
@@ -70,7 +70,7 @@ def manifests(settings: Settings, options: Options) -> list[dict[str, Any]]:
 
 
 def _as_written(settings: Settings) -> str:
-    """The settings that were given; the image's Keel knows the others, and writes all into the run directory."""
+    """Dump the settings that were given; the image's Keel adds the defaults and writes all into the run directory."""
     given = settings.model_dump(mode="json", exclude_unset=True)
     return yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=1000)
 
@@ -130,7 +130,7 @@ def _cluster(plan: PodPlan) -> dict[str, Any]:
     idle = 600  # seconds until a pod is given back; a driver that fetches a model has no worker yet
     return {
         "rayVersion": version("ray"),
-        "authOptions": {"mode": "token"},  # without one, everyone who reaches the head could run anything on it
+        "authOptions": {"mode": "token"},  # without a token, any client that reaches the head could run code on it
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {"idleTimeoutSeconds": idle, "securityContext": _CONTAINER_SECURITY},
         "headGroupSpec": {
@@ -144,11 +144,11 @@ def _cluster(plan: PodPlan) -> dict[str, Any]:
 def _worker_group(plan: PodPlan, group: PodGroup) -> dict[str, Any]:
     resources = {
         "cpu": str(group.pod_cpus),
-        "memory": quantity(group.worker_bytes * group.per_pod + plan.shared_bytes),
+        "memory": quantity(group.pod_bytes + plan.shared_bytes),
         **({"nvidia.com/gpu": str(group.pod_gpus)} if group.pod_gpus else {}),
     }
     gpus = {"num-gpus": str(group.pod_gpus)} if group.pod_gpus else {}
-    custom = {"resources": f"'{json.dumps(group.pod_resources)}'"} if group.worker_resources else {}  # for a shell
+    custom = {"resources": f"'{json.dumps(group.pod_resources)}'"} if group.pod_resources else {}  # for a shell
     return {
         "groupName": group.role,
         "replicas": group.pods,

@@ -1,4 +1,4 @@
-"""How a run divides into pods: arithmetic on counts, threads, GPUs and memory, and what Kubernetes would refuse.
+"""Divides a run into pods: arithmetic on counts, threads, GPUs and memory, and what Kubernetes would refuse.
 
 workers of a role --per_pod--> pods of a group, from as many as are configured to as many as the run may grow to
 """
@@ -21,7 +21,7 @@ FOR_A_CLUSTER = ("cluster.address=auto", "cluster.wait_for_nodes=true", "metrics
 MEMORY = {"head": "8Gi", "generators": "8Gi", "reference": "4Gi", "scorers": "4Gi", "learners": "16Gi"}
 """Memory of the head pod and of one worker of a role, shared memory not included: for models of about 0.5 B."""
 RAY_PORTS = {"metrics": 8080, "as-metrics": 44217, "dash-metrics": 44227}
-"""What Ray (every pod), its autoscaler and its dashboard (head) export; KubeRay takes `metrics` to be Ray's own."""
+"""Metrics ports of Ray (every pod), its autoscaler and its dashboard (head); KubeRay takes `metrics` for Ray's own."""
 HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265}
 """Before it merged both, KubeRay left its own ports out of the head's service where the container names any; the
 operator finds the dashboard, through which it follows a job, by this name."""
@@ -51,40 +51,18 @@ class Options:
 
 @dataclass(frozen=True)
 class PodGroup:
-    """Pods of one role: `per_pod` of its workers each, between `workers` and `largest` in all."""
+    """Pods of one role, and what each of them asks for."""
 
     role: str
-    workers: int
-    largest: int
-    per_pod: int
-    threads: int
-    gpus: float
-    worker_bytes: int
-    worker_resources: Mapping[str, float]
-
-    @property
-    def pods(self) -> int:
-        return -(-self.workers // self.per_pod)
-
-    @property
-    def largest_pods(self) -> int:
-        return -(-self.largest // self.per_pod)
-
-    @property
-    def pod_cpus(self) -> int:
-        return self.threads * self.per_pod
-
-    @property
-    def pod_gpus(self) -> int:
-        """Whole GPUs: a worker's share is always of one."""
-        if 0 < self.gpus < 1:
-            return -(-self.per_pod // _sharers(self.gpus))
-        return int(self.gpus) * self.per_pod
-
-    @property
-    def pod_resources(self) -> dict[str, int]:
-        """Custom Ray resources, rounded up: Ray's autoscaler reads whole numbers only."""
-        return {name: -int(-amount * self.per_pod // 1) for name, amount in self.worker_resources.items()}
+    pods: int
+    largest_pods: int
+    pod_cpus: int
+    pod_gpus: int
+    """Whole GPUs: a worker's share is always of one."""
+    pod_bytes: int
+    """Memory, shared memory not included."""
+    pod_resources: Mapping[str, int]
+    """Custom Ray resources, rounded up: Ray's autoscaler reads whole numbers only."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +90,7 @@ class PodPlan:
     @property
     def image(self) -> str:
         """One image for all pods: Ray needs the same Python and Ray on every node."""
-        built_for = "gpu" if any(group.gpus for group in self.groups) else "cpu"
+        built_for = "gpu" if any(group.pod_gpus for group in self.groups) else "cpu"
         return self.options.image or f"keel:{__version__}-{built_for}"
 
     @property
@@ -194,4 +172,12 @@ def _group(role: str, workers: WorkerSettings, settings: Settings, options: Opti
         if not re.fullmatch(r"[\w.:/-]+", name, re.ASCII):  # it goes through a shell
             raise ConfigError(f"{role}.resources.{name}: expected letters, digits and ._:/-")
     gpus = workers.gpus * (workers.tensor_parallel if isinstance(workers, GeneratorSettings) else 1)
-    return PodGroup(role, workers.count, largest, per_pod, workers.threads, gpus, memory, workers.resources)
+    return PodGroup(
+        role,
+        pods=-(-workers.count // per_pod),
+        largest_pods=-(-largest // per_pod),
+        pod_cpus=workers.threads * per_pod,
+        pod_gpus=-(-per_pod // _sharers(gpus)) if 0 < gpus < 1 else int(gpus) * per_pod,
+        pod_bytes=memory * per_pod,
+        pod_resources={name: -int(-amount * per_pod // 1) for name, amount in workers.resources.items()},
+    )

@@ -24,7 +24,7 @@ Rank = TypeVar("Rank", covariant=True)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 _GRACE_SECONDS = 15
-"""From the first error of a rank to those of the others: a dead rank makes the others fail, often before Ray tells."""
+"""Wait for the other ranks' errors after the first: a dead rank makes others fail, often before Ray reports it."""
 
 
 def placement_for(learners: LearnerSettings, ranks: int) -> Placement:
@@ -128,7 +128,7 @@ async def _answer(reference: Any, rank: str, method: str) -> Any:
 
 
 class LearnerGroup(RankGroup[DeepSpeedLearner]):
-    """A Learner made of ranks."""
+    """A Learner over the ranks of one group."""
 
     def __init__(
         self,
@@ -163,6 +163,9 @@ class LearnerGroup(RankGroup[DeepSpeedLearner]):
 
     async def state(self) -> Mapping[str, Any]:
         return await self.call(DeepSpeedLearner.state)
+
+    async def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        await self.call(DeepSpeedLearner.set_multipliers, kl, learning_rate)
 
     async def renew_reference(self, folder: str) -> None:
         await self.call(DeepSpeedLearner.renew_reference, folder)

@@ -67,7 +67,7 @@ class Placement:
         return placement_group_table(self.group)["state"] == "CREATED"
 
     def free(self) -> str:
-        """What is free of the resources it asks for, by node."""
+        """List what is free of the resources it asks for, by node."""
         return free_words(free_nodes(), self._names())
 
     def release(self) -> None:
@@ -116,7 +116,7 @@ class PlacementWait:
 
 
 def nodes() -> list[Mapping[str, float]]:
-    """All resources of each node that is alive."""
+    """List the resources of each node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 

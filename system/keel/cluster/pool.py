@@ -89,7 +89,7 @@ class Pool:
             self._observer.event("degraded", role=self.role, desired=self.count, actual=self.serving)
 
     def resize(self, count: int) -> None:
-        """Want `count` workers from now on: new ones start in the background, surplus ones end after their call."""
+        """Set the wanted count: missing workers start in the background, surplus ones end after their call."""
         assert count >= 1, count
         self.count = count
         self._coming = {index: task for index, task in self._coming.items() if not task.done()}
@@ -199,7 +199,7 @@ class Pool:
             raise self._lose(worker, f"{why(error, deadline)} {during}") from error
 
     def _pick(self) -> Worker:
-        """Round robin in the order of tickets when that must not depend on timing, else the least waited for."""
+        """Choose by round robin where the choice must not depend on timing, else the worker with the shortest line."""
         if self._by_ticket:
             return self._serving[next(self._calls) % len(self._serving)]
         return min(self._serving, key=lambda worker: worker.waiting)

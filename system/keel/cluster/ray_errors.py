@@ -10,7 +10,7 @@ from keel.text import last_line
 
 Result = TypeVar("Result")
 GONE = (RayActorError, OutOfMemoryError)
-"""What Ray raises for an actor that died or cannot be reached."""
+"""The errors that Ray raises for an actor that died or cannot be reached."""
 
 
 async def answer(

@@ -6,7 +6,7 @@ import socket
 import ray
 
 PORTS = range(20_000, 32_000)
-"""Below the range the kernel hands out by itself and above Ray's."""
+"""Ports below the range from which the kernel assigns them and above Ray's own."""
 
 
 class Rendezvous:

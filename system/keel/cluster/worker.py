@@ -32,12 +32,12 @@ class NoWorkers(KeelError, RuntimeError):
 
 @dataclass(frozen=True)
 class Spawn:
-    """How the workers of a role are made."""
+    """How the pool creates a worker of one role."""
 
     actor_class: type
     workers: WorkerSettings
     arguments: Callable[[int], tuple[Any, ...]]
-    """Of the constructor, by the worker's index."""
+    """Arguments of the constructor, by the worker's index."""
 
     def placement(self) -> Placement:
         """Request the placement group of one worker: all of an engine's GPUs on one node."""

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -45,6 +45,8 @@ _HEADER_OF_0_1_0 = "# sha256 of the resolved settings: "
 
 OF_THE_PLACE = frozenset({"metrics", "tracking", "cluster", "deadlines"})
 """Blocks that say where a run lives and how it is watched; they change no number."""
+MAY_CHANGE_ON_RESUME = OF_THE_PLACE | {"run.directory", "run.steps"}
+"""What a resumed run may have otherwise than before; run.steps only where no learning rate depends on it."""
 INTERRUPTED = 130
 """Exit code of a run that a signal or `keel stop` ended; bad input, ConfigError, is 2."""
 
@@ -78,6 +80,11 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: {type(tree).__name__} at the top; expected blocks such as policy:, prompts:")
+    return changed(tree, overrides)
+
+
+def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with `a.b=c` overrides applied to it, unchecked. Raises ConfigError."""
     for override in overrides:
         _apply(tree, override)
     return tree
@@ -139,9 +146,15 @@ def dump(settings: Section) -> str:
 
 
 def digest(settings: Section) -> str:
-    """Hash of every setting that can change a number; where the run lives and how it is watched is left out."""
-    tree = settings.model_dump(mode="json", exclude=set(OF_THE_PLACE))
-    del tree["run"]["directory"]
+    """Hash of every setting that can change a step; those that may change on resume are left out."""
+    kept = {"run.steps"} if isinstance(settings, Settings) and settings.learners.rate_depends_on_steps else set()
+    tree = settings.model_dump(mode="json")
+    for name in MAY_CHANGE_ON_RESUME - kept:
+        block, _, setting = name.partition(".")
+        if setting:
+            tree[block].pop(setting, None)
+        else:
+            tree.pop(block, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -153,12 +166,18 @@ def difference(stored: dict[str, Any], settings: Section) -> str:
     return "; ".join(shown) + (f"; {len(changed) - 2} more" if len(changed) > 2 else "")
 
 
-def leaves(node: Any, path: str = "") -> dict[str, Any]:
+def leaves(node: Any) -> dict[str, Any]:
     """Values of a tree of settings by their name, as overrides write it."""
+    return {name.removeprefix("."): value for name, value in dotted(node)}
+
+
+def dotted(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """List the settings of a tree as (name behind a dot, value), in order."""
     if isinstance(node, dict | list) and node:
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        return {k: v for key, child in items for k, v in leaves(child, f"{path}.{key}" if path else str(key)).items()}
-    return {path: node}
+        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from dotted(child, f"{path}.{key}")
+    else:
+        yield path, node
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -170,7 +189,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {_quoted(override)}: the value is not YAML") from None
-    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, people mean the number
+    if value == text:  # unquoted; YAML 1.1 reads 6e-5 as text, the number is meant
         with contextlib.suppress(ValueError):
             value = float(value)
     *parents, last = path.split(".")
@@ -191,7 +210,7 @@ def _quoted(override: str) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a YAML text and where; the text itself may hold a secret."""
+    """Describe what is wrong with a YAML text and where, without the text, which may hold a secret."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
         return f"{error.problem or error.context}, {place}"

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from keel.config.base import CommandSettings, Fraction, RunIdentity, Seconds, Section
+from keel.config.guard import GuardSettings
 from keel.config.monitoring import MetricsSettings, TrackingSettings
 from keel.config.objective import ObjectiveSettings, PolicyGradientSettings
 from keel.config.prompts import EvaluationPromptSpec, PolicySettings, PromptSettings, SamplingSettings
@@ -210,7 +211,7 @@ class LearnerSpec(CommandSettings):
     @model_validator(mode="after")
     def _ensemble_has_members(self) -> Self:
         ensemble, members = self.ensemble, len(self.train_rewards)
-        spread = ensemble.form in ("lower_bound", "variance") and ensemble.center
+        spread = ensemble.form in ("lower_bound", "variance", "kl_dro") and ensemble.center
         if (self.objective.reads_deviation or spread) and self.sampling.samples_per_prompt < 3:
             raise ValueError(
                 f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: ensemble members centered per prompt"
@@ -264,6 +265,9 @@ class Settings(LearnerSpec):
     scorers: WorkerSettings = Field(WorkerSettings(threads=1), description="workers that compute rewards")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="evaluation on held-out prompts")
     checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints of the run")
+    guard: GuardSettings = Field(
+        GuardSettings(), description="what watches the run for over-optimization, and what it does about it"
+    )
     parity: ParitySettings = Field(ParitySettings(), description="allowed gap between learner and sampler")
     metrics: MetricsSettings = Field(MetricsSettings(), description="HTTP endpoint of the metrics")
     tracking: TrackingSettings = Field(TrackingSettings(), description="experiment trackers")
@@ -315,6 +319,11 @@ class Settings(LearnerSpec):
         names, judge = [reward.name for reward in self.rewards], self.evaluation.judge
         if judge is not None and judge not in names:
             raise ValueError(f"evaluation.judge={judge}: no such reward; expected one of {', '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _guard_fits_the_run(self) -> Self:
+        self.guard.check([reward.name for reward in self.rewards], self.regularizer.kl.coefficient)
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,12 @@ from keel.config.base import Section, blocks_of
 from keel.config.commands import CONFIGURATIONS
 
 _READ_BY = {
-    "online": "RunSettings CheckpointSettings ParitySettings",
+    "online": """
+        RunSettings CheckpointSettings ParitySettings DivergenceSettings DisagreementSettings SlopeSettings
+        CurvatureSettings EntropyDriftSettings ReferenceNllSettings LengthDriftSettings RepetitionSettings
+        GradNormSettings RaiseKlSettings LowerLrSettings
+    """,
+    "online, observability": "GuardSettings",
     "stages": "RunIdentity LabelRun PipelineRun StageEntry StageCheckpointSettings TrainingSettings MemberSettings",
     "learner, rollout": "PolicySettings",
     "rollout": "PromptSettings ColumnSettings MembersSettings EnsembleSettings NoiseSettings",
@@ -61,7 +66,7 @@ class _Block:
 
 
 def page() -> str:
-    """All settings as Markdown: a table a command, then a table a block."""
+    """Render all settings as Markdown: a table a command, then a table a block."""
     blocks = _blocks()
     titles = _titles(blocks)
     lines = ["## Commands", ""]
@@ -74,7 +79,7 @@ def page() -> str:
 
 
 def _blocks() -> dict[type[Section], _Block]:
-    """Every block below the commands, in the order in which configurations have them."""
+    """Collect the blocks below the commands, in the order in which configurations have them."""
     blocks: dict[type[Section], _Block] = {}
     for command, configuration in _COMMANDS.items():
         for path, child, default in _below(configuration, ""):
@@ -112,7 +117,7 @@ def _first(block: _Block) -> str:
 
 
 def _introduction(block: _Block) -> list[str]:
-    """What the block is, where it is, and which packages read it."""
+    """Describe a block: what it is, where it is, and which packages read it."""
     summary = (block.section.__doc__ or "").split("\n\n")[0].replace("\n", " ").strip()
     places = "; ".join(f"`{path}` of {', '.join(commands)}" for path, commands in block.paths.items())
     lines = [_text(re.sub(r"\s+", " ", summary)), "", f"In {places}. Read by {READ_BY[block.section.__name__]}."]

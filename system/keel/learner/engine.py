@@ -26,6 +26,8 @@ class Engine:
     def __init__(self, learners: LearnerSettings, ranks: int, steps: int) -> None:
         self.learners, self.ranks, self.steps = learners, ranks, steps
         self.device = torch.device("cuda", 0) if learners.gpus else torch.device("cpu")
+        self.rate_multiplier = 1.0
+        """Factor on the learning rate of every step."""
         self._engine: Any = None
         self._factors: list[float] = []
 
@@ -47,7 +49,7 @@ class Engine:
 
     def set_rate(self, version: int) -> float:
         """The learning rate of the step that starts from this version."""
-        rate = learning_rate(self.learners, version, self.steps)
+        rate = learning_rate(self.learners, version, self.steps) * self.rate_multiplier
         for group, factor in zip(self._engine.optimizer.param_groups, self._factors, strict=False):
             group["lr"] = rate * factor
         return rate

@@ -208,6 +208,10 @@ class DeepSpeedLearner:
         self.objective.restore(json.loads((Path(directory) / "state.json").read_text())["objective"])
         return self.version
 
+    def set_multipliers(self, kl: float, learning_rate: float) -> None:
+        """Multiply the KL coefficient and the learning rate of later steps: the guard's actions."""
+        self.objective.kl_multiplier, self._engine.rate_multiplier = kl, learning_rate
+
     def renew_reference(self, folder: str) -> None:
         """Read the frozen reference inside the learner from another folder, where there is one."""
         self._frozen_models.renew_reference(folder)

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics, the HTTP endpoint, trackers, dashboards, progress on the terminal.
+"""How a run is observed: metrics, the HTTP endpoint, trackers, dashboards, progress on the terminal.
 
 In: numbers of a step. Out: metrics.jsonl, Prometheus text, TensorBoard or W&B lines, Grafana JSON.
 To add a metric, add its row to `metric_table.py` and a panel to `dashboards.py`: the endpoint and the page

@@ -69,14 +69,14 @@ def explain(lines: Sequence[Line], max_staleness: int = 0, steps: int | None = N
 
 
 def largest_share(before: Line, now: Line) -> str:
-    """What most of a step's time went to, for a cell of the live table: `generator 62%`."""
+    """Name what took most of a step's time, for a cell of the live table: `generator 62%`."""
     timeline = explain([before, now]).timeline
     name = next(iter(timeline))
     return f"{name} {timeline[name]:.0%}"
 
 
 def _increase(name: str, first: Line, last: Line) -> dict[str, float]:
-    """What a labeled counter grew by; a run that was resumed from a checkpoint may have lost some of it."""
+    """Increase of a labeled counter, by label; a run resumed from a checkpoint may have lost some of it."""
     before, now = first.get(name, {}), last.get(name, {})
     return {label: grown for label in now if (grown := now[label] - before.get(label, 0.0)) > 0}
 

@@ -39,13 +39,13 @@ def from_here(path: Path) -> str:
     """Shorten a path to one relative to the current folder, where it lies below it."""
     try:
         here = Path.cwd()
-    except FileNotFoundError:  # the folder of a job: Ray may take it away once the last actor has gone
+    except FileNotFoundError:  # the folder of a job: Ray may delete it after the last actor has ended
         return str(path)
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 class Display(Protocol):
-    """Where progress is shown: a live table, plain lines, or nowhere."""
+    """A display of progress: a live table, plain lines, or none."""
 
     def note(self, text: str) -> None: ...
 

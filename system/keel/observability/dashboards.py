@@ -30,7 +30,7 @@ NOT_SHOWN = {
 
 
 def event(name: str) -> str:
-    """What a counter counted in the last minute, where that is anything.
+    """PromQL of the increase of a counter in the last minute, where it is above 0.
 
     `increase` would miss the first event: a counter with a label does not exist before it. A series that was absent
     for less than ten minutes, as after a failed scrape, has counted nothing in between.
@@ -105,6 +105,8 @@ Entropy per token | entropy_nats, policy_entropy_nats | Towards 0: the policy re
 Entropy per completion | sequence_entropy_nats
 Completion length | length_tokens, sampled_length_tokens | The cheapest way to a reward that likes long answers.
 Completions with an end token | finished_ratio
+Detectors of the guard | guard_fired_total | Times that each fired; events.jsonl has the numbers.
+Factors of the guard | guard_kl_multiplier, guard_learning_rate_multiplier | Moved by raise_kl and lower_lr.
 Repetition and templates | repetition_ratio, template_overlap | Overlap that rises: one answer to every question, \
 which sentiment and fluency do not see.
 Compression of the completions | compression_ratio | Rises with repetition, between batches of equal size.

@@ -1,4 +1,4 @@
-"""What a batch of rollouts says about over-optimization: reward, KL, entropy, length, repetition. Pure numpy."""
+"""Measures of over-optimization in a batch of rollouts: reward, KL, entropy, length, repetition. Pure numpy."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

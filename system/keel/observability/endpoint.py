@@ -37,7 +37,7 @@ _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 
 
 def check(settings: MetricsSettings) -> None:
-    """The port is free and the discovery folder can be written. Raises ConfigError."""
+    """Check that the port is free and the discovery folder can be written. Raises ConfigError."""
     _Server(settings).server_close()
     if settings.discovery_directory is not None:
         folder = Path(settings.discovery_directory).resolve()
@@ -83,7 +83,7 @@ def _remove(paths: list[Path]) -> None:
 
 
 def _application(page: WSGIApplication, discovery: bytes) -> WSGIApplication:
-    """Sends a request to what its path names."""
+    """Route requests by their path."""
     paths = "/metrics    the numbers of this run\n/sd         Prometheus HTTP service discovery\n/-/healthy  200\n"
     fixed = {"/sd": (_JSON, discovery), "/-/healthy": (_TEXT, b"healthy\n"), "/": (_TEXT, paths.encode())}
 
@@ -109,7 +109,7 @@ class _Handler(WSGIRequestHandler):
     timeout = _SILENCE_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: standard error is the run's."""
+        """Log nothing: standard error belongs to the run."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):

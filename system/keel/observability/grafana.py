@@ -17,7 +17,7 @@ Unit = tuple[str, str]
 
 _COLUMNS = 24
 _PLUGIN_VERSION = "11.1.0"
-"""Without it Grafana takes an XY chart for one of the form before."""
+"""Without a version Grafana reads an XY chart as one of its former schema."""
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _METRICS = {metric.name: metric for metric in TABLE}
 _UNITS = {  # by the first suffix that fits
@@ -73,9 +73,9 @@ class Query:
     expression: str
     name: str = ""
     legend: str = ""
-    """Replaces label values and name: text with labels as {{role}}."""
+    """Text of the legend, with labels as {{role}}, in place of label values and name."""
     unit: Unit | None = None
-    """Unless it follows from the name of the first metric."""
+    """The unit, unless it follows from the name of the first metric."""
 
     @property
     def measured_in(self) -> Unit:
@@ -91,7 +91,7 @@ class Panel:
     title: str
     queries: tuple[Query, ...]
     note: str = ""
-    """Stands before the meanings of the metrics."""
+    """First paragraph of the description, before the meanings of the metrics."""
     kind: Literal["timeseries", "stat", "bargauge", "table", "xychart"] = "timeseries"
     """xychart: the first query is x, the second y; a curve for every set of labels, which both must have."""
     width: int = 8
@@ -154,7 +154,11 @@ def as_json(dashboard: Dashboard, dashboards: tuple[Dashboard, ...]) -> Json:
         "uid": dashboard.uid,
         "title": dashboard.title,
         "description": dashboard.description,
-        "links": [_link(other) for other in dashboards if other.uid != dashboard.uid],
+        "links": [
+            _FIXED["link"] | {"title": other.title, "tooltip": other.description, "url": f"/d/{other.uid}"}
+            for other in dashboards
+            if other.uid != dashboard.uid
+        ],
         "templating": {"list": [_FIXED["source variable"], _run_variable(dashboard.many_runs)]},
         "annotations": {"list": [_annotation(query) for query in dashboard.annotations]},
         "panels": _laid_out(dashboard),
@@ -309,7 +313,3 @@ def _annotation(query: Query) -> Json:
         "titleFormat": query.name,
         "textFormat": " ".join(f"{{{{{label}}}}}" for label in labels_of(query.expression)),
     }
-
-
-def _link(other: Dashboard) -> Json:
-    return _FIXED["link"] | {"title": other.title, "tooltip": other.description, "url": f"/d/{other.uid}"}

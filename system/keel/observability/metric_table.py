@@ -31,7 +31,7 @@ _SECTIONS: dict[Section, str] = {
         learner_seconds_total weight_syncs_total rollout_bytes_total
     """,
 }
-"""Of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
+"""Sections of experiment trackers; operational metrics are in `perf`, too, and all others in `train`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Metric:
     """Labels besides `run`; their values come from a fixed set of the configuration or the code. Numbers travel under
     their values joined by `/`."""
     operational: bool = False
-    """Says how the run went, not what it computed: two equal runs may differ in it, and a rebuild does not undo it."""
+    """Whether it measures how the run went, not its result: equal runs may differ in it, a rebuild does not undo it."""
 
     @property
     def section(self) -> Section:
@@ -144,6 +144,8 @@ TABLE: list[Metric] = [
         ("held_out_loss", "Stages: loss on the held-out rows at the last evaluation."),
         ("held_out_accuracy_ratio", "Stages: share of held-out pairs in the right order at the last evaluation."),
         ("epochs", "Stages: passes over the training rows so far."),
+        ("guard_kl_multiplier", "The guard's factor in kl_coefficient at the step (raise_kl)."),
+        ("guard_learning_rate_multiplier", "The guard's factor in learning_rate at the step (lower_lr)."),
         ("grad_norm", "Global gradient norm before clipping."),
         ("learning_rate", "Learning rate of the step."),
         ("clip_ratio", "Share of surrogate terms where the PPO clip was active."),
@@ -192,6 +194,7 @@ TABLE: list[Metric] = [
         ("evaluations_total", "Evaluations on the held-out prompts."),
         ("checkpoints_total", "Checkpoints committed."),
     ),
+    Metric("guard_fired_total", "counter", "Times a detector of the guard fired.", ("detector",)),
     Metric("rows_dropped_total", "counter", "Stages: rows of the source left out, by reason.", ("reason",)),
     Metric("pairs_dropped_total", "counter", "Pairs or prompts not compared, by reason.", ("reason",)),
     Metric("samples_failed_total", "counter", "Completions without a reward, by reason.", ("reason",)),

@@ -54,7 +54,7 @@ class RunMetrics:
         return collector
 
     def set(self, values: Values) -> None:
-        """New values of gauges."""
+        """Set gauges."""
         for name, value in values.items():
             assert _metric(name).kind == "gauge", name
             if _metric(name).operational and isinstance(value, Mapping):
@@ -66,7 +66,7 @@ class RunMetrics:
                 series.set(number)
 
     def add(self, values: Values) -> None:
-        """Increments of counters; one page shows all of a call or none."""
+        """Increment counters; one page shows all of a call or none."""
         for name, value in values.items():
             assert _metric(name).kind == "counter", name
             if isinstance(value, Mapping):

@@ -18,11 +18,11 @@ _PARAMETERS_AT_ONCE = 100  # MLflow's limit; that of metrics is 1000, which no s
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of the run it shows."""
+    """The run that a tracker shows."""
 
     name: str
     identity: str
-    """The same at every start in this run directory, another one in every other."""
+    """Id of the run directory: the same at every start in it, another one in every other."""
     project: str
     tags: tuple[str, ...]
     configuration: Mapping[str, Any]
@@ -30,7 +30,7 @@ class TrackedRun:
     version: int
     """The last step that stands; those after it are made from here on, perhaps again."""
     directory: Path
-    """Where a library that writes files does so, unless its own environment variable says otherwise."""
+    """Folder of a library that writes files, unless its environment variable names another."""
     tensorboard_directory: Path
     finish_seconds: float
 
@@ -168,4 +168,4 @@ TRACKERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {
     "mlflow": MlflowTracker,
     "trackio": TrackioTracker,
 }
-"""By the name of the setting, of the extra and of the package."""
+"""Trackers by name, which is that of the setting, of the extra and of the package."""

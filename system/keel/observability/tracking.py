@@ -1,4 +1,4 @@
-"""Experiment trackers of a run, kept at arm's length: none is imported unless asked for, none can harm or hold the run.
+"""Experiment trackers of a run: imported only where configured; a slow or failing one never holds up the run.
 
 step, evaluation, rewind --> a bounded queue for each tracker --> its thread: make, log, ..., finish    (trackers.py)
                              full: dropped and counted            raises: counted, the first one told
@@ -43,7 +43,7 @@ Job = Callable[[Tracker], None]
 
 
 def check(settings: TrackingSettings) -> None:
-    """The packages of all trackers are installed; nothing is imported. Raises ConfigError."""
+    """Check that the packages of all trackers are installed, without an import. Raises ConfigError."""
     for name in settings.trackers:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # without origin: a folder of that name, as the libraries make them
@@ -107,7 +107,7 @@ class Tracking:
         self._told: set[str] = set()
 
     def begin(self, version: int) -> None:
-        """Steps after `version` are made from here on: the trackers start, or hear that they are made again."""
+        """Start the trackers, or rewind those that run: steps after `version` are made from here on."""
         for feed in self._feeds:
             feed.put(lambda tracker: tracker.rewind(version))
         if not self._feeds and self.settings.tracking.trackers:
@@ -182,7 +182,7 @@ class Tracking:
 
 
 def _identity(path: Path) -> str:
-    """What the run is called where it is shown: drawn once, kept in its directory. A new directory has a new one."""
+    """Read the id by which trackers know the run; drawn once for each run directory, and kept in it."""
     try:
         return str(json.loads(path.read_text(encoding="utf8"))["identity"])
     except (FileNotFoundError, ValueError, TypeError, KeyError):  # not there, or not ours: a run of its own from here
@@ -203,14 +203,14 @@ class _Feed:
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Never waits."""
+        """Queue a job without waiting; a full queue counts it as a failure."""
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
             self._failures.put(_FULL)
 
     def close(self, last: Job) -> None:
-        """The last job, behind all others; the oldest that waits gives way where there is no room. Never waits."""
+        """Queue the last job without waiting; a full queue drops its oldest job for it."""
         self._last = last
         while True:
             with contextlib.suppress(queue.Full):

@@ -89,7 +89,7 @@ class Utilization:
             self._counted[f"{what}_seconds_total"][label] += seconds
 
     def _awaited(self, role: str) -> str:
-        """What an idle role waits for: the stage before it with the longest queue, else the phase of the learn loop.
+        """Name what an idle role waits for: the stage before it with the longest queue, else the learn loop's phase.
 
         While the learner waits too, it is the stage with the longest queue of all. `driver`: no stage has a batch.
         """

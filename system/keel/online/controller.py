@@ -5,8 +5,8 @@
     rollouts   admitted tickets    buffer.admit (staleness bound)  buffer.advance, drops  one task per generator batch
     one batch  tickets             a generator, then each scorer   -                      accepted rows, or a drop
 
-    step of the learn loop   take -> learner.step -> publish and load weights -> evaluate -> renew the reference
-                             -> advance the buffer -> record -> checkpoint
+    step of the learn loop   take -> learner.step -> publish and load weights -> evaluate -> ask the guard
+                             -> renew the reference -> advance the buffer -> record -> checkpoint
 
 `learn` is the finite loop. Any error cancels the other loop and surfaces with its cause; every await has a deadline.
 Futures are composed here; tokens are never looked at.
@@ -24,7 +24,9 @@ from keel.config.run import Settings
 from keel.errors import BufferLost, KeelError, LearnerLost, NotFinite, WorkerLost
 from keel.observability import metrics
 from keel.online import parity
+from keel.online.guard import Guard
 from keel.online.retries import FailureWatch, retrying
+from keel.online.roll_back import RollBack
 from keel.protocols import AddReceipt, Batch, Components, GenerateRequest, Observer, Sampling, StageReceipt, StepReport
 
 Result = TypeVar("Result")
@@ -38,9 +40,17 @@ class Controller:
     """Runs the loops from `version` to `settings.run.steps`."""
 
     def __init__(
-        self, settings: Settings, components: Components, sampling: Sampling, observer: Observer, version: int = 0
+        self,
+        settings: Settings,
+        components: Components,
+        sampling: Sampling,
+        observer: Observer,
+        version: int = 0,
+        guard: Guard | None = None,
     ) -> None:
         self.settings, self.components, self.sampling, self.observer = settings, components, sampling, observer
+        self.guard = guard or Guard(settings)
+        self._new_best = False
         self.version = version
         self._failures = FailureWatch(settings)
         self._generated = [0.0, 0.0]  # tokens and busy seconds since the last step
@@ -67,15 +77,22 @@ class Controller:
         while self.version < settings.run.steps:
             finished = await self._step()
             last = finished or self.version == settings.run.steps
-            if last or (evaluate_every and self.version % evaluate_every == 0):
+            evaluated = last or (evaluate_every > 0 and self.version % evaluate_every == 0)
+            if evaluated:
                 await self.evaluate(self.version)
+            if await self._ask_guard():
+                finished = last = True
+                if not evaluated:
+                    await self.evaluate(self.version)
             if not last:
                 await self._renew_reference()
                 advancing = buffer.advance(self.version)
                 await self._within(settings.deadlines.score_seconds, advancing, "the buffer to advance", BufferLost)
             self.observer.step(self.version)
-            if last or self._leaving or (checkpoint_every and self.version % checkpoint_every == 0):
+            due = checkpoint_every > 0 and self.version % checkpoint_every == 0
+            if last or self._leaving or due or self._new_best:
                 await self._checkpoint(finished)
+            self._new_best = False
             if last or self._leaving:
                 return
 
@@ -107,6 +124,9 @@ class Controller:
         self.observer.set(metrics.gauges_of_step(report.metrics, buffered))
         self.observer.set({"wait_seconds": wait_seconds, "generate_tokens_per_second": tokens / busy if busy else 0.0})
         self.observer.add(dict(report.counts))
+        if self.guard.moves:
+            self.observer.set({f"guard_{name}_multiplier": value for name, value in self.guard.multipliers.items()})
+        self.guard.stepped(report.metrics)
         if report.finished:
             self.observer.event("objective_finished", step=self.version)
         return report.finished
@@ -174,8 +194,36 @@ class Controller:
             fetching = self.components.fetch(scored)
             return await self._within(self._replacement_seconds, fetching, "evaluated rows to arrive")
 
-        await self.observer.evaluated(step, await retrying(once, self.settings.failures.retries, self.observer))
+        rows = await retrying(once, self.settings.failures.retries, self.observer)
+        await self.observer.evaluated(step, rows)
         self.observer.add({"evaluations_total": 1.0})
+        self._new_best = self.guard.evaluated(step, rows)
+        if self._new_best and (best := self.guard.best):
+            self.observer.event("best", **best)
+            self.observer.note(
+                f"best so far by {best['reward']}: {best['mean']:+.3f} +- {best['standard_error']:.3f} (standard error)"
+                f" at step {step}; its checkpoint is kept"
+            )
+
+    async def _ask_guard(self) -> bool:
+        """Report what the guard fires and carry out its actions; whether the run is to stop. Raises RollBack."""
+        before = self.guard.multipliers
+        reaction = self.guard.check(self.version)
+        for firing in reaction.firings:
+            self.observer.event("guard", **firing.fields)
+            self.observer.add({"guard_fired_total": {firing.detector: 1.0}})
+            self.observer.note(firing.sentence)
+        if reaction.roll_back_to is not None:
+            raise RollBack(reaction.roll_back_to, self.guard.carried)
+        if (multipliers := self.guard.multipliers) != before:
+            self.observer.event("guard_multipliers", step=self.version, **multipliers)
+            setting = self.components.learner.set_multipliers(**multipliers)
+            seconds = self.settings.deadlines.step_seconds
+            await self._within(seconds, setting, "the learner to take multipliers", LearnerLost)
+        if reaction.stop:
+            self.observer.event("guard_stop", step=self.version)
+            self.observer.note(f"stopped by the guard after step {self.version}")
+        return reaction.stop
 
     async def _renew_reference(self) -> None:
         """Renew the reference when an iteration ends: before the tickets of the next step open."""

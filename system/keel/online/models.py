@@ -43,7 +43,7 @@ class Models:
         return self.frozen.get("reference")
 
     def sampling(self, settings: SamplingSettings) -> Sampling:
-        """How completions are sampled; they end with the end tokens of these models."""
+        """Build the sampling parameters, with the end tokens of these models."""
         return Sampling(settings.temperature, settings.top_p, settings.max_tokens, self.end_tokens.stop)
 
 

@@ -70,7 +70,7 @@ class Scaling:
 
     @property
     def groups_per_batch(self) -> int:
-        """From the wanted generators, not the serving ones: a loss must not change which groups share a batch."""
+        """Groups of a generator batch, by the wanted generators: a loss must not change which groups share one."""
         return self.settings.groups_per_batch_of(self.desired["generator"])
 
     def release(self) -> None:

@@ -28,7 +28,7 @@ class NotStopped(KeelError, RuntimeError):
 
 
 def of(directory: Path) -> dict[str, Any]:
-    """State, step of steps, reward, KL, workers wanted and present, last event. Raises ConfigError.
+    """State, step of steps, best checkpoint, reward, KL, workers wanted and present, last event. Raises ConfigError.
 
     `state`: live (a process works on it), ended, stopped (as it was asked to) or broken off; a number that the run has
     not written is null.
@@ -51,6 +51,7 @@ def of(directory: Path) -> dict[str, Any]:
         "step": last.get("step", 0),
         "steps": steps,
         "checkpoint": committed[-1] if committed else None,
+        "best": checkpoint.best(directory),
         "reward": last.get("reward"),
         "kl_nats": last.get("kl_nats"),
         "wanted": counts.get("desired", {}),
@@ -79,7 +80,7 @@ def control_of(directory: Path) -> dict[str, str]:
 
 
 def authenticate_as(where: Mapping[str, str]) -> None:
-    """Let this process authenticate as the Ray of a run does, by its control.json: before it imports Ray."""
+    """Choose the authentication of a run's Ray, by its control.json; call before this process imports Ray."""
     os.environ.setdefault("RAY_AUTH_MODE", where["authentication"])
 
 

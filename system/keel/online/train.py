@@ -20,6 +20,7 @@ Ray: generators | reference | scorers        as long as the run; each worker is 
     |        |
     +--------+-- recovery: LearnerLost | BufferLost | BuildFailed after a first step |
              |   another number of ranks is wanted (the controller leaves its loops)
+             |   the guard rolls back: newer checkpoints are moved aside first            (roll_back.py)
              |
 end: Outcome at the last step, or where `keel stop` ended the run, with a checkpoint
 """
@@ -48,11 +49,13 @@ from keel.errors import BufferLost, BuildFailed, LearnerLost
 from keel.observability import endpoint
 from keel.observability.console import Display
 from keel.observability.metrics import RunMetrics
-from keel.online import parity, scaling
+from keel.online import parity, roll_back, scaling
 from keel.online.checkpointer import Checkpointer
 from keel.online.controller import Controller, one_cause
+from keel.online.guard import Guard
 from keel.online.preflight import Prepared
 from keel.online.recorder import Recorder
+from keel.online.roll_back import RollBack
 from keel.online.scaling import Scaling
 from keel.protocols import Components
 from keel.rollout import manifest
@@ -69,7 +72,7 @@ class Outcome:
     steps: int
     stopped: bool
     seconds: float
-    """Of this process: start-up, steps and evaluations."""
+    """Duration of this process: start-up, steps and evaluations."""
 
 
 def run(prepared: Prepared, display: Display) -> Outcome:
@@ -134,11 +137,12 @@ class Saved:
 
 def _newest(recorder: Recorder) -> Saved:
     """Find the newest intact checkpoint and move aside what was written after it: those steps are made again."""
+    roll_back.carry_out(recorder.directory)
     path, state, damaged = checkpoint.newest_intact(recorder.directory)
     for what in damaged:
         recorder.event("checkpoint_damaged", what=what, step=state["version"] if state else 0)
         recorder.display.note(f"damaged checkpoint put aside ({what}); continuing from {path and path.name}")
-    saved = Saved(path, state or {})
+    saved = Saved(path, roll_back.laid_over(recorder.directory, state or {}))
     for what in files.keep_steps(recorder.directory / "metrics.jsonl", saved.version):
         recorder.event("line_damaged", what=what)
         recorder.display.note(f"{what} is damaged and was left out")
@@ -168,7 +172,7 @@ class OnlineRun:
         return [self.generators, *self.scorers]
 
     async def to_the_end(self, saved: Saved) -> Saved:
-        """Start, run, and start from the newest checkpoint when the learner or the buffer is lost or re-sized.
+        """Start, run, and start from the newest checkpoint after a loss, a re-sizing or a roll back.
 
         Returns the checkpoint of its last step, or of the step after which it was asked to stop.
         """
@@ -188,6 +192,12 @@ class OnlineRun:
                     self.recorder.event("rebuild", reason=str(lost))
                     self.recorder.add({"rebuilds_total": 1.0})
                     self.recorder.display.note(f"{lost}; continuing from the newest checkpoint")
+                except RollBack as asked:
+                    fired = {"guard_fired_total": self.recorder.metrics.totals["guard_fired_total"]}
+                    roll_back.request(self.prepared.directory, asked, fired)
+                    self.recorder.event("roll_back", step=asked.step, **asked.carried)
+                    factors = asked.carried["multipliers"]
+                    self.recorder.display.note(f"{asked}, by the guard; factors from now on: {factors}")
                 saved = _newest(self.recorder)
                 if self.scaling.stopping and not saved.over(self.settings):
                     self.recorder.event("stopped", step=saved.version)
@@ -264,7 +274,8 @@ class OnlineRun:
     ) -> Controller:
         """Wait until all workers are up, restore the checkpoint, load the weights everywhere and test parity."""
         settings, recorder, prepared = self.settings, self.recorder, self.prepared
-        checkpointer = Checkpointer(prepared, learner, buffer, self.reference, recorder)
+        guard = Guard(settings, saved.state.get("guard"))
+        checkpointer = Checkpointer(prepared, learner, buffer, self.reference, recorder, guard)
         limits = settings.deadlines
         patience = (limits.start_seconds + limits.load_seconds) * (settings.failures.retries + 2)
         try:
@@ -290,7 +301,7 @@ class OnlineRun:
             held_out=prepared.prompts.held_out(),
             fetch=actors.fetch,
         )
-        controller = Controller(settings, components, prepared.sampling, recorder, version)
+        controller = Controller(settings, components, prepared.sampling, recorder, version, guard)
         await controller.sync()
         await self._test_parity(controller, learner.placement.ranks)
         return controller

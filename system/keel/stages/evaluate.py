@@ -46,7 +46,7 @@ class ModelEvaluation:
     """Answers of the prompt source to compare with, where there are some."""
     prompts: Prompts
     judge: str
-    """Name of the column that decides who wins and what passes."""
+    """Name of the column that decides which answer wins or passes."""
     notes: tuple[str, ...] = ()
     """Lines that the evaluation prints at its start."""
 
@@ -79,7 +79,7 @@ def _check_ensembles(settings: Settings) -> None:
         "": settings.ensemble,
         **{f"rewards.{r.name}.": r.ensemble for r in settings.rewards},
     }.items():
-        if ensemble.center and ensemble.form in ("lower_bound", "worst", "variance"):
+        if ensemble.center and ensemble.form in ("lower_bound", "worst", "variance", "kl_dro"):
             raise ConfigError(
                 f"{name}ensemble.center=true: form={ensemble.form} compares samples of one prompt, an evaluation has"
                 " single answers; expected false"

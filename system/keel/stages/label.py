@@ -40,7 +40,7 @@ class Labeling:
     spec: ScoringSpec
     directory: Path
     models: Models | None
-    """Of the policy that samples; None where `rollouts` are judged."""
+    """The policy that samples; None where `rollouts` are judged."""
     reference: str | None
     prompts: pa.RecordBatch | None
     rollouts: pa.RecordBatch | None

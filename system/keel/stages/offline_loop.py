@@ -8,6 +8,7 @@ until the last step, or until `patience` evaluations brought no lower held-out l
 """
 
 import asyncio
+import contextlib
 import math
 import shutil
 import time
@@ -36,7 +37,7 @@ _LABELS = ("reward", "reward_std", "finished_ratio")  # constant over stored row
 
 
 class OfflineLearner(Protocol):
-    """What an offline run asks of the learner on every rank of its group."""
+    """The methods that an offline run calls on every rank of its learner group."""
 
     def step(self, batch: pa.RecordBatch) -> StepReport: ...
 
@@ -140,21 +141,15 @@ def conduct(settings: StageSettings, directory: Path, digest: str, train: Train,
         display.note(f"{directory} holds this stage, finished")
         return done
     files.make_folder(directory)
-    with files.lock(directory):
-        return _conduct(settings, directory, train, display, started)
-
-
-def _conduct(
-    settings: StageSettings, directory: Path, train: Train, display: Display, started: float
-) -> dict[str, Any]:
-    files.write(directory / "config.yaml", loader.dump(settings).encode())
-    metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
-    with endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page) as url:
-        display.note(f"metrics: {url}")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(files.lock(directory))
+        files.write(directory / "config.yaml", loader.dump(settings).encode())
+        metrics = RunMetrics(settings.run.name, directory / "metrics.jsonl")
+        page = endpoint.serving(settings.metrics, settings.run.name, directory, metrics.page)
+        display.note(f"metrics: {stack.enter_context(page)}")
         display.doing("starting Ray, learner")
-        with actors.joined(settings, {"learner": settings.learners.count}) as ray:
-            display.note(ray)
-            return asyncio.run(train(metrics, display, started))
+        display.note(stack.enter_context(actors.joined(settings, {"learner": settings.learners.count})))
+        return asyncio.run(train(metrics, display, started))
 
 
 async def ready(settings: StageSettings, learner: RankGroup[Any]) -> None:
@@ -298,13 +293,8 @@ def mark(directory: Path, names: Sequence[str], summary: Mapping[str, Any]) -> N
 
 def finish(offline_run: OfflineRun, stage: str, started: float, **results: Any) -> dict[str, Any]:
     """Mark the stage as finished and delete its checkpoints."""
-    summary = {
-        "stage": stage,
-        "steps": offline_run.steps,
-        "rows": offline_run.rows,
-        "dropped": dict(offline_run.dropped),
-    }
-    summary |= {"digest": offline_run.digest, **results}
+    summary = {"stage": stage, "steps": offline_run.steps, "rows": offline_run.rows}
+    summary |= {"dropped": dict(offline_run.dropped), "digest": offline_run.digest, **results}
     summary["seconds"] = round(time.monotonic() - started, 1)
     mark(offline_run.directory, [offline_run.model.name], summary)
     shutil.rmtree(offline_run.directory / "checkpoints", ignore_errors=True)

@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from keel import __version__, checkpoint, files
 from keel.config import loader
 from keel.config.base import Section
 from keel.config.commands import COMMANDS
-from keel.config.pipeline import PipelineSettings, StageEntry
+from keel.config.pipeline import PipelineSettings, StageEntry, as_override
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import from_here
 
@@ -73,7 +72,7 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         places = {name: str(stage.directory) for name, stage in planned.items()}
         changes = {key: _filled(value, places) for key, value in entry.changes().items()}
         file = path.parent / entry.config
-        overrides = [f"{key}={_written(value)}" for key, value in changes.items()]
+        overrides = [f"{key}={as_override(value)}" for key, value in changes.items()]
         try:
             resolved = loader.load_as(COMMANDS[entry.command], file, overrides)
         except ConfigError as error:
@@ -82,7 +81,7 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         upstream = {stage.directory: stage.key for stage in planned.values()}
         key = _key(entry.command, resolved, model, upstream)
         directory = root / f"{entry.name}-{key[:8]}"
-        identity = [f"run.directory={_written(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
+        identity = [f"run.directory={as_override(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
         planned[entry.name] = Planned(entry, file, [*overrides, *identity], model, key, directory)
     return list(planned.values())
 
@@ -121,30 +120,16 @@ def _filled(value: Any, places: dict[str, str]) -> Any:
     return value.format(**places) if isinstance(value, str) else value
 
 
-def _written(value: Any) -> str:
-    """A value as an override reads it."""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _key(command: str, settings: Section, model: str | None, upstream: dict[Path, str]) -> str:
     """Hash everything that the result of a stage depends on."""
     tree = settings.model_dump(mode="json", exclude=set(loader.OF_THE_PLACE))
     tree["run"] = {key: value for key, value in tree["run"].items() if key not in ("name", "directory")}
     hasher = xxhash.xxh3_128(f"{__version__}:{command}".encode())
-    for setting, leaf in [*_leaves(tree), ("MODEL", model)]:
+    for setting, leaf in [*loader.dotted(tree), ("MODEL", model)]:
         named = setting.rpartition(".")[2] in _PATHS or ".runs." in setting
         content = _content(leaf, upstream) if named else leaf
         hasher.update(json.dumps([setting, content], ensure_ascii=False).encode())
     return hasher.hexdigest()
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """List the settings of a tree as (name, value), in order."""
-    if isinstance(node, dict | list) and node:
-        for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _leaves(child, f"{path}.{key}")
-    else:
-        yield path, node
 
 
 def _content(leaf: Any, upstream: dict[Path, str]) -> Any:

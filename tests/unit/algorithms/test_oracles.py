@@ -378,3 +378,16 @@ def test_ensemble_forms() -> None:
     for form, coefficient, expected in forms:
         result = reward_ensembles.combine(members, np.ones(5), form, coefficient)
         assert result.tolist() == [pytest.approx(expected, abs=1e-9)], form
+
+
+def test_kl_dro_is_the_dual_of_a_kl_ball_and_lies_between_worst_and_mean() -> None:
+    """2606.09073: min over member weights q of sum q r + c KL(q, uniform), solved by q ~ exp(-r / c)."""
+    members = np.array([[1.2], [0.8], [1.0], [0.2], [1.3]])
+    for temperature in (0.1, 0.5, 2.0):
+        weights = np.exp(-members[:, 0] / temperature)
+        weights /= weights.sum()
+        primal = weights @ members[:, 0] + temperature * (weights * np.log(5 * weights)).sum()
+        (value,) = reward_ensembles.combine(members, np.ones(5), "kl_dro", temperature)
+        assert value == pytest.approx(primal, abs=1e-12) and 0.2 < value < 0.9
+    limits = [reward_ensembles.combine(members, np.ones(5), "kl_dro", c)[0] for c in (1e-4, 1e6)]
+    assert limits == pytest.approx([0.2, 0.9], abs=1e-3)

@@ -1,5 +1,6 @@
 """MaxEnt identities, preference losses, pairs and weighted likelihood against the numbers of the reference."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,19 @@ def weighed(**config: Any) -> Credit:
     return objective(objective={"kind": "preference", **config}).weigh(PAIR, MEASURED)
 
 
+PHI = (0.2 + math.exp(0.2), -0.5 + math.exp(-0.5))
+WRONG = 1 / (1 + math.exp(0.1 * (PHI[0] - PHI[1])))
+CHI_PO = (-math.log(1 - WRONG), -0.1 * WRONG * (1 + math.exp(0.2)), 0.1 * WRONG * (1 + math.exp(-0.5)))
+"""2407.13399: h = (.2, -.5), phi = h + exp(h), beta .1; d phi / d S = 1 + exp(h)."""
+
+
 @pytest.mark.parametrize(
     ("config", "loss", "won", "lost"),
     [
         ({"loss": "simpo", **SIMPO}, 0.9331046878, -0.4044462374, 0.3033346781),
         ({"loss": "simpo_hinge", **SIMPO}, 1.4333333333, -2 / 3, 0.5),
         ({"loss": "dpo"}, 0.6587595555, -0.0482507142, 0.0482507142),
+        ({"loss": "chi_po"}, *CHI_PO),
         ({"loss": "dpo", "label_smoothing": 0.1}, 0.6657595555, -0.0382507142, 0.0382507142),
         ({"loss": "ipo_sum"}, 18.49, 2 * (0.7 - 5), -2 * (0.7 - 5)),
         ({"loss": "ipo_average"}, 23.1200694444, 2 * (0.1916666667 - 5) / 3, -2 * (0.1916666667 - 5) / 4),
@@ -97,7 +105,7 @@ def weighed(**config: Any) -> Credit:
             0.0482507142,
         ),
     ],
-    ids=["simpo", "simpo_hinge", "dpo", "cdpo", "ipo_sum", "ipo_average", "rpo", "rpo_average"],
+    ids=["simpo", "simpo_hinge", "dpo", "chi_po", "cdpo", "ipo_sum", "ipo_average", "rpo", "rpo_average"],
 )
 def test_losses_of_a_pair(config: dict[str, Any], loss: float, won: float, lost: float) -> None:
     """P2a and P6_rpo: loss, and its derivative by every token's log-prob, which is -advantage / rows."""

@@ -113,7 +113,7 @@ def test_one_evaluation_has_no_change() -> None:
         (Interval(0.000367, 0.0561, 0, 0, 9), "0.000 (standard error 0.056)"),
         (Interval(123.456, 31.2, 0, 0, 9), "123 (standard error 31)"),
         (Interval(-7.0, 0.1, 0, 0, 9), "-7.00 (standard error 0.10)"),
-        (Interval(1.5, 0.0, 1.5, 1.5, 9), "1.5"),
+        (Interval(1.5, 0.0, 1.5, 1.5, 9), "1.5 (standard error 0)"),
         (Interval(0.25, math.nan, math.nan, math.nan, 1), "0.25"),
         (Interval(math.nan, math.nan, math.nan, math.nan, 0), "unknown"),
     ],

@@ -176,7 +176,7 @@ async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
 ) -> None:
     names = of_the_batch(monkeypatch) | of_the_learner()
     assert {"reward", "kl_nats", "loss", "gap_nats", "grad_norm", "learning_rate", "trained_tokens"} <= names
-    run = Run(tmp_path, settings_for(steps=1))
+    run = Run(tmp_path, settings_for(steps=1, guard={"length": {"actions": ["lower_lr"]}}))
     await run.finish()
     written = (names - {"trained_tokens"}) | set(run.observer.gauges) | {"free_memory_bytes"}
     of_stages = {metric.name for metric in TABLE if metric.kind == "gauge" and metric.meaning.startswith("Stages: ")}

@@ -147,8 +147,9 @@ function drawPoints(state, line) {
     if (line.xLow && known(line.xLow[place])) whisker(svg, line, x(line.xLow[place]), x(line.xHigh[place]), y(line.y[place]), y(line.y[place]));
     shape(state, x(value), y(line.y[place]), line.number);
     if (line.best === place) {
+      const right = x(value) > state.width - 90;
       draw(svg, "circle", {cx: x(value), cy: y(line.y[place]), r: 8, fill: "none", "stroke-width": 1.5}).style.stroke = color(line.number);
-      if (line.alone) draw(svg, "text", {x: Math.max(x(value), state.left + 32), y: Math.max(y(line.y[place]) - 12, 9), "text-anchor": "middle"}, `best: step ${line.steps[place]}`);
+      if (line.alone) draw(svg, "text", {x: x(value) + (right ? -11 : 11), y: y(line.y[place]) - 7, "text-anchor": right ? "end" : "start"}, `best: step ${line.steps[place]}`);
     }
   });
 }
@@ -195,9 +196,9 @@ function show(state, value) {
     const step = line.steps ? `, step ${line.steps[place]}` : "";
     rows.push(make("div", {}, swatch, make("span", {textContent: `${visible(line.name)}${step}: ${shown(line.y[place])}${interval}`})));
   }
-  for (const mark of spec.marks || []) {
-    if (mark.step === value) rows.push(make("div", {textContent: visible(`${NAMES[mark.kind]}: ${mark.name} ${mark.detail}`).slice(0, 160)}));
-  }
+  const marks = (spec.marks || []).filter((mark) => mark.step === value);
+  for (const mark of marks.slice(0, 3)) rows.push(make("div", {textContent: visible(`${NAMES[mark.kind]}: ${mark.name} ${mark.detail}`).slice(0, 80)}));
+  if (marks.length > 3) rows.push(make("div", {textContent: `${marks.length - 3} more in the list of events`}));
   tip.replaceChildren(make("div", {textContent: `${spec.xTitle} ${shown(value)}`}), ...rows);
   tip.hidden = false;
   const left = x(value) > width / 2 ? x(value) - tip.offsetWidth - 10 : x(value) + 10;

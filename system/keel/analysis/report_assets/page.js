@@ -129,6 +129,18 @@ function markLegend() {
   }
 }
 
+function follow() {  // of a page that keel report --live serves: a new page when the files changed, unless a row is being read
+  if (!document.body.dataset.live) return;
+  const [seconds, state] = document.body.dataset.live.split(" "), bar = section("newer");
+  bar.querySelector("button").addEventListener("click", () => location.reload());
+  setInterval(async () => {
+    const answer = await fetch("state").catch(() => null);  // the server may have ended; the page stays
+    if (!answer || !answer.ok || await answer.text() === state) return;
+    if (document.querySelector(".detail:not([hidden])") || document.activeElement.closest("input, select, #browser")) bar.hidden = false;
+    else location.reload();
+  }, 1000 * Number(seconds));
+}
+
 words();
 markLegend();
 armSwitches();
@@ -140,3 +152,4 @@ settings();
 environment();
 notes();
 section("root").addEventListener("change", frontier);
+follow();

@@ -178,7 +178,7 @@ function tokens(row) {
   if (!row.texts) node.append("Tokens by id, as no checkpoint holds a tokenizer: ");
   row.log_ratios.forEach((nats, place) => {
     const token = make("span", {className: "token", textContent: visible(row.pieces[place]) || "·", title: `log-ratio ${nats} nats`});
-    const strength = Math.min(Math.abs(nats) / STRONG_NATS, 1) * 0.75;
+    const strength = Math.min(Math.abs(nats) / STRONG_NATS, 1) * 0.55;
     token.style.backgroundColor = `rgba(var(${nats > 0 ? "--more" : "--less"}), ${strength.toFixed(2)})`;
     node.append(token);
   });
