@@ -136,6 +136,25 @@ def test_everything_is_reached_by_tab_and_a_chart_by_arrows(opened: Tab) -> None
     assert {"frontier", "curves", "rollouts", "settings"} <= seen
 
 
+def test_the_cursor_names_values_and_the_first_events_of_a_step(opened: Tab, page: Path) -> None:
+    opened.run("document.querySelectorAll('#curves svg')[1].focus()")  # gold
+    opened.press("Home", 36)
+    tip = "[...document.querySelectorAll('#curves .tip')[1].children].map(line => line.textContent)"
+    arms = embedded(page)["arms"]
+    curves = [arm["evaluated"]["reward_gold"] for arm in arms]
+    values = [tuple(f"{curve[key][0]:.4g}" for key in ("mean", "low", "high")) for curve in curves]
+    expected = [
+        f"{arm['name']}, evaluation: {mean} [{low}, {high}]"
+        for arm, (mean, low, high) in zip(arms, values, strict=True)
+    ]
+    assert opened.run(tip) == ["step 0", *expected]
+    for _ in range(6):
+        opened.press("ArrowRight", 39)
+    lines = opened.run(tip)
+    assert lines[0] == "step 6" and sum(line.startswith("failure or recovery: ") for line in lines) == 3
+    assert lines[-1] == "3 more in the list of events"  # three runs lost a worker and tried again
+
+
 def test_search_and_hostile_text(opened: Tab) -> None:
     opened.run(
         "let box = document.querySelector('input[type=search]'); box.value = '</SCRIPT>'; box.dispatchEvent(new Event('input'))"

@@ -196,9 +196,9 @@ function show(state, value) {
     const step = line.steps ? `, step ${line.steps[place]}` : "";
     rows.push(make("div", {}, swatch, make("span", {textContent: `${visible(line.name)}${step}: ${shown(line.y[place])}${interval}`})));
   }
-  for (const mark of spec.marks || []) {
-    if (mark.step === value) rows.push(make("div", {textContent: visible(`${NAMES[mark.kind]}: ${mark.name} ${mark.detail}`).slice(0, 160)}));
-  }
+  const marks = (spec.marks || []).filter((mark) => mark.step === value);
+  for (const mark of marks.slice(0, 3)) rows.push(make("div", {textContent: visible(`${NAMES[mark.kind]}: ${mark.name} ${mark.detail}`).slice(0, 80)}));
+  if (marks.length > 3) rows.push(make("div", {textContent: `${marks.length - 3} more in the list of events`}));
   tip.replaceChildren(make("div", {textContent: `${spec.xTitle} ${shown(value)}`}), ...rows);
   tip.hidden = false;
   const left = x(value) > width / 2 ? x(value) - tip.offsetWidth - 10 : x(value) + 10;
