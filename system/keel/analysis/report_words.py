@@ -31,6 +31,7 @@ def of_online(
     points: Sequence[EvaluationPoint],
     values: Sequence[Mapping[str, np.ndarray]],
     committed: Sequence[int],
+    best_by: str,
 ) -> list[str]:
     """Proxy, gold, KL, entropy, length and the best checkpoint of an online run, from its evaluations."""
     if not points:
@@ -50,7 +51,7 @@ def of_online(
         else ["The run has no reward called gold, so this report cannot say whether the proxy was over-optimized."]
     )
     sentences += _distance(first, last)
-    return sentences + _best(points, committed)
+    return sentences + _best(points, committed, best_by)
 
 
 def _change(first: EvaluationPoint, last: EvaluationPoint, name: str) -> str:
@@ -116,10 +117,16 @@ def _distance(first: EvaluationPoint, last: EvaluationPoint) -> list[str]:
     return sentences
 
 
-def _best(points: Sequence[EvaluationPoint], committed: Sequence[int]) -> list[str]:
-    """The best evaluation by gold, else by the proxy, and whether a checkpoint of it is there."""
-    name, title = ("reward_gold", "gold") if "reward_gold" in points[-1].values else ("reward", "proxy")
-    best = peak(points, name)
+def best_by(points: Sequence[EvaluationPoint], monitor: str | None) -> str:
+    """The metric that decides which evaluation is the best: guard.monitor, else gold, else the proxy."""
+    names = [f"reward_{monitor}", "reward_gold"]
+    return next((name for name in names if points and name in points[-1].values), "reward")
+
+
+def _best(points: Sequence[EvaluationPoint], committed: Sequence[int], metric: str) -> list[str]:
+    """The best evaluation by this metric, and whether a checkpoint of it is there."""
+    title = "proxy" if metric == "reward" else metric.removeprefix("reward_")
+    best = peak(points, metric)
     if best is None:
         return []
     step = points[best].step

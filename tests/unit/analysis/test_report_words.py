@@ -23,8 +23,9 @@ def evaluations(*rows: dict[str, Sequence[float]]) -> tuple[list[EvaluationPoint
     return points, values
 
 
-def text(*rows: dict[str, Sequence[float]], committed: Sequence[int] = ()) -> str:
-    return " ".join(report_words.of_online([], *evaluations(*rows), committed))
+def text(*rows: dict[str, Sequence[float]], committed: Sequence[int] = (), monitor: str | None = None) -> str:
+    points, values = evaluations(*rows)
+    return " ".join(report_words.of_online([], points, values, committed, report_words.best_by(points, monitor)))
 
 
 START = {"reward": [0.0, 0.2, 0.1], "reward_gold": [0.0, 0.1, 0.2], "kl_nats": [0.0, 0.0, 0.0]}
@@ -99,6 +100,14 @@ def test_the_best_checkpoint_is_that_of_golds_peak(committed: list[int], sentenc
 
 def test_a_start_that_was_never_surpassed_is_said_to_be_the_best() -> None:
     assert "step 0, the start model: training did not improve it." in text(PEAK, START, committed=[5])
+
+
+def test_the_guards_monitor_decides_what_is_best() -> None:
+    rows = [
+        row | {"reward_fluent": [float(place)] * 3} for place, row in zip((1, 0, 2), (START, PEAK, END), strict=True)
+    ]
+    assert "The best evaluation by fluent is that of step 10;" in text(*rows, committed=[5], monitor="fluent")
+    assert "The best evaluation by gold is that of step 5;" in text(*rows, committed=[5], monitor="unknown")
 
 
 def test_one_evaluation_has_no_change() -> None:
