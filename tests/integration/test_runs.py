@@ -98,6 +98,29 @@ def test_killed_and_resumed_equals_uninterrupted(write_config: Start, keel: Star
     check_tracked(broken)
 
 
+@pytest.mark.slow
+def test_an_extended_run_equals_one_of_that_length(write_config: Start, keel: Start, tmp_path: Path) -> None:
+    """Four steps, then two more, with all that adapts; at step 4 a new reference is due, which the end left out."""
+    whole, longer = (tmp_path / name / "run" for name in ("whole", "longer"))
+    changes = ADAPTING | {"evaluation": {"every_steps": 2}, "checkpoint": {"every_steps": 2}}
+    code, _, err = finish(keel("train", str(write_config("whole", **with_directory(whole, changes)))))
+    assert code == 0, err
+    short = with_directory(longer, changes)
+    short["run"] = {**short["run"], "steps": 4}
+    code, _, err = finish(keel("train", str(write_config("longer", **short))))
+    assert code == 0, err
+    code, out, err = finish(keel("resume", str(longer), "--steps", "6"))
+    assert code == 0 and "resuming from step-000004" in out, err
+    lines = [[line | {"steps_wanted": None} for line in metrics_of(run)] for run in (longer, whole)]
+    assert lines[0] == lines[1] and rollouts_of(longer) == rollouts_of(whole)
+    assert same_policy(longer, whole)
+    assert (longer / "frontier.arrow").read_bytes() == (whole / "frontier.arrow").read_bytes()
+    code, out, err = finish(keel("verify", str(longer)))
+    assert code == 0, out
+    code, _, err = finish(keel("resume", str(longer), "--steps", "5"))
+    assert code == 2 and "has trained 6 steps; expected at least 6" in " ".join(err.split())
+
+
 def check_adaptation(lines: list[dict[str, Any]], state: dict[str, Any]) -> None:
     """Every number that moves is in both files, and has moved; the reference is new after steps 2 and 4."""
     coefficients = [line["kl_coefficient"] for line in lines]

@@ -7,6 +7,7 @@ from keel.config.label import LabelSettings
 from keel.config.pipeline import PipelineSettings
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, RewardModelSettings, SupervisedSettings
+from keel.config.sweep import SweepSettings
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -17,6 +18,7 @@ _OF_COMMANDS: dict[str, type[Section]] = {
     "reward": RewardModelSettings,
     "label": LabelSettings,
     "pipeline": PipelineSettings,
+    "sweep": SweepSettings,
 }
 
 

@@ -101,7 +101,7 @@ def run(arguments: Sequence[str], console: Console, *, as_json: bool, picture: P
         text = json.dumps(tree_of(comparison), indent=2, allow_nan=False)
         console.print(text, soft_wrap=True, markup=False, highlight=False)
     else:
-        _print_tables(console, comparison)
+        show(comparison, console)
 
 
 def draw(comparison: Comparison, path: Path) -> None:
@@ -361,7 +361,8 @@ def _matching_as_json(matching: Matching, arms: Sequence[Arm]) -> dict[str, Any]
     }
 
 
-def _print_tables(console: Console, comparison: Comparison) -> None:
+def show(comparison: Comparison, console: Console) -> None:
+    """Print a table a matching, and the notes."""
     for matching in comparison.matchings:
         console.print(_table(comparison, matching))
     for note in comparison.notes:

@@ -9,8 +9,8 @@ a difference of arms as far as it is common to them; their seeds are drawn apart
 
 with e^2 from the residuals of the two-way layout. Prompts are resampled (their values may be skewed). Two to five seeds
 have no shape to resample, so their means are drawn from a normal distribution of that variance, and the quantiles of
-all draws are stretched by t(df) / z, df by Welch and Satterthwaite. Resampling few seeds instead covers 68 to 88 % at 2
-seeds and 80 to 93 % at 3 where seeds differ (benchmarks/seed_coverage.py).
+all draws are stretched by t(df) / z, df by Welch and Satterthwaite. Resampling few seeds instead covers 72 to 81 % at 2
+seeds and 82 to 90 % at 3 where seeds differ (benchmarks/seed_coverage.py).
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from keel.cli.training_commands import Config, Overrides, RayAddress
 from keel.config import loader
 from keel.config.commands import CONFIGURATIONS, command_of
 from keel.config.pipeline import PipelineSettings
+from keel.config.sweep import SweepSettings
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import console, errors, from_here, quiet_libraries
 
@@ -29,17 +30,25 @@ training_commands.add_to(app)
 
 
 @app.command()
-def resume(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")]) -> None:
+def resume(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="directory of a run")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="new number of steps (run.steps): extends a finished online run")
+    ] = None,
+) -> None:
     """Resume a run from its last committed checkpoint."""
     stored = loader.stored_config(run_directory, f"RUN_DIR={run_directory}")
-    directory = f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"
+    changes = [f"run.directory={json.dumps(str(run_directory), ensure_ascii=False)}"]
     command = command_of(loader.read(stored))
-    training_commands.start(training_commands.read(command, str(stored), [directory]), str(stored))
+    if steps is not None and command != "train":
+        raise ConfigError(f"--steps={steps}: {run_directory} is a run of keel {command}; expected an online run")
+    changes += [f"run.steps={steps}"] if steps is not None else []
+    training_commands.start(training_commands.read(command, str(stored), changes), str(stored))
 
 
 @app.command()
 def schema(
-    command: Annotated[str, typer.Argument(help="train, sft, prefer, reward, label, evaluate or pipeline")] = "train",
+    command: Annotated[str, typer.Argument(help="a command that reads a configuration")] = "train",
 ) -> None:
     """Print the JSON schema of a command's configuration, with defaults and descriptions."""
     if command not in CONFIGURATIONS:
@@ -128,6 +137,27 @@ def pipeline(
             typer.echo(f"{stage.entry.name}: {'cached' if stage.done else 'to do'} ({from_here(stage.directory)})")
         return
     stages.run(planned, console)
+
+
+@app.command()
+def sweep(
+    config_path: Config,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check every arm and say which runs are done")] = False,
+) -> None:
+    """Run arms x seeds one after the other, resumable, then compare them: a table, a picture, all metrics."""
+    settings = loader.load_as(SweepSettings, config_path, overrides or [])
+    quiet_libraries()
+    from keel.stages import sweep as sweeping
+
+    runs = sweeping.plan(settings, Path(config_path))
+    if dry_run:
+        for run in runs:
+            state = "done" if run.done else f"to do, {run.trained} of {run.settings.run.steps} steps are trained"
+            typer.echo(f"{run.name}: {state} ({from_here(run.directory)})")
+        return
+    sweeping.check(runs)
+    sweeping.run(settings, runs, console)
 
 
 for command in (

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from keel.config.base import CommandSettings
+from keel.config.base import CommandSettings, Section
 from keel.config.label import LabelSettings
 from keel.config.pipeline import PipelineSettings
 from keel.config.run import Settings
 from keel.config.stages import PreferSettings, RewardModelSettings, StageSettings, SupervisedSettings
+from keel.config.sweep import SweepSettings
 
 AnySettings = Settings | StageSettings | LabelSettings
 """The configuration of one command."""
@@ -19,7 +20,7 @@ COMMANDS: dict[str, type[CommandSettings]] = {
     "label": LabelSettings,
 }
 """Commands that have a run directory of their own, and the settings of each."""
-CONFIGURATIONS = COMMANDS | {"pipeline": PipelineSettings}
+CONFIGURATIONS: dict[str, type[Section]] = {**COMMANDS, "pipeline": PipelineSettings, "sweep": SweepSettings}
 """Commands that read a configuration, and its settings."""
 
 

@@ -45,6 +45,8 @@ _HEADER_OF_0_1_0 = "# sha256 of the resolved settings: "
 
 OF_THE_PLACE = frozenset({"metrics", "tracking", "cluster", "deadlines"})
 """Blocks that say where a run lives and how it is watched; they change no number."""
+MAY_CHANGE_ON_RESUME = OF_THE_PLACE | {"run.directory", "run.steps"}
+"""What a resumed run may have otherwise than before; run.steps only where no learning rate depends on it."""
 INTERRUPTED = 130
 """Exit code of a run that a signal or `keel stop` ended; bad input, ConfigError, is 2."""
 
@@ -78,6 +80,11 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(f"config {path}: not YAML: {_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {path}: {type(tree).__name__} at the top; expected blocks such as policy:, prompts:")
+    return changed(tree, overrides)
+
+
+def changed(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with `a.b=c` overrides applied to it, unchecked. Raises ConfigError."""
     for override in overrides:
         _apply(tree, override)
     return tree
@@ -139,9 +146,15 @@ def dump(settings: Section) -> str:
 
 
 def digest(settings: Section) -> str:
-    """Hash of every setting that can change a number; where the run lives and how it is watched is left out."""
-    tree = settings.model_dump(mode="json", exclude=set(OF_THE_PLACE))
-    del tree["run"]["directory"]
+    """Hash of every setting that can change a step; those that may change on resume are left out."""
+    kept = {"run.steps"} if isinstance(settings, Settings) and settings.learners.rate_depends_on_steps else set()
+    tree = settings.model_dump(mode="json")
+    for name in MAY_CHANGE_ON_RESUME - kept:
+        block, _, setting = name.partition(".")
+        if setting:
+            tree[block].pop(setting, None)
+        else:
+            tree.pop(block, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

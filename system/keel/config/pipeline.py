@@ -1,5 +1,6 @@
 """Settings of `keel pipeline`: stages one after the other, each a command with its own configuration file."""
 
+import json
 import string
 from collections.abc import Iterator
 from typing import Any, Literal, Self
@@ -30,7 +31,7 @@ class StageEntry(Section):
 
     def changes(self) -> dict[str, Any]:
         """Changed settings as a.b -> value."""
-        return dict(_flat(self.settings))
+        return dict(flat_settings(self.settings))
 
     def names(self) -> set[str]:
         """Stages this one reads."""
@@ -50,12 +51,18 @@ def _fields(node: Any) -> Iterator[str]:
                 yield field
 
 
-def _flat(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def flat_settings(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings as blocks or `a.b: value` -> (a.b, value)."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{path}{key}.")
+            yield from flat_settings(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
+
+
+def as_override(value: Any) -> str:
+    """A value as an override reads it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 class PipelineRun(RunDirectory):

@@ -124,6 +124,11 @@ class LearnerSettings(WorkerSettings):
         2**28, ge=0, description="bytes of logits kept for the backward pass; the rest is recomputed"
     )
 
+    @property
+    def rate_depends_on_steps(self) -> bool:
+        """Whether the learning rate of a step depends on the length of the run."""
+        return self.schedule != "constant"
+
 
 class ClusterSettings(Section):
     """The Ray cluster that a run uses."""

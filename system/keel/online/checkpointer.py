@@ -69,7 +69,9 @@ class Checkpointer:
         """Load a checkpoint (None: the start) into the learner, and the reference in force then; return its version."""
         version = await self.learner.restore_checkpoint(str(saved)) if saved else 0
         folder = references.of_version(self.directory, self.settings.reference_iteration_steps, version)
-        if folder is not None:
+        if folder == references.folder_of(self.directory, version) and not folder.exists():
+            await self.renew_reference(version)  # the run ended at this version and now gets further steps
+        elif folder is not None:
             checkpoint.check(folder)
             await self._load_reference(folder)
         elif self.reference and self.reference.loaded is not None:

@@ -107,12 +107,27 @@ def check_directory(directory: Path, settings: Section) -> None:
     loader.stored_config(directory, f"run.directory={directory}")
     if not isinstance(settings, COMMANDS[command := command_of(loader.read(stored))]):
         raise ConfigError(f"run.directory={directory}: holds a run of keel {command}; expected another run.name")
-    other = loader.digest(loader.load_as(type(settings), stored))
-    if other != loader.digest(settings):
+    before = loader.load_as(type(settings), stored)
+    if isinstance(settings, Settings) and isinstance(before, Settings):
+        check_length(directory, settings, before)
+    if loader.digest(before) != loader.digest(settings):
         changed = loader.difference(yaml.safe_load(stored.read_text()), settings)
         raise ConfigError(
             f"run.directory={directory}: holds a run with other settings ({changed}); expected another run.name"
         )
+
+
+def check_length(directory: Path, settings: Settings, before: Settings) -> None:
+    """Refuse another `run.steps` than before where steps were made otherwise, or more of them. Raises ConfigError."""
+    steps, earlier = settings.run.steps, before.run.steps
+    if steps != earlier and before.learners.rate_depends_on_steps:
+        raise ConfigError(
+            f"run.steps={steps}: learners.schedule={before.learners.schedule} falls to 0 at run.steps, which is"
+            f" {earlier} in {directory}; expected run.steps={earlier}, or another run.name"
+        )
+    trained = max(checkpoint.steps(directory), default=0)
+    if steps < trained:
+        raise ConfigError(f"run.steps={steps}: {directory} has trained {trained} steps; expected at least {trained}")
 
 
 def check_memory(cluster: ClusterSettings) -> None:

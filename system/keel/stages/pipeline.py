@@ -24,7 +24,7 @@ from keel import __version__, checkpoint, files
 from keel.config import loader
 from keel.config.base import Section
 from keel.config.commands import COMMANDS
-from keel.config.pipeline import PipelineSettings, StageEntry
+from keel.config.pipeline import PipelineSettings, StageEntry, as_override
 from keel.errors import ConfigError, KeelError
 from keel.observability.console import from_here
 
@@ -72,7 +72,7 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         places = {name: str(stage.directory) for name, stage in planned.items()}
         changes = {key: _filled(value, places) for key, value in entry.changes().items()}
         file = path.parent / entry.config
-        overrides = [f"{key}={_written(value)}" for key, value in changes.items()]
+        overrides = [f"{key}={as_override(value)}" for key, value in changes.items()]
         try:
             resolved = loader.load_as(COMMANDS[entry.command], file, overrides)
         except ConfigError as error:
@@ -81,7 +81,7 @@ def plan(settings: PipelineSettings, path: Path) -> list[Planned]:
         upstream = {stage.directory: stage.key for stage in planned.values()}
         key = _key(entry.command, resolved, model, upstream)
         directory = root / f"{entry.name}-{key[:8]}"
-        identity = [f"run.directory={_written(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
+        identity = [f"run.directory={as_override(str(directory))}", f"run.name={settings.run.name}-{entry.name}"]
         planned[entry.name] = Planned(entry, file, [*overrides, *identity], model, key, directory)
     return list(planned.values())
 
@@ -118,11 +118,6 @@ def _filled(value: Any, places: dict[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _filled(item, places) for key, item in value.items()}
     return value.format(**places) if isinstance(value, str) else value
-
-
-def _written(value: Any) -> str:
-    """A value as an override reads it."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _key(command: str, settings: Section, model: str | None, upstream: dict[Path, str]) -> str:

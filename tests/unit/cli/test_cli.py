@@ -183,6 +183,18 @@ def test_train_and_resume_hand_over_the_same_settings(
     resumed, path = calls.pop()
     assert resumed.run_directory == name and path == f"{name}/config.yaml"
     assert loader.digest(resumed) == loader.digest(settings)
+    assert run(monkeypatch, "resume", name, "--steps", "99") == 0
+    assert calls.pop()[0].run.steps == 99 != settings.run.steps
+
+
+def test_only_an_online_run_is_extended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = started(monkeypatch)
+    assert run(monkeypatch, "sft", str(CONFIGS / "stages/sft.yaml")) == 0
+    (tmp_path / "config.yaml").write_text(loader.dump(calls.pop()[0]))
+    assert run(monkeypatch, "resume", str(tmp_path), "--steps", "9") == 2 and not calls
+    assert f"--steps=9: {tmp_path} is a run of keel sft; expected an online run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("folder", ["runs", "runs of mine/pipeline"])

@@ -167,7 +167,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, content: str, expected:
 
 
 UNSEEN = [
-    {"run": {"directory": "elsewhere"}},
+    {"run": {"directory": "elsewhere", "steps": 7}},
     {"metrics": {"host": "0.0.0.0", "port": 1}},
     {
         "tracking": {
@@ -205,11 +205,20 @@ SEEN: list[dict[str, Any]] = [
 
 
 def test_the_digest_covers_what_changes_a_number() -> None:
-    """Every block of the settings is in one of the two lists; only where a run lives and is watched is left out."""
+    """Every block of the settings is in one of the two lists; what may change on resume is left out."""
     assert {name for blocks in UNSEEN + SEEN for name in blocks} == set(Settings.model_fields)
     base = loader.digest(loader.parse(tree()))
     assert {loader.digest(loader.parse(tree(**blocks))) for blocks in UNSEEN} == {base}
     assert len({base, *(loader.digest(loader.parse(tree(**blocks))) for blocks in SEEN)}) == 1 + len(SEEN)
+
+
+def test_the_length_of_a_run_counts_where_a_learning_rate_depends_on_it() -> None:
+    digests = [
+        loader.digest(loader.parse(tree(run={"steps": steps}, learners={"schedule": schedule})))
+        for schedule in ("constant", "linear", "cosine")
+        for steps in (4, 6)
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 5
 
 
 def test_a_difference_names_two_settings_and_counts_the_rest() -> None:

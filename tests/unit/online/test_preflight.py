@@ -215,6 +215,36 @@ def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
         preflight.prepare(other)
 
 
+def begun(tree: dict[str, Any], trained: int, **learners: Any) -> dict[str, Any]:
+    """The settings of a run of 4 steps, with a checkpoint at one of them."""
+    changed = {**tree, "run": {**tree["run"], "steps": 4}, "learners": learners}
+    directory = Path(tree["run"]["directory"])
+    files.write(directory / "config.yaml", loader.dump(loader.parse(changed)).encode())
+    files.write(directory / "checkpoints" / f"step-{trained:06d}" / "COMMIT", b"")
+    return changed
+
+
+def longer(tree: dict[str, Any], steps: int) -> Any:
+    return loader.parse({**tree, "run": {**tree["run"], "steps": steps}})
+
+
+def test_a_run_can_be_extended_or_ended_earlier_but_not_before_what_it_trained(tree: dict[str, Any]) -> None:
+    changed = begun(tree, trained=3)
+    for steps in (3, 4, 9):
+        assert preflight.prepare(longer(changed, steps)).settings.run.steps == steps
+    with pytest.raises(ConfigError, match=r"^run\.steps=2: .*/run has trained 3 steps; expected at least 3$"):
+        preflight.prepare(longer(changed, 2))
+
+
+def test_a_run_whose_learning_rate_falls_to_its_end_keeps_its_length(tree: dict[str, Any]) -> None:
+    changed = begun(tree, trained=4, schedule="cosine")
+    preflight.prepare(longer(changed, 4))
+    with pytest.raises(
+        ConfigError, match=r"run\.steps=6: learners\.schedule=cosine falls to 0 at run\.steps, which is 4"
+    ):
+        preflight.prepare(longer(changed, 6))
+
+
 def test_a_single_sample_a_prompt_is_enough_where_nothing_is_compared(tree: dict[str, Any]) -> None:
     """The reward functions are tried on two completions, also then."""
     alone = {

@@ -6,7 +6,8 @@ import pytest
 
 from keel.config import loader
 from keel.config.pipeline import PipelineSettings
-from keel.stages import pipeline
+from keel.config.sweep import SweepSettings
+from keel.stages import pipeline, sweep
 from shipped import FILES, FOLDER, identity, settings_class
 
 OTHER_NAMES = {"pipeline": "quickstart", "stages/prefer": "dpo-offline"}
@@ -16,7 +17,8 @@ OTHER_NAMES = {"pipeline": "quickstart", "stages/prefer": "dpo-offline"}
 @pytest.mark.parametrize("path", FILES, ids=identity)
 def test_a_shipped_configuration_loads_under_its_own_name(path: Path) -> None:
     settings = loader.load_as(settings_class(path), path)
-    assert settings.run.name == OTHER_NAMES.get(identity(path), path.stem)  # type: ignore[attr-defined]
+    name = Path(settings.directory).name if isinstance(settings, SweepSettings) else settings.run.name  # type: ignore[attr-defined]
+    assert name == OTHER_NAMES.get(identity(path), path.stem)
     assert path.read_text().splitlines()[1].startswith("# ")  # what it is, below the line for editors
 
 
@@ -27,6 +29,14 @@ def test_the_shipped_pipeline_can_be_planned(tmp_path: Path) -> None:
     planned = pipeline.plan(settings, path)
     assert [stage.entry.name for stage in planned] == ["label", "reward", "train", "evaluate"]
     assert not any(stage.done for stage in planned)
+
+
+def test_the_shipped_sweep_can_be_planned(tmp_path: Path) -> None:
+    path = FOLDER / "sweep.yaml"
+    runs = sweep.plan(loader.load_as(SweepSettings, path, [f"directory={tmp_path}"]), path)
+    assert [(run.arm, run.seed) for run in runs[:4]] == [("kl", 0), ("entropy", 0), ("none", 0), ("kl", 1)]
+    assert [run.settings.regularizer.kl.coefficient for run in runs[:3]] == [0.02, 0, 0]
+    assert [run.settings.regularizer.entropy.coefficient > 0 for run in runs[:3]] == [False, True, False]
 
 
 def test_the_quickstarts_differ_in_their_regularizer_alone() -> None:
