@@ -100,7 +100,7 @@ def cause(config: Any, verdict: Any) -> str:
     from keel.learner import scaled_down_models
 
     small = scaled_down_models.scale_down(config)
-    model, text = scaled_down_models.build(small), scaled_down_models.text_config(small)
+    model, text = scaled_down_models.build(small), small.get_text_config()
     kinds = {str(kind) for name in ("layer_types", "layers_block_type") for kind in getattr(text, name, None) or ()}
     attention = getattr(text, "attn_config", None)
     if text.model_type in KNOWN:

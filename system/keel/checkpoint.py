@@ -74,7 +74,7 @@ def trained(folder: Path) -> Path:
 
 
 def stage(directory: Path) -> dict[str, Any] | None:
-    """What a finished stage says of itself, None before its end. Raises ConfigError where it is not what it wrote."""
+    """Read stage.json of a finished stage, None before its end. Raises ConfigError where a file is not as written."""
     path = directory / _STAGE
     if not reads.is_there(path):
         return None

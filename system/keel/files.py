@@ -22,7 +22,7 @@ from keel.reads import check_length, confirmed, entries, is_there, naming_a_fail
 
 ASIDE = ".aside"
 _ASIDE_BYTES = 2**26
-"""Of a JSON-lines file in `.aside/`: lines cut off before these go."""
+"""Size limit of a JSON-lines file in `.aside/`: its oldest lines are deleted beyond this."""
 
 
 class DiskFull(KeelError, OSError):
@@ -96,7 +96,7 @@ def _ends_whole(path: Path) -> bool:
 
 
 def sound_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Lines of a JSON-lines file with fields of these types, and the numbers (from 1) of lines that are none.
+    """Lines of a JSON-lines file with fields of these types, and the numbers (from 1) of damaged lines.
 
     The end of the file without a newline was cut off by a crash: it is neither.
     """
@@ -105,7 +105,7 @@ def sound_lines(path: Path, fields: Mapping[str, type]) -> tuple[list[dict[str, 
 
 
 def _lines(path: Path, fields: Mapping[str, type]) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Every whole line as it stands there, and what it says; None where that is nothing."""
+    """The bytes of every whole line with their parsed JSON; None where a line is damaged."""
 
     def look() -> list[tuple[bytes, dict[str, Any] | None]]:
         content = read(path) if is_there(path) else b""
@@ -129,8 +129,8 @@ def _parse(text: bytes, fields: Mapping[str, type]) -> dict[str, Any] | None:
 def keep_steps(path: Path, last_step: int, aside: Path | None = None) -> list[str]:
     """Cut a JSON-lines file back to the lines of steps up to `last_step`: what a resumed run has really done.
 
-    What is cut, and lines that are damaged, go into a file of the folder `aside` (`.aside/` beside it). The names of
-    the damaged ones.
+    Lines that are cut or damaged go into a file of the folder `aside` (`.aside/` beside it). Returns the names of the
+    damaged ones.
     """
     if not is_there(path):
         return []

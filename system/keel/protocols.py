@@ -95,7 +95,7 @@ class StageReceipt:
 
 @dataclass(frozen=True)
 class AddReceipt:
-    """What the buffer made of a batch."""
+    """Accepted, failed and dropped counts of one add call."""
 
     accepted_groups: int
     accepted_samples: int

@@ -30,7 +30,7 @@ def read(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file. Raises ValueError where it is twice no JSON, and what `read` raises."""
+    """Parse a JSON file. Raises ValueError where two reads agree that it is no JSON, and what `read` raises."""
     return json.loads(confirmed(path, lambda: read(path), _is_json))
 
 
@@ -85,22 +85,18 @@ def check_length(path: Path, length: int, size: int) -> None:
 
 def is_there(path: Path) -> bool:
     """Whether the file or folder exists. Raises ReadFailed where that cannot be determined."""
-    try:
-        with naming_a_failed_read(path), contextlib.suppress(NotADirectoryError):
-            path.stat()
-            return True
-    except FileNotFoundError:
-        pass
+    missing, inside_a_file = contextlib.suppress(FileNotFoundError), contextlib.suppress(NotADirectoryError)
+    with missing, naming_a_failed_read(path), inside_a_file:
+        path.stat()
+        return True
     return False
 
 
 def entries(folder: Path) -> list[Path]:
     """List a folder by name; empty where it does not exist. Raises ReadFailed for one that cannot be listed."""
-    try:
-        with naming_a_failed_read(folder):
-            return [folder / name for name in sorted(os.listdir(folder))]
-    except FileNotFoundError:
-        return []
+    with contextlib.suppress(FileNotFoundError), naming_a_failed_read(folder):
+        return [folder / name for name in sorted(os.listdir(folder))]
+    return []
 
 
 def files(folder: Path) -> list[Path]:

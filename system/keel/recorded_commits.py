@@ -49,7 +49,7 @@ def _count(line: Mapping[str, Any]) -> float:
 
 
 def _by_manifest(run_directory: Path) -> int:
-    """The last commit that was due before the last rows were taken: each step waits for the commit before it."""
+    """The last commit that was due when the newest rows were taken: each step waits for the commit before it."""
     lines, _ = files.sound_lines(run_directory / "rollouts" / "MANIFEST.jsonl", {"step": int})
     if not lines or not reads.is_there(run_directory / "config.yaml"):
         return 0

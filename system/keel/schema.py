@@ -20,7 +20,7 @@ SCHEMA_VERSION = "2"
 TOKENS = pa.list_(pa.field("item", pa.int32(), nullable=False))
 NATS = pa.list_(pa.field("item", pa.float32(), nullable=False))
 STORED, GIVEN = "stored", "given"
-"""What the column `generator` says of completions that came with the prompts: read by a generator, or by none."""
+"""Values of the column `generator` for completions that came with the prompts: scored by a generator, or by none."""
 
 
 def described(**columns: tuple[pa.DataType, str]) -> pa.Schema:
@@ -67,7 +67,7 @@ class ContractError(KeelError, ValueError):
 
 
 SPREAD = ("mean", "std", "worst")
-"""What an ensemble's reward says beside its value, in columns reward_NAME_mean and so on."""
+"""Statistics of an ensemble's members beside its reward, in columns reward_NAME_mean and so on."""
 
 
 def reward_columns(name: str) -> list[str]:
@@ -86,10 +86,8 @@ def build(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.RecordBatch:
     Half a surrogate pair, which Python's text can hold and UTF-8 cannot, becomes U+FFFD.
     """
     assert set(columns) == set(schema.names), set(columns) ^ set(schema.names)
-    arrays = [
-        columns[field.name] if isinstance(columns[field.name], pa.Array) else _array(columns[field.name], field.type)
-        for field in schema
-    ]
+    fields = [(columns[field.name], field.type) for field in schema]
+    arrays = [values if isinstance(values, pa.Array) else _array(values, type_) for values, type_ in fields]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
@@ -101,7 +99,7 @@ def _array(values: Sequence[Any], of: pa.DataType) -> pa.Array:
 
 
 def given(tokens: Sequence[Sequence[int]], texts: Sequence[str]) -> pa.RecordBatch:
-    """Completions that no policy sampled, in the columns of GENERATE. Their log-probs are 0: they stand for nothing."""
+    """Completions that no policy sampled, in the columns of GENERATE, with log-probs of 0 as placeholders."""
     lengths_ = np.array([len(ids) for ids in tokens])
     zeros = np.zeros(int(lengths_.sum()))
     columns = {
@@ -153,7 +151,7 @@ def from_bytes(content: pa.Buffer | bytes) -> pa.RecordBatch:
 
 
 def ragged(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Flat values [all items] and lengths [rows] of a list column; honours slices (`.values` would not)."""
+    """Flat values [all items] and lengths [rows] of a list column; honors slices (`.values` would not)."""
     array = batch.column(column)
     return array.flatten().to_numpy(zero_copy_only=False), lengths(batch, column)
 

@@ -19,10 +19,8 @@ def import_symbol(source: str, setting: str) -> Callable[..., Any]:
     try:
         symbol = getattr(import_module(module), name)
     except Exception as error:  # importing runs the user's code, which may raise anything
-        reason = one_line(error)
-        raise ConfigError(
-            f"{setting}={source}: cannot be imported ({reason}); expected module:name{shadowed(module)}"
-        ) from None
+        problem = f"cannot be imported ({one_line(error)}); expected module:name{shadowed(module)}"
+        raise ConfigError(f"{setting}={source}: {problem}") from None
     if not callable(symbol):
         raise ConfigError(f"{setting}={source}: a {type(symbol).__name__}; expected a function or a class")
     return symbol

@@ -88,6 +88,7 @@ ARMS: dict[str, Arm] = {
     "dpo": preference("dpo"),
     "cdpo": preference("dpo", label_smoothing=0.1, pairs={"selection": "all"}),
     "dpo_hinge": preference("dpo_hinge"),
+    "chi_po": preference("chi_po"),
     "rpo": preference("dpo", likelihood_coefficient=0.0005),
     "ipo_sum": preference("ipo_sum", beta=0.02),
     "ipo_average": preference("ipo_average"),

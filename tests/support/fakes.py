@@ -27,18 +27,18 @@ Hook = Callable[[list[int], int], Any]
 
 
 async def a_turn() -> None:
-    """Whoever can go on goes on, once."""
+    """Give every task that can run one turn."""
     await asyncio.sleep(0)
 
 
 async def many_turns() -> None:
-    """Whoever can go on does so until it waits for this one."""
+    """Give every task that can run turns until it waits for this one."""
     for _ in range(60):
         await asyncio.sleep(0)
 
 
 def settings_for(steps: int = 4, staleness: int = 0, retries: int = 2, **blocks: Any) -> Settings:
-    """Two groups of two samples a step, in batches of one ticket; deadlines nobody reaches."""
+    """Two groups of two samples a step, in batches of one ticket; deadlines that no call reaches."""
     deadlines = ("start", "generate", "score", "step", "load")
     tree: dict[str, Any] = {
         "run": {"name": "test", "steps": steps},
@@ -67,7 +67,7 @@ class FakeGenerator:
 
     async def generate(self, request: GenerateRequest) -> tuple[pa.RecordBatch, StageReceipt]:
         prompts = request.prompts
-        version = self.version  # of now: whoever is loaded meanwhile answers with the weights it started with
+        version = self.version  # of now: a generator that is loaded meanwhile answers with the weights it started with
         await a_turn()
         assert prompts.schema.equals(schema.PROMPT), prompts.schema
         assert request.turns == (SAMPLING,)
@@ -133,7 +133,7 @@ class FakeLearner:
         self.version += 1
         self.log.append(("stepped", self.version, *tickets))
         made_by = [versions[0] for versions in batch.column("weight_versions").to_pylist()]
-        stale = max(self.version - 1 - each for each in made_by)
+        stale = max(self.version - 1 - item for item in made_by)
         metrics = {
             "trained_tokens": 7.0,
             "step_seconds": 0.1,
@@ -178,9 +178,9 @@ class Listener(Observer):
 
     def add(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
-            labeled = {(name, key): each for key, each in value.items()} if isinstance(value, dict) else {name: value}
-            for key, each in labeled.items():
-                self.totals[key] = self.totals.get(key, 0.0) + each
+            labeled = {(name, key): item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+            for key, item in labeled.items():
+                self.totals[key] = self.totals.get(key, 0.0) + item
 
     def event(self, name: str, **fields: Any) -> None:
         self.events.append({"event": name, **fields})

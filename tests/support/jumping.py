@@ -264,9 +264,9 @@ async def _real(directory: Path, shape: Shape, durations: Durations) -> Timeline
         )
 
     pools = {role: pool(role) for role in shape.workers}
-    for each in pools.values():
-        each._loaded = 0
-        await each.ready()
+    for item in pools.values():
+        item._loaded = 0
+        await item.ready()
     listener.utilization.ranks(shape.ranks)
     buffer = Watched(
         directory,

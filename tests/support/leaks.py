@@ -84,8 +84,8 @@ def left_behind_by_import(before: State, file: Path) -> dict[str, str]:
     """The same for the import of a test file, whose folder pytest itself puts on the path."""
     after = snapshot()
     path = before["sys"]["path"]
-    before["sys"]["path"] = [each for each in after["sys"]["path"] if each in path or each == str(file.parent)]
-    before["module"].update({name: each for name, each in after["module"].items() if file_of(each) == str(file)})
+    before["sys"]["path"] = [item for item in after["sys"]["path"] if item in path or item == str(file.parent)]
+    before["module"].update({name: item for name, item in after["module"].items() if file_of(item) == str(file)})
     return differences(before, after)
 
 

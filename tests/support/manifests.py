@@ -23,7 +23,7 @@ CRDS = Path(os.environ.get("KEEL_KUBERAY_CRDS", ROOT.parent / "shared" / "data" 
 def made(*overrides: str, path: Path = CPU, **options: Any) -> dict[str, dict[str, Any]]:
     """Manifests by kind."""
     settings = config_loader.load(path, [ON_STORAGE, *overrides, *FOR_A_CLUSTER])
-    return {each["kind"]: each for each in kubernetes.manifests(settings, Options(**options))}
+    return {item["kind"]: item for item in kubernetes.manifests(settings, Options(**options))}
 
 
 def cluster_of(manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def resource_schema(plural: str) -> dict[str, Any]:
     """The schema of version v1 of a KubeRay resource, unknown fields refused as `kubectl apply` refuses them."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the file has 1.4 MB
     definition = yaml.load((CRDS / f"ray.io_{plural}.yaml").read_text(encoding="utf8"), Loader=loader)
-    (version,) = [each for each in definition["spec"]["versions"] if each["name"] == "v1"]
+    (version,) = [item for item in definition["spec"]["versions"] if item["name"] == "v1"]
     schema = version["schema"]["openAPIV3Schema"]
     del schema["properties"]["metadata"]  # of every object; not the definition's to describe
     closed = _closed(schema)
@@ -62,7 +62,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
             closed["additionalProperties"] = _closed(schema["additionalProperties"])
         else:
             closed["additionalProperties"] = False
-            closed["properties"] = {name: _closed(each) for name, each in schema.get("properties", {}).items()}
+            closed["properties"] = {name: _closed(item) for name, item in schema.get("properties", {}).items()}
     if "items" in schema:
         closed["items"] = _closed(schema["items"])
     return closed

@@ -93,8 +93,8 @@ class Disk:
 
 
 def _names(folder: str) -> Names:
-    with os.scandir(folder) as found:
-        return {entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False)) for entry in found}
+    with os.scandir(folder) as outcome:
+        return {entry.name: (entry.inode(), entry.is_dir(follow_symlinks=False)) for entry in outcome}
 
 
 def _put(inode: int, target: Path, names: dict[int, Names], synced: dict[int, bytes]) -> None:

@@ -27,7 +27,7 @@ Group = dict[Any, Any]
 State = dict[str, Group]
 
 TESTS = Path(__file__).parents[1]
-HOMES = (str(TESTS.parent), sys.prefix, sys.base_prefix, *(str(Path(each).absolute()) for each in sys.path if each))
+HOMES = (str(TESTS.parent), sys.prefix, sys.base_prefix, *(str(Path(item).absolute()) for item in sys.path if item))
 """Where modules come from that any test may import: this repository, the environment, PYTHONPATH."""
 NEW_LOGGER = (logging.NOTSET, True, False, (), ())
 """Level, propagation, whether it is disabled, filters, handlers."""
@@ -51,7 +51,7 @@ def restore(before: State) -> None:
     for name in ("excepthook", "displayhook", "stdin", "stdout", "stderr", "argv"):
         setattr(sys, name, before["sys"][name])
     old = before["sys"]["path"]
-    sys.path[:] = old + [each for each in sys.path if each not in old and each.startswith(sys.prefix)]  # of libraries
+    sys.path[:] = old + [item for item in sys.path if item not in old and item.startswith(sys.prefix)]  # of libraries
     for number in signal.Signals:
         if before["signal"].get(number.name) not in (None, signal.getsignal(number)):
             signal.signal(number, before["signal"][number.name])
@@ -64,7 +64,7 @@ def restore(before: State) -> None:
         for handler, handler.level, handler.formatter, of_handler in handlers:
             handler.filters = list(of_handler)
         logger.manager._clear_cache()
-    warnings.filters[:] = [each for each in before["warning filter"] if each != "showwarning"]
+    warnings.filters[:] = [item for item in before["warning filter"] if item != "showwarning"]
     warnings.showwarning = before["warning filter"]["showwarning"]
     warnings._filters_mutated()  # type: ignore[attr-defined]
     os.chdir(before["process"]["working directory"])
@@ -148,7 +148,7 @@ def logs() -> Group:
 def every_logger() -> Iterator[tuple[str, logging.Logger]]:
     yield "root", logging.root
     yield from (
-        (n, each) for n, each in list(logging.root.manager.loggerDict.items()) if isinstance(each, logging.Logger)
+        (n, item) for n, item in list(logging.root.manager.loggerDict.items()) if isinstance(item, logging.Logger)
     )
 
 
@@ -174,7 +174,7 @@ def warning_filters() -> Group:
 
 def threads() -> Group:
     """Those that would keep the process alive."""
-    return {f"{each.name} ({each.ident})": True for each in threading.enumerate() if not each.daemon}
+    return {f"{item.name} ({item.ident})": True for item in threading.enumerate() if not item.daemon}
 
 
 def children() -> Group:
@@ -264,7 +264,7 @@ def keel() -> Group:
             classes, tables = parts_of(name, module)
             held = values[Names(name)] = dict(vars(module))
             held.update({table: held[table].copy() for table in tables})
-            values.update({known: dict(vars(each)) for known, each in classes})
+            values.update({known: dict(vars(item)) for known, item in classes})
     return values
 
 

@@ -34,12 +34,12 @@ SEED = 7
 
 def settings(staleness: int = 0, name: str = "test", **blocks: Any) -> Settings:
     """Five steps of two groups, one ticket a generator batch; checkpoints and evaluations every second step."""
-    own: dict[str, Any] = {
+    subject: dict[str, Any] = {
         "run": {"name": name, "seed": SEED},
         "checkpoint": {"every_steps": 2, "keep": 2},
         "evaluation": {"every_steps": 2},
     }
-    return settings_for(steps=STEPS, staleness=staleness, **{**own, **blocks})
+    return settings_for(steps=STEPS, staleness=staleness, **{**subject, **blocks})
 
 
 def seeded(batch: pa.RecordBatch, domain: str = "train") -> pa.RecordBatch:
@@ -97,12 +97,12 @@ class Writer:
         await self._steps(self._buffer(state["buffer"] if state else {}), version)
 
     def _buffer(self, state: dict[str, int]) -> RolloutBuffer:
-        by = self.settings.buffer
+        config = self.settings.buffer
         return RolloutBuffer(
             self.directory,
-            groups_per_step=by.groups_per_step,
+            groups_per_step=config.groups_per_step,
             groups_per_batch=self.settings.groups_per_batch,
-            max_staleness=by.max_staleness,
+            max_staleness=config.max_staleness,
             **state,
         )
 
@@ -171,7 +171,7 @@ class Writer:
 
 
 class Killed(BaseException):
-    """kill -9: nobody catches this."""
+    """kill -9, which no process can catch."""
 
 
 @contextmanager

@@ -84,9 +84,9 @@ def table(order: Sequence[int] = ROWS, shift: Mapping[int, float] | None = None)
     targets, values, members = [], [], []
     for row in order:
         draw = np.random.default_rng([5, row])
-        own = draw.normal(size=(LENGTHS[row], VOCABULARY))
+        subject = draw.normal(size=(LENGTHS[row], VOCABULARY))
         for name, scale in zip(parts, (0.0, 0.3, 0.5, 0.8, 0.8), strict=True):
-            parts[name].append(own + scale * draw.normal(size=own.shape))
+            parts[name].append(subject + scale * draw.normal(size=subject.shape))
         targets.append(draw.integers(VOCABULARY, size=LENGTHS[row]))
         values.append(draw.normal(size=(LENGTHS[row], 3)))
         members.append(draw.normal(size=3))
@@ -110,24 +110,24 @@ def table(order: Sequence[int] = ROWS, shift: Mapping[int, float] | None = None)
     return Table(batch, row_of_item, places, models.pop("logits"), torch.from_numpy(np.concatenate(values)), models)
 
 
-def heads(own: Objective, values: Tensor) -> Tensor | None:
+def heads(subject: Objective, values: Tensor) -> Tensor | None:
     """[N, K] of the table's value columns, twins joined as the critic joins them."""
-    critic = getattr(own.settings.objective, "critic", None)
+    critic = getattr(subject.settings.objective, "critic", None)
     if critic is None:
         return None
     twin = values[:, 0] if critic.softmin_temperature is None else None
     joined = critics.soft_min(values[:, :2], critic.softmin_temperature or 1.0) if twin is None else twin
-    return torch.stack([{"value": joined, "entropy": values[:, 2]}[head] for head in own.heads], dim=-1)
+    return torch.stack([{"value": joined, "entropy": values[:, 2]}[head] for head in subject.heads], dim=-1)
 
 
-def weigh(own: Objective, step: Table) -> Credit:
-    values = heads(own, step.values)
+def weigh(subject: Objective, step: Table) -> Credit:
+    values = heads(subject, step.values)
     logprobs = step.logprobs(step.logits).numpy()
-    return own.weigh(step.batch, Measured(logprobs, None if values is None else values.numpy(), version=3))
+    return subject.weigh(step.batch, Measured(logprobs, None if values is None else values.numpy(), version=3))
 
 
 def loss(
-    own: Objective,
+    subject: Objective,
     step: Table,
     credit: Credit,
     logits: Tensor,
@@ -155,13 +155,13 @@ def loss(
         old_values=column(credit.old_values),
     )
     term = None
-    if own.vocabulary is not None:
-        views = {name: FrozenView(step.others[name][items], nn.Identity()) for name in own.vocabulary.models}
-        piece = chunk_term_of(own.vocabulary, targets, advantages, column(credit.selected), views, 1.0)
+    if subject.vocabulary is not None:
+        views = {name: FrozenView(step.others[name][items], nn.Identity()) for name in subject.vocabulary.models}
+        piece = chunk_term_of(subject.vocabulary, targets, advantages, column(credit.selected), views, 1.0)
         term = piece(logits[items], 0, len(items))
-    taken, entropies = TokenLogprobs.apply(logits[items], targets, 1.0, own.needs_entropy)
-    columns = heads(own, values)
-    return own.loss(made, Outputs(taken, entropies, None if columns is None else columns[items], term), credit)
+    taken, entropies = TokenLogprobs.apply(logits[items], targets, 1.0, subject.needs_entropy)
+    columns = heads(subject, values)
+    return subject.loss(made, Outputs(taken, entropies, None if columns is None else columns[items], term), credit)
 
 
 def token_kl(estimator: str, **more: Any) -> dict[str, Any]:
@@ -201,8 +201,8 @@ POLICY_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reward_weighted": ({}, {"kl": {"coefficient": 0.3, "importance_weighted": True}}),
 }
 LCO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    name: ({"kind": "logits_convexity", "temperature": 0.5, **by}, terms)
-    for name, by, terms in [
+    name: ({"kind": "logits_convexity", "temperature": 0.5, **config}, terms)
+    for name, config, terms in [
         ("lco_mse", {"form": "mse", "epochs": 2}, KL_REWARD),
         ("lco_log_cosh", {"form": "log_cosh", "epochs": 2, "advantage": "grpo"}, token_kl("k3")),
         ("lco_kl", {"form": "kl", "epochs": 2, "reduction": "sequence_sum"}, {}),
@@ -212,13 +212,14 @@ LCO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ]
 }
 PREFERENCE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    name: ({"kind": "preference", **by}, terms)
-    for name, by, terms in [
+    name: ({"kind": "preference", **config}, terms)
+    for name, config, terms in [
         ("dpo", {"loss": "dpo", "beta": 0.7, "target_margin": 0.2}, {}),
         ("cdpo_all", {"loss": "dpo", "label_smoothing": 0.1, "pairs": {"selection": "all"}}, {}),
         ("dpo_pessimism", {"loss": "dpo", "pessimism": 0.6, "pairs": {"selection": "most_disagreeing"}}, {}),
         ("dpo_judge", {"loss": "dpo", "pairs": {"judge": "gold", "selection": "max_max"}}, token_kl("k2")),
         ("dpo_hinge", {"loss": "dpo_hinge"}, {}),
+        ("chi_po", {"loss": "chi_po"}, {}),
         ("dpo_plackett_luce", {"loss": "dpo_plackett_luce", "pessimism": 0.3}, {}),
         ("ipo_sum", {"loss": "ipo_sum", "beta": 0.5}, {}),
         ("ipo_average", {"loss": "ipo_average", "beta": 0.5, "pairs": {"selection": "random"}}, {}),
@@ -248,5 +249,5 @@ CASES = {**POLICY_GRADIENT, **LCO, **PREFERENCE, **WEIGHTED}
 
 
 def case(name: str, **more: Any) -> Objective:
-    by, terms = CASES[name]
-    return objective(objective={**by, **more}, regularizer=terms)
+    config, terms = CASES[name]
+    return objective(objective={**config, **more}, regularizer=terms)

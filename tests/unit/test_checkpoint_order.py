@@ -56,7 +56,7 @@ def test_damaged_newer_ones_are_put_aside_and_older_ones_left_alone(tmp_path: Pa
 
 
 def test_a_damaged_newest_one_does_not_push_out_a_whole_one(tmp_path: Path) -> None:
-    """Step 8 is damaged, the run goes on from 4 and commits 6: with one kept, 6 is the one, and 8 stays to look at."""
+    """Step 8 is damaged, the run continues from 4 and commits 6: with one kept, 6 is the one, and 8 stays to look at."""
     made(tmp_path, 4)
     damage(made(tmp_path, 8))
     path, _, _ = checkpoint.newest_intact(tmp_path)
@@ -111,7 +111,7 @@ def dying(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 def until_it_comes_through(
     start: Callable[[Path], Any], work: Callable[[Path], Any], check: Callable[[Path], Any], root: Path
 ) -> list[str]:
-    """Let the work end at each of its places, each time on a folder of its own; what it does when nobody ends it."""
+    """Let the work end at each of its places, each time on a folder of its own; what it does when it is not ended."""
     for after in range(200):
         run = root / str(after)
         run.mkdir(parents=True)
@@ -249,8 +249,8 @@ def previous(every: int) -> Any:
 def test_the_reference_of_a_version_is_that_of_the_last_full_iteration(
     tmp_path: Path, every: int, version: int, step: int | None
 ) -> None:
-    found = references.of_version(tmp_path, previous(every).reference_iteration_steps, version)
-    assert found == (None if step is None else tmp_path / "references" / f"step-{step:06d}")
+    result = references.of_version(tmp_path, previous(every).reference_iteration_steps, version)
+    assert result == (None if step is None else tmp_path / "references" / f"step-{step:06d}")
 
 
 def test_without_iterations_the_reference_is_the_initial_one(tmp_path: Path) -> None:

@@ -144,12 +144,12 @@ def test_what_reads_wrongly_once_is_not_damaged(made: Path, reader: str, file: s
     """The second look is taken at the disk, and it is the one that counts."""
     read, before = READERS[reader][0], tree_of(made)
     with failing(file, flipped) as hits:
-        found = read(made)
+        result = read(made)
     assert hits() == 1 and tree_of(made) == before
     if reader == "newest_intact":
-        assert found[0] == made / NEWEST and found[2] == []
+        assert result[0] == made / NEWEST and result[2] == []
     if reader == "buffer":
-        assert found == []
+        assert result == []
 
 
 LISTS = [
@@ -206,8 +206,8 @@ def test_a_file_that_reads_differently_each_time_is_an_error(tmp_path: Path) -> 
     path.write_bytes(b"content")
     looks = iter([b"a", b"b"])
     with pytest.raises(ReadFailed, match="reads differently each time"):
-        reads.confirmed(path, lambda: next(looks), lambda found: found == b"content")
-    assert reads.confirmed(path, lambda: b"a", lambda found: found == b"content") == b"a"
+        reads.confirmed(path, lambda: next(looks), lambda result: result == b"content")
+    assert reads.confirmed(path, lambda: b"a", lambda result: result == b"content") == b"a"
 
 
 def copied(made: Path, target: Path) -> Path:

@@ -21,7 +21,7 @@ def test_a_file_and_its_folder_appear_and_nothing_else(tmp_path: Path) -> None:
     files.write(path, b"one")
     files.write(path, memoryview(b"two"))
     assert path.read_bytes() == b"two"
-    assert [each.name for each in path.parent.iterdir()] == ["file"]
+    assert [item.name for item in path.parent.iterdir()] == ["file"]
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ while True:
     content = path.read_bytes()
     assert len(content) == 500_000 and set(content) == {content[0]}
     files.write(path, b"next")  # what the dead writer left aside is no obstacle
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:

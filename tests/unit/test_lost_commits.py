@@ -80,11 +80,11 @@ def recorder_of(run: Path) -> Recorder:
 
 
 def from_preflight(run: Path) -> None:
-    own = BY.model_copy(update={"run": BY.run.model_copy(update={"directory": str(run)})})
-    files.write(run / "config.yaml", loader.dump(own).encode())
+    settings_of_run = BY.model_copy(update={"run": BY.run.model_copy(update={"directory": str(run)})})
+    files.write(run / "config.yaml", loader.dump(settings_of_run).encode())
     before = tree_of(run)
     try:
-        preflight.check_directory(run, own)
+        preflight.check_directory(run, settings_of_run)
     finally:
         assert tree_of(run) == before
 

@@ -49,15 +49,15 @@ def write_model(folder: Path, content: str) -> None:
 def model_of(folder: Path) -> str | None:
     """What a model holds; None where its files are not of one model, or not all there."""
     texts = {path.read_text().removeprefix(f"{path.name} ") for path in map(folder.joinpath, FILES) if path.is_file()}
-    there = all((folder / name).is_file() for name in FILES)
-    return texts.pop() if there and len(texts) == 1 else None
+    complete = all((folder / name).is_file() for name in FILES)
+    return texts.pop() if complete and len(texts) == 1 else None
 
 
 class PoweredRun(Writer):
     """A run that says what it was promised: commits, references, accepted tickets."""
 
-    def __init__(self, directory: Path, by: Settings) -> None:
-        super().__init__(directory, by, failing=frozenset({1, 6}), lost=frozenset({3}))
+    def __init__(self, directory: Path, setup: Settings) -> None:
+        super().__init__(directory, setup, failing=frozenset({1, 6}), lost=frozenset({3}))
         self.committed, self.renewed = 0, 0
         self.accepted: set[int] = set()
 
@@ -94,18 +94,18 @@ class PoweredRun(Writer):
         files.append_json(self.directory / "events.jsonl", {"event": "checkpoint", "time": 0.0, "step": version})
 
 
-def check_run(found: Path, promised: tuple[int, int, set[int]]) -> None:
+def check_run(result: Path, promised: tuple[int, int, set[int]]) -> None:
     committed, renewed, accepted = promised
-    path, state, damaged = checkpoint.newest_intact(found)
+    path, state, damaged = checkpoint.newest_intact(result)
     assert damaged == [] and (state or {"version": 0})["version"] >= committed
-    events = [line["step"] for line in files.read_json_lines(found / "events.jsonl") if line["event"] == "checkpoint"]
+    events = [line["step"] for line in files.read_json_lines(result / "events.jsonl") if line["event"] == "checkpoint"]
     assert max(events, default=0) <= (state or {"version": 0})["version"]
     if path:
         assert model_of(path / "policy") == str(state["version"] if state else 0)
     if renewed:
-        checkpoint.check(references.folder_of(found, renewed))
-        assert model_of(references.folder_of(found, renewed)) == str(renewed)
-    stored = {ticket for path in segments.paths(found) for ticket in segments.read(path).tickets}
+        checkpoint.check(references.folder_of(result, renewed))
+        assert model_of(references.folder_of(result, renewed)) == str(renewed)
+    stored = {ticket for path in segments.paths(result) for ticket in segments.read(path).tickets}
     behind = state["buffer"]["next_ticket"] if state else 0
     assert {ticket for ticket in accepted if ticket >= behind} <= stored
 
@@ -116,21 +116,21 @@ def test_a_run_survives_a_power_cut_at_any_moment(
     scratch: Path, model: Model, every: int, keep: int, stride: int
 ) -> None:
     """Every moment is looked at; some are audited, and from every stride-th the run continues, to the same end."""
-    by = settings(0, checkpoint={"every_steps": every, "keep": keep})
-    whole = PoweredRun(scratch / "disk" / "run", by)
+    setup = settings(0, checkpoint={"every_steps": every, "keep": keep})
+    whole = PoweredRun(scratch / "disk" / "run", setup)
     disk = Disk(scratch / "disk", whole.promised)
     with disk.followed():
         whole.train()
     assert len(disk.moments) > 150
     for number, moment in enumerate(disk.moments):
-        found = disk.after_a_cut(moment, model, scratch / "found") / "run"
-        check_run(found, moment.promised)
-        if number % 7 == 0 and (found / "config.yaml").exists():
-            assert verify.check(found).findings == (), moment.operation
+        result = disk.after_a_cut(moment, model, scratch / "found") / "run"
+        check_run(result, moment.promised)
+        if number % 7 == 0 and (result / "config.yaml").exists():
+            assert verify.check(result).findings == (), moment.operation
         if number % stride == 0:
-            again = PoweredRun(found, by)
+            again = PoweredRun(result, setup)
             again.train()
-            assert verify.check(found).findings == () and verify.compare(found, whole.directory) == []
+            assert verify.check(result).findings == () and verify.compare(result, whole.directory) == []
 
 
 class PoweredOfflineLearner(FakeOfflineLearner):
@@ -170,18 +170,18 @@ def test_a_stage_survives_a_power_cut_at_any_moment(scratch: Path, model: Model,
     with disk.followed():
         done = train_stage(directory, patience)
     for number, moment in enumerate(disk.moments):
-        found = disk.after_a_cut(moment, model, scratch / "found") / "stage"
-        if offline_loop.finished(found) is None:
-            _, state, damaged = checkpoint.newest_intact(found)
+        result = disk.after_a_cut(moment, model, scratch / "found") / "stage"
+        if offline_loop.finished(result) is None:
+            _, state, damaged = checkpoint.newest_intact(result)
             assert damaged == [] and (state or {"version": 0})["version"] >= 2 * moment.promised, moment.operation
             if state and state["best_version"] and patience:
-                files.bring_back(found / "model")
-                assert int(model_of(found / "model") or 0) >= state["best_version"], moment.operation
+                files.bring_back(result / "model")
+                assert int(model_of(result / "model") or 0) >= state["best_version"], moment.operation
         else:
-            assert model_of(found / "model") == str(done["model_step"]), moment.operation
+            assert model_of(result / "model") == str(done["model_step"]), moment.operation
         if number % 11 == 0:
-            assert train_stage(found, patience)["model_step"] == done["model_step"]
-            assert model_of(found / "model") == str(done["model_step"]), moment.operation
+            assert train_stage(result, patience)["model_step"] == done["model_step"]
+            assert model_of(result / "model") == str(done["model_step"]), moment.operation
 
 
 class PoweredRankGroup(FakeRankGroup):
@@ -204,18 +204,18 @@ async def test_an_ensemble_survives_a_power_cut_at_any_moment(
     expected = [f"{member} 4" for member in range(members)]
     seen = set()
     for moment in disk.moments:
-        found = disk.after_a_cut(moment, model, scratch / "found") / "run"
+        result = disk.after_a_cut(moment, model, scratch / "found") / "run"
         for member in range(members):
-            if offline_loop.finished(found / "members" / str(member)):
-                assert model_of(found / "members" / str(member) / "model") == expected[member], moment.operation
-        whole = found / "model"
+            if offline_loop.finished(result / "members" / str(member)):
+                assert model_of(result / "members" / str(member) / "model") == expected[member], moment.operation
+        whole = result / "model"
         parts = [whole / f"member-{member}" for member in range(members)] if members > 1 else [whole]
         if (whole / "ensemble.json").exists() if members > 1 else whole.exists():
             assert [model_of(part) for part in parts] == expected, moment.operation
             seen.add("model")
-        if offline_loop.finished(found):
+        if offline_loop.finished(result):
             assert [model_of(part) for part in parts] == expected, moment.operation
-            assert (found / "report.json").stat().st_size
+            assert (result / "report.json").stat().st_size
             seen.add("finished")
     assert seen == {"model", "finished"}
 
@@ -233,10 +233,10 @@ def test_labels_survive_a_power_cut_at_any_moment(scratch: Path, monkeypatch: py
         done = label.run(cast(label.Labeling, prepared), Listener())
     seen = set()
     for moment in disk.moments:
-        found = disk.after_a_cut(moment, model, scratch / "found") / "label"
-        if offline_loop.finished(found):
-            assert parquet.read_table(found / "pairs.parquet").num_rows == done["pairs"] == 2, moment.operation
-            assert schema.from_bytes((found / "completions.arrow").read_bytes()).num_rows == 4
+        result = disk.after_a_cut(moment, model, scratch / "found") / "label"
+        if offline_loop.finished(result):
+            assert parquet.read_table(result / "pairs.parquet").num_rows == done["pairs"] == 2, moment.operation
+            assert schema.from_bytes((result / "completions.arrow").read_bytes()).num_rows == 4
             seen.add("finished")
     assert seen == {"finished"}
 
@@ -274,9 +274,9 @@ def test_a_converted_model_survives_a_power_cut_at_any_moment(
         loading._convert_gguf(Path("model.gguf"), target)
         assert loading._is_converted(target)
     for moment in disk.moments:
-        found = disk.after_a_cut(moment, model, scratch / "found") / "cache" / "models" / "a-1"
-        assert not loading._is_converted(found) or model_of(found) == "converted", moment.operation
-    assert loading._is_converted(found)
+        result = disk.after_a_cut(moment, model, scratch / "found") / "cache" / "models" / "a-1"
+        assert not loading._is_converted(result) or model_of(result) == "converted", moment.operation
+    assert loading._is_converted(result)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -286,9 +286,9 @@ def test_kept_log_probs_survive_a_power_cut_at_any_moment(scratch: Path, model: 
     with disk.followed():
         policy_stage._keep(scratch / "disk" / "cache" / "reference_logprobs" / "a.arrow", content)
     for moment in disk.moments:
-        found = disk.after_a_cut(moment, model, scratch / "found") / "cache" / "reference_logprobs" / "a.arrow"
-        assert policy_stage._kept(found) in (None, content.to_pybytes()), moment.operation
-    assert policy_stage._kept(found) == content.to_pybytes()
+        result = disk.after_a_cut(moment, model, scratch / "found") / "cache" / "reference_logprobs" / "a.arrow"
+        assert policy_stage._kept(result) in (None, content.to_pybytes()), moment.operation
+    assert policy_stage._kept(result) == content.to_pybytes()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -301,8 +301,8 @@ def test_a_file_that_was_written_is_there_with_all_folders_above_it(
     with disk.followed():
         files.make_folder(scratch / "disk" / "a" / "b")
         write(scratch / "disk" / path, {"n": 1})
-    found = disk.after_a_cut(disk.moments[-1], model, scratch / "found") / path
-    assert json.loads(found.read_text()) == {"n": 1}
+    result = disk.after_a_cut(disk.moments[-1], model, scratch / "found") / path
+    assert json.loads(result.read_text()) == {"n": 1}
 
 
 def test_the_simulator_loses_what_nobody_synced(scratch: Path) -> None:

@@ -194,7 +194,7 @@ def test_bytes_round_trip_and_every_flipped_bit_changes_the_digest() -> None:
 def test_a_write_replaces_the_whole_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file"
     files.write(path, b"a long first version")
-    with path.open("rb") as reader:  # who has it open goes on reading the old one
+    with path.open("rb") as reader:  # a reader that has it open still reads the old one
         files.write(path, b"second")
         assert reader.read() == b"a long first version"
     assert path.read_bytes() == b"second"

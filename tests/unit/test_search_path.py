@@ -70,11 +70,11 @@ def ran(folder: Path, command: Sequence[str]) -> tuple[int, set[str], str]:
 def test_a_command_that_loads_no_code_of_the_users_runs_nothing_that_lies_there(
     hostile: Path, finished: Path, start: Any, arguments: list[str]
 ) -> None:
-    code, modules, said = ran(hostile, [*start(hostile), *(text.replace("RUN", str(finished)) for text in arguments)])
-    assert modules == set() and "Traceback" not in said, said
-    assert code in (0, 1, 2), said
+    code, modules, words = ran(hostile, [*start(hostile), *(text.replace("RUN", str(finished)) for text in arguments)])
+    assert modules == set() and "Traceback" not in words, words
+    assert code in (0, 1, 2), words
     if arguments[0] == "verify":
-        assert code == 0, said
+        assert code == 0, words
 
 
 def configuration(folder: Path, command: str) -> list[str]:
@@ -88,8 +88,8 @@ def configuration(folder: Path, command: str) -> list[str]:
         "prompts": {"source": "p.jsonl", "max_tokens": 32, "held_out": 10**6},  # refused, after the reward was loaded
         "sampling": {"samples_per_prompt": 2, "max_tokens": 4},
     }
-    own = {"judge": reward} if command == "label" else {"rewards": [reward]}
-    (folder / "c.yaml").write_text(yaml.safe_dump({**shared, **own}))
+    subject = {"judge": reward} if command == "label" else {"rewards": [reward]}
+    (folder / "c.yaml").write_text(yaml.safe_dump({**shared, **subject}))
     return ["evaluate", str(model), "--config", "c.yaml"] if command == "evaluate" else [command, "c.yaml"]
 
 
@@ -100,9 +100,9 @@ def configuration(folder: Path, command: str) -> list[str]:
 def test_a_reward_beside_the_configuration_is_found_and_its_neighbors_are_not_run(
     hostile: Path, command: str, start: Any
 ) -> None:
-    code, modules, said = ran(hostile, [*start(hostile), *configuration(hostile, command)])
-    assert (code, modules) == (2, {"my_rewards"}), said
-    assert "prompts.held_out=1000000" in said.replace("\n", " ")
+    code, modules, words = ran(hostile, [*start(hostile), *configuration(hostile, command)])
+    assert (code, modules) == (2, {"my_rewards"}), words
+    assert "prompts.held_out=1000000" in words.replace("\n", " ")
 
 
 def test_prompts_beside_the_configuration_are_found(
@@ -136,8 +136,8 @@ def test_a_namesake_of_an_installed_module_is_not_uploaded(tmp_path: Path) -> No
     for name in ("numpy", "yaml"):
         (tmp_path / f"{name}.py").write_text("")
     (tmp_path / "my_rewards.py").write_text("import numpy, yaml, json\n")
-    found = bundle.gather({"rewards": [{"source": "my_rewards:judge"}]}, tmp_path)
-    assert {item.label for item in found.items} == {"keel", "module my_rewards"}
+    result = bundle.gather({"rewards": [{"source": "my_rewards:judge"}]}, tmp_path)
+    assert {item.label for item in result.items} == {"keel", "module my_rewards"}
 
 
 def test_workers_look_here_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

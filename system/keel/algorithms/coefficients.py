@@ -1,4 +1,4 @@
-"""Coefficients that adapt: what one regularizer weighs at this step, moved after every step by what was seen.
+"""Coefficients that adapt: the weight of one regularizer at this step, moved after every step by what it measured.
 
 Every rank sees the same step and so holds the same coefficient; it is in metrics.jsonl and in state.json.
 """
@@ -14,7 +14,7 @@ from keel.config.regularizer import ControllerSettings
 
 @dataclass(frozen=True)
 class Observation:
-    """What a step says to the controllers: means over its completions or tokens."""
+    """What the controllers read of a step: means over its completions or tokens."""
 
     nats: float
     """Of the regularized quantity: sequence KL, or entropy in the unit of its form."""
@@ -136,6 +136,5 @@ class Safe(Fixed):
 
 def coefficient(settings: ControllerSettings, start: float, sign: float) -> Fixed:
     """Build the controller of the configured kind."""
-    return {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "safe": Safe}[settings.kind](
-        settings, start, sign
-    )
+    kinds = {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "safe": Safe}
+    return kinds[settings.kind](settings, start, sign)

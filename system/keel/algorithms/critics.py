@@ -78,7 +78,7 @@ class PopArt:
         self.shift = (deviation * self.shift + mean - self.mean) / self.deviation
 
     def value(self, raw: np.ndarray) -> np.ndarray:
-        """Head outputs in the unit of the targets."""
+        """Outputs of the head in the unit of the targets."""
         return self.deviation * (self.scale * raw + self.shift) + self.mean
 
 

@@ -62,13 +62,12 @@ class ConvexTerm:
 
     def __init__(self, config: LogitsConvexitySettings) -> None:
         self.config = config
-        anchor = {"reference"} if config.anchor == "reference" else ({"old"} if config.epochs > 1 else set())
-        self.models = frozenset(anchor | ({"teacher", "reference"} if config.dense else set()))
+        self.anchor = "reference" if config.anchor == "reference" else "old" if config.epochs > 1 else None
+        models = {self.anchor, *(("teacher", "reference") if config.dense else ())}
+        self.models = frozenset(name for name in models if name is not None)
 
     def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
-        anchor = (
-            others["reference" if self.config.anchor == "reference" else "old"] if self._anchored else logits.detach()
-        )
+        anchor = others[self.anchor] if self.anchor else logits.detach()
         if self.config.dense:
             ratio = others["teacher"].log_softmax(-1) - others["reference"].log_softmax(-1)
             target = anchor + self.config.dense.coefficient * ratio / self.config.temperature
@@ -79,10 +78,6 @@ class ConvexTerm:
             return distance(centered(logits), centered(target), self.config.form)
         weight = advantages.abs() if self.config.target == "ratio" else 1.0
         return weight * distance(logits, target, "kl")
-
-    @property
-    def _anchored(self) -> bool:
-        return self.config.anchor == "reference" or self.config.epochs > 1
 
     def _shift(self, anchor: Tensor, targets: Tensor, advantages: Tensor) -> Tensor:
         if self.config.target == "advantage":

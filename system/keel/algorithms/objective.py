@@ -52,10 +52,8 @@ class Objective:
         self.kl_coefficient = coefficients.coefficient(self.kl.controller, self.kl.coefficient, sign=1.0)
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
-        self._terms = [
-            (term, user_code.import_symbol(term.source, f"regularizer.terms.{term.name}.source"))
-            for term in settings.regularizer.terms
-        ]
+        terms = settings.regularizer.terms
+        self._terms = [(t, user_code.import_symbol(t.source, f"regularizer.terms.{t.name}.source")) for t in terms]
         if self.kl.exact:
             self.vocabulary = regularizers.ExactKL(self.kl.token_share)
         for term in (self.kl, self.entropy):
@@ -89,7 +87,7 @@ class Objective:
         )
 
     def assess(self, batch: pa.RecordBatch, measured: Measured) -> dict[str, float]:
-        """What held-out rows say of the policy; `loss` is what early stopping watches: -log pi a token, nats."""
+        """Numbers of held-out rows; `loss` is what early stopping watches: -log pi a token, nats."""
         assert measured.logprobs is not None
         return {"loss": -float(measured.logprobs.mean())}
 
@@ -128,7 +126,7 @@ class Objective:
         return LossTerms(total, sums | {"loss": total.item()})
 
     def _apart(self, name: str, name_of_stored: str, tokens: Tensor, rows: Rows) -> list[tuple[str, Tensor]]:
-        """What a metric says of sampled completions and what its namesake says of stored ones, each [N], detached.
+        """A metric's values on sampled completions and, under its other name, on stored ones, each [N], detached.
 
         Which of both there are is a matter of the configuration, so all ranks and micro-batches agree.
         """
@@ -207,7 +205,7 @@ class Objective:
         return self.entropy_coefficient.value * regularizers.entropy_reward(self.entropy.form, logprobs, lengths)
 
     def _logprobs(self, batch: pa.RecordBatch, measured: Measured, weighted: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Flat log-probs and lengths: the sampler's, or the learner's for a term of the policy of now."""
+        """Flat log-probs and lengths: the sampler's, or the learner's for an importance-weighted term."""
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         return (measured.logprobs if weighted and measured.logprobs is not None else logprobs), lengths
 

@@ -52,6 +52,15 @@ def log_ratio(rows: Sequences) -> Tensor:
     return rows.policy - rows.reference
 
 
+def chi_squared_ratio(rows: Sequences) -> Tensor:
+    """phi(rho) = rho + log rho of rho = exp(h): chi-squared and KL together, chi-PO (2407.13399). [rows].
+
+    The exponent is cut at 20 nats. The paper also clips the logit to twice the range of its rewards, for its proof.
+    """
+    h = log_ratio(rows)
+    return h.clamp(max=20.0).exp() + h
+
+
 def mean_log_ratio(rows: Sequences) -> Tensor:
     """(S - S_ref) / |y|: IPO as TRL has it; its tau means something else than with sums. [rows]."""
     return log_ratio(rows) / rows.lengths
@@ -97,6 +106,7 @@ def odds_loss(logits: Tensor, config: PreferenceSettings) -> Tensor:
 PAIR_LOSSES: dict[str, tuple[Score, Callable[[Tensor, PreferenceSettings], Tensor]]] = {
     "dpo": (log_ratio, sigmoid_loss),
     "dpo_hinge": (log_ratio, hinge_loss),
+    "chi_po": (chi_squared_ratio, sigmoid_loss),
     "ipo_sum": (log_ratio, square_loss),
     "ipo_average": (mean_log_ratio, square_loss),
     "simpo": (mean_logprob, sigmoid_loss),

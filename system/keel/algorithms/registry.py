@@ -24,18 +24,13 @@ def build(settings: LearnerSpec) -> Objective:
     config = settings.objective
     if not isinstance(config, CustomObjectiveSettings):
         return OBJECTIVES[config.kind](settings)
-    user_class = user_code.import_symbol(config.source, "objective.source")
+    user_class, named = user_code.import_symbol(config.source, "objective.source"), f"objective.source={config.source}"
     if not (isinstance(user_class, type) and issubclass(user_class, Objective)):
-        raise ConfigError(
-            f"objective.source={config.source}: not a class derived from keel.algorithms.objective.Objective;"
-            " expected one"
-        )
+        raise ConfigError(f"{named}: not a class derived from keel.algorithms.objective.Objective; expected one")
     try:
         return user_class(settings)
     except ConfigError:
         raise
     except Exception as error:  # the user's code may raise anything; here it is bad input
         reason = f"{type(error).__name__} {one_line(error)}"
-        raise ConfigError(
-            f"objective.source={config.source}: raised {reason} when built; check objective.options"
-        ) from None
+        raise ConfigError(f"{named}: raised {reason} when built; check objective.options") from None

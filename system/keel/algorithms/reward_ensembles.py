@@ -1,6 +1,7 @@
 """One reward of an ensemble of rewards. Pure numpy; M members, one value a completion and member."""
 
 import numpy as np
+from scipy.special import logsumexp
 
 from keel.algorithms.advantages import vary
 
@@ -10,7 +11,8 @@ def combine(
 ) -> np.ndarray:
     """One reward of several, [M, rows] -> [rows]: population moments over members, each times its weight.
 
-    sum | mean | lower_bound: mean - c std (2310.02743; QAM's critic target) | worst: min | variance: mean - c var.
+    sum | mean | lower_bound: mean - c std (2310.02743; QAM's critic target) | worst: min | variance: mean - c var |
+    kl_dro: -c log mean exp(-r / c), the worst mean over member weights within a KL ball (2606.09073).
     Members whose zero is arbitrary differ by it, which is no uncertainty: spread and worst case are then those of the
     `centered` members, around the same mean.
     """
@@ -23,7 +25,12 @@ def combine(
         "lower_bound": lambda: mean - coefficient * spread.std(0),
         "worst": lambda: mean - spread.mean(0) + spread.min(0),
         "variance": lambda: mean - coefficient * spread.var(0),
+        "kl_dro": lambda: mean - spread.mean(0) - coefficient * _log_mean_exp(-spread / coefficient),
     }[form]()
+
+
+def _log_mean_exp(values: np.ndarray) -> np.ndarray:
+    return logsumexp(values, axis=0) - np.log(len(values))
 
 
 def center(members: np.ndarray, tickets: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the model says of a micro-batch's completion tokens, with gradient."""
+    """The model's outputs for a micro-batch's completion tokens, with gradient."""
 
     logprobs: Tensor
     """fp32 [N], nats at the sampling temperature."""
@@ -129,10 +129,9 @@ def labeled(metrics: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for key, value in metrics.items():
         name, _, label = key.partition("/")
-        if label:
-            tree[name] = {**tree.get(name, {}), label: float(value)}
-        elif isinstance(value, Mapping):
-            tree[name] = {**tree.get(name, {}), **{label: float(number) for label, number in value.items()}}
+        labels = {label: value} if label else value
+        if isinstance(labels, Mapping):
+            tree[name] = {**tree.get(name, {}), **{label: float(number) for label, number in labels.items()}}
         else:
             tree[name] = float(value)
     return tree

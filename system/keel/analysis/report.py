@@ -67,7 +67,9 @@ class RunReport:
     evaluated: dict[str, Curve]
     evaluations: list[EvaluationPoint]
     best_step: int | None
-    """Step of the best evaluation by gold, else by the proxy."""
+    """Step of the best evaluation."""
+    best_by: str
+    """The metric that decides it: guard.monitor, else gold, else the proxy."""
     events: list[Event]
     event_counts: dict[str, int]
     settings: dict[str, str]
@@ -158,12 +160,12 @@ def _read(directory: Path, stored: Path, tree: dict[str, Any], name: str, runs: 
     points, values = report_curves.evaluated(directory)
     committed = checkpoint.steps(directory)
     curves = report_curves.of_evaluations(points) if points else report_curves.of_stage(directory)
+    best_by = report_words.best_by(points, (tree.get("guard") or {}).get("monitor"))
     if command == "train":
-        sentences = report_words.of_online(lines, points, values, committed)
+        sentences = report_words.of_online(lines, points, values, committed, best_by)
     else:
         sentences = report_words.of_stage(curves)
-    by_gold = "reward_gold" if points and "reward_gold" in points[-1].values else "reward"
-    best = report_words.peak(points, by_gold)
+    best = report_words.peak(points, best_by)
     if damaged:
         sentences.append(f"{len(damaged)} lines of metrics.jsonl are damaged and left out.")
     events = _events(raw_events, lines)
@@ -181,6 +183,7 @@ def _read(directory: Path, stored: Path, tree: dict[str, Any], name: str, runs: 
         evaluated=curves,
         evaluations=points,
         best_step=None if best is None else points[best].step,
+        best_by=best_by,
         events=events,
         event_counts=dict(Counter(str(event["event"]) for event in raw_events)),
         settings=_settings(tree),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keel.analysis import gold_fits
 from keel.analysis.report_curves import Curve, EvaluationPoint, Interval, interval
 
 FAILURES = {
@@ -31,6 +32,7 @@ def of_online(
     points: Sequence[EvaluationPoint],
     values: Sequence[Mapping[str, np.ndarray]],
     committed: Sequence[int],
+    best_by: str,
 ) -> list[str]:
     """Proxy, gold, KL, entropy, length and the best checkpoint of an online run, from its evaluations."""
     if not points:
@@ -45,12 +47,12 @@ def of_online(
         )
     sentences = [f"{where} the proxy, the training reward, {_change(first, last, 'reward')}."]
     sentences += (
-        _gold(points, values)
+        _gold(points, values) + _fitted(points)
         if "reward_gold" in last.values
         else ["The run has no reward called gold, so this report cannot say whether the proxy was over-optimized."]
     )
     sentences += _distance(first, last)
-    return sentences + _best(points, committed)
+    return sentences + _best(points, committed, best_by)
 
 
 def _change(first: EvaluationPoint, last: EvaluationPoint, name: str) -> str:
@@ -102,6 +104,28 @@ def _gold(points: Sequence[EvaluationPoint], values: Sequence[Mapping[str, np.nd
     return sentences
 
 
+def _fitted(points: Sequence[EvaluationPoint]) -> list[str]:
+    """Where gold peaks on the curve of Gao et al., and whether the run is behind it."""
+    usable = [point for point in points if {"reward_gold", "kl_nats"} <= set(point.values)]
+    gold = [point.values["reward_gold"] for point in usable]
+    distances = [math.sqrt(max(0.0, point.values["kl_nats"].mean)) * (point.step > 0) for point in usable]
+    means, errors = [value.mean for value in gold], [value.stderr for value in gold]
+    fit = gold_fits.fit("reinforcement_learning", distances, means, errors)
+    if fit is None:
+        return []
+    peak_kl = [distance**2 for distance in (fit.peak_distance.value, fit.peak_distance.low, fit.peak_distance.high)]
+    curve = "The curve gold = d (alpha - beta log d), d = sqrt(KL), of Gao et al. (2210.10760)"
+    numbers = f"alpha {fit.alpha.value:.3g} [{fit.alpha.low:.3g}, {fit.alpha.high:.3g}], beta {fit.beta.value:.3g}"
+    numbers += f" [{fit.beta.low:.3g}, {fit.beta.high:.3g}]"
+    fits = f"chi-squared {fit.residual_per_freedom:.2g} a degree of freedom"
+    if math.isinf(peak_kl[0]):
+        return [f"{curve}, fitted to {len(usable)} evaluations ({numbers}; {fits}), does not turn."]
+    return [
+        f"{curve}, fitted to {len(usable)} evaluations ({numbers}; {fits}), peaks at a KL of {peak_kl[0]:.3g} nats"
+        f" [{peak_kl[1]:.3g}, {peak_kl[2]:.3g}]; the last evaluation is at {distances[-1] ** 2:.3g} nats."
+    ]
+
+
 def _distance(first: EvaluationPoint, last: EvaluationPoint) -> list[str]:
     sentences = []
     if "kl_nats" in last.values:
@@ -116,10 +140,16 @@ def _distance(first: EvaluationPoint, last: EvaluationPoint) -> list[str]:
     return sentences
 
 
-def _best(points: Sequence[EvaluationPoint], committed: Sequence[int]) -> list[str]:
-    """The best evaluation by gold, else by the proxy, and whether a checkpoint of it is there."""
-    name, title = ("reward_gold", "gold") if "reward_gold" in points[-1].values else ("reward", "proxy")
-    best = peak(points, name)
+def best_by(points: Sequence[EvaluationPoint], monitor: str | None) -> str:
+    """The metric that decides which evaluation is the best: guard.monitor, else gold, else the proxy."""
+    names = [f"reward_{monitor}", "reward_gold"]
+    return next((name for name in names if points and name in points[-1].values), "reward")
+
+
+def _best(points: Sequence[EvaluationPoint], committed: Sequence[int], metric: str) -> list[str]:
+    """The best evaluation by this metric, and whether a checkpoint of it is there."""
+    title = "proxy" if metric == "reward" else metric.removeprefix("reward_")
+    best = peak(points, metric)
     if best is None:
         return []
     step = points[best].step

@@ -10,7 +10,7 @@ from keel.config.pairs import PairSettings
 
 GROUP_ADVANTAGES = ("rloo", "group_mean", "grpo", "dr_grpo")
 RETURN_ADVANTAGES = ("none", "reinforce_pp", "reinforce_pp_baseline", "gae", "value_baseline")
-REFERENCE_LOSSES = ("dpo", "dpo_hinge", "dpo_plackett_luce", "ipo_sum", "ipo_average", "kto")
+REFERENCE_LOSSES = ("dpo", "chi_po", "dpo_hinge", "dpo_plackett_luce", "ipo_sum", "ipo_average", "kto")
 FREE_LOSSES = ("simpo", "simpo_hinge", "simpo_plackett_luce", "cpo", "orpo")
 
 
@@ -224,12 +224,12 @@ class PreferenceSettings(ObjectiveSection):
 
     @model_validator(mode="after")
     def _options_fit_the_loss(self) -> Self:
-        sigmoid = self.loss in ("dpo", "simpo", "cpo")
+        sigmoid = self.loss in ("dpo", "chi_po", "simpo", "cpo")
         if self.label_smoothing and not sigmoid:
             raise ValueError(f"label_smoothing={self.label_smoothing}: loss={self.loss} has no labels; expected dpo")
         if self.exact_length_margin and not self.loss.startswith("simpo"):
             raise ValueError(f"exact_length_margin=true: loss={self.loss} is not length-normalized; expected simpo")
-        margins = self.loss.startswith(("simpo", "dpo")) or self.loss == "cpo"
+        margins = self.loss.startswith(("simpo", "dpo")) or self.loss in ("chi_po", "cpo")
         if self.target_margin and not margins:
             raise ValueError(f"target_margin={self.target_margin}: loss={self.loss} has no margin; expected simpo")
         if self.pessimism and not margins:

@@ -14,25 +14,33 @@ RELEVANCE = "relevance"
 _SECRET = re.compile(rf"([A-Za-z]{{1,10}} )?{ENVIRONMENT.pattern}")
 
 
+EnsembleForm = Literal["sum", "mean", "lower_bound", "worst", "variance", "kl_dro"]
+
+
 class EnsembleSettings(Section):
     """How several training rewards, read as members of one ensemble, become one."""
 
-    form: Literal["sum", "mean", "lower_bound", "worst", "variance"] = Field(
+    form: EnsembleForm = Field(
         "sum",
-        description="sum: weighted sum; mean; lower_bound: mean - c std; worst: smallest; variance: mean - c variance",
+        description="sum: weighted sum; mean; lower_bound: mean - c std; worst: smallest; variance: mean - c variance;"
+        " kl_dro: -c log mean exp(-reward / c), between worst (c near 0) and mean (c large)",
     )
     coefficient: float = Field(1.0, ge=0, description="c, population standard deviation or variance over members")
     center: bool = Field(
         True, description="spread and worst case are those of members centered per prompt: their zero is arbitrary"
     )
 
+    @model_validator(mode="after")
+    def _dro_has_a_temperature(self) -> Self:
+        if self.form == "kl_dro" and self.coefficient == 0:
+            raise ValueError("coefficient=0.0: form=kl_dro divides by it; expected more than 0, or form=worst")
+        return self
+
 
 class MembersSettings(EnsembleSettings):
     """How the members of one reward-model folder become one reward; each was centered when it was trained."""
 
-    form: Literal["sum", "mean", "lower_bound", "worst", "variance"] = Field(
-        "mean", description="as ensemble.form, over the members of the folder"
-    )
+    form: EnsembleForm = Field("mean", description="as ensemble.form, over the members of the folder")
     center: bool = Field(False, description="as ensemble.center; members of keel reward have their zero already")
 
 

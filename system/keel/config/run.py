@@ -211,7 +211,7 @@ class LearnerSpec(CommandSettings):
     @model_validator(mode="after")
     def _ensemble_has_members(self) -> Self:
         ensemble, members = self.ensemble, len(self.train_rewards)
-        spread = ensemble.form in ("lower_bound", "variance") and ensemble.center
+        spread = ensemble.form in ("lower_bound", "variance", "kl_dro") and ensemble.center
         if (self.objective.reads_deviation or spread) and self.sampling.samples_per_prompt < 3:
             raise ValueError(
                 f"sampling.samples_per_prompt={self.sampling.samples_per_prompt}: ensemble members centered per prompt"

@@ -40,9 +40,8 @@ def _row_mask(interface: Callable[..., Any], layout: SequenceLayout) -> Callable
     def make(*, mask_function: MaskFunction, allow_is_causal_skip: bool = False, **arguments: Any) -> Any:
         def of_places(batch: Any, head: Any, query: Any, key: Any) -> Any:
             places = layout.places
-            return mask_function(batch, head, places[batch, query], places[batch, key]) & layout.same_row(
-                batch, query, key
-            )
+            seen = mask_function(batch, head, places[batch, query], places[batch, key])
+            return seen & layout.same_row(batch, query, key)
 
         return interface(mask_function=of_places, allow_is_causal_skip=False, **arguments)
 

@@ -29,7 +29,7 @@ class AssistantTurn:
     answer: str
     """What the template makes of it."""
     closing: str
-    """What it writes behind; only behind an answer that ended."""
+    """What the template writes behind it; only behind an answer that ended."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ChatText:
         self._last: tuple[list[Message], str] = ([], "")
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The text up to where the assistant begins to speak."""
+        """The conversation's text up to the start of the assistant's answer."""
         if self._last[0] != list(messages) or not messages:  # several answers to one conversation come in a row
             self._last = list(messages), self._apply(messages, add_generation_prompt=True)
         return self._last[1]
@@ -142,7 +142,7 @@ def named_tokens(tokenizer: Any) -> dict[int, str]:
 
 
 def _says(text: str, content: str) -> bool:
-    """All of the content is in the text, white space aside: templates trim, and set thoughts apart by lines."""
+    """Whether the text has all of the content, white space aside: templates trim, and set thoughts apart by lines."""
     return "".join(content.split()) in "".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""Which tokens end a completion: decided here, for every command, from all that knows of it.
+"""Which tokens end a completion: decided here, for every command, from all sources that name one.
 
 The chat template (what it closes an assistant's turn with), the tokenizer (its end token), generation_config.json and
 config.json often name different ones. A sample ends with any of them. One of them is trained behind an answer that
@@ -22,7 +22,7 @@ _FILES = ("generation_config.json", "config.json")
 
 @dataclass(frozen=True)
 class EndTokens:
-    """What was decided, and the lines that say so."""
+    """The decision, and the lines that report it."""
 
     stop: tuple[int, ...]
     """A sample ends with the first of these."""
@@ -31,7 +31,7 @@ class EndTokens:
     plain: int | None
     """Stands behind any other."""
     notes: tuple[str, ...]
-    """What a run says at its start: the choice, then warnings."""
+    """Lines that a run prints at its start: the choice, then warnings."""
 
 
 def behind_answers(text: ModelText, stop: Sequence[int], conversational: bool) -> int | None:
@@ -57,9 +57,9 @@ def decide(
     names = named_tokens(text.tokenizer)
     known = {*names, *(sources[_FILES[0]] if _is_written(folder / _FILES[0]) else ())}
     usable = {what: [n for n in ids if n in known and n < vocabulary] for what, ids in sources.items()}
-    _check(sources, names, vocabulary, configured, f"{named}={folder}")
     stop = configured if configured is not None else dict.fromkeys(n for ids in usable.values() for n in ids)
     decision = _Decision(text, names, sources, usable, configured, tuple(stop))
+    decision.check(vocabulary, f"{named}={folder}")
     notes = [decision.choice(), *(f"warning: {line}" for line in decision.warnings())]
     return EndTokens(decision.stop, decision.chat, decision.plain, tuple(notes))
 
@@ -87,28 +87,6 @@ def _of_file(path: Path) -> list[int]:
     return list(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 
 
-def _check(
-    sources: Mapping[str, list[int]],
-    names: Mapping[int, str],
-    vocabulary: int,
-    configured: Sequence[int] | None,
-    model: str,
-) -> None:
-    for number in configured or ():
-        if not 0 <= number < vocabulary:
-            raise ConfigError(
-                f"sampling.stop_token_ids={list(configured or ())}: {number} is beyond the model's vocabulary of"
-                f" {vocabulary}; expected ids from 0 to {vocabulary - 1}"
-            )
-    for what in (_TEMPLATE, _TOKENIZER):
-        for number in sources[what]:
-            if configured is None and number >= vocabulary:
-                raise ConfigError(
-                    f"{model}: {names.get(number, '')} ({number}), the end token of its {what}, is beyond the model's"
-                    f" vocabulary of {vocabulary}; expected the model's own tokenizer, or sampling.stop_token_ids"
-                )
-
-
 @dataclass(frozen=True)
 class _Decision:
     """The end tokens that each source names, those that end samples, and the lines about them."""
@@ -131,6 +109,22 @@ class _Decision:
     def show(self, ids: Iterable[int | None]) -> str:
         shown = [f"{self.names.get(n) or self.text.tokenizer.decode([n])!r} ({n})" for n in ids if n is not None]
         return ", ".join(shown) or "none"
+
+    def check(self, vocabulary: int, model: str) -> None:
+        for number in self.configured or ():
+            if not 0 <= number < vocabulary:
+                raise ConfigError(
+                    f"sampling.stop_token_ids={list(self.configured or ())}: {number} is beyond the model's vocabulary"
+                    f" of {vocabulary}; expected ids from 0 to {vocabulary - 1}"
+                )
+        for what in (_TEMPLATE, _TOKENIZER):
+            for number in self.sources[what]:
+                if self.configured is None and number >= vocabulary:
+                    token = f"{self.names.get(number, '')} ({number})"
+                    raise ConfigError(
+                        f"{model}: {token}, the end token of its {what}, is beyond the model's vocabulary of"
+                        f" {vocabulary}; expected the model's own tokenizer, or sampling.stop_token_ids"
+                    )
 
     def choice(self) -> str:
         if not self.stop:

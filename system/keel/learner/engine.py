@@ -65,8 +65,8 @@ class Engine:
     def update(self, step: int, loss: float, terms: Mapping[str, float]) -> float:
         """Clip, move the weights; the global gradient norm before clipping.
 
-        Raises NotFinite, and moves nothing, where the norm or the loss (over all ranks) is not finite. What the
-        backward passes added up is gone either way. `step` and `terms` are for the message.
+        Raises NotFinite, and moves nothing, where the norm or the loss (over all ranks) is not finite. The
+        accumulated gradient is cleared either way. `step` and `terms` are for the message.
         """
         self._engine.step()  # DeepSpeed itself skips an update whose gradient is not finite, at every stage
         norm = float(self._engine.get_global_grad_norm())
@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def updates(self) -> int:
-        """How many were made since the weights were new."""
+        """Number of optimizer updates since the weights were new."""
         return self._shards.adam_steps
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -121,14 +121,8 @@ class Engine:
 
 def join_ranks(learners: LearnerSettings, rank: int, ranks: int, address: str, port: int, deadline: float) -> None:
     """Set up this process for DeepSpeed without its launcher: gloo on CPU, NCCL on GPUs."""
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_RANK": "0",
-        "LOCAL_SIZE": "1",
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     if not learners.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(learners.threads)

@@ -66,7 +66,7 @@ class FrozenModels:
 
     @torch.no_grad()
     def keep_old(self, policy: Policy, micro_batches: Iterable[MicroBatch]) -> None:
-        """Keep the policy of now for terms that stay anchored there for all epochs: [N, H] and [V, H] numbers.
+        """Keep the current policy for terms that stay anchored there for all epochs: [N, H] and [V, H] numbers.
 
         Never [N, V]: logits are read again from states and head, chunk by chunk.
         """

@@ -88,19 +88,16 @@ def _forward(
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """64 rows at a time and two fp32 buffers for them, the same ones every time: small enough for a cache."""
-    work = logits.new_empty(2, min(64, len(logits)), logits.shape[-1], dtype=_precise(logits))
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    work = logits.new_empty(2, min(64, len(logits)), logits.shape[-1], dtype=precise)
     for start in range(0, max(1, len(logits)), 64):  # an empty chunk is one empty block
         stop = min(start + 64, len(logits))
         yield slice(start, stop), work[:, : stop - start]
 
 
-def _precise(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def in_precision(logits: Tensor, temperature: float) -> Tensor:
     """A copy in fp32 (float64 stays), at the temperature: everything must come from the same untouched logits."""
-    scaled = logits.to(_precise(logits), copy=True)
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     return scaled if temperature == 1.0 else scaled.div_(temperature)
 
 

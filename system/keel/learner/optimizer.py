@@ -48,9 +48,5 @@ def learning_rate(learners: LearnerSettings, version: int, steps: int) -> float:
     if version < learners.warmup_steps:
         return learners.learning_rate * (version + 1) / learners.warmup_steps
     progress = (version - learners.warmup_steps) / max(1, steps - learners.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[learners.schedule]
-    return learners.learning_rate * factor
+    factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return learners.learning_rate * factors[learners.schedule]

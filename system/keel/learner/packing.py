@@ -181,12 +181,12 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
     completions, completion_lengths = schema.ragged(batch, "completion_tokens")
     prompt_starts = np.cumsum(prompt_lengths) - prompt_lengths
     completion_starts = np.cumsum(completion_lengths) - completion_lengths
-    opens = _opens(units, batch.column("ticket").to_numpy())
+    tickets = batch.column("ticket").to_numpy()
+    # a prompt stands before a row whose neighbor before it is another prompt's
+    opens = [np.diff(tickets[unit], prepend=tickets[unit[0]] - 1) != 0 for unit in units]
     rows = np.concatenate(units)
-    width = max(
-        int(completion_lengths[unit].sum() + prompt_lengths[unit[o]].sum())
-        for unit, o in zip(units, opens, strict=True)
-    )
+    totals = [completion_lengths[u].sum() + prompt_lengths[u[o]].sum() for u, o in zip(units, opens, strict=True)]
+    width = int(max(totals))
     tokens, places = np.zeros((2, len(units), width), np.int64)
     groups, segments = np.full((2, len(units), width), -1)  # which prompt; 0 the prompt itself, k its k-th completion
     positions, items = [], []
@@ -217,8 +217,3 @@ def tensors(batch: pa.RecordBatch, units: list[Unit], *, real: bool = True) -> M
         row_of_item=torch.from_numpy(np.repeat(np.arange(len(rows)), completion_lengths[rows])),
         real=real,
     )
-
-
-def _opens(units: list[Unit], tickets: np.ndarray) -> list[np.ndarray]:
-    """bool of each unit's rows: a prompt stands before this one, because the row before it is another prompt's."""
-    return [np.diff(tickets[unit], prepend=tickets[unit[0]] - 1) != 0 for unit in units]

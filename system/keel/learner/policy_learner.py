@@ -30,6 +30,7 @@ from keel.learner.engine import Engine, join_ranks
 from keel.learner.forward_contract import Verdict
 from keel.learner.frozen_models import FrozenModels
 from keel.learner.networks import ChunkTerm, Critic, Learnable, Policy
+from keel.learner.packing import MicroBatch, PackingPlan
 from keel.observability import diagnostics
 from keel.protocols import LoadReceipt, StepReport, Weights
 
@@ -131,7 +132,7 @@ class DeepSpeedLearner:
         return self.objective.measures | ({"logprobs"} if epochs > 1 and self.objective.reads_old else frozenset())
 
     def _update(
-        self, batch: pa.RecordBatch, plan: packing.PackingPlan, credit: Credit, old: np.ndarray | None
+        self, batch: pa.RecordBatch, plan: PackingPlan, credit: Credit, old: np.ndarray | None
     ) -> dict[str, float]:
         """One optimizer update over this rank's micro-batches; metric sums added over all ranks."""
         sums: dict[str, float] = defaultdict(float)
@@ -156,7 +157,7 @@ class DeepSpeedLearner:
         return sums | {"grad_norm": self._engine.update(self.version + 1, sums["loss"], sums)}
 
     def _fresh(self, batch: pa.RecordBatch) -> np.ndarray:
-        """bool [tokens] of completion tokens that were sampled under the weights of now; all False for stored rows."""
+        """bool [tokens] of completion tokens that were sampled under the current weights; all False for stored rows."""
         lengths = schema.lengths(batch, "completion_tokens")
         if "weight_versions" not in batch.schema.names:
             return np.zeros(int(lengths.sum()), bool)
@@ -171,7 +172,7 @@ class DeepSpeedLearner:
         return {"gap_mean_nats": float(difference.mean()), "gap_max_nats": float(difference.max())}
 
     def assess(self, batch: pa.RecordBatch) -> dict[str, float]:
-        """What the objective says of held-out rows under the current weights; nothing is learned."""
+        """The objective's numbers on held-out rows under the current weights; nothing is learned."""
         measured = self._measure(batch, self._plan(batch), frozenset({"logprobs"}))
         return self.objective.assess(self.objective.visible(batch), measured)
 
@@ -215,7 +216,7 @@ class DeepSpeedLearner:
         """Read the frozen reference inside the learner from another folder, where there is one."""
         self._frozen_models.renew_reference(folder)
 
-    def _plan(self, batch: pa.RecordBatch) -> packing.PackingPlan:
+    def _plan(self, batch: pa.RecordBatch) -> PackingPlan:
         learners, verdict = self.settings.learners, self._verdict
         budget = packing.TokenBudget(
             learners.tokens_per_batch,
@@ -225,14 +226,12 @@ class DeepSpeedLearner:
         )
         return packing.plan(batch, self.ranks, budget)
 
-    def _micro_batches(
-        self, batch: pa.RecordBatch, plan: packing.PackingPlan
-    ) -> Iterator[tuple[packing.MicroBatch, int]]:
+    def _micro_batches(self, batch: pa.RecordBatch, plan: PackingPlan) -> Iterator[tuple[MicroBatch, int]]:
         passes = zip(plan.micro_batches[self.rank], plan.real[self.rank], plan.head_chunks, strict=True)
         for units, real, chunks in passes:
             yield packing.tensors(batch, units, real=real), chunks
 
-    def _rows(self, batch: pa.RecordBatch, micro: packing.MicroBatch, credit: Credit, old: np.ndarray | None) -> Rows:
+    def _rows(self, batch: pa.RecordBatch, micro: MicroBatch, credit: Credit, old: np.ndarray | None) -> Rows:
         def column(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values[micro.items].astype(np.float32)).to(self.device)
 
@@ -253,14 +252,12 @@ class DeepSpeedLearner:
             stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 
-    def _forward(
-        self, micro: packing.MicroBatch, chunks: int, entropy: bool, chunk_term: ChunkTerm | None = None
-    ) -> Outputs:
+    def _forward(self, micro: MicroBatch, chunks: int, entropy: bool, chunk_term: ChunkTerm | None = None) -> Outputs:
         temperature = self.settings.sampling.temperature
         return Outputs(*self._engine(micro, temperature, chunks, entropy, chunk_term))
 
     @torch.no_grad()
-    def _measure(self, batch: pa.RecordBatch, plan: packing.PackingPlan, asked: frozenset[str]) -> Measured:
+    def _measure(self, batch: pa.RecordBatch, plan: PackingPlan, asked: frozenset[str]) -> Measured:
         """Log-probs [tokens] and values [tokens, K] of the whole step under the current weights, every rank's."""
         if not asked:
             return Measured(version=self.version)

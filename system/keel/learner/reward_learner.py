@@ -95,7 +95,7 @@ class RewardModelLearner:
 
     @torch.no_grad()
     def scores(self, batch: pa.RecordBatch) -> np.ndarray:
-        """float64 [rows] under the weights of now, without dropout (there is none), no offset subtracted."""
+        """float64 [rows] under the current weights, without dropout (there is none), no offset subtracted."""
         scores = torch.zeros(batch.num_rows, dtype=torch.float64, device=self._engine.device)
         for numbers, real, inputs in self._passes(batch):
             values = self._engine(*inputs).double()

@@ -206,7 +206,7 @@ def spare_token(tokenizer: Any, vocabulary: int = _NO_LIMIT) -> int:
 def check_readable(folder: Path, setting: str) -> None:
     """The model is whole, reads text alone, and has every token that its tokenizer makes of one. Raises ConfigError.
 
-    A pad token is no text: many tokenizers name one that the embedding has not.
+    A pad token does not count: many tokenizers name one beyond the embedding.
     """
     named = f"{setting}={folder}"
     model_files.check_text_alone(folder, named)

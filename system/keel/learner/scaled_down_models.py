@@ -36,17 +36,12 @@ class ScaleDownError(KeelError):
     """A configuration cannot be scaled down; the message says why."""
 
 
-def text_config(config: Any) -> Any:
-    """The configuration of what handles text: of an image or speech model its language model's, else itself."""
-    return config.get_text_config()
-
-
 def keep_attention_caps(config: Any) -> Any:
     """The configuration, set to attention that applies its cap on attention logits where it has one (Gemma 2).
 
     Transformers' default, scaled dot product attention, leaves the cap out without a word; vLLM applies it.
     """
-    if getattr(text_config(config), "attn_logit_softcapping", None) is not None:
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
         config._attn_implementation = "eager"
     return config
 
@@ -60,7 +55,7 @@ def scale_down(config: Any, longest_row: int | None = None) -> Any:
     ScaleDownError.
     """
     whole = text_architecture(config)
-    loaded = config if getattr(whole, "config_class", None) is type(config) else text_config(config)
+    loaded = config if getattr(whole, "config_class", None) is type(config) else config.get_text_config()
     try:
         with _refused(f"{loaded.model_type}: its small configuration is refused"):
             return keep_attention_caps(_smaller(loaded, longest_row))
@@ -152,7 +147,7 @@ def row_tokens(config: Any) -> int:
 
     Linear attention cuts rows into chunks of 64 tokens in transformers' own code, whatever the configuration says.
     """
-    values = text_config(config).to_dict()
+    values = config.get_text_config().to_dict()
     longest = max([WINDOW] + [values[name] for name in size_names.WINDOWS if isinstance(values.get(name), int)])
     return max(3 * longest, 80 if any(name.startswith("linear_") for name in values) else 0)
 

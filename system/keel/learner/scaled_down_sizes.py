@@ -36,9 +36,8 @@ def small(values: Values) -> Values:
     few, head = few_heads(heads or 4), _head_width(values)
     narrow = few * head
     changes = _widths(values, wide, narrow)
-    changes |= {
-        name: few_heads(size) for name, size in _sizes(values, size_names.HEADS + size_names.OTHER_HEADS).items()
-    }
+    all_heads = _sizes(values, size_names.HEADS + size_names.OTHER_HEADS)
+    changes |= {name: few_heads(size) for name, size in all_heads.items()}
     changes |= _attention(values, wide // (heads or 4), head, heads)
     changes |= {name: _related(size, wide, narrow) for name, size in _sizes(values, size_names.OTHER_WIDTHS).items()}
     changes |= _experts(values) | _recurrent(values, wide, narrow) | _linear_attention(values)

@@ -25,6 +25,7 @@ def check_scores(folder: Path, setting: str) -> None:
         )
 
 
+@torch.no_grad()
 def score_difference(config: Any) -> str:
     """Why scores of a small classifier like this one are not its own; empty where they are, or where none is made."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
@@ -41,16 +42,10 @@ def score_difference(config: Any) -> str:
     ids = (scaled_down_models.FIRST_ORDINARY_TOKEN, small.get_text_config().vocab_size)
     rows = [rng.integers(*ids, length).tolist() for length in (tokens + 5, 9, 3, tokens)]
     try:
-        expected = np.array([_own_score(model, row) for row in rows])
+        expected = np.array([float(model(input_ids=torch.tensor([row])).logits[0, 0]) for row in rows])
     except Exception as error:  # what a family's code makes of a plain row of tokens
         return f"its own forward fails: {type(error).__name__}: {one_line(error)[:120]}"
     text = RewardText(SimpleNamespace(model_input_names=()), reward_models.is_encoder(config), tokens + 5)
     reward = reward_models.RewardModel(model, text, 0.0)
     inputs = reward.padded([(row, len(row)) for row in rows])
-    with torch.no_grad():
-        return difference(lambda: reward(*inputs).double().numpy(), expected, float(np.std(expected)))
-
-
-def _own_score(model: Any, row: list[int]) -> float:
-    with torch.no_grad():
-        return float(model(input_ids=torch.tensor([row])).logits[0, 0])
+    return difference(lambda: reward(*inputs).double().numpy(), expected, float(np.std(expected)))

@@ -18,8 +18,7 @@ import xxhash
 from keel.errors import KeelError
 from keel.protocols import LoadReceipt, TensorSpec, Weights
 
-_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class WeightError(KeelError, RuntimeError):
@@ -60,16 +59,12 @@ def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -
     if digest(weights.specs, weights.buffer) != weights.digest:
         raise WeightError(f"weights version {weights.version}: bytes do not match digest {weights.digest}")
     names = [spec.name for spec in weights.specs]
-    missing, unknown = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    shapes = [s.name for s in weights.specs if s.name in expected and s.shape != expected[s.name]]
-    dtypes = [s.name for s in weights.specs if s.dtype != dtype]
     problems = {
-        "missing": missing,
-        "unknown": unknown,
-        "sent twice": twice,
-        "of wrong shape": shapes,
-        "of wrong dtype": dtypes,
+        "missing": sorted(set(expected) - set(names)),
+        "unknown": sorted(set(names) - set(expected)),
+        "sent twice": sorted({name for name in names if names.count(name) > 1}),
+        "of wrong shape": [s.name for s in weights.specs if s.name in expected and s.shape != expected[s.name]],
+        "of wrong dtype": [s.name for s in weights.specs if s.dtype != dtype],
     }
     for problem, names in problems.items():
         if names:

@@ -38,7 +38,7 @@ from keel.rollout.segments import Counts
 
 
 class GroupState(Enum):
-    """What has become of an admitted group. A step forgets the groups that it takes, and those dropped before them."""
+    """State of an admitted group. A step forgets the groups that it takes, and those dropped before them."""
 
     IN_FLIGHT = "in flight"
     READY = "ready"
@@ -260,7 +260,7 @@ class RolloutBuffer:
         return [ticket for ticket in tickets if ticket not in stored]
 
     def _in_time(self, ticket: int) -> segments.StoredGroup | None:
-        """The newest stored group that may be trained at its ticket's place of now.
+        """The newest stored group that may be trained at its ticket's current place.
 
         A group that `drop` gave up is not on disk. If it is sampled again it may succeed; later groups then move back.
         """

@@ -24,7 +24,6 @@ _KINDS: dict[int, list[tuple[str, ...]]] = {
     1: [("completion",), ("messages",)],
     2: [("chosen", "rejected"), ("responses", "rewards")],
 }
-_RANKING = [("responses", "rewards")]
 _EXPECTED = {1: "prompt and completion, or messages", 2: "prompt, chosen and rejected, or responses and rewards"}
 
 
@@ -158,9 +157,7 @@ def _named(names: Sequence[str], prompts: PromptSettings) -> dict[str, str]:
     roles = {role: name for role, name in prompts.columns if name is not None}
     for role, name in roles.items():
         if name not in names:
-            raise ConfigError(
-                f"prompts.columns.{role}={name}: no such column in {prompts.source}; expected one of {_listed(names)}"
-            )
+            raise ConfigError(f"prompts.columns.{role}={name}: {_no_column(names, prompts)}")
     if prompts.column != "prompt":
         if roles.get("prompt", prompts.column) != prompts.column:
             raise ConfigError(
@@ -175,8 +172,11 @@ def _named(names: Sequence[str], prompts: PromptSettings) -> dict[str, str]:
 def _no_prompt(names: Sequence[str], prompts: PromptSettings) -> ConfigError:
     near = difflib.get_close_matches(prompts.column, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""
-    problem = f"no such column in {prompts.source}; expected one of {_listed(names)}{hint}"
-    return ConfigError(f"prompts.column={prompts.column}: {problem}")
+    return ConfigError(f"prompts.column={prompts.column}: {_no_column(names, prompts)}{hint}")
+
+
+def _no_column(names: Sequence[str], prompts: PromptSettings) -> str:
+    return f"no such column in {prompts.source}; expected one of {_listed(names)}"
 
 
 def _guess_prompt(roles: dict[str, str], names: Sequence[str], prompts: PromptSettings) -> None:
@@ -189,10 +189,8 @@ def _guess_prompt(roles: dict[str, str], names: Sequence[str], prompts: PromptSe
         _guess(roles, "prompt", [name for name, present in known.items() if present and name in names], prompts, True)
     if roles.get("prompt") == "instruction" and "input" in names:
         roles.setdefault("input", "input")
-    documented = roles.get("prompt") in ("instruction", "question", "input") or (
-        roles.get("prompt") == "prompt" and pair
-    )
-    if documented:
+    documented = ("instruction", "question", "input", *(["prompt"] if pair else []))
+    if roles.get("prompt") in documented:
         present = [name for name in ("system", "system_prompt") if name in names]
         _guess(roles, "system", present, prompts, True)
 
@@ -222,7 +220,8 @@ def _answer_kind(
         "responses": ("responses",),
         "rewards": ("rewards",),
     }
-    kinds = sorted(_KINDS.get(samples, _RANKING), key=lambda kind: -sum(role in named for role in kind))
+    kinds = _KINDS.get(samples, [("responses", "rewards")])
+    kinds = sorted(kinds, key=lambda kind: -sum(role in named for role in kind))
     columns = {role: [name for name in guesses[role] if name in names] for kind in kinds for role in kind}
     for kind in kinds:
         apart = kind == ("completion",) and "prompt" not in roles and "completion" not in named

@@ -236,7 +236,7 @@ def _load_dataset(folder: Path | None, prompts: PromptSettings) -> list[Any]:
 
 
 def _rows_of(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows of a table; a column that Python has no values for stands as Unreadable, and harms who reads it alone."""
+    """Rows of a table; a column that Python has no values for holds Unreadable, an error only where it is read."""
     columns = [_values(column) for column in table.columns]
     return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -270,7 +270,7 @@ def _prompt(value: Any, where: str, explicit: bool, prompts: PromptSettings) -> 
 
 
 def _messages(turns: list[Any], where: str, explicit: bool, prompts: PromptSettings) -> list[dict[str, Any]]:
-    """Checked messages, the system message in front; an own one stays."""
+    """Checked messages, the system message in front; one that the row has stays."""
     messages = []
     for turn in turns:
         parts = [turn.get(key) if isinstance(turn, dict) else None for key in ("role", "content")]

@@ -21,7 +21,6 @@ from keel.config.workers import GeneratorSettings
 from keel.learner import model_files, weights
 from keel.learner.model_text import ModelText
 from keel.protocols import GenerateRequest, LoadReceipt, Sampling, StageReceipt, Weights
-from keel.rollout import stored_completions
 
 
 def environment(settings: GeneratorSettings) -> dict[str, str]:
@@ -94,19 +93,16 @@ class VllmGenerator:
         """The rows with the generate columns appended; row i's tokens depend on its seed, not on its neighbors."""
         started = time.monotonic()
         prompts, sampling = request.prompts, request.sampling
-        rows = prompts.column("prompt_tokens").to_pylist()
+        rows, seeds = prompts.column("prompt_tokens").to_pylist(), prompts.column("seed").to_pylist()
         given = request.given if request.given is not None else [[]] * len(rows)
         outputs = self._engine.generate(
             [{"prompt_token_ids": row + known} for row, known in zip(rows, given, strict=True)],
-            [
-                _reading() if known else _params(sampling, seed)
-                for seed, known in zip(prompts.column("seed").to_pylist(), given, strict=True)
-            ],
+            [_params(sampling, seed, bool(known)) for seed, known in zip(seeds, given, strict=True)],
             use_tqdm=False,
         )
+        pairs = zip(outputs, given, strict=True)
         completions = [
-            _read(output, known, sampling) if known else _sampled(output.outputs[0])
-            for output, known in zip(outputs, given, strict=True)
+            _read(output, known, sampling) if known else _sampled(output.outputs[0]) for output, known in pairs
         ]
         seconds = time.monotonic() - started
         columns = self._columns(completions, seconds)
@@ -134,7 +130,7 @@ class VllmGenerator:
             "completion_logprobs": schema.from_ragged(np.array(logprobs, np.float32), lengths, schema.NATS),
             "weight_versions": schema.from_ragged(versions, lengths, schema.TOKENS),
             "finish_reason": reasons.cast(schema.GENERATE.field("finish_reason").type),
-            "generator": [stored_completions.NAME if completion.given else self.name for completion in completions],
+            "generator": [schema.STORED if completion.given else self.name for completion in completions],
             "generate_seconds": [seconds] * len(tokens),
         }
 
@@ -162,15 +158,12 @@ def _read(output: Any, tokens: list[int], sampling: Sampling) -> _Completion:
     return _Completion(tokens, logprobs, ended, given=True)
 
 
-def _reading() -> Any:
+def _params(sampling: Sampling, seed: int, given: bool) -> Any:
+    """What vLLM is told of a row; of a given completion it only reads the log-probs, as those of a prompt."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-
-
-def _params(sampling: Sampling, seed: int) -> Any:
-    from vllm import SamplingParams
-
+    if given:
+        return SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

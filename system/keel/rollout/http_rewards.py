@@ -1,4 +1,4 @@
-"""Rewards of a server: one bounded POST, then a list of numbers or one word that says why there is none.
+"""Rewards of a server: one bounded POST, then a list of numbers, or one word for the reason of the failure.
 
 The server may be slow, hostile or a third party's: an attempt ends at its deadline whatever the server does, redirects
 are not followed, certificates are checked, and no more than `max_response_bytes` of a reply are kept.
@@ -7,7 +7,6 @@ are not followed, certificates are checked, and no more than `max_response_bytes
 import asyncio
 import json
 import logging
-import math
 import os
 import re
 import ssl
@@ -18,6 +17,7 @@ import httpx
 
 from keel.config.rewards import ENVIRONMENT, RewardSettings
 from keel.errors import ConfigError
+from keel.rollout import reward_functions
 
 _FIRST_WAIT_SECONDS = 0.25
 _LONGEST_WAIT_SECONDS = 15.0
@@ -30,7 +30,7 @@ REASONS: tuple[str, ...] = (
     "http_3xx",
 )
 REASONS += ("http_4xx", "http_5xx")
-"""All reasons there are: they become metric labels."""
+"""All reasons; they become metric labels."""
 
 
 for _client in ("httpx", "httpcore"):  # they log what a server says of the request, which may be its headers
@@ -38,7 +38,7 @@ for _client in ("httpx", "httpcore"):  # they log what a server says of the requ
 
 
 class _Unusable(Exception):
-    """A reply that came and says nothing; its argument is one of REASONS."""
+    """A reply without usable rewards; the argument is one of REASONS."""
 
 
 def caller(reward: RewardSettings, setting: str) -> Callable[[Mapping[str, Any], int], list[float | None] | str]:
@@ -61,7 +61,7 @@ def caller(reward: RewardSettings, setting: str) -> Callable[[Mapping[str, Any],
 
 
 def check(reward: RewardSettings, setting: str) -> ssl.SSLContext:
-    """What is known about a server before it is asked: how its certificate is checked. Raises ConfigError."""
+    """Check URL, headers and certificates before a request; returns the TLS context. Raises ConfigError."""
     if not reward.source.startswith(("http://", "https://")):
         raise ConfigError(f"{setting}={reward.source}: expected a URL that starts with http:// or https://")
     try:
@@ -150,11 +150,4 @@ def rewards_of(content: bytes, rows: int) -> list[float | None]:
         raise _Unusable("http_malformed")
     if any(type(value) not in (int, float, type(None)) for value in values):
         raise _Unusable("http_malformed")
-    return [None if value is None else _as_float(value) for value in values]
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+    return reward_functions.numbers(values)

@@ -217,9 +217,7 @@ def place_of(ticket: int, count: int, seed: int) -> int:
 def _metadata(settings: PromptSpec, tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
     vocabulary = sorted(tokenizer.get_vocab().items())
     options = settings.policy.chat_template_options
-    content = json.dumps(
-        [vocabulary, tokenizer.chat_template, *([options] if options else [])], sort_keys=True
-    ).encode()
+    content = json.dumps([vocabulary, tokenizer.chat_template, *filter(None, [options])], sort_keys=True).encode()
     return {
         "keel.schema_version": schema.SCHEMA_VERSION,
         "keel.run": settings.run.name,
@@ -266,7 +264,7 @@ def require_template(
 
 
 def _render(row: SourceRow, config: PromptSettings, chat: ChatText) -> str:
-    """The text the model reads, up to where the assistant begins to speak."""
+    """The text that the model reads, up to the start of the assistant's answer."""
     if isinstance(row.prompt, str):
         return row.prompt
     from jinja2 import TemplateError  # what chat templates raise, for instance "System role not supported"

@@ -96,7 +96,7 @@ class RewardScorer:
         return scored, StageReceipt(batch.num_rows, 0, seconds, self.name, dict(failures))
 
     def _results(self, batch: pa.RecordBatch) -> dict[str, Values | Failure | np.ndarray]:
-        """What every reward says of the batch; async functions are at work while all the others are computed."""
+        """Compute every reward of the batch; async functions run while all the others are computed."""
         functions = {name: with_measurements(function, batch) for name, function in self._functions.items()}
         calls = Calls(functions, lambda: arguments(batch), self._loop, self._seconds)
         results: dict[str, Values | Failure | np.ndarray] = {
@@ -121,7 +121,7 @@ def spread_names(reward: RewardSettings, members: int) -> list[str]:
 
 
 def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
-    """What the members [M, rows] of an ensemble say beside the reward."""
+    """Mean, deviation and minimum of an ensemble's members [M, rows], as columns beside the reward."""
     statistics = (members.mean(0), members.std(0), members.min(0)) if len(members) > 1 else ()
     columns = zip(spread_names(reward, len(members)), statistics, strict=True)
     return {f"reward_{name}": pa.array(values, pa.float32(), mask=np.isnan(values)) for name, values in columns}
@@ -240,13 +240,13 @@ def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.Re
 
 
 def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
-    """What the prompt source says of its own completions; nothing of generated ones."""
+    """Rewards that the prompt source has for its own completions; None for generated ones."""
 
     def compute(batch: pa.RecordBatch) -> Values:
         rows = zip(batch.column("prompt_columns").to_pylist(), batch.column("sample").to_pylist(), strict=True)
         generators = batch.column("generator").to_pylist()
         return [
-            stored_completions.rewards(json.loads(columns))[sample] if name == stored_completions.NAME else None
+            stored_completions.rewards(json.loads(columns))[sample] if name == schema.STORED else None
             for (columns, sample), name in zip(rows, generators, strict=True)
         ]
 

@@ -2,7 +2,7 @@
 
 RUN_DIR/buffer/segment.000000000004-000000000007.<xxh3-128>.arrow
 
-Beside the rows it holds what became of the tickets that have none, and what each ticket adds to the counters.
+Beside the rows it holds the reasons of dropped tickets, and what each ticket adds to the counters.
 """
 
 import json

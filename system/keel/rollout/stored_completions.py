@@ -2,9 +2,9 @@
 
 A row of the prompt source holds `chosen` and `rejected` (TRL), `responses` and `rewards` (two lists, RLHFlow), or one
 demonstration: `completion`, or the last message of `messages`; under other names dataset_layouts.py puts them in place.
-Texts, or conversations of which the last message counts. In an online run the generators still take part: they say how
-likely the policy of now finds these tokens, so staleness and the parity gap mean what they mean online. KL and entropy
-do not: see diagnostics.py.
+Texts, or conversations of which the last message counts. In an online run the generators compute
+the current policy's log-probs of these tokens, so staleness and the parity gap mean what they mean online. KL and
+entropy do not: see diagnostics.py.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from keel import schema
 from keel.errors import ConfigError
 from keel.learner import end_tokens
 from keel.learner.model_text import ModelText
@@ -30,8 +29,6 @@ _PROBLEMS = {
     "several_messages": "several messages of the assistant in its last turn",
 }
 _COLUMNS = ("chosen", "rejected", "responses", "rewards", "completion", "messages")
-NAME = schema.STORED
-"""What the column `generator` says of these rows."""
 
 
 def completions(columns: Mapping[str, Any]) -> list[str]:

@@ -79,7 +79,7 @@ def _check_ensembles(settings: Settings) -> None:
         "": settings.ensemble,
         **{f"rewards.{r.name}.": r.ensemble for r in settings.rewards},
     }.items():
-        if ensemble.center and ensemble.form in ("lower_bound", "worst", "variance"):
+        if ensemble.center and ensemble.form in ("lower_bound", "worst", "variance", "kl_dro"):
             raise ConfigError(
                 f"{name}ensemble.center=true: form={ensemble.form} compares samples of one prompt, an evaluation has"
                 " single answers; expected false"

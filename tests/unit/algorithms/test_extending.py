@@ -110,11 +110,11 @@ def test_the_page_names_every_column_and_only_metrics_there_are() -> None:
 
 def test_the_reward() -> None:
     """`answer` is the ticket; "answer 1" does not hold "0" and "answer 1000" holds "1"; weight 2, .001 a token."""
-    by = settings(BLOCKS["my_rewards"])
+    config = settings(BLOCKS["my_rewards"])
     batch = generated(prompts([0, 1]))
-    preflight.check_reward_source(by.rewards[0], "rewards.answered.source")
-    preflight.check_rewards(by, prompts([0, 1]))
-    scored, receipt = scorers.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
+    preflight.check_reward_source(config.rewards[0], "rewards.answered.source")
+    preflight.check_rewards(config, prompts([0, 1]))
+    scored, receipt = scorers.RewardScorer(config.rewards, config.ensemble, 1, "scorer-0").score(batch)
     held = np.array([1.0, 0.0, 1.0, 1.0])
     expected = held - 0.001 * schema.lengths(batch, "completion_tokens")
     assert scored.column("reward_answered").to_numpy() == pytest.approx(expected, abs=1e-6)
@@ -123,45 +123,45 @@ def test_the_reward() -> None:
 
 
 def test_an_unknown_answer_is_a_failed_sample() -> None:
-    by = settings(BLOCKS["my_rewards"])
+    config = settings(BLOCKS["my_rewards"])
     columns = pa.array(['{"answer": null}', '{"answer": "1"}'])
     batch = generated(prompts([0]))
     batch = batch.set_column(
         batch.schema.get_field_index("prompt_columns"), batch.schema.field("prompt_columns"), columns
     )
-    scored, receipt = scorers.RewardScorer(by.rewards, by.ensemble, 1, "scorer-0").score(batch)
+    scored, receipt = scorers.RewardScorer(config.rewards, config.ensemble, 1, "scorer-0").score(batch)
     assert scored.column("reward").is_null().to_pylist() == [True, False]
     assert dict(receipt.failures) == {"answered_none": 1}
 
 
 def test_the_advantage() -> None:
     """Rewards 0, .1, .2 of each prompt: minus the median, -.1, 0, .1, for every token of the completion."""
-    own = registry.build(settings(BLOCKS["my_advantages"]))
-    credit = own.credited(STEP, Measured())
+    subject = registry.build(settings(BLOCKS["my_advantages"]))
+    credit = subject.credited(STEP, Measured())
     assert credit.advantages == pytest.approx(np.repeat([-0.1, 0.0, 0.1] * 3, LENGTHS), abs=1e-6)
     rows = rows_of(STEP, credit)
     new = outputs(rows, 0.0)
-    terms = own.loss(rows, new, credit)
+    terms = subject.loss(rows, new, credit)
     (gradient,) = torch.autograd.grad(terms.loss, new.logprobs)
     assert gradient.numpy() == pytest.approx(-credit.advantages / 9, abs=1e-9)
 
 
 def test_the_advantage_sees_regularized_rewards_and_groups_of_any_size() -> None:
     """KL is 0.1 a token: scores 0.1 sample - 0.05 * 0.1 |y|. One sample of the first prompt is missing."""
-    own = registry.build(settings(BLOCKS["my_advantages"], {"regularizer": {"kl": {"coefficient": 0.05}}}))
+    subject = registry.build(settings(BLOCKS["my_advantages"], {"regularizer": {"kl": {"coefficient": 0.05}}}))
     batch = schema.select(STEP, np.arange(9) != 1)
     lengths = schema.lengths(batch, "completion_tokens")
     scores = batch.column("reward").to_numpy().astype(np.float64) - 0.005 * lengths
     medians = [np.median(scores[:2])] * 2 + [np.median(scores[2:5])] * 3 + [np.median(scores[5:])] * 3
-    credit = own.weigh(batch, Measured())
+    credit = subject.weigh(batch, Measured())
     assert credit.advantages == pytest.approx(np.repeat(scores - medians, lengths), abs=1e-6)
 
 
 def test_the_term_of_the_reward() -> None:
     """R + 0.1 * mean log ref enters the baseline of rloo; the metric is the mean of the term."""
-    own = registry.build(settings(BLOCKS["my_terms"]))
+    subject = registry.build(settings(BLOCKS["my_terms"]))
     fluency = np.array([np.mean(row) for row in STEP.column("reference_logprobs").to_pylist()])
-    credit = own.credited(STEP, Measured())
+    credit = subject.credited(STEP, Measured())
     expected = advantages.by_ticket(advantages.rloo, REWARDS + 0.1 * fluency, TICKETS)
     assert credit.advantages == pytest.approx(np.repeat(expected, LENGTHS), abs=1e-6)
     assert labeled(credit.metrics)["objective_term"] == {"fluency": pytest.approx(0.1 * fluency.mean(), abs=1e-6)}
@@ -186,7 +186,7 @@ def test_the_term_of_the_loss(reduction: str, expected: float) -> None:
     terms, plain = with_term.loss(rows, new, credit), without.loss(rows, new, credit)
     assert terms.sums["objective_term/near_sampler"] == pytest.approx(expected, rel=1e-6)
     assert terms.loss.item() - plain.loss.item() == pytest.approx(expected, rel=1e-6)
-    gradient, before = (torch.autograd.grad(each.loss, new.logprobs)[0] for each in (terms, plain))
+    gradient, before = (torch.autograd.grad(item.loss, new.logprobs)[0] for item in (terms, plain))
     assert (gradient - before).sum().item() == pytest.approx(2 * expected / 0.2, rel=1e-6)
 
 
@@ -196,9 +196,9 @@ def tapered(*blocks: dict[str, Any]) -> Objective:
 
 def test_the_objective_weighs() -> None:
     """Rewards 0, .1, .2: rloo -.15, 0, .15; a third of the completions is above its baseline."""
-    own = tapered()
-    assert type(own).__name__ == "Tapered" and own.settings.objective.options == {"cap": 1.0}
-    credit = own.credited(STEP, Measured())
+    subject = tapered()
+    assert type(subject).__name__ == "Tapered" and subject.settings.objective.options == {"cap": 1.0}
+    credit = subject.credited(STEP, Measured())
     assert credit.advantages == pytest.approx(np.repeat([-0.15, 0.0, 0.15] * 3, LENGTHS), abs=1e-6)
     assert (credit.num_rows, credit.num_tokens) == (9, LENGTHS.sum())
     assert labeled(credit.metrics) == {"objective_term": {"positive_ratio": pytest.approx(1 / 3)}}
@@ -207,11 +207,11 @@ def test_the_objective_weighs() -> None:
 @pytest.mark.parametrize(("shift", "weight"), [(-0.5, np.exp(-0.5)), (0.0, 1.0), (0.5, 1.0)])
 def test_the_objective_tapers_what_is_pushed_away(shift: float, weight: float) -> None:
     """pi / sampler = e^shift, at most the cap of 1, on tokens with a negative advantage; 1 on the others."""
-    own = tapered()
-    credit = own.credited(STEP, Measured())
+    subject = tapered()
+    credit = subject.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
     new = outputs(rows, shift)
-    terms = own.loss(rows, new, credit)
+    terms = subject.loss(rows, new, credit)
     weights = np.where(credit.advantages < 0, weight, 1.0)
     (gradient,) = torch.autograd.grad(terms.loss, new.logprobs)
     assert gradient.numpy() == pytest.approx(-weights * credit.advantages / 9, abs=1e-6)
@@ -221,10 +221,10 @@ def test_the_objective_tapers_what_is_pushed_away(shift: float, weight: float) -
 
 
 def test_options_reach_the_class() -> None:
-    own = tapered({"objective": {**BLOCKS["my_objectives"]["objective"], "options": {"cap": 1.5}}})
-    credit = own.credited(STEP, Measured())
+    subject = tapered({"objective": {**BLOCKS["my_objectives"]["objective"], "options": {"cap": 1.5}}})
+    credit = subject.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
-    terms = own.loss(rows, outputs(rows, 1.0), credit)
+    terms = subject.loss(rows, outputs(rows, 1.0), credit)
     weights = np.where(credit.advantages < 0, 1.5, 1.0)
     assert terms.sums["objective_term/weight"] == pytest.approx(weights.mean())
 
@@ -236,44 +236,44 @@ def test_every_regularizer_works_with_the_objective() -> None:
         "kl": {"coefficient": 0.05},
         "entropy": {"form": "sequence_sum", "coefficient": 0.1},
     }
-    own = tapered({"regularizer": regularizer})
-    credit = own.credited(STEP, Measured())
+    subject = tapered({"regularizer": regularizer})
+    credit = subject.credited(STEP, Measured())
     fluency = np.array([np.mean(row) for row in STEP.column("reference_logprobs").to_pylist()])
     scores = REWARDS - 0.005 * LENGTHS - 0.1 * schema.row_sums(SAMPLER, LENGTHS) + 0.1 * fluency
     expected = advantages.by_ticket(advantages.rloo, scores, TICKETS)
     assert credit.advantages == pytest.approx(np.repeat(expected, LENGTHS), abs=1e-6)
     rows = rows_of(STEP, credit)
-    terms = own.loss(rows, outputs(rows, 0.2), credit)
+    terms = subject.loss(rows, outputs(rows, 0.2), credit)
     assert terms.sums["loss"] - terms.sums["policy_loss"] == pytest.approx(0.001 * LENGTHS.sum() / 9)
 
 
 def test_shares_of_micro_batches_add_up() -> None:
-    own = tapered(BLOCKS["my_terms"])
-    credit = own.credited(STEP, Measured())
-    whole = own.loss(rows_of(STEP, credit), outputs(rows_of(STEP, credit), -0.5), credit)
+    subject = tapered(BLOCKS["my_terms"])
+    credit = subject.credited(STEP, Measured())
+    whole = subject.loss(rows_of(STEP, credit), outputs(rows_of(STEP, credit), -0.5), credit)
     parts = [rows_of(STEP, credit, which) for which in (np.arange(2), np.arange(2, 9))]
-    shares = [own.loss(part, outputs(part, -0.5), credit) for part in parts]
+    shares = [subject.loss(part, outputs(part, -0.5), credit) for part in parts]
     for name, value in whole.sums.items():
         assert sum(share.sums[name] for share in shares) == pytest.approx(value, abs=1e-9), name
 
 
 def test_its_metrics_are_in_the_table() -> None:
     """What weigh and loss give can be recorded: an unknown name would stop the run."""
-    own = tapered(BLOCKS["my_terms"])
-    credit = own.credited(STEP, Measured())
+    subject = tapered(BLOCKS["my_terms"])
+    credit = subject.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
-    found = labeled({**credit.metrics, **own.loss(rows, outputs(rows, 0.0), credit).sums})
-    assert set(found) <= {metric.name for metric in TABLE}
-    assert set(found["objective_term"]) == {"positive_ratio", "weight", "near_sampler", "fluency"}
+    result = labeled({**credit.metrics, **subject.loss(rows, outputs(rows, 0.0), credit).sums})
+    assert set(result) <= {metric.name for metric in TABLE}
+    assert set(result["objective_term"]) == {"positive_ratio", "weight", "near_sampler", "fluency"}
 
 
 def test_without_a_surrogate_it_is_a_weighted_likelihood(tmp_path: Path) -> None:
     code = MODULES["my_objectives"]
     (tmp_path / "only_weights.py").write_text(code[: code.index("    def surrogate")], encoding="utf8")
-    own = tapered({"objective": {"kind": "custom", "source": "only_weights:Tapered"}})
-    credit = own.credited(STEP, Measured())
+    subject = tapered({"objective": {"kind": "custom", "source": "only_weights:Tapered"}})
+    credit = subject.credited(STEP, Measured())
     rows = rows_of(STEP, credit)
-    terms = own.loss(rows, outputs(rows, -0.5), credit)
+    terms = subject.loss(rows, outputs(rows, -0.5), credit)
     assert terms.loss.item() == pytest.approx(-(credit.advantages * (SAMPLER - 0.5)).sum() / 9, abs=1e-6)
 
 
@@ -301,12 +301,12 @@ SETTINGS = ["objective.source", "objective.advantage", "regularizer.terms.mine.s
     ],
 )
 def test_a_wrong_name_is_refused_and_names_the_setting(setting: str, source: str, reason: str) -> None:
-    by = with_source(setting, source)
+    config = with_source(setting, source)
     with pytest.raises(ConfigError, match=r"\A[^\n]+\Z") as caught:
         if setting.startswith("rewards"):
-            preflight.check_reward_source(by.rewards[0], setting)
+            preflight.check_reward_source(config.rewards[0], setting)
         else:
-            registry.build(by)
+            registry.build(config)
     assert str(caught.value) == f"{setting}={source}: {reason}"
 
 
@@ -319,9 +319,9 @@ def test_a_source_without_a_colon_is_refused_by_the_configuration(setting: str) 
 
 @pytest.mark.parametrize("name", ["NoObjective", "function"])
 def test_a_class_that_is_no_objective_is_refused(name: str) -> None:
-    by = settings({"objective": {"kind": "custom", "source": f"my_mistakes:{name}"}})
+    config = settings({"objective": {"kind": "custom", "source": f"my_mistakes:{name}"}})
     with pytest.raises(ConfigError, match=rf"^objective\.source=my_mistakes:{name}: not a class derived from "):
-        registry.build(by)
+        registry.build(config)
 
 
 @pytest.mark.parametrize("name", ["one_short", "not_finite"])
@@ -333,6 +333,6 @@ def test_an_advantage_that_does_not_fit_the_rows_is_refused(name: str) -> None:
 
 def test_a_term_of_the_reward_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short_term.py").write_text("def term(batch):\n    return [0.0]\n", encoding="utf8")
-    by = {"regularizer": {"terms": [{"name": "mine", "source": "short_term:term"}]}}
+    config = {"regularizer": {"terms": [{"name": "mine", "source": "short_term:term"}]}}
     with pytest.raises(ValueError, match="regularizer term mine: expected 9 finite numbers"):
-        registry.build(settings(by)).weigh(STEP, Measured())
+        registry.build(settings(config)).weigh(STEP, Measured())

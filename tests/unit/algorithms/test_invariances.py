@@ -44,29 +44,29 @@ def leaves() -> tuple[Tensor, Tensor]:
     return STEP.logits.clone().requires_grad_(), STEP.values.clone().requires_grad_()
 
 
-def gradients(own: Objective, credit: Credit, rows: Any = ROWS, old: bool = True) -> tuple[float, Tensor, Any]:
+def gradients(subject: Objective, credit: Credit, rows: Any = ROWS, old: bool = True) -> tuple[float, Tensor, Any]:
     """Loss, its gradient by all logits and values as one vector, and the sums of the metrics."""
     logits, values = leaves()
-    terms = loss(own, STEP, credit, logits, values, rows, old)
-    found = torch.autograd.grad(terms.loss, [logits, values], allow_unused=True, materialize_grads=True)
-    return terms.loss.item(), torch.cat([each.flatten() for each in found]), terms.sums
+    terms = loss(subject, STEP, credit, logits, values, rows, old)
+    result = torch.autograd.grad(terms.loss, [logits, values], allow_unused=True, materialize_grads=True)
+    return terms.loss.item(), torch.cat([item.flatten() for item in result]), terms.sums
 
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_the_gradient_is_that_of_the_loss(name: str) -> None:
     """Central finite differences along random directions of logits and values, with the credit held."""
-    own = case(name)
-    credit = weigh(own, STEP)
-    _, gradient, _ = gradients(own, credit)
+    subject = case(name)
+    credit = weigh(subject, STEP)
+    _, gradient, _ = gradients(subject, credit)
     parameters = torch.cat([STEP.logits.flatten(), STEP.values.flatten()])
     size = STEP.logits.numel()
 
     def at(flat: Tensor) -> float:
         parts = flat[:size].reshape(STEP.logits.shape), flat[size:].reshape(STEP.values.shape)
-        return loss(own, STEP, credit, *parts).loss.item()
+        return loss(subject, STEP, credit, *parts).loss.item()
 
     directions = torch.from_numpy(np.random.default_rng(1).normal(size=(12, len(parameters))))
-    numeric = [(at(parameters + 1e-6 * each) - at(parameters - 1e-6 * each)) / 2e-6 for each in directions]
+    numeric = [(at(parameters + 1e-6 * item) - at(parameters - 1e-6 * item)) / 2e-6 for item in directions]
     assert (directions @ gradient).tolist() == pytest.approx(numeric, abs=1e-8)
     assert gradient.abs().max() > 1e-3
 
@@ -75,11 +75,11 @@ def test_the_gradient_is_that_of_the_loss(name: str) -> None:
 @pytest.mark.parametrize("rows", SPLITS, ids=["halves", "uneven", "single"])
 def test_shares_add_up(name: str, rows: list[list[int]]) -> None:
     """Loss, gradient and metrics of a step are the sums over any split of its rows, also where pi_old is pi."""
-    own = case(name)
-    credit = weigh(own, STEP)
+    subject = case(name)
+    credit = weigh(subject, STEP)
     for old in (True, False):
-        whole, gradient, sums = gradients(own, credit, old=old)
-        parts = [gradients(own, credit, part, old) for part in rows]
+        whole, gradient, sums = gradients(subject, credit, old=old)
+        parts = [gradients(subject, credit, part, old) for part in rows]
         assert sum(part[0] for part in parts) == pytest.approx(whole, abs=1e-12)
         assert sum(part[1] for part in parts).tolist() == pytest.approx(gradient.tolist(), abs=1e-12)
         for key in sums:
@@ -137,16 +137,16 @@ def test_preferences_are_trained_by_the_slope_of_their_loss(name: str) -> None:
     def at(flat: np.ndarray) -> float:
         return case(name).weigh(STEP.batch, Measured(flat)).metrics["preference_loss"]
 
-    numeric = [(at(logprobs + each) - at(logprobs - each)) / 2e-6 for each in 1e-6 * np.eye(len(logprobs))]
+    numeric = [(at(logprobs + item) - at(logprobs - item)) / 2e-6 for item in 1e-6 * np.eye(len(logprobs))]
     assert -credit.advantages / credit.num_rows == pytest.approx(numeric, abs=1e-8)
     assert np.abs(credit.advantages).max() > 1e-3
 
 
 def test_kto_holds_its_baseline() -> None:
     """z = mean h = .5 where that is positive: slopes -+ beta s (1 - s) at h - z, halved over the two losses."""
-    by = {"kind": "preference", "loss": "kto", "beta": 0.4}
+    config = {"kind": "preference", "loss": "kto", "beta": 0.4}
     batch = rollout([[-1.0], [-1.0]], [1.0, 0.0], reference=[[-2.5], [-1.5]])
-    credit = objective(objective=by).weigh(batch, Measured(np.array([-1.0, -2.0])))
+    credit = objective(objective=config).weigh(batch, Measured(np.array([-1.0, -2.0])))
     won, lost = (1 / (1 + np.exp(-0.4 * x)) for x in (1.5 - 0.5, 0.5 + 0.5))
     assert credit.metrics["preference_loss"] == pytest.approx(1 - (won + lost) / 2, abs=1e-12)
     slopes = [-0.4 * won * (1 - won) / 2, 0.4 * lost * (1 - lost) / 2]
@@ -154,25 +154,25 @@ def test_kto_holds_its_baseline() -> None:
 
 
 def test_straight_through_kl_has_the_value_of_one_and_the_gradient_of_the_other() -> None:
-    found = {}
+    result = {}
     for estimator in ("k2", "k3", "k3_k2"):
-        own = objective(regularizer=token_kl(estimator))
-        found[estimator] = gradients(own, weigh(own, STEP))
-    assert found["k3_k2"][0] == pytest.approx(found["k3"][0], abs=1e-12)
-    assert found["k3_k2"][1].tolist() == pytest.approx(found["k2"][1].tolist(), abs=1e-12)
-    assert (found["k3"][1] - found["k2"][1]).abs().max() > 1e-2
+        subject = objective(regularizer=token_kl(estimator))
+        result[estimator] = gradients(subject, weigh(subject, STEP))
+    assert result["k3_k2"][0] == pytest.approx(result["k3"][0], abs=1e-12)
+    assert result["k3_k2"][1].tolist() == pytest.approx(result["k2"][1].tolist(), abs=1e-12)
+    assert (result["k3"][1] - result["k2"][1]).abs().max() > 1e-2
 
 
 def test_an_anchor_that_is_the_policy_itself_needs_no_copy() -> None:
     """LCO with one epoch reads its own logits, detached; with two the kept ones: the same where they are equal."""
     here = Table(**{**vars(STEP), "others": {**STEP.others, "old": STEP.logits}})
     for name in ("lco_mse", "lco_log_cosh", "lco_kl", "lco_ratio"):
-        found = []
+        result = []
         for epochs in (1, 2):
-            own = case(name, epochs=epochs)
+            subject = case(name, epochs=epochs)
             logits, values = leaves()
-            terms = loss(own, here, weigh(own, here), logits, values)
-            found.append((terms.loss.item(), torch.autograd.grad(terms.loss, logits)[0]))
-        assert found[0][0] == pytest.approx(found[1][0], abs=1e-12)
-        assert torch.allclose(found[0][1], found[1][1], atol=1e-12)
-        assert found[0][1].abs().max() > 1e-3
+            terms = loss(subject, here, weigh(subject, here), logits, values)
+            result.append((terms.loss.item(), torch.autograd.grad(terms.loss, logits)[0]))
+        assert result[0][0] == pytest.approx(result[1][0], abs=1e-12)
+        assert torch.allclose(result[0][1], result[1][1], atol=1e-12)
+        assert result[0][1].abs().max() > 1e-3

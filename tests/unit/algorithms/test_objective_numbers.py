@@ -61,10 +61,10 @@ ASKS: dict[str, tuple[set[str], bool, bool, list[str], set[str] | None]] = {
 @pytest.mark.parametrize("name", list(ASKS))
 def test_what_an_objective_asks_the_learner_for(name: str) -> None:
     measures, every_epoch, reads_old, columns, models = ASKS[name]
-    own = case(name)
-    assert (own.measures, own.weighs_every_epoch, own.reads_old) == (measures, every_epoch, reads_old)
-    assert list(own.heads) == columns
-    assert (None if own.vocabulary is None else set(own.vocabulary.models)) == models
+    subject = case(name)
+    assert (subject.measures, subject.weighs_every_epoch, subject.reads_old) == (measures, every_epoch, reads_old)
+    assert list(subject.heads) == columns
+    assert (None if subject.vocabulary is None else set(subject.vocabulary.models)) == models
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -92,7 +92,7 @@ def test_the_whole_entropy_is_computed_where_it_is_read(entropy: dict[str, Any],
 
 
 def test_what_is_not_said_has_these_values() -> None:
-    """Defaults of what passes between learner and objective, and of moments nobody moved yet."""
+    """Defaults of what passes between learner and objective, and of moments that no update has moved."""
     measured, credit = Measured(), Credit(np.zeros(2), 1, 2)
     assert (measured.logprobs, measured.values, measured.version) == (None, None, 0)
     assert (credit.targets, credit.old_values, credit.selected, credit.finished) == (None, None, None, False)
@@ -120,16 +120,16 @@ def test_a_credit_that_is_none_is_refused(values: np.ndarray) -> None:
 
 @pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "gae", "lco_mse", "sequence_sum", "reward_weighted"])
 def test_what_regularizers_did_to_the_reward(name: str) -> None:
-    own, by = case(name), CASES[name][1]
-    found = weigh(own, STEP).metrics
-    kl = by.get("kl", {}).get("coefficient", 0.0) * by_row(
+    subject, config = case(name), CASES[name][1]
+    result = weigh(subject, STEP).metrics
+    kl = config.get("kl", {}).get("coefficient", 0.0) * by_row(
         (CURRENT if name == "reward_weighted" else SAMPLER) - REFERENCE
     )
-    bonus = by.get("entropy", {}).get("coefficient", 0.0) * by_row(-SAMPLER)
-    assert found["reward_kl_term"] == pytest.approx(-kl.mean(), abs=1e-12)
-    assert found["reward_entropy_term"] == pytest.approx(bonus.mean(), abs=1e-12)
-    assert found["regularized_reward"] == pytest.approx((REWARDS - kl + bonus).mean(), abs=1e-12)
-    assert found["uniform_groups"] == 0
+    bonus = config.get("entropy", {}).get("coefficient", 0.0) * by_row(-SAMPLER)
+    assert result["reward_kl_term"] == pytest.approx(-kl.mean(), abs=1e-12)
+    assert result["reward_entropy_term"] == pytest.approx(bonus.mean(), abs=1e-12)
+    assert result["regularized_reward"] == pytest.approx((REWARDS - kl + bonus).mean(), abs=1e-12)
+    assert result["uniform_groups"] == 0
     assert abs(kl.mean()) + abs(bonus.mean()) > 1e-3
 
 
@@ -144,16 +144,16 @@ def test_uniform_groups_are_those_of_the_regularized_reward() -> None:
 @pytest.mark.parametrize("name", ["gae", "eapo", "value_baseline", "eapo_rloo"])
 def test_what_a_critic_explains(name: str) -> None:
     """1 - var(target - value) / var(target) and the mean value, of each head, where it has a target."""
-    own = case(name)
-    values = heads(own, STEP.values)
+    subject = case(name)
+    values = heads(subject, STEP.values)
     assert values is not None
-    by = own.settings.objective
-    credit = own.weigh(STEP.batch, Measured(CURRENT, values.numpy()))
+    config = subject.settings.objective
+    credit = subject.weigh(STEP.batch, Measured(CURRENT, values.numpy()))
     assert credit.targets is not None
-    for column, head in enumerate(own.heads):
-        art = own.popart[head]  # type: ignore[attr-defined]
+    for column, head in enumerate(subject.heads):
+        art = subject.popart[head]  # type: ignore[attr-defined]
         target = credit.targets[:, column]
-        if by.critic.popart:  # type: ignore[union-attr]
+        if config.critic.popart:  # type: ignore[union-attr]
             target = target * art.deviation + art.mean
         known = np.isfinite(target)
         value = values.numpy()[known, column]
@@ -161,13 +161,13 @@ def test_what_a_critic_explains(name: str) -> None:
         assert credit.metrics["explained_variance"][head] == pytest.approx(expected, abs=1e-9)
         assert credit.metrics["value_mean"][head] == pytest.approx(value.mean(), abs=1e-12)
         assert known.sum() == (8 if name == "value_baseline" else len(CURRENT)) and expected < 1
-    assert set(credit.metrics["value_mean"]) == set(own.heads)
+    assert set(credit.metrics["value_mean"]) == set(subject.heads)
 
 
 def test_without_a_critic_nothing_is_said_of_one() -> None:
     assert not {"explained_variance", "value_mean"} & set(weigh(case("rloo"), STEP).metrics)
-    own = case("rloo").coefficients()
-    assert set(own) == {"kl_coefficient", "entropy_coefficient"}
+    subject = case("rloo").coefficients()
+    assert set(subject) == {"kl_coefficient", "entropy_coefficient"}
 
 
 def test_explained_variance_by_hand() -> None:
@@ -180,9 +180,9 @@ def test_explained_variance_by_hand() -> None:
 
 
 def test_the_spread_of_advantages_is_that_before_whitening_and_shaping_is_told_apart() -> None:
-    own = objective(objective={"advantage": "reinforce_pp"}, shaping={"missing_end_penalty": 0.5})
+    subject = objective(objective={"advantage": "reinforce_pp"}, shaping={"missing_end_penalty": 0.5})
     ends = pa.array(["stop"] * 6 + ["length"] * 2)
-    credit = own.weigh(STEP.batch.append_column("finish_reason", ends), Measured())
+    credit = subject.weigh(STEP.batch.append_column("finish_reason", ends), Measured())
     rewards = REWARDS - 0.5 * (np.arange(8) >= 6)
     flat = rewards[STEP.row_of_item]
     assert credit.metrics["advantage_std"] == pytest.approx(flat.std(), abs=1e-12)
@@ -192,7 +192,7 @@ def test_the_spread_of_advantages_is_that_before_whitening_and_shaping_is_told_a
 
 
 def test_what_adapts_is_told_by_its_name() -> None:
-    own = objective(
+    subject = objective(
         objective={
             "advantage": "gae",
             "normalize_reward": True,
@@ -201,37 +201,39 @@ def test_what_adapts_is_told_by_its_name() -> None:
         },
         regularizer={"kl": {"coefficient": 0.25, "controller": {"kind": "safe"}}},
     )
-    assert weigh(own, STEP) and own.coefficients()["entropy_coefficient"] == 0.0
-    moments, popart = own.moments, own.popart  # type: ignore[attr-defined]
-    found = own.coefficients()
-    assert found["normalizer_mean"] == moments.mean == pytest.approx(REWARDS.mean(), abs=1e-3)
-    assert found["normalizer_std"] == pytest.approx(REWARDS.std(), abs=1e-3) and abs(moments.mean) > 0.01
-    assert found["popart_mean"] == {head: art.mean for head, art in popart.items()}
-    assert found["popart_std"] == {head: art.deviation for head, art in popart.items()}
-    assert set(found["popart_mean"]) == {"value", "entropy"} and found["kl_coefficient"] == own.kl_coefficient.value
-    assert {f"safe_{name}" for name in ("threshold_nats", "gate", "penalty")} < set(found)
+    assert weigh(subject, STEP) and subject.coefficients()["entropy_coefficient"] == 0.0
+    moments, popart = subject.moments, subject.popart  # type: ignore[attr-defined]
+    result = subject.coefficients()
+    assert result["normalizer_mean"] == moments.mean == pytest.approx(REWARDS.mean(), abs=1e-3)
+    assert result["normalizer_std"] == pytest.approx(REWARDS.std(), abs=1e-3) and abs(moments.mean) > 0.01
+    assert result["popart_mean"] == {head: art.mean for head, art in popart.items()}
+    assert result["popart_std"] == {head: art.deviation for head, art in popart.items()}
+    assert (
+        set(result["popart_mean"]) == {"value", "entropy"} and result["kl_coefficient"] == subject.kl_coefficient.value
+    )
+    assert {f"safe_{name}" for name in ("threshold_nats", "gate", "penalty")} < set(result)
 
 
 def test_the_metrics_of_weighted_likelihood() -> None:
-    own = case("soft_chi2")
-    found = weigh(own, STEP)
-    weights = found.advantages[np.cumsum(LENGTHS) - 1] * LENGTHS  # likelihood: average
+    subject = case("soft_chi2")
+    result = weigh(subject, STEP)
+    weights = result.advantages[np.cumsum(LENGTHS) - 1] * LENGTHS  # likelihood: average
     assert weights.mean() == pytest.approx(1, abs=1e-12)
     effective = of_groups(lambda w: w.sum() ** 2 / np.square(w).sum(), weights)
-    assert found.metrics["effective_samples"] == pytest.approx(np.mean(effective), abs=1e-9)
-    assert found.metrics["accepted_ratio"] == 1.0
-    assert found.metrics["best_reward"] == pytest.approx(np.mean(of_groups(np.max, REWARDS)), abs=1e-12)
-    assert found.metrics["best_of_n_kl_nats"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-12)
-    assert (found.num_rows, found.num_tokens) == (8, len(CURRENT))
+    assert result.metrics["effective_samples"] == pytest.approx(np.mean(effective), abs=1e-9)
+    assert result.metrics["accepted_ratio"] == 1.0
+    assert result.metrics["best_reward"] == pytest.approx(np.mean(of_groups(np.max, REWARDS)), abs=1e-12)
+    assert result.metrics["best_of_n_kl_nats"] == pytest.approx(math.log(4) - 3 / 4, abs=1e-12)
+    assert (result.num_rows, result.num_tokens) == (8, len(CURRENT))
     best = weigh(case("best_of_n"), STEP)
     assert best.metrics["accepted_ratio"] == 0.25 and best.metrics["effective_samples"] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(("form", "share"), [("sum", 1.0), ("average", None), ("token_mean", 8 / LENGTHS.sum())])
 def test_a_weighted_likelihood_is_over_a_completion_its_mean_or_all_tokens(form: str, share: float | None) -> None:
-    own = objective(objective={"kind": "weighted_likelihood", "weights": "uniform", "likelihood": form})
+    subject = objective(objective={"kind": "weighted_likelihood", "weights": "uniform", "likelihood": form})
     expected = np.repeat(1 / LENGTHS if share is None else np.full(8, share), LENGTHS)
-    assert weigh(own, STEP).advantages == pytest.approx(expected, abs=1e-12)
+    assert weigh(subject, STEP).advantages == pytest.approx(expected, abs=1e-12)
 
 
 # ---- preferences
@@ -242,8 +244,8 @@ def test_a_weighted_likelihood_is_over_a_completion_its_mean_or_all_tokens(form:
     ("simpo_plackett_luce", "mean"), ("dpo_plackett_luce", "ratio"),
 ])  # fmt: skip
 def test_what_runs_of_preferences_are_watched_by(loss: str, score: str) -> None:
-    own = objective(objective={"kind": "preference", "loss": loss, "beta": 0.4})
-    found = weigh(own, STEP).metrics
+    subject = objective(objective={"kind": "preference", "loss": loss, "beta": 0.4})
+    result = weigh(subject, STEP).metrics
     policy, reference = by_row(CURRENT), by_row(REFERENCE)
     scores = {
         "ratio": policy - reference,
@@ -253,21 +255,21 @@ def test_what_runs_of_preferences_are_watched_by(loss: str, score: str) -> None:
     }[score]
     won = [np.flatnonzero(ticket == TICKETS)[REWARDS[ticket == TICKETS].argmax()] for ticket in (2, 7)]
     lost = [np.flatnonzero(ticket == TICKETS)[REWARDS[ticket == TICKETS].argmin()] for ticket in (2, 7)]
-    assert found["pairs"] == 2
-    assert found["chosen_implicit_reward"] == pytest.approx(0.4 * scores[won].mean(), abs=1e-12)
-    assert found["rejected_implicit_reward"] == pytest.approx(0.4 * scores[lost].mean(), abs=1e-12)
-    assert found["implicit_margin"] == pytest.approx(0.4 * (scores[won] - scores[lost]).mean(), abs=1e-12)
-    assert found["preference_accuracy_ratio"] == np.mean(scores[won] > scores[lost])
-    assert found["chosen_logprob_nats"] == pytest.approx(policy[won].mean(), abs=1e-12)
-    assert found["rejected_logprob_nats"] == pytest.approx(policy[lost].mean(), abs=1e-12)
-    assert found["chosen_log_ratio_nats"] == pytest.approx((policy - reference)[won].mean(), abs=1e-12)
-    assert found["rejected_log_ratio_nats"] == pytest.approx((policy - reference)[lost].mean(), abs=1e-12)
+    assert result["pairs"] == 2
+    assert result["chosen_implicit_reward"] == pytest.approx(0.4 * scores[won].mean(), abs=1e-12)
+    assert result["rejected_implicit_reward"] == pytest.approx(0.4 * scores[lost].mean(), abs=1e-12)
+    assert result["implicit_margin"] == pytest.approx(0.4 * (scores[won] - scores[lost]).mean(), abs=1e-12)
+    assert result["preference_accuracy_ratio"] == np.mean(scores[won] > scores[lost])
+    assert result["chosen_logprob_nats"] == pytest.approx(policy[won].mean(), abs=1e-12)
+    assert result["rejected_logprob_nats"] == pytest.approx(policy[lost].mean(), abs=1e-12)
+    assert result["chosen_log_ratio_nats"] == pytest.approx((policy - reference)[won].mean(), abs=1e-12)
+    assert result["rejected_log_ratio_nats"] == pytest.approx((policy - reference)[lost].mean(), abs=1e-12)
 
 
 def test_a_tie_of_two_scores_is_no_win() -> None:
     batch = rollout([[-1.0], [-1.0]], [1.0, 0.0])
-    own = objective(objective={"kind": "preference", "loss": "simpo"})
-    assert own.weigh(batch, Measured(np.array([-1.0, -1.0]))).metrics["preference_accuracy_ratio"] == 0.0
+    subject = objective(objective={"kind": "preference", "loss": "simpo"})
+    assert subject.weigh(batch, Measured(np.array([-1.0, -1.0]))).metrics["preference_accuracy_ratio"] == 0.0
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, -0.5, 3.0, -3.0])
@@ -275,11 +277,11 @@ def test_the_baseline_of_kto_is_the_mean_ratio_where_that_is_positive(shift: flo
     """z = max(0, mean h): 0 below, also where the mean lies just below."""
     h = np.array([1.0, -0.4]) + shift
     batch = rollout([[-1.0], [-1.0]], [1.0, 0.0], reference=[[-1.0], [-1.0]])
-    own = objective(objective={"kind": "preference", "loss": "kto", "beta": 0.7})
-    found = own.weigh(batch, Measured(h - 1.0)).metrics["preference_loss"]
+    subject = objective(objective={"kind": "preference", "loss": "kto", "beta": 0.7})
+    result = subject.weigh(batch, Measured(h - 1.0)).metrics["preference_loss"]
     z = max(0.0, h.mean())
     sigmoid = [1 / (1 + math.exp(-0.7 * x)) for x in (h[0] - z, z - h[1])]
-    assert found == pytest.approx(1 - np.mean(sigmoid), abs=1e-12)
+    assert result == pytest.approx(1 - np.mean(sigmoid), abs=1e-12)
 
 
 @pytest.mark.parametrize(("ratio", "finished"), [(None, False), (0.4, True), (0.5, True), (0.6, False), (0.0, True)])
@@ -292,8 +294,8 @@ def test_a_run_is_done_when_enough_prompts_are_settled(ratio: float | None, fini
         reward_a=[3.0, 1.0, 0.0, 3.0, 1.0, 0.0],
         reward_b=[3.0, 0.0, 1.0, 0.0, 3.0, 1.0],
     )  # fmt: skip
-    own = objective(objective={"kind": "preference", "pairs": pairs})
-    credit = own.weigh(batch, Measured(np.full(6, -1.0)))
+    subject = objective(objective={"kind": "preference", "pairs": pairs})
+    credit = subject.weigh(batch, Measured(np.full(6, -1.0)))
     assert credit.metrics["settled_ratio"] == 0.5 and credit.finished == finished
     assert credit.counts == {"pairs_dropped_total": {"settled": 1.0, "tie": 1.0}}
 
@@ -315,9 +317,9 @@ def test_held_out_rows_say_the_loss_of_the_objective() -> None:
     """Of a likelihood -log pi a token; of preferences their own loss."""
     measured = Measured(CURRENT)
     assert case("uniform").assess(STEP.batch, measured) == {"loss": pytest.approx(-CURRENT.mean(), abs=1e-12)}
-    own = case("simpo")
-    expected = own.weigh(STEP.batch, measured).metrics
-    assert own.assess(STEP.batch, measured) == {"loss": expected["preference_loss"], **expected}
+    subject = case("simpo")
+    expected = subject.weigh(STEP.batch, measured).metrics
+    assert subject.assess(STEP.batch, measured) == {"loss": expected["preference_loss"], **expected}
 
 
 # ---- selections
@@ -360,31 +362,31 @@ def candidates(rewards: list[float], judged: list[float] | None = None, **more: 
 def test_a_pair_needs_more_than_the_margin(margin: float, kept: bool) -> None:
     """Rewards 1 apart; at the margin itself it is a tie."""
     for rewards in ([1.0, 2.0], [2.0, 1.0]):
-        found = pair_selection.select(PairSettings(min_margin=margin), candidates(rewards))
+        result = pair_selection.select(PairSettings(min_margin=margin), candidates(rewards))
         best = int(np.argmax(rewards))
-        assert (found.chosen.tolist(), found.rejected.tolist()) == (([best], [1 - best]) if kept else ([], []))
-        assert found.dropped == ({} if kept else {"tie": 1}) and found.metrics == {"pairs": float(kept)}
+        assert (result.chosen.tolist(), result.rejected.tolist()) == (([best], [1 - best]) if kept else ([], []))
+        assert result.dropped == ({} if kept else {"tie": 1}) and result.metrics == {"pairs": float(kept)}
 
 
 def test_the_judge_orders_what_the_reward_selected() -> None:
-    found = pair_selection.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, 1.0, 2.0]))
-    assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [1])
+    result = pair_selection.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, 1.0, 2.0]))
+    assert (result.chosen.tolist(), result.rejected.tolist()) == ([0], [1])
     lost = pair_selection.select(PairSettings(), candidates([0.0, 5.0, 1.0], judged=[3.0, np.nan, 2.0]))
     assert lost.dropped == {"unjudged": 1} and len(lost.chosen) == 0
 
 
 def test_the_length_penalty_counts_for_the_selection_alone() -> None:
     """Rewards 3, 2, 0 of 9, 1 and 1 tokens: at .5 a token the long one is the worst, and still wins its pair."""
-    found = pair_selection.select(
+    result = pair_selection.select(
         PairSettings(length_penalty=0.5), candidates([3.0, 2.0, 0.0], lengths=np.array([9, 1, 1]))
     )
-    assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [1])
+    assert (result.chosen.tolist(), result.rejected.tolist()) == ([0], [1])
 
 
 def test_completions_that_did_not_end_are_left_out_where_that_is_asked() -> None:
     ends = np.array([False, True, True, False])
-    found = pair_selection.select(PairSettings(finished_only=True), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
-    assert (found.chosen.tolist(), found.rejected.tolist()) == ([2], [1])
+    result = pair_selection.select(PairSettings(finished_only=True), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
+    assert (result.chosen.tolist(), result.rejected.tolist()) == ([2], [1])
     every = pair_selection.select(PairSettings(), candidates([9.0, 1.0, 2.0, -9.0], finished=ends))
     assert (every.chosen.tolist(), every.rejected.tolist()) == ([0], [3])
     none = pair_selection.select(
@@ -398,11 +400,11 @@ def test_the_members_that_disagree_most_by_hand() -> None:
     members = np.array([[4.0, 1.0, -9.0, 0.0], [0.0, 3.5, -9.0, 3.0], [1.0, 1.0, -9.0, 4.0]])
     assert pair_selection.plausible(members).tolist() == [0, 1, 3]
     assert pair_selection.most_disagreeing(members, np.array([0, 1, 3])) == (0, 3, 7.0)
-    found = pair_selection.select(
+    result = pair_selection.select(
         PairSettings(selection="most_disagreeing"), candidates([4.0, 1.0, -9.0, 0.0], members=members)
     )
-    assert (found.chosen.tolist(), found.rejected.tolist()) == ([0], [3])
-    assert found.metrics == {
+    assert (result.chosen.tolist(), result.rejected.tolist()) == ([0], [3])
+    assert result.metrics == {
         "pairs": 1.0, "plausible_completions": 3.0, "settled_ratio": 0.0, "pair_disagreement": 7.0
     }  # fmt: skip
 
@@ -425,7 +427,7 @@ def test_acceptance_carries_samples_from_one_temperature_to_the_next(rewards: li
 
 
 def test_every_regularizer_in_the_loss_is_told_under_its_own_name() -> None:
-    own = objective(
+    subject = objective(
         objective={"correction": "none"},
         regularizer={
             "kl": {"coefficient": 0.3, "placement": "loss", "estimator": "k2"},
@@ -439,26 +441,26 @@ def test_every_regularizer_in_the_loss_is_told_under_its_own_name() -> None:
     )  # fmt: skip
     logprobs = torch.tensor([-1.5, -2.0, -1.0], dtype=torch.float64)
     entropies = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
-    found = own.loss(rows, Outputs(logprobs, entropies), Credit(np.ones(3), 2, 3))
+    result = subject.loss(rows, Outputs(logprobs, entropies), Credit(np.ones(3), 2, 3))
     kl = (0.5**2 + 1.0**2 + 1.5**2) / 2 / 2
-    assert found.sums["kl_loss_nats"] == pytest.approx(kl) and found.sums["kl_loss"] == pytest.approx(0.3 * kl)
-    assert found.sums["policy_entropy_nats"] == pytest.approx(1.5)
-    assert found.sums["entropy_loss"] == pytest.approx(-0.3)
-    assert found.sums["policy_loss"] == pytest.approx(-(1 + 1 - 2) / 2)
-    assert found.loss.item() == pytest.approx(0.0 + 0.3 * kl - 0.3) == pytest.approx(found.sums["loss"])
+    assert result.sums["kl_loss_nats"] == pytest.approx(kl) and result.sums["kl_loss"] == pytest.approx(0.3 * kl)
+    assert result.sums["policy_entropy_nats"] == pytest.approx(1.5)
+    assert result.sums["entropy_loss"] == pytest.approx(-0.3)
+    assert result.sums["policy_loss"] == pytest.approx(-(1 + 1 - 2) / 2)
+    assert result.loss.item() == pytest.approx(0.0 + 0.3 * kl - 0.3) == pytest.approx(result.sums["loss"])
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_the_exact_kl_is_drawn_by_seed_and_version(share: float) -> None:
     term, seeds, lengths = ExactKL(share), np.arange(40), np.arange(40) % 5 + 1
-    found = term.select(seeds, lengths, 3)
+    result = term.select(seeds, lengths, 3)
     if share == 1:
-        assert found is None
+        assert result is None
         return
-    assert found is not None and found.shape == (lengths.sum(),)
-    assert found.mean() == pytest.approx(share, abs=0.15)
+    assert result is not None and result.shape == (lengths.sum(),)
+    assert result.mean() == pytest.approx(share, abs=0.15)
     expected = [np.random.default_rng([seed, 3]).random(n) < share for seed, n in zip(seeds, lengths, strict=True)]
-    assert found.tolist() == np.concatenate(expected).tolist()
+    assert result.tolist() == np.concatenate(expected).tolist()
     again, other = term.select(seeds, lengths, 3), term.select(seeds, lengths, 4)
     assert again is not None and other is not None
-    assert again.tolist() == found.tolist() != other.tolist()
+    assert again.tolist() == result.tolist() != other.tolist()

@@ -52,9 +52,9 @@ def test_ppo_clip_oracle(low: float, high: float, up: float, down: float) -> Non
 
     With two bounds that differ each is seen on its own side: the first loss is that of the upper, the last of the lower.
     """
-    own = objective(objective={"clip_low": low, "clip_high": high, "correction": "none"})
+    subject = objective(objective={"clip_low": low, "clip_high": high, "correction": "none"})
     new = logs(np.log([1.5, 0.6, 1.1, 0.5]).tolist())
-    terms = own.loss(
+    terms = subject.loss(
         rows([1, 1, -1, -1], [1, 1, 1, 1], [0.0] * 4, old=torch.zeros(4, dtype=torch.float64)),
         Outputs(new),
         credit(4, 4),
@@ -71,17 +71,17 @@ def test_ppo_clip_oracle(low: float, high: float, up: float, down: float) -> Non
 )
 def test_reductions_oracle(reduction: str, expected: float) -> None:
     """P2b_agg: per-token values [[1, 2, 3], [4]] give 2.5, 3.0, 5.0 and, with 4 tokens at most, 1.25."""
-    own = objective(objective={"reduction": reduction, "correction": "none"})
+    subject = objective(objective={"reduction": reduction, "correction": "none"})
     values = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    reduced = own.reduce(values, rows([0, 0], [TOKENS_A, TOKENS_B], [0.0] * 4), credit(2, 4))
+    reduced = subject.reduce(values, rows([0, 0], [TOKENS_A, TOKENS_B], [0.0] * 4), credit(2, 4))
     assert reduced.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_on_policy_gradient_is_advantage_times_score() -> None:
     """With rho = w = 1 the gradient of every token is -A / rows: REINFORCE on the sum of log-probs."""
-    own = objective(objective={"correction": "none"})
+    subject = objective(objective={"correction": "none"})
     new = logs([-1.0, -2.0, -0.5, -0.1])
-    terms = own.loss(rows([0.7, -0.3], [3, 1], [-1.0, -2.0, -0.5, -0.1]), Outputs(new), credit(2, 4))
+    terms = subject.loss(rows([0.7, -0.3], [3, 1], [-1.0, -2.0, -0.5, -0.1]), Outputs(new), credit(2, 4))
     (gradient,) = torch.autograd.grad(terms.loss, new)
     assert gradient.tolist() == pytest.approx([-0.35, -0.35, -0.35, 0.15], abs=1e-12)
 
@@ -92,8 +92,8 @@ def test_truncated_weights_by_token_and_by_sequence() -> None:
     new = logs([-1.0, -2.0, -0.5, -0.1])
     weights = {"token": [np.exp(0.5), 2.0, np.exp(-0.2), np.exp(0.3)], "sequence": [2.0, 2.0, 2.0, np.exp(0.3)]}
     for correction, expected in weights.items():
-        own = objective(objective={"correction": correction})
-        terms = own.loss(rows([1.0, 1.0], [3, 1], sampler), Outputs(new), credit(2, 4))
+        subject = objective(objective={"correction": correction})
+        terms = subject.loss(rows([1.0, 1.0], [3, 1], sampler), Outputs(new), credit(2, 4))
         (gradient,) = torch.autograd.grad(terms.loss, new)
         assert (-2 * gradient).tolist() == pytest.approx(expected, abs=1e-12)
         assert terms.sums["importance_weight"] == pytest.approx(np.mean(expected))
@@ -101,26 +101,26 @@ def test_truncated_weights_by_token_and_by_sequence() -> None:
 
 
 def test_sequence_ratio_is_one_term_a_completion() -> None:
-    own = objective(objective={"level": "sequence", "correction": "none", "clip_low": 0.05, "clip_high": 0.2})
+    subject = objective(objective={"level": "sequence", "correction": "none", "clip_low": 0.05, "clip_high": 0.2})
     old = torch.tensor([-1.0, -1.0, -1.0, -1.0], dtype=torch.float64)
     new = logs([-0.9, -0.9, -0.9, -1.1])
-    terms = own.loss(rows([1.0, 1.0], [3, 1], [0.0] * 4, old=old), Outputs(new), credit(2, 4))
+    terms = subject.loss(rows([1.0, 1.0], [3, 1], [0.0] * 4, old=old), Outputs(new), credit(2, 4))
     assert terms.loss.item() == pytest.approx(-(1.2 + np.exp(-0.1)) / 2)  # e^.3 is clipped to 1.2
     (gradient,) = torch.autograd.grad(terms.loss, new)
     assert gradient.tolist() == pytest.approx([0, 0, 0, -np.exp(-0.1) / 2])
 
 
 def test_clamped_exponents_are_counted() -> None:
-    own = objective(objective={"correction": "token"})
+    subject = objective(objective={"correction": "token"})
     new = logs([-1.0, -1.0])
-    terms = own.loss(rows([1.0, 1.0], [1, 1], [-50.0, -1.0]), Outputs(new), credit(2, 2))
+    terms = subject.loss(rows([1.0, 1.0], [1, 1], [-50.0, -1.0]), Outputs(new), credit(2, 2))
     assert terms.sums["clamped_log_ratios"] == 1.0
     assert np.isfinite(terms.loss.item())
 
 
 def test_shares_of_micro_batches_add_up() -> None:
     """The loss of a step is the sum over any split of its rows, gradients included."""
-    own = objective(
+    subject = objective(
         objective={"correction": "token", "reduction": "token_mean"},
         regularizer={
             "kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k2"},
@@ -134,7 +134,7 @@ def test_shares_of_micro_batches_add_up() -> None:
     def part(which: slice, advantages: list[float], lengths: list[int]) -> tuple[float, list[float], dict[str, float]]:
         new = logs(values[which])
         made = rows(advantages, lengths, sampler[which], reference=torch.tensor(reference[which], dtype=torch.float64))
-        terms = own.loss(made, Outputs(new, torch.tensor(entropies[which], dtype=torch.float64)), credit(2, 4))
+        terms = subject.loss(made, Outputs(new, torch.tensor(entropies[which], dtype=torch.float64)), credit(2, 4))
         return terms.loss.item(), torch.autograd.grad(terms.loss, new)[0].tolist(), dict(terms.sums)
 
     whole = part(slice(0, 4), [0.5, -0.5], [3, 1])
@@ -187,6 +187,6 @@ def test_zero_coefficients_change_no_bit() -> None:
 
 
 def test_missing_columns_are_a_broken_invariant() -> None:
-    own = objective(regularizer={"kl": {"coefficient": 0.05}})
+    subject = objective(regularizer={"kl": {"coefficient": 0.05}})
     with pytest.raises(AssertionError, match="reference_logprobs"):
-        own.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]), Measured())
+        subject.weigh(ROLLOUT.select(["ticket", "reward", "completion_logprobs"]), Measured())

@@ -21,14 +21,16 @@ GAE_VALUES = np.array([[0.3], [0.6], [0.9]])
 
 def test_gae() -> None:
     """P2b_gae: token KL [.2, -.1, .4] at .05, score 1.5 at the end, V = [.3, .6, .9], discount 1, lambda .95."""
-    by: dict[str, Any] = {"advantage": "gae", "critic": {}}
+    config: dict[str, Any] = {"advantage": "gae", "critic": {}}
     kl = {"kl": {"coefficient": 0.05}}
-    plain = objective(objective={**by, "whiten": "none"}, regularizer=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
+    plain = objective(objective={**config, "whiten": "none"}, regularizer=kl).weigh(
+        GAE_BATCH, Measured(values=GAE_VALUES)
+    )
     assert plain.advantages == pytest.approx([1.1032, 0.856, 0.58], abs=1e-9)
     assert plain.targets is not None and plain.old_values is not None
     assert plain.targets[:, 0] == pytest.approx([1.4032, 1.456, 1.48], abs=1e-9)
     assert plain.old_values[:, 0] == pytest.approx([0.3, 0.6, 0.9], abs=1e-12)
-    whitened = objective(objective=by, regularizer=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
+    whitened = objective(objective=config, regularizer=kl).weigh(GAE_BATCH, Measured(values=GAE_VALUES))
     # the oracle has TRL's 1e-8 under the root, which is 7e-8 here
     assert whitened.advantages == pytest.approx([0.981155938, 0.0366787267, -1.0178346646], abs=1e-7)
     assert whitened.targets is not None
@@ -233,7 +235,7 @@ def test_where_the_two_forms_of_a_mean_entropy_end(
 
 def test_sequence_kl_needs_the_reward() -> None:
     """P2c_seqkl: two choices; k2 token by token leaves out that the first leads to the divergence of the second."""
-    own = torch.tensor([-1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    subject = torch.tensor([-1.0, 3.0], dtype=torch.float64, requires_grad=True)
 
     def paths(theta: Tensor, phi: Tensor, after_b: Tensor) -> Tensor:
         """[4, 2] log-probs: a then its two answers, b then its two."""
@@ -241,7 +243,7 @@ def test_sequence_kl_needs_the_reward() -> None:
         first = torch.stack([zero, theta]).log_softmax(0).repeat_interleave(2)
         return torch.stack([first, torch.cat([torch.stack([phi, zero]).log_softmax(0), after_b.log()])], dim=1)
 
-    pi = paths(*own, torch.tensor([0.5, 0.5], dtype=torch.float64))
+    pi = paths(*subject, torch.tensor([0.5, 0.5], dtype=torch.float64))
     ref = paths(*torch.tensor([0.5, 0.2], dtype=torch.float64), torch.tensor([0.8, 0.2], dtype=torch.float64))
     totals, weights = pi.sum(1), pi.sum(1).exp().detach()
     flat = (pi.detach().numpy().ravel(), ref.numpy().ravel(), np.full(4, 2))
@@ -250,9 +252,9 @@ def test_sequence_kl_needs_the_reward() -> None:
         regularizers.kl_k2(totals, ref.sum(1)),
         regularizers.kl_k2(pi, ref).sum(1),
     ]
-    found = [torch.autograd.grad((weights * loss).sum(), own, retain_graph=True)[0].tolist() for loss in losses]
+    result = [torch.autograd.grad((weights * loss).sum(), subject, retain_graph=True)[0].tolist() for loss in losses]
     exact, by_token = [-0.3329850219, 0.0924749969], [-0.2949178999, 0.0924749969]
-    assert found == [pytest.approx(exact, abs=1e-9), pytest.approx(exact, abs=1e-9), pytest.approx(by_token, abs=1e-9)]
+    assert result == [pytest.approx(exact, abs=1e-9), pytest.approx(exact, abs=1e-9), pytest.approx(by_token, abs=1e-9)]
 
 
 OLD = torch.tensor([[1.0, 0.5, 0.0, -1.0]], dtype=torch.float64)
@@ -272,9 +274,9 @@ KLD = [0.2521325086, -0.3790092994, 0.0927543664, 0.0341224245]
 def test_lco_distances(form: str, value: float, gradient: list[float]) -> None:
     """P3_lco: z_old = [1, .5, 0, -1], token 1 with A / eta = 1.6."""
     logits = OLD.clone().requires_grad_()
-    (found,) = logits_convexity.distance(logits, TARGET, form)
-    assert found.item() == pytest.approx(value, abs=1e-9)
-    assert torch.autograd.grad(found, logits)[0][0].tolist() == pytest.approx(gradient, abs=1e-9)
+    (result,) = logits_convexity.distance(logits, TARGET, form)
+    assert result.item() == pytest.approx(value, abs=1e-9)
+    assert torch.autograd.grad(result, logits)[0][0].tolist() == pytest.approx(gradient, abs=1e-9)
     expected = [0.2218583377, 0.6664992801, 0.0816171213, 0.030025261]
     assert TARGET.softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-9)
 
@@ -284,8 +286,8 @@ def lco(advantage: float, other: Tensor = OLD, **settings: Any) -> tuple[float, 
     term = ConvexTerm(LogitsConvexitySettings(kind="logits_convexity", **settings))
     logits = OLD.clone().requires_grad_()
     others = dict.fromkeys(term.models, other)
-    (found,) = term(logits, torch.tensor([1]), torch.tensor([advantage], dtype=torch.float64), others)
-    return found.item(), torch.autograd.grad(found, logits)[0][0].tolist()
+    (result,) = term(logits, torch.tensor([1]), torch.tensor([advantage], dtype=torch.float64), others)
+    return result.item(), torch.autograd.grad(result, logits)[0][0].tolist()
 
 
 def test_lco_term() -> None:
@@ -338,9 +340,9 @@ def test_lco_first_version_of_a_token_that_is_sure(advantage: float) -> None:
     """A probability that float32 rounds to 1 has a ratio like any other: a finite loss."""
     term = ConvexTerm(LogitsConvexitySettings(kind="logits_convexity", target="ratio"))
     logits = torch.tensor([[20.0, 0.0, 0.0, 0.0]], requires_grad=True)
-    (found,) = term(logits, torch.tensor([0]), torch.tensor([advantage]), {})
-    assert np.isfinite(found.item()) and found.item() >= 0
-    (gradient,) = torch.autograd.grad(found, logits)
+    (result,) = term(logits, torch.tensor([0]), torch.tensor([advantage]), {})
+    assert np.isfinite(result.item()) and result.item() >= 0
+    (gradient,) = torch.autograd.grad(result, logits)
     assert torch.isfinite(gradient).all()
 
 
@@ -350,7 +352,7 @@ def test_lco_first_version_of_a_token_that_is_sure(advantage: float) -> None:
 def test_curvature(advantage: float, form: str, expected: float) -> None:
     """P3_curvature: second derivative along [.3, -1, .5, .2] at z_old; the policy gradient's is not convex."""
     direction = torch.tensor([0.3, -1.0, 0.5, 0.2], dtype=torch.float64)
-    own = objective(objective={"correction": "none"})
+    subject = objective(objective={"correction": "none"})
 
     def loss(step: Tensor) -> Tensor:
         logits = OLD + step * direction
@@ -363,7 +365,7 @@ def test_curvature(advantage: float, form: str, expected: float) -> None:
             sampler=torch.zeros(1, dtype=torch.float64),
             old=OLD.log_softmax(-1)[:, 1],
         )
-        return own.loss(rows, Outputs(logits.log_softmax(-1)[:, 1]), Credit(np.zeros(1), 1, 1)).loss
+        return subject.loss(rows, Outputs(logits.log_softmax(-1)[:, 1]), Credit(np.zeros(1), 1, 1)).loss
 
     curvature = torch.autograd.functional.hessian(loss, torch.zeros((), dtype=torch.float64))
     assert curvature.item() == pytest.approx(expected, abs=5e-4)
@@ -374,5 +376,18 @@ def test_ensemble_forms() -> None:
     members = np.array([[1.2], [0.8], [1.0], [0.2], [1.3]])
     forms = [("mean", 1.0, 0.9), ("worst", 1.0, 0.2), ("variance", 0.5, 0.824), ("lower_bound", 1.0, 0.5101282262)]
     for form, coefficient, expected in forms:
-        found = reward_ensembles.combine(members, np.ones(5), form, coefficient)
-        assert found.tolist() == [pytest.approx(expected, abs=1e-9)], form
+        result = reward_ensembles.combine(members, np.ones(5), form, coefficient)
+        assert result.tolist() == [pytest.approx(expected, abs=1e-9)], form
+
+
+def test_kl_dro_is_the_dual_of_a_kl_ball_and_lies_between_worst_and_mean() -> None:
+    """2606.09073: min over member weights q of sum q r + c KL(q, uniform), solved by q ~ exp(-r / c)."""
+    members = np.array([[1.2], [0.8], [1.0], [0.2], [1.3]])
+    for temperature in (0.1, 0.5, 2.0):
+        weights = np.exp(-members[:, 0] / temperature)
+        weights /= weights.sum()
+        primal = weights @ members[:, 0] + temperature * (weights * np.log(5 * weights)).sum()
+        (value,) = reward_ensembles.combine(members, np.ones(5), "kl_dro", temperature)
+        assert value == pytest.approx(primal, abs=1e-12) and 0.2 < value < 0.9
+    limits = [reward_ensembles.combine(members, np.ones(5), "kl_dro", c)[0] for c in (1e-4, 1e6)]
+    assert limits == pytest.approx([0.2, 0.9], abs=1e-3)

@@ -19,9 +19,9 @@ from tabular import objective, rollout
 )
 def test_soft_minimum(heads: list[float], expected: float) -> None:
     """P4 softmin: temperature .3."""
-    found = critics.soft_min(torch.tensor(heads, dtype=torch.float64), 0.3).item()
-    assert found == pytest.approx(expected, abs=1e-9)
-    assert min(heads) <= found <= min(np.mean(heads), min(heads) + 0.3 * np.log(2)) + 1e-12
+    result = critics.soft_min(torch.tensor(heads, dtype=torch.float64), 0.3).item()
+    assert result == pytest.approx(expected, abs=1e-9)
+    assert min(heads) <= result <= min(np.mean(heads), min(heads) + 0.3 * np.log(2)) + 1e-12
 
 
 def test_weight_of_the_larger_head() -> None:
@@ -37,10 +37,10 @@ def test_value_loss() -> None:
     """P4 value loss: V .9, V_old .5, target 1.6: Huber .225 plain, .325 clipped, mean .275."""
     numbers = (torch.tensor([x], dtype=torch.float64) for x in (0.9, 0.5, 1.6))
     value, old, target = numbers
-    found = [
+    result = [
         critics.value_loss(value, old, target, "huber", clip, form) for clip, form in ((0.2, "mean"), (0.2, "max"))
     ]
-    assert [x.item() for x in found] == pytest.approx([0.275, 0.325], abs=1e-12)
+    assert [x.item() for x in result] == pytest.approx([0.275, 0.325], abs=1e-12)
     assert critics.value_loss(value, old, target, "huber", None, "max").item() == pytest.approx(0.225, abs=1e-12)
     assert critics.value_loss(value, old, target, "mse", 0.2, "max").item() == pytest.approx(0.5 * 0.9**2, abs=1e-12)
 
@@ -57,21 +57,21 @@ TRACE = [
 
 def test_safe_controller() -> None:
     """P4 controller trace from zero, s = .1; the coefficient is the derivative of the penalty by the KL."""
-    own = Safe(ControllerSettings(kind="safe"), 0.1, 1.0)
-    assert own.value == 0.0
+    subject = Safe(ControllerSettings(kind="safe"), 0.1, 1.0)
+    assert subject.value == 0.0
     for (kl, entropy, reward), (smooth, pid, threshold, gate, penalty) in TRACE:
-        own.update(Observation(0.0, 4, kl, entropy, reward))
-        assert own.memory["kl"] == pytest.approx(smooth, abs=1e-9)
-        assert own.seen["threshold_nats"] == pytest.approx(threshold, abs=1e-9)
-        assert own.seen["threshold_nats"] / 1.5 - 0.3 == pytest.approx(pid, abs=1e-9)
-        assert own.seen["gate"] == pytest.approx(gate, abs=1e-9)
-        assert own.seen["penalty"] == pytest.approx(penalty, abs=1e-9)
-        assert own.value == pytest.approx(0.2 * max(0.0, smooth - threshold) * gate, abs=1e-9)
+        subject.update(Observation(0.0, 4, kl, entropy, reward))
+        assert subject.memory["kl"] == pytest.approx(smooth, abs=1e-9)
+        assert subject.seen["threshold_nats"] == pytest.approx(threshold, abs=1e-9)
+        assert subject.seen["threshold_nats"] / 1.5 - 0.3 == pytest.approx(pid, abs=1e-9)
+        assert subject.seen["gate"] == pytest.approx(gate, abs=1e-9)
+        assert subject.seen["penalty"] == pytest.approx(penalty, abs=1e-9)
+        assert subject.value == pytest.approx(0.2 * max(0.0, smooth - threshold) * gate, abs=1e-9)
     resumed = Safe(ControllerSettings(kind="safe"), 0.1, 1.0)
-    resumed.restore(own.state())
-    for each in (own, resumed):
-        each.update(Observation(0.0, 4, 1.0, 1.0, 0.2))
-    assert (resumed.value, resumed.memory, resumed.seen) == (own.value, own.memory, own.seen)
+    resumed.restore(subject.state())
+    for item in (subject, resumed):
+        item.update(Observation(0.0, 4, 1.0, 1.0, 0.2))
+    assert (resumed.value, resumed.memory, resumed.seen) == (subject.value, subject.memory, subject.seen)
 
 
 @pytest.mark.parametrize(
@@ -88,22 +88,22 @@ def test_safe_controller() -> None:
 )
 def test_phases_of_the_safe_threshold(rewards: list[float], phase: float) -> None:
     """The threshold .3 + PID times 1.5 warming up, 1.2 climbing, 1 converged, .8 on a plateau."""
-    own = Safe(ControllerSettings(kind="safe"), 0.1, 1.0)
+    subject = Safe(ControllerSettings(kind="safe"), 0.1, 1.0)
     for reward in rewards:
-        own.update(Observation(0.0, 4, 0.0, 1.0, reward))
-    assert own.seen["threshold_nats"] / phase == pytest.approx(0.3, abs=0.02)
+        subject.update(Observation(0.0, 4, 0.0, 1.0, reward))
+    assert subject.seen["threshold_nats"] / phase == pytest.approx(0.3, abs=0.02)
 
 
 def test_dual_and_proportional_controllers() -> None:
     """Dual: factor exp(rate (nats / target - 1)), for entropy the other way; Ziegler: clipped at .2, n / horizon."""
     seen = Observation(6.0, 500, 0.0, 0.0, 0.0)
     for sign, expected in ((1.0, np.exp(0.1)), (-1.0, np.exp(-0.1))):
-        own = coefficients.coefficient(ControllerSettings(kind="dual", target_nats=3.0), 0.4, sign)
-        own.update(seen)
-        assert own.value == pytest.approx(0.4 * expected, abs=1e-12)
-    own = coefficients.coefficient(ControllerSettings(kind="proportional", target_nats=3.0), 0.4, 1.0)
-    own.update(seen)
-    assert own.value == pytest.approx(0.4 * (1 + 0.2 * 500 / 10_000), abs=1e-12)
+        subject = coefficients.coefficient(ControllerSettings(kind="dual", target_nats=3.0), 0.4, sign)
+        subject.update(seen)
+        assert subject.value == pytest.approx(0.4 * expected, abs=1e-12)
+    subject = coefficients.coefficient(ControllerSettings(kind="proportional", target_nats=3.0), 0.4, 1.0)
+    subject.update(seen)
+    assert subject.value == pytest.approx(0.4 * (1 + 0.2 * 500 / 10_000), abs=1e-12)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -135,16 +135,16 @@ def test_zieglers_controller_moves_by_a_fifth_at_most(completions: int) -> None:
 
 
 def safe_after(updates: int) -> Objective:
-    """k2 in the loss under SAFE's controller after so many steps with 2 nats of KL and 1 of entropy per token."""
+    """k2 in the loss under SAFE's controller after a number of steps with 2 nats of KL and 1 of entropy per token."""
     controlled = {"coefficient": 0.1, "placement": "loss", "estimator": "k2", "controller": {"kind": "safe"}}
-    own = objective(regularizer={"kl": controlled}, objective={"correction": "none"})
+    subject = objective(regularizer={"kl": controlled}, objective={"correction": "none"})
     batch = rollout([[-1.0, -1.0], [-1.0, -1.0]], [0.5, 0.5], reference=[[-3.0, -3.0], [-3.0, -3.0]])
     for _ in range(updates):
-        own.adapt(batch)
-    return own
+        subject.adapt(batch)
+    return subject
 
 
-def step(own: Objective, penalty: float = 0.0) -> tuple[float, list[float]]:
+def step(subject: Objective, penalty: float = 0.0) -> tuple[float, list[float]]:
     """Loss plus penalty and gradient at x = log pi - log ref = [2, -1]; A = 0, so nothing but the KL pulls."""
     logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64, requires_grad=True)
     rows = Rows(
@@ -154,7 +154,7 @@ def step(own: Objective, penalty: float = 0.0) -> tuple[float, list[float]]:
         sampler=torch.tensor([-1.0, -2.0], dtype=torch.float64),
         reference=torch.tensor([-3.0, -1.0], dtype=torch.float64),
     )
-    loss = own.loss(rows, Outputs(logprobs), Credit(np.zeros(2), 1, 2)).loss + penalty
+    loss = subject.loss(rows, Outputs(logprobs), Credit(np.zeros(2), 1, 2)).loss + penalty
     return loss.item(), torch.autograd.grad(loss, logprobs)[0].tolist()
 
 
@@ -180,8 +180,8 @@ EAPO: dict[str, Any] = {"advantage": "gae", "discount": 0.99, "gae_lambda": 0.95
 
 
 def eapo(trace: float, **more: Any) -> Credit:
-    own = objective(objective={**EAPO, "entropy_advantage": {"coefficient": 0.02, "gae_lambda": trace}, **more})
-    return own.weigh(EAPO_BATCH, Measured(values=EAPO_VALUES))
+    subject = objective(objective={**EAPO, "entropy_advantage": {"coefficient": 0.02, "gae_lambda": trace}, **more})
+    return subject.weigh(EAPO_BATCH, Measured(values=EAPO_VALUES))
 
 
 def test_entropy_advantage() -> None:
@@ -190,15 +190,15 @@ def test_entropy_advantage() -> None:
     plain = objective(objective={**EAPO, "whiten": "none"}).weigh(EAPO_BATCH, Measured(values=EAPO_VALUES[:, :1]))
     assert plain.advantages == pytest.approx([0.736928575, 0.57515, 0.3], abs=1e-9)
     for trace, expected in ((0.0, [-0.1, 0.56, -0.1]), (0.95, [0.3056975, 0.4745, -0.1])):
-        found = advantages.gae(surprise, entropy_values, lengths, 0.9, trace)
-        assert found == pytest.approx(expected, abs=1e-9)
+        result = advantages.gae(surprise, entropy_values, lengths, 0.9, trace)
+        assert result == pytest.approx(expected, abs=1e-9)
         whole = eapo(trace, whiten="none")
         assert whole.advantages == pytest.approx(plain.advantages + 0.02 * np.array(expected), abs=1e-9)
-    found = eapo(0.0, whiten="none")
-    assert found.advantages == pytest.approx([0.734928575, 0.58635, 0.298], abs=1e-9)
-    assert found.targets is not None
-    assert found.targets[:, 1] == pytest.approx([1.4, 1.56, 0.3], abs=1e-9)
-    assert found.targets[:, 0] == pytest.approx([0.936928575, 0.97515, 1.0], abs=1e-9)
+    result = eapo(0.0, whiten="none")
+    assert result.advantages == pytest.approx([0.734928575, 0.58635, 0.298], abs=1e-9)
+    assert result.targets is not None
+    assert result.targets[:, 1] == pytest.approx([1.4, 1.56, 0.3], abs=1e-9)
+    assert result.targets[:, 0] == pytest.approx([0.936928575, 0.97515, 1.0], abs=1e-9)
     whitened = eapo(0.0).advantages  # the oracle adds 1e-8 to the deviation, 4e-8 here
     assert whitened == pytest.approx([0.8785103734, 0.2097167332, -1.0882271066], abs=1e-7)
 
@@ -206,19 +206,19 @@ def test_entropy_advantage() -> None:
 def test_entropy_advantage_without_a_critic() -> None:
     """Surprise to come [2, 2 | 3] minus the prompt's mean at that place [2.5, 2]; another prompt has its own."""
     batch = rollout([[-1.0, -2.0], [-5.0], [-3.0]], [1.0, 7.0, 0.0], tickets=[4, 1, 4])
-    by = {"critic": False, "discount": 0.5, "coefficient": 0.1}
-    found = objective(objective={"entropy_advantage": by}).weigh(batch, Measured()).advantages
-    assert found == pytest.approx([1.0 - 0.05, 1.0, 0.0, -1.0 + 0.05], abs=1e-12)
+    config = {"critic": False, "discount": 0.5, "coefficient": 0.1}
+    result = objective(objective={"entropy_advantage": config}).weigh(batch, Measured()).advantages
+    assert result == pytest.approx([1.0 - 0.05, 1.0, 0.0, -1.0 + 0.05], abs=1e-12)
 
 
 def test_each_head_has_its_coefficient() -> None:
     """Both heads miss by 2 at one token of two: .1 * 2 / 2 for the value, three times that for the entropy."""
-    by = {"advantage": "gae", "critic": {"entropy_coefficient": 3.0, "clip": None}, "entropy_advantage": {}}
+    config = {"advantage": "gae", "critic": {"entropy_coefficient": 3.0, "clip": None}, "entropy_advantage": {}}
     ones = torch.ones(2, dtype=torch.float64)
     targets = torch.tensor([[1.0, 1.0], [3.0, 3.0]], dtype=torch.float64)
     rows = Rows(ones, ones, torch.arange(2), -ones, targets=targets, old_values=torch.ones_like(targets))
     credit = Credit(np.ones(2), 2, 2, targets=targets.numpy())
-    sums = objective(objective=by).loss(rows, Outputs(-ones, values=torch.ones_like(targets)), credit).sums
+    sums = objective(objective=config).loss(rows, Outputs(-ones, values=torch.ones_like(targets)), credit).sums
     assert sums["critic_loss/value"] == pytest.approx(0.1, abs=1e-12)
     assert sums["critic_loss/entropy"] == pytest.approx(0.3, abs=1e-12)
 
@@ -248,10 +248,10 @@ def test_popart() -> None:
 
 def test_popart_in_the_objective() -> None:
     """Targets and old values are in the unit after the update, and the loss reads the head on that scale."""
-    own = objective(objective={"advantage": "value_baseline", "critic": {"popart": True, "clip": None}})
+    subject = objective(objective={"advantage": "value_baseline", "critic": {"popart": True, "clip": None}})
     batch = rollout([[-1.0]] * 3, [3.0, 5.0, 10.0])
-    own.popart["value"] = critics.PopArt(mean=1.0, square=5.0, scale=2.0, shift=0.5)  # type: ignore[attr-defined]
-    credit = own.weigh(batch, Measured(values=np.full((3, 1), 0.7)))
+    subject.popart["value"] = critics.PopArt(mean=1.0, square=5.0, scale=2.0, shift=0.5)  # type: ignore[attr-defined]
+    credit = subject.weigh(batch, Measured(values=np.full((3, 1), 0.7)))
     assert credit.targets is not None and credit.old_values is not None
     deviation = np.sqrt(6.19 - 1.15**2)
     assert credit.targets[:, 0] == pytest.approx((np.array([3, 5, 10]) - 1.15) / deviation, abs=1e-12)
@@ -260,7 +260,7 @@ def test_popart_in_the_objective() -> None:
     ones = torch.ones(3, dtype=torch.float64)
     columns = {"targets": torch.from_numpy(credit.targets), "old_values": torch.from_numpy(credit.old_values)}
     rows = Rows(ones, ones, torch.arange(3), -ones, **columns)
-    terms = own.loss(rows, Outputs(-ones, values=raw), credit)
+    terms = subject.loss(rows, Outputs(-ones, values=raw), credit)
     error = np.array([4.8 - 3, 4.8 - 5, 4.8 - 10]) / deviation
     assert terms.sums["critic_loss/value"] == pytest.approx(0.1 * 0.5 * np.mean(error**2), abs=1e-12)
     (gradient,) = torch.autograd.grad(terms.loss, raw)
@@ -269,10 +269,12 @@ def test_popart_in_the_objective() -> None:
 
 def test_rewards_are_normalized_by_all_so_far() -> None:
     """SAFE: running mean and deviation over both steps, the second step's own rewards included."""
-    own = objective(objective={"advantage": "none", "normalize_reward": True})
+    subject = objective(objective={"advantage": "none", "normalize_reward": True})
     steps = [[1.0, 3.0], [10.0, 12.0, 20.0]]
     for upto in (1, 2):
         seen = np.concatenate(steps[:upto])
         batch = rollout([[-1.0]] * len(steps[upto - 1]), steps[upto - 1])
         expected = (np.array(steps[upto - 1]) - seen.mean()) / seen.std()
-        assert own.weigh(batch, Measured()).advantages == pytest.approx(expected, abs=2e-4)  # starts from 1e-4 rewards
+        assert subject.weigh(batch, Measured()).advantages == pytest.approx(
+            expected, abs=2e-4
+        )  # starts from 1e-4 rewards

@@ -1,5 +1,6 @@
 """MaxEnt identities, preference losses, pairs and weighted likelihood against the numbers of the reference."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ def sequences(policy: np.ndarray, lengths: list[int], gamma: list[float] | None 
     return Sequences(*(torch.tensor(x, dtype=torch.float64) for x in numbers))
 
 
-def logit(rows: Sequences, chosen: int, rejected: int, by: PreferenceSettings) -> float:
-    return pair_logits(rows, torch.tensor([chosen]), torch.tensor([rejected]), by).item()
+def logit(rows: Sequences, chosen: int, rejected: int, config: PreferenceSettings) -> float:
+    return pair_logits(rows, torch.tensor([chosen]), torch.tensor([rejected]), config).item()
 
 
 def test_maximum_entropy_policy_answers_bradley_terry() -> None:
@@ -40,8 +41,8 @@ def test_maximum_entropy_policy_answers_bradley_terry() -> None:
     assert value == pytest.approx(0.5 * 2.3774752852, abs=1e-9)
     rows = sequences(np.log(policy), [3, 1, 7])
     for chosen, rejected in ((0, 1), (1, 2), (0, 2)):
-        found = logit(rows, chosen, rejected, settings("cpo", beta=0.5))
-        assert found == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-12)
+        result = logit(rows, chosen, rejected, settings("cpo", beta=0.5))
+        assert result == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-12)
 
 
 def test_simpo_is_maximum_entropy_up_to_a_length_term() -> None:
@@ -56,8 +57,8 @@ def test_simpo_is_maximum_entropy_up_to_a_length_term() -> None:
     rows = sequences(np.log(policy), lengths)
     assert logit(rows, 0, 1, settings("simpo", beta=2.0)) == pytest.approx(0.2, abs=1e-9)
     for chosen, rejected in ((0, 1), (1, 2), (0, 2)):
-        found = logit(rows, chosen, rejected, settings("simpo", beta=2.0, exact_length_margin=True))
-        assert found == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-9)
+        result = logit(rows, chosen, rejected, settings("simpo", beta=2.0, exact_length_margin=True))
+        assert result == pytest.approx(rewards[chosen] - rewards[rejected], abs=1e-9)
 
 
 def test_plackett_luce() -> None:
@@ -76,16 +77,23 @@ MEASURED = Measured(np.array(CHOSEN + REJECTED))
 SIMPO = {"beta": 2.0, "target_margin": 1.0}
 
 
-def weighed(**by: Any) -> Credit:
-    return objective(objective={"kind": "preference", **by}).weigh(PAIR, MEASURED)
+def weighed(**config: Any) -> Credit:
+    return objective(objective={"kind": "preference", **config}).weigh(PAIR, MEASURED)
+
+
+PHI = (0.2 + math.exp(0.2), -0.5 + math.exp(-0.5))
+WRONG = 1 / (1 + math.exp(0.1 * (PHI[0] - PHI[1])))
+CHI_PO = (-math.log(1 - WRONG), -0.1 * WRONG * (1 + math.exp(0.2)), 0.1 * WRONG * (1 + math.exp(-0.5)))
+"""2407.13399: h = (.2, -.5), phi = h + exp(h), beta .1; d phi / d S = 1 + exp(h)."""
 
 
 @pytest.mark.parametrize(
-    ("by", "loss", "won", "lost"),
+    ("config", "loss", "won", "lost"),
     [
         ({"loss": "simpo", **SIMPO}, 0.9331046878, -0.4044462374, 0.3033346781),
         ({"loss": "simpo_hinge", **SIMPO}, 1.4333333333, -2 / 3, 0.5),
         ({"loss": "dpo"}, 0.6587595555, -0.0482507142, 0.0482507142),
+        ({"loss": "chi_po"}, *CHI_PO),
         ({"loss": "dpo", "label_smoothing": 0.1}, 0.6657595555, -0.0382507142, 0.0382507142),
         ({"loss": "ipo_sum"}, 18.49, 2 * (0.7 - 5), -2 * (0.7 - 5)),
         ({"loss": "ipo_average"}, 23.1200694444, 2 * (0.1916666667 - 5) / 3, -2 * (0.1916666667 - 5) / 4),
@@ -97,11 +105,11 @@ def weighed(**by: Any) -> Credit:
             0.0482507142,
         ),
     ],
-    ids=["simpo", "simpo_hinge", "dpo", "cdpo", "ipo_sum", "ipo_average", "rpo", "rpo_average"],
+    ids=["simpo", "simpo_hinge", "dpo", "chi_po", "cdpo", "ipo_sum", "ipo_average", "rpo", "rpo_average"],
 )
-def test_losses_of_a_pair(by: dict[str, Any], loss: float, won: float, lost: float) -> None:
+def test_losses_of_a_pair(config: dict[str, Any], loss: float, won: float, lost: float) -> None:
     """P2a and P6_rpo: loss, and its derivative by every token's log-prob, which is -advantage / rows."""
-    credit = weighed(**by)
+    credit = weighed(**config)
     assert credit.metrics["preference_loss"] == pytest.approx(loss, abs=1e-9)
     assert (-credit.advantages / credit.num_rows).tolist() == pytest.approx([won] * 3 + [lost] * 4, abs=1e-9)
     assert credit.metrics["preference_accuracy_ratio"] == 1.0  # which ignores the margin
@@ -130,28 +138,28 @@ def test_logits_of_a_pair() -> None:
 
 def test_the_model_is_trained_by_the_derivative() -> None:
     """P2a through weigh and loss: a token's log-prob has the gradient of the preference loss itself."""
-    own, credit = objective(objective={"kind": "preference", "loss": "dpo"}), weighed(loss="dpo")
+    subject, credit = objective(objective={"kind": "preference", "loss": "dpo"}), weighed(loss="dpo")
     logprobs = torch.tensor(CHOSEN + REJECTED, dtype=torch.float64, requires_grad=True)
-    (gradient,) = torch.autograd.grad(trained(own, credit, logprobs, [3, 4]), logprobs)
+    (gradient,) = torch.autograd.grad(trained(subject, credit, logprobs, [3, 4]), logprobs)
     assert gradient.tolist() == pytest.approx([-0.0482507142] * 3 + [0.0482507142] * 4, abs=1e-9)
 
 
-def trained(own: Objective, credit: Credit, logprobs: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+def trained(subject: Objective, credit: Credit, logprobs: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     rows = Rows(
         advantages=torch.from_numpy(credit.advantages),
         lengths=torch.tensor(lengths, dtype=torch.float64),
         row_of_item=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
         sampler=logprobs.detach(),
     )
-    return own.loss(rows, Outputs(logprobs), credit).loss
+    return subject.loss(rows, Outputs(logprobs), credit).loss
 
 
 def test_pessimistic_dpo() -> None:
     """P7 pess_dpo: h = .7, beta .1, Gamma .05 and .25: logit -.13."""
-    by = settings("dpo", pessimism=1.0)
+    config = settings("dpo", pessimism=1.0)
     rows = sequences(np.array([0.7, 0.0]), [1, 1], gamma=[0.05, 0.25])
-    assert logit(rows, 0, 1, by) == pytest.approx(-0.13, abs=1e-12)
-    loss = preferences.sigmoid_loss(torch.tensor([logit(rows, 0, 1, by)], dtype=torch.float64), by)
+    assert logit(rows, 0, 1, config) == pytest.approx(-0.13, abs=1e-12)
+    loss = preferences.sigmoid_loss(torch.tensor([logit(rows, 0, 1, config)], dtype=torch.float64), config)
     assert loss.item() == pytest.approx(0.7602581947, abs=1e-9)
 
 
@@ -159,8 +167,8 @@ def test_pessimism_reads_the_deviation_of_the_centered_ensemble() -> None:
     """Three completions: members centered per prompt are [-1, 0, 1] and [-2, 0, 2]; deviations .5, 0, .5."""
     members = {"reward_a": [9.0, 10.0, 11.0], "reward_b": [1.0, 3.0, 5.0]}
     batch = rollout([[-1.0], [-2.0], [-1.5]], [10.0, 13.0, 16.0], reference=[[-1.0]] * 3, **members)
-    by = {"kind": "preference", "loss": "dpo", "pessimism": 0.4, "pairs": {"selection": "max_max"}}
-    credit = objective(objective=by).weigh(batch, Measured(np.array([-1.0, -2.0, -1.5])))
+    config = {"kind": "preference", "loss": "dpo", "pessimism": 0.4, "pairs": {"selection": "max_max"}}
+    credit = objective(objective=config).weigh(batch, Measured(np.array([-1.0, -2.0, -1.5])))
     logit_ = 0.1 * (-0.5 + 1.0) + 0.4 * 0.5
     assert credit.metrics["preference_loss"] == pytest.approx(np.log1p(np.exp(-logit_)), abs=1e-12)
 
@@ -217,8 +225,8 @@ def test_ensemble_of_rewards() -> None:
 def test_most_disagreeing_pair_of_the_plausible_set() -> None:
     """P8_simoprl: (1, 2) at 2.0 among the plausible; among all it would be the garbage of (2, 3) at 2.4."""
     assert pair_selection.plausible(ENSEMBLE).tolist() == [0, 1, 2]
-    found = pair_selection.most_disagreeing(ENSEMBLE, pair_selection.plausible(ENSEMBLE))
-    assert found == (1, 2, pytest.approx(2.0, abs=1e-12))
+    result = pair_selection.most_disagreeing(ENSEMBLE, pair_selection.plausible(ENSEMBLE))
+    assert result == (1, 2, pytest.approx(2.0, abs=1e-12))
     assert pair_selection.most_disagreeing(ENSEMBLE, np.arange(4)) == (2, 3, pytest.approx(2.4, abs=1e-12))
     rewards = ENSEMBLE.mean(0)
     seen = Candidates(np.zeros(4), np.arange(4), rewards, rewards, np.ones(4), np.ones(4, bool), ENSEMBLE)
@@ -239,29 +247,29 @@ OPTIDICE = {
 def test_optidice_weights(form: str) -> None:
     """P9_optidice: r = [1, 0, -1, .5], alpha .5."""
     rewards = np.array([1.0, 0.0, -1.0, 0.5])
-    found = weighted_likelihood.divergence_weights(rewards, form, 0.5)
-    assert found == pytest.approx(OPTIDICE[form], abs=1e-9)
+    result = weighted_likelihood.divergence_weights(rewards, form, 0.5)
+    assert result == pytest.approx(OPTIDICE[form], abs=1e-9)
     assert weighted_likelihood.divergence_weights(rewards + 7.0, form, 0.5) == pytest.approx(OPTIDICE[form], abs=1e-9)
 
 
 def test_optidice_normalizers() -> None:
     """P9_optidice: nu = .0167111426 where w = exp(e / alpha - 1), 1/3 where w = e / alpha + 1."""
-    found = {
+    result = {
         form: weighted_likelihood.divergence_weights(np.array([1.0, 0.0, -1.0, 0.5]), form, 0.5)[0] for form in OPTIDICE
     }
-    assert 1 - 0.5 * (np.log(found["kl"]) + 1) == pytest.approx(0.0167111426, abs=1e-9)
-    assert 1 - 0.5 * (found["chi2"] - 1) == pytest.approx(1 / 3, abs=1e-9)
+    assert 1 - 0.5 * (np.log(result["kl"]) + 1) == pytest.approx(0.0167111426, abs=1e-9)
+    assert 1 - 0.5 * (result["chi2"] - 1) == pytest.approx(1 / 3, abs=1e-9)
 
 
 @pytest.mark.parametrize(("weights", "loss", "samples"), [("chi2", 3.25, 2.1818), ("uniform", 2.625, 4.0)])
 def test_weighted_likelihood(weights: str, loss: float, samples: float) -> None:
     """P9_optidice: log pi = [-3, -2, -1.5, -4], weighted 3.25, plain 2.625."""
     logprobs = [[-1.0, -2.0], [-2.0], [-0.5, -0.5, -0.5], [-4.0]]
-    by = {"kind": "weighted_likelihood", "weights": weights, "temperature": 0.5, "likelihood": "sum"}
-    own = objective(objective=by)
-    credit = own.weigh(rollout(logprobs, [1.0, 0.0, -1.0, 0.5]), Measured())
+    config = {"kind": "weighted_likelihood", "weights": weights, "temperature": 0.5, "likelihood": "sum"}
+    subject = objective(objective=config)
+    credit = subject.weigh(rollout(logprobs, [1.0, 0.0, -1.0, 0.5]), Measured())
     flat = torch.from_numpy(np.concatenate(logprobs))
-    assert trained(own, credit, flat, [2, 1, 3, 1]).item() == pytest.approx(loss, abs=1e-9)
+    assert trained(subject, credit, flat, [2, 1, 3, 1]).item() == pytest.approx(loss, abs=1e-9)
     assert credit.metrics["effective_samples"] == pytest.approx(samples, abs=5e-5)
     assert credit.metrics["best_reward"] == 1.0
     assert credit.metrics["best_of_n_kl_nats"] == pytest.approx(0.6362943611, abs=1e-9)

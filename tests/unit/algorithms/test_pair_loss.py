@@ -35,32 +35,32 @@ CASES = [{}, {"label_smoothing": 0.1}, {"center_penalty": 0.01}, {"label_smoothi
 
 @pytest.mark.parametrize("blocks", CASES)
 def test_losses_are_those_of_the_formula(blocks: dict[str, float]) -> None:
-    found = pair_loss(interleaved(CHOSEN, REJECTED), torch.from_numpy(MARGINS), settings_for(**blocks))
+    result = pair_loss(interleaved(CHOSEN, REJECTED), torch.from_numpy(MARGINS), settings_for(**blocks))
     terms = blocks.get("label_smoothing", 0.0), blocks.get("center_penalty", 0.0)
     expected = [closed_form(*row, *terms) for row in zip(CHOSEN, REJECTED, MARGINS, strict=True)]
-    assert found.losses.tolist() == pytest.approx(expected, rel=1e-12)
-    assert found.margins.tolist() == pytest.approx((CHOSEN - REJECTED).tolist())  # as the pair is, no margin taken off
-    assert not found.margins.requires_grad
+    assert result.losses.tolist() == pytest.approx(expected, rel=1e-12)
+    assert result.margins.tolist() == pytest.approx((CHOSEN - REJECTED).tolist())  # as the pair is, no margin taken off
+    assert not result.margins.requires_grad
 
 
 def test_known_values() -> None:
     """A tie is log 2; a difference of log 3 without noise is -log(3/4)."""
-    found = pair_loss(torch.tensor([1.0, 1.0, math.log(3), 0.0]).double(), torch.zeros(2), settings_for())
-    assert found.losses.tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
+    result = pair_loss(torch.tensor([1.0, 1.0, math.log(3), 0.0]).double(), torch.zeros(2), settings_for())
+    assert result.losses.tolist() == pytest.approx([math.log(2), math.log(4 / 3)])
 
 
 @pytest.mark.parametrize("blocks", CASES)
 def test_gradients_are_those_of_differences(blocks: dict[str, float]) -> None:
-    by, margins = settings_for(**blocks), torch.from_numpy(MARGINS[:4])
+    config, margins = settings_for(**blocks), torch.from_numpy(MARGINS[:4])
     scores = interleaved(CHOSEN[:4], REJECTED[:4]).requires_grad_()
-    pair_loss(scores, margins, by).losses.mean().backward()
+    pair_loss(scores, margins, config).losses.mean().backward()
     step, numeric = 1e-6, []
     for place in range(len(scores)):
         sides = []
         for sign in (1, -1):
             moved = scores.detach().clone()
             moved[place] += sign * step
-            sides.append(float(pair_loss(moved, margins, by).losses.mean()))
+            sides.append(float(pair_loss(moved, margins, config).losses.mean()))
         numeric.append((sides[0] - sides[1]) / (2 * step))
     assert scores.grad is not None
     assert scores.grad.tolist() == pytest.approx(numeric, abs=1e-8)
@@ -91,7 +91,7 @@ def test_smoothed_labels_are_the_expectation_over_exchanged_pairs() -> None:
 
 def test_a_huge_difference_overflows_nothing() -> None:
     scores = torch.tensor([1e4, -1e4, -1e4, 1e4], requires_grad=True)
-    found = pair_loss(scores, torch.zeros(2), settings_for()).losses
-    found.sum().backward()
-    assert found.tolist() == [0.0, 2e4]
+    result = pair_loss(scores, torch.zeros(2), settings_for()).losses
+    result.sum().backward()
+    assert result.tolist() == [0.0, 2e4]
     assert scores.grad is not None and scores.grad.tolist() == [0.0, 0.0, -1.0, 1.0]

@@ -77,7 +77,7 @@ def test_the_file_of_a_recipe_has_its_switches_and_names_its_paper(recipe: Recip
 def test_every_file_is_a_recipe_and_every_advantage_has_one() -> None:
     assert {path.name for path in (FOLDER / "objectives").glob("*.yaml")} == {r.file for r in RECIPES if r.file}
     objectives = [loader.parse(tree_with(recipe)).objective for recipe in RECIPES]
-    advantages = {own.advantage for own in objectives if isinstance(own, PolicyGradientSettings)}
+    advantages = {subject.advantage for subject in objectives if isinstance(subject, PolicyGradientSettings)}
     assert advantages >= {"rloo", "none", "reinforce_pp", "reinforce_pp_baseline", "gae", "grpo", "dr_grpo"}
 
 

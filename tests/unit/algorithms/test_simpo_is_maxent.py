@@ -30,27 +30,27 @@ def sequences(log_p: torch.Tensor) -> Sequences:
     return Sequences(log_p, zeros, LENGTHS, zeros)
 
 
-def expected_pair_loss(log_p: torch.Tensor, by: PreferenceSettings) -> torch.Tensor:
+def expected_pair_loss(log_p: torch.Tensor, config: PreferenceSettings) -> torch.Tensor:
     """SimPO's loss over all ordered pairs, each as often as Bradley-Terry with REWARDS prefers it."""
     pairs = torch.tensor(list(itertools.permutations(range(3), 2)))
     won, lost = pairs[:, 0], pairs[:, 1]
     weight = torch.sigmoid(REWARDS[won] - REWARDS[lost])
-    return (weight * sigmoid_loss(pair_logits(sequences(log_p), won, lost, by), by)).sum()
+    return (weight * sigmoid_loss(pair_logits(sequences(log_p), won, lost, config), config)).sum()
 
 
-def expected_ranking_loss(log_p: torch.Tensor, by: PreferenceSettings) -> torch.Tensor:
+def expected_ranking_loss(log_p: torch.Tensor, config: PreferenceSettings) -> torch.Tensor:
     """Plackett-Luce's loss over all rankings, each as often as Plackett-Luce with REWARDS makes it."""
-    scores = by.beta * RANKING_SCORES[by.loss](sequences(log_p))
-    if by.exact_length_margin:
-        scores = scores + by.beta / LENGTHS
+    scores = config.beta * RANKING_SCORES[config.loss](sequences(log_p))
+    if config.exact_length_margin:
+        scores = scores + config.beta / LENGTHS
     total = log_p.new_zeros(())
     for order in itertools.permutations(range(3)):
         weight = torch.exp(-ranking_loss(REWARDS[list(order)], 0.0))
-        total = total + weight * ranking_loss(scores[list(order)], by.target_margin)
+        total = total + weight * ranking_loss(scores[list(order)], config.target_margin)
     return total
 
 
-def fitted(loss: Any, by: PreferenceSettings) -> torch.Tensor:
+def fitted(loss: Any, config: PreferenceSettings) -> torch.Tensor:
     """log pi [3] that minimizes the loss over all policies."""
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -59,7 +59,7 @@ def fitted(loss: Any, by: PreferenceSettings) -> torch.Tensor:
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        value = loss(logits.log_softmax(0), by)
+        value = loss(logits.log_softmax(0), config)
         value.backward()
         return value
 

@@ -28,20 +28,20 @@ def one_thread() -> Iterator[None]:
 CLIP: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.28}
 
 
-def trained(own: Objective, step: Table = STEP) -> tuple[np.ndarray, float, torch.Tensor]:
+def trained(subject: Objective, step: Table = STEP) -> tuple[np.ndarray, float, torch.Tensor]:
     """Advantages, loss and gradient by the logits."""
-    credit = weigh(own, step)
+    credit = weigh(subject, step)
     logits = step.logits.clone().requires_grad_()
-    terms = loss(own, step, credit, logits, step.values)
+    terms = loss(subject, step, credit, logits, step.values)
     return credit.advantages, terms.loss.item(), torch.autograd.grad(terms.loss, logits)[0]
 
 
-def preference(loss_: str, **by: Any) -> dict[str, Any]:
-    return {"objective": {"kind": "preference", "loss": loss_, **by}}
+def preference(loss_: str, **config: Any) -> dict[str, Any]:
+    return {"objective": {"kind": "preference", "loss": loss_, **config}}
 
 
-def policy_gradient(**by: Any) -> dict[str, Any]:
-    return {"objective": by}
+def policy_gradient(**config: Any) -> dict[str, Any]:
+    return {"objective": config}
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_sequence_ratios_of_single_tokens_are_token_ratios() -> None:
         {name: logits[:3] for name, logits in STEP.others.items()},
     )
     levels = [{"level": level, "correction": "sequence", **CLIP} for level in ("token", "sequence", "sequence_mean")]
-    found = [trained(objective(objective=by), short) for by in levels]
-    for other in found[1:]:
-        assert other[1] == pytest.approx(found[0][1], abs=1e-12)
-        assert torch.allclose(other[2], found[0][2], atol=1e-12)
-    assert found[0][2].abs().max() > 1e-2
+    result = [trained(objective(objective=config), short) for config in levels]
+    for other in result[1:]:
+        assert other[1] == pytest.approx(result[0][1], abs=1e-12)
+        assert torch.allclose(other[2], result[0][2], atol=1e-12)
+    assert result[0][2].abs().max() > 1e-2
 
 
 def test_the_ratio_of_a_completion_is_a_mean_or_a_sum() -> None:
@@ -150,11 +150,11 @@ def test_the_ratio_of_a_completion_is_a_mean_or_a_sum() -> None:
         ("sequence_mean", np.exp(0.1), np.exp(0.1) / 3),
         ("sequence", np.exp(0.3), np.exp(0.3)),
     ):
-        own = objective(objective={"level": level, "correction": "none"})
+        subject = objective(objective={"level": level, "correction": "none"})
         new = torch.tensor([-0.9, -0.9, -0.9, -1.2], dtype=torch.float64, requires_grad=True)
-        found = own.loss(made, Outputs(new), Credit(np.ones(4), 2, 4)).loss
-        assert found.item() == pytest.approx(-(first + np.exp(-0.2)) / 2, abs=1e-12)
-        gradient = torch.autograd.grad(found, new)[0].tolist()
+        result = subject.loss(made, Outputs(new), Credit(np.ones(4), 2, 4)).loss
+        assert result.item() == pytest.approx(-(first + np.exp(-0.2)) / 2, abs=1e-12)
+        gradient = torch.autograd.grad(result, new)[0].tolist()
         assert gradient == pytest.approx([-slope / 2] * 3 + [-np.exp(-0.2) / 2], abs=1e-12)
 
 
@@ -171,12 +171,12 @@ MEASURED = Measured(np.array([-0.5, -1.0, -0.7, -0.2, -0.1, -3.0, -2.0]))
 @pytest.mark.parametrize(("ranking", "pair"), [("dpo_plackett_luce", "dpo"), ("simpo_plackett_luce", "simpo")])
 def test_a_ranking_of_two_is_a_pair(ranking: str, pair: str, margin: float) -> None:
     """Plackett-Luce with K = 2 is Bradley-Terry; with a margin and averages SimPO."""
-    found = [
+    result = [
         objective(**preference(name, beta=1.3, target_margin=margin)).weigh(PAIRS, MEASURED) for name in (ranking, pair)
     ]
-    assert found[0].metrics["preference_loss"] == pytest.approx(found[1].metrics["preference_loss"], abs=1e-12)
-    assert found[0].advantages == pytest.approx(found[1].advantages, abs=1e-12)
-    assert np.abs(found[0].advantages).max() > 1e-2
+    assert result[0].metrics["preference_loss"] == pytest.approx(result[1].metrics["preference_loss"], abs=1e-12)
+    assert result[0].advantages == pytest.approx(result[1].advantages, abs=1e-12)
+    assert np.abs(result[0].advantages).max() > 1e-2
 
 
 def test_a_margin_of_a_ranking_is_subtracted_from_the_better_one() -> None:
@@ -191,10 +191,10 @@ def test_a_ranking_with_pessimism_adds_it_to_every_score() -> None:
     """Deviations of the centered ensemble .5, 0, .5; the best is row 2."""
     members = {"reward_a": [9.0, 10.0, 11.0], "reward_b": [1.0, 3.0, 5.0]}
     batch = rollout([[-1.0], [-2.0], [-1.5]], [10.0, 13.0, 16.0], **members)
-    own = objective(**preference("simpo_plackett_luce", beta=2.0, pessimism=0.4))
-    found = own.weigh(batch, Measured(np.array([-1.0, -2.0, -1.5]))).metrics["preference_loss"]
+    subject = objective(**preference("simpo_plackett_luce", beta=2.0, pessimism=0.4))
+    result = subject.weigh(batch, Measured(np.array([-1.0, -2.0, -1.5]))).metrics["preference_loss"]
     scores = torch.tensor([-3.0 + 0.2, -4.0, -2.0 + 0.2], dtype=torch.float64)
-    assert found == pytest.approx(ranking_loss(scores, 0.0).item(), abs=1e-12)
+    assert result == pytest.approx(ranking_loss(scores, 0.0).item(), abs=1e-12)
 
 
 def test_equal_lengths_have_no_length_margin() -> None:
@@ -202,15 +202,15 @@ def test_equal_lengths_have_no_length_margin() -> None:
     assert lengths_apart.metrics["preference_loss"] != objective(**preference("simpo")).weigh(PAIRS, MEASURED).metrics["preference_loss"]  # fmt: skip
     batch = rollout([[-1.0, -2.0], [-0.5, -0.5]], [0.0, 1.0])
     measured = Measured(np.array([-1.0, -2.0, -0.5, -0.5]))
-    found = [objective(**preference("simpo", exact_length_margin=on)).weigh(batch, measured) for on in (False, True)]
-    assert found[0].advantages.tobytes() == found[1].advantages.tobytes()
-    assert np.abs(found[0].advantages).max() > 1e-3
+    result = [objective(**preference("simpo", exact_length_margin=on)).weigh(batch, measured) for on in (False, True)]
+    assert result[0].advantages.tobytes() == result[1].advantages.tobytes()
+    assert np.abs(result[0].advantages).max() > 1e-3
 
 
 def test_kl_weights_are_reward_weighted_regression() -> None:
     """-sum_x sum_i softmax_i(r / alpha) S_i / prompts: the gradient of a log-prob is minus its softmax weight."""
-    own = objective(objective={"kind": "weighted_likelihood", "temperature": 0.8, "likelihood": "sum"})
-    credit: Credit = weigh(own, STEP)
+    subject = objective(objective={"kind": "weighted_likelihood", "temperature": 0.8, "likelihood": "sum"})
+    credit: Credit = weigh(subject, STEP)
     rewards, tickets = (STEP.batch.column(name).to_numpy() for name in ("reward", "ticket"))
     weights = np.exp(rewards / 0.8)
     weights /= np.array([weights[tickets == ticket].sum() for ticket in tickets])
@@ -230,24 +230,25 @@ def test_twin_heads_that_agree_are_one_head() -> None:
     twin = torch.stack([STEP.values[:, 0], STEP.values[:, 0], STEP.values[:, 2]], dim=1)
     one = objective(objective={"advantage": "gae", "critic": {}})
     two = objective(objective={"advantage": "gae", "critic": {"softmin_temperature": 0.3}})
-    columns = [heads(own, twin) for own in (one, two)]
+    columns = [heads(subject, twin) for subject in (one, two)]
     assert columns[0] is not None and columns[1] is not None
     assert torch.allclose(columns[0], columns[1], atol=1e-12)
-    found = [
-        own.weigh(STEP.batch, Measured(values=values.numpy())) for own, values in zip((one, two), columns, strict=True)
+    result = [
+        subject.weigh(STEP.batch, Measured(values=values.numpy()))
+        for subject, values in zip((one, two), columns, strict=True)
     ]
-    assert found[0].advantages == pytest.approx(found[1].advantages, abs=1e-12)
+    assert result[0].advantages == pytest.approx(result[1].advantages, abs=1e-12)
     assert (one.heads, two.heads) == (["value"], ["value"])
 
 
 def test_stages_of_rejection_sampling() -> None:
     """Stage by version: one step each, the last for ever; every stage keeps the best, chances from the seed."""
-    by = {"kind": "weighted_likelihood", "weights": "rejection", "rejection_temperatures": [4.0, 1.0, 0.25]}
+    config = {"kind": "weighted_likelihood", "weights": "rejection", "rejection_temperatures": [4.0, 1.0, 0.25]}
     rewards = np.linspace(-1.0, 1.0, 8)
     batch = rollout([[-1.0]] * 8, rewards.tolist())
     draws = np.array([np.random.default_rng(1000 + row).random() for row in range(8)])
     for version, sharper in ((0, 0.25), (1, 0.75), (2, 3.0), (9, 3.0)):
         kept = draws < np.exp(sharper * (rewards - 1.0))
-        found = objective(objective=by).weigh(batch, Measured(version=version)).advantages
-        assert found == pytest.approx(8 * kept / kept.sum(), abs=1e-12)
+        result = objective(objective=config).weigh(batch, Measured(version=version)).advantages
+        assert result == pytest.approx(8 * kept / kept.sum(), abs=1e-12)
     assert case("rejection").settings.objective.min_samples == 2

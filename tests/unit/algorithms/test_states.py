@@ -35,12 +35,12 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
 def snapshot(thing: Any) -> Any:
     """Everything a Keel object holds, down to numbers: what must be equal for two of them to act alike."""
     if isinstance(thing, Mapping):
-        return {str(key): snapshot(each) for key, each in thing.items()}
+        return {str(key): snapshot(item) for key, item in thing.items()}
     if isinstance(thing, list | tuple):
-        return [snapshot(each) for each in thing]
+        return [snapshot(item) for item in thing]
     if type(thing).__module__.startswith("keel.") and not dataclasses.is_dataclass(type(thing).__base__):
-        inside = {name: each for name, each in vars(thing).items() if name not in ("settings", "by", "kl", "entropy")}
-        return {"": type(thing).__name__, **{name: snapshot(each) for name, each in inside.items()}}
+        inside = {name: item for name, item in vars(thing).items() if name not in ("settings", "by", "kl", "entropy")}
+        return {"": type(thing).__name__, **{name: snapshot(item) for name, item in inside.items()}}
     return copy.deepcopy(thing)
 
 
@@ -84,19 +84,19 @@ def test_a_coefficient_is_restored_over_another_history(kind: str, steps: int, o
 
 
 def test_the_coefficient_of_the_checkpoint_counts_not_that_of_the_configuration() -> None:
-    own = coefficients.coefficient(ControllerSettings(), 0.4, 1.0)
-    own.restore({"value": 0.7})
-    assert own.value == 0.7
+    subject = coefficients.coefficient(ControllerSettings(), 0.4, 1.0)
+    subject.restore({"value": 0.7})
+    assert subject.value == 0.7
 
 
 # ---- objectives
 
 
-def take_step(own: Objective, step: Any, version: int) -> None:
-    values = heads(own, step.values)
+def take_step(subject: Objective, step: Any, version: int) -> None:
+    values = heads(subject, step.values)
     logprobs = step.logprobs(step.logits).numpy()
-    own.weigh(step.batch, Measured(logprobs, None if values is None else values.numpy(), version=version))
-    own.adapt(step.batch)
+    subject.weigh(step.batch, Measured(logprobs, None if values is None else values.numpy(), version=version))
+    subject.adapt(step.batch)
 
 
 def adaptive(kind: str) -> dict[str, Any]:
@@ -143,10 +143,10 @@ def test_an_objective_is_restored_over_another_history(name: str) -> None:
 
 def test_every_class_that_has_a_state_is_restored_here() -> None:
     """A new one is found by its methods: it belongs into a table above."""
-    tried = {type(coefficients.coefficient(ControllerSettings(**by), 1.0, 1.0)) for by in CONTROLLERS.values()}
+    tried = {type(coefficients.coefficient(ControllerSettings(**config), 1.0, 1.0)) for config in CONTROLLERS.values()}
     tried |= {type(build()) for build in VARIANTS.values()} | {Objective}
-    for found in pkgutil.iter_modules(keel.algorithms.__path__):
-        module = importlib.import_module(f"keel.algorithms.{found.name}")
+    for result in pkgutil.iter_modules(keel.algorithms.__path__):
+        module = importlib.import_module(f"keel.algorithms.{result.name}")
         for _, class_ in inspect.getmembers(module, inspect.isclass):
             if class_.__module__ == module.__name__ and hasattr(class_, "restore"):
                 assert class_ in tried, class_
@@ -177,14 +177,14 @@ def test_counters_are_those_of_the_checkpoint_but_what_happened_to_machines_has_
     operational = 0
     for number, metric in enumerate(metric for metric in TABLE if metric.kind == "counter"):
         label = "/".join(f"l{place}" for place in range(len(metric.labels)))
-        found = other.totals[metric.name]
+        result = other.totals[metric.name]
         factor = max(saved, present) if metric.operational else saved
         operational += metric.operational
-        own = found[label] if label else found
-        assert own == factor * (1 + number), metric.name
+        subject = result[label] if label else result
+        assert subject == factor * (1 + number), metric.name
         if label:
             labels = {saved, present} if metric.operational else {saved}
-            assert set(found) == {label} | {label.replace("l0", f"only {each}") for each in labels}, metric.name
+            assert set(result) == {label} | {label.replace("l0", f"only {item}") for item in labels}, metric.name
     assert operational > 2
     line = other.record(4, 1.0)
     assert {name for name in gauges if name in line} == {name for name, operational in gauges.items() if operational}

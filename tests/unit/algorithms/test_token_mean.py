@@ -33,10 +33,10 @@ def loss_and_gradient(likelihood: str, weights: str, rewards: list[float]) -> tu
         reference=torch.from_numpy(flat.copy()),
     )
     policy = torch.from_numpy(flat.astype(np.float64)).requires_grad_()
-    found = objective.loss(rows, Outputs(policy, None, None), credit)
-    found.loss.backward()
+    result = objective.loss(rows, Outputs(policy, None, None), credit)
+    result.loss.backward()
     assert policy.grad is not None
-    return found.loss.item(), policy.grad.tolist(), flat.tolist()
+    return result.loss.item(), policy.grad.tolist(), flat.tolist()
 
 
 def test_uniform_weights_are_the_mean_over_all_tokens() -> None:

@@ -45,14 +45,14 @@ def test_the_lower_and_the_upper_clip_are_two_numbers(level: str, low: float | N
     """Ratios on both sides of both bounds, advantages of both signs, completions of two tokens above token level."""
     tokens = 1 if level == "token" else 2
     cases = list(itertools.product(RATIOS, [1.0, -2.0]))
-    by = {"level": level, "correction": "none", "clip_low": low, "clip_high": high}
-    own = objective(objective=by)
+    config = {"level": level, "correction": "none", "clip_low": low, "clip_high": high}
+    subject = objective(objective=config)
     lengths = [tokens] * len(cases)
     share = 1.0 if level == "sequence_mean" else 1 / tokens  # of the log-ratio, in each token
     new = torch.tensor([math.log(ratio) * share for ratio, _ in cases for _ in range(tokens)], dtype=torch.float64)
     new.requires_grad_()
     made = rows_of(lengths, [advantage for _, advantage in cases], old=torch.zeros(len(new), dtype=torch.float64))
-    terms = own.loss(made, Outputs(new), Credit(np.zeros(len(new)), len(cases), len(new)))
+    terms = subject.loss(made, Outputs(new), Credit(np.zeros(len(new)), len(cases), len(new)))
     expected = [clipped_loss(ratio, advantage, low, high) for ratio, advantage in cases]
     assert terms.loss.item() == pytest.approx(sum(loss for loss, _ in expected) / len(cases), abs=1e-12)
     (gradient,) = torch.autograd.grad(terms.loss, new)
@@ -74,23 +74,23 @@ def test_the_weight_of_a_stale_kl_is_capped_and_detached_but_for_k3(cap: float) 
     values = {"k2": x.square() / 2, "k3": (-x).exp() - 1 + x, "k3_k2": (-x).exp() - 1 + x}
     slopes = {"k2": x, "k3_k2": x}
     for estimator, value in values.items():
-        own = CURRENT.clone().requires_grad_()
-        found = regularizers.weighted_kl(estimator, own, REFERENCE, SAMPLER, cap)
-        (gradient,) = torch.autograd.grad(found.sum(), own)
+        subject = CURRENT.clone().requires_grad_()
+        result = regularizers.weighted_kl(estimator, subject, REFERENCE, SAMPLER, cap)
+        (gradient,) = torch.autograd.grad(result.sum(), subject)
         weight = ratio if estimator == "k3" else ratio.clamp(max=cap)
-        assert found.tolist() == pytest.approx((weight * value).tolist(), abs=1e-12)
+        assert result.tolist() == pytest.approx((weight * value).tolist(), abs=1e-12)
         # of k3 the weight is differentiated, too: r (k3 + 1 - e^-x) = r x
         slope = ratio * (value + 1 - (-x).exp()) if estimator == "k3" else weight * slopes[estimator]
         assert gradient.tolist() == pytest.approx(slope.tolist(), abs=1e-12)
 
 
-def kl_loss_of(own: Objective) -> float:
+def kl_loss_of(subject: Objective) -> float:
     made = rows_of([1, 1, 1, 1], [0.0] * 4, sampler=SAMPLER, reference=REFERENCE)
-    return own.loss(made, Outputs(CURRENT), Credit(np.zeros(4), 4, 4)).sums["kl_loss_nats"]
+    return subject.loss(made, Outputs(CURRENT), Credit(np.zeros(4), 4, 4)).sums["kl_loss_nats"]
 
 
 @pytest.mark.parametrize(
-    ("by", "cap"),
+    ("config", "cap"),
     [
         ({"correction_cap": 1.3}, 1.3),
         ({"correction_cap": 4.0}, 4.0),
@@ -99,20 +99,22 @@ def kl_loss_of(own: Objective) -> float:
         ({"kind": "weighted_likelihood"}, 2.0),
     ],
 )
-def test_the_cap_of_the_kl_weight_is_the_objectives_where_it_has_one(by: dict[str, Any], cap: float) -> None:
+def test_the_cap_of_the_kl_weight_is_the_objectives_where_it_has_one(config: dict[str, Any], cap: float) -> None:
     kl = {"coefficient": 0.5, "placement": "loss", "estimator": "k2", "importance_weighted": True}
     ratio, x = (CURRENT - SAMPLER).exp(), CURRENT - REFERENCE
     expected = (ratio.clamp(max=cap) * x.square() / 2).mean().item()
-    assert kl_loss_of(objective(objective=by, regularizer={"kl": kl})) == pytest.approx(expected, abs=1e-12)
+    assert kl_loss_of(objective(objective=config, regularizer={"kl": kl})) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_weight_of_the_surrogate_is_capped_at_its_own_number() -> None:
     """pi_old / mu = [.5, 1.2, 1.5, 4] at caps below and between; equal to the cap counts as truncated."""
     old = SAMPLER + torch.tensor([0.5, 1.2, 1.5, 4.0], dtype=torch.float64).log()
     for cap, truncated in ((1.0, 3), (1.5, 2), (3.0, 1), (9.0, 0)):
-        own = objective(objective={"correction_cap": cap})
+        subject = objective(objective={"correction_cap": cap})
         new = old.clone().requires_grad_()
-        terms = own.loss(rows_of([1] * 4, [1.0] * 4, sampler=SAMPLER, old=old), Outputs(new), Credit(np.ones(4), 4, 4))
+        terms = subject.loss(
+            rows_of([1] * 4, [1.0] * 4, sampler=SAMPLER, old=old), Outputs(new), Credit(np.ones(4), 4, 4)
+        )
         expected = np.minimum([0.5, 1.2, 1.5, 4.0], cap)
         assert (-4 * torch.autograd.grad(terms.loss, new)[0]).tolist() == pytest.approx(expected, abs=1e-12)
         assert terms.sums["importance_weight"] == pytest.approx(expected.mean(), abs=1e-12)
@@ -122,8 +124,8 @@ def test_the_weight_of_the_surrogate_is_capped_at_its_own_number() -> None:
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_exponents_are_clamped_on_both_sides_of_zero(sign: float) -> None:
-    found, outside = regularizers.clamp(sign * torch.tensor([0.0, 19.5, 20.0, 20.5, 300.0]))
-    assert found.tolist() == [sign * each for each in (0.0, 19.5, 20.0, 20.0, 20.0)] and outside == 2
+    result, outside = regularizers.clamp(sign * torch.tensor([0.0, 19.5, 20.0, 20.5, 300.0]))
+    assert result.tolist() == [sign * item for item in (0.0, 19.5, 20.0, 20.0, 20.0)] and outside == 2
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,9 @@ def test_exponents_are_clamped_on_both_sides_of_zero(sign: float) -> None:
 )
 def test_a_dual_step_multiplies_by_e_at_most(nats: float, exponent: float) -> None:
     """rate (nats / target - 1) at rate 1 and a target of 3 nats."""
-    own = coefficients.coefficient(ControllerSettings(kind="dual", target_nats=3.0, rate=1.0), 0.4, 1.0)
-    own.update(Observation(nats, 4, 0.0, 0.0, 0.0))
-    assert own.value == pytest.approx(0.4 * math.exp(exponent), abs=1e-9)
+    subject = coefficients.coefficient(ControllerSettings(kind="dual", target_nats=3.0, rate=1.0), 0.4, 1.0)
+    subject.update(Observation(nats, 4, 0.0, 0.0, 0.0))
+    assert subject.value == pytest.approx(0.4 * math.exp(exponent), abs=1e-9)
 
 
 @pytest.mark.parametrize(("nats", "factor"), [(0.0, -0.2), (1.5, -0.2), (2.4, -0.2), (2.7, -0.1), (3.0, 0.0), (3.3, 0.1), (3.6, 0.2), (9.0, 0.2)])  # fmt: skip
@@ -141,19 +143,19 @@ def test_a_dual_step_multiplies_by_e_at_most(nats: float, exponent: float) -> No
 def test_a_proportional_step_is_clipped_on_both_sides(nats: float, factor: float, sign: float) -> None:
     """1 + sign clip(nats / target - 1, -.2, .2) n / horizon, n = 50 of a horizon of 100."""
     settings = ControllerSettings(kind="proportional", target_nats=3.0, horizon_completions=100)
-    own = coefficients.coefficient(settings, 0.4, sign)
-    own.update(Observation(nats, 50, 0.0, 0.0, 0.0))
-    assert own.value == pytest.approx(0.4 * (1 + sign * factor / 2), abs=1e-12)
+    subject = coefficients.coefficient(settings, 0.4, sign)
+    subject.update(Observation(nats, 50, 0.0, 0.0, 0.0))
+    assert subject.value == pytest.approx(0.4 * (1 + sign * factor / 2), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["dual", "proportional"])
 def test_a_coefficient_stays_between_its_bounds(kind: str) -> None:
     settings = ControllerSettings(kind=kind, target_nats=3.0, horizon_completions=1, minimum=0.3, maximum=0.5)  # type: ignore[arg-type]
     for nats, bound in ((90.0, 0.5), (0.0, 0.3)):
-        own = coefficients.coefficient(settings, 0.4, 1.0)
+        subject = coefficients.coefficient(settings, 0.4, 1.0)
         for _ in range(20):
-            own.update(Observation(nats, 4, 0.0, 0.0, 0.0))
-        assert own.value == bound
+            subject.update(Observation(nats, 4, 0.0, 0.0, 0.0))
+        assert subject.value == bound
 
 
 # ---- columns an objective may see
@@ -195,17 +197,17 @@ def test_an_objective_may_read_no_column_but_the_contracts_and_its_rewards() -> 
 def test_a_stage_of_rejection_sampling_lasts_its_steps(stage_steps: int) -> None:
     """Versions 0 .. n - 1 are the first stage, n .. 2 n - 1 the second, everything later the last."""
     etas = [4.0, 1.0, 0.25]
-    by = {"kind": "weighted_likelihood", "weights": "rejection", "rejection_temperatures": etas}
+    config = {"kind": "weighted_likelihood", "weights": "rejection", "rejection_temperatures": etas}
     rewards = np.linspace(-1.0, 1.0, 16)
     batch = rollout([[-1.0]] * 16, rewards.tolist())
     draws = np.array([np.random.default_rng(1000 + row).random() for row in range(16)])
-    own = objective(objective={**by, "stage_steps": stage_steps})
+    subject = objective(objective={**config, "stage_steps": stage_steps})
     changes = []
     for version in range(4 * stage_steps):
         stage = min(version // stage_steps, 2)
         sharper = 1 / etas[stage] - (1 / etas[stage - 1] if stage else 0.0)
         kept = draws < np.exp(sharper * (rewards - 1.0))
-        found = own.weigh(batch, Measured(version=version)).advantages
-        assert found == pytest.approx(16 * kept / kept.sum(), abs=1e-12), version
+        result = subject.weigh(batch, Measured(version=version)).advantages
+        assert result == pytest.approx(16 * kept / kept.sum(), abs=1e-12), version
         changes.append(int(kept.sum()))
     assert len(set(changes)) == 3  # the stages really differ on these draws

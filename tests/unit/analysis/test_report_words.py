@@ -23,8 +23,9 @@ def evaluations(*rows: dict[str, Sequence[float]]) -> tuple[list[EvaluationPoint
     return points, values
 
 
-def text(*rows: dict[str, Sequence[float]], committed: Sequence[int] = ()) -> str:
-    return " ".join(report_words.of_online([], *evaluations(*rows), committed))
+def text(*rows: dict[str, Sequence[float]], committed: Sequence[int] = (), monitor: str | None = None) -> str:
+    points, values = evaluations(*rows)
+    return " ".join(report_words.of_online([], points, values, committed, report_words.best_by(points, monitor)))
 
 
 START = {"reward": [0.0, 0.2, 0.1], "reward_gold": [0.0, 0.1, 0.2], "kl_nats": [0.0, 0.0, 0.0]}
@@ -101,6 +102,14 @@ def test_a_start_that_was_never_surpassed_is_said_to_be_the_best() -> None:
     assert "step 0, the start model: training did not improve it." in text(PEAK, START, committed=[5])
 
 
+def test_the_guards_monitor_decides_what_is_best() -> None:
+    rows = [
+        row | {"reward_fluent": [float(place)] * 3} for place, row in zip((1, 0, 2), (START, PEAK, END), strict=True)
+    ]
+    assert "The best evaluation by fluent is that of step 10;" in text(*rows, committed=[5], monitor="fluent")
+    assert "The best evaluation by gold is that of step 5;" in text(*rows, committed=[5], monitor="unknown")
+
+
 def test_one_evaluation_has_no_change() -> None:
     words = text(PEAK)
     assert "At its only evaluation, step 0, on 3 held-out prompts, the proxy, the training reward, was 1.100" in words
@@ -139,3 +148,20 @@ def test_a_stage_says_where_its_held_out_numbers_were_best() -> None:
     assert "loss went from 2 at step 0 to 0.75 at step 8; the best was 0.5 at step 4." in words
     assert "accuracy went from 0.5 at step 0 to 0.625 at step 8; the best was 0.75 at step 4." in words
     assert report_words.of_stage({}) == ["It has no evaluation yet."]
+
+
+def test_the_fitted_curve_names_its_peak_and_where_the_run_is() -> None:
+    """Gold planted on d (1 - 0.35 log d), which peaks at d = 6.405, KL 41.03; errors of 0.005 around it."""
+    rows = []
+    for distance in (0.0, 1.0, 2.0, 4.0, 8.0):
+        gold = distance * (1 - 0.35 * math.log(distance or 1))
+        kl = distance**2
+        rows.append({"reward": [0.0, 1.0], "reward_gold": [gold - 0.005, gold + 0.005], "kl_nats": [kl, kl]})
+    words = text(*rows)
+    assert "fitted to 5 evaluations (alpha 1 [" in words and "beta 0.35 [" in words
+    assert "peaks at a KL of 41 nats [" in words and "the last evaluation is at 64 nats" in words
+    rising = [
+        row | {"reward_gold": [d - 0.01, d + 0.01]} for row, d in zip(rows, (0.0, 1.0, 2.1, 4.4, 9.0), strict=True)
+    ]
+    assert "does not turn" in text(*rising)
+    assert "fitted" not in text(START, PEAK)

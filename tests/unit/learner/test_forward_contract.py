@@ -173,10 +173,10 @@ def test_logits_of_states_are_the_models_own_and_so_are_their_gradients(name: st
     pieces = torch.cat([policy.logits(states[:5]), policy.logits(states[5:])])
     (pieces * weights).sum().backward()
     assert torch.allclose(pieces, whole, atol=1e-5)
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert found.keys() == expected.keys()
+    outcome = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert outcome.keys() == expected.keys()
     for parameter, gradient in expected.items():
-        assert torch.allclose(found[parameter], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-6), parameter
+        assert torch.allclose(outcome[parameter], gradient, atol=1e-4 * float(gradient.abs().max()) + 1e-6), parameter
 
 
 def test_another_head_reads_for_one_call_only() -> None:

@@ -70,10 +70,10 @@ def test_an_error_of_a_family_is_its_row(error: Exception, monkeypatch: pytest.M
 
     monkeypatch.setattr(forward_contract, "of_config", fail)
     [line] = model_families.rows([model_families.outcome("gpt2", DEFAULTS, {"model_type": "gpt2"})])
-    said = " ".join(str(error).replace("|", " ").split())
+    words = " ".join(str(error).replace("|", " ").split())
     assert re.sub(
         " +", " ", line
-    ) == f"| gpt2 | {DEFAULTS} | - | - | - | does not run: {type(error).__name__}: {said} |".replace(":  |", ": |")
+    ) == f"| gpt2 | {DEFAULTS} | - | - | - | does not run: {type(error).__name__}: {words} |".replace(":  |", ": |")
 
 
 def test_settings_that_fit_no_model_are_a_row() -> None:

@@ -99,9 +99,9 @@ def test_ends_padding_and_headers_are_not_seen(name: str) -> None:
         n for n in tokenizer(asked_again, add_special_tokens=False)["input_ids"] if n in tokenizer.all_special_ids
     ]
     frames = [n for n in frames if tokenizer.convert_ids_to_tokens(n) not in ("<think>", "</think>")]
-    said = tokenizer("Hello world", add_special_tokens=False)["input_ids"]
-    row = [*said, *dict.fromkeys([*frames, tokenizer.eos_token_id])]
-    assert len(row) > len(said)
+    words = tokenizer("Hello world", add_special_tokens=False)["input_ids"]
+    row = [*words, *dict.fromkeys([*frames, tokenizer.eos_token_id])]
+    assert len(row) > len(words)
     assert text.texts([row], (), [False])[0].strip() == "Hello world"
 
 
@@ -141,12 +141,12 @@ def test_where_nothing_ends_a_sample_nothing_is_put_behind_an_answer(tokenizer: 
 def test_a_conversation_is_the_text_of_its_template(name: str, answer: str) -> None:
     """Up to the token that closes the turn; where the template keeps the answer and begins with the prompt."""
     tokenizer = family(name)
-    _, ids, before, said = in_chat(tokenizer, answer)
+    _, ids, before, words = in_chat(tokenizer, answer)
     whole = tokenizer.apply_chat_template([*ASKED, {"role": "assistant", "content": answer}], tokenize=False)
     closing = str(CLOSES[name])
     assert whole.startswith(before.replace("<s> ", "<s>"))
     rendered = whole[len(before.replace("<s> ", "<s>")) :]  # Llama 2's tokenizer, again
-    assert said == rendered[: rendered.index(closing) + len(closing)]
+    assert words == rendered[: rendered.index(closing) + len(closing)]
     assert ids[-1] == tokenizer.convert_tokens_to_ids(closing) and ids.count(ids[-1]) == 1
 
 
@@ -154,8 +154,8 @@ def test_a_conversation_is_the_text_of_its_template(name: str, answer: str) -> N
 def test_a_cut_answer_has_no_end_and_nothing_behind_it(name: str) -> None:
     tokenizer = family(name)
     _, whole, _, _ = in_chat(tokenizer, "Paris is it.")
-    _, cut, _, said = in_chat(tokenizer, "Paris is it.", finished=False)
-    assert said.endswith("Paris is it.")
+    _, cut, _, words = in_chat(tokenizer, "Paris is it.", finished=False)
+    assert words.endswith("Paris is it.")
     assert whole[: len(cut)] == cut or name == "llama 2"  # whose template writes a space before the end
     assert not set(cut) & {tokenizer.eos_token_id, ModelText(tokenizer).chat.frame.end}
 
@@ -174,10 +174,10 @@ def test_one_end_token_also_where_the_answer_brings_it_or_the_tokenizer_puts_one
 def test_a_template_that_closes_no_last_turn_ends_with_what_stops_samples(name: str, end: str) -> None:
     """What closes a turn that another follows, else the tokenizer's end token; trained as written in front of it."""
     tokenizer = family(name)
-    _, ids, before, said = in_chat(tokenizer, "Paris is it.")
-    assert said.strip() == f"Paris is it.{end}" and ids[-1] == tokenizer.convert_tokens_to_ids(end)
+    _, ids, before, words = in_chat(tokenizer, "Paris is it.")
+    assert words.strip() == f"Paris is it.{end}" and ids[-1] == tokenizer.convert_tokens_to_ids(end)
     whole = tokenizer.apply_chat_template([*ASKED, {"role": "assistant", "content": "Paris is it."}], tokenize=False)
-    assert whole.strip() == (before.replace("<s> ", "<s>") + said).removesuffix(end).strip()
+    assert whole.strip() == (before.replace("<s> ", "<s>") + words).removesuffix(end).strip()
 
 
 @pytest.mark.parametrize("name", list(CLOSES))
@@ -196,8 +196,8 @@ def test_a_system_message_that_moves_leaves_the_prompt_what_was_sampled_from() -
     """Mistral's template writes it into the last message, which in the whole conversation is the answer."""
     tokenizer = family("mistral")
     messages = [{"role": "system", "content": "be kind"}, *ASKED]
-    _, _, before, said = in_chat(tokenizer, "Paris", messages)
-    assert "be kind" in before and said == " Paris</s>"
+    _, _, before, words = in_chat(tokenizer, "Paris", messages)
+    assert "be kind" in before and words == " Paris</s>"
     assert "be kind" not in tokenizer.apply_chat_template(
         [*messages, {"role": "assistant", "content": "x"}], tokenize=False
     )
@@ -206,12 +206,12 @@ def test_a_system_message_that_moves_leaves_the_prompt_what_was_sampled_from() -
 @pytest.mark.parametrize("answer", ["<think>\nthe reason\n</think>\n\nParis", "the reason\n</think>\n\nParis"])
 def test_thoughts_that_a_template_drops_are_trained_as_they_were_written(answer: str) -> None:
     """The prompt opens them: not a second time."""
-    _, _, before, said = in_chat(family("r1"), answer)
-    assert before.endswith("<|Assistant|><think>\n") and said == "the reason\n</think>\n\nParis<|end|>"
+    _, _, before, words = in_chat(family("r1"), answer)
+    assert before.endswith("<|Assistant|><think>\n") and words == "the reason\n</think>\n\nParis<|end|>"
 
 
 @pytest.mark.parametrize(
-    ("options", "prompt_ends", "said"),
+    ("options", "prompt_ends", "words"),
     [
         ({}, "assistant\n", "<think>\n\n</think>\n\nParis<|im_end|>"),
         ({"enable_thinking": True}, "assistant\n", "<think>\n\n</think>\n\nParis<|im_end|>"),
@@ -219,10 +219,10 @@ def test_thoughts_that_a_template_drops_are_trained_as_they_were_written(answer:
     ],
 )
 def test_an_option_of_the_template_changes_prompt_and_answer(
-    options: dict[str, Any], prompt_ends: str, said: str
+    options: dict[str, Any], prompt_ends: str, words: str
 ) -> None:
     _, _, before, behind = in_chat(family("qwen 3"), "Paris", **options)
-    assert before.endswith(prompt_ends) and behind == said
+    assert before.endswith(prompt_ends) and behind == words
 
 
 def test_fields_of_a_stored_message_reach_the_template() -> None:
@@ -247,6 +247,6 @@ def test_stored_rows_of_both_kinds_end_with_their_own_token() -> None:
         n for messages in ([], ASKED) for n in none.encode({"completion": "Paris"}, "", messages)[0]
     }
     alone = StoredCompletions(1.0, tokenizer, Sampling(1.0, 1.0, 100, (base,)))
-    said = alone.encode({"completion": "Paris"}, "What?", ASKED)[0]
-    assert said[-1] == base and turn not in said
-    assert json.dumps(said)
+    words = alone.encode({"completion": "Paris"}, "What?", ASKED)[0]
+    assert words[-1] == base and turn not in words
+    assert json.dumps(words)

@@ -45,7 +45,7 @@ def step_of(lengths: tuple[int, ...] = (5, 1, 4)) -> packing.MicroBatch:
 
 def moved(module: nn.Module) -> bool:
     """Whether any parameter has a gradient that is not zero."""
-    return any(each.grad is not None and bool(each.grad.abs().max() > 0) for each in module.parameters())
+    return any(entry.grad is not None and bool(entry.grad.abs().max() > 0) for entry in module.parameters())
 
 
 # ---- which parameters a critic trains
@@ -59,9 +59,9 @@ def moved(module: nn.Module) -> bool:
 def test_a_critic_trains_its_heads_and_the_trunk_it_says(
     policy: Policy, folder: Path, trunk: Any, trains_policy: bool, trains_own: bool, softmin: float | None
 ) -> None:
-    own = loading.load_trunk(folder, "float32") if trunk == "own" else None
-    by = CriticSettings(trunk=trunk, softmin_temperature=softmin)
-    critic = Critic(by, own, policy.model.config.hidden_size, ["value", "entropy"])
+    subject = loading.load_trunk(folder, "float32") if trunk == "own" else None
+    config = CriticSettings(trunk=trunk, softmin_temperature=softmin)
+    critic = Critic(config, subject, policy.model.config.hidden_size, ["value", "entropy"])
     for parameter in critic.heads.parameters():
         nn.init.normal_(parameter)
     module = Learnable(policy, critic)
@@ -70,7 +70,7 @@ def test_a_critic_trains_its_heads_and_the_trunk_it_says(
     (values * torch.randn_like(values)).sum().backward()
     assert moved(policy) == trains_policy
     assert all(moved(head) for heads in critic.heads for head in heads)
-    assert own is None or moved(own) == trains_own
+    assert subject is None or moved(subject) == trains_own
     policy.zero_grad()
     module(step_of(), 1.0, 1, False, None)[0].sum().backward()
     assert moved(policy)  # and the loss of the policy trains it in any case
@@ -81,8 +81,8 @@ def test_a_critic_on_the_policys_states_reads_them_and_one_of_its_own_does_not(p
     values = {}
     for trunk in ("shared", "detached", "own"):
         torch.manual_seed(0)
-        own = loading.load_trunk(folder, "float32") if trunk == "own" else None
-        values[trunk] = Critic(CriticSettings(trunk=trunk), own, hidden, ["value"])  # type: ignore[arg-type]
+        subject = loading.load_trunk(folder, "float32") if trunk == "own" else None
+        values[trunk] = Critic(CriticSettings(trunk=trunk), subject, hidden, ["value"])  # type: ignore[arg-type]
     micro = step_of()
     before = {name: critic(micro, policy.states(micro)).detach() for name, critic in values.items()}
     assert torch.equal(before["shared"], before["detached"])
@@ -113,7 +113,7 @@ def test_twin_heads_are_joined_by_a_soft_minimum(temperature: float, numbers: li
     constant(critic, 0, numbers)
     constant(critic, 1, [7.0])
     values = critic(step_of(), torch.randn(10, HIDDEN))
-    expected = -temperature * math.log(sum(math.exp(-each / temperature) for each in numbers) / 2)
+    expected = -temperature * math.log(sum(math.exp(-entry / temperature) for entry in numbers) / 2)
     assert values[:, 0].tolist() == pytest.approx([expected] * 10, abs=1e-6)
     assert values[:, 1].tolist() == pytest.approx([7.0] * 10)
     assert min(numbers) + 1e-3 < expected < sum(numbers) / 2 - 1e-3
@@ -141,10 +141,10 @@ def test_a_new_head_is_small_and_works_in_single_precision(kind: str, width: int
     states = torch.randn(9, 64)
     head = heads[0].to(torch.bfloat16)
     nn.init.constant_(head.bias, 0.25)
-    found = head(states.to(torch.bfloat16))
-    assert found.dtype == torch.float32 and found.shape == (9,)
+    result = head(states.to(torch.bfloat16))
+    assert result.dtype == torch.float32 and result.shape == (9,)
     inside = head.body(states.to(torch.bfloat16)).float()
-    assert torch.allclose(found, inside @ head.weight[0].float() + 0.25, atol=1e-6)
+    assert torch.allclose(result, inside @ head.weight[0].float() + 0.25, atol=1e-6)
     assert ValueHead(64, kind).double()(states.double()).dtype == torch.float64
     body = [type(layer) for layer in head.body] if kind == "mlp" else type(head.body)
     assert body == ([nn.LayerNorm, nn.Linear, nn.GELU] if kind == "mlp" else nn.Identity)
@@ -179,18 +179,18 @@ def test_pieces_that_are_not_kept_are_made_again_and_nothing_else_changes(
         return torch.stack([logprobs, entropies]).detach(), gradient, terms.detach()
 
     policy.kept_chunks = kept
-    found = read(pieces)
+    result = read(pieces)
     assert calls[0] == pieces + max(0, pieces - kept)
     policy.kept_chunks = 1
     whole = read(1)
-    assert torch.allclose(found[0], whole[0], atol=1e-5)
+    assert torch.allclose(result[0], whole[0], atol=1e-5)
     logits = policy.head(states).float() / 0.7
     ends = np.cumsum([len(part) for part in np.array_split(np.arange(10), pieces)])
     places = [(start, stop) for start, stop in zip([0, *ends[:-1]], ends, strict=True) for _ in range(start, stop)]
     expected = torch.stack([logits[item, start] + stop for item, (start, stop) in enumerate(places)])
-    assert torch.allclose(found[2], expected, atol=1e-5)  # each piece is told where it stands
+    assert torch.allclose(result[2], expected, atol=1e-5)  # each piece is told where it stands
     if pieces == 1:
-        assert torch.equal(found[1], whole[1])
+        assert torch.equal(result[1], whole[1])
     calls[0] = 0
     with torch.no_grad():
         policy.read(states, micro.targets, 0.7, pieces, False)
@@ -229,13 +229,13 @@ def test_blocks_of_rows_are_those_of_log_softmax(rows: int, weights: tuple[float
     """Also the empty piece, a block that is exactly full, one row more, and a gradient of one output alone."""
     torch.manual_seed(rows)
     logits = (3 * torch.randn(rows, 9, dtype=torch.float64)).requires_grad_()
-    targets, own = torch.randint(0, 9, (rows,)), torch.randn(rows, dtype=torch.float64)
-    found = []
+    targets, subject = torch.randint(0, 9, (rows,)), torch.randn(rows, dtype=torch.float64)
+    result = []
     for function in (plain, TokenLogprobs.apply):
         outputs = function(logits, targets, 0.6)
-        used = [(weight * own * output).sum() for weight, output in zip(weights, outputs, strict=True) if weight]
-        found.append((*outputs, torch.autograd.grad(sum(used), logits)[0]))
-    for left, right in zip(*found, strict=True):
+        used = [(weight * subject * output).sum() for weight, output in zip(weights, outputs, strict=True) if weight]
+        result.append((*outputs, torch.autograd.grad(sum(used), logits)[0]))
+    for left, right in zip(*result, strict=True):
         assert torch.allclose(left, right, atol=1e-11)
     assert TokenLogprobs.apply(logits, targets, 0.6, False)[1] is None
 
@@ -244,8 +244,8 @@ def test_a_second_pass_takes_what_the_first_one_kept() -> None:
     logits = torch.randn(70, 5, dtype=torch.float64, requires_grad=True)
     targets, kept = torch.randint(0, 5, (70,)), []
     first = TokenLogprobs.apply(logits, targets, 1.3, True, kept)
-    marked = [each.clone() for each in kept]
-    assert len(kept) == 3 and not any(each.requires_grad for each in kept)
+    marked = [entry.clone() for entry in kept]
+    assert len(kept) == 3 and not any(entry.requires_grad for entry in kept)
     second = TokenLogprobs.apply(logits, targets, 1.3, True, kept)
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
     assert all(torch.equal(*pair) for pair in zip(kept, marked, strict=True)) and len(kept) == 3

@@ -83,8 +83,8 @@ def test_tensors_equal_a_naive_loop(groups: list[tuple[int, list[int]]], shared:
     for units in packing.plan(batch, 1, TokenBudget(64, shared, 8)).micro_batches[0]:
         micro = packing.tensors(batch, units)
         assert flat[micro.items].tolist() == micro.targets.tolist()
-        own = [token for row in micro.rows for token in completions[row]]
-        assert micro.targets.tolist() == own
+        subject = [token for row in micro.rows for token in completions[row]]
+        assert micro.targets.tolist() == subject
         tokens, places = micro.tokens.flatten(), places_of(micro).flatten()
         cursor = 0
         for number, row in enumerate(micro.rows):
@@ -148,16 +148,16 @@ def test_packed_plans_cover_every_row_once(
 def origins(batch: pa.RecordBatch, micro: packing.MicroBatch) -> list[list[tuple[int, int | None, int]]]:
     """Of every token of every sequence: its ticket, its row (None: a prompt's), its place; read off the token ids."""
     rows = {tokens[0] // 100: row for row, tokens in enumerate(batch.column("completion_tokens").to_pylist())}
-    found = []
+    result = []
     for sequence in micro.tokens.tolist():
-        own: list[tuple[int, int | None, int]] = []
+        subject: list[tuple[int, int | None, int]] = []
         for token in sequence:
             if token >= 100_000:
-                own.append((token % 100_000 // 1000, rows[token // 100], token % 100))
+                subject.append((token % 100_000 // 1000, rows[token // 100], token % 100))
             else:
-                own.append((token // 1000, None, token % 1000))
-        found.append(own)
-    return found
+                subject.append((token // 1000, None, token % 1000))
+        result.append(subject)
+    return result
 
 
 @settings(deadline=None)
@@ -218,10 +218,10 @@ def test_packed_rows_have_the_log_probs_and_gradients_of_rows_alone(
     policy = loading.load_policy(tiny.write(tmp_path / "m", architecture, architecture == "llama"), "float32")
     random = np.random.default_rng(0)
     tickets = [0, 0, 1, 2, 2, 2, 3]
-    said = [random.integers(3, 300, n).tolist() for n in (3, 6, 1, 4)]
+    text = [random.integers(3, 300, n).tolist() for n in (3, 6, 1, 4)]
     columns = {
         "ticket": pa.array(tickets, pa.int64()),
-        "prompt_tokens": pa.array([said[t] for t in tickets], schema.TOKENS),
+        "prompt_tokens": pa.array([text[t] for t in tickets], schema.TOKENS),
         "completion_tokens": pa.array(
             [random.integers(3, 300, n).tolist() for n in (5, 1, 7, 2, 3, 4, 6)], schema.TOKENS
         ),
@@ -233,21 +233,23 @@ def test_packed_rows_have_the_log_probs_and_gradients_of_rows_alone(
     for row in batch.to_pylist():
         count, prompt = len(row["completion_tokens"]), len(row["prompt_tokens"])
         logits = policy.model(input_ids=torch.tensor([row["prompt_tokens"] + row["completion_tokens"]])).logits
-        own = logits[0, prompt - 1 : -1].log_softmax(-1)[torch.arange(count), torch.tensor(row["completion_tokens"])]
-        (own * weights[start : start + count]).sum().backward()
-        expected[start : start + count] = own.detach()
+        subject = logits[0, prompt - 1 : -1].log_softmax(-1)[
+            torch.arange(count), torch.tensor(row["completion_tokens"])
+        ]
+        (subject * weights[start : start + count]).sum().backward()
+        expected[start : start + count] = subject.detach()
         start += count
     gradients = {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
     policy.zero_grad()
-    found = torch.zeros(28, dtype=torch.float32)
+    result = torch.zeros(28, dtype=torch.float32)
     units = packing.plan(batch, 1, TokenBudget(64, shared, 8, packed)).micro_batches[0]
     assert any(len({tickets[row] for row in unit}) > 1 for sequences in units for unit in sequences)
     for sequences in units:
         micro = packing.tensors(batch, sequences)
         values, _ = policy(micro, 1.0, 1, entropy=False)
         (values * weights[torch.from_numpy(micro.items)]).sum().backward()
-        found[torch.from_numpy(micro.items)] = values.detach()
-    assert torch.allclose(found, expected, atol=1e-5)
+        result[torch.from_numpy(micro.items)] = values.detach()
+    assert torch.allclose(result, expected, atol=1e-5)
     for name, parameter in policy.named_parameters():
         scale = float(gradients[name].abs().max())
         assert torch.allclose(parameter.grad, gradients[name], atol=1e-5 * scale + 1e-6), name

@@ -125,25 +125,25 @@ def test_plain_text_is_prompt_and_completion_and_an_end_where_it_ended(tokenizer
 def test_a_conversation_goes_through_the_chat_template(tokenizer: Any) -> None:
     reads = RewardText(tokenizer, False, 200)
     begins = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhow are you<|im_end|>\n<|im_start|>assistant\n"
-    found = reads.tokens(text(messages=SAID))
-    assert found is not None and found[0] == tokenizer(begins + "fine thanks<|im_end|>\n")["input_ids"]
+    result = reads.tokens(text(messages=SAID))
+    assert result is not None and result[0] == tokenizer(begins + "fine thanks<|im_end|>\n")["input_ids"]
     cut = reads.tokens(text(messages=SAID, finished=False))
     assert cut is not None and cut[0] == tokenizer(begins + "fine thanks")["input_ids"]
 
 
 def test_a_conversation_without_a_template_is_lines(tokenizer: Any) -> None:
     tokenizer.chat_template = None
-    found = RewardText(tokenizer, False, 100).tokens(text(messages=SAID))
-    assert found is not None
-    assert found[0] == [*tokenizer("be kind\nhow are you\nfine thanks")["input_ids"], tokenizer.eos_token_id]
+    result = RewardText(tokenizer, False, 100).tokens(text(messages=SAID))
+    assert result is not None
+    assert result[0] == [*tokenizer("be kind\nhow are you\nfine thanks")["input_ids"], tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("completion", ["end", "im", "<"])
 def test_a_cut_completion_that_the_template_also_says(tokenizer: Any, completion: str) -> None:
     reads = RewardText(tokenizer, False, 200)
-    found = reads.tokens(text(completion, messages=SAID, finished=False))
-    assert found is not None
-    assert tokenizer.decode(found[0]).endswith(f"assistant\n{completion}")
+    result = reads.tokens(text(completion, messages=SAID, finished=False))
+    assert result is not None
+    assert tokenizer.decode(result[0]).endswith(f"assistant\n{completion}")
 
 
 def test_an_encoder_reads_a_pair(encoder: Any) -> None:
@@ -249,8 +249,8 @@ def test_a_head_is_a_function_of_the_seed(kind: str, trunks: dict[str, Path]) ->
         assert torch.equal(values, parameters[2][name]) == (name != HEADS[kind]), name
     assert parameters[0][HEADS[kind]].shape == (1, WIDTHS[kind])
     trunk = dict(AutoModel.from_pretrained(trunks[kind], dtype=torch.float32).named_parameters())
-    own = dict(one.model.base_model.named_parameters())
-    assert set(own) == set(trunk) and all(torch.equal(own[name], trunk[name]) for name in trunk)
+    subject = dict(one.model.base_model.named_parameters())
+    assert set(subject) == set(trunk) and all(torch.equal(subject[name], trunk[name]) for name in trunk)
 
 
 def test_the_head_is_drawn_as_it_says(trunks: dict[str, Path]) -> None:
@@ -458,12 +458,12 @@ def test_a_reward_model_that_lacks_a_weight_is_no_reward_model(trunks: dict[str,
 def test_a_reward_model_reads_its_templates_whole_text(name: str, brings: bool) -> None:
     words = family(name)
     messages, answer = [{"role": "user", "content": "how are you"}], "Paris is it."
-    said = answer + str(CLOSES[name]) * brings
+    sentence = answer + str(CLOSES[name]) * brings
     whole = words.apply_chat_template([*messages, {"role": "assistant", "content": answer}], tokenize=False)
-    found = RewardText(words, False, 1000).tokens(text(said, messages=messages))
+    result = RewardText(words, False, 1000).tokens(text(sentence, messages=messages))
     if name == "vicuna":  # which closes a turn only where another follows
         whole += str(CLOSES[name])
-    assert found is not None and found[0] == words(whole, add_special_tokens=False)["input_ids"]
+    assert result is not None and result[0] == words(whole, add_special_tokens=False)["input_ids"]
     cut = RewardText(words, False, 1000).tokens(text(answer, messages=messages, finished=False))
     assert cut is not None and words.decode(cut[0], clean_up_tokenization_spaces=False).endswith(answer)
 
@@ -472,12 +472,12 @@ def test_an_answer_that_its_template_does_not_repeat_is_read_as_it_was_written()
     """Not left unscored: thoughts that the template drops, or words that it changes."""
     words = family("r1")
     messages = [{"role": "user", "content": "how are you"}]
-    found = RewardText(words, False, 1000).tokens(text("why\n</think>fine", messages=messages))
-    assert found is not None and words.decode(found[0]).endswith("<|Assistant|><think>\nwhy\n</think>fine<|end|>")
+    result = RewardText(words, False, 1000).tokens(text("why\n</think>fine", messages=messages))
+    assert result is not None and words.decode(result[0]).endswith("<|Assistant|><think>\nwhy\n</think>fine<|end|>")
     loud = family("chatml")
     loud.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
-    found = RewardText(loud, False, 1000).tokens(text("fine", messages=messages))
-    assert found is not None and loud.decode(found[0]).endswith("fine<|im_end|>\n")
+    result = RewardText(loud, False, 1000).tokens(text("fine", messages=messages))
+    assert result is not None and loud.decode(result[0]).endswith("fine<|im_end|>\n")
 
 
 def test_no_end_token_behind_a_cut_answer_of_a_tokenizer_that_puts_one_everywhere() -> None:
@@ -528,8 +528,8 @@ def test_thoughts_of_a_stored_message_are_read_too() -> None:
     thought = text(
         "fine", messages=messages, fields={"role": "assistant", "content": "fine", "reasoning_content": "why"}
     )
-    found = RewardText(words, False, 1000).tokens(thought)
-    assert found is not None and words.decode(found[0]).endswith("<think>\nwhy\n</think>\n\nfine<|im_end|>\n")
+    result = RewardText(words, False, 1000).tokens(thought)
+    assert result is not None and words.decode(result[0]).endswith("<think>\nwhy\n</think>\n\nfine<|im_end|>\n")
     assert reward_models.from_batch(reward_models.as_batch([thought])) == [thought]
     row = SourceRow("line 1", messages, json.dumps({"messages": [*messages, dict(thought.fields)]}))
     assert texts(row) == [ScoredText("how are you", messages, "fine", True, thought.fields)]

@@ -98,7 +98,7 @@ def public(name: str) -> Any:
 def logits(config: Any) -> torch.Tensor:
     """Logits of two rows that are longer than every window of a scaled-down model, with the same weights for the same sizes."""
     model = scaled_down_models.build(config)
-    vocabulary = scaled_down_models.text_config(config).vocab_size
+    vocabulary = config.get_text_config().vocab_size
     drawn = torch.Generator().manual_seed(1)
     tokens = torch.randint(scaled_down_models.FIRST_ORDINARY_TOKEN, vocabulary, (2, ROW), generator=drawn)
     with torch.no_grad():
@@ -154,18 +154,13 @@ def check_scaled_down(config: Any) -> None:
     unexpected = {name for name in whole - SIZES - LAYERS - rotary - ignored if not name.endswith(("rank", "token_id"))}
     assert unexpected == set()
     assert kinds(small) == kinds(config)
-    text, original = scaled_down_models.text_config(small).to_dict(), scaled_down_models.text_config(config).to_dict()
+    text, original = small.get_text_config().to_dict(), config.get_text_config().to_dict()
     for name in size_names.WINDOWS:
         size = original.get(name)
         assert (size is None or size <= 0) == (text.get(name) is None or text[name] <= 0), name
         assert not size or text[name] < scaled_down_models.row_tokens(small) <= ROW, name
-    if (
-        hasattr(scaled_down_models.text_config(config), "layer_types")
-        and scaled_down_models.text_config(config).layer_types
-    ):
-        assert set(scaled_down_models.text_config(small).layer_types) == set(
-            scaled_down_models.text_config(config).layer_types
-        )
+    if hasattr(config.get_text_config(), "layer_types") and config.get_text_config().layer_types:
+        assert set(small.get_text_config().layer_types) == set(config.get_text_config().layer_types)
     assert torch.isfinite(logits(small)).all()
 
 

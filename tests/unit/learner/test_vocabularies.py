@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def beside(model: Path, folder: Path, more: int) -> Path:
-    """A copy of the model that has so many tokens more, in its embedding too."""
+    """A copy of the model with more tokens, in its embedding too."""
     shutil.copytree(model, folder)
     tensors = load_file(folder / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
@@ -69,19 +69,19 @@ def test_another_number_of_tokens_is_refused_by_name(model: Path, tmp_path: Path
 def test_the_same_number_is_accepted_and_its_folder_handed_on(model: Path, tmp_path: Path, setting: str) -> None:
     other = beside(model, tmp_path / "other", 0)
     settings = run_of(model, objective=SETTINGS[setting](str(other)))
-    found = models.learner_folders(settings, model, str(model))
-    assert found == {setting.split(".")[1].replace("dense", "teacher"): str(other), "reference": str(model)}
+    result = models.learner_folders(settings, model, str(model))
+    assert result == {setting.split(".")[1].replace("dense", "teacher"): str(other), "reference": str(model)}
     assert models.learner_folders(run_of(model), model, None) == {}
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_two_models_of_a_stage_have_the_same_vocabulary(model: Path, tmp_path: Path, more: int) -> None:
     other = beside(model, tmp_path / "other", more)
-    for own, second in ((model, other), (other, model)):
+    for subject, second in ((model, other), (other, model)):
         if more:
             with pytest.raises(
                 ConfigError, match=rf"reference\.model={second}: \d+ tokens in its vocabulary; expected"
             ):
-                models.check_vocabulary(own, second, "reference.model")
+                models.check_vocabulary(subject, second, "reference.model")
         else:
-            models.check_vocabulary(own, second, "reference.model")
+            models.check_vocabulary(subject, second, "reference.model")

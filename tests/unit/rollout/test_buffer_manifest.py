@@ -1,4 +1,4 @@
-"""What the buffer's files say of every ticket, what it says of damaged ones, resizing, and whom it waits for."""
+"""What the buffer's files say of every ticket, what it says of damaged ones, resizing, and the tickets it waits for."""
 
 import json
 from pathlib import Path
@@ -104,7 +104,7 @@ def empty(path: Path) -> None:
 
 
 def rename(path: Path) -> None:
-    path.rename(path.with_name("segment.nobody.arrow"))
+    path.rename(path.with_name("segment.unnamed.arrow"))
 
 
 def named(path: Path, content: Any) -> None:

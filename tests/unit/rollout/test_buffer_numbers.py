@@ -130,10 +130,10 @@ def test_a_segment_that_fits_is_read_as_it_was_written(tmp_path: Path) -> None:
     counts = {0: {"a": {"": 1}}, 1: {"b": {"x": 2}}}
     num_bytes = segments.write(tmp_path, segments.Segment([0, 1], rollouts([1]), counts, {0: "why"}))
     (path,) = segments.paths(tmp_path)
-    found = segments.read(path)
-    assert (found.tickets, found.counts, found.dropped) == ([0, 1], counts, {0: "why"})
-    assert found.rows.equals(rollouts([1]), check_metadata=True) and path.stat().st_size == num_bytes
-    groups = dict(found.groups())
+    result = segments.read(path)
+    assert (result.tickets, result.counts, result.dropped) == ([0, 1], counts, {0: "why"})
+    assert result.rows.equals(rollouts([1]), check_metadata=True) and path.stat().st_size == num_bytes
+    groups = dict(result.groups())
     assert (groups[0].rows, groups[0].reason, groups[1].reason) == (None, "why", "")
     assert groups[1].rows is not None and groups[1].rows.equals(rollouts([1]))
     assert path.name.startswith("segment.000000000000-000000000001.")

@@ -59,7 +59,7 @@ class World:
             batch, _ = await self.buffer.take(self.buffer.window.groups_per_step)
             self.story.steps.append(list(dict.fromkeys(batch.column("ticket").to_pylist())))
             made_by = [versions[0] for versions in batch.column("weight_versions").to_pylist()]
-            self.story.staleness += [version - 1 - each for each in made_by]
+            self.story.staleness += [version - 1 - item for item in made_by]
             self.generator_version = version
             for _ in range(self.choices.randrange(3)):  # generators may finish while weights are loaded
                 await asyncio.sleep(0)
@@ -243,9 +243,9 @@ def live(
             return world.contents
 
         contents = asyncio.run(run())
-        own = Audit(directory)
-        lines = audit_rollouts(own, runs.settings(buffer=options), Progress(committed=STEPS, recorded=STEPS))
-        assert own.findings == []
+        subject = Audit(directory)
+        lines = audit_rollouts(subject, runs.settings(buffer=options), Progress(committed=STEPS, recorded=STEPS))
+        assert subject.findings == []
         return contents, lines
 
 

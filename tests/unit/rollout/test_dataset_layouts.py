@@ -1,4 +1,4 @@
-"""Data sets as other projects write them: what is read of them, by whom, and what is refused by the setting's name."""
+"""Data sets as other projects write them: which layout reads what, and what is refused by the setting's name."""
 
 import json
 from datetime import datetime
@@ -126,10 +126,10 @@ def read(path: Path, samples: int, **settings: Any) -> list[prompt_datasets.Sour
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_is_read(tmp_path: Path, name: str, write: Any) -> None:
     row, samples, prompt, texts, rewards = LAYOUTS[name]
-    (found,) = read(write(tmp_path / f"d.{write.__name__}", [row]), samples)
-    stored_completions.check_shape([found], samples, "d")
-    columns = json.loads(found.further)
-    assert found.prompt == prompt
+    (result,) = read(write(tmp_path / f"d.{write.__name__}", [row]), samples)
+    stored_completions.check_shape([result], samples, "d")
+    columns = json.loads(result.further)
+    assert result.prompt == prompt
     assert stored_completions.completions(columns) == texts
     assert stored_completions.rewards(columns) == rewards
     assert stored_completions.unusable(columns) is None
@@ -139,16 +139,16 @@ def test_a_layout_is_read(tmp_path: Path, name: str, write: Any) -> None:
 @pytest.mark.parametrize("name", [name for name, case in LAYOUTS.items() if case[2] == ASKED or case[2] == "q"])
 def test_online_training_reads_the_same_prompt(tmp_path: Path, name: str) -> None:
     row, _, prompt, _, _ = LAYOUTS[name]
-    (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), 0)
+    (result,) = read(jsonl(tmp_path / "d.jsonl", [row]), 0)
     if name in ("trl text beside answers alone",):  # no conversation holds the prompt: it stays text
         prompt = "q"
-    assert found.prompt == prompt
+    assert result.prompt == prompt
 
 
 def test_reward_functions_get_the_columns_as_they_were(tmp_path: Path) -> None:
     row = {"conversations": shared(("human", "q"), ("gpt", "yes")), "source": "x"}
-    (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), 1)
-    columns = json.loads(found.further)
+    (result,) = read(jsonl(tmp_path / "d.jsonl", [row]), 1)
+    columns = json.loads(result.further)
     assert {name: columns[name] for name in row} == row
 
 
@@ -158,34 +158,34 @@ def test_reward_functions_get_the_columns_as_they_were(tmp_path: Path) -> None:
 def test_every_role_can_be_named(tmp_path: Path) -> None:
     pair = {"frage": "q", "rolle": "be kind", "gut": "yes", "schlecht": "no", "chosen": "not this", "rejected": 5}
     columns = ColumnSettings(prompt="frage", system="rolle", chosen="gut", rejected="schlecht")
-    (found,) = read(jsonl(tmp_path / "a.jsonl", [pair]), 2, columns=columns)
-    assert found.prompt == said((SYSTEM, "be kind")) + ASKED
-    assert stored_completions.completions(json.loads(found.further)) == ["yes", "no"]
-    assert json.loads(found.further)["chosen"] == "not this"
+    (result,) = read(jsonl(tmp_path / "a.jsonl", [pair]), 2, columns=columns)
+    assert result.prompt == said((SYSTEM, "be kind")) + ASKED
+    assert stored_completions.completions(json.loads(result.further)) == ["yes", "no"]
+    assert json.loads(result.further)["chosen"] == "not this"
     answer = {"frage": "q", "mehr": "of this", "antwort": "yes", "gut": 1}
     columns = ColumnSettings(prompt="frage", input="mehr", completion="antwort", label="gut")
-    (found,) = read(jsonl(tmp_path / "b.jsonl", [answer]), 1, columns=columns)
-    assert (found.prompt, stored_completions.rewards(json.loads(found.further))) == ("q\n\nof this", [1.0])
+    (result,) = read(jsonl(tmp_path / "b.jsonl", [answer]), 1, columns=columns)
+    assert (result.prompt, stored_completions.rewards(json.loads(result.further))) == ("q\n\nof this", [1.0])
     ranking = {"frage": "q", "alle": ["a", "b"], "noten": [1, 2]}
     columns = ColumnSettings(prompt="frage", responses="alle", rewards="noten")
-    (found,) = read(jsonl(tmp_path / "c.jsonl", [ranking]), 2, columns=columns)
-    assert stored_completions.completions(json.loads(found.further)) == ["a", "b"]
-    assert stored_completions.rewards(json.loads(found.further)) == [1.0, 2.0]
+    (result,) = read(jsonl(tmp_path / "c.jsonl", [ranking]), 2, columns=columns)
+    assert stored_completions.completions(json.loads(result.further)) == ["a", "b"]
+    assert stored_completions.rewards(json.loads(result.further)) == [1.0, 2.0]
     talk = {"verlauf": shared(("human", "q"), ("gpt", "yes")), "messages": "not this"}
-    (found,) = read(jsonl(tmp_path / "d.jsonl", [talk]), 1, columns=ColumnSettings(messages="verlauf"))
-    assert found.prompt == ASKED and stored_completions.completions(json.loads(found.further)) == ["yes"]
+    (result,) = read(jsonl(tmp_path / "d.jsonl", [talk]), 1, columns=ColumnSettings(messages="verlauf"))
+    assert result.prompt == ASKED and stored_completions.completions(json.loads(result.further)) == ["yes"]
 
 
 def test_the_preferred_answers_can_be_demonstrations(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": ASKED + YES, "rejected": ASKED + NO}
-    (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), 1, columns=ColumnSettings(completion="chosen"))
-    assert found.prompt == ASKED and stored_completions.completions(json.loads(found.further)) == ["yes"]
+    (result,) = read(jsonl(tmp_path / "d.jsonl", [row]), 1, columns=ColumnSettings(completion="chosen"))
+    assert result.prompt == ASKED and stored_completions.completions(json.loads(result.further)) == ["yes"]
 
 
 def test_a_prompt_that_is_named_stays_text_online(tmp_path: Path) -> None:
     row = LAYOUTS["ultrafeedback pair"][0]
-    (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), 0, columns=ColumnSettings(prompt="prompt"))
-    assert found.prompt == "q"
+    (result,) = read(jsonl(tmp_path / "d.jsonl", [row]), 0, columns=ColumnSettings(prompt="prompt"))
+    assert result.prompt == "q"
 
 
 # ---- what is refused, and what is dropped
@@ -258,8 +258,8 @@ def test_a_named_column_that_is_not_there(tmp_path: Path) -> None:
 def test_a_row_whose_parts_do_not_belong_together_is_not_trained_on(
     tmp_path: Path, row: dict[str, Any], samples: int, reason: str
 ) -> None:
-    (found,) = read(jsonl(tmp_path / "d.jsonl", [row]), samples)
-    assert stored_completions.unusable(json.loads(found.further)) == reason
+    (result,) = read(jsonl(tmp_path / "d.jsonl", [row]), samples)
+    assert stored_completions.unusable(json.loads(result.further)) == reason
 
 
 def test_prompts_that_are_in_some_conversations_alone_are_refused(tmp_path: Path) -> None:
@@ -372,6 +372,6 @@ def test_objects_of_a_function_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -
     module = types.ModuleType("rows_for_a_test")
     module.rows = lambda: rows  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    found = prompt_datasets.read_rows(PromptSettings(source="python:rows_for_a_test:rows"))
+    result = prompt_datasets.read_rows(PromptSettings(source="python:rows_for_a_test:rows"))
     expected = {"array": [0, 1], "one": 0.5, "set": [1], "keys": {"1": 2}, "when": "2026-01-02 00:00:00"}
-    assert [json.loads(row.further) for row in found] == [expected] * 2
+    assert [json.loads(row.further) for row in result] == [expected] * 2

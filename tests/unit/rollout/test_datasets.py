@@ -86,10 +86,10 @@ def test_every_kind_of_source_gives_the_same_rows(
     restored_process: None, tmp_path: Path, monkeypatch: Any, write: Any
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    found = every_row(Prompts(settings_for(write(tmp_path)), PLAIN))
-    assert [row["prompt"] for row in found] == ["hello world", "how are you", "be kind"]
-    assert [json.loads(row["prompt_columns"]) for row in found] == [{"topic": str(n)} for n in range(3)]
-    assert [row["prompt_id"] for row in found] == [0, 1, 2]
+    result = every_row(Prompts(settings_for(write(tmp_path)), PLAIN))
+    assert [row["prompt"] for row in result] == ["hello world", "how are you", "be kind"]
+    assert [json.loads(row["prompt_columns"]) for row in result] == [{"topic": str(n)} for n in range(3)]
+    assert [row["prompt_id"] for row in result] == [0, 1, 2]
 
 
 def test_parquet_messages_and_dates_come_through(tmp_path: Path) -> None:
@@ -100,16 +100,16 @@ def test_parquet_messages_and_dates_come_through(tmp_path: Path) -> None:
     for row in rows:
         row["day"] = date(2026, 1, 2)  # type: ignore[assignment]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = every_row(Prompts(settings_for(tmp_path / "a.parquet"), word_tokenizer(template, numbers=200)))
-    assert [row["prompt_tokens"] for row in found] == [[SYS, HELLO], [len(WORDS) + 1], [len(WORDS) + 2]]
-    assert json.loads(found[0]["prompt_columns"]) == {"day": "2026-01-02"}
+    result = every_row(Prompts(settings_for(tmp_path / "a.parquet"), word_tokenizer(template, numbers=200)))
+    assert [row["prompt_tokens"] for row in result] == [[SYS, HELLO], [len(WORDS) + 1], [len(WORDS) + 2]]
+    assert json.loads(result[0]["prompt_columns"]) == {"day": "2026-01-02"}
 
 
 def test_the_prompt_may_be_in_another_column(tmp_path: Path) -> None:
     rows = [{"question": "hello", "prompt": 5}, {"question": "world"}, {"question": "you"}]
-    found = every_row(Prompts(settings_for(jsonl(tmp_path / "a.jsonl", rows), column="question"), PLAIN))
-    assert [row["prompt"] for row in found] == ["hello", "world", "you"]
-    assert json.loads(found[0]["prompt_columns"]) == {"prompt": 5}
+    result = every_row(Prompts(settings_for(jsonl(tmp_path / "a.jsonl", rows), column="question"), PLAIN))
+    assert [row["prompt"] for row in result] == ["hello", "world", "you"]
+    assert json.loads(result[0]["prompt_columns"]) == {"prompt": 5}
 
 
 @pytest.mark.parametrize("column", ["messages", "chosen"])
@@ -120,26 +120,26 @@ def test_implicit_prompt_ends_before_the_last_assistant_turn(tmp_path: Path, col
     rows = [conversation("hello", "world", "how", "are"), conversation("you", "be"), conversation("kind")]
     rows[1].append({"role": "assistant", "content": "kind"})  # a turn may be two messages
     prompts = Prompts(settings_for(jsonl(tmp_path / "a.jsonl", [{column: row} for row in rows])), CHAT)
-    found = every_row(prompts)
-    assert [row["prompt_tokens"] for row in found] == [
+    result = every_row(prompts)
+    assert [row["prompt_tokens"] for row in result] == [
         [BOS, USER, HELLO, BOT, WORLD, USER, HOW, BOT],
         [BOS, USER, YOU, BOT],
         [BOS, USER, KIND, BOT],
     ]
-    assert json.loads(found[0]["prompt_columns"])[column] == rows[0]  # the reference answer is in it
+    assert json.loads(result[0]["prompt_columns"])[column] == rows[0]  # the reference answer is in it
 
 
 def test_preference_rows_use_the_prompt_alone(tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "chosen": "hello", "rejected": "world"} for n in range(3)]
-    found = every_row(Prompts(settings_for(jsonl(tmp_path / "a.jsonl", rows)), PLAIN))
-    assert [row["prompt_tokens"] for row in found] == [[BOS, len(WORDS) + n] for n in range(3)]
-    assert json.loads(found[0]["prompt_columns"]) == {"chosen": "hello", "rejected": "world"}
+    result = every_row(Prompts(settings_for(jsonl(tmp_path / "a.jsonl", rows)), PLAIN))
+    assert [row["prompt_tokens"] for row in result] == [[BOS, len(WORDS) + n] for n in range(3)]
+    assert json.loads(result[0]["prompt_columns"]) == {"chosen": "hello", "rejected": "world"}
 
 
 def test_further_columns_are_json_with_the_same_keys_in_every_row(tmp_path: Path) -> None:
     rows = [{"answer": 4, "prompt": "0"}, {"prompt": "1", "tags": ["ä", {"b": None}]}, {"prompt": "2"}]
-    found = every_row(Prompts(settings_for(jsonl(tmp_path / "a.jsonl", rows)), PLAIN))
-    assert [json.loads(row["prompt_columns"]) for row in found] == [
+    result = every_row(Prompts(settings_for(jsonl(tmp_path / "a.jsonl", rows)), PLAIN))
+    assert [json.loads(row["prompt_columns"]) for row in result] == [
         {"answer": 4, "tags": None},
         {"answer": None, "tags": ["ä", {"b": None}]},
         {"answer": None, "tags": None},

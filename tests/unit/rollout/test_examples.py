@@ -63,8 +63,8 @@ def test_distinct_token_ratio_counts_ids_and_without_them_words() -> None:
     completions = ["a a b", "c"]
     assert examples.distinct_token_ratio(completions) == [2 / 3, 1.0]
     ids = [[5, 5, 5, 5], [1, 2, 1]]
-    found = examples.distinct_token_ratio(prompts=["", ""], completions=completions, completion_ids=ids, topic=[1, 2])
-    assert found == [1 / 4, 2 / 3]
+    result = examples.distinct_token_ratio(prompts=["", ""], completions=completions, completion_ids=ids, topic=[1, 2])
+    assert result == [1 / 4, 2 / 3]
 
 
 def test_distinct_token_ratio_of_nothing_is_1() -> None:

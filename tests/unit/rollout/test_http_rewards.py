@@ -81,10 +81,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
 
 
 def asked(url: str, **fields: object) -> list[float | None] | str:
-    own = RewardSettings(
+    reward = RewardSettings(
         **{"name": "mine", "kind": "http", "source": url, "retries": 0, "timeout_seconds": 5, **fields}
     )
-    return http_rewards.caller(own, "rewards.mine.source")(BODY, 2)
+    return http_rewards.caller(reward, "rewards.mine.source")(BODY, 2)
 
 
 def test_a_good_reply_and_what_was_asked(serve: Serve) -> None:

@@ -184,7 +184,7 @@ def test_mixed_forms_are_refused_with_both_places(tmp_path: Path, one: Any, othe
 
 def test_a_demonstration_is_the_last_message(tmp_path: Path) -> None:
     turns = [[("user", f"{n}"), ("assistant", "1"), ("user", "2"), ("assistant", f"{n} 3")] for n in range(8)]
-    rows = [{"messages": [{"role": role, "content": content} for role, content in each]} for each in turns]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in item]} for item in turns]
     batch = demonstrations(jsonl(tmp_path / "m.jsonl", rows), CHAT, prompts={"max_tokens": 20}).step(0)
     for row in batch.to_pylist():
         n = json.loads(row["prompt_messages"])[0]["content"]
@@ -193,7 +193,7 @@ def test_a_demonstration_is_the_last_message(tmp_path: Path) -> None:
 
 
 def test_a_conversation_that_ends_with_the_user_is_no_demonstration() -> None:
-    """Nobody should learn to say what the user said."""
+    """No model should learn to say what the user said."""
     row = SourceRow(
         "line 1",
         [{"role": "user", "content": "hello"}],
@@ -277,10 +277,10 @@ def test_a_pair_too_long_for_the_model_is_dropped_not_cut(tmp_path: Path) -> Non
 
 def test_pairs_of_a_prompt_are_held_out_together(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n % 6} ", "chosen": f"{n}", "rejected": f"{n} {n}"} for n in range(18)]
-    found = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
-    held_out = {place % 6 for place in found.held_out.tolist()}
-    assert len(held_out) == 3 and {place % 6 for place in found.train.tolist()} == set(range(6)) - held_out
-    assert len(found.train) == 9 and np.array_equal(np.sort(found.train), found.train)
+    result = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
+    held_out = {place % 6 for place in result.held_out.tolist()}
+    assert len(held_out) == 3 and {place % 6 for place in result.train.tolist()} == set(range(6)) - held_out
+    assert len(result.train) == 9 and np.array_equal(np.sort(result.train), result.train)
 
 
 # ---- pairs and demonstrations that come in other forms
@@ -291,15 +291,15 @@ def test_a_ranking_of_two_is_a_pair_with_the_better_one_first(tmp_path: Path) ->
         {"prompt": f"{n} ", "responses": [f"{n}", f"{n} {n}"], "rewards": [0.0, 1.0] if n % 2 else [2.0, -1.0]}
         for n in range(8)
     ]
-    found = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
-    for n, (better, worse) in enumerate(found.pairs):
+    result = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
+    for n, (better, worse) in enumerate(result.pairs):
         assert (len(better.completion) > len(worse.completion)) == bool(n % 2)
 
 
 def test_a_tie_is_no_pair(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n} ", "responses": [f"{n}", f"{n} {n}"], "rewards": [1.0, n % 5]} for n in range(10)]
-    found = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
-    assert found.dropped == {"tie": 2} and len(found.pairs) == 8
+    result = reward_pairs(jsonl(tmp_path / "p.jsonl", rows))
+    assert result.dropped == {"tie": 2} and len(result.pairs) == 8
 
 
 def test_a_margin_is_finite(tmp_path: Path) -> None:
@@ -310,9 +310,9 @@ def test_a_margin_is_finite(tmp_path: Path) -> None:
 
 def test_answers_labeled_bad_are_no_demonstrations(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}", "completion": f"{n} {n}", "label": n % 3 > 0} for n in range(12)]
-    found = demonstrations(jsonl(tmp_path / "d.jsonl", rows))
-    assert found.dropped == {"label_false": 4}
-    assert {n for part in found.everything() for n in said(part)} == {n for n in range(12) if n % 3}
+    result = demonstrations(jsonl(tmp_path / "d.jsonl", rows))
+    assert result.dropped == {"label_false": 4}
+    assert {n for part in result.everything() for n in said(part)} == {n for n in range(12) if n % 3}
 
 
 def test_demonstrations_of_ultrafeedback_are_its_messages(tmp_path: Path) -> None:

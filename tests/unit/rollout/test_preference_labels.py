@@ -20,49 +20,49 @@ from keel.stages import label as stage
 from rollouts import referenced, rollouts, scored
 
 
-def pairs(found: preference_labels.Labeled) -> list[tuple[str, str]]:
-    table = found.table
+def pairs(result: preference_labels.Labeled) -> list[tuple[str, str]]:
+    table = result.table
     return sorted(zip(table.column("chosen").to_pylist(), table.column("rejected").to_pylist(), strict=True))
 
 
 def test_the_judge_orders_every_pair() -> None:
-    found = preference_labels.label(
+    result = preference_labels.label(
         judged([["a", "b", "c"], ["d", "e", "f"]], [[1, 3, 2], [-1, -3, -2]]), settings_for()
     )
-    assert pairs(found) == [("b", "a"), ("b", "c"), ("c", "a"), ("d", "e"), ("d", "f"), ("f", "e")]
-    chosen, rejected = (found.table.column(f"score_{side}").to_numpy() for side in ("chosen", "rejected"))
+    assert pairs(result) == [("b", "a"), ("b", "c"), ("c", "a"), ("d", "e"), ("d", "f"), ("f", "e")]
+    chosen, rejected = (result.table.column(f"score_{side}").to_numpy() for side in ("chosen", "rejected"))
     assert (chosen > rejected).all()
-    assert found.dropped == {} and found.flipped_ratio == 0.0
-    assert found.table.column("prompt_id").to_pylist() == [0, 0, 0, 1, 1, 1]
-    assert set(found.table.column("prompt").to_pylist()) == {"prompt 0", "prompt 1"}
+    assert result.dropped == {} and result.flipped_ratio == 0.0
+    assert result.table.column("prompt_id").to_pylist() == [0, 0, 0, 1, 1, 1]
+    assert set(result.table.column("prompt").to_pylist()) == {"prompt 0", "prompt 1"}
 
 
 def test_who_is_left_out_is_counted_by_reason() -> None:
     texts = [["a", " \n", "b", " a "], ["c", "d", "e", "f"], ["g", "h", "", "g"]]
     rewards: list[list[float | None]] = [[1, 9, 0, 5], [0, None, 2, 2], [None, 1, None, 3]]
-    found = preference_labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for(truncated="drop"))
+    result = preference_labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for(truncated="drop"))
     # a failed judge comes before an empty text; the second of two equal texts goes, whatever it scores
-    assert found.dropped == {"empty": 1, "equal": 1, "judge_failed": 3, "truncated": 1, "tie": 1}
-    assert pairs(found) == [("a", "b"), ("g", "h")]  # of g and g the first was not judged: the second stays
+    assert result.dropped == {"empty": 1, "equal": 1, "judge_failed": 3, "truncated": 1, "tie": 1}
+    assert pairs(result) == [("a", "b"), ("g", "h")]  # of g and g the first was not judged: the second stays
     kept = preference_labels.label(judged(texts, rewards, cut=((1, 0),)), settings_for())
     assert kept.dropped == {"empty": 1, "equal": 1, "judge_failed": 3, "tie": 1}
     assert pairs(kept) == [("a", "b"), ("e", "c"), ("f", "c"), ("g", "h")]
 
 
 def test_a_prompt_with_one_completion_left_is_counted() -> None:
-    found = preference_labels.label(judged([["a", "a"], ["b", "c"]], [[0, 1], [0, 1]]), settings_for())
-    assert found.dropped == {"equal": 1, "too_few": 1} and pairs(found) == [("c", "b")]
+    result = preference_labels.label(judged([["a", "a"], ["b", "c"]], [[0, 1], [0, 1]]), settings_for())
+    assert result.dropped == {"equal": 1, "too_few": 1} and pairs(result) == [("c", "b")]
 
 
 def test_nothing_usable_is_an_empty_table() -> None:
-    found = preference_labels.label(judged([["", ""]], [[0, 1]]), settings_for())
-    assert found.table.num_rows == 0 and found.dropped == {"empty": 2} and found.flipped_ratio == 0.0
+    result = preference_labels.label(judged([["", ""]], [[0, 1]]), settings_for())
+    assert result.table.num_rows == 0 and result.dropped == {"empty": 2} and result.flipped_ratio == 0.0
 
 
 def test_a_margin_that_is_too_small_is_a_tie() -> None:
     batch = judged([["a", "b"], ["c", "d"]], [[0, 0.25], [0, 0.5]])
-    found = preference_labels.label(batch, settings_for(pairs={"min_margin": 0.25}))
-    assert pairs(found) == [("d", "c")] and found.dropped == {"tie": 1}
+    result = preference_labels.label(batch, settings_for(pairs={"min_margin": 0.25}))
+    assert pairs(result) == [("d", "c")] and result.dropped == {"tie": 1}
 
 
 def test_cut_completions_are_kept_and_marked() -> None:
@@ -86,9 +86,9 @@ def test_labels_are_a_function_of_completions_and_seed() -> None:
 def test_pairs_of_a_prompt_do_not_depend_on_the_other_prompts() -> None:
     texts = [[f"{ticket} {sample}" for sample in range(4)] for ticket in range(10)]
     batch = judged(texts, [[0, 1, 2, 3]] * 10)
-    by = settings_for(noise={"flip_ratio": 0.5}, pairs={"selection": "max_random"})
-    whole = preference_labels.label(batch, by).table
-    half = preference_labels.label(schema.select(batch, batch.column("ticket").to_numpy() >= 5), by).table
+    config = settings_for(noise={"flip_ratio": 0.5}, pairs={"selection": "max_random"})
+    whole = preference_labels.label(batch, config).table
+    half = preference_labels.label(schema.select(batch, batch.column("ticket").to_numpy() >= 5), config).table
     assert whole.slice(5).to_pylist() == half.to_pylist()
 
 
@@ -120,11 +120,11 @@ def within(flipped: np.ndarray, chance: float) -> bool:
     ],
 )
 def test_the_share_of_wrong_labels(noise: dict[str, float], difference: float, chance: float) -> None:
-    found = preference_labels.label(two_thousand(difference), settings_for(noise=noise))
-    table = found.table
+    result = preference_labels.label(two_thousand(difference), settings_for(noise=noise))
+    table = result.table
     flipped = table.column("flipped").to_numpy()
     assert table.num_rows == PAIRS and within(flipped, chance)
-    assert found.flipped_ratio == pytest.approx(flipped.mean())
+    assert result.flipped_ratio == pytest.approx(flipped.mean())
     wrong = np.array([text.startswith("low") for text in table.column("chosen").to_pylist()])
     assert np.array_equal(wrong, flipped)
     assert np.array_equal(table.column("score_chosen").to_numpy() < table.column("score_rejected").to_numpy(), flipped)
@@ -163,7 +163,7 @@ def test_pairs_that_share_a_completion_are_flipped_independently() -> None:
         [max(row["score_chosen"], row["score_rejected"]) == 2 for row in table.slice(3 * t, 3).to_pylist()]
         for t in range(tickets)
     ]
-    first, second = np.array([row[own] for row, own in zip(flipped, np.array(best), strict=True)]).T
+    first, second = np.array([row[subject] for row, subject in zip(flipped, np.array(best), strict=True)]).T
     assert within(first == second, 0.5)
 
 
@@ -171,11 +171,11 @@ def test_pairs_that_share_a_completion_are_flipped_independently() -> None:
 
 
 def conversational(batch: pa.RecordBatch) -> pa.RecordBatch:
-    said = [
+    words = [
         json.dumps([{"role": "system", "content": "be kind"}, {"role": "user", "content": text}])
         for text in batch.column("prompt").to_pylist()
     ]
-    return replaced(batch, prompt_messages=said)
+    return replaced(batch, prompt_messages=words)
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -229,8 +229,8 @@ def test_rollouts_of_different_steps_and_runs_are_different_groups(tmp_path: Pat
     assert batch.column("prompt_id").to_pylist() == [0, 0, 1, 1, 2, 2, 0, 0, 0, 0]
     assert not [name for name in batch.schema.names if name.startswith(("reward", "score", "failure"))]
     judged_again = scored(batch, list(range(10)))
-    found = preference_labels.label(judged_again, settings_for())
-    assert found.table.num_rows == 5 and sorted(found.table.column("score_chosen").to_pylist()) == [1, 3, 5, 7, 9]
+    result = preference_labels.label(judged_again, settings_for())
+    assert result.table.num_rows == 5 and sorted(result.table.column("score_chosen").to_pylist()) == [1, 3, 5, 7, 9]
 
 
 def test_a_run_without_usable_rollouts_is_one_line(tmp_path: Path) -> None:

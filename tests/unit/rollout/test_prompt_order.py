@@ -49,7 +49,7 @@ def test_epochs_and_run_seeds_have_different_orders(tmp_path: Path) -> None:
 
     orders = [order(seed, epoch) for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))]
     assert len(set(orders)) == 6
-    assert tuple(range(52)) not in {tuple(dict.fromkeys(each)) for each in orders}
+    assert tuple(range(52)) not in {tuple(dict.fromkeys(item)) for item in orders}
 
 
 def test_runs_of_several_seeds_share_their_held_out_rows_and_no_order_of_training(tmp_path: Path) -> None:

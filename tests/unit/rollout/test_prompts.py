@@ -60,8 +60,8 @@ def test_text_that_brings_its_bos_does_not_get_a_second(tmp_path: Path) -> None:
 
 
 def test_system_prompt_comes_first_unless_the_row_has_its_own(tmp_path: Path) -> None:
-    own = [{"role": "system", "content": "hello"}, {"role": "user", "content": "you"}]
-    rows = [{"prompt": "how are you"}, {"prompt": own}, {"prompt": [{"role": "user", "content": "world"}]}]
+    subject = [{"role": "system", "content": "hello"}, {"role": "user", "content": "you"}]
+    rows = [{"prompt": "how are you"}, {"prompt": subject}, {"prompt": [{"role": "user", "content": "world"}]}]
     source = jsonl(tmp_path / "a.jsonl", rows)
     tokens = [row["prompt_tokens"] for row in every_row(Prompts(settings_for(source, system_prompt="be kind"), CHAT))]
     assert tokens == [
@@ -177,12 +177,12 @@ def test_options_of_the_template_from_a_file_or_the_command_line(tmp_path: Path)
         f"policy: {{model: tiny}}\nprompts: {{source: {source}, held_out: 2}}\n"
         "rewards: [{name: length, source: 'tests:length'}]\n"
     )
-    found = [
+    result = [
         Prompts(loader.load(path, changes), tokenizer)
         for changes in ([], ["policy.chat_template_options={enable_thinking: false}"])
     ]
-    short, long = ([len(row["prompt_tokens"]) for row in every_row(prompts)] for prompts in found)
+    short, long = ([len(row["prompt_tokens"]) for row in every_row(prompts)] for prompts in result)
     thought = len(tokenizer("<think>\n\n</think>\n\n")["input_ids"])
     assert long == [length + thought for length in short]
-    names = {prompts.held_out().schema.metadata[b"keel.tokenizer"] for prompts in found}
+    names = {prompts.held_out().schema.metadata[b"keel.tokenizer"] for prompts in result}
     assert len(names) == 2  # rows of one are not taken for those of the other

@@ -209,8 +209,8 @@ def test_no_function_sees_what_another_does_to_its_columns() -> None:
         return [float(len(text)) for text in completions]
 
     functions: dict[str, Callable[..., Any]] = {"spoils": spoils, "reads": reads}
-    found = Calls(functions, lambda: {"completions": ["abc"]}, EventLoop(), 10).finish()
-    assert found == {"spoils": [0.0], "reads": [3.0]}
+    result = Calls(functions, lambda: {"completions": ["abc"]}, EventLoop(), 10).finish()
+    assert result == {"spoils": [0.0], "reads": [3.0]}
 
 
 # ---- what they return
@@ -233,8 +233,8 @@ GOOD: list[tuple[Any, list[float | None]]] = [
 
 @pytest.mark.parametrize(("answer", "expected"), GOOD, ids=lambda value: str(type(value).__name__))
 def test_numbers_of_every_kind(answer: Any, expected: list[float | None]) -> None:
-    found = numbers(answer, strict=True)
-    assert found == expected and all(type(value) in (float, type(None)) for value in found)
+    result = numbers(answer, strict=True)
+    assert result == expected and all(type(value) in (float, type(None)) for value in result)
 
 
 def test_an_int_beyond_any_float_is_infinite() -> None:
@@ -296,8 +296,8 @@ async def given_late(completions: list[str], **columns: Any) -> Any:
 @pytest.mark.parametrize("answer", [one for one, _ in BAD if not hasattr(one, "__next__")], ids=describe)
 def test_a_wrong_answer_fails_the_samples_and_never_pays_zero(name: str, answer: Any) -> None:
     Given.value = answer
-    found, failures = scored(name)
-    assert failures == {f"{name}_not_numbers": 4} and found.column("reward").null_count == 4
+    result, failures = scored(name)
+    assert failures == {f"{name}_not_numbers": 4} and result.column("reward").null_count == 4
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,9 @@ def test_late_is_an_outcome_of_its_own(loop: EventLoop) -> None:
     async def own(**columns: Any) -> list[float]:
         raise TimeoutError
 
-    found = Calls({"own": own, "never": functools.partial(never, completions=[])}, dict, loop, 0.2).finish()
-    assert isinstance(found["never"], Late) and isinstance(found["own"], TimeoutError)
-    assert [scorers.values_or_reason(found[name]) for name in ("own", "never")] == ["TimeoutError", "timeout"]
+    result = Calls({"own": own, "never": functools.partial(never, completions=[])}, dict, loop, 0.2).finish()
+    assert isinstance(result["never"], Late) and isinstance(result["own"], TimeoutError)
+    assert [scorers.values_or_reason(result[name]) for name in ("own", "never")] == ["TimeoutError", "timeout"]
 
 
 # ---- the columns they get

@@ -59,9 +59,9 @@ def one_too_many(completions: list[str], **columns: Any) -> list[float]:
 
 def test_weights_and_names() -> None:
     answer, failures = scored(reward(weight=0.5), reward(name="again", weight=2.0), reward(name="seen", role="monitor"))
-    own = schema.lengths(answer, "completion_tokens")
-    assert answer.column("reward").to_pylist() == pytest.approx((2.5 * own).tolist())
-    assert answer.column("reward_seen").to_pylist() == own.tolist()
+    lengths = schema.lengths(answer, "completion_tokens")
+    assert answer.column("reward").to_pylist() == pytest.approx((2.5 * lengths).tolist())
+    assert answer.column("reward_seen").to_pylist() == lengths.tolist()
     assert failures == {} and answer.column("scorer")[0].as_py() == "mine+again+seen"
 
 
@@ -80,12 +80,12 @@ def test_the_first_reason_stands_and_a_failed_part_is_never_a_zero() -> None:
     """A sample that one of two training rewards failed has no sum at all."""
     parts = [reward(), reward(name="odd", source=f"{__name__}:partly"), reward(name="bad", source=f"{__name__}:broken")]
     answer, failures = scored(*parts[:2])
-    own = schema.lengths(answer, "completion_tokens").tolist()
-    assert answer.column("reward").to_pylist() == [None, None, None, own[3]]
+    lengths = schema.lengths(answer, "completion_tokens").tolist()
+    assert answer.column("reward").to_pylist() == [None, None, None, lengths[3]]
     answer, failures = scored(*parts)
     assert answer.column("failure").to_pylist() == ["odd_none", "odd_not_finite", "odd_not_finite", "bad_LookupError"]
     assert failures == {"odd_none": 1, "odd_not_finite": 2, "bad_LookupError": 4}
-    assert answer.column("reward_mine").to_pylist() == own
+    assert answer.column("reward_mine").to_pylist() == lengths
 
 
 def test_none_nan_and_inf_fail_with_their_reason_and_zero_is_a_reward() -> None:
@@ -157,12 +157,12 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     Handler.calls = 0
-    own = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    own.patience = threading.Event()  # type: ignore[attr-defined]
-    threading.Thread(target=own.serve_forever, args=(0.01,), daemon=True).start()
-    yield f"http://127.0.0.1:{own.server_port}"
-    own.patience.set()  # type: ignore[attr-defined]
-    own.shutdown()
+    http_server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http_server.patience = threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{http_server.server_port}"
+    http_server.patience.set()  # type: ignore[attr-defined]
+    http_server.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_http_endpoint(server: str, path: str, reason: str | None, calls: int) -
 
 def test_http_endpoint_that_is_not_there() -> None:
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        free.bind(("127.0.0.1", 0))  # bound, but no server listens
         port = free.getsockname()[1]
         answer, failures = scored(reward(kind="http", source=f"http://127.0.0.1:{port}/x", retries=1))
     assert failures == {"mine_http_unreachable": 4}
@@ -223,7 +223,7 @@ def test_reward_model_scores_equal_one_by_one_calls(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm").eval()
     ends = {"stop": tokenizer.eos_token, "length": ""}
     columns = (answer.column(name).to_pylist() for name in ("prompt", "completion", "finish_reason"))
-    texts = [said + completion + ends[reason] for said, completion, reason in zip(*columns, strict=True)]
+    texts = [words + completion + ends[reason] for words, completion, reason in zip(*columns, strict=True)]
     assert set(answer.column("finish_reason").to_pylist()) == set(ends)
     with torch.inference_mode():
         expected = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0].item() for text in texts]
@@ -249,30 +249,30 @@ MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
     ],
 )
 def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
-    own = reward(kind="model", source="m", ensemble={"form": "mean", "center": False, **ensemble})
-    assert scorers.of_members(own, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
-    assert scorers.spread_names(own, 2) == ["mine_mean", "mine_std", "mine_worst"]
-    assert scorers.spread_names(own, 1) == []
+    settings = reward(kind="model", source="m", ensemble={"form": "mean", "center": False, **ensemble})
+    assert scorers.of_members(settings, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
+    assert scorers.spread_names(settings, 2) == ["mine_mean", "mine_std", "mine_worst"]
+    assert scorers.spread_names(settings, 1) == []
 
 
 def test_columns_beside_the_reward_say_what_the_members_say() -> None:
-    found = scorers._spread(reward(kind="model", source="m"), np.array([[1.0, 5.0, np.nan], [3.0, -1.0, 2.0]]))
+    result = scorers._spread(reward(kind="model", source="m"), np.array([[1.0, 5.0, np.nan], [3.0, -1.0, 2.0]]))
     expected = {"mean": [2.0, 2.0, None], "std": [1.0, 3.0, None], "worst": [1.0, -1.0, None]}
-    assert {name: column.to_pylist() for name, column in found.items()} == {
+    assert {name: column.to_pylist() for name, column in result.items()} == {
         f"reward_mine_{what}": values for what, values in expected.items()
     }
 
 
 def test_a_text_no_member_can_read_has_no_reward() -> None:
-    found = scorers.of_members(reward(kind="model", source="m"), np.array([[1.0, np.nan], [3.0, np.nan]]), np.zeros(2))
-    assert found == pytest.approx([2.0, np.nan], nan_ok=True)
+    result = scorers.of_members(reward(kind="model", source="m"), np.array([[1.0, np.nan], [3.0, np.nan]]), np.zeros(2))
+    assert result == pytest.approx([2.0, np.nan], nan_ok=True)
 
 
 def test_a_text_that_is_too_long_leaves_its_siblings_what_they_are() -> None:
-    own = reward(kind="model", source="m", ensemble={"form": "lower_bound", "center": True})
+    settings = reward(kind="model", source="m", ensemble={"form": "lower_bound", "center": True})
     members = np.array([[10.0, 11.0, 12.0], [112.0, 110.0, 111.0]])
-    whole = scorers.of_members(own, members, np.zeros(3))
-    with_another = scorers.of_members(own, np.concatenate([members, np.full((2, 1), np.nan)], axis=1), np.zeros(4))
+    whole = scorers.of_members(settings, members, np.zeros(3))
+    with_another = scorers.of_members(settings, np.concatenate([members, np.full((2, 1), np.nan)], axis=1), np.zeros(4))
     assert with_another[:3] == pytest.approx(whole)
 
 
@@ -313,10 +313,10 @@ def test_relevance_is_the_mean_log_prob_given_the_prompt_minus_given_the_next_ot
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     others = {1: 2, 2: 3, 3: 1, 4: 2}
     for row in answer.to_pylist():
-        own = plain_logprobs(model, row["prompt_tokens"], row["completion_tokens"], 0.7)
+        expected = plain_logprobs(model, row["prompt_tokens"], row["completion_tokens"], 0.7)
         other = plain_logprobs(model, prompts_of[others[row["ticket"]]], row["completion_tokens"], 0.7)
-        assert row["reference_logprobs"] == pytest.approx(own, abs=1e-5)
-        assert row["relevance_nats"] == pytest.approx(np.mean(own) - np.mean(other), abs=1e-5)
+        assert row["reference_logprobs"] == pytest.approx(expected, abs=1e-5)
+        assert row["relevance_nats"] == pytest.approx(np.mean(expected) - np.mean(other), abs=1e-5)
     assert np.ptp(answer.column("relevance_nats").to_numpy()) > 1
     measured, failures = scored(
         reward(source=f"{__name__}:zeros"),

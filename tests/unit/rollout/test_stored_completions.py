@@ -53,11 +53,11 @@ def test_tokens_end_with_the_end_token_and_the_budget() -> None:
     index = rows.schema.get_field_index("prompt_columns")
     rows = rows.set_column(index, rows.schema.field(index), pa.array([columns] * 4))
     assert SAMPLING.max_tokens == 5 and SAMPLING.stop_token_ids == (1,)
-    own = stored_completions.StoredCompletions(1.0, words, SAMPLING)
-    assert own(rows) == [[1, 2, 3, 1], [1, 2, 3, 4, 5]] * 2  # the second was cut: no end token
+    subject = stored_completions.StoredCompletions(1.0, words, SAMPLING)
+    assert subject(rows) == [[1, 2, 3, 1], [1, 2, 3, 4, 5]] * 2  # the second was cut: no end token
     half = stored_completions.StoredCompletions(0.5, words, SAMPLING)
     assert half(rows) == [[], [], [1, 2, 3, 1], [1, 2, 3, 4, 5]]
-    assert own(rows.replace_schema_metadata({"keel.held_out": "true"})) is None
+    assert subject(rows.replace_schema_metadata({"keel.held_out": "true"})) is None
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,10 @@ def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> 
     references.prune(tmp_path, 4, oldest_version=9)
     assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000008", "step-000012"]
     assert references.of_version(tmp_path, None, 11) is None
+    references.prune(tmp_path, 4, oldest_version=12, kept=[10])
+    assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000008", "step-000012"]
+    references.prune(tmp_path, 4, oldest_version=12, kept=[3, 12])
+    assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000012"]
 
 
 def low(completions: list[str], **columns: Any) -> list[float]:
@@ -154,11 +158,11 @@ def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> 
     rows = prompts([0])
     index = rows.schema.get_field_index("prompt_columns")
     rows = generated(rows.set_column(index, rows.schema.field(index), pa.array([json.dumps(PAIR)] * 2)))
-    own = scorers.RewardScorer([RewardSettings(name="label", kind="stored")], EnsembleSettings(), 1, "s")
-    assert own.score(rows)[0].column("failure").to_pylist() == ["label_none"] * 2
+    subject = scorers.RewardScorer([RewardSettings(name="label", kind="stored")], EnsembleSettings(), 1, "s")
+    assert subject.score(rows)[0].column("failure").to_pylist() == ["label_none"] * 2
     place = rows.schema.get_field_index("generator")
-    rows = rows.set_column(place, rows.schema.field(place), pa.array([stored_completions.NAME] * 2))
-    assert own.score(rows)[0].column("reward").to_pylist() == [1.0, 0.0]
+    rows = rows.set_column(place, rows.schema.field(place), pa.array([schema.STORED] * 2))
+    assert subject.score(rows)[0].column("reward").to_pylist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

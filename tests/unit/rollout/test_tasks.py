@@ -244,5 +244,5 @@ def test_without_the_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_importing_tasks_does_not_import_the_libraries() -> None:
     code = "import sys, keel.tasks; print(sorted({'reasoning_gym', 'textstat', 'math_verify', 'if_verifiable'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

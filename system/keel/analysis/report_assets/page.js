@@ -57,7 +57,7 @@ function frontierLine(run, number, name, root, alone) {
   const axis = (value) => known(value) ? (root ? Math.sqrt(Math.max(value, 0)) : value) : null;
   const points = run.evaluations.filter((point) => point.values.kl_nats && known(point.values.kl_nats.mean) && point.values[name] && known(point.values[name].mean));
   const kl = points.map((point) => point.values.kl_nats), value = points.map((point) => point.values[name]);
-  const best = ["reward_gold", "reward"].find((candidate) => run.evaluations.some((point) => point.values[candidate])) === name ? points.findIndex((point) => point.step === run.best_step) : -1;
+  const best = run.best_by === name ? points.findIndex((point) => point.step === run.best_step) : -1;
   return {
     name: visible(run.name), number, kind: "points", joined: true, steps: points.map((point) => point.step), best, alone,
     x: kl.map((item) => axis(item.mean)), xLow: kl.map((item) => axis(item.low)), xHigh: kl.map((item) => axis(item.high)),
@@ -66,6 +66,7 @@ function frontierLine(run, number, name, root, alone) {
 }
 
 function frontier() {
+  section("frontier").hidden = report.runs.every((run) => run.command !== "train");  // a stage has none
   const place = section("frontier").querySelector(".charts"), root = section("root").checked;
   place.replaceChildren();
   for (const spec of report.charts.filter((item) => item.name === "reward" || item.name.startsWith("reward_"))) {
