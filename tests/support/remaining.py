@@ -35,7 +35,7 @@ SECONDS = {
     "integration/test_stage_runs": 60.0,
     "integration/test_stages_match": 40.0,
     "integration/test_starved": 150.0,
-    "integration/test_sweep_runs": 120.0,
+    "integration/test_sweep_runs": 200.0,
     "integration/test_tldr_chain": 60.0,
     "integration/test_two_runs": 200.0,
     "integration/test_weight_sync": 5.0,

@@ -152,7 +152,7 @@ def digest(settings: Section) -> str:
     for name in MAY_CHANGE_ON_RESUME - kept:
         block, _, setting = name.partition(".")
         if setting:
-            tree[block].pop(setting, None)
+            tree.get(block, {}).pop(setting, None)
         else:
             tree.pop(block, None)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -96,6 +96,10 @@ def test_a_reference_is_whole_or_absent_and_of_its_iteration(tmp_path: Path) -> 
     references.prune(tmp_path, 4, oldest_version=9)
     assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000008", "step-000012"]
     assert references.of_version(tmp_path, None, 11) is None
+    references.prune(tmp_path, 4, oldest_version=12, kept=[10])
+    assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000008", "step-000012"]
+    references.prune(tmp_path, 4, oldest_version=12, kept=[3, 12])
+    assert sorted(path.name for path in (tmp_path / "references").iterdir()) == ["step-000012"]
 
 
 def low(completions: list[str], **columns: Any) -> list[float]:
