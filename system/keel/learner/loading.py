@@ -163,10 +163,11 @@ def _convert_gguf(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     aside = target.with_name(f".{target.name}.{os.getpid()}")
-    options = {"gguf_file": source.name, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     dequantized = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
-    model = AutoModelForCausalLM.from_pretrained(source.parent, **options, **dequantized)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, trust_remote_code=False, **dequantized
+    )
     if hasattr(model.config, "quantization_config"):  # the saved weights are plain; the loader would look for GGUF
         del model.config.quantization_config
     files.make_folder(target.parent)
