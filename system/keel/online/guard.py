@@ -215,9 +215,9 @@ class Guard:
         config, level = self.config, self.config.confidence
         watch: Any = config.watches()[name]
         if name == "proxy_gold_divergence":
-            monitor = self._series("monitor")
-            steps = {sample.step for sample in monitor}
-            proxy = [sample for sample in self._series("proxy") if sample.step in steps]
+            proxy, monitor = self._series("proxy"), self._series("monitor")
+            if not proxy or not monitor or not proxy[-1].step == monitor[-1].step == self._evaluated_at:
+                return None
             return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level)
         if name == "ensemble_disagreement":
             return detectors.ratio(self._series("spread"), None, watch.highest_ratio, level)

@@ -193,6 +193,7 @@ class OnlineRun:
                     self.recorder.add({"rebuilds_total": 1.0})
                     self.recorder.display.note(f"{lost}; continuing from the newest checkpoint")
                 except RollBack as asked:
+                    losses, self.recorder.furthest = 0, asked.step  # the steps after it count when made again
                     fired = {"guard_fired_total": self.recorder.metrics.totals["guard_fired_total"]}
                     roll_back.request(self.prepared.directory, asked, fired)
                     self.recorder.event("roll_back", step=asked.step, **asked.carried)
