@@ -8,6 +8,8 @@ where a series is too short or has no spread. A sample is a mean over held-out c
 samples are compared as independent (Welch), although the prompts are the same ones: that is conservative where rows
 of the two go together. Intervals are those of one look, and a run looks often, so false alarms are more frequent than
 1 - confidence; proxy_gold_divergence alone corrects for it.
+
+A new detector: a function here, a block in config/guard.py, and its series in online/guard.py, which asks it.
 """
 
 import math

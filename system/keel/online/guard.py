@@ -233,13 +233,13 @@ class Guard:
         values = self._state["steps"]["kl"][-window:]
         if watch is None or len(values) < window:
             return None
-        return detectors.slope(values, watch.max_nats_per_token, self.config.confidence)
+        return detectors.slope(values, watch.max_nats, self.config.confidence)
 
     def _kl_curvature(self) -> Verdict | None:
         watch, values = self.config.kl_curvature, self._state["steps"]["kl"]
         if watch is None or len(values) < 2 * self.config.window_steps:
             return None
-        return detectors.curvature(values, watch.max_nats_per_token, self.config.confidence)
+        return detectors.curvature(values, watch.max_nats, self.config.confidence)
 
     def _grad_norm(self) -> Verdict | None:
         window, watch, values = self.config.window_steps, self.config.grad_norm, self._state["steps"]["grad_norm"]

@@ -159,7 +159,7 @@ class OnlineRun:
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
         self.generators = actors.generators(self.settings, prepared.models.policy, prepared.given(), recorder)
-        self.scorers = actors.scorers(self.settings, prepared.models.reference, recorder)
+        self.scorers = actors.scorers(self.settings, prepared.models.reference, prepared.prompts.rows, recorder)
         pools = {pool.role: pool for pool in self._pools()}
         desired = scaling.configured(self.settings, prepared.directory)
         for role, pool in pools.items():
