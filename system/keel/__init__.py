@@ -13,6 +13,7 @@
  learner/policy_learner.py  packing -> algorithms/ -> step   group of DeepSpeed ranks
     |
  learner/weights.py         publish(version) ----------->    generators.load_weights <- the only arrow that points back
+                                                             (on its way: cluster/weight_transport.py)
 
 A record batch grows to the right from stage to stage; `online/controller.py` composes the stages, `online/train.py`
 starts them. A ticket is the number of a prompt group: its place in the order of admission.

@@ -36,7 +36,7 @@ PROMPT = described(
     prompt=(pa.string(), "text of the prompt, the last user message if conversational"),
     prompt_messages=(pa.string(), "its messages as JSON; [] where it is plain text"),
     prompt_columns=(pa.string(), "further columns of the prompt source, as JSON"),
-    seed=(pa.int64(), "hash(run seed, ticket, sample)"),
+    seed=(pa.int64(), "hash(run seed or seed of the held-out rows, ticket, sample)"),
 )
 GENERATE = described(
     completion_tokens=(TOKENS, "including the end token when it was sampled"),

@@ -65,7 +65,7 @@ class Stack:
         stop = end_tokens.decide(model, ModelText(tokenizer), len(tokenizer)).stop
         self.sampling = Sampling(1.0, 1.0, settings.sampling.max_tokens, stop)
         self.generators = actors.generators(settings, str(model))
-        self.scorers = actors.scorers(settings, str(model))
+        self.scorers = actors.scorers(settings, str(model), self.prompts.rows)
         self.runner = asyncio.Runner()  # one loop for all objectives: the pools live in it
         self.runner.run(self._ready())
 

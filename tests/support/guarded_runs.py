@@ -15,6 +15,7 @@ import rollouts
 from keel import checkpoint, files
 from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config.run import Settings
+from keel.errors import LearnerLost
 from keel.observability.metrics import RunMetrics
 from keel.online import train
 from keel.online.checkpointer import Checkpointer
@@ -90,7 +91,10 @@ class GuardedRun:
         """Of every step taken: version, factor on KL, factor on the learning rate."""
         self.metrics: Callable[[int], Mapping[str, float]] = lambda version: {}
         self.display = Quiet()
+        self.learner_lost_in: set[int] = set()
+        """Which of the steps that are begun lose the learner, counted from 1 over all processes."""
         self._left: int | None = None
+        self._begun = 0
         files.make_folder(directory)
         monkeypatch.setattr(train, "_end_on_signals", lambda: None)
 
@@ -117,6 +121,9 @@ class GuardedRun:
                 self._left -= 1
                 if self._left == 0:
                     raise Killed("here")
+            self._begun += 1
+            if self._begun in self.learner_lost_in:
+                raise LearnerLost("the learner died")
             self.multipliers.append((made, learner.kl, learner.rate))
 
         version, log, sizes = saved.version, list[Any](), self.settings.buffer

@@ -8,6 +8,8 @@ where a series is too short or has no spread. A sample is a mean over held-out c
 samples are compared as independent (Welch), although the prompts are the same ones: that is conservative where rows
 of the two go together. Intervals are those of one look, and a run looks often, so false alarms are more frequent than
 1 - confidence; proxy_gold_divergence alone corrects for it.
+
+A new detector: a function here, a block in config/guard.py, and its series in online/guard.py, which asks it.
 """
 
 import math
@@ -67,12 +69,14 @@ def proxy_gold_divergence(
 ) -> Verdict | None:
     """gold(now) - gold(peak), reward units; fires below -min_fall while proxy(now) - proxy(peak of gold) is above 0.
 
-    Both by their intervals. The peak is the largest of n means, and the run looks after each of them, so the interval
-    of gold has level 1 - (1 - confidence) / (n (n - 1) / 2): Bonferroni over all pairs of evaluations so far. Without
-    it flat gold fires in nearly every run of 30 evaluations. Proxy rising and gold falling is the picture of 2210.10760
-    (Gao et al.), where gold peaks over sqrt(KL).
+    Both by their intervals, over the n steps that both have. The peak is the largest of n means, and the run looks
+    after each of them, so the interval of gold has level 1 - (1 - confidence) / (n (n - 1) / 2): Bonferroni over all
+    pairs of evaluations so far. Without it flat gold fires in nearly every run of 30 evaluations. Proxy rising and gold
+    falling is the picture of 2210.10760 (Gao et al.), where gold peaks over sqrt(KL).
     """
-    if len(gold) < 2 or len(proxy) != len(gold):
+    steps = {sample.step for sample in proxy} & {sample.step for sample in gold}
+    proxy, gold = ([sample for sample in series if sample.step in steps] for series in (proxy, gold))
+    if len(gold) < 2:
         return None
     peak = max(range(len(gold)), key=lambda place: gold[place].mean)
     pairs = len(gold) * (len(gold) - 1) / 2

@@ -95,9 +95,21 @@ def arms_of(runs: Sequence[Run], names: Sequence[str | None]) -> list[Arm]:
         repeats[settings, run.seed] += name is None
         members.setdefault(key, []).append(run)
     arms = [Arm(key[1] if key[0] == "named" else _common_name(group), tuple(group)) for key, group in members.items()]
-    if len({arm.name for arm in arms}) < len(arms):
-        return [Arm(f"{arm.runs[0].directory} (run {number})", arm.runs) for number, arm in enumerate(arms, start=1)]
+    counts = Counter(arm.name for arm in arms)
+    for number, (kind, *_) in enumerate(members):
+        arm = arms[number]
+        if kind == "named":
+            _check_different(arm)
+        elif counts[arm.name] > 1:
+            arms[number] = Arm(f"{arm.runs[0].directory} (run {number + 1})", arm.runs)
     return arms
+
+
+def _check_different(arm: Arm) -> None:
+    """Raise ConfigError where a run was put into an arm twice: it would count as two seeds that agree."""
+    directories = Counter(run.directory.resolve() for run in arm.runs)
+    if repeated := [directory for directory, count in directories.items() if count > 1]:
+        raise ConfigError(f"arm {arm.name}: has {repeated[0]} twice; expected different runs")
 
 
 def _settings_of_arm(run: Run) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
@@ -38,7 +38,7 @@ from keel.errors import BufferLost, ConfigError, WorkerLost
 from keel.protocols import AddReceipt, Batch, GenerateRequest, Observer, StageReceipt
 from keel.rollout.buffer import RolloutBuffer
 from keel.rollout.generator import VllmGenerator
-from keel.rollout.reference import ReferenceScorer
+from keel.rollout.reference import ReferenceScorer, contrast_prompts
 from keel.rollout.scorers import RewardScorer
 from keel.text import one_line
 
@@ -279,24 +279,32 @@ def generators(
 
 
 def reference(
-    settings: Settings | ScoringSpec, folder: str, observer: Observer | None = None, relevance: bool = False
+    settings: Settings | ScoringSpec,
+    folder: str,
+    observer: Observer | None = None,
+    others: Sequence[list[int]] = (),
 ) -> ReferencePool:
-    """The pool of the frozen reference policy."""
+    """The pool of the frozen reference policy; `others` are the prompts that relevance is measured against."""
     workers, temperature = settings.reference, settings.sampling.temperature
     assert workers is not None
-    spawn = Spawn(
-        ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}", relevance)
-    )
+    spawn = Spawn(ReferenceScorer, workers, lambda index: (folder, workers, temperature, f"reference-{index}", others))
     return ReferencePool("reference", spawn, workers.count, **_options(settings, observer))
 
 
 def scorers(
-    settings: Settings | ScoringSpec, reference_folder: str | None, observer: Observer | None = None
+    settings: Settings | ScoringSpec,
+    reference_folder: str | None,
+    prompts: pa.RecordBatch,
+    observer: Observer | None = None,
 ) -> list[ReferencePool | ScorerPool]:
-    """The pools that score, in order. The reference policy comes first: rewards may read its log-probs."""
+    """The pools that score, in order. The reference policy comes first: rewards may read its log-probs.
+
+    `prompts`: rows of which relevance takes the prompts that it compares with.
+    """
     pools: list[ReferencePool | ScorerPool] = []
     if settings.reference and reference_folder:
-        pools.append(reference(settings, reference_folder, observer, needs_relevance(settings.rewards)))
+        others = contrast_prompts(prompts) if needs_relevance(settings.rewards) else []
+        pools.append(reference(settings, reference_folder, observer, others))
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
     rewards = (settings.rewards, settings.ensemble, workers.threads)
     spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", workers.gpus, seconds))

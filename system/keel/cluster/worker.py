@@ -20,8 +20,8 @@ from keel.protocols import LoadReceipt, Observer
 def remote_method(handle: ActorHandle, method: Callable[..., object]) -> Any:
     """The remote counterpart of a method of the actor's class: `.remote(...)` calls it in the actor's process.
 
-    Ray adds these to an untyped handle at run time, so this look-up by name cannot be checked. It is the only one:
-    callers pass the method itself, which type checkers and editors follow.
+    Ray adds these to an untyped handle at run time, so this look-up by name cannot be checked; callers pass the method
+    itself, which type checkers and editors follow. `load_weights`, which three classes have, is asked for by name.
     """
     return getattr(handle, method.__name__)
 

@@ -3,5 +3,5 @@
 In: a YAML file and `a.b=c` overrides. Out: frozen settings, or one `ConfigError` that names the setting.
 Nothing here starts anything or imports torch, ray or vllm.
 Start reading at `run.py`, the settings of an online run; `loader.py` turns a file into them, `commands.py` says which
-command reads which settings, and `reference.py` prints every setting for people.
+command reads which settings, and `settings_page.py` prints every setting for people.
 """

@@ -32,13 +32,13 @@ class DisagreementSettings(WatchSettings):
 class SlopeSettings(WatchSettings):
     """The KL rises fast."""
 
-    max_nats_per_token: float = Field(0.03, gt=0, description="largest rise of the KL a step, nats a token")
+    max_nats: float = Field(0.03, gt=0, description="largest rise of the KL a step, nats a token")
 
 
 class CurvatureSettings(WatchSettings):
     """The KL rises faster and faster."""
 
-    max_nats_per_token: float = Field(0.001, ge=0, description="largest growth of that rise a step, nats a token")
+    max_nats: float = Field(0.001, ge=0, description="largest growth of that rise a step, nats a token")
 
 
 class EntropyDriftSettings(WatchSettings):

@@ -148,9 +148,8 @@ def dump(settings: Section) -> str:
 
 def digest(settings: Section) -> str:
     """Hash of every setting that can change a step; those that may change on resume are left out."""
-    kept = {"run.steps"} if isinstance(settings, Settings) and settings.learners.rate_depends_on_steps else set()
     tree = settings.model_dump(mode="json")
-    for name in MAY_CHANGE_ON_RESUME - kept:
+    for name in _may_change(settings):
         block, _, setting = name.partition(".")
         if setting:
             tree.get(block, {}).pop(setting, None)
@@ -159,10 +158,18 @@ def digest(settings: Section) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+def _may_change(settings: Section) -> frozenset[str]:
+    """The blocks and settings that this run may have otherwise when it is resumed."""
+    depends = isinstance(settings, Settings) and settings.learners.rate_depends_on_steps
+    return MAY_CHANGE_ON_RESUME - ({"run.steps"} if depends else set())
+
+
 def difference(stored: dict[str, Any], settings: Section) -> str:
-    """The settings in which a stored tree differs, for one line."""
+    """The settings in which a stored tree differs and may not, for one line."""
     pairs = leaves(stored), leaves(settings.model_dump(mode="json"))
-    changed = [key for key in {**pairs[0], **pairs[1]} if pairs[0].get(key) != pairs[1].get(key)]
+    free = _may_change(settings)
+    names = [key for key in {**pairs[0], **pairs[1]} if key not in free and key.partition(".")[0] not in free]
+    changed = [key for key in names if pairs[0].get(key) != pairs[1].get(key)]
     shown = [f"{key}: {pairs[0].get(key)} there, {pairs[1].get(key)} here" for key in changed[:2]]
     return "; ".join(shown) + (f"; {len(changed) - 2} more" if len(changed) > 2 else "")
 

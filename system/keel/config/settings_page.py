@@ -144,8 +144,8 @@ def _anchor(title: str) -> str:
 
 
 def _unit(name: str) -> str:
-    if name.endswith("_ratio"):
-        return "share"
+    if name.endswith(("_ratio", "_seed")):
+        return "share" if name.endswith("_ratio") else ""
     return next((unit for word, unit in _UNITS.items() if word in name.split("_")), "")
 
 

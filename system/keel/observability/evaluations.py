@@ -1,15 +1,17 @@
 """Held-out evaluation: the same prompts and seeds every time, one frontier row each, estimates with intervals."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from keel import files, schema
+from keel import files, reads, schema
 from keel.observability.diagnostics import Estimate, estimate, per_completion
 
 _SHOWN = ("kl_nats", "entropy_nats", "length_tokens", "finished_ratio")
+_FILE = re.compile(r"step-(\d+)\.arrow")
 
 
 def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, float]:
@@ -37,6 +39,17 @@ def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, fl
     table = pa.Table.from_pylist([*earlier, nulls], schema=pa.schema([(name, pa.float64()) for name in row]))
     files.write(run_directory / "frontier.arrow", schema.to_bytes(table.combine_chunks().to_batches()[0]))
     return row
+
+
+def undo(run_directory: Path, last_step: int) -> None:
+    """Move the evaluations of later steps aside, frontier rows first: a row has its file at every moment."""
+    path = run_directory / "frontier.arrow"
+    if reads.is_there(path):
+        rows = schema.from_bytes(reads.read(path))
+        files.write(path, schema.to_bytes(schema.select(rows, rows.column("step").to_numpy() <= last_step)))
+    for file in reads.entries(run_directory / "evaluations"):
+        if (name := _FILE.fullmatch(file.name)) and int(name[1]) > last_step:
+            files.move_aside(run_directory, file)
 
 
 def frontier(run_directory: Path) -> list[dict[str, float]]:

@@ -215,9 +215,9 @@ class Guard:
         config, level = self.config, self.config.confidence
         watch: Any = config.watches()[name]
         if name == "proxy_gold_divergence":
-            monitor = self._series("monitor")
-            steps = {sample.step for sample in monitor}
-            proxy = [sample for sample in self._series("proxy") if sample.step in steps]
+            proxy, monitor = self._series("proxy"), self._series("monitor")
+            if not proxy or not monitor or not proxy[-1].step == monitor[-1].step == self._evaluated_at:
+                return None
             return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level)
         if name == "ensemble_disagreement":
             return detectors.ratio(self._series("spread"), None, watch.highest_ratio, level)
@@ -233,13 +233,13 @@ class Guard:
         values = self._state["steps"]["kl"][-window:]
         if watch is None or len(values) < window:
             return None
-        return detectors.slope(values, watch.max_nats_per_token, self.config.confidence)
+        return detectors.slope(values, watch.max_nats, self.config.confidence)
 
     def _kl_curvature(self) -> Verdict | None:
         watch, values = self.config.kl_curvature, self._state["steps"]["kl"]
         if watch is None or len(values) < 2 * self.config.window_steps:
             return None
-        return detectors.curvature(values, watch.max_nats_per_token, self.config.confidence)
+        return detectors.curvature(values, watch.max_nats, self.config.confidence)
 
     def _grad_norm(self) -> Verdict | None:
         window, watch, values = self.config.window_steps, self.config.grad_norm, self._state["steps"]["grad_norm"]

@@ -1,7 +1,7 @@
 """Return a run to its best checkpoint: asked for in one file, so that a kill neither loses nor repeats it.
 
-    roll_back.json {pending: true}  ->  newer checkpoints and accepted rows are moved aside  ->  {pending: false}
-                                    ->  the run starts from its newest checkpoint, as after a loss
+    roll_back.json {pending: true}  ->  newer checkpoints and evaluations, and accepted rows, are moved aside
+           {pending: false}         ->  the run starts from its newest checkpoint, as after a loss
 
 What the guard decided stays: the file's `carried` is laid over the state of every checkpoint up to its step. Later ones
 have it in their own.
@@ -13,6 +13,7 @@ from typing import Any
 
 from keel import checkpoint, files, reads
 from keel.errors import KeelError
+from keel.observability import evaluations
 from keel.rollout import segments
 
 _FILE = "roll_back.json"
@@ -33,11 +34,12 @@ def request(run_directory: Path, asked: RollBack, totals: Mapping[str, Any]) -> 
 
 
 def carry_out(run_directory: Path) -> None:
-    """Move aside what was made after the step of a pending request: checkpoints, and rows of later weights."""
+    """Move aside what was made after the step of a pending request: checkpoints, evaluations, accepted rows."""
     order = _order(run_directory)
     if order is None or not order["pending"]:
         return
     checkpoint.put_aside(run_directory, order["step"], checkpoint.ROLLED_BACK)
+    evaluations.undo(run_directory, order["step"])
     for path in segments.paths(run_directory):
         files.move_aside(run_directory, path)
     files.write_json(run_directory / _FILE, {**order, "pending": False})

@@ -157,7 +157,7 @@ class OnlineRun:
     def __init__(self, prepared: Prepared, recorder: Recorder, asked_to_stop: threading.Event) -> None:
         self.prepared, self.recorder, self.settings = prepared, recorder, prepared.settings
         self.generators = actors.generators(self.settings, prepared.models.policy, prepared.given(), recorder)
-        self.scorers = actors.scorers(self.settings, prepared.models.reference, recorder)
+        self.scorers = actors.scorers(self.settings, prepared.models.reference, prepared.prompts.rows, recorder)
         pools = {pool.role: pool for pool in self._pools()}
         desired = scaling.configured(self.settings, prepared.directory)
         for role, pool in pools.items():
@@ -193,6 +193,7 @@ class OnlineRun:
                     self.recorder.add({"rebuilds_total": 1.0})
                     self.recorder.display.note(f"{lost}; continuing from the newest checkpoint")
                 except RollBack as asked:
+                    losses, self.recorder.furthest = 0, asked.step  # the steps after it count when made again
                     fired = {"guard_fired_total": self.recorder.metrics.totals["guard_fired_total"]}
                     roll_back.request(self.prepared.directory, asked, fired)
                     self.recorder.event("roll_back", step=asked.step, **asked.carried)

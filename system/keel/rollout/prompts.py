@@ -54,7 +54,8 @@ class Prompts:
 
     `counts` holds numbers of rows of prompts.source: `read` = `skipped` (too long) + `duplicates` (of a held-out
     prompt) + `held_out` (with evaluation.source: rows of that) + `train`; `cut` of those not skipped were shortened.
-    Raises ConfigError, one line, for every mistake in a source or in the settings that concern it.
+    `rows` are those of the source that are not skipped. Raises ConfigError, one line, for every mistake in a source or
+    in the settings that concern it.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class Prompts:
             self._held_out, self._train = split_by(held_out.identities, config, source.identities, settings.prompts)
         self._settings = settings
         self._metadata = _metadata(settings, tokenizer)
-        self._rows, self._held_out_rows = source.rows, held_out.rows
+        self.rows, self._held_out_rows = source.rows, held_out.rows
         leaving = len(self._train) + (len(self._held_out) if held_out is source else 0)
         self.counts: dict[str, int] = {
             "read": len(rows),
@@ -99,7 +100,7 @@ class Prompts:
         count, seed = len(self._train), self._settings.run.seed
         rows = [self._train[place_of(ticket, count, seed)] for ticket in tickets]
         return self._build(
-            self._rows.take(pa.array(np.repeat(np.array(rows, np.int64), samples))),
+            self.rows.take(pa.array(np.repeat(np.array(rows, np.int64), samples))),
             tickets=np.repeat(np.array(tickets, np.int64), samples),
             samples=np.tile(np.arange(samples), len(tickets)),
             domain="train",

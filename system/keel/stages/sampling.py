@@ -45,7 +45,7 @@ async def score(
     settings: Settings | ScoringSpec, reference_folder: str | None, batch: pa.RecordBatch, display: Display
 ) -> pa.RecordBatch:
     """Append reference log-probs (where there is a reference) and rewards to the rows, then stop the scorers."""
-    pools = actors.scorers(settings, reference_folder)
+    pools = actors.scorers(settings, reference_folder, batch)
     await asyncio.gather(*(pool.ready() for pool in pools))
 
     async def one(rows: Batch) -> pa.RecordBatch:

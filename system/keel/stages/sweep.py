@@ -126,9 +126,14 @@ def _check_shared_prompts(runs: Sequence[SweepRun]) -> None:
 def _evaluated_on(settings: Settings) -> dict[str, Any]:
     """The settings that decide on which prompts a run is evaluated."""
     config = settings.evaluation_prompts or settings.prompts
-    shared = ("column", "columns", "system_prompt", "max_tokens", "overlong", "held_out", "held_out_seed")
-    sources = {config.source_setting: config.source, config.split_setting: config.split}
-    return sources | {f"prompts.{name}": getattr(config, name) for name in shared}
+    shared = ("options", "column", "columns", "system_prompt", "max_tokens", "overlong", "held_out", "held_out_seed")
+    tokens = ("model", "chat_template", "chat_template_options")
+    return {
+        config.source_setting: config.source,
+        config.split_setting: config.split,
+        **{f"prompts.{name}": getattr(config, name) for name in shared},
+        **{f"policy.{name}": getattr(settings.policy, name) for name in tokens},
+    }
 
 
 def check(runs: Sequence[SweepRun]) -> None:

@@ -81,7 +81,16 @@ def test_divergence_needs_a_proxy_that_rises_and_a_fall_of_its_size() -> None:
     )
     assert flat and small and not flat.fired and not small.fired
     assert detectors.proxy_gold_divergence(proxy[:1], gold[:1], 0.0, 0.95) is None
-    assert detectors.proxy_gold_divergence(proxy[1:], gold, 0.0, 0.95) is None
+    assert detectors.proxy_gold_divergence(proxy[:1], gold, 0.0, 0.95) is None
+
+
+def test_divergence_compares_the_steps_that_proxy_and_gold_share() -> None:
+    gold, proxy = ([held_out(*row) for row in rows] for rows in (GOLD, PROXY))
+    verdict = detectors.proxy_gold_divergence([*proxy[:2], *proxy[3:]], gold, 0.0, 0.95)  # no proxy at step 10
+    assert verdict == detectors.proxy_gold_divergence([*proxy[:2], *proxy[3:]], [*gold[:2], *gold[3:]], 0.0, 0.95)
+    assert verdict is not None and verdict.fired and verdict.statistic == pytest.approx(-0.174)
+    half = stats.t.ppf(1 - 0.025 / 10, 125) * math.hypot(0.034, 0.036)  # 10 pairs of five evaluations
+    assert verdict.high == pytest.approx(-0.174 + half, rel=1e-3)
 
 
 @pytest.mark.parametrize(("now", "bound", "fires"), [(2.6, 1.5, False), (4.0, 1.5, True), (1.0, 0.3, False)])

@@ -372,6 +372,10 @@ def test_arms_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ]
     with pytest.raises(ConfigError, match=r"absent: no config\.yaml in it"):
         compare.run(["both=x", "both=absent"], console, as_json=True, picture=None)
+    with pytest.raises(ConfigError, match=r"^arm both: has .*/x twice; expected different runs$"):
+        compare.run(["both=x", f"both={runs[0]}"], console, as_json=True, picture=None)
+    mixed = compare.compare([compare.load(run) for run in runs[:2]], ["y", None])
+    assert [arm.name for arm in mixed.arms] == ["y", f"{runs[1]} (run 2)"]
 
 
 def test_every_seed_stands_at_its_own_place(tmp_path: Path) -> None:

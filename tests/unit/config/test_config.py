@@ -226,9 +226,16 @@ def test_a_difference_names_two_settings_and_counts_the_rest() -> None:
     assert loader.difference(stored, loader.parse(tree())) == ""
     one = loader.parse(tree(rewards=[{"name": "a", "source": "pkg:function", "weight": 2}]))
     assert loader.difference(stored, one) == "rewards.0.weight: 1.0 there, 2.0 here"
-    many = loader.parse(tree(run={"seed": 1, "steps": 2}, learners={"learning_rate": 0.5}, reference=None))
+    learners = {"learning_rate": 0.5, "schedule": "linear"}
+    many = loader.parse(tree(run={"seed": 1, "steps": 2}, learners=learners, reference=None))
     line = loader.difference(stored, many)
     assert line.startswith("run.seed: 0 there, 1 here; run.steps: 30 there, 2 here; ") and line.endswith(" more")
+
+
+def test_a_difference_leaves_out_what_may_change_on_resume() -> None:
+    stored = loader.parse(tree()).model_dump(mode="json")
+    changes = {"run": {"directory": "elsewhere", "steps": 99, "seed": 3}, "metrics": {"port": 1}}
+    assert loader.difference(stored, loader.parse(tree(**changes))) == "run.seed: 0 there, 3 here"
 
 
 def stored(folder: Path, first_line: str) -> Path:

@@ -60,6 +60,15 @@ def test_one_template_for_all_prompts_overlaps_wholly_and_different_answers_do_n
     assert sample_diagnostics.template_overlap(batch([[1], [2]], [0, 1])) == 0.0
 
 
+def test_overlap_of_many_rows_is_that_of_512_evenly_spaced_ones() -> None:
+    draw = np.random.default_rng(5)
+    rows = [draw.integers(0, 3, 6).tolist() for _ in range(600)]
+    tickets = list(range(600))
+    chosen = [round(place) for place in np.linspace(0, 599, 512)]
+    expected = overlap([rows[place] for place in chosen], [tickets[place] for place in chosen])
+    assert sample_diagnostics.template_overlap(batch(rows, tickets)) == pytest.approx(expected)
+
+
 def test_compression_ratio_is_that_of_zlib() -> None:
     rows = batch()
     text = "\n".join(rows.column("completion").to_pylist()).encode()

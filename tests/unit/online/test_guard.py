@@ -13,6 +13,7 @@ from keel import checkpoint, files
 from keel.config import loader
 from keel.config.run import Settings
 from keel.errors import ConfigError
+from keel.observability import evaluations
 from keel.online import status
 from keel.online.guard import Guard
 from keel.online.train import Saved
@@ -155,6 +156,26 @@ def test_a_stop_by_a_step_between_evaluations_evaluates_its_last_step(
     assert [path.stem for path in sorted((run.directory / "evaluations").iterdir())] == ["step-000000", "step-000004"]
 
 
+def test_a_divergence_is_judged_again_after_an_evaluation_without_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guard = Guard(settings_of())
+    batch = rollouts.generated(rollouts.prompts(range(20)))
+    noise = [0.01 * (row % 3) for row in range(40)]
+
+    def evaluate(step: int, proxy: float, gold: float) -> list[str]:
+        scored = rollouts.scored(
+            rollouts.referenced(batch), [proxy + n for n in noise], {"gold": [gold + n for n in noise]}
+        )
+        guard.evaluated(step, scored)
+        return [firing.detector for firing in guard.check(step).firings]
+
+    assert evaluate(0, 0.0, 0.1) == []
+    assert evaluate(1, float("nan"), 0.3) == []
+    assert evaluate(2, 1.0, 0.5) == []
+    assert evaluate(3, 2.0, 0.3) == ["proxy_gold_divergence"]
+
+
 # ---- roll back
 
 
@@ -186,6 +207,45 @@ def test_a_roll_back_moves_newer_checkpoints_aside(tmp_path: Path, monkeypatch: 
     assert names == ["rolled-back-step-000004", "step-000003", "step-000006"]
     assert [step for step, *_ in run.multipliers] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
     checkpoint.check_known(run.directory)
+
+
+def test_a_roll_back_leaves_no_evaluation_of_the_steps_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
+    run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2])
+    with pytest.raises(Killed, match="here"):
+        run.process(7)  # steps 1 to 6, back to 3, and killed in step 4
+    assert [row["step"] for row in evaluations.frontier(run.directory)] == [0, 3]
+    names = [
+        sorted(path.name for path in (folder / "evaluations").iterdir())
+        for folder in (run.directory, run.directory / files.ASIDE)
+    ]
+    assert names == [["step-000000.arrow", "step-000003.arrow"], ["step-000006.arrow"]]
+    run.process()
+    assert [row["step"] for row in evaluations.frontier(run.directory)] == [0, 3, 6]
+
+
+def test_steps_made_again_after_a_roll_back_end_a_row_of_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
+    checkpoints, failures = {"every_steps": 1}, {"max_rebuilds": 1}
+    settings = settings.model_copy(
+        update={
+            "checkpoint": settings.checkpoint.model_copy(update=checkpoints),
+            "failures": settings.failures.model_copy(update=failures),
+        }
+    )
+    run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2])
+    run.learner_lost_in = {8, 10}  # of the steps begun: 1 to 6, back to 3, 4, lost in 5, 5, lost in 6, 6
+    assert run.process().version == 6
+    assert [step for step, *_ in run.multipliers] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert [event["event"] for event in run.events if event["event"] in ("rebuild", "roll_back")] == [
+        "roll_back",
+        "rebuild",
+        "rebuild",
+    ]
 
 
 def test_a_roll_back_to_the_start_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

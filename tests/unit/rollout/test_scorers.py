@@ -1,5 +1,6 @@
 """A sample is scored or failed with a reason; a failure is never a number."""
 
+import itertools
 import json
 import math
 import socket
@@ -297,24 +298,29 @@ def plain_logprobs(model: Any, prompt: list[int], completion: list[int], tempera
     return logits.log_softmax(-1)[torch.arange(len(completion)), torch.tensor(completion)].tolist()
 
 
-def test_relevance_is_the_mean_log_prob_given_the_prompt_minus_given_the_next_other_one(tmp_path: Path) -> None:
-    """Three prompts, of which tickets 1 and 4 share one: ticket 1 is compared with 2, 2 with 3, 3 with 1, 4 with 2."""
+def test_relevance_is_the_mean_log_prob_given_the_prompt_minus_given_another_one(tmp_path: Path) -> None:
+    """Three others: ticket 3 takes number 0, 1 number 1, 2 number 2; 4 would take 1, which is its own, hence 2."""
     from transformers import AutoModelForCausalLM
 
     folder = tiny.write(tmp_path / "m")
-    prompts_of = {1: [5, 6, 7], 2: [8, 9], 3: [5, 6, 7, 10], 4: [5, 6, 7]}
+    prompts_of = {1: [5, 6, 7], 2: [8, 9], 3: [5, 6, 7, 10], 4: [11, 12]}
+    others = ([8, 9], [11, 12], [5, 6, 7, 10, 11])
     rows = of_prompts([prompts_of[ticket] for ticket in (3, 1, 1, 2, 4)], tickets=[3, 1, 1, 2, 4])
     scorer = reference.ReferenceScorer(
-        str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0", relevance=True
+        str(folder), ReferenceSettings(dtype="float32", threads=1), 0.7, "reference-0", list(others)
     )
     answer, _ = scorer.score(rows)
+    alone, _ = scorer.score(schema.concat([rows.slice(3, 1)]))
+    assert alone.column("relevance_nats")[0].as_py() == pytest.approx(
+        answer.column("relevance_nats")[3].as_py(), abs=1e-6
+    )
     schema.check(answer)
     assert set(answer.schema.names) - set(rows.schema.names) == set(scorer.adds.names)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    others = {1: 2, 2: 3, 3: 1, 4: 2}
+    number_of = {3: 0, 1: 1, 2: 2, 4: 2}
     for row in answer.to_pylist():
         expected = plain_logprobs(model, row["prompt_tokens"], row["completion_tokens"], 0.7)
-        other = plain_logprobs(model, prompts_of[others[row["ticket"]]], row["completion_tokens"], 0.7)
+        other = plain_logprobs(model, others[number_of[row["ticket"]]], row["completion_tokens"], 0.7)
         assert row["reference_logprobs"] == pytest.approx(expected, abs=1e-5)
         assert row["relevance_nats"] == pytest.approx(np.mean(expected) - np.mean(other), abs=1e-5)
     assert np.ptp(answer.column("relevance_nats").to_numpy()) > 1
@@ -326,10 +332,18 @@ def test_relevance_is_the_mean_log_prob_given_the_prompt_minus_given_the_next_ot
     assert measured.column("reward_tie").to_pylist() == answer.column("relevance_nats").to_pylist() and not failures
 
 
+def test_contrast_prompts_are_different_ones_spaced_over_the_source() -> None:
+    rows = pa.record_batch({"prompt_tokens": pa.array([[n // 2, 1] for n in range(100)], schema.TOKENS)})
+    chosen = reference.contrast_prompts(rows)
+    assert len(chosen) == 16 and chosen[0] == [0, 1] and chosen[-1] == [49, 1]
+    assert {late[0] - early[0] for early, late in itertools.pairwise(chosen)} <= {3, 4}
+    assert reference.contrast_prompts(rows.slice(0, 4)) == [[0, 1], [1, 1]]
+
+
 def test_where_all_prompts_are_one_there_is_no_relevance(tmp_path: Path) -> None:
     """A null, never a 0: nothing was compared."""
     folder = tiny.write(tmp_path / "m")
-    scorer = reference.ReferenceScorer(str(folder), ReferenceSettings(threads=1), 1.0, "reference-0", relevance=True)
+    scorer = reference.ReferenceScorer(str(folder), ReferenceSettings(threads=1), 1.0, "reference-0", [[5, 6]])
     answer, _ = scorer.score(of_prompts([[5, 6]] * 2, tickets=[1, 2]))
     schema.check(answer)
     assert answer.column("relevance_nats").to_pylist() == [None, None]

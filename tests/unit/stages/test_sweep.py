@@ -24,6 +24,7 @@ from rollouts import generated, prompts, referenced, scored
 
 BASE: dict[str, Any] = {
     "run": {"name": "any", "steps": 3},
+    "metrics": {"port": 0},
     "policy": {"model": "./absent"},
     "prompts": {"source": "prompts.jsonl", "held_out": 4},
     "regularizer": {"kl": {"coefficient": 0.05}},
