@@ -9,7 +9,7 @@ pages of other hosts that a browser of this machine shows.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,19 @@ class _Page:
                 self._content, self._state = report_page.html(collected, f"{_LOOK_SECONDS} {state}").encode(), state
             return self._content
 
+    def answer(self, path: str) -> tuple[int, str, bytes]:
+        """Status, type and body for a path of the address."""
+        try:
+            if path == "/state":
+                return 200, "text/plain", self.state().encode()
+            if path == "/":
+                return 200, "text/html", self.content()
+        except (KeelError, OSError) as error:  # of files that are moved while they are read: the next look has them
+            return 503, "text/plain", f"{error}\n".encode(errors="replace")
+        return 404, "text/plain", b"expected / or /state\n"
+
 
 def _handler(page: _Page) -> type[BaseHTTPRequestHandler]:
-    makers: dict[str, tuple[str, Callable[[], bytes]]] = {
-        "/": ("text/html", page.content),
-        "/state": ("text/plain", lambda: page.state().encode()),
-    }
-
     class Handler(BaseHTTPRequestHandler):
         def handle(self) -> None:
             with contextlib.suppress(ConnectionError):  # the client has left, as a tab does that is closed
@@ -74,17 +80,8 @@ def _handler(page: _Page) -> type[BaseHTTPRequestHandler]:
             name = (self.headers.get("Host") or "").rpartition(":")[0]
             if name not in (_HOST, "localhost"):
                 self._answer(403, "text/plain", b"expected the address that keel report printed\n")
-                return
-            if self.path not in makers:
-                self._answer(404, "text/plain", b"expected / or /state\n")
-                return
-            kind, make = makers[self.path]
-            try:
-                body = make()
-            except (KeelError, OSError) as error:  # of files that are moved while they are read: the next look has them
-                self._answer(503, "text/plain", f"{error}\n".encode(errors="replace"))
-                return
-            self._answer(200, kind, body)
+            else:
+                self._answer(*page.answer(self.path))
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)
