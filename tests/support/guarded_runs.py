@@ -76,8 +76,22 @@ class Learner(fakes.FakeLearner):
         self.version = int((Path(directory) / "learner" / "version").read_text())
         return self.version
 
+    async def export(self, directory: str) -> None:
+        Path(directory).mkdir()
+        (Path(directory) / "version").write_text(str(self.version))
+
+    async def renew_reference(self, directory: str) -> None: ...
+
     async def state(self) -> Mapping[str, Any]:
         return {}
+
+
+class Reference:
+    """A pool of reference scorers that has loaded the initial model."""
+
+    loaded = None
+
+    async def load_weights(self, directory: str) -> None: ...
 
 
 class GuardedRun:
@@ -139,7 +153,8 @@ class GuardedRun:
             **saved.state.get("buffer", {}),
         )
         guard = Guard(self.settings, saved.state.get("guard"))
-        checkpointer = Checkpointer(prepared, learner, buffer, None, recorder, guard)
+        reference: Any = Reference()
+        checkpointer = Checkpointer(prepared, learner, buffer, reference, recorder, guard)
         components = Components(
             generators=generator,
             scorers=[GoldScorer(self.gold)],

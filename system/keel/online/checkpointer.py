@@ -72,6 +72,8 @@ class Checkpointer:
         if folder == references.folder_of(self.directory, version) and not folder.exists():
             await self.renew_reference(version)  # the run ended at this version and now gets further steps
         elif folder is not None:
+            if folder == references.folder_of(self.directory, version):
+                self.guard.reference_renewed()  # already in the state, but for a run that ended here and was extended
             checkpoint.check(folder)
             await self._load_reference(folder)
         elif self.reference and self.reference.loaded is not None:
@@ -81,11 +83,12 @@ class Checkpointer:
         return version
 
     async def renew_reference(self, step: int) -> None:
-        """Write the current policy into references/ and load it wherever the reference is read."""
+        """Write the current policy into references/ and load it wherever the reference is read, and tell the guard."""
         folder = references.folder_of(self.directory, step)
         await self.learner.export(str(references.begin(folder)))
         await asyncio.to_thread(references.commit, folder)
         await self._load_reference(folder)
+        self.guard.reference_renewed()
 
     async def _load_reference(self, folder: Path) -> None:
         assert self.reference

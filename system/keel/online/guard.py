@@ -137,6 +137,11 @@ class Guard:
         if "grad_norm" in metrics:
             self._append("grad_norm", metrics["grad_norm"])
 
+    def reference_renewed(self) -> None:
+        """Forget what was measured against the reference before: its band, and the series of the KL to it."""
+        self._state.update({name: copy.deepcopy(_EMPTY[name]) for name in ("band", "outside")})
+        self._state["steps"]["kl"] = []
+
     def check(self, step: int) -> Reaction:
         """Ask every detector that has something new; multipliers have moved when this returns."""
         firings = []
@@ -169,7 +174,7 @@ class Guard:
         return (rewards - np.array(self._state["member_means"])[:, None]).std(0)
 
     def _place(self, nll: np.ndarray) -> None:
-        """Count the completions outside the band of the start, which the first evaluation sets."""
+        """Count the completions outside the band of the start, which the first evaluation of a reference sets."""
         finite = nll[np.isfinite(nll)]
         if not len(finite):
             return
