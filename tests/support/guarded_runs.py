@@ -31,6 +31,23 @@ GOLD = [0.1, 0.3, 0.5, 0.45, 0.2, 0.1, 0.05]
 """By weight version."""
 
 
+GOLD_MONITOR = {"name": "gold", "source": "tests:gold", "role": "monitor"}
+REWARDS = [{"name": "length", "source": "tests:length"}, GOLD_MONITOR]
+
+
+def settings_of(actions: list[str] | None = None, every: int = 1, **guard: Any) -> Settings:
+    """Six steps, an evaluation at each, only the newest of the checkpoints kept beside the best; KL 0.1."""
+    divergence = {"proxy_gold_divergence": {"actions": actions}} if actions else {}
+    return fakes.settings_for(
+        steps=6,
+        rewards=REWARDS,
+        evaluation={"every_steps": every},
+        checkpoint={"every_steps": 2, "keep": 1},
+        regularizer={"kl": {"coefficient": 0.1}},
+        guard={**divergence, **guard},
+    )
+
+
 class Killed(Exception):
     """The process ends here."""
 
@@ -150,7 +167,7 @@ class GuardedRun:
             groups_per_step=sizes.groups_per_step,
             groups_per_batch=self.settings.groups_per_batch,
             max_staleness=sizes.max_staleness,
-            **saved.state.get("buffer", {}),
+            **saved.buffer,
         )
         guard = Guard(self.settings, saved.state.get("guard"))
         reference: Any = Reference()

@@ -3,7 +3,8 @@
     roll_back.json {pending: true}  ->  newer checkpoints and evaluations, and accepted rows, are moved aside
            {pending: false}         ->  the run starts from its newest checkpoint, as after a loss
 
-What the guard decided stays: the file's `carried` is laid over the state of every checkpoint up to its step. Later ones
+The buffer of the steps given up may still be dying: what it stores later has the former number of roll backs, by which
+the next buffer knows it (rollout/segments.py). What the guard decided stays: the file's `carried` is laid over the state of every checkpoint up to its step. Later ones
 have it in their own.
 """
 

@@ -133,6 +133,11 @@ class Saved:
     def version(self) -> int:
         return self.state.get("version", 0)
 
+    @property
+    def buffer(self) -> dict[str, int]:
+        """Where the buffer starts again."""
+        return {**self.state.get("buffer", {}), "roll_backs": self.state.get("guard", {}).get("roll_backs", 0)}
+
     def over(self, settings: Settings) -> bool:
         return self.version >= settings.run.steps or self.state.get("finished", False)
 
@@ -240,8 +245,8 @@ class OnlineRun:
             settings, self.prepared.models.policy, self.prepared.models.frozen, placement
         )
         ends.callback(learner.stop)
-        directory, state = str(self.prepared.directory), saved.state.get("buffer", {})
-        buffer = actors.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, state)
+        directory = str(self.prepared.directory)
+        buffer = actors.RemoteBuffer(settings, directory, self.scaling.groups_per_batch, saved.buffer)
         ends.callback(buffer.stop)
         recorder.begin(placement.ranks, saved.version)
         controller = await self._restore(saved, learner, buffer)

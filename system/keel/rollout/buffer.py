@@ -86,11 +86,15 @@ class RolloutBuffer:
         version: int = 0,
         taken: int = 0,
         next_ticket: int = 0,
+        roll_backs: int = 0,
     ) -> None:
-        """`min_samples`: with fewer scored ones a group is dropped, because its objective compares them."""
+        """`min_samples`: with fewer scored ones a group is dropped, because its objective compares them.
+
+        `roll_backs`: those of the run so far; batches accepted before the last of them are moved aside.
+        """
         self.directory = Path(directory)
         self.window = AdmissionWindow(groups_per_step, groups_per_batch, max_staleness, version, taken)
-        self.min_samples, self.refills = min_samples, refills
+        self.min_samples, self.refills, self.roll_backs = min_samples, refills, roll_backs
         self._refilled = 0  # times slots of dropped groups were opened again since the last advance
         self._freed = 0  # slots of dropped groups, not yet opened again
         self._groups: dict[int, PromptGroup] = {}  # by ticket, in admission order, from the first that no step passed
@@ -126,7 +130,7 @@ class RolloutBuffer:
         counts = {t: _counts(schema.select(batch, rows_of == t), reasons[t]) for t in tickets}
         rows = schema.concat([schema.select(batch, scored & ~np.isin(rows_of, list(dropped)))])
         kept = [ticket for ticket in tickets if ticket not in dropped]
-        segment = segments.Segment(tickets, rows, counts, dropped)
+        segment = segments.Segment(tickets, rows, counts, dropped, self.roll_backs)
         num_bytes = segments.write(self.directory, segment) if kept else 0
         rows_by_ticket = {ticket: schema.select(rows, rows.column("ticket").to_numpy() == ticket) for ticket in kept}
         async with self._changed:
@@ -278,6 +282,9 @@ class RolloutBuffer:
             except segments.SegmentError:
                 files.move_aside(self.directory, path)
                 damaged.append(path.name)
+                continue
+            if segment.roll_backs != self.roll_backs:
+                files.move_aside(self.directory, path)
                 continue
             for ticket, group in segment.groups():
                 if ticket >= self._next_ticket:

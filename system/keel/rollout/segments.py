@@ -2,7 +2,8 @@
 
 RUN_DIR/buffer/segment.000000000004-000000000007.<xxh3-128>.arrow
 
-Beside the rows it holds the reasons of dropped tickets, and what each ticket adds to the counters.
+Beside the rows it holds the reasons of dropped tickets, what each ticket adds to the counters, and how often the run
+had rolled back: a buffer that is being killed may still write one, after the rows of its weights were moved aside.
 """
 
 import json
@@ -10,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,7 @@ from keel.errors import KeelError
 
 Counts = Mapping[str, Mapping[str, int]]
 """Increments of counters by metric name and label ("": none)."""
-_TICKETS, _COUNTS, _DROPPED = b"keel.tickets", b"keel.counts", b"keel.dropped"
+_TICKETS, _COUNTS, _DROPPED, _ROLL_BACKS = b"keel.tickets", b"keel.counts", b"keel.dropped", b"keel.roll_backs"
 _NAME = re.compile(r"segment\.(\d+)-(\d+)\.([0-9a-f]{32})\.arrow")
 
 
@@ -50,6 +52,8 @@ class Segment:
     counts: Mapping[int, Counts]
     dropped: Mapping[int, str]
     """Ticket -> reason."""
+    roll_backs: int = 0
+    """Roll backs of the run before it was accepted."""
 
     def groups(self) -> Iterator[tuple[int, StoredGroup]]:
         """Every ticket with what became of it."""
@@ -63,7 +67,12 @@ class Segment:
 
 def write(run_directory: Path, segment: Segment) -> int:
     """Put a segment on disk; its bytes."""
-    fields = {_TICKETS: segment.tickets, _COUNTS: segment.counts, _DROPPED: segment.dropped}
+    fields: dict[bytes, Any] = {
+        _TICKETS: segment.tickets,
+        _COUNTS: segment.counts,
+        _DROPPED: segment.dropped,
+        _ROLL_BACKS: segment.roll_backs,
+    }
     metadata = {**(segment.rows.schema.metadata or {}), **{key: json.dumps(value) for key, value in fields.items()}}
     content = schema.to_bytes(segment.rows.replace_schema_metadata(metadata))
     first, last = segment.tickets[0], segment.tickets[-1]
@@ -86,8 +95,9 @@ def read(path: Path) -> Segment:
         metadata = dict(rows.schema.metadata)
         tickets = [int(ticket) for ticket in json.loads(metadata.pop(_TICKETS))]
         counts, dropped = ({int(k): v for k, v in json.loads(metadata.pop(key)).items()} for key in (_COUNTS, _DROPPED))
+        roll_backs = int(json.loads(metadata.pop(_ROLL_BACKS, b"0")))
         schema.check(rows)
-        segment = Segment(tickets, rows.replace_schema_metadata(metadata), counts, dropped)
+        segment = Segment(tickets, rows.replace_schema_metadata(metadata), counts, dropped, roll_backs)
         held = set(np.unique(rows.column("ticket").to_numpy()).tolist())
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SegmentError(f"not a segment: {type(error).__name__}: {error}") from None

@@ -10,35 +10,15 @@ import pytest
 
 import fakes
 import rollouts
-from guarded_runs import GOLD, GuardedRun, Killed
+from guarded_runs import GOLD, REWARDS, GuardedRun, Killed, settings_of
 from keel import checkpoint, files
 from keel.analysis import replay
 from keel.cluster import actors
 from keel.config import loader
-from keel.config.run import Settings
 from keel.errors import ConfigError, NotFinite
-from keel.observability import evaluations
 from keel.online import status
 from keel.online.guard import Guard
-from keel.online.train import Saved
 from keel.protocols import StepReport
-
-GOLD_MONITOR = {"name": "gold", "source": "tests:gold", "role": "monitor"}
-REWARDS = [{"name": "length", "source": "tests:length"}, GOLD_MONITOR]
-
-
-def settings_of(actions: list[str] | None = None, every: int = 1, **guard: Any) -> Settings:
-    """Six steps, an evaluation at each, only the newest of the checkpoints kept beside the best; KL 0.1."""
-    divergence = {"proxy_gold_divergence": {"actions": actions}} if actions else {}
-    return fakes.settings_for(
-        steps=6,
-        rewards=REWARDS,
-        evaluation={"every_steps": every},
-        checkpoint={"every_steps": 2, "keep": 1},
-        regularizer={"kl": {"coefficient": 0.1}},
-        guard={**divergence, **guard},
-    )
-
 
 # ---- the best checkpoint
 
@@ -179,111 +159,6 @@ def test_a_divergence_is_judged_again_after_an_evaluation_without_scores(
     assert evaluate(1, float("nan"), 0.3) == []
     assert evaluate(2, 1.0, 0.5) == []
     assert evaluate(3, 2.0, 0.3) == ["proxy_gold_divergence"]
-
-
-# ---- roll back
-
-
-@pytest.mark.parametrize("killed_in", [None, 2, 4, 5])
-def test_a_roll_back_continues_from_the_best_with_what_it_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int | None
-) -> None:
-    run = GuardedRun(tmp_path / "run", settings_of(["roll_back", "raise_kl"], max_roll_backs=2), monkeypatch)
-    if killed_in:
-        with pytest.raises(Killed, match="here"):
-            run.process(killed_in)
-    saved = run.process()
-    # every time gold falls at step 3 the run returns to step 2; the third time it stops
-    assert (saved.version, saved.over(run.settings)) == (3, True)
-    taken = [entry for index, entry in enumerate(run.multipliers) if index == 0 or entry != run.multipliers[index - 1]]
-    assert [entry for entry in taken if entry[0] == 3] == [(3, 1, 1), (3, 2, 1), (3, 4, 1)]
-    assert run.state(3)["guard"]["roll_backs"] == 2 and run.state(3)["guard"]["multipliers"]["kl"] == 8
-    assert run.state(3)["totals"]["guard_fired_total"] == {"proxy_gold_divergence": 3.0}
-    assert [event["step"] for event in run.events if event["event"] == "roll_back"] == [2, 2]
-    assert checkpoint.steps(run.directory) == [2, 3]
-
-
-def test_a_roll_back_moves_newer_checkpoints_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
-    run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2])
-    run.process()
-    assert [event["step"] for event in run.events if event["event"] == "roll_back"] == [3]
-    names = sorted(path.name for path in (run.directory / "checkpoints").iterdir())
-    assert names == ["rolled-back-step-000004", "step-000003", "step-000006"]
-    assert [step for step, *_ in run.multipliers] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
-    checkpoint.check_known(run.directory)
-
-
-def test_a_roll_back_leaves_no_evaluation_of_the_steps_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
-    run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2])
-    with pytest.raises(Killed, match="here"):
-        run.process(7)  # steps 1 to 6, back to 3, and killed in step 4
-    assert [row["step"] for row in evaluations.frontier(run.directory)] == [0, 3]
-    names = [
-        sorted(path.name for path in (folder / "evaluations").iterdir())
-        for folder in (run.directory, run.directory / files.ASIDE)
-    ]
-    assert names == [["step-000000.arrow", "step-000003.arrow"], ["step-000006.arrow"]]
-    run.process()
-    assert [row["step"] for row in evaluations.frontier(run.directory)] == [0, 3, 6]
-
-
-def test_steps_made_again_after_a_roll_back_end_a_row_of_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
-    checkpoints, failures = {"every_steps": 1}, {"max_rebuilds": 1}
-    settings = settings.model_copy(
-        update={
-            "checkpoint": settings.checkpoint.model_copy(update=checkpoints),
-            "failures": settings.failures.model_copy(update=failures),
-        }
-    )
-    run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2])
-    run.learner_lost_in = {8, 10}  # of the steps begun: 1 to 6, back to 3, 4, lost in 5, 5, lost in 6, 6
-    assert run.process().version == 6
-    assert [step for step, *_ in run.multipliers] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
-    assert [event["event"] for event in run.events if event["event"] in ("rebuild", "roll_back")] == [
-        "roll_back",
-        "rebuild",
-        "rebuild",
-    ]
-
-
-def test_a_roll_back_to_the_start_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = settings_of(["roll_back", "raise_kl"], max_roll_backs=1)
-    run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.9, *GOLD[1:]])
-    assert run.process().version == 1
-    assert run.multipliers == [(1, 1, 1), (1, 2, 1)]
-
-
-@pytest.mark.parametrize("done", ["nothing", "put aside", "all"])
-def test_a_kill_within_a_roll_back_neither_loses_nor_repeats_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: str
-) -> None:
-    settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
-    gold = [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2]
-    whole, killed = (GuardedRun(tmp_path / name, settings, monkeypatch, gold) for name in ("whole", "killed"))
-    whole.process()
-    from keel.online import roll_back
-
-    with monkeypatch.context() as patch:
-        if done == "all":
-            patch.setattr("keel.online.train.manifest.undo", lambda *_: (_ for _ in ()).throw(Killed("here")))
-        elif done == "put aside":
-            patch.setattr(roll_back.segments, "paths", lambda _: (_ for _ in ()).throw(Killed("here")))
-        else:
-            patch.setattr(roll_back.checkpoint, "put_aside", lambda *_: (_ for _ in ()).throw(Killed("here")))
-        with pytest.raises(Killed, match="here"):
-            killed.process()
-    saved: Saved = killed.process()
-    assert saved.version == 6 and checkpoint.steps(killed.directory) == checkpoint.steps(whole.directory)
-    assert killed.state(6)["guard"] == whole.state(6)["guard"]
-    assert killed.state(6)["totals"]["guard_fired_total"] == whole.state(6)["totals"]["guard_fired_total"]
-    assert killed.multipliers == whole.multipliers
 
 
 # ---- replay

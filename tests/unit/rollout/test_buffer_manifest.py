@@ -199,6 +199,20 @@ async def test_of_two_stored_batches_of_a_ticket_the_one_in_time_is_taken(tmp_pa
         assert {number for row in rows.column("weight_versions").to_pylist() for number in row} == {version}
 
 
+async def test_a_batch_that_a_dying_buffer_stores_after_a_roll_back_is_moved_aside(tmp_path: Path) -> None:
+    """Its ticket and its version would fit."""
+    dying, late = buffer_in(tmp_path), buffer_in(tmp_path, roll_backs=1)
+    for buffer in (dying, late):
+        tickets = await soon(buffer.admit())
+        await buffer.add(tickets, rollouts(tickets))
+    assert sorted(segments.read(path).roll_backs for path in segments.paths(tmp_path)) == [0, 1]
+    assert await buffer_in(tmp_path, roll_backs=1).restored() == {"groups": 2, "damaged": []}
+    assert [segments.read(path).roll_backs for path in segments.paths(tmp_path)] == [1]
+    (aside,) = (tmp_path / files.ASIDE / "buffer").iterdir()
+    assert segments.read(aside).roll_backs == 0
+    assert await buffer_in(tmp_path, roll_backs=2).restored() == {"groups": 0, "damaged": []}
+
+
 async def test_a_dropped_ticket_is_asked_for_again_when_its_place_has_moved(tmp_path: Path) -> None:
     """Failed under version 0; a run that needs it for version 1's step draws other samples."""
     segment = segments.Segment([2, 3], rollouts([2]), {2: {}, 3: {}}, {3: "too_few_samples"})
