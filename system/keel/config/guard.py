@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from keel.config.base import Fraction, Section
+from keel.config.regularizer import KLSettings
 
 Action = Literal["warn", "raise_kl", "lower_lr", "roll_back", "stop"]
 
@@ -123,15 +124,20 @@ class GuardSettings(Section):
         blocks = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: block for name, block in blocks.items() if isinstance(block, WatchSettings)}
 
-    def check(self, rewards: list[str], kl_coefficient: float) -> None:
+    def check(self, rewards: list[str], kl: KLSettings) -> None:
         """Hold monitor and actions to the rest of the run. Raises ValueError."""
         if self.monitor is not None and self.monitor not in rewards:
             raise ValueError(f"guard.monitor={self.monitor}: no such reward; expected one of {', '.join(rewards)}")
         for name, watch in self.watches().items():
-            if "raise_kl" in watch.actions and kl_coefficient == 0:
+            if "raise_kl" in watch.actions and kl.coefficient == 0:
                 raise ValueError(
                     f"guard.{name}.actions: raise_kl multiplies regularizer.kl.coefficient, which is 0; expected one"
                     " above 0, or another action"
+                )
+            if "raise_kl" in watch.actions and kl.controller.kind != "fixed":
+                raise ValueError(
+                    f"regularizer.kl.controller.kind={kl.controller.kind}: adapts the coefficient until what"
+                    f" guard.{name}.actions=raise_kl multiplied it by is undone; expected fixed, or another action"
                 )
             if "roll_back" in watch.actions and (not self.keep_best or self.monitor_of(rewards) is None):
                 raise ValueError(

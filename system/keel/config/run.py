@@ -323,7 +323,7 @@ class Settings(LearnerSpec):
 
     @model_validator(mode="after")
     def _guard_fits_the_run(self) -> Self:
-        self.guard.check([reward.name for reward in self.rewards], self.regularizer.kl.coefficient)
+        self.guard.check([reward.name for reward in self.rewards], self.regularizer.kl)
         return self
 
     @model_validator(mode="after")

@@ -118,7 +118,7 @@ def check_directory(directory: Path, settings: Section) -> None:
 
 
 def check_length(directory: Path, settings: Settings, before: Settings) -> None:
-    """Refuse another `run.steps` than before where steps were made otherwise, or more of them. Raises ConfigError."""
+    """Refuse another `run.steps` than before where it would change steps made, or make none. Raises ConfigError."""
     steps, earlier = settings.run.steps, before.run.steps
     if steps != earlier and before.learners.rate_depends_on_steps:
         raise ConfigError(
@@ -128,6 +128,12 @@ def check_length(directory: Path, settings: Settings, before: Settings) -> None:
     trained = max(checkpoint.steps(directory), default=0)
     if steps < trained:
         raise ConfigError(f"run.steps={steps}: {directory} has trained {trained} steps; expected at least {trained}")
+    finished = trained > 0 and checkpoint.state_of(directory, trained).get("finished", False)
+    if finished and steps > trained and steps != earlier:
+        raise ConfigError(
+            f"run.steps={steps}: {directory} was ended for good after step {trained}, by its guard or its objective;"
+            f" expected run.steps={earlier}, or another run.name"
+        )
 
 
 def check_memory(cluster: ClusterSettings) -> None:

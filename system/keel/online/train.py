@@ -106,6 +106,8 @@ def _run_alone(prepared: Prepared, display: Display, asked_to_stop: threading.Ev
         recorder = Recorder(prepared, RunMetrics(settings.run.name, directory / "metrics.jsonl"), display)
         saved = _newest(recorder)
         if saved.over(settings):
+            if saved.version < settings.run.steps:
+                display.note(f"ended for good after step {saved.version}, by its guard or its objective")
             return saved
         page = recorder.metrics.page
         url = last.enter_context(endpoint.serving(settings.metrics, settings.run.name, directory, page))

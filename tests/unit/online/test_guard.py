@@ -304,6 +304,20 @@ def test_settings_that_do_nothing_are_refused(guard: dict[str, Any], kl: float, 
         fakes.settings_for(rewards=REWARDS, regularizer={"kl": {"coefficient": kl}}, guard=guard)
 
 
+@pytest.mark.parametrize(
+    "controller", [{"kind": "dual", "target_nats": 5.0}, {"kind": "proportional", "target_nats": 5.0}, {"kind": "safe"}]
+)
+def test_a_coefficient_that_adapts_is_not_raised(controller: dict[str, Any]) -> None:
+    kl = {"coefficient": 0.1, "controller": controller}
+    line = (
+        rf"\Aregularizer\.kl\.controller\.kind={controller['kind']}: adapts the coefficient until what"
+        r" guard\.entropy\.actions=raise_kl multiplied it by is undone; expected fixed, or another action\Z"
+    )
+    with pytest.raises(ConfigError, match=line):
+        fakes.settings_for(regularizer={"kl": kl}, guard={"entropy": {"actions": ["raise_kl"]}})
+    fakes.settings_for(regularizer={"kl": kl}, guard={"entropy": {"actions": ["lower_lr"]}})
+
+
 def test_a_detector_is_switched_off_by_null() -> None:
     config = settings_of(kl_slope=None).guard
     assert "kl_slope" not in config.watches() and "entropy" in config.watches()

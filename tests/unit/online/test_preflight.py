@@ -215,11 +215,12 @@ def test_a_directory_of_another_run(tree: dict[str, Any]) -> None:
         preflight.prepare(other)
 
 
-def begun(tree: dict[str, Any], trained: int, **learners: Any) -> dict[str, Any]:
+def begun(tree: dict[str, Any], trained: int, finished: bool = False, **learners: Any) -> dict[str, Any]:
     """The settings of a run of 4 steps, with a checkpoint at one of them."""
     changed = {**tree, "run": {**tree["run"], "steps": 4}, "learners": learners}
     directory = Path(tree["run"]["directory"])
     files.write(directory / "config.yaml", loader.dump(loader.parse(changed)).encode())
+    files.write_json(directory / "checkpoints" / f"step-{trained:06d}" / "state.json", {"finished": finished})
     files.write(directory / "checkpoints" / f"step-{trained:06d}" / "COMMIT", b"")
     return changed
 
@@ -234,6 +235,20 @@ def test_a_run_can_be_extended_or_ended_earlier_but_not_before_what_it_trained(t
         assert preflight.prepare(longer(changed, steps)).settings.run.steps == steps
     with pytest.raises(ConfigError, match=r"^run\.steps=2: .*/run has trained 3 steps; expected at least 3$"):
         preflight.prepare(longer(changed, 2))
+
+
+def test_a_run_that_was_ended_for_good_is_not_extended(tree: dict[str, Any]) -> None:
+    changed = begun(tree, trained=3, finished=True)
+    written = {path: path.read_bytes() for path in Path(tree["run"]["directory"]).rglob("*") if path.is_file()}
+    with pytest.raises(
+        ConfigError,
+        match=r"\Arun\.steps=9: .*/run was ended for good after step 3, by its guard or its objective; expected"
+        r" run\.steps=4, or another run\.name\Z",
+    ):
+        preflight.prepare(longer(changed, 9))
+    assert {path: path.read_bytes() for path in Path(tree["run"]["directory"]).rglob("*") if path.is_file()} == written
+    for steps in (3, 4):
+        assert preflight.prepare(longer(changed, steps)).settings.run.steps == steps
 
 
 def test_a_run_whose_learning_rate_falls_to_its_end_keeps_its_length(tree: dict[str, Any]) -> None:
