@@ -246,5 +246,5 @@ class Observer:
 
     async def evaluated(self, step: int, batch: pa.RecordBatch) -> None: ...
 
-    async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
-        """Keep the rows of a step that the learner refused."""
+    async def quarantine(self, step: int, batch: Batch, reason: str, multipliers: Mapping[str, float]) -> None:
+        """Keep the rows of a step that the learner refused, and the guard's multipliers in force in it."""

@@ -5,7 +5,7 @@ others must wait (publish, load, renew, save) give way long enough for whatever 
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ class Listener(Observer):
         await many_turns()
         self.log.append(("evaluation", step))
 
-    async def quarantine(self, step: int, batch: pa.RecordBatch, reason: str) -> None:
+    async def quarantine(self, step: int, batch: pa.RecordBatch, reason: str, multipliers: Mapping[str, float]) -> None:
         await many_turns()
         self.log.append(("quarantined", step, *dict.fromkeys(batch.column("ticket").to_pylist())))
 

@@ -116,15 +116,21 @@ def online(
 
 
 def events(steps: int) -> list[dict[str, Any]]:
-    """A calm start, a lost generator at a third of the run, a guard's action at two thirds."""
+    """A calm start, a lost generator at a third of the run, a warning of the guard at two thirds."""
     return [
         {"event": "worker_started", "time": 900.0, "role": "generator", "worker": "generator-0", "seconds": 3.0},
         {"event": "running", "time": 950.0, "step": 0, "ranks": 1, "seconds": 5.0},
         {"event": "worker_lost", "time": 1001.0 + 10.0 * (steps // 3), "role": "generator", "reason": HOSTILE},
         {"event": "retry", "time": 1002.0 + 10.0 * (steps // 3), "reason": "lost"},
-        {"event": "guard_warned", "time": 1001.0 + 10.0 * (2 * steps // 3), "step": 2 * steps // 3, "statistic": 3.5},
+        firing("kl_slope", 2 * steps // 3, ["warn"]),
         {"event": "checkpoint", "time": 1001.0 + 10.0 * steps, "step": steps},
     ]
+
+
+def firing(detector: str, step: int, actions: list[str]) -> dict[str, Any]:
+    """The event of a detector of the guard."""
+    event = {"event": "guard", "time": 1001.0 + 10.0 * step, "detector": detector, "step": step}
+    return {**event, "statistic": 3.5, "low": 2.5, "high": 4.5, "threshold": 2.0, "actions": actions}
 
 
 def _write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

@@ -56,13 +56,13 @@ class Audit:
     counts: dict[str, Any] = field(default_factory=lambda: dict(_NOTHING))
     """How many of what were checked: numbers, or mappings of numbers."""
 
-    def fault(self, file: str, expected: object, found: object) -> None:
-        self.findings.append(Finding(file, str(expected), str(found)))
+    def fault(self, file: str, expected: object, content: object) -> None:
+        self.findings.append(Finding(file, str(expected), str(content)))
 
-    def test(self, file: str, what: str, expected: object, found: object) -> None:
+    def test(self, file: str, what: str, expected: object, content: object) -> None:
         """Record a fault unless the two are equal."""
-        if expected != found:
-            self.fault(file, f"{what} {expected}", found)
+        if expected != content:
+            self.fault(file, f"{what} {expected}", content)
 
     def lines(self, file: str, fields: Mapping[str, type]) -> list[dict[str, Any]]:
         """Read the whole lines of a JSON-lines file; damaged ones are faults, one cut off by a crash is a note."""

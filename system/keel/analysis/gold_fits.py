@@ -63,7 +63,7 @@ def fit(
     distribution. Errors of evaluations are taken as independent: those on the same prompts share a part, which mostly
     moves the intercept.
     """
-    d, values, errors = (np.asarray(each, np.float64) for each in (distances, gold, standard_errors))
+    d, values, errors = (np.asarray(column, np.float64) for column in (distances, gold, standard_errors))
     usable = np.isfinite(d) & np.isfinite(values) & (errors > 0) & ((d >= _SHORTEST) | (d <= 0))
     if usable.sum() < 3 or len(set(np.maximum(d[usable], 0).tolist())) < 3:
         return None

@@ -2,6 +2,7 @@
 
 newest checkpoint before the step (or the start model) -> the steps between, from rollouts/ -> the step
     rows: quarantine/step-N.arrow if the learner refused them, else rollouts/step-N.arrow
+    multipliers of the guard: quarantine/step-N.json, else metrics.jsonl
 """
 
 import asyncio
@@ -42,27 +43,31 @@ def run(run_directory: Path, step: int, display: Display) -> Replayed:
     stored = loader.stored_config(run_directory, f"RUN_DIR={run_directory}", kind="an online run")
     settings = loader.load(stored, [f"run.directory={run_directory}", "metrics.port=0"])
     start = max((version for version in checkpoint.steps(run_directory) if version < step), default=0)
-    rows = [_rows(run_directory, number, ("rollouts",)) for number in range(start + 1, step)]
-    rows.append(_rows(run_directory, step, ("quarantine", "rollouts")))
+    inputs = [_inputs(run_directory, number, ("rollouts",)) for number in range(start + 1, step)]
+    inputs.append(_inputs(run_directory, step, ("quarantine", "rollouts")))
     prepared = preflight.prepare(settings)
     for line in prepared.notes:
         display.note(line)
     display.doing("starting Ray, learner")
     with actors.joined(settings, {"learner": settings.learners.count}):
-        report, refused = asyncio.run(_replay(prepared, start, rows, display))
+        report, refused = asyncio.run(_replay(prepared, start, inputs, display))
     return Replayed(step, start, refused, _beside(run_directory, step, report))
 
 
-def _rows(run_directory: Path, step: int, folders: tuple[str, ...]) -> pa.RecordBatch:
+def _inputs(run_directory: Path, step: int, folders: tuple[str, ...]) -> tuple[pa.RecordBatch, tuple[float, float]]:
+    """The rows of a step, and what the guard multiplied KL coefficient and learning rate by in it."""
     for folder in folders:
         path = run_directory / folder / f"step-{step:06d}.arrow"
         if path.is_file():
-            return schema.from_bytes(reads.read(path))
+            why = path.with_suffix(".json")  # of a refused step, which has no line in metrics.jsonl
+            numbers = reads.read_json(why) if reads.is_there(why) else _line(run_directory, step)
+            factors = (numbers.get(f"guard_{name}_multiplier", 1.0) for name in ("kl", "learning_rate"))
+            return schema.from_bytes(reads.read(path)), (next(factors), next(factors))
     raise ConfigError(f"--step {step}: {run_directory} has no rows of step {step}; expected a step of its rollouts/")
 
 
 async def _replay(
-    prepared: Prepared, start: int, rows: list[pa.RecordBatch], display: Display
+    prepared: Prepared, start: int, inputs: list[tuple[pa.RecordBatch, tuple[float, float]]], display: Display
 ) -> tuple[Mapping[str, Any], str | None]:
     settings, directory = prepared.settings, prepared.directory
     learner = learner_group.LearnerGroup(settings, prepared.models.policy, prepared.models.frozen)
@@ -71,7 +76,7 @@ async def _replay(
         if start:
             await learner.restore_checkpoint(str(checkpoint.folder_of(directory, start)))
     metrics: Mapping[str, Any] = {}
-    for version, batch in enumerate(rows, start):
+    for version, (batch, multipliers) in enumerate(inputs, start):
         display.note(f"step {version + 1} from version {version}")
         reference = references.of_version(directory, settings.reference_iteration_steps, version)
         try:
@@ -79,17 +84,11 @@ async def _replay(
                 if reference:
                     checkpoint.check(reference)
                     await learner.renew_reference(str(reference))
-                await learner.set_multipliers(*_multipliers(directory, version + 1))
+                await learner.set_multipliers(*multipliers)
                 metrics = (await learner.step(batch)).metrics
         except NotFinite as error:
             return {}, str(error)
     return metrics, None
-
-
-def _multipliers(run_directory: Path, step: int) -> tuple[float, float]:
-    """What the guard multiplied KL coefficient and learning rate by in a step."""
-    line = _line(run_directory, step)
-    return line.get("guard_kl_multiplier", 1.0), line.get("guard_learning_rate_multiplier", 1.0)
 
 
 def _line(run_directory: Path, step: int) -> Mapping[str, Any]:

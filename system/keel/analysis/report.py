@@ -31,7 +31,7 @@ from keel.observability import evaluations
 from keel.online import status
 from keel.text import one_line
 
-_UNREADABLE = (pa.ArrowException, AssertionError, KeyError, OSError, TypeError, ValueError)
+_UNREADABLE = (pa.ArrowException, ArithmeticError, AssertionError, KeyError, OSError, TypeError, ValueError)
 """What files of a run raise that are not what their names say."""
 _QUIET = ("checkpoint", "parity", "running", "waiting_for_resources", "resources_found", "worker_started")
 """Events of a run that goes well; they are counted, and no mark is drawn."""
@@ -166,7 +166,7 @@ def _read(directory: Path, stored: Path, tree: dict[str, Any], name: str, runs: 
     curves = report_curves.of_evaluations(points) if points else report_curves.of_stage(directory)
     best_by = report_words.best_by(points, (tree.get("guard") or {}).get("monitor"))
     if command == "train":
-        sentences = report_words.of_online(lines, points, values, committed, best_by)
+        sentences = report_words.of_online(lines, points, values, committed, best_by, tree)
     else:
         sentences = report_words.of_stage(curves)
     best = report_words.peak(points, best_by)
@@ -222,7 +222,7 @@ def _event(event: Mapping[str, Any], times: Sequence[float], lines: Sequence[Map
     name, time = str(event["event"]), float(event.get("time") or 0.0)
     before = bisect_right(times, time)
     step = event.get("step", lines[before - 1]["step"] if before else 0)
-    kind = "guard" if name.startswith("guard") else "failure" if name in report_words.FAILURES else "other"
+    kind = "guard" if name in report_words.GUARD else "failure" if name in report_words.FAILURES else "other"
     fields = {key: value for key, value in event.items() if key not in ("event", "time", "step")}
     detail = ", ".join(f"{key} {one_line(value)}" for key, value in fields.items())
     return Event(name, int(step), time, kind, without_passwords(detail)[:1000])
@@ -247,7 +247,7 @@ def _environment(
     events: Sequence[Mapping[str, Any]],
 ) -> dict[str, str]:
     """What the run directory says of where the run ran: version, digests, workers, models, times."""
-    header = stored.open(encoding="utf8", errors="replace").readline().lstrip("# ").rstrip("\n")
+    header = loader.first_line(stored).lstrip("# ")
     steps = [int(row["step"]) for row in evaluations.frontier(directory)]
     metadata = evaluations.load(directory, steps[-1]).schema.metadata or {} if steps else {}
     times = [event["time"] for event in events if event.get("time")] + [
@@ -332,8 +332,9 @@ def _notes(runs: Sequence[RunReport], arms: Sequence[Arm]) -> list[str]:
         rows = run.rows
         embedded = Counter(row.source for row in rows.rows)
         notes.append(
-            f"{run.name}: {embedded['training']} of {rows.training_rows} training rows are in this page, the extremes"
-            f" of reward, proxy minus gold and KL among them, and {embedded['evaluation']} of {rows.evaluation_rows}"
-            f" evaluation rows; {rows.steps_read} of {rows.steps} rollout files were read."
+            f"{run.name}: {rows.steps_read} of {rows.steps} rollout files and {rows.evaluations_read} of"
+            f" {rows.evaluations} evaluations were read. Of their rows {embedded['training']} of {rows.training_rows}"
+            f" training rows are in this page, the extremes of reward, proxy minus gold and KL among them, and"
+            f" {embedded['evaluation']} of {rows.evaluation_rows} evaluation rows."
         )
     return notes

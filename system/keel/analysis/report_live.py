@@ -58,22 +58,30 @@ class _Page:
                 self._content, self._state = report_page.html(collected, f"{_LOOK_SECONDS} {state}").encode(), state
             return self._content
 
+    def answer(self, path: str) -> tuple[int, str, bytes]:
+        """Status, type and body for a path of the address."""
+        try:
+            if path == "/state":
+                return 200, "text/plain", self.state().encode()
+            if path == "/":
+                return 200, "text/html", self.content()
+        except (KeelError, OSError) as error:  # of files that are moved while they are read: the next look has them
+            return 503, "text/plain", f"{error}\n".encode(errors="replace")
+        return 404, "text/plain", b"expected / or /state\n"
+
 
 def _handler(page: _Page) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # the client has left, as a tab does that is closed
+                super().handle()
+
         def do_GET(self) -> None:
             name = (self.headers.get("Host") or "").rpartition(":")[0]
             if name not in (_HOST, "localhost"):
                 self._answer(403, "text/plain", b"expected the address that keel report printed\n")
-            elif self.path == "/state":
-                self._answer(200, "text/plain", page.state().encode())
-            elif self.path == "/":
-                try:
-                    self._answer(200, "text/html", page.content())
-                except KeelError as error:  # of files that are moved while they are read: the next look has them
-                    self._answer(503, "text/plain", f"{error}\n".encode())
             else:
-                self._answer(404, "text/plain", b"expected / or /state\n")
+                self._answer(*page.answer(self.path))
 
         def _answer(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)

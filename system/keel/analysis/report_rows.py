@@ -51,7 +51,8 @@ class Row:
     kl_nats: float | None
     length_tokens: int
     pieces: list[str]
-    """Text of each token, empty inside a character of several tokens; all empty where no token has a log-ratio."""
+    """Text of each token, empty inside a character of several tokens, its id where it has no text; no piece at all
+    where no token has a log-ratio."""
     log_ratios: list[float]
     """log pi - log ref of each token in nats, to 0.01."""
 
@@ -64,9 +65,12 @@ class Rows:
     training_rows: int
     """Rows of the rollout files that were read."""
     evaluation_rows: int
+    """Rows of the evaluations that were read."""
     steps_read: int
     steps: int
     """Rollout files of the run."""
+    evaluations_read: int
+    evaluations: int
     token_texts: bool
     """Whether pieces are texts; else they are ids, because no tokenizer was there."""
 
@@ -78,7 +82,8 @@ def choose(directory: Path, runs: int) -> Rows:
     read = [steps[place] for place in evenly(len(steps), MOST_FILES)]
     budget = _budget(directory, evaluation_steps, read, runs)
     tokenizer = _tokenizer(directory)
-    held_out, num_held_out = _of_evaluations(directory, evaluation_steps, int(budget * _EVALUATION_SHARE), tokenizer)
+    evaluations_read = [evaluation_steps[place] for place in evenly(len(evaluation_steps), _EVALUATIONS)]
+    held_out, num_held_out = _of_evaluations(directory, evaluations_read, int(budget * _EVALUATION_SHARE), tokenizer)
     numbers = [(step, _numbers(batch)) for step, batch in _batches(directory, read)]
     chosen = _chosen([values for _, values in numbers], max(budget - len(held_out), 1))
     places = dict(zip((step for step, _ in numbers), chosen, strict=True))
@@ -87,8 +92,16 @@ def choose(directory: Path, runs: int) -> Rows:
         for step, batch in _batches(directory, [step for step, picked in places.items() if picked])
         for row in _rows(batch, "training", step, places[step], tokenizer)
     ]
-    num_training = sum(len(values["reward"]) for _, values in numbers)
-    return Rows([*held_out, *training], num_training, num_held_out, len(numbers), len(steps), tokenizer is not None)
+    return Rows(
+        rows=[*held_out, *training],
+        training_rows=sum(len(values["reward"]) for _, values in numbers),
+        evaluation_rows=num_held_out,
+        steps_read=len(numbers),
+        steps=len(steps),
+        evaluations_read=len(evaluations_read),
+        evaluations=len(evaluation_steps),
+        token_texts=tokenizer is not None,
+    )
 
 
 def _rollout_steps(directory: Path) -> list[int]:
@@ -116,15 +129,14 @@ def _budget(directory: Path, evaluation_steps: Sequence[int], steps: Sequence[in
 def _of_evaluations(
     directory: Path, steps: Sequence[int], budget: int, tokenizer: Tokenizer | None
 ) -> tuple[list[Row], int]:
-    """The same prompts at evenly chosen evaluations, first and last among them, and how many rows there were."""
+    """The same prompts at the evaluations of these steps, and how many rows there were."""
     rows, total = [], 0
-    read = [steps[place] for place in evenly(len(steps), _EVALUATIONS)]
-    for step in read:
+    for step in steps:
         batch = evaluations.load(directory, step)
         total += batch.num_rows
         of_rows = list(zip(batch.column("prompt_id").to_pylist(), batch.column("prompt").to_pylist(), strict=True))
         prompts = sorted(set(of_rows))
-        kept = {prompts[place] for place in evenly(len(prompts), max(budget // len(read), 1))}
+        kept = {prompts[place] for place in evenly(len(prompts), max(budget // len(steps), 1))}
         places = [place for place, prompt in enumerate(of_rows) if prompt in kept]
         rows += _rows(batch, "evaluation", step, places, tokenizer)
     return rows, total
@@ -208,15 +220,26 @@ def _tokens(part: pa.RecordBatch, tokenizer: Tokenizer | None) -> tuple[list[lis
 def _pieces(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[str]:
     if tokenizer is None:
         return [f"#{token} " for token in ids]
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer, token) or "" for token in ids]
+    pieces, stream = [], DecodeStream(skip_special_tokens=False)
+    for token in ids:
+        try:
+            piece = stream.step(tokenizer, token)
+        except Exception:  # the tokenizers package raises bare Exception, as at bytes that form no character
+            piece, stream = f"#{token} ", DecodeStream(skip_special_tokens=False)
+        pieces.append(piece or "")
+    return pieces
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of the newest checkpoint's policy; None where there is none that this library reads."""
     newest = checkpoint.latest(directory)
     path = newest / "policy" / "tokenizer.json" if newest else None
-    return Tokenizer.from_file(str(path)) if path and path.is_file() else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception:  # the tokenizers package raises bare Exception for a file that it cannot read
+        return None
 
 
 def _cut(text: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 
 from keel.analysis import gold_fits
 from keel.analysis.report_curves import Curve, EvaluationPoint, Interval, interval
+from keel.errors import without_passwords
 
 FAILURES = {
     "worker_lost": "worker lost and replaced",
@@ -25,6 +26,8 @@ FAILURES = {
     "report_failed": "report that was not written",
 }
 """Events that are failures or recoveries, in words."""
+GUARD = ("guard", "guard_multipliers", "guard_stop", "roll_back")
+"""Events of the guard: a firing, and what follows from it."""
 
 
 def of_online(
@@ -33,8 +36,12 @@ def of_online(
     values: Sequence[Mapping[str, np.ndarray]],
     committed: Sequence[int],
     best_by: str,
+    settings: Mapping[str, Any],
 ) -> list[str]:
-    """Proxy, gold, KL, entropy, length and the best checkpoint of an online run, from its evaluations."""
+    """Proxy, gold, KL, entropy, length and the best checkpoint of an online run, from its evaluations.
+
+    `settings`: the tree of its config.yaml.
+    """
     if not points:
         return ["It has no evaluation yet, so nothing is known about held-out prompts.", *_last_step(lines)]
     first, last = points[0], points[-1]
@@ -47,7 +54,7 @@ def of_online(
         )
     sentences = [f"{where} the proxy, the training reward, {_change(first, last, 'reward')}."]
     sentences += (
-        _gold(points, values) + _fitted(points)
+        _gold(points, values) + _fitted(points, settings)
         if "reward_gold" in last.values
         else ["The run has no reward called gold, so this report cannot say whether the proxy was over-optimized."]
     )
@@ -104,9 +111,15 @@ def _gold(points: Sequence[EvaluationPoint], values: Sequence[Mapping[str, np.nd
     return sentences
 
 
-def _fitted(points: Sequence[EvaluationPoint]) -> list[str]:
+def _fitted(points: Sequence[EvaluationPoint], settings: Mapping[str, Any]) -> list[str]:
     """Where gold peaks on the curve of Gao et al., and whether the run is behind it."""
     usable = [point for point in points if {"reward_gold", "kl_nats"} <= set(point.values)]
+    other = _other_reference(settings)
+    if usable and other:
+        return [
+            f"No curve of Gao et al. (2210.10760) is fitted: with {other} the KL is not the distance from the start"
+            " model."
+        ]
     gold = [point.values["reward_gold"] for point in usable]
     distances = [math.sqrt(max(0.0, point.values["kl_nats"].mean)) * (point.step > 0) for point in usable]
     means, errors = [value.mean for value in gold], [value.stderr for value in gold]
@@ -124,6 +137,15 @@ def _fitted(points: Sequence[EvaluationPoint]) -> list[str]:
         f"{curve}, fitted to {len(usable)} evaluations ({numbers}; {fits}), peaks at a KL of {peak_kl[0]:.3g} nats"
         f" [{peak_kl[1]:.3g}, {peak_kl[2]:.3g}]; the last evaluation is at {distances[-1] ** 2:.3g} nats."
     ]
+
+
+def _other_reference(settings: Mapping[str, Any]) -> str | None:
+    """The setting, with its value, by which the reference is not the start model throughout the run."""
+    reference, start = settings.get("reference") or {}, (settings.get("policy") or {}).get("model")
+    if reference.get("ref_policy") == "previous":
+        return "reference.ref_policy=previous"
+    model = reference.get("model")
+    return None if model in (None, start) else f"reference.model={without_passwords(str(model))}"
 
 
 def _distance(first: EvaluationPoint, last: EvaluationPoint) -> list[str]:
@@ -185,7 +207,7 @@ def of_stage(curves: Mapping[str, Curve]) -> list[str]:
 
 
 def of_events(events: Sequence[Mapping[str, Any]], last_line: Mapping[str, Any]) -> list[str]:
-    """Failures and recoveries, dropped samples, and what the guard did."""
+    """Failures and recoveries, dropped samples, and what the guard warned of or did."""
     counts = Counter(str(event["event"]) for event in events)
     failures = [f"{counts[name]} x {text}" for name, text in FAILURES.items() if counts[name]]
     sentences = [f"Failures and recoveries: {'; '.join(failures)}." if failures else "No failure was recorded."]
@@ -197,7 +219,26 @@ def of_events(events: Sequence[Mapping[str, Any]], last_line: Mapping[str, Any])
         if reasons:
             listed = ", ".join(f"{count:.0f} {reason}" for reason, count in reasons.items())
             sentences.append(f"{title}: {listed}.")
-    guarded = {name: count for name, count in counts.items() if name.startswith("guard")}
-    if guarded:
-        sentences.append(f"The guard acted: {', '.join(f'{count} x {name}' for name, count in guarded.items())}.")
-    return sentences
+    return sentences + _of_guard(events)
+
+
+def _of_guard(events: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the guard warned of, and what it did."""
+    warned: Counter[str] = Counter()
+    acted: Counter[str] = Counter()
+    for event in events:
+        detector, step = event.get("detector"), event.get("step")
+        actions = [action for action in event.get("actions") or [] if action != "warn"]
+        if event["event"] == "guard" and actions:
+            acted[f"{detector} ({', '.join(actions)})"] += 1
+        elif event["event"] == "guard":
+            warned[f"{detector}"] += 1
+        elif event["event"] == "roll_back":
+            acted[f"roll back to step {step}"] += 1
+        elif event["event"] == "guard_stop":
+            acted[f"stop after step {step}"] += 1
+    return [
+        f"{title}: {', '.join(f'{count} x {text}' for text, count in counts.items())}."
+        for title, counts in (("The guard warned", warned), ("The guard acted", acted))
+        if counts
+    ]

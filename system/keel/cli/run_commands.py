@@ -1,5 +1,6 @@
 """Commands on a run that exists; main.py registers them."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -60,7 +61,8 @@ def report(
     if live:
         if output is not None:
             raise ConfigError(f"--output={output}: with --live no file is written; expected one of the two")
-        with report_live.serving(runs, port) as (address, server):
+        # Ctrl-C is how this ends: done, not the interruption of a run that could be resumed
+        with contextlib.suppress(KeyboardInterrupt), report_live.serving(runs, port) as (address, server):
             console.print(f"Report   {address}  (follows the files; end it with Ctrl-C)", soft_wrap=True)
             server.serve_forever()
         return

@@ -58,12 +58,16 @@ def draw_frontier(directory: Path, settings: Settings) -> str | None:
 
 
 def write_report(directory: Path) -> str:
-    """Write report.html of a run; its path, or why there is none, which is an event too: the run itself is done."""
+    """Write report.html of a run; its path, or why there is none, which is an event too. Never raises an error."""
     try:
         report_page.write([directory], directory / "report.html")
-    except (ArithmeticError, KeelError, LookupError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # the run has ended well: no fault of its page, whatever its class, may fail it
         reason = f"{type(error).__name__}: {safe_line(one_line(error))}"
-        files.append_json(directory / "events.jsonl", {"event": "report_failed", "time": time.time(), "reason": reason})
+        event = {"event": "report_failed", "time": time.time(), "reason": reason}
+        try:
+            files.append_json(directory / "events.jsonl", event)
+        except (KeelError, OSError) as no_event:  # on the full disk, say, that has no room for the page either
+            reason += f"; nor was the event report_failed: {type(no_event).__name__}: {safe_line(one_line(no_event))}"
         return f"not written: {reason}"
     return f"{from_here(directory / 'report.html')}  (curves, frontier, rollouts; open it in a browser)"
 

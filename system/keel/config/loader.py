@@ -122,19 +122,20 @@ def stored_config(directory: Path, name: str, kind: str = "a run", any_version: 
 
 def stored_digest(path: Path) -> str:
     """The digest in the first line of a config.yaml; the line itself where it is not one that Keel writes."""
-    line = _first_line(path)
+    line = first_line(path)
     header = _HEADER_PATTERN.fullmatch(line)
     return header["digest"] if header else line
 
 
 def _version_that_wrote(path: Path) -> str | None:
     """The version of Keel in the first line of a config.yaml; None for a file that Keel did not write."""
-    line = _first_line(path)
+    line = first_line(path)
     header = _HEADER_PATTERN.fullmatch(line)
     return header["version"] if header else "0.1.0" if line.startswith(_HEADER_OF_0_1_0) else None
 
 
-def _first_line(path: Path) -> str:
+def first_line(path: Path) -> str:
+    """The first line of a config.yaml, its header where Keel wrote the file."""
     with path.open(encoding="utf8", errors="replace") as file:
         return file.readline().rstrip("\n")
 

@@ -36,7 +36,7 @@ _COUNT_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longfo
 
 
 def members(folder: Path, setting: str) -> list[Path]:
-    """Folders of an artefact's models: itself, or the members in ensemble.json. Raises ConfigError for a bad member."""
+    """Folders of a reward's models: itself, or the members in ensemble.json. Raises ConfigError for a bad member."""
     if not (folder / ENSEMBLE).is_file():
         check_head(folder, setting)
         return [folder]
@@ -277,7 +277,7 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
 
 
 class Ensemble:
-    """All members of an artefact."""
+    """All members of a reward model's folder."""
 
     def __init__(self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None):
         self.models = [load_reward_model(member, options).to(device) for member in members(folder, setting)]

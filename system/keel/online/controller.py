@@ -162,7 +162,8 @@ class Controller:
         return report
 
     async def _quarantine(self, step: int, batch: Batch, reason: str) -> None:
-        await self._within(self._replacement_seconds, self.observer.quarantine(step, batch, reason), "quarantine")
+        keeping = self.observer.quarantine(step, batch, reason, self.guard.multipliers)
+        await self._within(self._replacement_seconds, keeping, "quarantine")
 
     async def sync(self) -> int:
         """Move the learner's weights to every generator, each of which proves them; the bytes loaded in all.

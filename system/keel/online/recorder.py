@@ -1,6 +1,7 @@
 """Records what the controller reports: metrics, events, evaluations and quarantined rows, and the progress display."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -105,12 +106,13 @@ class Recorder(Observer):
             f" KL {row['kl_nats']:.2f} nats, {row['n']:.0f} held-out prompts"
         )
 
-    async def quarantine(self, step: int, batch: Batch, reason: str) -> None:
-        """Write the rows to quarantine/step-N.arrow, the reason and the replay command to step-N.json."""
+    async def quarantine(self, step: int, batch: Batch, reason: str, multipliers: Mapping[str, float]) -> None:
+        """Write the rows to quarantine/step-N.arrow; reason, multipliers and replay command to step-N.json."""
         rows = await actors.fetch(batch)
         path = self.directory / "quarantine" / f"step-{step:06d}.arrow"
         files.write(path, schema.to_bytes(rows))
         replay = f"keel replay {self.directory} --step {step}"
-        files.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": replay})
+        factors = {f"guard_{name}_multiplier": value for name, value in multipliers.items()}
+        files.write_json(path.with_suffix(".json"), {"step": step, "reason": reason, "replay": replay, **factors})
         self.event("quarantine", step=step, reason=reason, rows=rows.num_rows)
         self.display.note(f"the rows of step {step} are kept in {path}; to see it again: {replay}")

@@ -128,7 +128,7 @@ def _spread(reward: RewardSettings, members: np.ndarray) -> dict[str, pa.Array]:
 
 
 def of_members(reward: RewardSettings, members: np.ndarray, tickets: np.ndarray) -> np.ndarray:
-    """The reward [rows] of an artefact's members [M, rows], as `rewards.NAME.ensemble` says; NaN where one has none."""
+    """The reward [rows] of an ensemble's members [M, rows], as `rewards.NAME.ensemble` says; NaN where one has none."""
     known = ~np.isnan(members).any(0)
     rewards = np.full(members.shape[1], np.nan)
     rewards[known] = _combined(members[:, known], np.ones(len(members)), reward.ensemble, tickets[known])

@@ -1,6 +1,7 @@
 """The numbers of a report against the files, read here by other means; what is refused; what is missing."""
 
 import base64
+import gc
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 import report_runs
 from keel import checkpoint, files
@@ -156,6 +157,7 @@ def test_rows_are_those_of_the_files(run: Path, page: dict[str, Any]) -> None:
     rows = page["runs"][0]["rows"]
     assert len(rows["rows"]) == len(stored) == 5 * 16 + 20 * 8  # below the cap: all of them
     assert (rows["training_rows"], rows["evaluation_rows"], rows["steps_read"], rows["steps"]) == (160, 80, 20, 20)
+    assert (rows["evaluations_read"], rows["evaluations"]) == (5, 5)
     for row in rows["rows"]:
         source = stored.pop((row["source"], row["step"], row["completion"], row["prompt"]))
         assert row["rewards"] == pytest.approx(
@@ -225,6 +227,47 @@ def test_tokens_have_the_text_of_the_newest_checkpoint(run: Path, tmp_path: Path
     assert "".join(report_rows._pieces(ids, tokenizer)) == "Zoë: 你好 ☕" and "" in report_rows._pieces(ids, tokenizer)
 
 
+def of_bytes() -> Tokenizer:
+    """A tokenizer like that of Llama 2: a byte that is in no piece is a token."""
+    pieces = ["<unk>", "\u2581a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: place for place, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def test_tokens_without_a_text_are_shown_by_their_ids() -> None:
+    """0xAF continues a character that the O before it does not begin: the text that was there before changes."""
+    tokenizer = of_bytes()
+    letter, stray, a, b = (tokenizer.token_to_id(token) for token in ("<0x4F>", "<0xAF>", "\u2581a", "b"))
+    assert report_rows._pieces([letter, stray, a, b, a], tokenizer) == ["O", "", f"#{a} ", "b", " a"]
+    assert report_rows._pieces([b, -1, b], tokenizer) == ["b", "#-1 ", "b"]
+
+
+@pytest.mark.parametrize("content", ["no JSON", "{}"])
+def test_a_tokenizer_that_cannot_be_read_is_none(content: str, tmp_path: Path) -> None:
+    run = report_runs.online(tmp_path / "run", steps=2)
+    aside = checkpoint.begin(run, 2)
+    files.write(aside / "policy" / "tokenizer.json", content.encode())
+    checkpoint.commit(aside, {"version": 2, "finished": False})
+    rows = report_rows.choose(run, 1)
+    assert not rows.token_texts and rows.rows[0].pieces[0].startswith("#")
+
+
+def test_the_notes_count_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = report_runs.online(tmp_path / "run", steps=6, every=1)
+    monkeypatch.setattr(report_rows, "_EVALUATIONS", 3)
+    monkeypatch.setattr(report_rows, "MOST_FILES", 4)
+    page = numbers(run)
+    embedded = [row["source"] for row in page["runs"][0]["rows"]["rows"]]
+    assert (embedded.count("training"), embedded.count("evaluation")) == (4 * 8, 3 * 16)
+    assert page["notes"][-1] == (
+        "run: 4 of 6 rollout files and 3 of 7 evaluations were read. Of their rows 32 of 32 training rows are in this"
+        " page, the extremes of reward, proxy minus gold and KL among them, and 48 of 48 evaluation rows."
+    )
+
+
 def test_rows_without_a_reference_have_no_ratio(tmp_path: Path) -> None:
     run = report_runs.online(tmp_path / "run", steps=2, every=1)
     for path in [*(run / "rollouts").iterdir(), *(run / "evaluations").iterdir()]:
@@ -238,9 +281,26 @@ def test_rows_without_a_reference_have_no_ratio(tmp_path: Path) -> None:
 
 def test_events_lie_at_their_step_or_behind_the_last_line_before_them(page: dict[str, Any]) -> None:
     events = [(event["name"], event["step"], event["kind"]) for event in page["runs"][0]["events"]]
-    assert events == [("worker_lost", 6, "failure"), ("retry", 6, "failure"), ("guard_warned", 13, "guard")]
-    counts = {"worker_started": 1, "running": 1, "worker_lost": 1, "retry": 1, "guard_warned": 1, "checkpoint": 1}
+    assert events == [("worker_lost", 6, "failure"), ("retry", 6, "failure"), ("guard", 13, "guard")]
+    counts = {"worker_started": 1, "running": 1, "worker_lost": 1, "retry": 1, "guard": 1, "checkpoint": 1}
     assert page["runs"][0]["event_counts"] == counts
+
+
+def test_what_the_guard_does_is_marked_as_its_own(tmp_path: Path) -> None:
+    run = report_runs.online(tmp_path / "run", steps=6)
+    for name, step in (("roll_back", 4), ("guard_multipliers", 5), ("guard_stop", 6), ("best", 5)):
+        files.append_json(run / "events.jsonl", {"event": name, "time": 2000.0, "step": step})
+    page = numbers(run)["runs"][0]
+    kinds = {event["name"]: event["kind"] for event in page["events"]}
+    assert kinds == {
+        **dict.fromkeys(("worker_lost", "retry"), "failure"),
+        **dict.fromkeys(("guard", "roll_back", "guard_multipliers", "guard_stop"), "guard"),
+        "best": "other",
+    }
+    assert page["sentences"][-2:] == [
+        "The guard warned: 1 x kl_slope.",
+        "The guard acted: 1 x roll back to step 4, 1 x stop after step 6.",
+    ]
 
 
 def three_seeds(folder: Path) -> list[Path]:
@@ -369,6 +429,9 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
     (run / "rollouts" / "step-000002.arrow").write_bytes(b"no arrow")
     with pytest.raises(ConfigError, match=r"^RUN_DIR=.*run: Arrow\w+: .*; expected the files of a run$"):
         report.collect([run])
+    files.append_json(run / "events.jsonl", {"event": "retry", "time": 1e300})  # read before the rollouts
+    with pytest.raises(ConfigError, match=r"^RUN_DIR=.*run: OverflowError: .*; expected the files of a run$"):
+        report.collect([run])
 
 
 def test_a_name_that_two_runs_have_becomes_the_directory(tmp_path: Path) -> None:
@@ -437,6 +500,13 @@ def test_the_environment_is_what_the_directory_says(run: Path, page: dict[str, A
         "last record": "1970-01-01 00:20:01 UTC",
     }
     assert page["runs"][0]["settings"]["run.steps"] == "20"
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning", "error::pytest.PytestUnraisableExceptionWarning")
+def test_files_are_closed(run: Path) -> None:
+    collected = report.collect([run])
+    gc.collect()  # which warns of files that were left open
+    assert len(collected.runs) == 1
 
 
 def test_charts_are_those_with_a_curve_gold_first(page: dict[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+import report_runs
 from keel.analysis import report_words
 from keel.analysis.report_curves import Curve, EvaluationPoint, Interval, interval
 
@@ -23,9 +25,15 @@ def evaluations(*rows: dict[str, Sequence[float]]) -> tuple[list[EvaluationPoint
     return points, values
 
 
-def text(*rows: dict[str, Sequence[float]], committed: Sequence[int] = (), monitor: str | None = None) -> str:
+def text(
+    *rows: dict[str, Sequence[float]],
+    committed: Sequence[int] = (),
+    monitor: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> str:
     points, values = evaluations(*rows)
-    return " ".join(report_words.of_online([], points, values, committed, report_words.best_by(points, monitor)))
+    best_by = report_words.best_by(points, monitor)
+    return " ".join(report_words.of_online([], points, values, committed, best_by, settings or {}))
 
 
 START = {"reward": [0.0, 0.2, 0.1], "reward_gold": [0.0, 0.1, 0.2], "kl_nats": [0.0, 0.0, 0.0]}
@@ -132,12 +140,25 @@ def test_a_number_has_as_many_digits_as_its_error(value: Interval, written: str)
 
 
 def test_failures_recoveries_and_the_guard_are_counted() -> None:
-    names = ["worker_started", "worker_lost", "retry", "retry", "resume", "guard_stopped", "guard_warned", "checkpoint"]
+    names = ["worker_started", "worker_lost", "retry", "retry", "resume", "checkpoint"]
+    firings = [
+        report_runs.firing("length", 3, ["warn"]),
+        report_runs.firing("entropy", 5, ["warn", "lower_lr", "roll_back"]),
+        report_runs.firing("length", 9, ["warn"]),
+        report_runs.firing("kl_slope", 9, ["stop"]),
+    ]
+    acts = [{"event": "roll_back", "step": 4}, {"event": "guard_multipliers", "step": 4}]
+    acts += [{"event": "roll_back", "step": 4}, {"event": "guard_stop", "step": 9}]
     counters = {"samples_failed_total": {"timeout": 3.0, "empty": 0.0}, "groups_dropped_total": {"worker_lost": 1.0}}
-    words = " ".join(report_words.of_events([{"event": name} for name in names], counters))
+    words = " ".join(report_words.of_events([*({"event": name} for name in names), *firings, *acts], counters))
     assert "1 x worker lost and replaced; 2 x batch made again; 1 x resume from a checkpoint." in words
     assert "Samples without a reward: 3 timeout." in words and "Groups dropped: 1 worker_lost." in words
-    assert words.endswith("The guard acted: 1 x guard_stopped, 1 x guard_warned.")
+    assert words.endswith(
+        " The guard warned: 2 x length."
+        " The guard acted: 1 x entropy (lower_lr, roll_back), 1 x kl_slope (stop), 2 x roll back to step 4,"
+        " 1 x stop after step 9."
+    )
+    assert "acted" not in " ".join(report_words.of_events(firings[:1], {}))
     assert report_words.of_events([{"event": "checkpoint"}], {}) == ["No failure was recorded."]
 
 
@@ -150,13 +171,37 @@ def test_a_stage_says_where_its_held_out_numbers_were_best() -> None:
     assert report_words.of_stage({}) == ["It has no evaluation yet."]
 
 
-def test_the_fitted_curve_names_its_peak_and_where_the_run_is() -> None:
+def on_the_curve() -> list[dict[str, Sequence[float]]]:
     """Gold planted on d (1 - 0.35 log d), which peaks at d = 6.405, KL 41.03; errors of 0.005 around it."""
-    rows = []
+    rows: list[dict[str, Sequence[float]]] = []
     for distance in (0.0, 1.0, 2.0, 4.0, 8.0):
         gold = distance * (1 - 0.35 * math.log(distance or 1))
         kl = distance**2
         rows.append({"reward": [0.0, 1.0], "reward_gold": [gold - 0.005, gold + 0.005], "kl_nats": [kl, kl]})
+    return rows
+
+
+@pytest.mark.parametrize(
+    "reference, setting",
+    [
+        ({"model": "aligned", "ref_policy": "initial"}, "reference.model=aligned"),
+        ({"model": None, "ref_policy": "previous"}, "reference.ref_policy=previous"),
+        ({"model": "start", "ref_policy": "previous"}, "reference.ref_policy=previous"),
+        ({"model": "start", "ref_policy": "initial"}, None),
+        ({"model": None, "ref_policy": "initial"}, None),
+        (None, None),
+    ],
+)
+def test_no_curve_is_fitted_to_a_kl_that_is_not_from_the_start(
+    reference: dict[str, Any] | None, setting: str | None
+) -> None:
+    words = text(*on_the_curve(), settings={"policy": {"model": "start"}, "reference": reference})
+    refusal = f"is fitted: with {setting} the KL is not the distance from the start model."
+    assert (refusal in words) == (setting is not None) and ("peaks at a KL of" in words) == (setting is None)
+
+
+def test_the_fitted_curve_names_its_peak_and_where_the_run_is() -> None:
+    rows = on_the_curve()
     words = text(*rows)
     assert "fitted to 5 evaluations (alpha 1 [" in words and "beta 0.35 [" in words
     assert "peaks at a KL of 41 nats [" in words and "the last evaluation is at 64 nats" in words

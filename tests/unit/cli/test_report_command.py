@@ -1,11 +1,16 @@
 """`keel report`: where the page goes, what is refused; and a page that cannot be written is an event, no failed run."""
 
 import json
+import re
+import signal
+from collections.abc import Callable
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import report_runs
+from keel.analysis import report_page
 from keel.cli import main, summary
 
 pytestmark = pytest.mark.usefixtures("restored_process")  # the command line has its process for itself
@@ -35,6 +40,15 @@ def test_one_run_has_its_report_in_its_directory_and_several_here(
     assert (tmp_path / "new" / "page.html").is_file()
 
 
+def test_a_live_report_ends_well_by_ctrl_c(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ThreadingHTTPServer, "service_actions", lambda server: signal.raise_signal(signal.SIGINT))
+    keel(monkeypatch, 0, "report", run, "--live")
+    printed = "".join(capsys.readouterr())
+    assert "Report   http://127.0.0.1:" in printed and "interrupted" not in printed and "resume" not in printed
+
+
 def test_bad_input_ends_with_2_and_one_line(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,3 +70,25 @@ def test_the_end_of_a_run_writes_the_page_or_says_why_not(run: Path) -> None:
     event = json.loads((run / "events.jsonl").read_text().removeprefix(events))
     assert event["event"] == "report_failed" and "expected the files of a run" in event["reason"]
     assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("error", [AssertionError("odd"), Exception("odd"), RecursionError("odd"), MemoryError("odd")])
+def test_no_fault_of_the_page_fails_the_run(error: Exception, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_page, "html", raising(error))
+    assert summary.write_report(run) == f"not written: {type(error).__name__}: odd"
+    event = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+    assert (event["event"], event["reason"]) == ("report_failed", f"{type(error).__name__}: odd")
+
+
+def test_an_event_that_cannot_be_written_either_is_told(run: Path) -> None:
+    (run / "events.jsonl").unlink()
+    (run / "events.jsonl").mkdir()
+    line = summary.write_report(run)
+    assert re.fullmatch(r"not written: ConfigError: RUN_DIR=.*; nor was the event report_failed: ReadFailed: .*", line)
+
+
+def raising(error: Exception) -> Callable[[object], str]:
+    def html(collected: object) -> str:
+        raise error
+
+    return html

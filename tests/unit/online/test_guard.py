@@ -1,6 +1,8 @@
 """The guard in a run on fakes: what is kept, what fires, what the actions do, and all of it again after a kill."""
 
+import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,16 @@ import fakes
 import rollouts
 from guarded_runs import GOLD, GuardedRun, Killed
 from keel import checkpoint, files
+from keel.analysis import replay
+from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
-from keel.errors import ConfigError
+from keel.errors import ConfigError, NotFinite
 from keel.observability import evaluations
 from keel.online import status
 from keel.online.guard import Guard
 from keel.online.train import Saved
+from keel.protocols import StepReport
 
 GOLD_MONITOR = {"name": "gold", "source": "tests:gold", "role": "monitor"}
 REWARDS = [{"name": "length", "source": "tests:length"}, GOLD_MONITOR]
@@ -279,6 +284,50 @@ def test_a_kill_within_a_roll_back_neither_loses_nor_repeats_it(
     assert killed.state(6)["guard"] == whole.state(6)["guard"]
     assert killed.state(6)["totals"]["guard_fired_total"] == whole.state(6)["totals"]["guard_fired_total"]
     assert killed.multipliers == whole.multipliers
+
+
+# ---- replay
+
+
+def test_a_refused_step_is_replayed_with_the_factors_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = GuardedRun(tmp_path / "run", settings_of(["raise_kl", "lower_lr"]), monkeypatch)
+    files.write(run.directory / "config.yaml", loader.dump(run.settings).encode())
+
+    def refuse(version: int) -> dict[str, float]:
+        if version == 4:
+            raise NotFinite("step 4: the loss is nan")
+        return {}
+
+    async def fetch(batch: Any) -> Any:
+        return batch
+
+    run.metrics = refuse
+    monkeypatch.setattr(actors, "fetch", fetch)
+    with pytest.raises(NotFinite, match="step 4"):
+        run.process()
+    taken: list[tuple[float, float]] = []
+
+    class Replaying:
+        def __init__(self, *_: Any) -> None: ...
+
+        async def ready(self) -> None: ...
+
+        async def restore_checkpoint(self, folder: str) -> None:
+            assert folder.endswith("step-000002")
+
+        async def set_multipliers(self, kl: float, learning_rate: float) -> None:
+            taken.append((kl, learning_rate))
+
+        async def step(self, batch: Any) -> StepReport:
+            return StepReport(len(taken), {"loss": 0.0})
+
+    models = SimpleNamespace(policy="", frozen={})
+    prepared = SimpleNamespace(settings=run.settings, directory=run.directory, models=models, notes=())
+    monkeypatch.setattr(replay.learner_group, "LearnerGroup", Replaying)
+    monkeypatch.setattr(replay.preflight, "prepare", lambda _: prepared)
+    monkeypatch.setattr(actors, "joined", lambda *_: contextlib.nullcontext())
+    assert replay.run(run.directory, 4, run.display).start == 2  # type: ignore[arg-type]
+    assert taken == [(1, 1), (2, 0.5)]  # of steps 3 and 4
 
 
 # ---- settings

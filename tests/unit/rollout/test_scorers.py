@@ -249,7 +249,7 @@ MEMBERS = np.array([[1.0, 3.0, 10.0, 20.0], [102.0, 100.0, 100.0, 110.0]])
         ({"form": "lower_bound", "center": True}, [50.5, 50.5, 55.0, 65.0]),
     ],
 )
-def test_the_reward_of_an_artefact_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
+def test_the_reward_of_a_folder_with_members(ensemble: dict[str, Any], expected: list[float]) -> None:
     settings = reward(kind="model", source="m", ensemble={"form": "mean", "center": False, **ensemble})
     assert scorers.of_members(settings, MEMBERS, np.array([0, 0, 1, 1])).tolist() == pytest.approx(expected)
     assert scorers.spread_names(settings, 2) == ["mine_mean", "mine_std", "mine_worst"]
