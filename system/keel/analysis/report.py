@@ -128,7 +128,9 @@ def collect(directories: Sequence[Path]) -> Report:
 
 
 def _runs_in(directory: Path) -> list[tuple[Path, Path]]:
-    """(directory, config.yaml) of the run; of a reward stage those of its members, which are trained one by one."""
+    """(directory, config.yaml) of the run, of all runs of a sweep, of all members of a reward stage."""
+    if of_sweep := sorted(directory.glob("*/seed-*/config.yaml")):
+        return [place for path in of_sweep for place in _runs_in(path.parent)]
     stored = loader.stored_config(directory, f"RUN_DIR={directory}")
     command = command_of(loader.read(stored))
     if command == "label":
@@ -139,6 +141,8 @@ def _runs_in(directory: Path) -> list[tuple[Path, Path]]:
 
 def _name(directory: Path) -> str:
     path = directory.resolve()
+    if (path.parents[1] / "configs" / f"{path.parent.name}-{path.name}.yaml").exists():  # of a sweep
+        return f"{path.parent.name}-{path.name}"
     return f"{path.parents[1].name} member {path.name}" if path.parent.name == "members" else path.name
 
 

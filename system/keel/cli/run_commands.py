@@ -47,7 +47,7 @@ def compare(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run directories, of stages too")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="run directories, of stages and sweeps too")],
     output: Annotated[
         Path | None,
         typer.Option(help="file to write; default: report.html in the run's directory, or here for several"),

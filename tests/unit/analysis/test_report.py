@@ -325,6 +325,16 @@ def test_runs_that_differ_by_their_seed_are_one_arm_with_a_band(tmp_path: Path) 
     assert [run["seed"] for run in page["runs"]] == [3, 4, 5, 3]
 
 
+def test_the_directory_of_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
+    for arm in ("kl", "none"):
+        for seed in (0, 1):
+            report_runs.online(tmp_path / "sweep" / arm / f"seed-{seed}", seed=seed)
+            (tmp_path / "sweep" / "configs").mkdir(exist_ok=True)
+            (tmp_path / "sweep" / "configs" / f"{arm}-seed-{seed}.yaml").touch()
+    page = numbers(tmp_path / "sweep")
+    assert [run["name"] for run in page["runs"]] == ["kl-seed-0", "kl-seed-1", "none-seed-0", "none-seed-1"]
+
+
 def test_a_band_has_the_steps_that_all_seeds_have() -> None:
     curves = [report_curves.Curve([1, 2, 4], [1.0, 2.0, 4.0]), report_curves.Curve([2, 3, 4], [6.0, 3.0, 0.0])]
     assert report_curves.band(curves) == report_curves.Curve([2, 4], [4.0, 2.0], [2.0, 0.0], [6.0, 4.0])
