@@ -4,7 +4,9 @@
            {pending: false}         ->  the run starts from its newest checkpoint, as after a loss
 
 The buffer of the steps given up may still be dying: what it stores later has the former number of roll backs, by which
-the next buffer knows it (rollout/segments.py). What the guard decided stays: the file's `carried` is laid over the state of every checkpoint up to its step. Later ones
+the next buffer knows it (rollout/segments.py).
+
+What the guard decided stays: the file's `carried` is laid over the state of every checkpoint up to its step. Later ones
 have it in their own.
 """
 
