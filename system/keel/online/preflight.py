@@ -128,8 +128,8 @@ def check_length(directory: Path, settings: Settings, before: Settings) -> None:
     trained = max(checkpoint.steps(directory), default=0)
     if steps < trained:
         raise ConfigError(f"run.steps={steps}: {directory} has trained {trained} steps; expected at least {trained}")
-    finished = trained > 0 and checkpoint.state_of(directory, trained).get("finished", False)
-    if finished and steps > trained and steps != earlier:
+    longer = trained > 0 and steps > trained and steps != earlier
+    if longer and checkpoint.state_of(directory, trained).get("finished", False):
         raise ConfigError(
             f"run.steps={steps}: {directory} was ended for good after step {trained}, by its guard or its objective;"
             f" expected run.steps={earlier}, or another run.name"
