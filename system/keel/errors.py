@@ -55,5 +55,9 @@ class NotFinite(KeelError, FloatingPointError):
     state are those of before. Alike on every rank.
     """
 
-    weights_moved = False
+    weights_moved: bool
     """Earlier updates of the same step (`objective.epochs`) were made: the weights are not those of the version."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.weights_moved = False  # of the instance: Ray's copy in another process asks the cause for what it lacks
