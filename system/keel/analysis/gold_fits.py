@@ -22,7 +22,7 @@ _QUANTILE = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class Interval:
+class FittedNumber:
     """A number with its 95 % interval; an end is infinite where the evaluations do not bound it."""
 
     value: float
@@ -39,18 +39,18 @@ class GoldFit:
     """[3] intercept, alpha, beta."""
     covariance: np.ndarray
     """[3, 3] of the coefficients."""
-    alpha: Interval
-    beta: Interval
-    peak_distance: Interval
+    alpha: FittedNumber
+    beta: FittedNumber
+    peak_distance: FittedNumber
     """d*, in square roots of nats; infinite where gold does not turn (beta <= 0)."""
     residual_per_freedom: float
     """Chi-squared over degrees of freedom: about 1 where the curve fits, well above 1 where it does not; NaN: none."""
 
-    def gold(self, distance: float) -> Interval:
+    def gold(self, distance: float) -> FittedNumber:
         """Gold predicted at a distance d, with the interval of the curve there (not that of a new evaluation)."""
         row = _columns(np.array([distance]), self.form)[0]
         value, half = float(row @ self.coefficients), _QUANTILE * math.sqrt(float(row @ self.covariance @ row))
-        return Interval(value, value - half, value + half)
+        return FittedNumber(value, value - half, value + half)
 
 
 def fit(
@@ -78,7 +78,7 @@ def fit(
     low, high = np.quantile(_peaks(draws, form), [0.025, 0.975], method="lower")
     peak = float(_peaks(coefficients[None, 1:], form)[0])
     spread = float((residuals**2).sum() / freedom) if freedom else math.nan
-    distance = Interval(peak, float(low), float(high))
+    distance = FittedNumber(peak, float(low), float(high))
     return GoldFit(form, coefficients, covariance, alpha, beta, distance, spread)
 
 
@@ -98,6 +98,6 @@ def _peaks(pairs: np.ndarray, form: Form) -> np.ndarray:
     return np.where(turns, peak, np.inf)
 
 
-def _interval(value: float, variance: float) -> Interval:
+def _interval(value: float, variance: float) -> FittedNumber:
     half = _QUANTILE * math.sqrt(variance)
-    return Interval(float(value), float(value - half), float(value + half))
+    return FittedNumber(float(value), float(value - half), float(value + half))

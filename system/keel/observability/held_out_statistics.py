@@ -4,7 +4,6 @@ import numpy as np
 import pyarrow as pa
 
 from keel.config.run import Settings
-from keel.observability import sample_diagnostics
 from keel.observability.diagnostics import per_completion
 
 
@@ -21,12 +20,10 @@ def held_out_values(batch: pa.RecordBatch, settings: Settings) -> dict[str, np.n
         "monitor": f"reward_{monitor}",
         "entropy": "entropy_nats",
         "length": "length_tokens",
+        "repetition": "repetition_ratio",
+        "reference_nll": "reference_nll_nats",
     }
-    statistics = {name: values[column] for name, column in named.items() if column in values}
-    statistics["repetition"] = sample_diagnostics.repetition(batch)
-    if "reference_logprobs" in batch.schema.names:
-        statistics["reference_nll"] = sample_diagnostics.reference_nll(batch)
-    return statistics
+    return {name: values[column] for name, column in named.items() if column in values}
 
 
 def members(batch: pa.RecordBatch, settings: Settings) -> np.ndarray | None:
