@@ -13,6 +13,8 @@ import pytest
 import fakes
 import rollouts
 from keel import checkpoint, files
+from keel.algorithms import registry
+from keel.algorithms.objective import Objective
 from keel.cluster.weight_transport import ObjectStoreTransport
 from keel.config.run import Settings
 from keel.errors import LearnerLost
@@ -35,15 +37,15 @@ GOLD_MONITOR = {"name": "gold", "source": "tests:gold", "role": "monitor"}
 REWARDS = [{"name": "length", "source": "tests:length"}, GOLD_MONITOR]
 
 
-def settings_of(actions: list[str] | None = None, every: int = 1, **guard: Any) -> Settings:
-    """Six steps, an evaluation at each, only the newest of the checkpoints kept beside the best; KL 0.1."""
+def settings_of(actions: list[str] | None = None, every: int = 1, coefficient: float = 0.1, **guard: Any) -> Settings:
+    """Six steps, an evaluation at each, only the newest of the checkpoints kept beside the best."""
     divergence = {"proxy_gold_divergence": {"actions": actions}} if actions else {}
     return fakes.settings_for(
         steps=6,
         rewards=REWARDS,
         evaluation={"every_steps": every},
         checkpoint={"every_steps": 2, "keep": 1},
-        regularizer={"kl": {"coefficient": 0.1}},
+        regularizer={"kl": {"coefficient": coefficient}},
         guard={**divergence, **guard},
     )
 
@@ -71,18 +73,21 @@ class GoldScorer(fakes.FakeScorer):
 
 
 class Learner(fakes.FakeLearner):
-    """Reports what the guard reads, and keeps what it was told to multiply by in its checkpoint's place."""
+    """Reports what the guard reads and the coefficients of a real objective, and keeps what it multiplies by."""
 
     kl = rate = 1.0
+    objective: Objective
     metrics: Callable[[int], Mapping[str, float]] = staticmethod(lambda version: {})
 
     async def step(self, batch: pa.RecordBatch) -> StepReport:
         report = await super().step(batch)
-        return StepReport(report.version, {**report.metrics, **self.metrics(report.version)})
+        numbers = {**self.objective.coefficients(), **self.metrics(report.version)}
+        return StepReport(report.version, {**report.metrics, **numbers})
 
     async def set_multipliers(self, kl: float, learning_rate: float) -> None:
         await super().set_multipliers(kl, learning_rate)
         self.kl, self.rate = kl, learning_rate
+        self.objective.multiply_kl(kl)
 
     async def save(self, directory: str) -> None:
         for name in ("policy", "learner"):
@@ -159,7 +164,7 @@ class GuardedRun:
 
         version, log, sizes = saved.version, list[Any](), self.settings.buffer
         learner: Any = Learner(log, step, version)
-        learner.metrics = self.metrics
+        learner.metrics, learner.objective = self.metrics, registry.build(self.settings)
         generator = fakes.FakeGenerator(log)
         generator.version = version
         buffer: Any = RolloutBuffer(

@@ -38,32 +38,58 @@ class Objective:
     """Several updates of a step need the log-probs it began with (`Rows.old`)."""
     vocabulary: VocabularyTerm | None = None
     kl_multiplier = 1.0
-    """Factor on the KL coefficient, beside its controller's: an action of the guard."""
+    """Factor on the KL coefficient, beside its controller's: an action of the guard. `multiply_kl` sets it."""
     heads: Sequence[str] = ()
     """Names of the critic's outputs, K of them."""
 
     def __init__(self, settings: LearnerSpec) -> None:
         self.settings = settings
-        self.kl, self.entropy = settings.regularizer.kl, settings.regularizer.entropy
+        self.kl, self.entropy = settings.active_kl, settings.regularizer.entropy
         self.max_tokens = settings.sampling.max_tokens
         self.needs = frozenset(settings.needed_columns())
         self.epochs: int = settings.objective.epochs
         self.reduction: str = getattr(settings.objective, "reduction", "sequence_sum")
-        self.kl_coefficient = coefficients.coefficient(self.kl.controller, self.kl.coefficient, sign=1.0)
+        start = settings.regularizer.kl.coefficient
+        self.kl_coefficient = coefficients.coefficient(self.kl.controller, start, sign=1.0)
         start = self.entropy.coefficient
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
         terms = settings.regularizer.terms
         self._terms = [(t, user_code.import_symbol(t.source, f"regularizer.terms.{t.name}.source")) for t in terms]
         if self.kl.exact:
             self.vocabulary = regularizers.ExactKL(self.kl.token_share)
-        for term in (self.kl, self.entropy):
-            if term.in_reward and term.importance_weighted:
-                self.measures |= {"logprobs"}
+        if self.entropy.in_reward and self.entropy.importance_weighted:
+            self.measures |= {"logprobs"}
+        self.multiply_kl(1.0)
+
+    def multiply_kl(self, factor: float) -> None:
+        """Take the guard's factor on the KL coefficient. One that is raised from 0 asks for what its term reads."""
+        self.kl_multiplier = factor
+        if self.kl_in_reward and self.kl.importance_weighted:
+            self.measures |= {"logprobs"}
 
     @property
     def kl_strength(self) -> float:
         """The KL coefficient in force."""
-        return self.kl_coefficient.value * self.kl_multiplier
+        return self.settings.raised_kl(self.kl_coefficient.value, self.kl_multiplier)
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the reward pays a KL now; where only the guard raises its coefficient from 0, after that."""
+        return self.kl.in_reward and self._kl_began
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss has a KL now."""
+        return self.kl.in_loss and self._kl_began
+
+    @property
+    def _kl_began(self) -> bool:
+        return self.settings.regularizer.kl.coefficient > 0 or self.kl_multiplier > 1
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """Whether the vocabulary term is computed at all: an exact KL is not before the guard raises it from 0."""
+        return self.kl_in_loss or not self.kl.exact
 
     @property
     def needs_entropy(self) -> bool:
@@ -102,7 +128,7 @@ class Objective:
     def loss(self, rows: Rows, outputs: Outputs, credit: Credit) -> LossTerms:
         """The micro-batch's share of the loss: surrogate, then every regularizer under its own name."""
         total, sums = self.surrogate(rows, outputs, credit)
-        if self.kl.in_loss:
+        if self.kl_in_loss:
             tokens = self._kl_tokens(rows, outputs)
             total = total + self.kl_strength * self.reduce(tokens, rows, credit)
             for name, part in self._apart("kl_loss", "log_ratio_loss", tokens, rows):
@@ -192,7 +218,7 @@ class Objective:
         importance_weighted: with the learner's log-probs in place of the sampler's, as stale samples need.
         """
         logprobs, _ = self._logprobs(batch, measured, self.kl.importance_weighted)
-        if not self.kl.in_reward:
+        if not self.kl_in_reward:
             return np.zeros(len(logprobs))
         reference, _ = schema.ragged(batch, "reference_logprobs")
         return self.kl_strength * (logprobs.astype(np.float64) - reference)

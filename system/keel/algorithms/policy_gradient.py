@@ -89,7 +89,7 @@ class PolicyGradient(Objective):
             **self._judge_values(values, targets),
         }
         if self.whitened != "none":
-            weighed = self.kl_strength * self.kl.in_reward * schema.row_sums(logprobs, lengths)
+            weighed = self.kl_strength * self.kl_in_reward * schema.row_sums(logprobs, lengths)
             size = advantages.magnitude(scores, weighed, row_penalty, row_bonus, *values.values())
             flat = self._whiten(flat, lengths, size)
         target_columns, old = self._normalized(targets, values)

@@ -79,6 +79,18 @@ class RaiseKlSettings(Section):
 
     factor: float = Field(2.0, gt=1, description="factor on the KL coefficient, at each firing")
     cap: float = Field(16.0, gt=1, description="largest product of these factors")
+    min_coefficient: float | None = Field(
+        None,
+        gt=0,
+        description="smallest KL coefficient after the first firing, reward units per nat; later ones multiply it: the"
+        " way to have a KL only once a detector fires (regularizer.kl.coefficient=0); null: none",
+    )
+
+    def raised(self, coefficient: float, multiplier: float) -> float:
+        """The coefficient in force: times the multiplier, and at least min_coefficient once a firing moved that."""
+        if self.min_coefficient is None or multiplier == 1:
+            return coefficient * multiplier
+        return max(coefficient, self.min_coefficient / min(self.factor, self.cap)) * multiplier
 
 
 class LowerLrSettings(Section):
@@ -129,10 +141,10 @@ class GuardSettings(Section):
         if self.monitor is not None and self.monitor not in rewards:
             raise ValueError(f"guard.monitor={self.monitor}: no such reward; expected one of {', '.join(rewards)}")
         for name, watch in self.watches().items():
-            if "raise_kl" in watch.actions and kl.coefficient == 0:
+            if "raise_kl" in watch.actions and self.active_kl(kl).coefficient == 0:
                 raise ValueError(
                     f"guard.{name}.actions: raise_kl multiplies regularizer.kl.coefficient, which is 0; expected one"
-                    " above 0, or another action"
+                    " above 0, guard.raise_kl.min_coefficient (what the first firing raises it to), or another action"
                 )
             if "raise_kl" in watch.actions and kl.controller.kind != "fixed":
                 raise ValueError(
@@ -144,6 +156,14 @@ class GuardSettings(Section):
                     f"guard.{name}.actions: roll_back returns to the best checkpoint, and none is kept; expected a"
                     " reward called gold, or guard.monitor, and guard.keep_best=true"
                 )
+
+    def active_kl(self, kl: KLSettings) -> KLSettings:
+        """The KL settings as a firing leaves them where the coefficient is 0 until then; else unchanged."""
+        least = self.raise_kl.min_coefficient
+        raises = any("raise_kl" in watch.actions for watch in self.watches().values())
+        if kl.coefficient > 0 or least is None or not raises:
+            return kl
+        return kl.model_copy(update={"coefficient": least})
 
     def monitor_of(self, rewards: list[str]) -> str | None:
         """The reward that decides what is best; None: the run has none."""

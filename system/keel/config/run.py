@@ -15,7 +15,7 @@ from keel.config.guard import GuardSettings
 from keel.config.monitoring import MetricsSettings, TrackingSettings
 from keel.config.objective import ObjectiveSettings, PolicyGradientSettings
 from keel.config.prompts import EvaluationPromptSpec, PolicySettings, PromptSettings, SamplingSettings
-from keel.config.regularizer import RegularizerSettings
+from keel.config.regularizer import KLSettings, RegularizerSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings, ShapingSettings
 from keel.config.workers import (
     BufferSettings,
@@ -144,11 +144,20 @@ class LearnerSpec(CommandSettings):
     def train_rewards(self) -> list[RewardSettings]:
         return [reward for reward in self.rewards if reward.role == "train"]
 
+    @property
+    def active_kl(self) -> KLSettings:
+        """The KL settings, with a coefficient above 0 wherever the run may come to have one."""
+        return self.regularizer.kl
+
+    def raised_kl(self, coefficient: float, multiplier: float) -> float:
+        """The KL coefficient in force where the guard's factor is `multiplier`."""
+        return coefficient * multiplier
+
     def reference_readers(self) -> list[str]:
         """Settings that make the objective read the reference policy."""
-        kl = self.regularizer.kl
-        readers = [f"regularizer.kl.coefficient={kl.coefficient}"] if kl.coefficient > 0 else []
-        return readers + [reader for reader in [self.objective.reference_reader] if reader]
+        kl, active = self.regularizer.kl.coefficient, self.active_kl.coefficient
+        reader = f"regularizer.kl.coefficient={kl}" if kl > 0 else f"guard.raise_kl.min_coefficient={active}"
+        return [reader] * (active > 0) + [reader for reader in [self.objective.reference_reader] if reader]
 
     def needed_columns(self) -> dict[str, str]:
         """Rollout columns the objective reads -> the setting that asks for them."""
@@ -191,13 +200,13 @@ class LearnerSpec(CommandSettings):
 
     @model_validator(mode="after")
     def _regularizers_fit_the_objective(self) -> Self:
-        objective, terms = self.objective, self.regularizer.reward_terms()
+        objective, kl = self.objective, self.active_kl
+        terms = self.regularizer.model_copy(update={"kl": kl}).reward_terms()
         if terms and not objective.takes_reward_terms:
             raise ValueError(
                 f"regularizer.{terms[0]}: objective.kind={objective.kind} has no gradient that is linear in the reward,"
                 " so a term in it is no regularizer; expected placement=loss or form=token_bonus"
             )
-        kl = self.regularizer.kl
         if kl.in_reward and kl.order == "after_baseline" and objective.reads_whole_reward:
             raise ValueError(
                 "regularizer.kl.order=after_baseline: the KL is part of the reward before"
@@ -280,6 +289,13 @@ class Settings(LearnerSpec):
     @property
     def weights_dtype(self) -> Literal["bfloat16", "float32"]:
         return self.generators.dtype
+
+    @property
+    def active_kl(self) -> KLSettings:
+        return self.guard.active_kl(self.regularizer.kl)
+
+    def raised_kl(self, coefficient: float, multiplier: float) -> float:
+        return self.guard.raise_kl.raised(coefficient, multiplier)
 
     @property
     def evaluation_prompts(self) -> EvaluationPromptSpec | None:

@@ -140,7 +140,9 @@ class DeepSpeedLearner:
         num_fresh = int(fresh.sum())
         for micro, chunks in self._micro_batches(batch, plan):
             rows = self._rows(batch, micro, credit, old)
-            chunk_term = self._frozen_models.chunk_term(micro, rows, credit, self.settings.sampling.temperature)
+            chunk_term = None
+            if self.objective.needs_vocabulary:
+                chunk_term = self._frozen_models.chunk_term(micro, rows, credit, self.settings.sampling.temperature)
             outputs = self._forward(micro, chunks, self.objective.needs_entropy, chunk_term)
             terms = self.objective.loss(rows, outputs, credit)
             self._engine.backward(terms.loss, real=micro.real)
@@ -210,7 +212,8 @@ class DeepSpeedLearner:
 
     def set_multipliers(self, kl: float, learning_rate: float) -> None:
         """Multiply the KL coefficient and the learning rate of later steps: the guard's actions."""
-        self.objective.kl_multiplier, self._engine.rate_multiplier = kl, learning_rate
+        self.objective.multiply_kl(kl)
+        self._engine.rate_multiplier = learning_rate
 
     def renew_reference(self, folder: str) -> None:
         """Read the frozen reference inside the learner from another folder, where there is one."""

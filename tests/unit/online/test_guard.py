@@ -212,7 +212,13 @@ def test_a_refused_step_is_replayed_with_the_factors_in_force(tmp_path: Path, mo
     ("guard", "kl", "message"),
     [
         ({"monitor": "golden"}, 0.1, "guard.monitor=golden: no such reward; expected one of length, gold"),
-        ({"length": {"actions": ["raise_kl"]}}, 0.0, "guard.length.actions: raise_kl multiplies"),
+        (
+            {"length": {"actions": ["raise_kl"]}},
+            0.0,
+            r"\Aguard\.length\.actions: raise_kl multiplies regularizer\.kl\.coefficient, which is 0; expected one above"
+            r" 0, guard\.raise_kl\.min_coefficient \(what the first firing raises it to\), or another action\Z",
+        ),
+        ({"raise_kl": {"min_coefficient": 0.0}}, 0.0, "guard.raise_kl.min_coefficient"),
         ({"length": {"actions": ["roll_back"]}}, 0.1, "length.actions: roll_back alone takes the same steps again"),
         (
             {"keep_best": False, "length": {"actions": ["roll_back", "lower_lr"]}},
@@ -240,6 +246,43 @@ def test_a_coefficient_that_adapts_is_not_raised(controller: dict[str, Any]) -> 
     with pytest.raises(ConfigError, match=line):
         fakes.settings_for(regularizer={"kl": kl}, guard={"entropy": {"actions": ["raise_kl"]}})
     fakes.settings_for(regularizer={"kl": kl}, guard={"entropy": {"actions": ["lower_lr"]}})
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({"reference": None}, r"\Aguard\.raise_kl\.min_coefficient=0\.3 needs column reference_logprobs"),
+        ({"objective": {"kind": "weighted_likelihood"}}, r"regularizer\.kl\.placement=reward: objective\.kind="),
+        (
+            {"objective": {"advantage": "reinforce_pp"}, "regularizer": {"kl": {"order": "after_baseline"}}},
+            r"regularizer\.kl\.order=after_baseline",
+        ),
+    ],
+)
+def test_a_kl_that_the_guard_may_begin_fits_the_run(blocks: dict[str, Any], message: str) -> None:
+    guard = {"raise_kl": {"min_coefficient": 0.3}}
+    fakes.settings_for(guard=guard, **blocks)  # no detector raises it
+    with pytest.raises(ConfigError, match=message):
+        fakes.settings_for(guard={**guard, "entropy": {"actions": ["raise_kl"]}}, **blocks)
+
+
+def test_a_killed_run_that_began_without_a_kl_pays_as_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(["raise_kl"], coefficient=0.0, pause_steps=2, raise_kl={"min_coefficient": 0.3})
+    run = GuardedRun(tmp_path / "run", settings, monkeypatch)
+    with pytest.raises(Killed, match="here"):
+        run.process(5)
+    run.process()
+    lines = files.read_json_lines(run.directory / "metrics.jsonl")
+    assert [(line["step"], line["kl_coefficient"]) for line in lines] == [
+        (1, 0.0),
+        (2, 0.0),
+        (3, 0.0),
+        (4, 0.3),
+        (5, 0.3),
+        (6, 0.6),
+    ]
 
 
 def test_a_detector_is_switched_off_by_null() -> None:

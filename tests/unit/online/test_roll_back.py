@@ -32,6 +32,23 @@ def test_a_roll_back_continues_from_the_best_with_what_it_changed(
     assert checkpoint.steps(run.directory) == [2, 3]
 
 
+@pytest.mark.parametrize("killed_in", [None, 2, 4, 5])
+def test_steps_made_again_pay_a_kl_that_began_at_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: int | None
+) -> None:
+    raising = {"raise_kl": {"min_coefficient": 0.3}, "max_roll_backs": 2}
+    run = GuardedRun(tmp_path / "run", settings_of(["roll_back", "raise_kl"], coefficient=0.0, **raising), monkeypatch)
+    if killed_in:
+        with pytest.raises(Killed, match="here"):
+            run.process(killed_in)
+    run.process()
+    lines = files.read_json_lines(run.directory / "metrics.jsonl")
+    taken = list(dict.fromkeys((line["step"], line["kl_coefficient"]) for line in lines))
+    assert taken[:3] == [(1, 0.0), (2, 0.0), (3, 0.6)]  # of step 3 the last attempt
+    factors = [event["multipliers"]["kl"] for event in run.events if event["event"] == "roll_back"]
+    assert [run.settings.raised_kl(0.0, factor) for factor in factors] == [0.3, 0.6]
+
+
 def test_a_roll_back_moves_newer_checkpoints_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(["roll_back", "lower_lr"], every=3, max_roll_backs=1)
     run = GuardedRun(tmp_path / "run", settings, monkeypatch, [0.1, 0.1, 0.1, 0.5, 0.4, 0.3, 0.2])
