@@ -339,7 +339,8 @@ class Settings(LearnerSpec):
 
     @model_validator(mode="after")
     def _guard_fits_the_run(self) -> Self:
-        self.guard.check([reward.name for reward in self.rewards], self.regularizer.kl)
+        names = [reward.name for reward in self.rewards]
+        self.guard.check(names, self.regularizer.kl, self.prompts.held_out)
         return self
 
     @model_validator(mode="after")

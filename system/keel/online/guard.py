@@ -176,7 +176,8 @@ class Guard:
     def _place(self, nll: np.ndarray) -> None:
         """Count the completions outside the band of the start, which the first evaluation of a reference sets."""
         finite = nll[np.isfinite(nll)]
-        if not len(finite):
+        if len(finite) < self.config.min_rows:
+            self._state["outside"] = [0, 0]
             return
         if self._state["band"] is None:
             self._state["band"] = list(detectors.band(finite))
@@ -200,6 +201,11 @@ class Guard:
         }
         return True
 
+    def _large(self, name: str) -> list[Sample]:
+        """The series of enough completions each; none where that of now is not among them."""
+        series = [sample for sample in self._series(name) if sample.rows >= self.config.min_rows]
+        return series if series and series[-1].step == self._evaluated_at else []
+
     def _series(self, name: str) -> list[Sample]:
         return [Sample(*entry) for entry in self._state["evaluations"].get(name, [])]
 
@@ -220,18 +226,16 @@ class Guard:
         config, level = self.config, self.config.confidence
         watch: Any = config.watches()[name]
         if name == "proxy_gold_divergence":
-            proxy, monitor = self._series("proxy"), self._series("monitor")
-            if not proxy or not monitor or not proxy[-1].step == monitor[-1].step == self._evaluated_at:
-                return None
+            proxy, monitor = self._large("proxy"), self._large("monitor")
             return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level)
         if name == "ensemble_disagreement":
-            return detectors.ratio(self._series("spread"), None, watch.highest_ratio, level)
+            return detectors.ratio(self._large("spread"), None, watch.highest_ratio, level)
         if name == "reference_nll":
             outside, rows = self._state["outside"]
             return detectors.share_outside(outside, rows, watch.max_outside_ratio, level)
         if name == "repetition":
-            return detectors.rise(self._series("repetition"), watch.max_rise, level)
-        return detectors.ratio(self._series(name), watch.lowest_ratio, watch.highest_ratio, level)
+            return detectors.rise(self._large("repetition"), watch.max_rise, level)
+        return detectors.ratio(self._large(name), watch.lowest_ratio, watch.highest_ratio, level)
 
     def _kl_slope(self) -> Verdict | None:
         window, watch = self.config.window_steps, self.config.kl_slope

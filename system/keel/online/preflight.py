@@ -67,6 +67,9 @@ def prepare(settings: Settings) -> Prepared:
     notes = models.notes
     if late := settings.buffer.max_staleness:
         notes += (f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats",)
+    if (held_out := settings.prompts.held_out) < settings.guard.min_rows:
+        few = f"fewer than guard.min_rows={settings.guard.min_rows}, so its detectors that read evaluations say nothing"
+        notes += (f"prompts.held_out={held_out}: {few}",)
     prepared = Prepared(settings, directory, models, prompts, notes)
     text_checks.check_stored(prepared.given(), prompts, Path(models.policy), settings)
     return prepared

@@ -218,6 +218,12 @@ def test_a_refused_step_is_replayed_with_the_factors_in_force(tmp_path: Path, mo
             r"\Aguard\.length\.actions: raise_kl multiplies regularizer\.kl\.coefficient, which is 0; expected one above"
             r" 0, guard\.raise_kl\.min_coefficient \(what the first firing raises it to\), or another action\Z",
         ),
+        (
+            {"min_rows": 65, "repetition": {"actions": ["warn", "stop"]}},
+            0.1,
+            r"\Aguard\.repetition\.actions: it never acts on prompts\.held_out=64 completions, fewer than"
+            r" guard\.min_rows=65; expected at least that, or warn\Z",
+        ),
         ({"raise_kl": {"min_coefficient": 0.0}}, 0.0, "guard.raise_kl.min_coefficient"),
         ({"length": {"actions": ["roll_back"]}}, 0.1, "length.actions: roll_back alone takes the same steps again"),
         (
@@ -292,6 +298,20 @@ def test_a_detector_is_switched_off_by_null() -> None:
 
 
 # ---- what is read of rows
+
+
+@pytest.mark.parametrize(("prompts", "fired"), [(4, True), (3, False)])
+def test_detectors_say_nothing_by_too_few_rows(prompts: int, fired: bool) -> None:
+    """Rows without any spread, so that every interval has no width; two a prompt."""
+    guard = Guard(fakes.settings_for(rewards=REWARDS))
+    for step, (tokens, nll, gold) in enumerate([([7, 8], -1.0, 0.5), ([7] * 6, -9.0, 0.2)]):
+        rows = 2 * prompts
+        batch = rollouts.generated(rollouts.prompts(range(prompts)), tokens=[tokens] * rows)
+        batch = rollouts.referenced(batch, [[nll] * len(tokens)] * rows)
+        guard.evaluated(step, rollouts.scored(batch, [float(step)] * rows, {"gold": [gold] * rows}))
+        firings = {firing.detector for firing in guard.check(step).firings}
+    assert firings == ({"proxy_gold_divergence", "length", "repetition", "reference_nll"} if fired else set())
+    assert guard.best is not None and (guard.best["step"], guard.best["rows"]) == (0, 2 * prompts)
 
 
 def test_the_spread_is_that_of_members_less_their_zero_at_the_start() -> None:

@@ -65,6 +65,10 @@ def test_a_good_run_is_prepared_and_nothing_is_written(tree: dict[str, Any]) -> 
     assert prepared.prompts.counts["held_out"] == 2 and prepared.prompts.counts["train"] == 6
     assert prepared.models.reference == prepared.models.policy
     assert not prepared.directory.exists()
+    few = "prompts.held_out=2: fewer than guard.min_rows=8, so its detectors that read evaluations say nothing"
+    assert few in prepared.notes
+    enough = preflight.prepare(loader.parse({**tree, "guard": {"min_rows": 2}}))
+    assert not [note for note in enough.notes if "held_out" in note]
 
 
 def test_stop_tokens_come_from_the_setting_the_generation_config_or_the_tokenizer(
