@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from keel.algorithms import detectors
-from keel.algorithms.detectors import Sample, Verdict
+from keel.algorithms.detectors import Pairs, Sample, Verdict
 from keel.config.run import Settings
 from keel.observability.held_out_statistics import folder_spread, held_out_values, members
 
@@ -27,6 +27,7 @@ _EMPTY: Mapping[str, Any] = {
     "band": None,
     "outside": [0, 0],
     "member_means": None,
+    "peak": None,
     "steps": {"kl": [], "grad_norm": []},
     "fired": {},
     "best": None,
@@ -90,6 +91,7 @@ class Guard:
         self.monitor = settings.guard.monitor_of([reward.name for reward in settings.rewards])
         self._state: dict[str, Any] = copy.deepcopy({**_EMPTY, **(state or {})})
         self._evaluated_at: int | None = None
+        self._pairs: Pairs | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything that decides later firings, as JSON."""
@@ -127,6 +129,7 @@ class Guard:
                 series = self._state["evaluations"].setdefault(name, [])
                 series.append([sample.step, sample.mean, sample.standard_error, sample.rows])
         self._evaluated_at = step
+        self._pair(step, batch.column("prompt_id").to_pylist(), values)
         return self._judge(step) and step > 0
 
     def stepped(self, metrics: Mapping[str, Any]) -> None:
@@ -184,6 +187,21 @@ class Guard:
         low, high = self._state["band"]
         self._state["outside"] = [int(((finite < low) | (finite > high)).sum()), len(finite)]
 
+    def _pair(self, step: int, prompts: list[int], values: Mapping[str, np.ndarray]) -> None:
+        """Pair the rows with those of gold's peak by prompt, and keep them where this evaluation is the peak."""
+        self._pairs, before = None, self._state["peak"]
+        rows = {name: values[name] for name in ("proxy", "monitor") if name in values}
+        if len(rows) < 2:
+            return
+        if before is not None and before["prompts"] == prompts:
+            proxy, monitor = (now - np.array(before[name], np.float64) for name, now in rows.items())
+            both = np.isfinite(proxy) & np.isfinite(monitor)
+            if both.sum() >= self.config.min_rows:
+                self._pairs = Pairs(before["step"], proxy[both], monitor[both])
+        if detectors.peak(self._large("proxy"), self._large("monitor")) == step:
+            kept = {name: [float(x) if np.isfinite(x) else None for x in now] for name, now in rows.items()}
+            self._state["peak"] = {"step": step, "prompts": prompts, **kept}
+
     def _judge(self, step: int) -> bool:
         """Whether this evaluation's mean of the monitor is above every earlier one's; it is the best then."""
         series = self._series("monitor")
@@ -227,7 +245,7 @@ class Guard:
         watch: Any = config.watches()[name]
         if name == "proxy_gold_divergence":
             proxy, monitor = self._large("proxy"), self._large("monitor")
-            return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level)
+            return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level, self._pairs)
         if name == "ensemble_disagreement":
             return detectors.ratio(self._large("spread"), None, watch.highest_ratio, level)
         if name == "reference_nll":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import fakes
 import rollouts
@@ -298,6 +299,31 @@ def test_a_detector_is_switched_off_by_null() -> None:
 
 
 # ---- what is read of rows
+
+
+def test_rows_are_compared_with_those_of_the_peak_by_prompt() -> None:
+    """Gold of a prompt is its own number plus little; also after a kill, and where a row fails or a prompt changes."""
+    random = np.random.default_rng(0)
+    own = random.normal(0, 1, 20)
+    golds = [own + shift + random.normal(0, 0.1, 20) for shift in (0.0, 0.9, 0.6)]
+    golds[2][3] = np.nan
+
+    def scored(step: int, first_ticket: int = 0) -> Any:
+        batch = rollouts.generated(rollouts.prompts(range(first_ticket, first_ticket + 20), samples=1))
+        return rollouts.scored(rollouts.referenced(batch), list(step + own), {"gold": golds[step].tolist()})
+
+    def verdict_of(guard: Guard, step: int, first_ticket: int = 0) -> Any:
+        guard.evaluated(step, scored(step, first_ticket))
+        return {firing.detector: firing.verdict for firing in guard.check(step).firings}.get("proxy_gold_divergence")
+
+    whole = Guard(fakes.settings_for(rewards=REWARDS))
+    assert verdict_of(whole, 0) is None and verdict_of(whole, 1) is None
+    resumed, other = (Guard(whole.settings, whole.state()) for _ in range(2))
+    verdict = verdict_of(whole, 2)
+    interval = stats.ttest_rel(golds[2], golds[1], nan_policy="omit").confidence_interval(1 - 0.05 / 3)
+    assert (verdict.low, verdict.high) == pytest.approx((interval.low, interval.high), rel=1e-5)
+    assert verdict_of(resumed, 2) == verdict
+    assert verdict_of(other, 2, first_ticket=1) is None  # by Welch, which does not see a fall of 0.3
 
 
 @pytest.mark.parametrize(("prompts", "fired"), [(4, True), (3, False)])
