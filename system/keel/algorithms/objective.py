@@ -22,7 +22,7 @@ from torch import Tensor
 from keel import schema, user_code
 from keel.algorithms import advantages, coefficients, regularizers
 from keel.algorithms.coefficients import Observation
-from keel.algorithms.reward_shaping import shape
+from keel.algorithms.reward_shaping import preference_as_reward, reference_scores, shape
 from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
 from keel.config.run import LearnerSpec
 
@@ -210,6 +210,9 @@ class Objective:
         """Training reward of each row after shaping, float64 [rows]."""
         raw = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
         config = self.settings.shaping
+        if config.reference_scores is not None:
+            columns = batch.column("prompt_columns").to_pylist()
+            raw = preference_as_reward(raw, reference_scores(columns, config.reference_scores))
         return shape(raw, schema.completion_lengths(batch), schema.finished(batch), self.max_tokens, config)
 
     def penalty(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
