@@ -73,6 +73,7 @@ ARMS: dict[str, Arm] = {
     "kl_exact": policy_gradient(in_loss("exact", token_share=0.5)),
     "kl_target": policy_gradient(adapting("dual", target_nats=5.0)),
     "kl_ziegler": policy_gradient(adapting("proportional", target_nats=5.0)),
+    "chi_squared": policy_gradient({"chi_squared": {"coefficient": 0.02}}),
     "reinforce": policy_gradient(advantage="none", whiten="population"),
     "reinforce_pp": policy_gradient(advantage="reinforce_pp"),
     "reinforce_pp_baseline": policy_gradient(advantage="reinforce_pp_baseline"),

@@ -198,6 +198,7 @@ POLICY_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "exact": ({"reduction": "token_mean"}, token_kl("exact", token_share=0.5)),
     "exact_all": ({}, token_kl("exact")),
     "k3_weighted": ({}, token_kl("k3", importance_weighted=True)),
+    "chi_squared": ({}, {"chi_squared": {"coefficient": 0.3, "max_ratio": 3.0}}),
     "reward_weighted": ({}, {"kl": {"coefficient": 0.3, "importance_weighted": True}}),
 }
 LCO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -1,6 +1,7 @@
 """Detectors of over-optimization: each a statistic of series, its interval, and a threshold the interval must clear.
 
-    held-out samples   proxy_gold_divergence  ratio (spread, entropy, length)  rise (repetition)  share_outside
+    held-out samples   proxy_gold_divergence  ratio (spread, entropy, length)  rise (repetition, template overlap)
+                       share_outside
     training steps     slope  curvature  log_ratio_of_windows
 
 A detector fires where the whole interval lies behind the threshold, never for a point. Pure functions on numpy; None
@@ -58,6 +59,22 @@ def sample(step: int, values: np.ndarray) -> Sample | None:
     if len(values) < 2:
         return None
     return Sample(step, float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values))
+
+
+def jackknife(step: int, sums: np.ndarray, pairs: np.ndarray) -> Sample | None:
+    """Mean over pairs of prompts with its standard error by the jackknife over prompts; None for fewer than three.
+
+    `sums` and `pairs` are symmetric [m, m] with a diagonal of 0: a value summed over the pairs of completions of two
+    prompts, and the number of these pairs. A completion is in many pairs, so pairs are no independent rows. With U_i
+    the mean without prompt i, the squared error is (m - 1) / m sum_i (U_i - mean U)^2; `rows` is m. Where few
+    completions share a template the interval lies too low, so `rise` fires late rather than early.
+    """
+    prompts = len(sums)
+    if prompts < 3:
+        return None
+    without = (sums.sum() - 2 * sums.sum(0)) / (pairs.sum() - 2 * pairs.sum(0))
+    error = math.sqrt((prompts - 1) * float(without.var()))
+    return Sample(step, float(sums.sum() / pairs.sum()), error, prompts)
 
 
 def difference(late: Sample, early: Sample, factor: float, confidence: float) -> tuple[float, float, float]:

@@ -74,7 +74,7 @@ class PolicyGradient(Objective):
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch, measured)
         scores = self.moments.normalize(rewards) if self.config.normalize_reward else rewards
-        scores = scores + sum(self.user_terms(batch).values())
+        scores = scores + sum(self.row_terms(batch).values())
         parts = (scores, penalty, bonus, lengths)
         row_penalty, row_bonus = schema.row_sums(penalty, lengths), schema.row_sums(bonus, lengths)
         regularized = scores + row_bonus - row_penalty

@@ -70,6 +70,14 @@ class RepetitionSettings(WatchSettings):
     max_rise: Fraction = Field(0.1, description="largest rise of the share of repeated 3-grams over the start's")
 
 
+class TemplateCollapseSettings(WatchSettings):
+    """Answers to different prompts become the same."""
+
+    max_rise: Fraction = Field(
+        0.01, description="largest rise of the share of 3-grams that answers to two prompts have in common"
+    )
+
+
 class GradNormSettings(WatchSettings):
     """The gradient grows."""
 
@@ -134,6 +142,9 @@ class GuardSettings(Section):
     )
     length: LengthDriftSettings | None = Field(LengthDriftSettings(), description="mean length drifts")
     repetition: RepetitionSettings | None = Field(RepetitionSettings(), description="completions repeat themselves")
+    template_collapse: TemplateCollapseSettings | None = Field(
+        TemplateCollapseSettings(), description="answers to different prompts become the same"
+    )
     grad_norm: GradNormSettings | None = Field(GradNormSettings(), description="the gradient norm grows")
     raise_kl: RaiseKlSettings = Field(RaiseKlSettings(), description="what the action raise_kl does")
     lower_lr: LowerLrSettings = Field(LowerLrSettings(), description="what the action lower_lr does")

@@ -21,6 +21,7 @@ from keel.algorithms import detectors
 from keel.algorithms.detectors import Pairs, Sample, Verdict
 from keel.config.run import Settings
 from keel.observability.held_out_statistics import folder_spread, held_out_values, members
+from keel.observability.sample_diagnostics import prompt_overlaps
 
 _EMPTY: Mapping[str, Any] = {
     "evaluations": {},
@@ -43,6 +44,7 @@ _UNITS = {
     "reference_nll": "of the completions outside the start's band under the reference",
     "length": "times the start's length",
     "repetition": "more of the 3-grams repeated than at the start",
+    "template_collapse": "more of the 3-grams shared by answers to two prompts than at the start",
     "grad_norm": "times the gradient norm of the window before",
 }
 
@@ -124,8 +126,10 @@ class Guard:
             values["spread"] = spread
         if "reference_nll" in values:
             self._place(values["reference_nll"])
-        for name, rows in values.items():
-            if (sample := detectors.sample(step, rows)) is not None:
+        samples = {name: detectors.sample(step, rows) for name, rows in values.items()}
+        samples["template_overlap"] = detectors.jackknife(step, *prompt_overlaps(batch))
+        for name, sample in samples.items():
+            if sample is not None:
                 series = self._state["evaluations"].setdefault(name, [])
                 series.append([sample.step, sample.mean, sample.standard_error, sample.rows])
         self._evaluated_at = step
@@ -253,6 +257,8 @@ class Guard:
             return detectors.share_outside(outside, rows, watch.max_outside_ratio, level)
         if name == "repetition":
             return detectors.rise(self._large("repetition"), watch.max_rise, level)
+        if name == "template_collapse":
+            return detectors.rise(self._large("template_overlap"), watch.max_rise, level)
         return detectors.ratio(self._large(name), watch.lowest_ratio, watch.highest_ratio, level)
 
     def _kl_slope(self) -> Verdict | None:

@@ -63,6 +63,7 @@ def prepare(settings: Settings) -> Prepared:
     registry.build(settings)  # imports what the configuration names, and refuses what is not there
     models = resolve(settings)
     prompts = check_prompts(settings, models)
+    text_checks.check_reference_scores(settings.shaping.reference_scores, prompts)
     models = with_learner_models(models, settings)
     notes = models.notes
     if late := settings.buffer.max_staleness:

@@ -34,6 +34,53 @@ def test_the_interval_of_a_difference_is_welchs() -> None:
     assert detectors.difference(samples[0], samples[1], 2.5, 0.95)[1:] == pytest.approx((scaled.low, scaled.high))
 
 
+def test_the_jackknife_leaves_out_one_prompt_after_another() -> None:
+    """Three prompts of two, one and three completions and two more, by loops over pairs of completions."""
+    random, prompts = np.random.default_rng(7), np.array([0, 0, 1, 2, 2, 2, 3, 4])
+    values = random.random((8, 8))
+    values += values.T
+
+    def mean(left_out: int | None) -> float:
+        kept = [row for row in range(8) if prompts[row] != left_out]
+        return float(np.mean([values[a, b] for a in kept for b in kept if prompts[a] != prompts[b]]))
+
+    member = prompts[:, None] == np.arange(5)
+    sums, pairs = member.T @ values @ member, member.T @ np.ones((8, 8)) @ member
+    np.fill_diagonal(sums, 0.0)
+    np.fill_diagonal(pairs, 0.0)
+    sample = detectors.jackknife(5, sums, pairs)
+    without = [mean(prompt) for prompt in range(5)]
+    error = math.sqrt(4 / 5 * sum((value - np.mean(without)) ** 2 for value in without))
+    assert sample is not None and (sample.step, sample.rows) == (5, 5)
+    assert (sample.mean, sample.standard_error) == pytest.approx((mean(None), error))
+    assert detectors.jackknife(0, sums[:2, :2], pairs[:2, :2]) is None
+
+
+@pytest.mark.parametrize(("share", "coverage"), [(0.2, 0.90), (0.5, 0.93), (0.9, 0.95)])
+def test_the_jackknifes_interval_covers_the_overlap_of_a_template(share: float, coverage: float) -> None:
+    """64 answers, each the template with probability `share`, so that two of them are equal with share^2."""
+    random, runs = np.random.default_rng(1), 1000
+    pairs = 1.0 - np.eye(64)
+    covered = above = 0
+    for _ in range(runs):
+        template = (random.random(64) < share).astype(float)
+        sample = detectors.jackknife(0, np.outer(template, template) * pairs, pairs)
+        assert sample is not None
+        half = stats.t.ppf(0.975, 63) * sample.standard_error
+        covered += abs(sample.mean - share**2) <= half
+        above += sample.mean - half > share**2
+    assert covered / runs == pytest.approx(coverage, abs=0.025) and above / runs < 0.06
+
+
+def test_pairs_taken_for_independent_would_be_far_too_sure() -> None:
+    random, pairs = np.random.default_rng(2), 1.0 - np.eye(64)
+    template = (random.random(64) < 0.5).astype(float)
+    sample = detectors.jackknife(0, np.outer(template, template) * pairs, pairs)
+    independent = math.sqrt(0.25 * 0.75 / (64 * 63 / 2))
+    true = math.sqrt(4 * 0.5**3 * 0.5 / 64)  # of p^2, to first order: 2 p sqrt(p (1 - p) / n)
+    assert sample is not None and sample.standard_error == pytest.approx(true, rel=0.15) and true > 6 * independent
+
+
 # gold and proxy of a run whose proxy rose to the end while gold turned at step 15 (standard errors of 64 rows)
 GOLD = [
     (0, 0.115, 0.038),

@@ -367,6 +367,21 @@ def test_completions_outside_the_band_of_the_start_are_counted() -> None:
     assert fired["reference_nll"].statistic == 0.25 and "length" not in fired
 
 
+def test_answers_that_become_one_template_fire() -> None:
+    """At first no two prompts share a 3-gram; then three of five answers to each of 20 prompts are the same."""
+    guard = Guard(fakes.settings_for(rewards=REWARDS, sampling={"samples_per_prompt": 5}))
+    rows = [[row, row + 1, row + 2] for row in range(100)]
+    same = [[1, 2, 3] if row % 5 < 3 else [row + 200, 1, 2] for row in range(100)]
+    for step, tokens in enumerate((rows, same)):
+        batch = rollouts.generated(rollouts.prompts(range(20), samples=5), tokens=tokens)
+        scored = rollouts.scored(rollouts.referenced(batch), [float(step)] * 100, {"gold": [0.0] * 100})
+        guard.evaluated(step, scored)
+        verdicts = {firing.detector: firing.verdict for firing in guard.check(step).firings}
+    assert set(verdicts) == {"template_collapse"}
+    assert verdicts["template_collapse"].statistic == pytest.approx(0.6**2)
+    assert [entry[3] for entry in guard.state()["evaluations"]["template_overlap"]] == [20, 20]  # prompts, not rows
+
+
 # ---- where the best is named
 
 

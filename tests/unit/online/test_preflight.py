@@ -95,6 +95,15 @@ def test_missing_model_path(tree: dict[str, Any]) -> None:
     assert refused(tree, reference={"model": "./absent"}).startswith("reference.model=./absent: ")
 
 
+def test_prompts_without_the_scores_that_shaping_centers_by(tree: dict[str, Any], tmp_path: Path) -> None:
+    shaping = {"reference_scores": "scores"}
+    assert refused(tree, shaping=shaping).startswith("shaping.reference_scores=scores: a row of the prompts has no")
+    rows = [{"prompt": f"What is {n}?", "scores": [n, 0.5]} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = preflight.prepare(loader.parse({**tree, "shaping": shaping}))
+    assert json.loads(prepared.prompts.batch([0]).column("prompt_columns")[0].as_py())["scores"][1] == 0.5
+
+
 def test_a_model_without_tokenizer_or_chat_template(tree: dict[str, Any], tmp_path: Path) -> None:
     bare = tiny.write(tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
