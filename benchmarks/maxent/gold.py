@@ -3,8 +3,9 @@
 gold = VADER x s(2 (fluency - FLUENCY)) x s((8 / scale) (relevance - RELEVANCE)), s the logistic function: the form and
 the thresholds of `keel.examples:sentiment_on_topic`, which were set on SmolLM2, moved to where the small SFT model
 speaks. There the SFT model's own answers have fluency -3.04 and relevance 0.814 nats a token; here they have
-SFT_FLUENCY and SFT_RELEVANCE (6,144 completions, before any label was used). So FLUENCY lies 0.96 nats below the SFT model's mean,
-and RELEVANCE and the width of its logistic are the same share of the SFT model's mean, 0.3 / 0.814 and 0.814 / 8.
+SFT_FLUENCY and SFT_RELEVANCE (6,144 completions, before any label was used). So FLUENCY lies 0.96 nats below the SFT
+model's mean, and RELEVANCE and the width of its logistic are the same share of the SFT model's mean, 0.3 / 0.814 and
+0.814 / 8.
 """
 
 import math
