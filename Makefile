@@ -7,7 +7,7 @@
 #   ARGS="..."          added to the command of train, test, chaos, mutants, lint or types
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-rest test-all chaos mutants lint types pins clean
+.PHONY: help setup train paper test test-rest test-all chaos mutants lint types pins clean
 
 CONFIG ?= configs/pipeline.yaml
 ARGS ?=
@@ -24,6 +24,9 @@ setup:  ## make .venv with the pinned packages; does nothing when it is there
 
 train: setup  ## run the quickstart: label, reward model, RL, evaluation; cached
 	$(BIN)/keel pipeline $(CONFIG) $(ARGS)
+
+paper: setup  ## make the paper's experiment in small and write benchmarks/maxent/RESULTS.md: hours, resumable
+	bash benchmarks/maxent/paper.sh
 
 test: setup  ## run the tests but the slow ones, in about 14 minutes; ARGS="--randomly-seed=N": in that order again
 	$(PYTEST) -m "not slow" $(ARGS)
