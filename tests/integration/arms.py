@@ -73,6 +73,8 @@ ARMS: dict[str, Arm] = {
     "kl_exact": policy_gradient(in_loss("exact", token_share=0.5)),
     "kl_target": policy_gradient(adapting("dual", target_nats=5.0)),
     "kl_ziegler": policy_gradient(adapting("proportional", target_nats=5.0)),
+    "kl_cov": policy_gradient(NONE, epochs=2, covariance={"form": "kl_cov", "share": 0.1}),
+    "clip_cov": policy_gradient(covariance={"form": "clip_cov", "share": 0.1, "low": 0.0}),
     "chi_squared": policy_gradient({"chi_squared": {"coefficient": 0.02}}),
     "reinforce": policy_gradient(advantage="none", whiten="population"),
     "reinforce_pp": policy_gradient(advantage="reinforce_pp"),

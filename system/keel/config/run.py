@@ -359,6 +359,12 @@ class Settings(LearnerSpec):
         return self
 
     @model_validator(mode="after")
+    def _sampler_is_another_policy(self) -> Self:
+        if isinstance(self.objective, PolicyGradientSettings) and self.objective.covariance:
+            self.objective.covariance.check_sampler(self.objective.epochs, self.buffer.max_staleness)
+        return self
+
+    @model_validator(mode="after")
     def _refills_have_a_baseline(self) -> Self:
         if self.buffer.dynamic_sampling_refills and self.sampling.samples_per_prompt < 2:
             raise ValueError(

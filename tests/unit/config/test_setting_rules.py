@@ -73,6 +73,21 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         [{"regularizer": {"terms": [{"name": "chi_squared", "source": "m:f"}]}}],
         "name 'chi_squared' is that of regularizer.chi_squared; expected another name",
     ),
+    "covariance by token": (
+        [{"objective": {"covariance": {"form": "clip_cov"}}}],
+        [{"objective": {"covariance": {"form": "clip_cov"}, "level": "sequence", "correction": "none"}}],
+        "level=sequence: covariance differs from token to token; expected token",
+    ),
+    "a KL to the sampler where it is the policy": (
+        [{"objective": {"covariance": {"form": "kl_cov"}, "epochs": 2}}, {"objective": {"covariance": {"form": "kl_cov"}}, "buffer": {"max_staleness": 1}}, {"objective": {"covariance": {"form": "clip_cov"}}}],
+        [{"objective": {"covariance": {"form": "kl_cov"}}}],
+        "with objective.epochs=1 and buffer.max_staleness=0 the policy is what sampled",
+    ),
+    "band of covariances": (
+        [{"objective": {"covariance": {"form": "clip_cov", "low": 4.9}}}],
+        [{"objective": {"covariance": {"form": "clip_cov", "low": 5.0}}}],
+        "low=5.0: not below high=5.0; expected less",
+    ),
     "refills": (
         [{"sampling": samples(2), "buffer": {"dynamic_sampling_refills": 1}}, {"sampling": samples(1), "objective": GAE, "buffer": {"dynamic_sampling_refills": 0}}],
         [{"sampling": samples(1), "objective": GAE, "buffer": {"dynamic_sampling_refills": 1}}],
