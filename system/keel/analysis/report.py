@@ -271,11 +271,20 @@ def _date(seconds: float) -> str:
 
 
 def _arms(runs: Sequence[RunReport]) -> list[Arm]:
-    """Runs grouped by all their settings but the seed, in the order of their first run."""
-    groups: dict[str, list[int]] = {}
+    """Runs grouped by all their settings but the seed, in the order of their first run.
+
+    A second run of a seed with the same settings is a repetition, no other seed: it belongs to another arm.
+    """
+    groups: dict[tuple[str, int], list[int]] = {}
+    repeats: Counter[tuple[str, int | None, str]] = Counter()
     for place, run in enumerate(runs):
         told = {key: value for key, value in run.settings.items() if not key.startswith(_NOT_OF_AN_ARM)}
-        groups.setdefault(json.dumps([run.command, told], sort_keys=True), []).append(place)
+        settings = json.dumps([run.command, told], sort_keys=True)
+        directory = Path(run.directory)
+        member = directory.name if directory.parent.name == "members" else ""  # its own seed comes with its place
+        seeded = (settings, run.seed, member)
+        groups.setdefault((settings, repeats[seeded]), []).append(place)
+        repeats[seeded] += 1
     return [_arm([runs[place] for place in places], places) for places in groups.values()]
 
 

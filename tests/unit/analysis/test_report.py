@@ -325,6 +325,12 @@ def test_runs_that_differ_by_their_seed_are_one_arm_with_a_band(tmp_path: Path) 
     assert [run["seed"] for run in page["runs"]] == [3, 4, 5, 3]
 
 
+def test_a_repeated_run_of_a_seed_is_no_other_seed(tmp_path: Path) -> None:
+    again = report_runs.online(tmp_path / "again", seed=4, steps=8, every=4)
+    page = numbers(*three_seeds(tmp_path), again)
+    assert [arm["runs"] for arm in page["arms"]] == [[0, 1, 2], [3]]
+
+
 def test_the_directory_of_a_sweep_stands_for_its_runs(tmp_path: Path) -> None:
     for arm in ("kl", "none"):
         for seed in (0, 1):
