@@ -50,6 +50,16 @@ def chatterbot_demonstrations() -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in chatterbot_pairs()]
 
 
+def chatterbot_scored_questions() -> list[dict[str, Any]]:
+    """Opening lines with an answer, and VADER's sentiment of that answer as `reference_scores`.
+
+    For shaping.reference_scores where the reward is `vader_compound`: the reference answer is the corpus's own.
+    """
+    rows = chatterbot_demonstrations()
+    scores = vader_compound([row["completion"] for row in rows])
+    return [{"prompt": row["prompt"], "reference_scores": [s]} for row, s in zip(rows, scores, strict=True)]
+
+
 def _dialogues() -> Iterator[tuple[str, list[str]]]:
     """Topic and lines of every English dialogue of chatterbot-corpus."""
     package = importlib.util.find_spec("chatterbot_corpus")

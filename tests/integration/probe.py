@@ -47,12 +47,15 @@ class Probe(DeepSpeedLearner):
             return str(error)
         return "no error"
 
-    def probe(self, chosen: Settings, batch: pa.RecordBatch) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def probe(
+        self, chosen: Settings, batch: pa.RecordBatch, kl_multiplier: float = 1.0
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Parameters of policy and critic after one step, and what the step reported."""
         self._engine.restore_checkpoint(self.directory)
         self.version, self.settings, self.objective = 0, chosen, registry.build(chosen)
         self._engine.learners = chosen.learners
         self._frozen_models = FrozenModels(self.objective.vocabulary, self._folder_of, "float32", self.device)
+        self.set_multipliers(kl_multiplier, 1.0)
         report = self.step(batch)
         named = {name: value.detach().clone() for name, value in self._engine.module.named_parameters()}
         return named, {**report.metrics, "state": self.state()}

@@ -55,9 +55,11 @@ def groups(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     ray.shutdown()
 
 
-def probe(group: list[Any], chosen: Settings) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def probe(
+    group: list[Any], chosen: Settings, kl_multiplier: float = 1.0
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     batch = rollouts(0)
-    return ray.get([actor.probe.remote(chosen, batch) for actor in group])[0]
+    return ray.get([actor.probe.remote(chosen, batch, kl_multiplier) for actor in group])[0]
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -90,6 +92,37 @@ def test_a_step_is_the_same_however_it_is_divided(groups: Any, name: str, tiny_m
         for key in {"loss", "grad_norm", "policy_loss", "preference_loss", "kl_loss"} & set(metrics):
             assert other[key] == pytest.approx(metrics[key], rel=1e-4, abs=1e-5), key
     assert of_two["state"] == metrics["state"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"placement": "reward", "importance_weighted": True},
+        {"placement": "loss", "estimator": "k3"},
+        {"placement": "loss", "estimator": "exact"},
+    ],
+    ids=str,
+)
+def test_a_kl_that_the_guard_begins_costs_nothing_before_and_is_that_kl_after(
+    groups: Any, place: dict[str, Any]
+) -> None:
+    def taken(coefficient: float, kl_multiplier: float = 1.0, **blocks: Any) -> Any:
+        arm = {"objective": {}, "regularizer": {"kl": {"coefficient": coefficient, **place}}, **blocks}
+        return probe(groups("none", 1), configured(arm), kl_multiplier)
+
+    guard = {"entropy": {"actions": ["raise_kl"]}, "raise_kl": {"min_coefficient": 0.3}}
+    without, (before, of_before), (after, metrics), configured_alike = (
+        taken(0.0),
+        taken(0.0, guard=guard),
+        taken(0.0, 2.0, guard=guard),
+        taken(0.3),
+    )
+    assert all(torch.equal(before[name], value) for name, value in without[0].items())
+    assert all(torch.equal(after[name], value) for name, value in configured_alike[0].items())
+    assert metrics["kl_coefficient"] == 0.3 and metrics["loss"] == configured_alike[1]["loss"]
+    assert "kl_loss" not in of_before and ("kl_loss" in metrics) == (place["placement"] == "loss")
+    if place.get("estimator") != "exact":  # whose gradient is 0 here, where the policy is its reference
+        assert difference(before, after) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["kl", "dpo"])

@@ -46,7 +46,7 @@ def settings_of(actions: list[str] | None = None, every: int = 1, coefficient: f
         evaluation={"every_steps": every},
         checkpoint={"every_steps": 2, "keep": 1},
         regularizer={"kl": {"coefficient": coefficient}},
-        guard={**divergence, **guard},
+        guard={"min_rows": fakes.HELD_OUT, **divergence, **guard},
     )
 
 

@@ -28,17 +28,23 @@ def prompts(tickets: Sequence[int], samples: int = 2) -> pa.RecordBatch:
     return schema.build(schema.PROMPT, columns).replace_schema_metadata(METADATA)
 
 
-def generated(batch: pa.RecordBatch, version: int = 0, logprobs: Sequence[Sequence[float]] | None = None) -> Any:
-    """The rows with a completion each: random of 1 to 5 tokens by seed, or as long as the given log-probs."""
+def generated(
+    batch: pa.RecordBatch,
+    version: int = 0,
+    logprobs: Sequence[Sequence[float]] | None = None,
+    tokens: Sequence[Sequence[int]] | None = None,
+) -> Any:
+    """The rows with a completion each: random of 1 to 5 tokens by seed, or as long as the given log-probs or tokens."""
+    if tokens is not None:
+        logprobs = logprobs or [[-1.0] * len(row) for row in tokens]
     seeds = batch.column("seed").to_pylist()
     if logprobs is None:
         draws = [np.random.default_rng(seed) for seed in seeds]
         logprobs = [(-draw.random(draw.integers(1, 6))).tolist() for draw in draws]
     lengths = [len(row) for row in logprobs]
     columns: dict[str, Any] = {
-        "completion_tokens": [
-            [(seed + t) % VOCABULARY for t in range(n)] for seed, n in zip(seeds, lengths, strict=True)
-        ],
+        "completion_tokens": tokens
+        or [[(seed + t) % VOCABULARY for t in range(n)] for seed, n in zip(seeds, lengths, strict=True)],
         "completion_logprobs": [list(row) for row in logprobs],
         "weight_versions": [[version] * length for length in lengths],
         "completion": [f"answer {seed}" for seed in seeds],

@@ -153,6 +153,7 @@ def loss(
         reference=step.logprobs(step.others["reference"])[items],
         targets=column(credit.targets),
         old_values=column(credit.old_values),
+        penalized=column(credit.penalized),
     )
     term = None
     if subject.vocabulary is not None:
@@ -198,6 +199,9 @@ POLICY_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "exact": ({"reduction": "token_mean"}, token_kl("exact", token_share=0.5)),
     "exact_all": ({}, token_kl("exact")),
     "k3_weighted": ({}, token_kl("k3", importance_weighted=True)),
+    "kl_cov": ({**CLIP, "covariance": {"form": "kl_cov", "share": 0.3, "coefficient": 0.7}, "epochs": 2}, {}),
+    "clip_cov": ({"covariance": {"form": "clip_cov", "share": 0.2, "low": 0.1, "high": 2.0}}, KL_REWARD),
+    "chi_squared": ({}, {"chi_squared": {"coefficient": 0.3, "max_ratio": 3.0}}),
     "reward_weighted": ({}, {"kl": {"coefficient": 0.3, "importance_weighted": True}}),
 }
 LCO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

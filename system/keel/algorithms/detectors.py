@@ -1,13 +1,15 @@
 """Detectors of over-optimization: each a statistic of series, its interval, and a threshold the interval must clear.
 
-    held-out samples   proxy_gold_divergence  ratio (spread, entropy, length)  rise (repetition)  share_outside
+    held-out samples   proxy_gold_divergence  ratio (spread, entropy, length)  rise (repetition, template overlap)
+                       share_outside
     training steps     slope  curvature  log_ratio_of_windows
 
 A detector fires where the whole interval lies behind the threshold, never for a point. Pure functions on numpy; None
 where a series is too short or has no spread. A sample is a mean over held-out completions with its standard error. Two
 samples are compared as independent (Welch), although the prompts are the same ones: that is conservative where rows
-of the two go together. Intervals are those of one look, and a run looks often, so false alarms are more frequent than
-1 - confidence; proxy_gold_divergence alone corrects for it.
+of the two go together. proxy_gold_divergence compares prompt by prompt where it can. Intervals are those of one look,
+and a run looks often, so false alarms are more frequent than 1 - confidence; proxy_gold_divergence alone corrects for
+it.
 
 A new detector: a function here, a block in config/guard.py, and its series in online/guard.py, which asks it.
 """
@@ -31,6 +33,15 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Differences of the same held-out prompts: the last evaluation minus the one at `step`, each [prompts]."""
+
+    step: int
+    proxy: np.ndarray
+    gold: np.ndarray
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a detector says of its series."""
 
@@ -50,6 +61,22 @@ def sample(step: int, values: np.ndarray) -> Sample | None:
     return Sample(step, float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))), len(values))
 
 
+def jackknife(step: int, sums: np.ndarray, pairs: np.ndarray) -> Sample | None:
+    """Mean over pairs of prompts with its standard error by the jackknife over prompts; None for fewer than three.
+
+    `sums` and `pairs` are symmetric [m, m] with a diagonal of 0: a value summed over the pairs of completions of two
+    prompts, and the number of these pairs. A completion is in many pairs, so pairs are no independent rows. With U_i
+    the mean without prompt i, the squared error is (m - 1) / m sum_i (U_i - mean U)^2; `rows` is m. Where few
+    completions share a template the interval lies too low, so `rise` fires late rather than early.
+    """
+    prompts = len(sums)
+    if prompts < 3:
+        return None
+    without = (sums.sum() - 2 * sums.sum(0)) / (pairs.sum() - 2 * pairs.sum(0))
+    error = math.sqrt((prompts - 1) * float(without.var()))
+    return Sample(step, float(sums.sum() / pairs.sum()), error, prompts)
+
+
 def difference(late: Sample, early: Sample, factor: float, confidence: float) -> tuple[float, float, float]:
     """late - factor * early with its Welch interval: t of (a + b)^2 / (a^2/(n1-1) + b^2/(n2-1)) degrees of freedom.
 
@@ -64,8 +91,21 @@ def difference(late: Sample, early: Sample, factor: float, confidence: float) ->
     return point, point - half, point + half
 
 
+def paired(differences: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """Mean of the differences with its t interval: mean +- t_(n-1) s / sqrt(n)."""
+    mean, half = float(differences.mean()), float(stats.sem(differences)) * _quantile(confidence, len(differences) - 1)
+    return mean, mean - half, mean + half
+
+
+def peak(proxy: Sequence[Sample], gold: Sequence[Sample]) -> int | None:
+    """Step of the largest mean of gold, the first of equals, among the steps that both have; None: there is none."""
+    steps = {sample.step for sample in proxy}
+    shared = [sample for sample in gold if sample.step in steps]
+    return max(shared, key=lambda sample: sample.mean).step if shared else None
+
+
 def proxy_gold_divergence(
-    proxy: Sequence[Sample], gold: Sequence[Sample], min_fall: float, confidence: float
+    proxy: Sequence[Sample], gold: Sequence[Sample], min_fall: float, confidence: float, pairs: Pairs | None = None
 ) -> Verdict | None:
     """gold(now) - gold(peak), reward units; fires below -min_fall while proxy(now) - proxy(peak of gold) is above 0.
 
@@ -73,15 +113,21 @@ def proxy_gold_divergence(
     after each of them, so the interval of gold has level 1 - (1 - confidence) / (n (n - 1) / 2): Bonferroni over all
     pairs of evaluations so far. Without it flat gold fires in nearly every run of 30 evaluations. Proxy rising and gold
     falling is the picture of 2210.10760 (Gao et al.), where gold peaks over sqrt(KL).
+
+    Intervals are those of `pairs`, where they are differences to the peak, else Welch's.
     """
     steps = {sample.step for sample in proxy} & {sample.step for sample in gold}
-    proxy, gold = ([sample for sample in series if sample.step in steps] for series in (proxy, gold))
-    if len(gold) < 2:
+    best = peak(proxy, gold)
+    if best is None or len(steps) < 2:
         return None
-    peak = max(range(len(gold)), key=lambda place: gold[place].mean)
-    pairs = len(gold) * (len(gold) - 1) / 2
-    fall, low, high = difference(gold[-1], gold[peak], 1.0, 1 - (1 - confidence) / pairs)
-    _, rise, _ = difference(proxy[-1], proxy[peak], 1.0, confidence)
+    level = 1 - (1 - confidence) / math.comb(len(steps), 2)
+    if pairs is not None and pairs.step == best:
+        (fall, low, high), (_, rise, _) = paired(pairs.gold, level), paired(pairs.proxy, confidence)
+    else:
+        of_gold, of_proxy = ({sample.step: sample for sample in series} for series in (gold, proxy))
+        now = max(steps)
+        fall, low, high = difference(of_gold[now], of_gold[best], 1.0, level)
+        _, rise, _ = difference(of_proxy[now], of_proxy[best], 1.0, confidence)
     threshold = 0.0 - min_fall
     return Verdict(high < threshold and rise > 0, fall, low, high, threshold)
 

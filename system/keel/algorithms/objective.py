@@ -22,7 +22,7 @@ from torch import Tensor
 from keel import schema, user_code
 from keel.algorithms import advantages, coefficients, regularizers
 from keel.algorithms.coefficients import Observation
-from keel.algorithms.reward_shaping import shape
+from keel.algorithms.reward_shaping import preference_as_reward, reference_scores, shape
 from keel.algorithms.types import Credit, LossTerms, Measured, Outputs, Rows, VocabularyTerm
 from keel.config.run import LearnerSpec
 
@@ -103,8 +103,8 @@ class Objective:
     def credited(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         """Add what all objectives share to `weigh`. Raises ValueError unless every token has a finite advantage."""
         credit = self.weigh(batch, measured).checked(int(schema.completion_lengths(batch).sum()))
-        user_terms = {name: float(values.mean()) for name, values in self.user_terms(batch).items()}
-        terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **user_terms}} if user_terms else {}
+        row_terms = {name: float(values.mean()) for name, values in self.row_terms(batch).items()}
+        terms = {"objective_term": {**credit.metrics.get("objective_term", {}), **row_terms}} if row_terms else {}
         return dataclasses.replace(
             credit,
             selected=self.selected(batch, measured.version),
@@ -210,6 +210,9 @@ class Objective:
         """Training reward of each row after shaping, float64 [rows]."""
         raw = batch.column("reward").to_numpy(zero_copy_only=False).astype(np.float64)
         config = self.settings.shaping
+        if config.reference_scores is not None:
+            columns = batch.column("prompt_columns").to_pylist()
+            raw = preference_as_reward(raw, reference_scores(columns, config.reference_scores))
         return shape(raw, schema.completion_lengths(batch), schema.finished(batch), self.max_tokens, config)
 
     def penalty(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
@@ -235,9 +238,16 @@ class Objective:
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         return (measured.logprobs if weighted and measured.logprobs is not None else logprobs), lengths
 
-    def user_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
-        """The user's terms of the reward by name, coefficient included, float64 [rows]."""
+    def row_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+        """Terms of a completion's reward by name: chi-squared, the user's; coefficient included, float64 [rows]."""
         terms = {}
+        config = self.settings.regularizer.chi_squared
+        if config.coefficient > 0:
+            logprobs, lengths = schema.ragged(batch, "completion_logprobs")
+            reference, _ = schema.ragged(batch, "reference_logprobs")
+            log_ratios = regularizers.sequence_kl(logprobs, reference, lengths)
+            penalty = regularizers.chi_squared_penalty(log_ratios, config.max_ratio, config.root)
+            terms["chi_squared"] = -config.coefficient * penalty
         for term, function in self._terms:
             if term.placement == "reward":
                 values = finite(function(batch), batch.num_rows, f"regularizer term {term.name}")
@@ -245,10 +255,10 @@ class Objective:
         return terms
 
     def regularized_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
-        """Reward of each row with every regularizer that lives in it: KL, entropy, the user's terms. float64 [rows]."""
+        """Reward of each row with every regularizer that lives in it: KL, entropy, row terms. float64 [rows]."""
         by_token = self.bonus(batch, measured) - self.penalty(batch, measured)
         rows = schema.row_sums(by_token, schema.completion_lengths(batch))
-        return self.rewards(batch) + rows + sum(self.user_terms(batch).values())
+        return self.rewards(batch) + rows + sum(self.row_terms(batch).values())
 
     @staticmethod
     def reward_metrics(

@@ -4,6 +4,7 @@
     A        of R = sum_t r_t within its group, or of the r_t that follow a token (returns, GAE)
              + tau A^H, EAPO's advantage of the entropy still to come
     loss     = reduce_t [ -min(rho A, clip(rho) A) w ] + c_V L_V + the regularizers that live in the loss
+             + beta KL(mu, pi) at the tokens of largest covariance (KL-Cov); A = 0 at some of a band (Clip-Cov)
 
     rho = pi / pi_old, per token, per completion, or its geometric mean;  pi_old: the learner when the step began
     w   = min(pi_old / mu, cap), mu: the sampler's log-probs as stored; detached (truncated importance weight)
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor
 
 from keel import schema, user_code
-from keel.algorithms import advantages, critics, regularizers
+from keel.algorithms import advantages, critics, regularizers, token_covariance
 from keel.algorithms.objective import Objective, finite
 from keel.algorithms.types import Credit, Measured, Outputs, Rows
+from keel.config.covariance import CovarianceSettings
 from keel.config.objective import CriticSettings, EntropyAdvantageSettings, PolicyGradientSettings
 from keel.config.run import LearnerSpec
 from keel.errors import ConfigError
@@ -56,8 +58,8 @@ class PolicyGradient(Objective):
         self.heads = ["value"] * (self.config.advantage in ("gae", "value_baseline"))
         self.heads += ["entropy"] * bool(self.config.entropy_advantage and self.config.entropy_advantage.critic)
         self.popart = {head: critics.PopArt() for head in self.heads}
-        if self.heads:
-            self.measures |= {"values"}
+        self.measures |= {"values"} if self.heads else set()
+        self.measures |= {"logprobs"} if self.config.covariance else set()
 
     def _probe(self, function: Any) -> None:
         """Call the user's advantage once, to refuse before Ray starts what would fail at the first step."""
@@ -74,7 +76,7 @@ class PolicyGradient(Objective):
         logprobs, lengths = schema.ragged(batch, "completion_logprobs")
         rewards, penalty, bonus = self.rewards(batch), self.penalty(batch, measured), self.bonus(batch, measured)
         scores = self.moments.normalize(rewards) if self.config.normalize_reward else rewards
-        scores = scores + sum(self.user_terms(batch).values())
+        scores = scores + sum(self.row_terms(batch).values())
         parts = (scores, penalty, bonus, lengths)
         row_penalty, row_bonus = schema.row_sums(penalty, lengths), schema.row_sums(bonus, lengths)
         regularized = scores + row_bonus - row_penalty
@@ -93,7 +95,9 @@ class PolicyGradient(Objective):
             size = advantages.magnitude(scores, weighed, row_penalty, row_bonus, *values.values())
             flat = self._whiten(flat, lengths, size)
         target_columns, old = self._normalized(targets, values)
-        return Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old)
+        credit = Credit(flat, len(lengths), len(flat), metrics, {}, target_columns, old)
+        covariance = self.config.covariance
+        return _by_covariance(credit, batch, measured, covariance) if covariance else credit
 
     def _whiten(self, flat: np.ndarray, lengths: np.ndarray, size: float) -> np.ndarray:
         """Whitened over tokens where advantages differ between those of a completion, else over completions.
@@ -202,11 +206,21 @@ class PolicyGradient(Objective):
             "importance_weight": weight.sum().item() / num_terms,
             "truncated_weight_ratio": (weight >= self.config.correction_cap).sum().item() / num_terms,
         }
+        if rows.penalized is not None:
+            loss = loss + self._kl_to_sampler(rows, logprobs, credit, sums)
         if self.config.critic:
             value_terms = self._value_terms(self.config.critic, rows, outputs, credit)
             loss = loss + torch.stack(list(value_terms.values())).sum()
             sums |= {f"critic_loss/{head}": term.item() for head, term in value_terms.items()}
         return loss, sums
+
+    def _kl_to_sampler(self, rows: Rows, logprobs: Tensor, credit: Credit, sums: dict[str, float]) -> Tensor:
+        """KL-Cov's share of the loss: beta (pi/mu - 1 - log pi/mu), KL(mu, pi) on samples of mu, at its tokens."""
+        assert rows.penalized is not None and rows.sampler is not None and self.config.covariance is not None
+        tokens = rows.penalized * regularizers.kl_k3(rows.sampler, logprobs)
+        term = self.config.covariance.coefficient * self.reduce(tokens, rows, credit)
+        sums["objective_term/kl_cov"] = term.item()
+        return term
 
     def _value_terms(self, config: CriticSettings, rows: Rows, outputs: Outputs, credit: Credit) -> dict[str, Tensor]:
         """Each head's share of its loss, coefficient included, over all its targets of the step."""
@@ -267,3 +281,20 @@ class PolicyGradient(Objective):
         super().restore(state)
         self.moments = critics.RunningMoments(**state["moments"])
         self.popart = {head: critics.PopArt(**numbers) for head, numbers in state["popart"].items()}
+
+
+def _by_covariance(credit: Credit, batch: pa.RecordBatch, measured: Measured, config: CovarianceSettings) -> Credit:
+    """The credit of the step with KL-Cov's tokens marked, or Clip-Cov's without an advantage.
+
+    Covariances are those of the advantages as trained on and of the policy when the step began, in all its updates.
+    """
+    assert measured.logprobs is not None
+    covariance = token_covariance.covariances(measured.logprobs, credit.advantages)
+    lengths = schema.completion_lengths(batch)
+    order = token_covariance.draws(batch.column("seed").to_numpy(), lengths, measured.version)
+    selected = token_covariance.selected(covariance, order, config)
+    metrics = {**credit.metrics, "covariance_selected_ratio": float(selected.mean())}
+    if config.form == "clip_cov":
+        cut = np.where(selected, 0.0, credit.advantages)
+        return dataclasses.replace(credit, advantages=cut, metrics=metrics)
+    return dataclasses.replace(credit, penalized=selected, metrics=metrics)

@@ -1,4 +1,4 @@
-"""Regularizers: the KL estimators (k1, k2, k3, k3_k2, exact) and the entropy, in the reward (numpy) or loss (torch).
+"""Regularizers: KL estimators (k1, k2, k3, k3_k2, exact), chi-squared and entropy, in reward (numpy) or loss (torch).
 
 Where a term lives decides its gradient (in the reward: detached, through the advantage; in the loss: differentiated):
 
@@ -7,6 +7,8 @@ Where a term lives decides its gradient (in the reward: detached, through the ad
                                   k3 = e^-x - 1 + x, loss      that of the forward KL(ref, pi): GRPO
                                   k3_k2 in the loss            k3's value, k2's gradient
                                   exact in the loss            sum_a pi(a) log pi(a)/ref(a), the same without noise
+    chi-squared, rho = pi/ref(y)  2 rho in the reward          that of E_ref[rho^2] - 1 (2403.03185)
+                                  rho / sqrt(chi2), reward     that of its root
     entropy                       -log pi(y) in the reward     exact gradient of the sequence entropy
                                   -(log pi(y) + 1) / |y|       the same of E[-log pi(y) / |y|]: where the temperature
                                                                depends on y, the 1 does not cancel
@@ -31,6 +33,9 @@ MAX_LOG_RATIO = 20.0
 MAX_WEIGHT = 2.0
 """Upper bound of truncated importance weights where the objective sets none."""
 
+MIN_CHI_SQUARED = 0.01
+"""Smallest divergence whose root a penalty is divided by: about the noise of its estimate on a step of 64 rows."""
+
 
 def clamp(log_ratio: Tensor) -> tuple[Tensor, int]:
     """The log-ratio within +-MAX_LOG_RATIO, and how many entries were outside."""
@@ -50,6 +55,24 @@ def token_k3(logprobs: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """
     x = logprobs.astype(np.float64) - reference
     return np.expm1(np.minimum(-x, MAX_LOG_RATIO)) + x
+
+
+def chi_squared_penalty(log_ratios: np.ndarray, max_ratio: float, root: bool) -> np.ndarray:
+    """What the reward of each completion loses for one unit of coefficient (2403.03185). log rho [rows] -> [rows].
+
+    The divergence is D = E_ref[h(rho)] - 1, h = rho^2 up to C = max_ratio and its tangent 2 C rho - C^2 beyond; below C
+    it is chi-squared. Without root: 2 min(rho, C), and E_pi[2 min(rho, C) grad S] = grad D exactly, clip included.
+    With root: min(rho, C) / sqrt(D), which is grad sqrt(D) where D is known. Here D is the mean over the rows of
+    h(rho) / rho, minus 1: consistent in the number of rows, not unbiased. D counts as MIN_CHI_SQUARED below that:
+    at rho = 1 the root has no slope.
+    """
+    log_bound = np.log(max_ratio)
+    ratios = np.exp(np.minimum(log_ratios, log_bound))
+    if not root:
+        return 2 * ratios
+    beyond = 2 * max_ratio - max_ratio**2 * np.exp(-np.maximum(log_ratios, log_bound))
+    divergence = np.where(log_ratios > log_bound, beyond, ratios).mean() - 1
+    return ratios / np.sqrt(max(divergence, MIN_CHI_SQUARED))
 
 
 def entropy_reward(form: str, logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -43,6 +43,8 @@ class Credit:
     """[tokens, K] of the critic before the step, in the unit of the targets."""
     selected: np.ndarray | None = None
     """bool [tokens] where the vocabulary term is computed; None: everywhere."""
+    penalized: np.ndarray | None = None
+    """bool [tokens] where the loss has a KL to the sampler (KL-Cov); None: nowhere."""
     finished: bool = False
     """The objective has reached its own stopping rule: this is the last step."""
     num_sampled_tokens: int | None = None
@@ -87,6 +89,8 @@ class Rows:
     """fp32 [N, K], NaN where there is none."""
     old_values: Tensor | None = None
     """fp32 [N, K]."""
+    penalized: Tensor | None = None
+    """fp32 [N], 1 where the loss has a KL to the sampler; None: nowhere."""
     stored: Tensor | None = None
     """bool [B]: completions that came with the prompts; None: none of them."""
 

@@ -186,8 +186,15 @@ def main() -> None:
     except Exception as error:
         _fail_run(error)
     if code == loader.INTERRUPTED:
-        _fail("interrupted; `keel resume RUN_DIR` resumes from the last checkpoint", loader.INTERRUPTED)
+        _fail("; ".join(["interrupted", *_way_on(sys.argv[1:2])]), loader.INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _way_on(command: list[str]) -> list[str]:
+    """How an interrupted command continues; nothing for one that only reads."""
+    if {*training_commands.HELP, "resume"} & {*command}:
+        return ["`keel resume RUN_DIR` resumes from the last checkpoint"]
+    return ["the same command continues"] if {"pipeline", "sweep"} & {*command} else []
 
 
 def _fail_run(error: Any) -> NoReturn:

@@ -8,6 +8,8 @@ from keel.config.base import Fraction, Section
 from keel.config.regularizer import KLSettings
 
 Action = Literal["warn", "raise_kl", "lower_lr", "roll_back", "stop"]
+STEP_DETECTORS = ("kl_slope", "kl_curvature", "grad_norm")
+"""Detectors that read training steps; the others read evaluations."""
 
 
 class WatchSettings(Section):
@@ -68,6 +70,14 @@ class RepetitionSettings(WatchSettings):
     max_rise: Fraction = Field(0.1, description="largest rise of the share of repeated 3-grams over the start's")
 
 
+class TemplateCollapseSettings(WatchSettings):
+    """Answers to different prompts become the same."""
+
+    max_rise: Fraction = Field(
+        0.01, description="largest rise of the share of 3-grams that answers to two prompts have in common"
+    )
+
+
 class GradNormSettings(WatchSettings):
     """The gradient grows."""
 
@@ -108,6 +118,12 @@ class GuardSettings(Section):
         None, description="reward that decides which evaluation is the best; null: the one called gold, if there is one"
     )
     confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the intervals by which detectors decide")
+    min_rows: int = Field(
+        8,
+        ge=2,
+        description="fewest held-out completions by which detectors that read evaluations decide: an interval of two"
+        " equal ones has no width",
+    )
     window_steps: int = Field(10, ge=4, description="steps of a window of the detectors that read training steps")
     pause_steps: int = Field(10, ge=1, description="steps after a firing in which the same detector does not fire")
     proxy_gold_divergence: DivergenceSettings | None = Field(
@@ -126,6 +142,9 @@ class GuardSettings(Section):
     )
     length: LengthDriftSettings | None = Field(LengthDriftSettings(), description="mean length drifts")
     repetition: RepetitionSettings | None = Field(RepetitionSettings(), description="completions repeat themselves")
+    template_collapse: TemplateCollapseSettings | None = Field(
+        TemplateCollapseSettings(), description="answers to different prompts become the same"
+    )
     grad_norm: GradNormSettings | None = Field(GradNormSettings(), description="the gradient norm grows")
     raise_kl: RaiseKlSettings = Field(RaiseKlSettings(), description="what the action raise_kl does")
     lower_lr: LowerLrSettings = Field(LowerLrSettings(), description="what the action lower_lr does")
@@ -136,11 +155,16 @@ class GuardSettings(Section):
         blocks = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: block for name, block in blocks.items() if isinstance(block, WatchSettings)}
 
-    def check(self, rewards: list[str], kl: KLSettings) -> None:
+    def check(self, rewards: list[str], kl: KLSettings, held_out: int) -> None:
         """Hold monitor and actions to the rest of the run. Raises ValueError."""
         if self.monitor is not None and self.monitor not in rewards:
             raise ValueError(f"guard.monitor={self.monitor}: no such reward; expected one of {', '.join(rewards)}")
         for name, watch in self.watches().items():
+            if name not in STEP_DETECTORS and held_out < self.min_rows and set(watch.actions) != {"warn"}:
+                raise ValueError(
+                    f"guard.{name}.actions: it never acts on prompts.held_out={held_out} completions, fewer than"
+                    f" guard.min_rows={self.min_rows}; expected at least that, or warn"
+                )
             if "raise_kl" in watch.actions and self.active_kl(kl).coefficient == 0:
                 raise ValueError(
                     f"guard.{name}.actions: raise_kl multiplies regularizer.kl.coefficient, which is 0; expected one"

@@ -46,6 +46,9 @@ class LabelSettings(CommandSettings):
         None, ge=1, description="the first prompts of the shuffled ones, this many; null: all"
     )
     judge: RewardSettings = Field(description="the reward that orders the completions")
+    monitors: list[RewardSettings] = Field(
+        [], description="rewards stored beside the judge's; kind reference with source relevance lets a judge read it"
+    )
     pairs: PairSettings = Field(PairSettings(), description="which two completions of a prompt become a pair")
     truncated: Literal["keep", "drop"] = Field(
         "keep",
@@ -63,7 +66,10 @@ class LabelSettings(CommandSettings):
         """Settings of the judge and the reference; also of prompts and generators, where completions are sampled."""
         scoring: dict[str, Any] = {
             "deadlines": self.deadlines,
-            "rewards": [self.judge.model_copy(update={"role": "train"})],
+            "rewards": [
+                self.judge.model_copy(update={"role": "train"}),
+                *(monitor.model_copy(update={"role": "monitor"}) for monitor in self.monitors),
+            ],
             "scorers": self.scorers,
             "reference": self.reference,
             "sampling": self.sampling,
@@ -80,10 +86,15 @@ class LabelSettings(CommandSettings):
         sampled = self.policy is not None and self.prompts is not None
         if bool(self.runs) == sampled or (self.runs and (self.policy or self.prompts)):
             raise ValueError(f"runs={self.runs}: expected run directories, or policy and prompts, and not both")
-        if self.judge.kind == "reference" and (self.reference is None or (self.runs and self.reference.model is None)):
-            raise ValueError(
-                "judge.kind=reference: reads a reference's log-probs; expected a reference block, with a model"
-            )
+        rewards = {"judge": self.judge} | {f"monitors.{monitor.name}": monitor for monitor in self.monitors}
+        if len({reward.name for reward in rewards.values()}) < 1 + len(self.monitors):
+            names = [self.judge.name, *(monitor.name for monitor in self.monitors)]
+            raise ValueError(f"monitors: two rewards of {', '.join(names)} have one name; expected different names")
+        for setting, reward in rewards.items():
+            if reward.kind == "reference" and (self.reference is None or (self.runs and self.reference.model is None)):
+                raise ValueError(
+                    f"{setting}.kind=reference: reads a reference's log-probs; expected a reference block, with a model"
+                )
         if self.judge.kind == "stored":
             raise ValueError("judge.kind=stored: sampled completions have no stored reward; expected another kind")
         if not self.runs and self.sampling.samples_per_prompt < 2:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from keel.config.base import Fraction, Options, Section, Source, one_of
+from keel.config.covariance import CovarianceSettings
 from keel.config.pairs import PairSettings
 
 GROUP_ADVANTAGES = ("rloo", "group_mean", "grpo", "dr_grpo")
@@ -140,6 +141,7 @@ class PolicyGradientSettings(ObjectiveSection):
         "token", description="truncated importance weight learner/sampler: per token or per completion"
     )
     correction_cap: float = Field(2.0, ge=1, description="upper bound of that weight")
+    covariance: CovarianceSettings | None = Field(None, description="KL-Cov or Clip-Cov; null: neither")
 
     @field_validator("advantage")
     @classmethod
@@ -156,8 +158,9 @@ class PolicyGradientSettings(ObjectiveSection):
             raise ValueError(
                 f"correction=token: level={self.level} has one ratio a completion; expected sequence or none"
             )
-        if self.level != "token" and (self.by_token or self.entropy_advantage):
-            why = "entropy_advantage" if self.entropy_advantage else f"advantage={self.advantage}"
+        if self.level != "token" and (self.by_token or self.entropy_advantage or self.covariance):
+            why = "covariance" if self.covariance else f"advantage={self.advantage}"
+            why = "entropy_advantage" if self.entropy_advantage else why
             raise ValueError(f"level={self.level}: {why} differs from token to token; expected token")
         return self
 

@@ -1,4 +1,4 @@
-"""Settings of the regularizers: KL to the reference, entropy, custom terms, and coefficients that adapt."""
+"""Settings of the regularizers: KL and chi-squared to the reference, entropy, terms of the user, controllers."""
 
 from typing import Any, Literal, Self
 
@@ -101,6 +101,26 @@ class KLSettings(Section):
         return self.in_loss and self.estimator == "exact"
 
 
+class ChiSquaredSettings(Section):
+    """Chi-squared divergence to the reference, inside the reward (2403.03185). rho = pi/ref of the completion."""
+
+    coefficient: float = Field(0.0, ge=0, description="lambda, reward units")
+    max_ratio: float = Field(10.0, ge=1, description="rho is clipped here: the divergence grows linearly beyond")
+    root: bool = Field(
+        True,
+        description="true: lambda rho / sqrt(chi2), chi2 estimated on the step's rows, the gradient of lambda"
+        " sqrt(chi2), as published; false: 2 lambda rho, that of lambda chi2",
+    )
+
+    def check_stored(self, stored_ratio: float) -> None:
+        """Raises ValueError for completions whose ratio is not that of the policy's samples."""
+        if stored_ratio > 0 and self.coefficient > 0:
+            raise ValueError(
+                f"regularizer.chi_squared.coefficient={self.coefficient}: its gradient is that of a divergence on the"
+                f" policy's samples alone, and sampling.stored_ratio={stored_ratio}; expected coefficient 0"
+            )
+
+
 class EntropySettings(Section):
     """Entropy of the policy, as a reward or a bonus."""
 
@@ -173,6 +193,7 @@ class RegularizerSettings(Section):
     """What keeps the policy from over-optimizing its reward."""
 
     kl: KLSettings = Field(KLSettings(), description="KL to the reference policy")
+    chi_squared: ChiSquaredSettings = Field(ChiSquaredSettings(), description="chi-squared to the reference policy")
     entropy: EntropySettings = Field(EntropySettings(), description="entropy of the policy")
     terms: list[TermSettings] = Field([], description="regularizers of your own")
 
@@ -181,10 +202,13 @@ class RegularizerSettings(Section):
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"terms: name {max(names, key=names.count)!r} is used twice; expected unique names")
+        if "chi_squared" in names:
+            raise ValueError("terms: name 'chi_squared' is that of regularizer.chi_squared; expected another name")
         return self
 
     def reward_terms(self) -> list[str]:
         """The settings that put a regularizer into the reward."""
         terms = ["kl.placement=reward"] if self.kl.in_reward else []
         terms += [f"entropy.form={self.entropy.form}"] if self.entropy.in_reward else []
+        terms += [f"chi_squared.coefficient={self.chi_squared.coefficient}"] if self.chi_squared.coefficient > 0 else []
         return terms + [f"terms.{term.name}.placement=reward" for term in self.terms if term.placement == "reward"]

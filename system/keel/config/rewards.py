@@ -126,8 +126,13 @@ def needs_relevance(rewards: Iterable[RewardSettings]) -> bool:
 
 
 class ShapingSettings(Section):
-    """What length and end of a completion do to its reward, before baselines and regularizers."""
+    """What reference scores, length and end of a completion do to its reward, before baselines and regularizers."""
 
+    reference_scores: str | None = Field(
+        None,
+        description="PAR: column of prompts.source with the training reward of answers of the start policy to that"
+        " prompt, a number or a list; the reward becomes mean_m sigmoid(reward - score_m). null: as it is",
+    )
     overlong_buffer_tokens: int = Field(
         0,
         ge=0,

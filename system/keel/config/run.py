@@ -157,7 +157,9 @@ class LearnerSpec(CommandSettings):
         """Settings that make the objective read the reference policy."""
         kl, active = self.regularizer.kl.coefficient, self.active_kl.coefficient
         reader = f"regularizer.kl.coefficient={kl}" if kl > 0 else f"guard.raise_kl.min_coefficient={active}"
-        return [reader] * (active > 0) + [reader for reader in [self.objective.reference_reader] if reader]
+        readers = [reader] * (active > 0) + [reader for reader in [self.objective.reference_reader] if reader]
+        chi_squared = self.regularizer.chi_squared.coefficient
+        return readers + [f"regularizer.chi_squared.coefficient={chi_squared}"] * (chi_squared > 0)
 
     def needed_columns(self) -> dict[str, str]:
         """Rollout columns the objective reads -> the setting that asks for them."""
@@ -236,6 +238,7 @@ class LearnerSpec(CommandSettings):
     def _stored_completions_fit(self) -> Self:
         ratio = self.sampling.stored_ratio
         self.regularizer.kl.check_stored(ratio)
+        self.regularizer.chi_squared.check_stored(ratio)
         for reward in self.train_rewards:
             if reward.kind == "stored" and ratio < 1:
                 raise ValueError(
@@ -339,7 +342,8 @@ class Settings(LearnerSpec):
 
     @model_validator(mode="after")
     def _guard_fits_the_run(self) -> Self:
-        self.guard.check([reward.name for reward in self.rewards], self.regularizer.kl)
+        names = [reward.name for reward in self.rewards]
+        self.guard.check(names, self.regularizer.kl, self.prompts.held_out)
         return self
 
     @model_validator(mode="after")
@@ -352,6 +356,12 @@ class Settings(LearnerSpec):
         rows = self.buffer.groups_per_step * self.sampling.samples_per_prompt
         if rows < self.learners.count:
             raise ValueError(f"learners.count={self.learners.count}: a step has {rows} rows; expected at most {rows}")
+        return self
+
+    @model_validator(mode="after")
+    def _sampler_is_another_policy(self) -> Self:
+        if isinstance(self.objective, PolicyGradientSettings) and self.objective.covariance:
+            self.objective.covariance.check_sampler(self.objective.epochs, self.buffer.max_staleness)
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ _READ_BY = {
     "online": """
         RunSettings CheckpointSettings ParitySettings DivergenceSettings DisagreementSettings SlopeSettings
         CurvatureSettings EntropyDriftSettings ReferenceNllSettings LengthDriftSettings RepetitionSettings
-        GradNormSettings RaiseKlSettings LowerLrSettings
+        TemplateCollapseSettings GradNormSettings RaiseKlSettings LowerLrSettings
     """,
     "online, observability": "GuardSettings",
     "stages": "RunIdentity LabelRun PipelineRun StageEntry StageCheckpointSettings TrainingSettings MemberSettings",
@@ -25,7 +25,7 @@ _READ_BY = {
     "algorithms": """
         PolicyGradientSettings EntropyAdvantageSettings PreferenceSettings PairSettings WeightedLikelihoodSettings
         LogitsConvexitySettings CustomObjectiveSettings RegularizerSettings KLSettings ControllerSettings
-        EntropySettings TermSettings ShapingSettings
+        EntropySettings ChiSquaredSettings TermSettings CovarianceSettings ShapingSettings
     """,
     "algorithms, learner": "CriticSettings DenseSettings",
     "online, stages": "FailureSettings EvaluationSettings",

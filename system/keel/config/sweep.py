@@ -31,8 +31,11 @@ class SweepSettings(Section):
         {}, description="setting (a.b) -> its values; every arm is run with every combination of them"
     )
     directory: str = Field("runs/sweep", min_length=1, description="folder of the runs and of what is made of them")
+    concurrent_runs: int = Field(
+        1, ge=1, description="runs under way at the same time; above 1 their output is in DIRECTORY/output"
+    )
     budget_seconds: Seconds | None = Field(
-        None, description="time after which a call stops the run under way, with a checkpoint; null: none"
+        None, description="time after which a call stops the runs under way, with a checkpoint; null: none"
     )
 
     def changes(self) -> dict[str, dict[str, Any]]:

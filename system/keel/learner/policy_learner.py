@@ -252,6 +252,7 @@ class DeepSpeedLearner:
             reference=stored("reference_logprobs"),
             targets=None if credit.targets is None else column(credit.targets),
             old_values=None if credit.old_values is None else column(credit.old_values),
+            penalized=None if credit.penalized is None else column(credit.penalized),
             stored=torch.from_numpy(~schema.sampled(batch)[micro.rows]).to(self.device) if mixed else None,
         )
 

@@ -122,7 +122,7 @@ _LEARNING = """
 Loss | loss, policy_loss, kl_loss, log_ratio_loss, entropy_loss
 Gradient norm | grad_norm
 Learning rate | learning_rate
-Clipped and truncated | clip_ratio, truncated_weight_ratio
+Clipped and truncated | clip_ratio, truncated_weight_ratio, covariance_selected_ratio
 Coefficients | kl_coefficient, entropy_coefficient
 Gap between learner and sampler | gap_nats, fresh_gap_nats | Large: the sampler does not hold what is trained.
 Importance weight | importance_weight

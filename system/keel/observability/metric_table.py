@@ -151,6 +151,7 @@ TABLE: list[Metric] = [
         ("clip_ratio", "Share of surrogate terms where the PPO clip was active."),
         ("clamped_log_ratios", "Exponents of log-ratios cut at +-20 nats in the step."),
         ("importance_weight", "Mean truncated importance weight learner/sampler."),
+        ("covariance_selected_ratio", "Share of tokens that KL-Cov penalizes or Clip-Cov cuts."),
         ("truncated_weight_ratio", "Share of importance weights at their cap."),
         ("gap_nats", "Mean over tokens of |learner - sampler| log-prob at the start of the step."),
         ("fresh_gap_nats", "The same over tokens that the version under training sampled; parity.max_step_gap_nats."),

@@ -48,14 +48,21 @@ def template_overlap(batch: pa.RecordBatch) -> float | None:
     """Mean over pairs of completions of different prompts of |A & B| / |A | B|, their sets of 3-grams; None: no pair.
 
     Near 0 where answers depend on their question, towards 1 where one template answers all of them (template collapse,
-    2604.06268), which entropy within a prompt does not show. Two empty sets have overlap 0. Of more than 512
-    rows, 512 evenly spaced ones: the work grows with their square.
+    2604.06268), which entropy within a prompt does not show. Two empty sets have overlap 0.
+    """
+    overlaps, pairs = prompt_overlaps(batch)
+    return float(overlaps.sum() / pairs.sum()) if pairs.any() else None
+
+
+def prompt_overlaps(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """That overlap summed over the pairs of completions of every two prompts, and the number of pairs.
+
+    [prompts, prompts] each, 0 on the diagonal. Of more than 512 rows, 512 evenly spaced ones: the work grows with their
+    square.
     """
     if batch.num_rows > _OVERLAP_ROWS:
         batch = batch.take(pa.array(np.linspace(0, batch.num_rows - 1, _OVERLAP_ROWS).round().astype(int)))
     prompts = np.unique(batch.column("ticket").to_numpy(), return_inverse=True)[1]
-    if len(set(prompts.tolist())) < 2:
-        return None
     grams, rows = trigrams(batch)
     shape = (batch.num_rows, int(grams.max()) + 1 if len(grams) else 1)
     sets = sparse.csr_array((np.ones(len(grams)), (rows, grams)), shape=shape)
@@ -64,7 +71,10 @@ def template_overlap(batch: pa.RecordBatch) -> float | None:
     shared = (sets @ sets.T).toarray()
     union = sizes[:, None] + sizes[None, :] - shared
     overlap = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
-    return float(overlap[prompts[:, None] != prompts[None, :]].mean())
+    member = prompts[:, None] == np.arange(prompts.max(initial=-1) + 1)
+    counts = member.sum(0, dtype=np.float64)
+    different = ~np.eye(len(counts), dtype=bool)
+    return (member.T @ overlap @ member) * different, np.outer(counts, counts) * different
 
 
 def compression_ratio(batch: pa.RecordBatch) -> float | None:

@@ -18,15 +18,17 @@ import numpy as np
 import pyarrow as pa
 
 from keel.algorithms import detectors
-from keel.algorithms.detectors import Sample, Verdict
+from keel.algorithms.detectors import Pairs, Sample, Verdict
 from keel.config.run import Settings
 from keel.observability.held_out_statistics import folder_spread, held_out_values, members
+from keel.observability.sample_diagnostics import prompt_overlaps
 
 _EMPTY: Mapping[str, Any] = {
     "evaluations": {},
     "band": None,
     "outside": [0, 0],
     "member_means": None,
+    "peak": None,
     "steps": {"kl": [], "grad_norm": []},
     "fired": {},
     "best": None,
@@ -42,6 +44,7 @@ _UNITS = {
     "reference_nll": "of the completions outside the start's band under the reference",
     "length": "times the start's length",
     "repetition": "more of the 3-grams repeated than at the start",
+    "template_collapse": "more of the 3-grams shared by answers to two prompts than at the start",
     "grad_norm": "times the gradient norm of the window before",
 }
 
@@ -90,6 +93,7 @@ class Guard:
         self.monitor = settings.guard.monitor_of([reward.name for reward in settings.rewards])
         self._state: dict[str, Any] = copy.deepcopy({**_EMPTY, **(state or {})})
         self._evaluated_at: int | None = None
+        self._pairs: Pairs | None = None
 
     def state(self) -> dict[str, Any]:
         """Everything that decides later firings, as JSON."""
@@ -122,11 +126,14 @@ class Guard:
             values["spread"] = spread
         if "reference_nll" in values:
             self._place(values["reference_nll"])
-        for name, rows in values.items():
-            if (sample := detectors.sample(step, rows)) is not None:
+        samples = {name: detectors.sample(step, rows) for name, rows in values.items()}
+        samples["template_overlap"] = detectors.jackknife(step, *prompt_overlaps(batch))
+        for name, sample in samples.items():
+            if sample is not None:
                 series = self._state["evaluations"].setdefault(name, [])
                 series.append([sample.step, sample.mean, sample.standard_error, sample.rows])
         self._evaluated_at = step
+        self._pair(step, batch.column("prompt_id").to_pylist(), values)
         return self._judge(step) and step > 0
 
     def stepped(self, metrics: Mapping[str, Any]) -> None:
@@ -176,12 +183,28 @@ class Guard:
     def _place(self, nll: np.ndarray) -> None:
         """Count the completions outside the band of the start, which the first evaluation of a reference sets."""
         finite = nll[np.isfinite(nll)]
-        if not len(finite):
+        if len(finite) < self.config.min_rows:
+            self._state["outside"] = [0, 0]
             return
         if self._state["band"] is None:
             self._state["band"] = list(detectors.band(finite))
         low, high = self._state["band"]
         self._state["outside"] = [int(((finite < low) | (finite > high)).sum()), len(finite)]
+
+    def _pair(self, step: int, prompts: list[int], values: Mapping[str, np.ndarray]) -> None:
+        """Pair the rows with those of gold's peak by prompt, and keep them where this evaluation is the peak."""
+        self._pairs, before = None, self._state["peak"]
+        rows = {name: values[name] for name in ("proxy", "monitor") if name in values}
+        if len(rows) < 2:
+            return
+        if before is not None and before["prompts"] == prompts:
+            proxy, monitor = (now - np.array(before[name], np.float64) for name, now in rows.items())
+            both = np.isfinite(proxy) & np.isfinite(monitor)
+            if both.sum() >= self.config.min_rows:
+                self._pairs = Pairs(before["step"], proxy[both], monitor[both])
+        if detectors.peak(self._large("proxy"), self._large("monitor")) == step:
+            kept = {name: [float(x) if np.isfinite(x) else None for x in now] for name, now in rows.items()}
+            self._state["peak"] = {"step": step, "prompts": prompts, **kept}
 
     def _judge(self, step: int) -> bool:
         """Whether this evaluation's mean of the monitor is above every earlier one's; it is the best then."""
@@ -199,6 +222,11 @@ class Guard:
             "rows": last.rows,
         }
         return True
+
+    def _large(self, name: str) -> list[Sample]:
+        """The series of enough completions each; none where that of now is not among them."""
+        series = [sample for sample in self._series(name) if sample.rows >= self.config.min_rows]
+        return series if series and series[-1].step == self._evaluated_at else []
 
     def _series(self, name: str) -> list[Sample]:
         return [Sample(*entry) for entry in self._state["evaluations"].get(name, [])]
@@ -220,18 +248,18 @@ class Guard:
         config, level = self.config, self.config.confidence
         watch: Any = config.watches()[name]
         if name == "proxy_gold_divergence":
-            proxy, monitor = self._series("proxy"), self._series("monitor")
-            if not proxy or not monitor or not proxy[-1].step == monitor[-1].step == self._evaluated_at:
-                return None
-            return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level)
+            proxy, monitor = self._large("proxy"), self._large("monitor")
+            return detectors.proxy_gold_divergence(proxy, monitor, watch.min_fall, level, self._pairs)
         if name == "ensemble_disagreement":
-            return detectors.ratio(self._series("spread"), None, watch.highest_ratio, level)
+            return detectors.ratio(self._large("spread"), None, watch.highest_ratio, level)
         if name == "reference_nll":
             outside, rows = self._state["outside"]
             return detectors.share_outside(outside, rows, watch.max_outside_ratio, level)
         if name == "repetition":
-            return detectors.rise(self._series("repetition"), watch.max_rise, level)
-        return detectors.ratio(self._series(name), watch.lowest_ratio, watch.highest_ratio, level)
+            return detectors.rise(self._large("repetition"), watch.max_rise, level)
+        if name == "template_collapse":
+            return detectors.rise(self._large("template_overlap"), watch.max_rise, level)
+        return detectors.ratio(self._large(name), watch.lowest_ratio, watch.highest_ratio, level)
 
     def _kl_slope(self) -> Verdict | None:
         window, watch = self.config.window_steps, self.config.kl_slope

@@ -63,10 +63,14 @@ def prepare(settings: Settings) -> Prepared:
     registry.build(settings)  # imports what the configuration names, and refuses what is not there
     models = resolve(settings)
     prompts = check_prompts(settings, models)
+    text_checks.check_reference_scores(settings.shaping.reference_scores, prompts)
     models = with_learner_models(models, settings)
     notes = models.notes
     if late := settings.buffer.max_staleness:
         notes += (f"buffer.max_staleness={late}: late tokens are not held to parity.max_step_gap_nats",)
+    if (held_out := settings.prompts.held_out) < settings.guard.min_rows:
+        few = f"fewer than guard.min_rows={settings.guard.min_rows}, so its detectors that read evaluations say nothing"
+        notes += (f"prompts.held_out={held_out}: {few}",)
     prepared = Prepared(settings, directory, models, prompts, notes)
     text_checks.check_stored(prepared.given(), prompts, Path(models.policy), settings)
     return prepared

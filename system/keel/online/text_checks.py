@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from keel.algorithms.reward_shaping import reference_scores
 from keel.config.base import Section
 from keel.errors import ConfigError
 from keel.learner import end_tokens, model_files
@@ -52,3 +53,9 @@ def check_stored(completions: StoredCompletions | None, prompts: Prompts, policy
     if largest >= model_files.vocabulary(policy, f"policy.model={policy}"):  # else no text can hold one
         rows = completions.tokens(prompts.batch(range(prompts.counts["train"])))
         check_token_ids(policy, max(max(ids, default=0) for ids in rows), settings)
+
+
+def check_reference_scores(column: str | None, prompts: Prompts) -> None:
+    """Refuse prompts without the scores that shaping centers by. Raises ConfigError."""
+    if column is not None:
+        reference_scores(prompts.rows.column("prompt_columns").to_pylist(), column)

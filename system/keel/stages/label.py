@@ -59,6 +59,8 @@ def prepare(settings: LabelSettings) -> Labeling:
     directory = preflight.check_place(settings)
     spec = settings.scoring_spec()
     preflight.check_reward_source(settings.judge, "judge.source")
+    for monitor in settings.monitors:
+        preflight.check_reward_source(monitor, f"monitors.{monitor.name}.source")
     if isinstance(spec, SamplingSpec):
         models = with_reference(resolve(spec), spec)
         source = preflight.check_prompts(spec, models)

@@ -1,9 +1,10 @@
-"""`keel sweep`: arms x seeds, one run after another, as one unit that can be interrupted and continued.
+"""`keel sweep`: arms x seeds, some runs at a time, as one unit that can be interrupted and continued.
 
     base, arms, grid, seeds -> runs, all checked before the first one starts
     every run: a checkpoint at its last step: skipped; else `keel train`, which resumes what was interrupted
     -> DIRECTORY/ARM/seed-N/        the run directories
        DIRECTORY/configs/           their configurations
+       DIRECTORY/output/            what they printed, where several are under way at a time
        DIRECTORY/metrics.parquet    all metrics of all runs, a row a number
        DIRECTORY/frontier.png       reward against the root of the KL, a curve an arm
        the table of `keel compare`
@@ -18,9 +19,11 @@ import math
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,6 +95,8 @@ def plan(settings: SweepSettings, path: Path) -> list[SweepRun]:
         for arm, changes in settings.changes().items():
             directory = root / arm / f"seed-{seed}"
             identity = {"run.name": f"{arm}-seed-{seed}", "run.seed": seed, "run.directory": str(directory)}
+            if settings.concurrent_runs > 1:
+                identity["metrics.port"] = 0  # one fixed port serves one run
             overrides = [f"{setting}={as_override(value)}" for setting, value in (changes | identity).items()]
             try:
                 run_settings = loader.parse(_base(settings.base, path, overrides))
@@ -151,31 +156,69 @@ def run(settings: SweepSettings, runs: Sequence[SweepRun], console: Console) -> 
     Raises SystemExit (130) when it was interrupted or its time is used up, SweepFailed when runs have failed.
     """
     end = time.monotonic() + (settings.budget_seconds or math.inf)
-    failed: list[str] = []
-    with _only_noting_signals() as signals:
-        for number, sweep_run in enumerate(runs, start=1):
-            title = f"[{number}/{len(runs)}] {sweep_run.name}"
-            if sweep_run.done:
-                console.print(f"{title}  done ({from_here(sweep_run.directory)})", soft_wrap=True)
-                continue
-            code = loader.INTERRUPTED
-            if time.monotonic() < end:
-                console.rule(title)
-                files.write(sweep_run.config_path, loader.dump(sweep_run.settings).encode())
-                code = train(sweep_run.config_path, end, signals)
-            if signals or code in (loader.INTERRUPTED, -signal.SIGUSR1):
-                late = not signals and time.monotonic() >= end
-                why = f"budget_seconds={settings.budget_seconds:g} are over" if late else "interrupted"
-                count = sum(planned.done for planned in runs)
-                console.print(f"{why}: {count} of {len(runs)} runs are done; the same command continues")
-                raise SystemExit(loader.INTERRUPTED)
-            if code != 0:
-                failed.append(f"{sweep_run.name} (exit code {code})")
-                console.print(f"{sweep_run.name} failed with exit code {code}; the others continue")
+    with _only_noting_signals() as signals, ThreadPoolExecutor(settings.concurrent_runs) as pool:
+        making = Making(settings, runs, console, end, signals)
+        codes = list(pool.map(making.make, range(len(runs))))
+    if making.stopped.is_set():
+        count = sum(planned.done for planned in runs)
+        console.print(f"{making.why_stopped()}: {count} of {len(runs)} runs are done; the same command continues")
+        raise SystemExit(loader.INTERRUPTED)
     conclude(settings, runs, console)
+    failed = [f"{made.name} (exit code {code})" for made, code in zip(runs, codes, strict=True) if code]
     if failed:
         named = "; ".join(failed)
         raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed: {named}; the same command tries them again")
+
+
+@dataclass
+class Making:
+    """The runs of a sweep in their order, as many at the same time as the pool has threads."""
+
+    settings: SweepSettings
+    runs: Sequence[SweepRun]
+    console: Console
+    end: float
+    """When the budget is over (time.monotonic)."""
+    signals: list[int]
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Set once no further run may start: a signal came, or the budget is over."""
+
+    def make(self, number: int) -> int:
+        """The exit code of a run; 0 for one that is done already, INTERRUPTED for one that did not start."""
+        made = self.runs[number]
+        title = f"[{number + 1}/{len(self.runs)}] {made.name}"
+        if self.stopped.is_set():
+            return loader.INTERRUPTED
+        if made.done:
+            self.console.print(f"{title}  done ({from_here(made.directory)})", soft_wrap=True)
+            return 0
+        if self.signals or time.monotonic() >= self.end:
+            self.stopped.set()
+            return loader.INTERRUPTED
+        output = self._announce(title, made)
+        files.write(made.config_path, loader.dump(made.settings).encode())
+        code = train(made.config_path, self.end, self.signals, output)
+        if self.signals or code in (loader.INTERRUPTED, -signal.SIGUSR1):
+            self.stopped.set()
+        elif code:
+            self.console.print(f"{made.name} failed with exit code {code}; the others continue")
+        elif output:
+            self.console.print(f"{title}  done", soft_wrap=True)
+        return code
+
+    def _announce(self, title: str, made: SweepRun) -> Path | None:
+        """Say that a run starts; the file that its output goes to, or None for this terminal."""
+        if self.settings.concurrent_runs == 1:
+            self.console.rule(title)
+            return None
+        output = Path(self.settings.directory).resolve() / "output" / f"{made.config_path.stem}.txt"
+        self.console.print(f"{title}  starts; its output: {from_here(output)}", soft_wrap=True)
+        return output
+
+    def why_stopped(self) -> str:
+        if not self.signals and time.monotonic() >= self.end:
+            return f"budget_seconds={self.settings.budget_seconds:g} are over"
+        return "interrupted"
 
 
 @contextlib.contextmanager
@@ -199,23 +242,28 @@ def _only_noting_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train(config_path: Path, end: float, signals: Sequence[int]) -> int:
-    """Run `keel train` in a process of its own; its exit code.
+def train(config_path: Path, end: float, signals: Sequence[int], output: Path | None = None) -> int:
+    """Run `keel train` in a process of its own, which prints here or to the end of a file; its exit code.
 
     At the time `end` (time.monotonic) the run is asked to stop; a SIGTERM among `signals` is passed on.
     """
     command = [sys.executable, "-P", "-m", "keel", "train", str(config_path)]  # -P: nothing of the current directory
-    process = subprocess.Popen(command)
-    told: set[int] = set()
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(timeout=0.5)
-        wanted = {signal.SIGTERM} & set(signals)
-        if time.monotonic() >= end:
-            wanted.add(signal.SIGUSR1)  # the run ends after the step under way, with a checkpoint
-        for number in wanted - told:
-            process.send_signal(number)
-        told |= wanted
+    with contextlib.ExitStack() as stack:
+        printed = None
+        if output:
+            files.make_folder(output.parent)
+            printed = stack.enter_context(output.open("ab"))
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT if printed else None)
+        told: set[int] = set()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=0.5)
+            wanted = {signal.SIGTERM} & set(signals)
+            if time.monotonic() >= end:
+                wanted.add(signal.SIGUSR1)  # the run ends after the step under way, with a checkpoint
+            for number in wanted - told:
+                process.send_signal(number)
+            told |= wanted
 
 
 def conclude(settings: SweepSettings, runs: Sequence[SweepRun], console: Console) -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from keel.algorithms import detectors
-from keel.algorithms.detectors import Sample
+from keel.algorithms.detectors import Pairs, Sample
 
 
 def held_out(step: int, mean: float, error: float, rows: int = 64) -> Sample:
@@ -32,6 +32,53 @@ def test_the_interval_of_a_difference_is_welchs() -> None:
     assert detectors.difference(samples[0], samples[1], 1.0, 0.9) == pytest.approx(expected)
     scaled = stats.ttest_ind(late, 2.5 * early, equal_var=False).confidence_interval(0.95)
     assert detectors.difference(samples[0], samples[1], 2.5, 0.95)[1:] == pytest.approx((scaled.low, scaled.high))
+
+
+def test_the_jackknife_leaves_out_one_prompt_after_another() -> None:
+    """Three prompts of two, one and three completions and two more, by loops over pairs of completions."""
+    random, prompts = np.random.default_rng(7), np.array([0, 0, 1, 2, 2, 2, 3, 4])
+    values = random.random((8, 8))
+    values += values.T
+
+    def mean(left_out: int | None) -> float:
+        kept = [row for row in range(8) if prompts[row] != left_out]
+        return float(np.mean([values[a, b] for a in kept for b in kept if prompts[a] != prompts[b]]))
+
+    member = prompts[:, None] == np.arange(5)
+    sums, pairs = member.T @ values @ member, member.T @ np.ones((8, 8)) @ member
+    np.fill_diagonal(sums, 0.0)
+    np.fill_diagonal(pairs, 0.0)
+    sample = detectors.jackknife(5, sums, pairs)
+    without = [mean(prompt) for prompt in range(5)]
+    error = math.sqrt(4 / 5 * sum((value - np.mean(without)) ** 2 for value in without))
+    assert sample is not None and (sample.step, sample.rows) == (5, 5)
+    assert (sample.mean, sample.standard_error) == pytest.approx((mean(None), error))
+    assert detectors.jackknife(0, sums[:2, :2], pairs[:2, :2]) is None
+
+
+@pytest.mark.parametrize(("share", "coverage"), [(0.2, 0.90), (0.5, 0.93), (0.9, 0.95)])
+def test_the_jackknifes_interval_covers_the_overlap_of_a_template(share: float, coverage: float) -> None:
+    """64 answers, each the template with probability `share`, so that two of them are equal with share^2."""
+    random, runs = np.random.default_rng(1), 1000
+    pairs = 1.0 - np.eye(64)
+    covered = above = 0
+    for _ in range(runs):
+        template = (random.random(64) < share).astype(float)
+        sample = detectors.jackknife(0, np.outer(template, template) * pairs, pairs)
+        assert sample is not None
+        half = stats.t.ppf(0.975, 63) * sample.standard_error
+        covered += abs(sample.mean - share**2) <= half
+        above += sample.mean - half > share**2
+    assert covered / runs == pytest.approx(coverage, abs=0.025) and above / runs < 0.06
+
+
+def test_pairs_taken_for_independent_would_be_far_too_sure() -> None:
+    random, pairs = np.random.default_rng(2), 1.0 - np.eye(64)
+    template = (random.random(64) < 0.5).astype(float)
+    sample = detectors.jackknife(0, np.outer(template, template) * pairs, pairs)
+    independent = math.sqrt(0.25 * 0.75 / (64 * 63 / 2))
+    true = math.sqrt(4 * 0.5**3 * 0.5 / 64)  # of p^2, to first order: 2 p sqrt(p (1 - p) / n)
+    assert sample is not None and sample.standard_error == pytest.approx(true, rel=0.15) and true > 6 * independent
 
 
 # gold and proxy of a run whose proxy rose to the end while gold turned at step 15 (standard errors of 64 rows)
@@ -70,6 +117,46 @@ def test_a_gold_that_stays_level_seldom_fires_in_a_whole_run() -> None:
         return any(look is not None and look.fired for look in looks)
 
     assert 0.02 < np.mean([fires() for _ in range(300)]) < 0.16
+
+
+def test_divergence_by_pairs_has_the_interval_of_a_paired_test() -> None:
+    random = np.random.default_rng(5)
+    own = random.normal(0, 1, 64)
+    peak, now = own + random.normal(0, 0.3, 64), own - 0.3 + random.normal(0, 0.3, 64)
+    gold = [detectors.sample(step, values) for step, values in enumerate([own - 9, peak, now])]
+    proxy = [held_out(step, float(step), 0.01) for step in range(3)]
+    pairs = Pairs(1, random.normal(1, 0.1, 64), now - peak)
+    by_pairs, by_means = (detectors.proxy_gold_divergence(proxy, gold, 0.0, 0.95, given) for given in (pairs, None))  # type: ignore[arg-type]
+    assert by_pairs and by_means and by_pairs.fired and not by_means.fired
+    interval = stats.ttest_rel(now, peak).confidence_interval(1 - 0.05 / 3)
+    assert (by_pairs.low, by_pairs.high) == pytest.approx((interval.low, interval.high))
+    elsewhere, level = (
+        detectors.proxy_gold_divergence(proxy, gold, 0.0, 0.95, given)  # type: ignore[arg-type]
+        for given in (Pairs(0, pairs.proxy, pairs.gold), Pairs(1, random.normal(0, 1, 64), pairs.gold))
+    )
+    assert elsewhere == by_means  # no differences to the peak
+    assert level and not level.fired and level.high == by_pairs.high  # the proxy does not rise by its own pairs
+
+
+def test_a_level_gold_by_pairs_seldom_fires_though_half_of_a_row_is_its_prompts() -> None:
+    """Ten looks: 7 % of runs, as without a share of the prompt; Welch's interval fires in less than 1 % of them."""
+    random, scale = np.random.default_rng(6), math.sqrt(0.5)
+
+    def fires() -> bool:
+        own = random.normal(0, scale, 64)
+        rows = [own + random.normal(0, scale, 64) for _ in range(10)]
+        gold = [detectors.sample(step, values) for step, values in enumerate(rows)]
+        proxy = [held_out(step, float(step), 0.01) for step in range(10)]
+        for now in range(1, 10):
+            then = detectors.peak(proxy[: now + 1], gold[: now + 1])  # type: ignore[arg-type]
+            assert then is not None
+            pairs = Pairs(then, np.linspace(1, 1.1, 64), rows[now] - rows[then])
+            look = detectors.proxy_gold_divergence(proxy[: now + 1], gold[: now + 1], 0.0, 0.95, pairs)  # type: ignore[arg-type]
+            if look is not None and look.fired:
+                return True
+        return False
+
+    assert 0.03 < np.mean([fires() for _ in range(300)]) < 0.13
 
 
 def test_divergence_needs_a_proxy_that_rises_and_a_fall_of_its_size() -> None:

@@ -47,6 +47,8 @@ ASKS: dict[str, tuple[set[str], bool, bool, list[str], set[str] | None]] = {
     "exact": (set(), False, True, [], {"reference"}),
     "reward_weighted": ({"logprobs"}, False, True, [], None),
     "k3_weighted": (set(), False, True, [], None),
+    "kl_cov": ({"logprobs"}, False, True, [], None),
+    "clip_cov": ({"logprobs"}, False, True, [], None),
     "dpo": ({"logprobs"}, True, False, [], None),
     "kto": ({"logprobs"}, True, False, [], None),
     "simpo": ({"logprobs"}, True, False, [], None),

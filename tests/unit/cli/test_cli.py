@@ -238,6 +238,25 @@ def test_how_a_run_ends(
     assert capsys.readouterr().err == line
 
 
+@pytest.mark.parametrize(
+    ("command", "function", "way_on"),
+    [
+        ("verify", "keel.analysis.verify.check", ""),
+        ("report", "keel.analysis.report_page.write", ""),
+        ("pipeline", "keel.stages.pipeline.plan", "; the same command continues"),
+    ],
+)
+def test_only_a_command_that_trains_says_how_to_resume(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, function: str, way_on: str
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(function, interrupt)
+    assert run(monkeypatch, command, str(CONFIGS / "pipeline.yaml") if way_on else ".") == 130
+    assert capsys.readouterr().err == f"keel: interrupted{way_on}\n"
+
+
 @pytest.mark.parametrize("healthy", [True, False])
 def test_doctor_ends_with_1_when_a_check_failed(monkeypatch: pytest.MonkeyPatch, healthy: bool) -> None:
     monkeypatch.setattr(doctor, "run", lambda console, as_json, self_test: healthy)

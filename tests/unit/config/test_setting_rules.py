@@ -53,6 +53,41 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
         [{"sampling": samples(1)}, {"sampling": samples(1), "objective": OWN}, {"sampling": samples(1), "objective": {"advantage": "m:f", "entropy_advantage": {"critic": False}}}],
         "compares samples of one prompt; expected at least 2",
     ),
+    "chi-squared and stored completions": (
+        [{"regularizer": {"chi_squared": {"coefficient": 0.1}}, "objective": OWN | {"options": {}}}, {"regularizer": {"chi_squared": {}}, "objective": OWN, "sampling": {"stored_ratio": 0.5}}],
+        [{"regularizer": {"chi_squared": {"coefficient": 0.1}}, "objective": OWN, "sampling": {"stored_ratio": 0.5}}],
+        "a divergence on the policy's samples alone, and sampling.stored_ratio=0.5; expected coefficient 0",
+    ),
+    "chi-squared where no term of the reward has a gradient": (
+        [{"regularizer": {"chi_squared": {"coefficient": 0.1}}}, {"regularizer": {"chi_squared": {}}, "objective": PREFER}],
+        [{"regularizer": {"chi_squared": {"coefficient": 0.1}}, "objective": PREFER}],
+        "regularizer.chi_squared.coefficient=0.1: objective.kind=preference has no gradient that is linear in the reward",
+    ),
+    "chi-squared without a reference": (
+        [{"regularizer": {"chi_squared": {}}, "reference": None}],
+        [{"regularizer": {"chi_squared": {"coefficient": 0.1}}, "reference": None}],
+        "regularizer.chi_squared.coefficient=0.1 needs column reference_logprobs but reference is null",
+    ),
+    "a term named as a regularizer": (
+        [{"regularizer": {"terms": [{"name": "chi", "source": "m:f"}]}}],
+        [{"regularizer": {"terms": [{"name": "chi_squared", "source": "m:f"}]}}],
+        "name 'chi_squared' is that of regularizer.chi_squared; expected another name",
+    ),
+    "covariance by token": (
+        [{"objective": {"covariance": {"form": "clip_cov"}}}],
+        [{"objective": {"covariance": {"form": "clip_cov"}, "level": "sequence", "correction": "none"}}],
+        "level=sequence: covariance differs from token to token; expected token",
+    ),
+    "a KL to the sampler where it is the policy": (
+        [{"objective": {"covariance": {"form": "kl_cov"}, "epochs": 2}}, {"objective": {"covariance": {"form": "kl_cov"}}, "buffer": {"max_staleness": 1}}, {"objective": {"covariance": {"form": "clip_cov"}}}],
+        [{"objective": {"covariance": {"form": "kl_cov"}}}],
+        "with objective.epochs=1 and buffer.max_staleness=0 the policy is what sampled",
+    ),
+    "band of covariances": (
+        [{"objective": {"covariance": {"form": "clip_cov", "low": 4.9}}}],
+        [{"objective": {"covariance": {"form": "clip_cov", "low": 5.0}}}],
+        "low=5.0: not below high=5.0; expected less",
+    ),
     "refills": (
         [{"sampling": samples(2), "buffer": {"dynamic_sampling_refills": 1}}, {"sampling": samples(1), "objective": GAE, "buffer": {"dynamic_sampling_refills": 0}}],
         [{"sampling": samples(1), "objective": GAE, "buffer": {"dynamic_sampling_refills": 1}}],

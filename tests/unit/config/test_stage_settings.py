@@ -72,6 +72,8 @@ def test_a_mistake_of_a_training_stage_is_one_line(model: Any, blocks: dict[str,
         (LABEL, {"policy": {"model": "m"}, "prompts": {"source": "p"}}, "judge: missing; expected a value"),
         (LABEL, {**SAMPLED, "judge": {"name": "gold", "kind": "stored"}}, "judge.kind=stored: sampled completions have no stored reward"),
         (LABEL, {**SAMPLED, "judge": {"name": "gold", "kind": "reference"}}, "judge.kind=reference: reads a reference's log-probs; expected a reference block"),
+        (LABEL, {**SAMPLED, "monitors": [{"name": "near", "kind": "reference", "source": "relevance"}]}, "monitors.near.kind=reference: reads a reference's log-probs; expected a reference block"),
+        (LABEL, {**SAMPLED, "monitors": [{"name": "gold", "source": "a:b"}]}, "monitors: two rewards of gold, gold have one name; expected different names"),
         (LABEL, {"runs": ["r"], "judge": {"name": "gold", "kind": "reference"}, "reference": {}}, "expected a reference block, with a model"),
         (LABEL, {**SAMPLED, "judge": {"name": "gold", "source": "a.b"}}, "judge.source='a.b': expected module:function"),
         (LABEL, {**SAMPLED, "noise": {"flip_ratio": 1.5}}, "noise.flip_ratio=1.5: input should be less than or equal to 1"),
@@ -158,3 +160,9 @@ def test_one_sample_a_prompt_makes_no_pair() -> None:
 )
 def test_what_no_online_run_could_do_is_one_line(blocks: dict[str, Any]) -> None:
     message(LABEL, {**SAMPLED, **blocks})
+
+
+def test_one_member_has_no_mean() -> None:
+    line = message(REWARD, training(members={"average_weights": True}))
+    assert line.startswith("members.average_weights=true: count=1 is its own mean; expected a count of 2 or more")
+    loader.parse_as(REWARD, training(members={"average_weights": True, "count": 2}))

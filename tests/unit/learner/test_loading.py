@@ -1,5 +1,6 @@
 """Token log-probs and entropy against autograd and against transformers' whole logits."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,29 @@ def test_a_run_directory_is_the_model_it_trained(tmp_path: Path) -> None:
     itself = run_directory(tmp_path, "itself").joinpath("itself")
     (itself / "config.yaml").write_text("")
     assert loading.locate(str(itself), "s") == itself
+
+
+def test_best_is_the_policy_of_the_best_checkpoint(tmp_path: Path) -> None:
+    """RUN_DIR/best, or one line that says why there is none."""
+    online = run_directory(tmp_path / "online", *(f"checkpoints/step-{n:06d}/policy" for n in (5, 10)))
+    newest = online / "checkpoints" / "step-000010"
+    for step in (5, 10):
+        (online / "checkpoints" / f"step-{step:06d}" / "COMMIT").write_bytes(b"")
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(
+        ConfigError, match=r"policy\.model=.*/best: the run keeps no best checkpoint; expected a run with"
+    ):
+        loading.locate(str(online / "best"), "policy.model")
+    best = {"step": 5, "reward": "gold", "mean": 0.5, "standard_error": 0.1, "rows": 4}
+    (newest / "state.json").write_text(json.dumps({"guard": {"best": best}}))
+    assert loading.locate(str(online / "best"), "s") == online / "checkpoints" / "step-000005" / "policy"
+    (newest / "state.json").write_text(json.dumps({"guard": {"best": best | {"step": 0}}}))
+    with pytest.raises(
+        ConfigError, match=r"/best: step 0, gold .*: the policy it started from; expected a run that got"
+    ):
+        loading.locate(str(online / "best"), "s")
+    with pytest.raises(ConfigError, match="no such folder"):
+        loading.locate(str(tmp_path / "absent" / "best"), "s")
 
 
 def test_an_ensemble_of_reward_models_is_a_model(tmp_path: Path) -> None:

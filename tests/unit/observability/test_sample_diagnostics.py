@@ -42,6 +42,15 @@ def test_random_rows_by_counting() -> None:
     expected = [1 - len(set(grams(row))) / len(grams(row)) if len(row) > 2 else 0.0 for row in rows]
     assert sample_diagnostics.repetition(batch(rows, tickets)).tolist() == pytest.approx(expected)
     assert sample_diagnostics.template_overlap(batch(rows, tickets)) == pytest.approx(overlap(rows, tickets))
+    sums, pairs = sample_diagnostics.prompt_overlaps(batch(rows, tickets))
+    names = sorted(set(tickets))
+    assert not sums.diagonal().any() and not pairs.diagonal().any()
+    for one, other in combinations(range(len(names)), 2):
+        places = [place for place, ticket in enumerate(tickets) if ticket in (names[one], names[other])]
+        number = tickets.count(names[one]) * tickets.count(names[other])
+        mean = overlap([rows[place] for place in places], [tickets[place] for place in places])
+        assert pairs[one, other] == pairs[other, one] == number
+        assert sums[one, other] == pytest.approx(number * mean) and sums[other, one] == pytest.approx(number * mean)
 
 
 def overlap(rows: list[list[int]], tickets: list[int]) -> float:

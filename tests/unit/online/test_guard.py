@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import fakes
 import rollouts
@@ -218,6 +219,12 @@ def test_a_refused_step_is_replayed_with_the_factors_in_force(tmp_path: Path, mo
             r"\Aguard\.length\.actions: raise_kl multiplies regularizer\.kl\.coefficient, which is 0; expected one above"
             r" 0, guard\.raise_kl\.min_coefficient \(what the first firing raises it to\), or another action\Z",
         ),
+        (
+            {"min_rows": 65, "repetition": {"actions": ["warn", "stop"]}},
+            0.1,
+            r"\Aguard\.repetition\.actions: it never acts on prompts\.held_out=64 completions, fewer than"
+            r" guard\.min_rows=65; expected at least that, or warn\Z",
+        ),
         ({"raise_kl": {"min_coefficient": 0.0}}, 0.0, "guard.raise_kl.min_coefficient"),
         ({"length": {"actions": ["roll_back"]}}, 0.1, "length.actions: roll_back alone takes the same steps again"),
         (
@@ -294,6 +301,45 @@ def test_a_detector_is_switched_off_by_null() -> None:
 # ---- what is read of rows
 
 
+def test_rows_are_compared_with_those_of_the_peak_by_prompt() -> None:
+    """Gold of a prompt is its own number plus little; also after a kill, and where a row fails or a prompt changes."""
+    random = np.random.default_rng(0)
+    own = random.normal(0, 1, 20)
+    golds = [own + shift + random.normal(0, 0.1, 20) for shift in (0.0, 0.9, 0.6)]
+    golds[2][3] = np.nan
+
+    def scored(step: int, first_ticket: int = 0) -> Any:
+        batch = rollouts.generated(rollouts.prompts(range(first_ticket, first_ticket + 20), samples=1))
+        return rollouts.scored(rollouts.referenced(batch), list(step + own), {"gold": golds[step].tolist()})
+
+    def verdict_of(guard: Guard, step: int, first_ticket: int = 0) -> Any:
+        guard.evaluated(step, scored(step, first_ticket))
+        return {firing.detector: firing.verdict for firing in guard.check(step).firings}.get("proxy_gold_divergence")
+
+    whole = Guard(fakes.settings_for(rewards=REWARDS))
+    assert verdict_of(whole, 0) is None and verdict_of(whole, 1) is None
+    resumed, other = (Guard(whole.settings, whole.state()) for _ in range(2))
+    verdict = verdict_of(whole, 2)
+    interval = stats.ttest_rel(golds[2], golds[1], nan_policy="omit").confidence_interval(1 - 0.05 / 3)
+    assert (verdict.low, verdict.high) == pytest.approx((interval.low, interval.high), rel=1e-5)
+    assert verdict_of(resumed, 2) == verdict
+    assert verdict_of(other, 2, first_ticket=1) is None  # by Welch, which does not see a fall of 0.3
+
+
+@pytest.mark.parametrize(("prompts", "fired"), [(4, True), (3, False)])
+def test_detectors_say_nothing_by_too_few_rows(prompts: int, fired: bool) -> None:
+    """Rows without any spread, so that every interval has no width; two a prompt."""
+    guard = Guard(fakes.settings_for(rewards=REWARDS))
+    for step, (tokens, nll, gold) in enumerate([([7, 8], -1.0, 0.5), ([7] * 6, -9.0, 0.2)]):
+        rows = 2 * prompts
+        batch = rollouts.generated(rollouts.prompts(range(prompts)), tokens=[tokens] * rows)
+        batch = rollouts.referenced(batch, [[nll] * len(tokens)] * rows)
+        guard.evaluated(step, rollouts.scored(batch, [float(step)] * rows, {"gold": [gold] * rows}))
+        firings = {firing.detector for firing in guard.check(step).firings}
+    assert firings == ({"proxy_gold_divergence", "length", "repetition", "reference_nll"} if fired else set())
+    assert guard.best is not None and (guard.best["step"], guard.best["rows"]) == (0, 2 * prompts)
+
+
 def test_the_spread_is_that_of_members_less_their_zero_at_the_start() -> None:
     members = [{"name": name, "source": f"tests:{name}", "weight": weight} for name, weight in (("a", 1.0), ("b", 2.0))]
     settings = fakes.settings_for(rewards=members, ensemble={"form": "mean"}, sampling={"samples_per_prompt": 3})
@@ -319,6 +365,21 @@ def test_completions_outside_the_band_of_the_start_are_counted() -> None:
     assert guard.state()["outside"] == [10, 40]
     fired = {firing.detector: firing.verdict for firing in guard.check(5).firings}
     assert fired["reference_nll"].statistic == 0.25 and "length" not in fired
+
+
+def test_answers_that_become_one_template_fire() -> None:
+    """At first no two prompts share a 3-gram; then three of five answers to each of 20 prompts are the same."""
+    guard = Guard(fakes.settings_for(rewards=REWARDS, sampling={"samples_per_prompt": 5}))
+    rows = [[row, row + 1, row + 2] for row in range(100)]
+    same = [[1, 2, 3] if row % 5 < 3 else [row + 200, 1, 2] for row in range(100)]
+    for step, tokens in enumerate((rows, same)):
+        batch = rollouts.generated(rollouts.prompts(range(20), samples=5), tokens=tokens)
+        scored = rollouts.scored(rollouts.referenced(batch), [float(step)] * 100, {"gold": [0.0] * 100})
+        guard.evaluated(step, scored)
+        verdicts = {firing.detector: firing.verdict for firing in guard.check(step).firings}
+    assert set(verdicts) == {"template_collapse"}
+    assert verdicts["template_collapse"].statistic == pytest.approx(0.6**2)
+    assert [entry[3] for entry in guard.state()["evaluations"]["template_overlap"]] == [20, 20]  # prompts, not rows
 
 
 # ---- where the best is named

@@ -16,7 +16,7 @@ def settings_of(steps: int) -> Settings:
         evaluation={"every_steps": 2},
         checkpoint={"every_steps": 1, "keep": 9},
         reference={"ref_policy": "previous", "iteration_steps": 3},
-        guard={"window_steps": 4},
+        guard={"window_steps": 4, "min_rows": fakes.HELD_OUT},
     )
 
 

@@ -65,6 +65,10 @@ def test_a_good_run_is_prepared_and_nothing_is_written(tree: dict[str, Any]) -> 
     assert prepared.prompts.counts["held_out"] == 2 and prepared.prompts.counts["train"] == 6
     assert prepared.models.reference == prepared.models.policy
     assert not prepared.directory.exists()
+    few = "prompts.held_out=2: fewer than guard.min_rows=8, so its detectors that read evaluations say nothing"
+    assert few in prepared.notes
+    enough = preflight.prepare(loader.parse({**tree, "guard": {"min_rows": 2}}))
+    assert not [note for note in enough.notes if "held_out" in note]
 
 
 def test_stop_tokens_come_from_the_setting_the_generation_config_or_the_tokenizer(
@@ -89,6 +93,15 @@ def test_stop_tokens_come_from_the_setting_the_generation_config_or_the_tokenize
 def test_missing_model_path(tree: dict[str, Any]) -> None:
     assert refused(tree, policy={"model": "./absent"}).startswith("policy.model=./absent: no such folder; expected")
     assert refused(tree, reference={"model": "./absent"}).startswith("reference.model=./absent: ")
+
+
+def test_prompts_without_the_scores_that_shaping_centers_by(tree: dict[str, Any], tmp_path: Path) -> None:
+    shaping = {"reference_scores": "scores"}
+    assert refused(tree, shaping=shaping).startswith("shaping.reference_scores=scores: a row of the prompts has no")
+    rows = [{"prompt": f"What is {n}?", "scores": [n, 0.5]} for n in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = preflight.prepare(loader.parse({**tree, "shaping": shaping}))
+    assert json.loads(prepared.prompts.batch([0]).column("prompt_columns")[0].as_py())["scores"][1] == 0.5
 
 
 def test_a_model_without_tokenizer_or_chat_template(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from shipped import FILES, FOLDER, identity, settings_class
 
 OTHER_NAMES = {
     "pipeline": "quickstart",
-    "pipeline-overoptimization": "overoptimization",
     "stages/prefer": "dpo-offline",
 }
 """Where the file is named after its command."""
@@ -26,14 +25,15 @@ def test_a_shipped_configuration_loads_under_its_own_name(path: Path) -> None:
     assert path.read_text().splitlines()[1].startswith("# ")  # what it is, below the line for editors
 
 
-def test_the_shipped_pipelines_can_be_planned(tmp_path: Path) -> None:
+def test_the_shipped_pipeline_can_be_planned(tmp_path: Path) -> None:
     """Every stage's file is there, and its overrides fit its settings."""
-    names = ["label", "reward", "train", "evaluate"]
-    for file, expected in (("pipeline.yaml", names), ("pipeline-overoptimization.yaml", names[:3])):
-        settings = loader.load_as(PipelineSettings, FOLDER / file, [f"run.directory={tmp_path}"])
-        planned = pipeline.plan(settings, FOLDER / file)
-        assert [stage.entry.name for stage in planned] == expected
-        assert not any(stage.done for stage in planned)
+    path = FOLDER / "pipeline.yaml"
+    planned = pipeline.plan(loader.load_as(PipelineSettings, path, [f"run.directory={tmp_path}"]), path)
+    assert [stage.entry.name for stage in planned] == ["label", "reward", "train", "evaluate"]
+    assert not any(stage.done for stage in planned)
+    train = planned[2]
+    assert planned[3].model == str(train.directory / "best")
+    assert f'evaluation.against="{train.directory}"' in planned[3].overrides
 
 
 def test_the_shipped_sweep_can_be_planned(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, codes: dict[str, int] | None = None, **
     """The runs that were started, and what was printed; runs not named in `codes` finish."""
     started: list[str] = []
 
-    def train(config_path: Path, end: float, signals: list[int]) -> int:
+    def train(config_path: Path, end: float, signals: list[int], output: Path | None) -> int:
         started.append(config_path.stem)
         code = (codes or {}).get(config_path.stem, 0)
         if code == 0:
@@ -204,6 +205,35 @@ def test_the_budget_ends_a_sweep_before_the_next_run(folder: Path, monkeypatch: 
     assert started == ["kl-seed-0"] and "budget_seconds=60 are over: 1 of 4 runs are done" in text
 
 
+def test_runs_at_the_same_time_print_to_files_and_share_no_port(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs wait for each other, so they are under way together; a third one starts only after one of them."""
+    together, outputs = threading.Barrier(2, timeout=30), {}
+
+    def train(config_path: Path, end: float, signals: list[int], output: Path | None) -> int:
+        together.wait()
+        outputs[config_path.stem] = output
+        assert loader.load(config_path).metrics.port == 0
+        finish(config_path)
+        return 0
+
+    monkeypatch.setattr(sweep, "train", train)
+    fixed = BASE | {"metrics": {"port": 9464}}
+    console = Console(file=io.StringIO(), width=150)
+    sweep.run(settings_for(base=fixed, concurrent_runs=2), planned(base=fixed, concurrent_runs=2), console)
+    assert outputs == {name: folder / f"runs/s/output/{name}.txt" for name in outputs} and len(outputs) == 4
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[1/4] kl, seed 0  starts; its output: runs/s/output/kl-seed-0.txt" in text and "equal steps (3)" in text
+    assert planned(base=fixed)[0].settings.metrics.port == 9464
+
+
+def test_what_a_run_prints_goes_to_the_end_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child(monkeypatch, "import sys\nprint('out')\nsys.exit('error')")
+    output = tmp_path / "output" / "a.txt"
+    for _ in range(2):
+        assert sweep.train(Path("c.yaml"), float("inf"), [], output) == 1
+    assert sorted(output.read_text().split()) == ["error", "error", "out", "out"]
+
+
 def test_the_end_is_a_table_a_picture_and_all_metrics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Means 10 + {0, 5} and 20 + {0, 5}, plus the prompts' own 1.5."""
     _, text = run(monkeypatch)
@@ -225,7 +255,9 @@ def test_the_end_is_a_table_a_picture_and_all_metrics(folder: Path, monkeypatch:
 def child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let a Python program stand for `keel train`."""
     popen = sweep.subprocess.Popen
-    monkeypatch.setattr(sweep.subprocess, "Popen", lambda command: popen([sys.executable, "-c", code]))
+    monkeypatch.setattr(
+        sweep.subprocess, "Popen", lambda command, **streams: popen([sys.executable, "-c", code], **streams)
+    )
 
 
 def test_a_run_is_asked_to_stop_at_the_end_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
