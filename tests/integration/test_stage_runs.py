@@ -7,7 +7,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from commands import finish, kill
 from keel import checkpoint, files, schema
@@ -163,3 +165,24 @@ def test_a_language_model_is_no_reward_model(write_config: Start, keel: Start, t
     rewards = [{"name": "proxy", "kind": "model", "source": str(tiny_model)}]
     code, _, err = finish(keel("train", str(write_config("wrong", rewards=rewards))))
     assert code == 2 and "LlamaForCausalLM has no score head" in " ".join(err.split())
+
+
+def test_averaged_members_are_one_model_that_scores(keel: Start, tmp_path: Path, tiny_model: Path) -> None:
+    """WARM: the written model is the mean of the members on the disk, and tells the pairs apart as they do."""
+    source, members = rows(tmp_path), {"count": 2, "average_weights": True}
+    config = write(tmp_path / "warm", tiny_model, source, members=members, training={"rows_per_step": 8, "epochs": 6})
+    code, _, err = finish(keel("reward", str(config)))
+    assert code == 0, err
+    run = tmp_path / "warm" / "run"
+    mean, first, second = (
+        load_file(folder / "model.safetensors")
+        for folder in (run / "model", *(run / "members" / number / "model" for number in "01"))
+    )
+    assert all(torch.allclose(mean[name], (first[name] + second[name]) / 2, atol=1e-7) for name in mean)
+    assert any(not torch.equal(first[name], second[name]) for name in mean)
+    apart = (first["score.weight"] - second["score.weight"]).norm() / first["score.weight"].norm()
+    assert apart < 0.5  # heads of other seeds are at right angles: 1.4
+    report = json.loads((run / "report.json").read_text())
+    assert report["accuracy"]["low"] > 0.5 and len(report["member_accuracies"]) == 2
+    text = reward_models.ScoredText("What is 1?", [], "love 1 dog", True)
+    assert reward_models.Ensemble(run / "model", "model").scores([text]).shape == (1, 1)

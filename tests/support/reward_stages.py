@@ -71,7 +71,9 @@ class Stage:
         self.judged: list[list[str]] = []
         monkeypatch.setattr(reward, "_judge", self._judge)
 
-    async def _judge(self, prepared: RewardTraining, folders: list[Path], display: Any) -> dict[str, Any]:
+    async def _judge(
+        self, prepared: RewardTraining, folders: list[Path], trained: list[Path], display: Any
+    ) -> dict[str, Any]:
         self.judged.append([(folder / "weights").read_text() for folder in folders])
         return {"pairs": 3}
 

@@ -97,6 +97,21 @@ class MemberSettings(Section):
 
     count: int = Field(1, ge=1, description="number of members; they differ in the seed of head and order")
     bootstrap: bool = Field(True, description="each of several members draws its pairs with replacement")
+    average_weights: bool = Field(
+        False,
+        description="WARM: write one model, whose weights are the mean of the members'; these then start from the same"
+        " head, too, and differ in their pairs alone",
+    )
+
+    @model_validator(mode="after")
+    def _average_is_of_several(self) -> Self:
+        if self.average_weights and self.count == 1:
+            raise ValueError("average_weights=true: count=1 is its own mean; expected a count of 2 or more")
+        return self
+
+    def head_seed(self, run_seed: int, member: int) -> int:
+        """Seed of a member's untrained head: weights can be averaged only between models of one start."""
+        return run_seed * 1000 + (0 if self.average_weights else member)
 
 
 class StageSettings(CommandSettings):

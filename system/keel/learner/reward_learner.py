@@ -62,7 +62,7 @@ class RewardModelLearner:
         """Put a new model in place: this member's head, untrained."""
         settings = self.settings
         dtype = "float32" if settings.learners.precision == "fp32" else "bfloat16"
-        seed = settings.run.seed * 1000 + member
+        seed = settings.members.head_seed(settings.run.seed, member)
         self._engine = Engine(settings.learners, self.ranks, self.steps)
         options = settings.policy.chat_template_options
         model = reward_models.start(Path(self.folder), dtype, settings.completions.max_tokens, seed, options)

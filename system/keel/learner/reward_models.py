@@ -10,6 +10,7 @@ cut has no end token behind it. `keel_reward` in config.json holds what transfor
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,26 @@ def center(folder: Path, offset: float) -> None:
     else:
         tree["keel_reward"]["offset"] += offset
         files.write(path, json.dumps(tree, indent=2).encode())
+
+
+def average_weights(target: Path, folders: Sequence[Path]) -> None:
+    """Write one model whose every tensor is the mean of the folders' (WARM, 2401.12187), in their number format.
+
+    Its scores are near the mean of theirs only where all began at the same weights, the head included, and stayed in
+    one basin; then it costs one model to score. Raises ValueError for models of different shapes.
+    """
+    shutil.copytree(folders[0], target)
+    for path in model_files.weight_files(target):
+        models = [load_file(folder / path.name) for folder in folders]
+        forms = [{name: (tensor.shape, tensor.dtype) for name, tensor in model.items()} for model in models]
+        if any(form != forms[0] for form in forms):
+            raise ValueError(f"{path.name}: the {len(models)} models differ in their tensors; expected one family")
+        mean = {
+            name: torch.stack([model[name].double() for model in models]).mean(0).to(tensor.dtype)
+            for name, tensor in models[0].items()
+        }
+        save_file(mean, path, metadata={"format": "pt"})
+    files.sync_tree(target)
 
 
 def write_ensemble(folder: Path, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 pairs -> tokens | held out (by prompt) | training order, with replacement for each of several members
 member 0, 1, ...   one offline run each on the learner group          -> members/N/
+                   -> one model of their mean weights, where members.average_weights
 all members        scored as they were written: reference set, held-out pairs
                    -> offsets (the reference set scores 0 on average), report.json, model/
 """
@@ -203,8 +204,9 @@ async def _train(prepared: RewardTraining, metrics: RunMetrics, display: Display
     learner.stop()
     display.doing("scoring held-out pairs")
     target = prepared.directory / "model"
-    members = _assemble(target, folders)  # copies: finished members are sealed by their digests
-    report = await _judge(prepared, members, display)
+    # copies: finished members are sealed by their digests
+    members = _assemble(target, folders, average=settings.members.average_weights)
+    report = await _judge(prepared, members, folders, display)
     files.replace_folder(_aside(target), target)
     files.write_json(prepared.directory / "report.json", report)
     first = {name: first_member[name] for name in ("evaluations", "model_step")}
@@ -229,12 +231,20 @@ def _offline_run(prepared: RewardTraining, member: int) -> OfflineRun:
     )
 
 
-async def _judge(prepared: RewardTraining, folders: Sequence[Path], display: Display) -> dict[str, Any]:
-    """Center the members on the reference set and report on the held-out pairs, both as the scorer sees them."""
+async def _judge(
+    prepared: RewardTraining, folders: Sequence[Path], trained: Sequence[Path], display: Display
+) -> dict[str, Any]:
+    """Center the models on the reference set and report on the held-out pairs, both as the scorer sees them.
+
+    The `trained` members are scored beside their mean, uncentered: if it is worse than they are, they share no basin.
+    """
+    averaged = trained if prepared.settings.members.average_weights else []
     rows = prepared.rows
     held_out = [text for place in rows.held_out for text in rows.pairs[place]]
-    scores = await _scores(prepared.settings, folders, [*prepared.reference, *held_out], display)
+    scored = [*prepared.reference, *held_out]
+    scores = await _scores(prepared.settings, [*folders, *averaged], scored, display)
     assert np.isfinite(scores).all()  # all of them fit: they were trained on, or cut
+    scores, of_averaged = scores[: len(folders)], scores[len(folders) :, len(prepared.reference) :]
     count = len(prepared.reference)
     offsets = scores[:, :count].mean(1) if count else np.zeros(len(folders))
     for folder, offset in zip(folders, offsets, strict=True):
@@ -242,6 +252,9 @@ async def _judge(prepared: RewardTraining, folders: Sequence[Path], display: Dis
     judged = scores[:, count:] - offsets[:, None]
     lengths = np.array([len(text.completion) for text in held_out], np.float64)
     report = reward_report.report(judged[:, 0::2], judged[:, 1::2], (lengths[0::2], lengths[1::2]))
+    if len(of_averaged):
+        margins = of_averaged[:, 0::2] - of_averaged[:, 1::2]
+        report["member_accuracies"] = [float(reward_report.accuracies(one).mean()) for one in margins]
     return {**report, "offsets": offsets.tolist(), "reference_rows": count}
 
 
@@ -260,10 +273,16 @@ def _aside(target: Path) -> Path:
     return target.with_name(f".{target.name}.tmp")
 
 
-def _assemble(target: Path, folders: Sequence[Path]) -> list[Path]:
-    """Copy the one model, or all members and ensemble.json, into a temporary folder; returns the models' folders."""
+def _assemble(target: Path, folders: Sequence[Path], *, average: bool) -> list[Path]:
+    """Put the one model, the members' mean, or all members and ensemble.json into a temporary folder.
+
+    Returns the folders of the models in it.
+    """
     aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
+    if average:
+        reward_models.average_weights(aside, folders)
+        return [aside]
     if len(folders) == 1:
         shutil.copytree(folders[0], aside)
         return [aside]

@@ -160,3 +160,9 @@ def test_one_sample_a_prompt_makes_no_pair() -> None:
 )
 def test_what_no_online_run_could_do_is_one_line(blocks: dict[str, Any]) -> None:
     message(LABEL, {**SAMPLED, **blocks})
+
+
+def test_one_member_has_no_mean() -> None:
+    line = message(REWARD, training(members={"average_weights": True}))
+    assert line.startswith("members.average_weights=true: count=1 is its own mean; expected a count of 2 or more")
+    loader.parse_as(REWARD, training(members={"average_weights": True, "count": 2}))

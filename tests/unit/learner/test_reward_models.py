@@ -533,3 +533,63 @@ def test_thoughts_of_a_stored_message_are_read_too() -> None:
     assert reward_models.from_batch(reward_models.as_batch([thought])) == [thought]
     row = SourceRow("line 1", messages, json.dumps({"messages": [*messages, dict(thought.fields)]}))
     assert texts(row) == [ScoredText("how are you", messages, "fine", True, thought.fields)]
+
+
+# ---- one model of several (WARM, 2401.12187)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mean_of_heads_on_one_trunk_scores_the_mean_of_the_scores(
+    trunks: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """The head is linear and the trunk alike (BERT's pooler starts from the folder), so this is exact."""
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    if kind == "encoder":
+        for folder in folders:
+            trained(trunks[kind], folder)
+            tensors = load_file(folder / "model.safetensors")
+            torch.manual_seed(int(folder.name) + 5)
+            tensors["classifier.weight"] = torch.randn_like(tensors["classifier.weight"])
+            tensors["classifier.bias"] = torch.randn_like(tensors["classifier.bias"])
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        for seed, folder in enumerate(folders):
+            trained(trunks[kind], folder, seed)
+    reward_models.average_weights(tmp_path / "mean", folders)
+    scores = np.array([reward_models.load_reward_model(folder).scores(TEXTS) for folder in folders])
+    mean = reward_models.load_reward_model(tmp_path / "mean").scores(TEXTS)
+    assert mean == pytest.approx(scores.mean(0), abs=1e-5)
+    assert np.abs(scores - scores.mean(0)).max() > 0.05  # members differ, so their mean is not any of them
+    assert reward_models.members(tmp_path / "mean", "rewards.a.source") == [tmp_path / "mean"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_is_the_mean_of_the_members(trunks: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    folders = [tmp_path / str(number) for number in range(3)]
+    for number, folder in enumerate(folders):
+        trained(trunks["decoder"], folder)
+        draw = torch.Generator().manual_seed(number)
+        tensors = load_file(folder / "model.safetensors")
+        moved = {n: (t + torch.randn(t.shape, generator=draw)).to(dtype) for n, t in tensors.items()}
+        save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+    before = [load_file(folder / "model.safetensors") for folder in folders]
+    reward_models.average_weights(tmp_path / "mean", folders)
+    mean = load_file(tmp_path / "mean" / "model.safetensors")
+    assert mean.keys() == before[0].keys()
+    for name, tensor in mean.items():
+        expected = np.mean([model[name].float().numpy().astype(np.float64) for model in before], axis=0)
+        assert tensor.dtype == dtype
+        assert tensor.float().numpy() == pytest.approx(
+            expected, rel=1e-6 if dtype == torch.float32 else 2**-8, abs=1e-7
+        )
+    after = [load_file(folder / "model.safetensors") for folder in folders]  # members stay what they were
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(after, before, strict=True) for name in a)
+
+
+def test_models_of_different_shapes_have_no_mean(trunks: dict[str, Path], tmp_path: Path) -> None:
+    for kind in KINDS:
+        trained(trunks[kind], tmp_path / kind)
+    with pytest.raises(
+        ValueError, match=r"^model.safetensors: the 2 models differ in their tensors; expected one family$"
+    ):
+        reward_models.average_weights(tmp_path / "mean", [tmp_path / kind for kind in KINDS])

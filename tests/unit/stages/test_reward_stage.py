@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keel import files
+from keel.config.stages import MemberSettings
 from keel.learner import reward_models
 from keel.stages import offline_loop, reward
 from offline_runs import Killed
 from prompt_files import jsonl
+from quiet_display import Quiet
 from reward_stages import LOSSES, FakeRankGroup, Stage
 
 
@@ -134,3 +137,44 @@ def test_demonstrations_that_are_too_long_score_nothing(tmp_path: Path, monkeypa
     source = demonstrations(tmp_path / "d.jsonl", [1, 70])
     stage = Stage(tmp_path, monkeypatch, center={"source": source})
     assert all(stage.rows.text.tokens(text) for text in reward._reference(stage.settings, stage.rows))
+
+
+async def test_members_that_are_averaged_become_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean(target: Path, folders: list[Path]) -> None:
+        target.mkdir()
+        (target / "weights").write_text("+".join((folder / "weights").read_text() for folder in folders))
+
+    monkeypatch.setattr(reward_models, "average_weights", mean)
+    stage = Stage(tmp_path, monkeypatch, members={"count": 3, "average_weights": True})
+    await stage.train(FakeRankGroup(LOSSES))
+    assert stage.judged == [["4+4+4"]]
+    assert [path.name for path in (stage.directory / "model").iterdir()] == ["weights"]
+
+
+def test_members_that_are_averaged_start_from_one_head() -> None:
+    averaged, apart = (MemberSettings(count=3, average_weights=average) for average in (True, False))
+    assert [averaged.head_seed(7, member) for member in range(3)] == [7000, 7000, 7000]
+    assert [apart.head_seed(7, member) for member in range(3)] == [7000, 7001, 7002]
+
+
+async def test_the_report_of_a_mean_has_the_accuracies_of_its_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three held-out pairs: the mean is right in two, its members in three, one (a tie is half) and none."""
+    judge = reward._judge
+    stage = Stage(tmp_path, monkeypatch, members={"count": 3, "average_weights": True})
+    scores = [[2, 1, 4, 1, 0, 1], [1, 0, 1, 0, 1, 0], [1, 1, 0, 2, 3, 3], [0, 1, 0, 1, 0, 1]]
+
+    async def given(settings: Any, folders: list[Path], scored: Any, display: Any) -> np.ndarray:
+        assert [folder.name for folder in folders] == ["mean", "a", "b", "c"] and len(scored) == 6
+        return np.array(scores, float)
+
+    monkeypatch.setattr(reward, "_scores", given)
+    offsets: list[tuple[str, float]] = []
+    monkeypatch.setattr(reward_models, "center", lambda folder, offset: offsets.append((folder.name, offset)))
+    prepared = reward.RewardTraining(stage.settings, stage.directory, "m", stage.rows, [], 4)
+    trained = [tmp_path / name for name in "abc"]
+    report = await judge(prepared, [tmp_path / "mean"], trained, Quiet())
+    assert report["accuracy"]["mean"] == pytest.approx(2 / 3)
+    assert report["member_accuracies"] == pytest.approx([1.0, 1 / 3, 0.0])
+    assert offsets == [("mean", 0.0)]  # members are sealed, so they stay uncentered
