@@ -12,7 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from scipy import stats
+
+from keel import files
+from keel.observability import evaluations
+from rollouts import generated, prompts, referenced, scored
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "benchmarks" / "maxent"
@@ -246,6 +251,31 @@ def test_the_tables_are_read_by_seed_step_and_prompt(tmp_path: Path) -> None:
     assert [member.label for member in experiment.arms] == ["none, 0.0001", "kl-0.1, 0.0001"]
     assert experiment.arms[0].steps == (0, 10, 20)
     assert experiment.arms[0].values["gold"].tolist() == [[[3, 7], [4, 8], [5, 9]], [[4, 8], [5, 9], [6, 10]]]
+
+
+def test_a_run_directory_becomes_rows(tmp_path: Path) -> None:
+    """Two prompts; log-probs of -0.5 at two tokens, the reference lower by 3 and 1: KL 3 and 1, entropy 0.5 a token."""
+    directory = tmp_path / "sweep" / "kl-0.1-learning_rate-0.0001" / "seed-4"
+    config = {
+        "run": {"seed": 4, "steps": 1},
+        "learners": {"learning_rate": RATE},
+        "regularizer": {"kl": {"coefficient": 0.1}, "entropy": {"form": "none", "coefficient": 0.0}},
+        "sampling": {"max_tokens": 32},
+    }
+    files.write(directory / "config.yaml", yaml.safe_dump(config).encode())
+    answers = generated(prompts([0, 1], 1), logprobs=[[-0.5, -0.5]] * 2)
+    answers = referenced(answers, [[-3.5, -0.5], [-1.5, -0.5]])
+    evaluations.store(directory, 1, scored(answers, [2.0, 4.0], {"gold": [0.5, 0.25]}))
+    files.append_json(directory / "metrics.jsonl", {"step": 1, "reward": 3.0, "grad_norm": 7.0})
+    fired = {"event": "guard", "step": 1, "detector": "kl_slope", "actions": ["warn"]}
+    files.append_json(directory / "events.jsonl", fired)
+    tables = collect.collect([tmp_path / "sweep"])
+    (run,), (first, second) = tables["runs"], tables["evaluations"]
+    assert (run["arm"], run["seed"], run["kl_coefficient"], run["finished"]) == ("kl-0.1", 4, 0.1, True)
+    assert [first[name] for name in ("proxy", "gold", "kl_nats", "entropy", "length_tokens")] == [2.0, 0.5, 3.0, 0.5, 2]
+    assert [second[name] for name in ("proxy", "gold", "kl_nats")] == [4.0, 0.25, 1.0]
+    assert [(step["reward"], step["grad_norm"], step["guard_firings"]) for step in tables["steps"]] == [(3.0, 7.0, 1)]
+    assert [(event["detector"], event["actions"]) for event in tables["guard_events"]] == [("kl_slope", '["warn"]')]
 
 
 def check(folder: Path) -> int:
