@@ -49,8 +49,8 @@ def coverage(noise: float, slope: float, other_slope: float) -> float:
         base = rng.normal(0, 1, PROMPTS)
         pair = [arm(rng, base, [0, 8, 16], slope, noise), arm(rng, base, [0, 6, 12], other_slope, noise)]
         matching = next(each for each in compare.compare(pair).matchings if each.name == "kl")
-        found = matching.standings[1].differences["reward"]
-        held += found.low <= 12 * (other_slope - slope) <= found.high
+        difference = matching.arms_at_level[1].differences["reward"]
+        held += difference.low <= 12 * (other_slope - slope) <= difference.high
     return held / REPETITIONS
 
 

@@ -24,8 +24,8 @@ for seed in 0 1 2; do
     folder=$runs/offline/$name/seed-$seed
     keel prefer $here/prefer.yaml run.name="$name" run.seed="$seed" run.directory="$folder" "${objective[@]}"
     [ -f "$folder/evaluation/evaluation.arrow" ] || keel evaluate "$folder" --config $here/train.yaml
-    offline+=(--offline "$name=$folder/evaluation/evaluation.arrow")
+    offline+=("$name=$folder/evaluation/evaluation.arrow")
   done
 done
-python $here/collect.py $runs/sweep "${offline[@]}" --output $here
+python $here/collect.py $runs/sweep --offline "${offline[@]}" --output $here
 python $here/results.py
