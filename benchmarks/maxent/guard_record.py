@@ -80,7 +80,11 @@ def records(experiment: Experiment) -> list[DetectorRecord]:
 
 
 def guarded_arms(experiment: Experiment) -> list[Row]:
-    """Gold of each guarded arm at its end minus (the unguarded arm's peak minus one standard error of its mean)."""
+    """Gold of each guarded arm minus a bound, the unguarded arm's peak minus one standard error of its mean.
+
+    At the guarded arm's end, which decides; at its peak, the checkpoint that keep_best keeps, which the other half of
+    the prompts chooses; and of the unguarded arm at its end.
+    """
     rows = []
     for arm in experiment.arms:
         plain = experiment.named(arm.name.removesuffix("-guard"), arm.learning_rate)
@@ -88,8 +92,8 @@ def guarded_arms(experiment: Experiment) -> list[Row]:
             continue
         peak = plain.at_peak("gold")
         error = np.nanstd(peak.mean(axis=0), ddof=1) / math.sqrt(peak.shape[1])
-        kept = over_seeds_and_prompts([(1, arm.end("gold")), (-1, peak - error)])
-        unguarded = over_seeds_and_prompts([(1, plain.end("gold")), (-1, peak - error)])
+        places = (arm.end("gold"), arm.at_peak("gold"), plain.end("gold"))
+        gains = tuple(over_seeds_and_prompts([(1, gold), (-1, peak - error)]) for gold in places)
         seeds = fewest_seeds([arm], [plain])
-        rows.append(Row(arm.label, (kept, unguarded), seeds, decided(seeds, kept.low > 0, kept.high < 0), True))
+        rows.append(Row(arm.label, gains, seeds, decided(seeds, gains[0].low > 0, gains[0].high < 0), True))
     return rows

@@ -237,9 +237,8 @@ def guard_section(experiment: Experiment) -> str:
         )
     columns = ("detector", "fired in healthy runs", "fired in hacked runs", "steps after the fall: median (range)")
     gains = guard_record.guarded_arms(experiment)
-    kept = (
-        rows_table(("gold at the end - bound", "the same of the unguarded arm"), gains) if gains else "No guarded arm."
-    )
+    columns_of_gains = ("gold at the end - bound", "kept checkpoint - bound", "unguarded arm at its end - bound")
+    kept = rows_table(columns_of_gains, gains) if gains else "No guarded arm."
     return f"""## The guard
 
 Of all unguarded runs, in which detectors only warn. A run is *healthy* where gold does not end below its peak by more than one
@@ -250,6 +249,8 @@ gold lies more than one such standard error below its largest mean so far; a neg
 
 Guarded arms beside the unguarded arm of the same name. The bound is the unguarded peak of gold minus one standard error of its
 mean; *{SUPPORTED}* where the interval of the guarded arm's gold at the end minus the bound lies above 0, *not supported* below.
+The kept checkpoint is the one that `keep_best` keeps, chosen by the other half of the prompts; of the unguarded arm it lies one
+standard error above the bound by definition.
 
 {kept}"""  # noqa: E501
 
