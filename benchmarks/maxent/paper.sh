@@ -10,7 +10,10 @@ here=benchmarks/maxent runs=runs/maxent
 keel sft $here/sft.yaml
 keel label $here/label.yaml
 keel reward $here/reward.yaml
-keel sweep $here/sweep.yaml
+keel reward $here/reward-minilm.yaml
+for grid in sweep sweep-low sweep-more; do
+  keel sweep $here/$grid.yaml
+done
 
 offline=()
 for seed in 0 1 2; do
@@ -27,5 +30,5 @@ for seed in 0 1 2; do
     offline+=("$name=$folder/evaluation/evaluation.arrow")
   done
 done
-python $here/collect.py $runs/sweep --offline "${offline[@]}" --output $here
+python $here/collect.py $runs/sweep $runs/sweep-low $runs/sweep-more --offline "${offline[@]}" --output $here
 python $here/results.py

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from keel.config import loader
+from keel.config.commands import COMMANDS
 from keel.config.pipeline import PipelineSettings
 from keel.config.sweep import SweepSettings
 from keel.stages import pipeline, sweep
 from shipped import FILES, FOLDER, identity, settings_class
 
+PAPER = FOLDER.parent / "benchmarks" / "maxent"
 OTHER_NAMES = {
     "pipeline": "quickstart",
     "stages/prefer": "dpo-offline",
@@ -42,6 +44,25 @@ def test_the_shipped_sweep_can_be_planned(tmp_path: Path) -> None:
     assert [(run.arm, run.seed) for run in runs[:4]] == [("kl", 0), ("entropy", 0), ("none", 0), ("kl", 1)]
     assert [run.settings.regularizer.kl.coefficient for run in runs[:3]] == [0.02, 0, 0]
     assert [run.settings.regularizer.entropy.coefficient > 0 for run in runs[:3]] == [False, True, False]
+
+
+@pytest.mark.parametrize("command", ["sft", "label", "reward", "reward-minilm", "prefer", "train"])
+def test_a_configuration_of_the_papers_experiment_loads(command: str) -> None:
+    settings = loader.load_as(COMMANDS[command.partition("-")[0]], PAPER / f"{command}.yaml")
+    assert settings.run_directory.startswith("runs/")  # type: ignore[attr-defined]
+
+
+def test_the_sweeps_of_the_papers_experiment_can_be_planned(tmp_path: Path) -> None:
+    """Two learning rates a factor 10 apart, three seeds, and every arm differs from every other one."""
+    rates = {}
+    for name in ("sweep", "sweep-low", "sweep-more"):
+        path = PAPER / f"{name}.yaml"
+        runs = sweep.plan(loader.load_as(SweepSettings, path, [f"directory={tmp_path / name}"]), path)
+        assert {run.seed for run in runs} == {0, 1, 2}
+        of_seed_0 = [run.settings.model_dump_json(exclude={"run"}) for run in runs if run.seed == 0]
+        assert len(set(of_seed_0)) == len(of_seed_0) == len(runs) / 3
+        rates[name] = {run.settings.learners.learning_rate for run in runs}
+    assert rates == {"sweep": {3e-4}, "sweep-low": {3e-5}, "sweep-more": {3e-4}}
 
 
 def test_the_quickstarts_differ_in_their_regularizer_alone() -> None:
