@@ -48,13 +48,17 @@ class Proportional(Fixed):
     n completions of the step. Linear in the error and slow by design: a step changes c by a fifth at most.
     """
 
+    def __init__(self, settings: ControllerSettings, start: float, sign: float) -> None:
+        super().__init__(settings, start, sign)
+        self.target_nats = settings.target_nats
+
     def update(self, seen: Observation) -> None:
         error = float(np.clip(self._error(seen), -0.2, 0.2))
         self._move(1 + self.sign * error * min(seen.completions / self.settings.horizon_completions, 1.0))
 
     def _error(self, seen: Observation) -> float:
-        assert self.settings.target_nats is not None
-        return seen.nats / self.settings.target_nats - 1
+        assert self.target_nats is not None
+        return seen.nats / self.target_nats - 1
 
     def _move(self, factor: float) -> None:
         self.value = min(max(self.value * factor, self.settings.minimum), self.settings.maximum)
@@ -67,10 +71,24 @@ class Dual(Proportional):
 
     sign +1: a budget, the coefficient grows while nats are above it (target KL; FLAC's divergence budget, 2602.12829).
     sign -1: a floor, it grows while nats are below it (target entropy, as SAC's temperature, 1812.05905).
+
+    The target may be a share of what the first step measured (above 0), the idea of AER (2510.10959); known from its
+    abstract alone, so the rule that moves the coefficient is this one and not theirs.
     """
 
     def update(self, seen: Observation) -> None:
+        if self.target_nats is None:
+            assert self.settings.target_share_of_start is not None
+            if seen.nats > 0:
+                self.target_nats = self.settings.target_share_of_start * seen.nats
+            return
         self._move(math.exp(self.sign * float(np.clip(self.settings.rate * self._error(seen), -1.0, 1.0))))
+
+    def state(self) -> dict[str, Any]:
+        return {"value": self.value, "target_nats": self.target_nats}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.value, self.target_nats = state["value"], state.get("target_nats", self.settings.target_nats)
 
 
 class Safe(Fixed):

@@ -28,6 +28,9 @@ class ControllerSettings(Section):
         " towards target_nats, at most a factor e a step; safe: PID threshold with an entropy gate (KL only)",
     )
     target_nats: float | None = Field(None, gt=0, description="what proportional and dual steer towards")
+    target_share_of_start: float | None = Field(
+        None, gt=0, description="dual, entropy: in place of target_nats, this times what the first step measures"
+    )
     rate: float = Field(0.1, gt=0, description="dual: coefficient *= exp(rate * relative error)")
     horizon_completions: float = Field(10_000, gt=0, description="proportional: completions for a change of 20 %")
     minimum: float = Field(1e-6, gt=0, description="the coefficient stays above this")
@@ -38,10 +41,17 @@ class ControllerSettings(Section):
     @model_validator(mode="after")
     def _target_is_set(self) -> Self:
         steers = self.kind in ("proportional", "dual")
-        if steers and self.target_nats is None:
+        if steers and self.target_nats is None and self.target_share_of_start is None:
             raise ValueError(f"target_nats=null: kind={self.kind} steers towards it; expected a number of nats")
         if not steers and self.target_nats is not None:
             raise ValueError(f"target_nats={self.target_nats}: kind={self.kind} ignores it; expected dual, or null")
+        if share := self.target_share_of_start:
+            if self.kind != "dual":
+                raise ValueError(f"target_share_of_start={share}: kind={self.kind} ignores it; expected dual, or null")
+            if self.target_nats is not None:
+                raise ValueError(
+                    f"target_share_of_start={share}: target_nats={self.target_nats} is another target; expected one"
+                )
         if self.minimum > self.maximum:
             raise ValueError(f"minimum={self.minimum}: above maximum={self.maximum}; expected less")
         return self
@@ -78,6 +88,8 @@ class KLSettings(Section):
             raise ValueError("importance_weighted=true: exact has no sampled action to weigh; expected k2 or k3")
         if self.controller.kind != "fixed" and self.coefficient == 0:
             raise ValueError(f"coefficient=0.0: controller.kind={self.controller.kind} starts from it; expected more")
+        if share := self.controller.target_share_of_start:
+            raise ValueError(f"controller.target_share_of_start={share}: the KL starts at 0; expected target_nats")
         return self
 
     @property

@@ -1,5 +1,7 @@
 """Critics, entropy advantages and controllers (SAFE, EAPO) against the numbers of the algorithm reference."""
 
+import json
+import math
 from typing import Any
 
 import numpy as np
@@ -92,6 +94,24 @@ def test_phases_of_the_safe_threshold(rewards: list[float], phase: float) -> Non
     for reward in rewards:
         subject.update(Observation(0.0, 4, 0.0, 1.0, reward))
     assert subject.seen["threshold_nats"] / phase == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_target_that_is_a_share_of_the_start_is_that_number_from_the_second_step_on() -> None:
+    """Start 4 nats, share 0.75: target 3, factor exp(0.1 (1 - nats / 3)); the first step, or one of 0 nats, moves nothing."""
+    settings = ControllerSettings(kind="dual", target_share_of_start=0.75)
+    subject = coefficients.coefficient(settings, 0.4, -1.0)
+    for nats, value in ((0.0, 0.4), (4.0, 0.4), (1.5, 0.4 * math.exp(0.05)), (6.0, 0.4 * math.exp(-0.05))):
+        subject.update(Observation(nats, 64, 0.0, 0.0, 0.0))
+        assert subject.value == pytest.approx(value, abs=1e-12)
+    resumed = coefficients.coefficient(settings, 0.4, -1.0)
+    resumed.restore(json.loads(json.dumps(subject.state())))
+    for controller in (subject, resumed):
+        controller.update(Observation(2.0, 64, 0.0, 0.0, 0.0))
+    assert resumed.value == subject.value
+    old = coefficients.coefficient(ControllerSettings(kind="dual", target_nats=3.0), 0.4, -1.0)
+    old.restore({"value": 0.7})  # as earlier versions wrote it
+    old.update(Observation(3.0, 64, 0.0, 0.0, 0.0))
+    assert old.value == 0.7
 
 
 def test_dual_and_proportional_controllers() -> None:

@@ -93,6 +93,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regularizer": entropy(controller={"kind": "safe"})}, "regularizer.entropy.controller.kind=safe: is for KL; expected fixed or dual"),
     ({"regularizer": entropy(coefficient=0.0, controller={"kind": "dual", "target_nats": 1.0})}, "regularizer.entropy.coefficient=0.0: controller.kind=dual starts from it; expected more"),
     ({"regularizer": kl("reward", "k1", controller={"kind": "dual"})}, "regularizer.kl.controller.target_nats=null: kind=dual steers towards it; expected a number of nats"),
+    ({"regularizer": entropy(controller={"kind": "dual", "target_nats": 1.0, "target_share_of_start": 0.5})}, "regularizer.entropy.controller.target_share_of_start=0.5: target_nats=1.0 is another target; expected one"),
+    ({"regularizer": entropy(controller={"kind": "fixed", "target_share_of_start": 0.5})}, "regularizer.entropy.controller.target_share_of_start=0.5: kind=fixed ignores it; expected dual, or null"),
+    ({"regularizer": kl("reward", "k1", controller={"kind": "dual", "target_share_of_start": 0.5})}, "regularizer.kl.controller.target_share_of_start=0.5: the KL starts at 0; expected target_nats"),
     ({"regularizer": kl("reward", "k1", controller={"kind": "safe", "target_nats": 1.0})}, "regularizer.kl.controller.target_nats=1.0: kind=safe ignores it; expected dual, or null"),
     ({"regularizer": kl("reward", "k1", coefficient=0.0, controller={"kind": "safe"})}, "regularizer.kl.coefficient=0.0: controller.kind=safe starts from it; expected more"),
     # entropies over |y|
