@@ -64,6 +64,17 @@ ARMS: dict[str, Arm] = {
     "entropy_sequence_mean_exact": policy_gradient(entropy("sequence_mean_exact", 0.01)),
     "entropy_sequence_mean_naive": policy_gradient(entropy("sequence_mean_naive", 0.01)),
     "entropy_token": policy_gradient(entropy("token_bonus", 0.002)),
+    "entropy_clamped": policy_gradient(
+        {
+            "kl": {"coefficient": 0.0},
+            "entropy": {
+                "form": "token_bonus",
+                "coefficient": 0.002,
+                "top_share": 0.6,
+                "controller": {"kind": "band", "low_nats": 0.5, "high_nats": 2.0, "rate": 0.001},
+            },
+        }
+    ),
     "entropy_and_kl": policy_gradient(entropy("sequence_sum", 0.002, kl=0.01)),
     "kl_k2": policy_gradient(in_loss("k2")),
     "kl_k3": policy_gradient(in_loss("k3")),

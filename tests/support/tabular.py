@@ -196,6 +196,7 @@ POLICY_GRADIENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sequence_mean_exact": ({}, {"entropy": {"form": "sequence_mean_exact", "coefficient": 0.2}}),
     "sequence_mean_naive": ({}, {"entropy": {"form": "sequence_mean_naive", "coefficient": 0.2}}),
     "token_bonus": ({}, {"entropy": {"form": "token_bonus", "coefficient": 0.2}}),
+    "clamped": ({}, {"entropy": {"form": "token_bonus", "coefficient": 0.2, "top_share": 0.5}}),
     "exact": ({"reduction": "token_mean"}, token_kl("exact", token_share=0.5)),
     "exact_all": ({}, token_kl("exact")),
     "k3_weighted": ({}, token_kl("k3", importance_weighted=True)),

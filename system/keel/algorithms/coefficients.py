@@ -91,6 +91,21 @@ class Dual(Proportional):
         self.value, self.target_nats = state["value"], state.get("target_nats", self.settings.target_nats)
 
 
+class Band(Fixed):
+    """AEnt's coefficient (2509.03493): c -= rate (min(0, nats - low) + max(0, nats - high)), within its bounds.
+
+    Nothing moves inside the band. The rule is that of the author's implementation in AReaL (recipe/AEnt); its warm-up,
+    steps without a move, is not here. The sign is the entropy's: the coefficient rises where nats are short.
+    """
+
+    def update(self, seen: Observation) -> None:
+        low, high = self.settings.low_nats, self.settings.high_nats
+        assert low is not None and high is not None
+        outside = min(0.0, seen.nats - low) + max(0.0, seen.nats - high)
+        moved = self.value + self.sign * self.settings.rate * outside
+        self.value = min(max(moved, self.settings.minimum), self.settings.maximum)
+
+
 class Safe(Fixed):
     """SAFE's controller (2602.04651), made to act: its penalty P = s relu(kl - tau)^2 gate as a coefficient on the KL.
 
@@ -154,5 +169,5 @@ class Safe(Fixed):
 
 def coefficient(settings: ControllerSettings, start: float, sign: float) -> Fixed:
     """Build the controller of the configured kind."""
-    kinds = {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "safe": Safe}
+    kinds = {"fixed": Fixed, "proportional": Proportional, "dual": Dual, "band": Band, "safe": Safe}
     return kinds[settings.kind](settings, start, sign)

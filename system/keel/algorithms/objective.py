@@ -11,7 +11,8 @@ reward pays (k1) is `penalty`; estimators of a KL in the loss are in `regularize
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ class Objective:
         self._terms = [(t, user_code.import_symbol(t.source, f"regularizer.terms.{t.name}.source")) for t in terms]
         if self.kl.exact:
             self.vocabulary = regularizers.ExactKL(self.kl.token_share)
+        elif self.entropy.clamped:
+            self.vocabulary = regularizers.ClampedEntropy(self.entropy.top_share)
         if self.entropy.in_reward and self.entropy.importance_weighted:
             self.measures |= {"logprobs"}
         self.multiply_kl(1.0)
@@ -94,7 +97,7 @@ class Objective:
     @property
     def needs_entropy(self) -> bool:
         """Whether the full-vocabulary entropy is computed at all."""
-        return self.entropy.in_loss or self.entropy.monitor
+        return self.entropy.monitor or (self.entropy.in_loss and not self.entropy.clamped)
 
     def weigh(self, batch: pa.RecordBatch, measured: Measured) -> Credit:
         """Advantages of all tokens of the step, the same on every rank."""
@@ -135,11 +138,15 @@ class Objective:
                 nats = self.reduce(part, rows, credit).item()
                 sums |= {name: self.kl_strength * nats, f"{name}_nats": nats}
         if outputs.entropies is not None:
-            mean = outputs.entropies.sum() / credit.num_tokens
             sums |= self._entropies(outputs.entropies, rows, credit)
-            if self.entropy.in_loss:
-                total = total - self.entropy_coefficient.value * mean
-                sums["entropy_loss"] = -self.entropy_coefficient.value * mean.item()
+        if self.entropy.in_loss:
+            tokens = outputs.vocabulary if self.entropy.clamped else outputs.entropies
+            assert tokens is not None
+            mean = tokens.sum() / credit.num_tokens
+            total = total - self.entropy_coefficient.value * mean
+            sums["entropy_loss"] = -self.entropy_coefficient.value * mean.item()
+            if self.entropy.clamped:
+                sums |= self._entropies(tokens, rows, credit, "clamped_")
         for term, function in self._terms:
             if term.placement == "loss":
                 values = function(rows=rows, outputs=outputs)
@@ -162,9 +169,9 @@ class Objective:
         stored = torch.zeros_like(tokens) if rows.stored is None else rows.stored[rows.row_of_item].to(tokens)
         return [(name, tokens * (1 - stored)), (name_of_stored, tokens * stored)]
 
-    def _entropies(self, entropies: Tensor, rows: Rows, credit: Credit) -> dict[str, float]:
-        """Full-vocabulary entropy as a mean over sampled tokens, and over stored ones under a name of its own."""
-        names = ("policy_entropy_nats", "teacher_forced_entropy_nats")
+    def _entropies(self, entropies: Tensor, rows: Rows, credit: Credit, prefix: str = "") -> dict[str, float]:
+        """Entropy as a mean over sampled tokens, and over stored ones under a name of its own."""
+        names = (f"{prefix}policy_entropy_nats", f"{prefix}teacher_forced_entropy_nats")
         sampled = credit.num_tokens if credit.num_sampled_tokens is None else credit.num_sampled_tokens
         counts = dict(zip(names, (sampled, credit.num_tokens - sampled), strict=True))
         if self.settings.sampling.stored_ratio == 1:
@@ -279,9 +286,10 @@ class Objective:
         seeds = batch.column("seed").to_numpy()
         return self.vocabulary.select(seeds, schema.completion_lengths(batch), version)
 
-    def adapt(self, batch: pa.RecordBatch) -> None:
-        """Move the coefficients by what the step's samples say. Called once a step, with the same batch everywhere.
+    def adapt(self, batch: pa.RecordBatch, sums: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Move the coefficients by what the step says. Called once a step, with the same arguments everywhere.
 
+        batch: the step's samples; sums: what `loss` told of them, over all ranks, at the step's first update.
         Stored completions move nothing: what the policy thinks of them is neither its entropy nor its KL.
         """
         sampled = schema.sampled(batch)
@@ -295,6 +303,7 @@ class Objective:
             kl = regularizers.sequence_kl(logprobs, schema.ragged(batch, "reference_logprobs")[0], lengths)
         tokens, reward = float(lengths.sum()), float(self.rewards(batch).mean())
         entropy = surprise.mean() if self.entropy.form == "sequence_sum" else (surprise / lengths).mean()
+        entropy = sums["clamped_policy_entropy_nats"] if self.entropy.clamped else entropy
         shared = (len(lengths), float(kl.sum() / tokens), float(surprise.sum() / tokens), reward)
         self.kl_coefficient.update(Observation(float(kl.mean()), *shared))
         self.entropy_coefficient.update(Observation(float(entropy), *shared))

@@ -14,11 +14,13 @@ Where a term lives decides its gradient (in the reward: detached, through the ad
                                                                depends on y, the 1 does not cancel
                                   -log pi(y) / |y|             no gradient of an objective: the naive online analogue
                                   mean_t H_t in the loss       its first part: no credit for reaching uncertain states
+                                  the same, clamped            of the policy renormalized to its likeliest tokens
 
 Maximum entropy RLHF (2509.20265) is the entropy reward in place of the KL: KL to a uniform reference minus
 |y| log V, so every further token is paid and nothing holds the policy near the reference.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -163,3 +165,30 @@ class ExactKL:
         """logits, others["reference"] [n, V] at the sampling temperature; returns [n] nats."""
         log_p, log_r = logits.log_softmax(-1), others["reference"].log_softmax(-1)
         return torch.linalg.vecdot(log_p.exp(), log_p - log_r) / self.share
+
+
+class ClampedEntropy:
+    """Entropy of pi renormalized to its likeliest tokens at each place, nats (AEnt, 2509.03493).
+
+        q = pi / pi(K) on K, the ceil(share V) tokens of largest logit;  H = -sum_K q log q
+        dH/dz = -q (log q + H) on K, 0 elsewhere: K counts as constant, and nothing is paid for the tail
+
+    The definition, a count of tokens and the mean over the step's tokens are those of the author's implementation in
+    AReaL (recipe/AEnt, where `entropy_clamp` = 1 - share is 0.2 to 0.4), with the abstract's "re-normalized policy";
+    the paper's own text was not to be had. Tokens that tie with the last one of K stay in it, so the order of equal
+    logits in a vocabulary does not matter.
+    """
+
+    models: frozenset[str] = frozenset()
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+        """logits [n, V] at the sampling temperature; returns [n] nats."""
+        size = logits.shape[-1]
+        kept = math.ceil(self.share * size - 1e-6)  # 0.7 of 10 tokens are 7, whatever the product's last bit
+        last = logits.detach().kthvalue(size - kept + 1, keepdim=True).values
+        dropped = logits.detach() < last
+        log_q = logits.masked_fill(dropped, -math.inf).log_softmax(-1)
+        return -(log_q.exp() * log_q.masked_fill(dropped, 0.0)).sum(-1)

@@ -22,16 +22,21 @@ LENGTH_FORMS = ("sequence_mean_exact", "sequence_mean_naive")
 class ControllerSettings(Section):
     """How a coefficient moves from step to step. Its state is in metrics.jsonl and in state.json."""
 
-    kind: Literal["fixed", "proportional", "dual", "safe"] = Field(
+    kind: Literal["fixed", "proportional", "dual", "band", "safe"] = Field(
         "fixed",
         description="proportional: Ziegler's factor 1 + clip(error) n / horizon; dual: exponentiated dual ascent"
-        " towards target_nats, at most a factor e a step; safe: PID threshold with an entropy gate (KL only)",
+        " towards target_nats, at most a factor e a step; band: moved by rate times the nats outside low_nats to"
+        " high_nats (entropy only); safe: PID threshold with an entropy gate (KL only)",
     )
     target_nats: float | None = Field(None, gt=0, description="what proportional and dual steer towards")
     target_share_of_start: float | None = Field(
         None, gt=0, description="dual, entropy: in place of target_nats, this times what the first step measures"
     )
-    rate: float = Field(0.1, gt=0, description="dual: coefficient *= exp(rate * relative error)")
+    low_nats: float | None = Field(None, ge=0, description="band: the coefficient rises below it")
+    high_nats: float | None = Field(None, ge=0, description="band: the coefficient falls above it")
+    rate: float = Field(
+        0.1, gt=0, description="dual: coefficient *= exp(rate * relative error); band: coefficient -= rate * nats"
+    )
     horizon_completions: float = Field(10_000, gt=0, description="proportional: completions for a change of 20 %")
     minimum: float = Field(1e-6, gt=0, description="the coefficient stays above this")
     maximum: float = Field(100.0, gt=0, description="the coefficient stays below this")
@@ -52,6 +57,12 @@ class ControllerSettings(Section):
                 raise ValueError(
                     f"target_share_of_start={share}: target_nats={self.target_nats} is another target; expected one"
                 )
+        for name, edge in (("low_nats", self.low_nats), ("high_nats", self.high_nats)):
+            if (self.kind == "band") != (edge is not None):
+                wanted = "a number of nats" if self.kind == "band" else "band, or null"
+                raise ValueError(f"{name}={edge or 'null'}: of kind=band, and kind={self.kind}; expected {wanted}")
+        if self.low_nats is not None and self.high_nats is not None and self.low_nats > self.high_nats:
+            raise ValueError(f"low_nats={self.low_nats}: above high_nats={self.high_nats}; expected less")
         if self.minimum > self.maximum:
             raise ValueError(f"minimum={self.minimum}: above maximum={self.maximum}; expected less")
         return self
@@ -88,6 +99,8 @@ class KLSettings(Section):
             raise ValueError("importance_weighted=true: exact has no sampled action to weigh; expected k2 or k3")
         if self.controller.kind != "fixed" and self.coefficient == 0:
             raise ValueError(f"coefficient=0.0: controller.kind={self.controller.kind} starts from it; expected more")
+        if self.controller.kind == "band":
+            raise ValueError("controller.kind=band: is for entropy; expected dual or proportional")
         if share := self.controller.target_share_of_start:
             raise ValueError(f"controller.target_share_of_start={share}: the KL starts at 0; expected target_nats")
         return self
@@ -143,6 +156,13 @@ class EntropySettings(Section):
         " differentiable token bonus",
     )
     coefficient: float = Field(0.0, ge=0, description="alpha, reward units per nat (token_bonus: loss units per nat)")
+    top_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="token_bonus: share of the vocabulary, its likeliest tokens, to which the policy is renormalized"
+        " before its entropy is taken (clamped entropy, AEnt); 1: the plain one",
+    )
     importance_weighted: bool = Field(
         False, description="stale samples: -log pi of the learner in place of the sampler's in the reward"
     )
@@ -166,10 +186,13 @@ class EntropySettings(Section):
     def _form_and_coefficient_agree(self) -> Self:
         if self.form == "none" and self.coefficient > 0:
             raise ValueError(f"coefficient={self.coefficient}: form=none ignores it; expected a form, or 0")
-        if self.controller.kind not in ("fixed", "dual"):
-            raise ValueError(f"controller.kind={self.controller.kind}: is for KL; expected fixed or dual")
-        if self.controller.kind == "dual" and self.coefficient == 0:
-            raise ValueError("coefficient=0.0: controller.kind=dual starts from it; expected more")
+        if self.top_share < 1 and self.form != "token_bonus":
+            raise ValueError(f"top_share={self.top_share}: form={self.form} ignores it; expected token_bonus, or 1")
+        kind = self.controller.kind
+        if kind not in ("fixed", "dual", "band"):
+            raise ValueError(f"controller.kind={kind}: is for KL; expected fixed, dual or band")
+        if kind != "fixed" and self.coefficient == 0:
+            raise ValueError(f"coefficient=0.0: controller.kind={kind} starts from it; expected more")
         return self
 
     @property
@@ -179,6 +202,19 @@ class EntropySettings(Section):
     @property
     def in_loss(self) -> bool:
         return self.coefficient > 0 and self.form == "token_bonus"
+
+    @property
+    def clamped(self) -> bool:
+        """Whether the bonus is the entropy among the likeliest tokens."""
+        return self.in_loss and self.top_share < 1
+
+    def check_vocabulary(self, reader: str) -> None:
+        """Raise ValueError for a clamped bonus beside another term that reads the whole vocabulary."""
+        if self.clamped:
+            raise ValueError(
+                f"regularizer.entropy.top_share={self.top_share}: {reader} already reads the whole vocabulary, and one"
+                " term can; expected top_share 1"
+            )
 
     def check_paid_by_token(self, advantage: str) -> None:
         """Raises ValueError for a form that only a whole completion can be paid: a token does not know |y| yet."""

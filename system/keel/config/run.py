@@ -217,6 +217,9 @@ class LearnerSpec(CommandSettings):
         if objective.by_token:
             self.regularizer.entropy.check_paid_by_token(f"objective.advantage={objective.compared_by}")
         objective.check_learner(kl.exact, self.learners.zero_stage)
+        if kl.exact or objective.kind == "logits_convexity":
+            reader = "regularizer.kl.estimator=exact" if kl.exact else "objective.kind=logits_convexity"
+            self.regularizer.entropy.check_vocabulary(reader)
         return self
 
     @model_validator(mode="after")

@@ -118,7 +118,7 @@ class DeepSpeedLearner:
             if self.objective.weighs_every_epoch:
                 credit = self.objective.credited(seen, self._measure(batch, plan, self._asked(epochs)))
             sums = self._update(batch, plan, credit, old)
-        self.objective.adapt(seen)
+        self.objective.adapt(seen, first)
         self.version += 1
         metrics = dict(diagnostics.summarize(batch)) | dict(credit.metrics) | sums | coefficients
         # later updates move away from the sampler on purpose

@@ -101,7 +101,8 @@ Rewards by name | reward_component | A monitor (gold) that turns down while the 
 over-optimization.
 KL from the reference | kl_nats, kl_k3_nats | What the reward was bought with.
 Rewards over sqrt(KL) | sqrt_kl as sqrt(KL), reward_component as Reward | | kind=xychart
-Entropy per token | entropy_nats, policy_entropy_nats | Towards 0: the policy repeats itself.
+Entropy per token | entropy_nats, policy_entropy_nats, clamped_policy_entropy_nats | Towards 0: the policy \
+repeats itself.
 Entropy per completion | sequence_entropy_nats
 Completion length | length_tokens, sampled_length_tokens | The cheapest way to a reward that likes long answers.
 Completions with an end token | finished_ratio
@@ -182,7 +183,8 @@ Pairs in the right order | preference_accuracy_ratio, held_out_accuracy_ratio
 Log-probability | chosen_logprob_nats, rejected_logprob_nats | Both falling: mass goes elsewhere.
 Log-ratio to the reference | chosen_log_ratio_nats, rejected_log_ratio_nats
 Stored completions | stored_logprob_nats, stored_log_ratio_nats | The policy did not sample them.
-Stored completions, per token | stored_token_logprob_nats, teacher_forced_entropy_nats
+Stored completions, per token | stored_token_logprob_nats, teacher_forced_entropy_nats, \
+clamped_teacher_forced_entropy_nats
 Disagreement of the ensemble | pair_disagreement
 Prompts on which the ensemble agrees | settled_ratio
 Completions that may be best | plausible_completions

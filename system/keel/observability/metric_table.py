@@ -83,6 +83,10 @@ TABLE: list[Metric] = [
             "policy_entropy_nats",
             "Mean over sampled tokens of the learner's full-vocabulary entropy; absent when not computed.",
         ),
+        (
+            "clamped_policy_entropy_nats",
+            "Mean over sampled tokens of the learner's entropy among its likeliest tokens (entropy.top_share).",
+        ),
         ("stored_logprob_nats", "Mean over stored completions of log pi(y), summed over tokens."),
         ("stored_token_logprob_nats", "Mean over stored completions of log pi(y)/|y|."),
         (
@@ -90,6 +94,7 @@ TABLE: list[Metric] = [
             "Mean over stored completions of log pi(y) - log pi_ref(y): no KL, for the policy did not sample them.",
         ),
         ("teacher_forced_entropy_nats", "As policy_entropy_nats, over the tokens of stored completions."),
+        ("clamped_teacher_forced_entropy_nats", "As clamped_policy_entropy_nats, over those of stored completions."),
         ("length_tokens", "Mean completion length, end token included."),
         ("sampled_length_tokens", "The same of the sampled completions, in steps that also have stored ones."),
         ("finished_ratio", "Share of completions that sampled an end token."),

@@ -28,6 +28,7 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
     "fixed": {},
     "proportional": {"kind": "proportional", "target_nats": 3.0, "horizon_completions": 20},
     "dual": {"kind": "dual", "target_nats": 3.0},
+    "band": {"kind": "band", "low_nats": 3.0, "high_nats": 3.1, "rate": 0.001},
     "safe": {"kind": "safe"},
 }
 
@@ -96,7 +97,7 @@ def take_step(subject: Objective, step: Any, version: int) -> None:
     values = heads(subject, step.values)
     logprobs = step.logprobs(step.logits).numpy()
     subject.weigh(step.batch, Measured(logprobs, None if values is None else values.numpy(), version=version))
-    subject.adapt(step.batch)
+    subject.adapt(step.batch, {"clamped_policy_entropy_nats": 0.01 * len(step.batch) * (1 + version)})
 
 
 def adaptive(kind: str) -> dict[str, Any]:
@@ -107,7 +108,14 @@ def adaptive(kind: str) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, Any] = {name: (lambda name=name: case(name)) for name in CASES}
-VARIANTS |= {f"kl {kind}": (lambda kind=kind: objective(regularizer=adaptive(kind))) for kind in CONTROLLERS}
+VARIANTS |= {
+    f"kl {kind}": (lambda kind=kind: objective(regularizer=adaptive(kind))) for kind in CONTROLLERS if kind != "band"
+}
+VARIANTS["entropy band"] = lambda: objective(
+    regularizer={
+        "entropy": {"form": "token_bonus", "coefficient": 0.2, "top_share": 0.5, "controller": CONTROLLERS["band"]}
+    }
+)
 VARIANTS["popart of two heads"] = lambda: objective(
     objective={
         "advantage": "gae",
@@ -117,7 +125,7 @@ VARIANTS["popart of two heads"] = lambda: objective(
     },
     regularizer=adaptive("dual"),
 )
-MOVING = {"kl proportional", "kl dual", "kl safe", "kl fixed", "none", "eapo", "popart of two heads"}
+MOVING = {"entropy band", "kl proportional", "kl dual", "kl safe", "kl fixed", "none", "eapo", "popart of two heads"}
 
 
 @pytest.mark.parametrize("name", list(VARIANTS))

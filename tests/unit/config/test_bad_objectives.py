@@ -35,6 +35,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"regularizer": kl("reward", "exact")}, "regularizer.kl.estimator=exact in the reward: "),
     ({"regularizer": kl("loss", "k2", token_share=0.5)}, "regularizer.kl.token_share=0.5: estimator=k2 uses all; expected exact"),
     ({"regularizer": kl("loss", "exact", importance_weighted=True)}, "regularizer.kl.importance_weighted=true: exact has no sampled action to weigh; expected k2 or k3"),
+    # a bonus among the likeliest tokens, and a band
+    ({"regularizer": entropy(top_share=0.5)}, "regularizer.entropy.top_share=0.5: form=sequence_sum ignores it; expected token_bonus, or 1"),
+    ({"regularizer": {**kl("loss", "exact"), **entropy(form="token_bonus", top_share=0.5)}}, "regularizer.entropy.top_share=0.5: regularizer.kl.estimator=exact already reads the whole vocabulary, and one term can; expected top_share 1"),
+    ({"objective": CONVEX, "regularizer": entropy(form="token_bonus", top_share=0.5)}, "regularizer.entropy.top_share=0.5: objective.kind=logits_convexity already reads the whole vocabulary"),
+    ({"regularizer": entropy(controller={"kind": "band", "low_nats": 1.0})}, "regularizer.entropy.controller.high_nats=null: of kind=band, and kind=band; expected a number of nats"),
+    ({"regularizer": entropy(controller={"kind": "dual", "target_nats": 1.0, "low_nats": 1.0})}, "regularizer.entropy.controller.low_nats=1.0: of kind=band, and kind=dual; expected band, or null"),
+    ({"regularizer": entropy(controller={"kind": "band", "low_nats": 2.0, "high_nats": 1.0})}, "regularizer.entropy.controller.low_nats=2.0: above high_nats=1.0; expected less"),
+    ({"regularizer": kl("reward", "k1", controller={"kind": "band", "low_nats": 1.0, "high_nats": 2.0})}, "regularizer.kl.controller.kind=band: is for entropy; expected dual or proportional"),
+    ({"regularizer": entropy(coefficient=0.0, controller={"kind": "band", "low_nats": 1.0, "high_nats": 2.0})}, "regularizer.entropy.coefficient=0.0: controller.kind=band starts from it; expected more"),
     # critics
     ({"objective": {"advantage": "gae"}}, "objective.critic=null: advantage=gae needs a learned value; expected a critic block"),
     ({"objective": {"advantage": "value_baseline"}}, "objective.critic=null: advantage=value_baseline needs a learned value"),
@@ -89,8 +98,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective": {**PREFER, "pairs": {"judge": "silver"}}}, "objective.pairs.judge=silver: no such reward with role judge or train; expected one of a, b, gold"),
     ({"rewards": [*ALONE, {"name": "m", "source": "x:y", "role": "monitor"}], "objective": {**PREFER, "pairs": {"judge": "m"}}}, "objective.pairs.judge=m: no such reward with role judge or train; expected one of a"),
     # controllers
-    ({"regularizer": entropy(controller={"kind": "proportional", "target_nats": 1.0})}, "regularizer.entropy.controller.kind=proportional: is for KL; expected fixed or dual"),
-    ({"regularizer": entropy(controller={"kind": "safe"})}, "regularizer.entropy.controller.kind=safe: is for KL; expected fixed or dual"),
+    ({"regularizer": entropy(controller={"kind": "proportional", "target_nats": 1.0})}, "regularizer.entropy.controller.kind=proportional: is for KL; expected fixed, dual or band"),
+    ({"regularizer": entropy(controller={"kind": "safe"})}, "regularizer.entropy.controller.kind=safe: is for KL; expected fixed, dual or band"),
     ({"regularizer": entropy(coefficient=0.0, controller={"kind": "dual", "target_nats": 1.0})}, "regularizer.entropy.coefficient=0.0: controller.kind=dual starts from it; expected more"),
     ({"regularizer": kl("reward", "k1", controller={"kind": "dual"})}, "regularizer.kl.controller.target_nats=null: kind=dual steers towards it; expected a number of nats"),
     ({"regularizer": entropy(controller={"kind": "dual", "target_nats": 1.0, "target_share_of_start": 0.5})}, "regularizer.entropy.controller.target_share_of_start=0.5: target_nats=1.0 is another target; expected one"),

@@ -184,6 +184,8 @@ async def test_every_number_of_a_step_has_a_row_and_every_gauge_gets_one(
     assert not written & of_stages
     written |= {"workers", "workers_desired"}  # by the pools and scaling.py: tests/integration/test_recovery.py
     written |= {"reward_tail_index"}  # of 16 rows or more: test_sample_diagnostics.py
+    # of entropy.top_share alone: test_clamped_entropy.py
+    written |= {"clamped_policy_entropy_nats", "clamped_teacher_forced_entropy_nats"}
     written |= {"covariance_selected_ratio"}  # of objective.covariance alone: test_token_covariance.py
     written |= {"batches_waiting", "max_staleness_versions", "steps_wanted"}  # by the recorder: test_recorder.py
     assert written | of_stages == {metric.name for metric in TABLE if metric.kind == "gauge"}
