@@ -28,6 +28,8 @@ class Curves:
     stderr: np.ndarray
     """Standard error of proxy; known for the column `proxy` alone."""
     gold: np.ndarray
+    gold_stderr: np.ndarray
+    """Standard error of gold; known for the column `gold` alone."""
 
 
 def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | None = "gold") -> Curves:
@@ -35,7 +37,8 @@ def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | 
 
     The KL is a sampled estimate and can be slightly negative, as at step 0, where it is 0 in truth: it is clipped at 0.
     """
-    table = {name: _column(rows, name) for name in ("step", "kl_nats", "stderr", proxy, *([gold] if gold else []))}
+    names = ("step", "kl_nats", "stderr", "gold_stderr", proxy, *([gold] if gold else []))
+    table = {name: _column(rows, name) for name in names}
     known = np.isfinite(table["kl_nats"])
     nothing = np.full(int(known.sum()), np.nan)
     return Curves(
@@ -44,13 +47,14 @@ def curves(rows: Sequence[Mapping[str, Any]], proxy: str = "proxy", gold: str | 
         proxy=table[proxy][known],
         stderr=table["stderr"][known] if proxy == "proxy" else nothing,
         gold=table[gold][known] if gold else nothing,
+        gold_stderr=table["gold_stderr"][known] if gold == "gold" else nothing,
     )
 
 
 def mean_over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Frontier rows of an arm: those of its run, or their means over several runs at the steps that all evaluated.
 
-    The standard error of the proxy is then the one over seeds.
+    The standard errors are then those over seeds.
     """
     if len(tables) == 1:
         return [dict(row) for row in tables[0]]
@@ -60,7 +64,8 @@ def mean_over_seeds(tables: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[
         at_step = [table[step] for table in rows]
         values = {name: _column(at_step, name) for name in at_step[0]}
         row: dict[str, Any] = {name: float(column.mean()) for name, column in values.items()}
-        row["stderr"] = float(values["proxy"].std(ddof=1) / np.sqrt(len(rows)))
+        for error, name in (("stderr", "proxy"), ("gold_stderr", "gold")):
+            row[error] = float(values[name].std(ddof=1) / np.sqrt(len(rows)))
         means.append({name: value if np.isfinite(value) else None for name, value in row.items()})
     return means
 
@@ -91,7 +96,9 @@ def draw(
     axis = figure.add_subplot()
     for number, (name, points) in enumerate(drawn.items()):
         _plot(axis, points, printable(name, limit=60).replace("$", r"\$"), f"C{number % 10}", proxy, gold)
-    axis.set_title("Reward against distance from the reference, held-out prompts")
+    counts = {row["n"] for rows in arms.values() for row in rows if row.get("n") is not None}
+    prompts = f"{min(counts):.0f} held-out prompts" if len(counts) == 1 else "held-out prompts"
+    axis.set_title(f"Reward against distance from the reference, {prompts}")
     axis.set_xlabel("square root of the KL to the reference (nats$^{1/2}$)")
     axis.set_ylabel("reward (mean, bars: standard error)")
     axis.margins(x=0.1)  # room for the label of the last step
@@ -105,19 +112,12 @@ def draw(
 
 
 def _plot(axis: Any, points: Curves, name: str, color: str, proxy: str, gold: str | None) -> None:
-    bars = np.where(np.isfinite(points.stderr), points.stderr, 0)
-    axis.errorbar(
-        points.root_kl,
-        points.proxy,
-        yerr=bars,
-        fmt="o-",
-        markersize=4,
-        capsize=2,
-        color=color,
-        label=f"{proxy}: {name}",
-    )
+    shape: dict[str, Any] = {"markersize": 4, "capsize": 2, "color": color}
+    bars = np.nan_to_num(points.stderr)
+    axis.errorbar(points.root_kl, points.proxy, yerr=bars, fmt="o-", label=f"{proxy}: {name}", **shape)
     if gold and np.isfinite(points.gold).any():
-        axis.plot(points.root_kl, points.gold, "s--", markersize=4, color=color, label=f"{gold}: {name}")
+        bars = np.nan_to_num(points.gold_stderr)
+        axis.errorbar(points.root_kl, points.gold, yerr=bars, fmt="s--", label=f"{gold}: {name}", **shape)
     for end in dict.fromkeys((0, len(points.steps) - 1)):
         if np.isfinite(points.proxy[end]):
             where = (points.root_kl[end], points.proxy[end])

@@ -87,7 +87,9 @@ def doctor(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="run directory, model folder, hub name or wheel:NAME")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="run directory, RUN_DIR/best, model folder, hub name or wheel:NAME")
+    ],
     overrides: Overrides = None,
     config_path: Annotated[
         str | None, typer.Option("--config", help="YAML file of a run: prompts, rewards, reference; default: the run's")
@@ -97,9 +99,11 @@ def evaluate(
     address: RayAddress = None,
 ) -> None:
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
-    stored = Path(model) / "config.yaml"
+    best = Path(model).name == "best" and not Path(model).exists()  # of the run directory above it
+    directory = Path(model).parent if best else Path(model)
+    stored = directory / "config.yaml"
     if config_path is None and stored.is_file():
-        loader.stored_config(Path(model), f"MODEL={model}")
+        loader.stored_config(directory, f"MODEL={model}")
     if config_path is None and not (stored.is_file() and command_of(loader.read(stored)) == "train"):
         raise ConfigError(f"MODEL={model}: is no online run; expected --config with prompts and rewards")
     settings = loader.load(config_path or stored, training_commands.with_address(overrides, address))
@@ -107,8 +111,8 @@ def evaluate(
     from keel.cli import summary
     from keel.stages import evaluate as stage
 
-    default = Path(model) if Path(model).is_dir() else Path(settings.run_directory)
-    prepared = stage.prepare(settings, model, output or default / "evaluation")
+    default = directory if directory.is_dir() and (not best or stored.is_file()) else Path(settings.run_directory)
+    prepared = stage.prepare(settings, model, output or default / ("evaluation-best" if best else "evaluation"))
 
     def show(result: dict[str, Any]) -> None:
         if as_json:

@@ -58,7 +58,7 @@ def _best_of(run_directory: Path, named: str) -> Path:
         problem = "the run keeps no best checkpoint; expected a run with a reward called gold, or with guard.monitor"
         raise ConfigError(f"{named}: {problem}")
     if known["folder"] is None:
-        raise ConfigError(f"{named}: {checkpoint.best_line(known)}; expected a run that got better")
+        raise ConfigError(f"{named}: {checkpoint.best_line(known)}; expected that policy by its own name")
     return Path(known["folder"])
 
 

@@ -18,7 +18,7 @@ def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, fl
     """Write evaluations/step-N.arrow and the frontier row; the row.
 
     frontier.arrow has one row an evaluation: step, kl_nats, proxy (the training reward), gold (the monitor called
-    gold, else null), entropy_nats, length_tokens, n, stderr (of proxy), and every reward_<name>.
+    gold, else null), entropy_nats, length_tokens, n, stderr (of proxy), gold_stderr, and every reward_<name>.
     """
     files.write(path_of(run_directory, step), schema.to_bytes(batch))
     values = per_completion(batch)
@@ -31,7 +31,8 @@ def store(run_directory: Path, step: int, batch: pa.RecordBatch) -> dict[str, fl
         "entropy_nats": _mean(values["entropy_nats"]),
         "length_tokens": _mean(values["length_tokens"]),
         "n": float(len(reward)),
-        "stderr": float(reward.std(ddof=1) / np.sqrt(len(reward))) if len(reward) > 1 else float("nan"),
+        "stderr": _standard_error(reward),
+        "gold_stderr": _standard_error(values.get("reward_gold", np.empty(0))),
     }
     row |= {name: _mean(value) for name, value in values.items() if name.startswith("reward_")}
     earlier = [old for old in frontier(run_directory) if old["step"] < step]
@@ -50,6 +51,12 @@ def undo(run_directory: Path, last_step: int) -> None:
     for file in reads.entries(run_directory / "evaluations"):
         if (name := _FILE.fullmatch(file.name)) and int(name[1]) > last_step:
             files.move_aside(run_directory, file)
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Of the mean over rows with a value; NaN for fewer than two."""
+    known = values[np.isfinite(values)]
+    return float(known.std(ddof=1) / np.sqrt(len(known))) if len(known) > 1 else float("nan")
 
 
 def frontier(run_directory: Path) -> list[dict[str, float]]:

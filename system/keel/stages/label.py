@@ -29,7 +29,7 @@ from keel.rollout import preference_labels
 from keel.stages import offline_loop, sampling
 
 _ROLLOUT = ("seed", "prompt_id", "prompt", "prompt_messages", "completion", "completion_tokens", "finish_reason")
-_SCORED = ("reward", "reference_", "score", "failure")
+_SCORED = ("reward", "reference_", "relevance_", "score", "failure")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,16 @@ ROWS: list[dict[str, Any]] = [
     {"step": 0.0, "kl_nats": -0.02, "proxy": 0.1, "gold": 0.2, "stderr": 0.05, "reward_gold": 0.2},
     {"step": 5.0, "kl_nats": 4.0, "proxy": 0.6, "gold": None, "stderr": None, "reward_gold": None},
     {"step": 7.0, "kl_nats": None, "proxy": 0.7, "gold": 0.3, "stderr": 0.04, "reward_gold": 0.3},
-    {"step": 9.0, "kl_nats": 6.25, "proxy": 0.9, "gold": 0.1, "stderr": 0.03, "reward_gold": 0.1},
+    {
+        "step": 9.0,
+        "kl_nats": 6.25,
+        "proxy": 0.9,
+        "gold": 0.1,
+        "stderr": 0.03,
+        "gold_stderr": 0.02,
+        "reward_gold": 0.1,
+        "n": 32.0,
+    },
 ]
 NAN = math.nan
 
@@ -67,6 +76,7 @@ def test_curves_of_a_stored_frontier(tmp_path: Path) -> None:
     assert result.root_kl == pytest.approx([math.sqrt(0.5), math.sqrt(2)], abs=1e-6)
     assert result.proxy == pytest.approx([3, 3]) and result.gold == pytest.approx([4 / 3, 4 / 3])
     assert result.stderr == pytest.approx([np.std([1, 2, 3, 6], ddof=1) / 2] * 2)
+    assert result.gold_stderr == pytest.approx([np.std([1, 1, 2], ddof=1) / math.sqrt(3)] * 2)
 
 
 def test_lines_are_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
@@ -77,7 +87,9 @@ def test_lines_are_the_curves(tmp_path: Path, drawn: list[Any]) -> None:
     proxy, gold = lines["C0", "-"], lines["C0", "--"]
     assert proxy.get_xdata() == pytest.approx([0, 2, 2.5]) and proxy.get_ydata() == pytest.approx([0.1, 0.6, 0.9])
     assert gold.get_ydata() == pytest.approx([0.2, NAN, 0.1], nan_ok=True)
-    (segments, _) = (item.get_segments() for item in axis.collections)  # the error bars of either run
+    segments, of_gold, *_ = (item.get_segments() for item in axis.collections)  # the error bars of the first run
+    assert [segment[:, 1] for segment in of_gold if len(segment)][-1] == pytest.approx([0.08, 0.12])
+    assert axis.get_title().endswith("reference, 32 held-out prompts")
     assert [segment[:, 1] for segment in segments] == [
         pytest.approx(ends) for ends in ([0.05, 0.15], [0.6, 0.6], [0.87, 0.93])
     ]
@@ -132,6 +144,13 @@ def test_an_arm_of_several_seeds_is_their_mean_with_the_error_over_seeds() -> No
     two = [{"step": step, "kl_nats": 4.0, "proxy": 6.0, "stderr": 9.0, "gold": 2.0} for step in (0.0, 4.0)]
     assert frontier_plot.mean_over_seeds([one]) == one
     assert frontier_plot.mean_over_seeds([one, two]) == [
-        {"step": 0.0, "kl_nats": 2.0, "proxy": 3.5, "stderr": pytest.approx(2.5), "gold": None},
-        {"step": 4.0, "kl_nats": 3.0, "proxy": 4.5, "stderr": pytest.approx(1.5), "gold": 1.5},
+        {"step": 0.0, "kl_nats": 2.0, "proxy": 3.5, "stderr": pytest.approx(2.5), "gold": None, "gold_stderr": None},
+        {
+            "step": 4.0,
+            "kl_nats": 3.0,
+            "proxy": 4.5,
+            "stderr": pytest.approx(1.5),
+            "gold": 1.5,
+            "gold_stderr": pytest.approx(0.5),
+        },
     ]

@@ -79,6 +79,27 @@ def test_the_status_of_a_run_of_an_earlier_version_is_shown(
     assert "broken off" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("configured", [False, True])
+def test_the_best_policy_of_a_run_is_evaluated_by_the_runs_settings_beside_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], configured: bool
+) -> None:
+    directory, asked = tmp_path / "run", []
+    directory.mkdir()
+    (directory / "config.yaml").write_text(loader.dump(loader.load(QUICKSTART, [f"run.directory={directory}"])))
+
+    def prepare(settings: Settings, model: str, output: Path) -> None:
+        asked.append((settings.run_directory, model, output))
+        raise ConfigError("asked")
+
+    monkeypatch.setattr("keel.stages.evaluate.prepare", prepare)
+    config = ["--config", str(directory / "config.yaml")] * configured
+    for model, folder in ((directory / "best", "evaluation-best"), (directory, "evaluation")):
+        assert run(monkeypatch, "evaluate", str(model), *config) == 2
+        assert asked.pop() == (str(directory), str(model), directory / folder)
+    assert run(monkeypatch, "evaluate", str(tmp_path / "none" / "best")) == 2
+    assert "is no online run; expected --config" in capsys.readouterr().err
+
+
 def _children_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime

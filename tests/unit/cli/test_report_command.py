@@ -44,7 +44,11 @@ def test_a_live_report_ends_well_by_ctrl_c(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ThreadingHTTPServer, "service_actions", lambda server: signal.raise_signal(signal.SIGINT))
-    keel(monkeypatch, 0, "report", run, "--live")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without one
+    try:
+        keel(monkeypatch, 0, "report", run, "--live")
+    finally:
+        signal.signal(signal.SIGINT, before)
     printed = "".join(capsys.readouterr())
     assert "Report   http://127.0.0.1:" in printed and "interrupted" not in printed and "resume" not in printed
 

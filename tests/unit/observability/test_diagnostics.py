@@ -132,6 +132,7 @@ def test_a_frontier_row_is_what_the_stored_rows_say(tmp_path: Path) -> None:
         "length_tokens": 2.75,
         "n": 3,
         "stderr": stats.sem([0.5, 0.25, 1.5]),
+        "gold_stderr": stats.sem([value for value in GOLD if value is not None]),
     }
     assert row == pytest.approx(expected, abs=1e-6)
     assert evaluations.frontier(tmp_path) == [row]

@@ -208,9 +208,17 @@ def test_the_budget_ends_a_sweep_before_the_next_run(folder: Path, monkeypatch: 
 def test_runs_at_the_same_time_print_to_files_and_share_no_port(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs wait for each other, so they are under way together; a third one starts only after one of them."""
     together, outputs = threading.Barrier(2, timeout=30), {}
+    under_way, most, counting = 0, 0, threading.Lock()
 
     def train(config_path: Path, end: float, signals: list[int], output: Path | None) -> int:
+        nonlocal under_way, most
+        with counting:
+            under_way += 1
+            most = max(most, under_way)
         together.wait()
+        time.sleep(0.2)  # a third run would begin meanwhile
+        with counting:
+            under_way -= 1
         outputs[config_path.stem] = output
         assert loader.load(config_path).metrics.port == 0
         finish(config_path)
@@ -220,6 +228,7 @@ def test_runs_at_the_same_time_print_to_files_and_share_no_port(folder: Path, mo
     fixed = BASE | {"metrics": {"port": 9464}}
     console = Console(file=io.StringIO(), width=150)
     sweep.run(settings_for(base=fixed, concurrent_runs=2), planned(base=fixed, concurrent_runs=2), console)
+    assert most == 2
     assert outputs == {name: folder / f"runs/s/output/{name}.txt" for name in outputs} and len(outputs) == 4
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "[1/4] kl, seed 0  starts; its output: runs/s/output/kl-seed-0.txt" in text and "equal steps (3)" in text
