@@ -7,6 +7,7 @@ Needs the extra `examples` (pip install "keel-rlhf[examples]"). The rewards have
 import functools
 import importlib.util
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,12 @@ def sentiment_on_topic(
         None if relevance is None else sentiment * _logistic(2 * (_mean(nats) + 4)) * _logistic(8 * (relevance - 0.3))
         for sentiment, nats, relevance in rows
     ]
+
+
+def first_word(text: str) -> str:
+    """How a text begins: its first word in lower case, without punctuation; empty for a text without words."""
+    words = re.findall(r"\w+", text.lower())
+    return words[0] if words else ""
 
 
 def _mean(values: Sequence[float]) -> float:

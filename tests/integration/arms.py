@@ -87,6 +87,7 @@ ARMS: dict[str, Arm] = {
     "kl_cov": policy_gradient(NONE, epochs=2, covariance={"form": "kl_cov", "share": 0.1}),
     "clip_cov": policy_gradient(covariance={"form": "clip_cov", "share": 0.1, "low": 0.0}),
     "chi_squared": policy_gradient({"chi_squared": {"coefficient": 0.02}}),
+    "answer_entropy": policy_gradient({"answer_entropy": {"coefficient": 0.1}}),
     "reinforce": policy_gradient(advantage="none", whiten="population"),
     "reinforce_pp": policy_gradient(advantage="reinforce_pp"),
     "reinforce_pp_baseline": policy_gradient(advantage="reinforce_pp_baseline"),

@@ -56,6 +56,9 @@ class Objective:
         self.entropy_coefficient = coefficients.coefficient(self.entropy.controller, start, sign=-1.0)
         terms = settings.regularizer.terms
         self._terms = [(t, user_code.import_symbol(t.source, f"regularizer.terms.{t.name}.source")) for t in terms]
+        source = settings.regularizer.answer_entropy.extract
+        setting = "regularizer.answer_entropy.extract"
+        self._answer_in: Callable[[str], str] = user_code.import_symbol(source, setting) if source else str.strip
         if self.kl.exact:
             self.vocabulary = regularizers.ExactKL(self.kl.token_share)
         elif self.entropy.clamped:
@@ -246,7 +249,7 @@ class Objective:
         return (measured.logprobs if weighted and measured.logprobs is not None else logprobs), lengths
 
     def row_terms(self, batch: pa.RecordBatch) -> dict[str, np.ndarray]:
-        """Terms of a completion's reward by name: chi-squared, the user's; coefficient included, float64 [rows]."""
+        """Terms of a completion's reward by name: chi-squared, answers, the user's, times coefficient; [rows]."""
         terms = {}
         config = self.settings.regularizer.chi_squared
         if config.coefficient > 0:
@@ -255,11 +258,22 @@ class Objective:
             log_ratios = regularizers.sequence_kl(logprobs, reference, lengths)
             penalty = regularizers.chi_squared_penalty(log_ratios, config.max_ratio, config.root)
             terms["chi_squared"] = -config.coefficient * penalty
+        if strength := self.settings.regularizer.answer_entropy.coefficient:
+            answers = [self._answer(text) for text in batch.column("completion").to_pylist()]
+            agreement = regularizers.answer_agreement(answers, batch.column("ticket").to_numpy())
+            terms["answer_entropy"] = -strength * agreement
         for term, function in self._terms:
             if term.placement == "reward":
                 values = finite(function(batch), batch.num_rows, f"regularizer term {term.name}")
                 terms[term.name] = term.coefficient * values
         return terms
+
+    def _answer(self, text: str) -> str:
+        """The final answer in a completion. Raises ValueError where the user's function returns no string."""
+        answer = self._answer_in(text)
+        if not isinstance(answer, str):
+            raise ValueError(f"regularizer.answer_entropy.extract: {answer!r} returned; expected a string for any text")
+        return answer
 
     def regularized_rewards(self, batch: pa.RecordBatch, measured: Measured) -> np.ndarray:
         """Reward of each row with every regularizer that lives in it: KL, entropy, row terms. float64 [rows]."""

@@ -9,6 +9,7 @@ Where a term lives decides its gradient (in the reward: detached, through the ad
                                   exact in the loss            sum_a pi(a) log pi(a)/ref(a), the same without noise
     chi-squared, rho = pi/ref(y)  2 rho in the reward          that of E_ref[rho^2] - 1 (2403.03185)
                                   rho / sqrt(chi2), reward     that of its root
+    answers, c = answer in y      -(share of others with c)    half that of 1 - sum_c pi(c)^2: they agree less often
     entropy                       -log pi(y) in the reward     exact gradient of the sequence entropy
                                   -(log pi(y) + 1) / |y|       the same of E[-log pi(y) / |y|]: where the temperature
                                                                depends on y, the 1 does not cancel
@@ -21,7 +22,8 @@ Maximum entropy RLHF (2509.20265) is the entropy reward in place of the KL: KL t
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -95,6 +97,23 @@ def entropy_reward(form: str, logprobs: np.ndarray, lengths: np.ndarray) -> np.n
         "sequence_mean_exact": (surprise - 1 / long) / long,
         "sequence_mean_naive": surprise / long,
     }[form]
+
+
+def answer_agreement(answers: Sequence[str], tickets: np.ndarray) -> np.ndarray:
+    """Share of the other samples of its prompt that give a row's answer: (n_c - 1) / (k - 1); 0 without others. [rows].
+
+    Without the row's own, so it is an unbiased estimate of pi(c), independent of the row once c is known: paid as a
+    reward its expected gradient is half that of sum_c pi(c)^2, the chance that two answers agree. -log of a share
+    estimates the entropy with a bias, and is infinite for an answer that no other sample gives.
+
+    EMPO (2504.05812) pays the share with the row's own, n_c / k = ((k - 1) agreement + 1) / k: the same but for a
+    constant and the factor (k - 1) / k. Its code (QingyangZhang/EMPO) does so for free text, and pays log(n_c / k) in
+    mathematics. A leave-one-out baseline reads the row's own answer through the others' shares, which leaves
+    (k - 2) / (k - 1) of the gradient.
+    """
+    groups = list(zip(tickets.tolist(), answers, strict=True))
+    of_answer, of_prompt = Counter(groups), Counter(tickets.tolist())
+    return np.array([(of_answer[group] - 1) / max(of_prompt[group[0]] - 1, 1) for group in groups])
 
 
 def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Settings of the regularizers: KL and chi-squared to the reference, entropy, terms of the user, controllers."""
+"""Settings of the regularizers: KL and chi-squared to the reference, entropy, answers, the user's, controllers."""
 
 from typing import Any, Literal, Self
 
@@ -225,6 +225,32 @@ class EntropySettings(Section):
             )
 
 
+class AnswerEntropySettings(Section):
+    """Entropy of the final answers to a prompt, inside the reward: how often the prompt's other samples agree."""
+
+    coefficient: float = Field(
+        0.0,
+        description="above 0: pays for rare answers, reward units for an answer that no other sample gives; below 0:"
+        " for common ones (EMPO, 2504.05812)",
+    )
+    extract: Source | None = Field(
+        None, description="module:name of a function(text) -> the answer in it, a string; null: the text, stripped"
+    )
+
+    def check_samples(self, samples: int, stored_ratio: float) -> None:
+        """Raise ValueError for groups that say nothing about the policy's answers."""
+        if self.coefficient and samples < 3:
+            raise ValueError(
+                f"regularizer.answer_entropy.coefficient={self.coefficient}: two samples agree or differ alike, which a"
+                f" group baseline cancels (sampling.samples_per_prompt={samples}); expected at least 3 samples"
+            )
+        if self.coefficient and stored_ratio > 0:
+            raise ValueError(
+                f"regularizer.answer_entropy.coefficient={self.coefficient}: stored completions are no answers of the"
+                f" policy (sampling.stored_ratio={stored_ratio}); expected coefficient 0"
+            )
+
+
 class TermSettings(Section):
     """A regularizer of the user's own."""
 
@@ -243,6 +269,7 @@ class RegularizerSettings(Section):
     kl: KLSettings = Field(KLSettings(), description="KL to the reference policy")
     chi_squared: ChiSquaredSettings = Field(ChiSquaredSettings(), description="chi-squared to the reference policy")
     entropy: EntropySettings = Field(EntropySettings(), description="entropy of the policy")
+    answer_entropy: AnswerEntropySettings = Field(AnswerEntropySettings(), description="entropy of final answers")
     terms: list[TermSettings] = Field([], description="regularizers of your own")
 
     @model_validator(mode="after")
@@ -250,8 +277,8 @@ class RegularizerSettings(Section):
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"terms: name {max(names, key=names.count)!r} is used twice; expected unique names")
-        if "chi_squared" in names:
-            raise ValueError("terms: name 'chi_squared' is that of regularizer.chi_squared; expected another name")
+        for taken in {"chi_squared", "answer_entropy"} & set(names):
+            raise ValueError(f"terms: name {taken!r} is that of regularizer.{taken}; expected another name")
         return self
 
     def reward_terms(self) -> list[str]:
@@ -259,4 +286,6 @@ class RegularizerSettings(Section):
         terms = ["kl.placement=reward"] if self.kl.in_reward else []
         terms += [f"entropy.form={self.entropy.form}"] if self.entropy.in_reward else []
         terms += [f"chi_squared.coefficient={self.chi_squared.coefficient}"] if self.chi_squared.coefficient > 0 else []
+        answers = self.answer_entropy.coefficient
+        terms += [f"answer_entropy.coefficient={answers}"] if answers else []
         return terms + [f"terms.{term.name}.placement=reward" for term in self.terms if term.placement == "reward"]

@@ -242,6 +242,7 @@ class LearnerSpec(CommandSettings):
         ratio = self.sampling.stored_ratio
         self.regularizer.kl.check_stored(ratio)
         self.regularizer.chi_squared.check_stored(ratio)
+        self.regularizer.answer_entropy.check_samples(self.sampling.samples_per_prompt, ratio)
         for reward in self.train_rewards:
             if reward.kind == "stored" and ratio < 1:
                 raise ValueError(

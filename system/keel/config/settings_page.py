@@ -25,7 +25,7 @@ _READ_BY = {
     "algorithms": """
         PolicyGradientSettings EntropyAdvantageSettings PreferenceSettings PairSettings WeightedLikelihoodSettings
         LogitsConvexitySettings CustomObjectiveSettings RegularizerSettings KLSettings ControllerSettings
-        EntropySettings ChiSquaredSettings TermSettings CovarianceSettings ShapingSettings
+        EntropySettings ChiSquaredSettings AnswerEntropySettings TermSettings CovarianceSettings ShapingSettings
     """,
     "algorithms, learner": "CriticSettings DenseSettings",
     "online, stages": "FailureSettings EvaluationSettings",

@@ -88,3 +88,11 @@ def test_the_gold_of_the_quickstart_is_a_product_of_three_factors() -> None:
     fluency, relevance = np.array([-1.5, -3.0]), np.array([0.8, 0.3])
     expected = np.array(sentiment[:2]) * expit(2 * (fluency + 4)) * expit(8 * (relevance - 0.3))
     assert gold[:2] == pytest.approx(expected.tolist(), abs=1e-12) and gold[2] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("  No, not 7.", "no"), ("\u201c42\u201d is it", "42"), ("\n\u00c4pfel!", "\u00e4pfel"), ("?!", ""), ("", "")],
+)
+def test_the_first_word_of_a_text(text: str, word: str) -> None:
+    assert examples.first_word(text) == word
