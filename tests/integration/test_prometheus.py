@@ -84,6 +84,7 @@ ABSENT = {
         *("stored_logprob_nats", "stored_token_logprob_nats", "stored_log_ratio_nats"),
         *("teacher_forced_entropy_nats", "sampled_length_tokens"),
     },
+    "no covariance": {"covariance_selected_ratio"},
     "no action of the guard": {"guard_kl_multiplier", "guard_learning_rate_multiplier"},
     "no critic": {"critic_loss", "explained_variance", "value_mean", "popart_mean", "popart_std"},
     "no stage": {"held_out_loss", "held_out_accuracy_ratio", "epochs", "rows_dropped_total"},
@@ -94,12 +95,11 @@ ABSENT = {
             "workers_lost_total",
             "load_failures_total",
             "tracker_failures_total",
-            "guard_fired_total",
         ),
     },
 }
-CHANCE = {"reward_length_correlation", "reward_correlation", "reward_tail_index"}
-"""In a step whose rewards or lengths are all equal, or which has few rows, there is none."""
+CHANCE = {"reward_length_correlation", "reward_correlation", "reward_tail_index", "guard_fired_total"}
+"""In a step whose rewards or lengths are all equal, or which has few rows, there is none; a detector may fire or not."""
 LABELS = {
     "reward_component": {"low", "gold"},
     "busy_seconds_total": ROLES,
