@@ -23,7 +23,8 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from keel.learner import tiny
 
 PACKAGE = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -99,9 +100,10 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
 def write_model(folder: Path, texts: list[str]) -> None:
     """Random weights of a Llama (seed 0) and the tokenizer of `texts`."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    tokenizer = trained_tokenizer(texts)
+    trained = tiny.byte_level_bpe(texts, VOCABULARY, [PAD, END])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, pad_token=PAD, eos_token=END)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -120,23 +122,6 @@ def write_model(folder: Path, texts: list[str]) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     print(f"{model.num_parameters():,} parameters")
-
-
-def trained_tokenizer(texts: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[PAD, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
 
 
 if __name__ == "__main__":

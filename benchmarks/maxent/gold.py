@@ -8,11 +8,10 @@ model's mean, and RELEVANCE and the width of its logistic are the same share of 
 0.814 / 8.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from keel.examples import Completion, vader_compound
+from keel.examples import Completion, on_topic
 
 SFT_FLUENCY, SFT_RELEVANCE = -4.77, 0.44
 FLUENCY = SFT_FLUENCY - 0.96
@@ -27,16 +26,4 @@ def gold(
     **columns: Any,
 ) -> list[float | None]:
     """A number in [-1, 1] a completion; None where no other prompt was there to compare with."""
-    rows = zip(vader_compound(completions), reference_logprobs, relevance_nats, strict=True)
-    return [
-        None if relevance is None else sentiment * fluent(nats) * logistic(SLOPE * (relevance - RELEVANCE))
-        for sentiment, nats, relevance in rows
-    ]
-
-
-def fluent(reference_logprobs: Sequence[float]) -> float:
-    return logistic(2 * (math.fsum(reference_logprobs) / len(reference_logprobs) - FLUENCY))
-
-
-def logistic(x: float) -> float:
-    return (1 + math.tanh(x / 2)) / 2
+    return on_topic(completions, reference_logprobs, relevance_nats, fluency=FLUENCY, relevance=RELEVANCE, slope=SLOPE)

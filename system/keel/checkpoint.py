@@ -228,6 +228,13 @@ def best(run_directory: Path) -> dict[str, Any] | None:
     return {**known, "folder": None if folder is None else str(folder)}
 
 
+def run_of_best(path: Path) -> Path | None:
+    """The run directory where a path is RUN_DIR/best, the name of its best policy; None for any other path."""
+    return (
+        path.parent if path.name == "best" and not path.exists() and (path.parent / "config.yaml").is_file() else None
+    )
+
+
 def best_line(known: Mapping[str, Any]) -> str:
     """The best evaluation in words: step, monitor with its standard error, where the policy lies."""
     value = f"{known['mean']:+.3f} +- {known['standard_error']:.3f} (standard error, {known['rows']} prompts)"

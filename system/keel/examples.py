@@ -108,10 +108,29 @@ def sentiment_on_topic(
     in nats. The product is high for a positive answer that is fluent and belongs to its question; a proxy that knows
     sentiment alone cannot see the last factor. None where there is no other prompt to compare with.
     """
+    return on_topic(completions, reference_logprobs, relevance_nats, fluency=-4, relevance=0.3, slope=8)
+
+
+def on_topic(
+    completions: Sequence[Completion],
+    reference_logprobs: Sequence[Sequence[float]],
+    relevance_nats: Sequence[float | None],
+    *,
+    fluency: float,
+    relevance: float,
+    slope: float,
+) -> list[float | None]:
+    """VADER x s(2 (fluency of the row - fluency)) x s(slope (relevance of the row - relevance)), as above.
+
+    For a reference whose own answers are less fluent or depend on the prompt otherwise: the thresholds (nats) and the
+    slope (per nat) are the caller's.
+    """
     rows = zip(vader_compound(completions), reference_logprobs, relevance_nats, strict=True)
     return [
-        None if relevance is None else sentiment * _logistic(2 * (_mean(nats) + 4)) * _logistic(8 * (relevance - 0.3))
-        for sentiment, nats, relevance in rows
+        None
+        if near is None
+        else sentiment * _logistic(2 * (_mean(nats) - fluency)) * _logistic(slope * (near - relevance))
+        for sentiment, nats, near in rows
     ]
 
 

@@ -161,6 +161,12 @@ def weighted_kl(estimator: str, logprobs: Tensor, reference: Tensor, sampler: Te
     return torch.where(x > -MAX_LOG_RATIO, near, far) + ratio * x * (logprobs - logprobs.detach())
 
 
+def token_draws(seeds: np.ndarray, lengths: np.ndarray, version: int, *stream: int) -> np.ndarray:
+    """A number in [0, 1) for each token [tokens], a function of its row's seed, the version and the stream alone."""
+    rows = zip(seeds, lengths, strict=True)
+    return np.concatenate([np.random.default_rng([seed, version, *stream]).random(n) for seed, n in rows])
+
+
 class ExactKL:
     """KL(pi, ref) = sum_a pi(a) (log pi(a) - log ref(a)) of each selected token: the whole vocabulary, no sampling.
 
@@ -177,8 +183,7 @@ class ExactKL:
         """bool [tokens]: which tokens it is computed on; None: all."""
         if self.share == 1:
             return None
-        draws = [np.random.default_rng([seed, version]).random(n) for seed, n in zip(seeds, lengths, strict=True)]
-        return np.concatenate(draws) < self.share
+        return token_draws(seeds, lengths, version) < self.share
 
     def __call__(self, logits: Tensor, targets: Tensor, advantages: Tensor, others: Mapping[str, Tensor]) -> Tensor:
         """logits, others["reference"] [n, V] at the sampling temperature; returns [n] nats."""

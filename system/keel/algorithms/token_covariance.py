@@ -7,6 +7,7 @@ are divided into micro-batches and ranks.
 
 import numpy as np
 
+from keel.algorithms import regularizers
 from keel.config.covariance import CovarianceSettings
 
 _STREAM = 11
@@ -21,8 +22,7 @@ def covariances(logprobs: np.ndarray, advantages: np.ndarray) -> np.ndarray:
 
 def draws(seeds: np.ndarray, lengths: np.ndarray, version: int) -> np.ndarray:
     """A number in [0, 1) for each token, from its row's seed and the version."""
-    rows = zip(seeds, lengths, strict=True)
-    return np.concatenate([np.random.default_rng([seed, version, _STREAM]).random(n) for seed, n in rows])
+    return regularizers.token_draws(seeds, lengths, version, _STREAM)
 
 
 def selected(covariance: np.ndarray, order: np.ndarray, config: CovarianceSettings) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from keel import checkpoint
 from keel.cli import deploy_commands, job_commands, plan_commands, run_commands, training_commands
 from keel.cli.training_commands import Config, Overrides, RayAddress
 from keel.config import loader
@@ -99,8 +100,8 @@ def evaluate(
     address: RayAddress = None,
 ) -> None:
     """Evaluate a model on held-out prompts: rewards, KL, win rates, pass@k, with intervals."""
-    best = Path(model).name == "best" and not Path(model).exists()  # of the run directory above it
-    directory = Path(model).parent if best else Path(model)
+    run_of_best = checkpoint.run_of_best(Path(model))
+    directory = run_of_best or Path(model)
     stored = directory / "config.yaml"
     if config_path is None and stored.is_file():
         loader.stored_config(directory, f"MODEL={model}")
@@ -111,8 +112,8 @@ def evaluate(
     from keel.cli import summary
     from keel.stages import evaluate as stage
 
-    default = directory if directory.is_dir() and (not best or stored.is_file()) else Path(settings.run_directory)
-    prepared = stage.prepare(settings, model, output or default / ("evaluation-best" if best else "evaluation"))
+    default = directory if directory.is_dir() else Path(settings.run_directory)
+    prepared = stage.prepare(settings, model, output or default / ("evaluation-best" if run_of_best else "evaluation"))
 
     def show(result: dict[str, Any]) -> None:
         if as_json:

@@ -60,7 +60,8 @@ class ControllerSettings(Section):
         for name, edge in (("low_nats", self.low_nats), ("high_nats", self.high_nats)):
             if (self.kind == "band") != (edge is not None):
                 wanted = "a number of nats" if self.kind == "band" else "band, or null"
-                raise ValueError(f"{name}={edge or 'null'}: of kind=band, and kind={self.kind}; expected {wanted}")
+                shown = "null" if edge is None else edge
+                raise ValueError(f"{name}={shown}: of kind=band, and kind={self.kind}; expected {wanted}")
         if self.low_nats is not None and self.high_nats is not None and self.low_nats > self.high_nats:
             raise ValueError(f"low_nats={self.low_nats}: above high_nats={self.high_nats}; expected less")
         if self.minimum > self.maximum:

@@ -39,8 +39,8 @@ def locate(model: str, setting: str) -> Path:
     folder = Path(model)
     if folder.is_dir():
         folder = checkpoint.trained(folder)
-    elif folder.name == "best" and checkpoint.steps(folder.parent):
-        folder = _best_of(folder.parent, f"{setting}={model}")
+    elif run_directory := checkpoint.run_of_best(folder):
+        folder = _best_of(run_directory, f"{setting}={model}")
     else:
         folder = _from_hub(model, setting)
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():

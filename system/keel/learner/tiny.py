@@ -1,5 +1,6 @@
 """Tiny random language models with a real tokenizer: for `keel doctor` and the integration tests."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +55,28 @@ def _config(architecture: str, vocabulary: int, tied: bool) -> Any:
 
 def make_tokenizer() -> Any:
     """The tokenizer of all tiny models: byte-level BPE with ChatML tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(_TEXT * 4, 320, SPECIAL),
+        pad_token="<pad>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+    )
+    wrapped.chat_template = _TEMPLATE
+    return wrapped
+
+
+def byte_level_bpe(texts: Iterable[str], vocabulary: int, special: Sequence[str]) -> Any:
+    """A byte-level BPE of `tokenizers`, trained on texts; the special tokens have the first ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_TEXT * 4, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<|im_start|>", eos_token="<|im_end|>"
-    )
-    wrapped.chat_template = _TEMPLATE
-    return wrapped
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

@@ -157,21 +157,21 @@ def run(settings: SweepSettings, runs: Sequence[SweepRun], console: Console) -> 
     """
     end = time.monotonic() + (settings.budget_seconds or math.inf)
     with _only_noting_signals() as signals, ThreadPoolExecutor(settings.concurrent_runs) as pool:
-        making = Making(settings, runs, console, end, signals)
-        codes = list(pool.map(making.make, range(len(runs))))
-    if making.stopped.is_set():
+        executor = SweepExecutor(settings, runs, console, end, signals)
+        codes = list(pool.map(executor.execute, range(len(runs))))
+    if executor.stopped.is_set():
         count = sum(planned.done for planned in runs)
-        console.print(f"{making.why_stopped()}: {count} of {len(runs)} runs are done; the same command continues")
+        console.print(f"{executor.why_stopped()}: {count} of {len(runs)} runs are done; the same command continues")
         raise SystemExit(loader.INTERRUPTED)
     conclude(settings, runs, console)
-    failed = [f"{made.name} (exit code {code})" for made, code in zip(runs, codes, strict=True) if code]
+    failed = [f"{sweep_run.name} (exit code {code})" for sweep_run, code in zip(runs, codes, strict=True) if code]
     if failed:
         named = "; ".join(failed)
         raise SweepFailed(f"{len(failed)} of {len(runs)} runs failed: {named}; the same command tries them again")
 
 
 @dataclass
-class Making:
+class SweepExecutor:
     """The runs of a sweep in their order, as many at the same time as the pool has threads."""
 
     settings: SweepSettings
@@ -183,35 +183,35 @@ class Making:
     stopped: threading.Event = field(default_factory=threading.Event)
     """Set once no further run may start: a signal came, or the budget is over."""
 
-    def make(self, number: int) -> int:
+    def execute(self, number: int) -> int:
         """The exit code of a run; 0 for one that is done already, INTERRUPTED for one that did not start."""
-        made = self.runs[number]
-        title = f"[{number + 1}/{len(self.runs)}] {made.name}"
+        sweep_run = self.runs[number]
+        title = f"[{number + 1}/{len(self.runs)}] {sweep_run.name}"
         if self.stopped.is_set():
             return loader.INTERRUPTED
-        if made.done:
-            self.console.print(f"{title}  done ({from_here(made.directory)})", soft_wrap=True)
+        if sweep_run.done:
+            self.console.print(f"{title}  done ({from_here(sweep_run.directory)})", soft_wrap=True)
             return 0
         if self.signals or time.monotonic() >= self.end:
             self.stopped.set()
             return loader.INTERRUPTED
-        output = self._announce(title, made)
-        files.write(made.config_path, loader.dump(made.settings).encode())
-        code = train(made.config_path, self.end, self.signals, output)
+        output = self._announce(title, sweep_run)
+        files.write(sweep_run.config_path, loader.dump(sweep_run.settings).encode())
+        code = train(sweep_run.config_path, self.end, self.signals, output)
         if self.signals or code in (loader.INTERRUPTED, -signal.SIGUSR1):
             self.stopped.set()
         elif code:
-            self.console.print(f"{made.name} failed with exit code {code}; the others continue")
+            self.console.print(f"{sweep_run.name} failed with exit code {code}; the others continue")
         elif output:
             self.console.print(f"{title}  done", soft_wrap=True)
         return code
 
-    def _announce(self, title: str, made: SweepRun) -> Path | None:
+    def _announce(self, title: str, sweep_run: SweepRun) -> Path | None:
         """Say that a run starts; the file that its output goes to, or None for this terminal."""
         if self.settings.concurrent_runs == 1:
             self.console.rule(title)
             return None
-        output = Path(self.settings.directory).resolve() / "output" / f"{made.config_path.stem}.txt"
+        output = Path(self.settings.directory).resolve() / "output" / f"{sweep_run.config_path.stem}.txt"
         self.console.print(f"{title}  starts; its output: {from_here(output)}", soft_wrap=True)
         return output
 
@@ -248,22 +248,24 @@ def train(config_path: Path, end: float, signals: Sequence[int], output: Path | 
     At the time `end` (time.monotonic) the run is asked to stop; a SIGTERM among `signals` is passed on.
     """
     command = [sys.executable, "-P", "-m", "keel", "train", str(config_path)]  # -P: nothing of the current directory
-    with contextlib.ExitStack() as stack:
-        printed = None
-        if output:
-            files.make_folder(output.parent)
-            printed = stack.enter_context(output.open("ab"))
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT if printed else None)
-        told: set[int] = set()
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=0.5)
-            wanted = {signal.SIGTERM} & set(signals)
-            if time.monotonic() >= end:
-                wanted.add(signal.SIGUSR1)  # the run ends after the step under way, with a checkpoint
-            for number in wanted - told:
-                process.send_signal(number)
-            told |= wanted
+    if output is None:
+        return _wait(subprocess.Popen(command), end, signals)
+    files.make_folder(output.parent)
+    with output.open("ab") as printed:
+        return _wait(subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT), end, signals)
+
+
+def _wait(process: subprocess.Popen[bytes], end: float, signals: Sequence[int]) -> int:
+    told: set[int] = set()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=0.5)
+        wanted = {signal.SIGTERM} & set(signals)
+        if time.monotonic() >= end:
+            wanted.add(signal.SIGUSR1)  # the run ends after the step under way, with a checkpoint
+        for number in wanted - told:
+            process.send_signal(number)
+        told |= wanted
 
 
 def conclude(settings: SweepSettings, runs: Sequence[SweepRun], console: Console) -> None:

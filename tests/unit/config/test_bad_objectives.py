@@ -41,6 +41,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective": CONVEX, "regularizer": entropy(form="token_bonus", top_share=0.5)}, "regularizer.entropy.top_share=0.5: objective.kind=logits_convexity already reads the whole vocabulary"),
     ({"regularizer": entropy(controller={"kind": "band", "low_nats": 1.0})}, "regularizer.entropy.controller.high_nats=null: of kind=band, and kind=band; expected a number of nats"),
     ({"regularizer": entropy(controller={"kind": "dual", "target_nats": 1.0, "low_nats": 1.0})}, "regularizer.entropy.controller.low_nats=1.0: of kind=band, and kind=dual; expected band, or null"),
+    ({"regularizer": entropy(controller={"kind": "dual", "target_nats": 1.0, "low_nats": 0.0})}, "regularizer.entropy.controller.low_nats=0.0: of kind=band, and kind=dual; expected band, or null"),
     ({"regularizer": entropy(controller={"kind": "band", "low_nats": 2.0, "high_nats": 1.0})}, "regularizer.entropy.controller.low_nats=2.0: above high_nats=1.0; expected less"),
     ({"regularizer": kl("reward", "k1", controller={"kind": "band", "low_nats": 1.0, "high_nats": 2.0})}, "regularizer.kl.controller.kind=band: is for entropy; expected dual or proportional"),
     ({"regularizer": entropy(coefficient=0.0, controller={"kind": "band", "low_nats": 1.0, "high_nats": 2.0})}, "regularizer.entropy.coefficient=0.0: controller.kind=band starts from it; expected more"),

@@ -54,14 +54,16 @@ def test_a_configuration_of_the_papers_experiment_loads(command: str) -> None:
 
 def test_the_sweeps_of_the_papers_experiment_can_be_planned(tmp_path: Path) -> None:
     """Two learning rates a factor 10 apart, three seeds, and every arm differs from every other one."""
-    rates = {}
+    rates, arms = {}, {}
     for name in ("sweep", "sweep-low", "sweep-more"):
         path = PAPER / f"{name}.yaml"
         runs = sweep.plan(loader.load_as(SweepSettings, path, [f"directory={tmp_path / name}"]), path)
         assert {run.seed for run in runs} == {0, 1, 2}
         of_seed_0 = [run.settings.model_dump_json(exclude={"run"}) for run in runs if run.seed == 0]
         assert len(set(of_seed_0)) == len(of_seed_0) == len(runs) / 3
+        arms[name] = {run.arm.removesuffix("-learning_rate-3e-05") for run in runs}
         rates[name] = {run.settings.learners.learning_rate for run in runs}
+    assert arms["sweep-low"] == arms["sweep"] - {"none-guard"}
     assert rates == {"sweep": {3e-4}, "sweep-low": {3e-5}, "sweep-more": {3e-4}}
 
 
