@@ -1,6 +1,6 @@
 """Numbers of finished runs, as small Parquet files that results.py reads.
 
-    python benchmarks/maxent/collect.py SWEEP_DIRECTORY ... [--offline simpo=EVALUATION.arrow ...] --output FOLDER
+    python benchmarks/maxent/collect.py SWEEP_DIRECTORY ... [--offline NAME=EVALUATION.arrow ...] [--add] --output DIR
 
     directories of `keel sweep`:  ARM/seed-N/ -> config.yaml, frontier.arrow, evaluations/, metrics.jsonl, events.jsonl
     `keel evaluate`:              evaluation.arrow, the sampled answers of the policy; the n-th file of a name is seed n
@@ -10,7 +10,8 @@
         guard_events.parquet      a row a firing of a detector
 
 A run that is not finished is named and has a row in runs.parquet alone. All runs belong to one experiment: they were
-evaluated on the same held-out prompts, and no arm has a seed twice at one learning rate.
+evaluated on the same held-out prompts, and no arm has a seed twice at one learning rate. With `--add` the runs that the
+files of DIR hold stay, but for those that are collected anew.
 """
 
 import argparse
@@ -75,10 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="+", type=Path, metavar="SWEEP_DIRECTORY")
     parser.add_argument("--offline", nargs="*", default=[], metavar="NAME=EVALUATION.arrow")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--add", action="store_true", help="keep the runs that DIR holds")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     arguments = parser.parse_args()
     try:
         rows = collect(arguments.sweeps, arguments.offline)
+        if arguments.add:
+            rows = with_recorded(rows, arguments.output)
     except KeelError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
@@ -212,6 +216,33 @@ def check_unique(runs: Iterable[dict[str, Any]]) -> None:
     for (arm, learning_rate, seed), count in counts.items():
         if count > 1:
             raise ConfigError(f"arm {arm}: seed {seed} at learning rate {learning_rate} {count} times; expected once")
+
+
+def with_recorded(rows: Rows, folder: Path) -> Rows:
+    """Rows of the tables in a folder, and these in place of its rows of the same run; an unfinished run replaces none.
+
+    Raises ConfigError where the folder's runs were evaluated on prompts of other ids.
+    """
+    recorded: Rows = {name: pq.read_table(folder / f"{name}.parquet").to_pylist() for name in SCHEMAS}
+    ids, known = ({row["prompt_id"] for row in table["evaluations"]} for table in (rows, recorded))
+    if ids and ids != known:
+        raise ConfigError(
+            f"--output {folder}: its runs were evaluated on other held-out prompts; expected another folder"
+        )
+    there = {key_of(run) for run in recorded["runs"] if run["finished"]}
+    new = {key_of(run) for run in rows["runs"] if run["finished"] or key_of(run) not in there}
+    result = {
+        name: [row for row in recorded[name] if key_of(row) not in new]
+        + [row for row in rows[name] if key_of(row) in new]
+        for name in SCHEMAS
+    }
+    check_unique(result["runs"])
+    return result
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What names a run."""
+    return tuple(row[name] for name in KEY)
 
 
 def write(rows: Rows, folder: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,40 @@ def test_a_seed_counts_once() -> None:
     run = {"arm": "none", "learning_rate": RATE, "seed": 0}
     with pytest.raises(collect.ConfigError, match="none: seed 0 at learning rate 0"):
         collect.check_unique([run, dict(run)])
+
+
+def test_recorded_runs_stay_beside_those_that_are_collected_anew(tmp_path: Path) -> None:
+    recorded, again = rows(), rows()
+    collect.write(recorded, tmp_path)
+    again = {name: [row for row in table if (row["arm"], row["seed"]) == ("none", 1)] for name, table in again.items()}
+    new = [dict(row, arm="kl-0.5") for row in again["evaluations"]]
+    again["runs"].append(dict(again["runs"][0], arm="kl-0.5"))
+    again["evaluations"] = [dict(row, gold=row["gold"] + 1) for row in again["evaluations"]] + new
+    tables = collect.with_recorded(again, tmp_path)
+    runs = Counter((run["arm"], run["seed"]) for run in tables["runs"])
+    assert runs == Counter((run["arm"], run["seed"]) for run in recorded["runs"]) + Counter({("kl-0.5", 1): 1})
+    collect.write(tables, tmp_path)
+    experiment = curves.load(tmp_path)
+    before = [[3, 7], [4, 8], [5, 9]], [[4, 8], [5, 9], [6, 10]]
+    none = experiment.named("none", RATE)
+    assert none is not None and none.values["gold"].tolist() == [before[0], (np.array(before[1]) + 1).tolist()]
+
+
+def test_an_unfinished_run_replaces_no_recorded_one(tmp_path: Path) -> None:
+    collect.write(rows(), tmp_path)
+    unfinished = [dict(run, finished=False) for run in rows()["runs"][:1]]
+    unfinished.append(dict(unfinished[0], arm="kl-0.5"))
+    tables = collect.with_recorded({name: [] for name in collect.SCHEMAS} | {"runs": unfinished}, tmp_path)
+    assert len(tables["runs"]) == len(rows()["runs"]) + 1 and len(tables["evaluations"]) == len(rows()["evaluations"])
+    assert [run["arm"] for run in tables["runs"] if not run["finished"]] == ["kl-0.5"]
+
+
+def test_runs_of_other_held_out_prompts_are_not_added(tmp_path: Path) -> None:
+    collect.write(rows(), tmp_path)
+    other = rows()
+    other["evaluations"] = [dict(row, prompt_id=row["prompt_id"] + 100) for row in other["evaluations"]]
+    with pytest.raises(collect.ConfigError, match="evaluated on other held-out prompts"):
+        collect.with_recorded(other, tmp_path)
 
 
 def test_the_tests_of_claim_6_exist() -> None:
