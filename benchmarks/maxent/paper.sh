@@ -11,7 +11,7 @@ keel sft $here/sft.yaml
 keel label $here/label.yaml
 keel reward $here/reward.yaml
 keel reward $here/reward-minilm.yaml
-for grid in sweep sweep-low sweep-more; do
+for grid in sweep sweep-low sweep-guard sweep-more; do
   keel sweep $here/$grid.yaml
 done
 
@@ -30,5 +30,5 @@ for seed in 0 1 2; do
     offline+=("$name=$folder/evaluation/evaluation.arrow")
   done
 done
-python $here/collect.py $runs/sweep $runs/sweep-low $runs/sweep-more --offline "${offline[@]}" --output $here
+python $here/collect.py $runs/sweep $runs/sweep-low $runs/sweep-guard $runs/sweep-more --offline "${offline[@]}" --output $here
 python $here/results.py

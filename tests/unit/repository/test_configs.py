@@ -53,18 +53,23 @@ def test_a_configuration_of_the_papers_experiment_loads(command: str) -> None:
 
 
 def test_the_sweeps_of_the_papers_experiment_can_be_planned(tmp_path: Path) -> None:
-    """Two learning rates a factor 10 apart, three seeds, and every arm differs from every other one."""
-    rates, arms = {}, {}
-    for name in ("sweep", "sweep-low", "sweep-more"):
+    """Two learning rates a factor 10 apart, three seeds, and every arm differs from every other one.
+
+    The arms of the guard are those of the first sweep, with further seeds.
+    """
+    rates, arms, seeds, settings = {}, {}, {}, {}
+    for name in ("sweep", "sweep-low", "sweep-guard", "sweep-more"):
         path = PAPER / f"{name}.yaml"
         runs = sweep.plan(loader.load_as(SweepSettings, path, [f"directory={tmp_path / name}"]), path)
-        assert {run.seed for run in runs} == {0, 1, 2}
-        of_seed_0 = [run.settings.model_dump_json(exclude={"run"}) for run in runs if run.seed == 0]
-        assert len(set(of_seed_0)) == len(of_seed_0) == len(runs) / 3
+        seeds[name] = sorted({run.seed for run in runs})
+        settings[name] = {run.arm: run.settings.model_dump_json(exclude={"run"}) for run in runs}
+        assert len(set(settings[name].values())) == len(settings[name]) == len(runs) / len(seeds[name])
         arms[name] = {run.arm.removesuffix("-learning_rate-3e-05") for run in runs}
         rates[name] = {run.settings.learners.learning_rate for run in runs}
     assert arms["sweep-low"] == arms["sweep"] - {"none-guard"}
-    assert rates == {"sweep": {3e-4}, "sweep-low": {3e-5}, "sweep-more": {3e-4}}
+    assert settings["sweep-guard"] == {arm: settings["sweep"][arm] for arm in ("none", "none-guard")}
+    assert seeds == {name: [0, 1, 2] for name in arms} | {"sweep-guard": [3, 4, 5, 6, 7]}
+    assert rates == {"sweep": {3e-4}, "sweep-low": {3e-5}, "sweep-guard": {3e-4}, "sweep-more": {3e-4}}
 
 
 def test_the_quickstarts_differ_in_their_regularizer_alone() -> None:
