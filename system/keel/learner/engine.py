@@ -93,14 +93,24 @@ class Engine:
         values = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.device)
         return dict(zip(names, self.sum_over_ranks(values).tolist(), strict=True))
 
-    def gather(self, module: nn.Module, rank: int) -> dict[str, Tensor]:
-        """All parameters under the module's names, on the CPU of rank 0; the others take part where ZeRO-3 must."""
+    def gather(self, module: nn.Module, rank: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """All parameters under the module's names, on the CPU of rank 0; the others take part where ZeRO-3 must.
+
+        With a `dtype` all are cast to it and lie one behind the other in one piece of memory, which `weights.pack`
+        takes as it is: the host holds the model once.
+        """
         import deepspeed
 
         named: dict[str, Tensor] = {}
-        for name, parameter in module.named_parameters():
+        parameters = dict(module.named_parameters())
+        sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in parameters.items()}
+        memory = torch.empty(sum(sizes.values()) if dtype and rank == 0 else 0, dtype=dtype)
+        pieces = dict(zip(sizes, memory.split(list(sizes.values())), strict=True)) if len(memory) else {}
+        for name, parameter in parameters.items():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.learners.zero_stage == 3):
-                if rank == 0:
+                if rank == 0 and name in pieces:
+                    named[name] = pieces[name].view(parameter.shape).copy_(parameter.detach())
+                elif rank == 0:
                     named[name] = parameter.detach().to("cpu", copy=True)
         return named
 

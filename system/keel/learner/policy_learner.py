@@ -279,7 +279,7 @@ class DeepSpeedLearner:
         return Measured(measured[:, 0], measured[:, 1:] if num_heads else None, self.version)
 
     def _full_parameters(self) -> dict[str, Tensor]:
-        """The whole policy under checkpoint names, on rank 0; the others take part where ZeRO-3 must gather."""
+        """The whole policy under checkpoint names in the published number format, on rank 0; the others take part."""
         policy = self._engine.module.policy
-        named = self._engine.gather(policy, self.rank)
+        named = self._engine.gather(policy, self.rank, loading.DTYPES[self.settings.weights_dtype])
         return policy.to_hf_names(named) if self.rank == 0 else {}

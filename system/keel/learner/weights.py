@@ -8,7 +8,8 @@ same checkpoint (tested per architecture).
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,39 @@ class WeightError(KeelError, RuntimeError):
 
 
 def pack(named: Iterable[tuple[str, torch.Tensor]], version: int, dtype: str) -> Weights:
-    """Copy parameters, cast to `dtype`, one behind the other into a flat uint8 buffer."""
-    specs, pieces, offset = [], [], 0
-    for name, tensor in named:
-        flat = tensor.detach().to("cpu", _DTYPES[dtype]).contiguous().view(-1)
-        piece = flat.view(torch.uint8).numpy().copy()
-        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, offset, piece.nbytes))
-        pieces.append(piece)
-        offset += piece.nbytes
-    buffer = np.concatenate(pieces)
+    """Parameters, cast to `dtype`, in one flat uint8 buffer: the memory they share, where they fill it, else a copy.
+
+    In memory of their own nothing is copied: the buffer changes with the tensors.
+    """
+    tensors = [(name, tensor.detach()) for name, tensor in named]
+    flat = _common_memory([tensor for _, tensor in tensors], _DTYPES[dtype])
+    in_place = flat is not None
+    if flat is None:
+        flat = torch.empty(sum(tensor.numel() for _, tensor in tensors), dtype=_DTYPES[dtype])
+    specs, end = [], 0
+    for name, tensor in tensors:
+        start = tensor.storage_offset() if in_place else end
+        end = start + tensor.numel()
+        if not in_place:
+            flat[start:end].view(tensor.shape).copy_(tensor)
+        size = flat.element_size()
+        specs.append(TensorSpec(name, tuple(tensor.shape), dtype, start * size, tensor.numel() * size))
+    buffer = flat.view(torch.uint8).numpy()
     return Weights(version, digest(specs, buffer), tuple(specs), buffer)
+
+
+def _common_memory(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+    """The flat tensor [numbers] that these fill without a gap or an overlap, in any order; None where there is none."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.storage_offset(), tensor.numel())):
+        alike = tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous()
+        if not alike or tensor.storage_offset() != end:
+            return None
+        end += tensor.numel()
+    memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    if len(memory) != 1 or tensors[0].untyped_storage().nbytes() != end * dtype.itemsize:
+        return None
+    return tensors[0].as_strided((end,), (1,), 0)
 
 
 def unpack(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -62,7 +86,7 @@ def verify(weights: Weights, expected: dict[str, tuple[int, ...]], dtype: str) -
     problems = {
         "missing": sorted(set(expected) - set(names)),
         "unknown": sorted(set(names) - set(expected)),
-        "sent twice": sorted({name for name in names if names.count(name) > 1}),
+        "sent twice": sorted(name for name, count in Counter(names).items() if count > 1),
         "of wrong shape": [s.name for s in weights.specs if s.name in expected and s.shape != expected[s.name]],
         "of wrong dtype": [s.name for s in weights.specs if s.dtype != dtype],
     }
