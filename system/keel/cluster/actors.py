@@ -306,8 +306,8 @@ def scorers(
         others = contrast_prompts(prompts) if needs_relevance(settings.rewards) else []
         pools.append(reference(settings, reference_folder, observer, others))
     workers, seconds = settings.scorers, settings.deadlines.score_seconds
-    rewards = (settings.rewards, settings.ensemble, workers.threads)
-    spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", workers.gpus, seconds))
+    rewards = (settings.rewards, settings.ensemble, workers)
+    spawn = Spawn(RewardScorer, workers, lambda index: (*rewards, f"scorer-{index}", seconds))
     return [*pools, ScorerPool("scorer", spawn, workers.count, **_options(settings, observer))]
 
 

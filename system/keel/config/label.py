@@ -15,7 +15,7 @@ from keel.config.workers import (
     DeadlineSettings,
     GeneratorSettings,
     ReferenceSettings,
-    WorkerSettings,
+    ScorerSettings,
 )
 
 
@@ -57,7 +57,7 @@ class LabelSettings(CommandSettings):
     noise: NoiseSettings = Field(NoiseSettings(), description="wrong labels on purpose")
     reference: ReferenceSettings | None = Field(None, description="workers that hold the reference policy; null: none")
     generators: GeneratorSettings = Field(GeneratorSettings(), description="workers that sample with vLLM")
-    scorers: WorkerSettings = Field(WorkerSettings(threads=1), description="workers that compute the judge's rewards")
+    scorers: ScorerSettings = Field(ScorerSettings(), description="workers that compute the judge's rewards")
     failures: FailureSettings = Field(FailureSettings(), description="how many failures are tolerated")
     cluster: ClusterSettings = Field(ClusterSettings(), description="the Ray cluster that is used")
     deadlines: DeadlineSettings = Field(DeadlineSettings(), description="longest waits for single operations")

@@ -24,7 +24,7 @@ from keel.config.workers import (
     GeneratorSettings,
     LearnerSettings,
     ReferenceSettings,
-    WorkerSettings,
+    ScorerSettings,
 )
 
 
@@ -278,7 +278,7 @@ class Settings(LearnerSpec):
     failures: FailureSettings = Field(FailureSettings(), description="how many failures the run tolerates")
     buffer: BufferSettings = Field(BufferSettings(), description="how many prompts a step takes, and how stale")
     generators: GeneratorSettings = Field(GeneratorSettings(), description="workers that sample with vLLM")
-    scorers: WorkerSettings = Field(WorkerSettings(threads=1), description="workers that compute rewards")
+    scorers: ScorerSettings = Field(ScorerSettings(), description="workers that compute rewards")
     evaluation: EvaluationSettings = Field(EvaluationSettings(), description="evaluation on held-out prompts")
     checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints of the run")
     guard: GuardSettings = Field(

@@ -30,7 +30,7 @@ _READ_BY = {
     "algorithms, learner": "CriticSettings DenseSettings",
     "online, stages": "FailureSettings EvaluationSettings",
     "online, rollout": "BufferSettings",
-    "rollout, cluster": "GeneratorSettings ReferenceSettings",
+    "rollout, cluster": "GeneratorSettings ReferenceSettings ScorerSettings",
     "cluster": "WorkerSettings ClusterSettings",
     "learner, cluster": "LearnerSettings",
     "observability": "MetricsSettings TrackingSettings",

@@ -22,7 +22,7 @@ from keel.config.workers import (
     GeneratorSettings,
     LearnerSettings,
     ReferenceSettings,
-    WorkerSettings,
+    ScorerSettings,
 )
 
 
@@ -193,7 +193,7 @@ class ScoringSpec(Section):
 
     deadlines: DeadlineSettings
     rewards: list[RewardSettings] = Field([], description="what the scorers compute")
-    scorers: WorkerSettings = WorkerSettings()
+    scorers: ScorerSettings = ScorerSettings(threads=2)
     reference: ReferenceSettings | None = None
     sampling: SamplingSettings = SamplingSettings()
     ensemble: EnsembleSettings = EnsembleSettings()
@@ -272,9 +272,10 @@ class RewardModelSettings(StageSettings):
     center: CenterSettings = Field(CenterSettings(), description="the zero of the scores")
 
     @property
-    def scorers(self) -> WorkerSettings:
+    def scorers(self) -> ScorerSettings:
         """The scorers of held-out pairs take the threads and GPUs of the learner, which has ended then."""
-        return WorkerSettings(threads=self.learners.threads, gpus=self.learners.gpus)
+        learners = self.learners
+        return ScorerSettings(threads=learners.threads, gpus=learners.gpus, tokens_per_batch=learners.tokens_per_batch)
 
     def scoring_spec(self, rewards: Sequence[RewardSettings]) -> ScoringSpec:
         return ScoringSpec(deadlines=self.deadlines, rewards=list(rewards), scorers=self.scorers)

@@ -94,6 +94,16 @@ class ReferenceSettings(WorkerSettings):
         return self
 
 
+class ScorerSettings(WorkerSettings):
+    """Workers that compute rewards; all but threads and GPUs is read by reward models alone."""
+
+    threads: int = Field(1, ge=1, description="CPU threads an actor computes with, also its Ray CPU request")
+    dtype: Literal["bfloat16", "float32"] = Field("float32", description="weights and arithmetic of reward models")
+    tokens_per_batch: int = Field(
+        4096, ge=1, description="tokens of one forward pass of a reward model, padding included; a longer text is alone"
+    )
+
+
 class LearnerSettings(WorkerSettings):
     """Ranks that train the policy with DeepSpeed."""
 

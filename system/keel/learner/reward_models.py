@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from keel import files
 from keel.errors import ConfigError
-from keel.learner import loading, model_files
+from keel.learner import loading, model_files, packing
 from keel.learner.reward_text import RewardText, ScoredText
 
 ENSEMBLE = "ensemble.json"
@@ -108,26 +108,32 @@ class RewardModel(nn.Module):
         return tokens, torch.tensor([len(ids) for ids, _ in rows]), torch.tensor([second for _, second in rows])
 
     @torch.inference_mode()
-    def scores(self, texts: Sequence[ScoredText], rows_per_pass: int = 16) -> list[float | None]:
-        """One score a text; None for one whose completion alone is too long. Texts of like length go together."""
+    def scores(self, texts: Sequence[ScoredText], tokens_per_batch: int = 4096) -> list[float | None]:
+        """One score a text; None for one whose completion alone is too long.
+
+        A pass has texts of like length and at most `tokens_per_batch` tokens, padding included; a longer text is alone.
+        """
         rows = [self.text.tokens(text) for text in texts]
         scores: list[float | None] = [None] * len(rows)
-        fits = sorted((place for place, row in enumerate(rows) if row), key=lambda place: len(rows[place][0]))  # type: ignore[index]
+        fits = [(place, row) for place, row in enumerate(rows) if row]
+        if not fits:
+            return scores
+        lengths = np.array([len(ids) for _, (ids, _) in fits])
         device = next(self.model.parameters()).device
-        for start in range(0, len(fits), rows_per_pass):
-            places = fits[start : start + rows_per_pass]
-            inputs = (tensor.to(device) for tensor in self.padded([rows[place] for place in places]))  # type: ignore[misc]
+        for numbers in packing.share_out(lengths, 1, tokens_per_batch)[0][0]:
+            places, passed = zip(*(fits[number] for number in numbers), strict=True)
+            inputs = (tensor.to(device) for tensor in self.padded(passed))
             for place, score in zip(places, self(*inputs).tolist(), strict=True):
                 scores[place] = score
         return scores
 
 
-def load_reward_model(folder: Path, options: Mapping[str, Any] | None = None) -> RewardModel:
-    """A trained reward model, frozen, in fp32. `options` of its chat template beside those it was trained with."""
+def load_reward_model(folder: Path, options: Mapping[str, Any] | None = None, dtype: str = "float32") -> RewardModel:
+    """A trained reward model, frozen. `options` of its chat template beside those it was trained with."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    options_of_load = {"dtype": torch.float32, "output_loading_info": True}
+    options_of_load = {"dtype": loading.DTYPES[dtype], "output_loading_info": True}
     model, report = loading.pretrained(AutoModelForSequenceClassification, folder, **options_of_load)
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(f"{folder}: {len(missing)} parameters are not in its weights ({missing[0]}); expected all")
@@ -300,9 +306,17 @@ def from_batch(batch: pa.RecordBatch) -> list[ScoredText]:
 class Ensemble:
     """All members of a reward model's folder."""
 
-    def __init__(self, folder: Path, setting: str, device: str = "cpu", options: Mapping[str, Any] | None = None):
-        self.models = [load_reward_model(member, options).to(device) for member in members(folder, setting)]
+    def __init__(
+        self,
+        folder: Path,
+        setting: str,
+        device: str = "cpu",
+        options: Mapping[str, Any] | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        self.models = [load_reward_model(member, options, dtype).to(device) for member in members(folder, setting)]
 
-    def scores(self, texts: Sequence[ScoredText]) -> np.ndarray:
+    def scores(self, texts: Sequence[ScoredText], tokens_per_batch: int = 4096) -> np.ndarray:
         """float64 [members, texts], NaN where a text is too long."""
-        return np.array([[np.nan if s is None else s for s in model.scores(texts)] for model in self.models])
+        rows = [model.scores(texts, tokens_per_batch) for model in self.models]
+        return np.array([[np.nan if score is None else score for score in row] for row in rows])

@@ -20,6 +20,7 @@ import pyarrow as pa
 from keel import schema, user_code
 from keel.algorithms import reward_ensembles
 from keel.config.rewards import RELEVANCE, EnsembleSettings, RewardSettings
+from keel.config.workers import ScorerSettings
 from keel.protocols import StageReceipt
 from keel.rollout import http_rewards, row_columns, stored_completions
 from keel.rollout.dataset_layouts import ANSWERS
@@ -40,9 +41,8 @@ class RewardScorer:
         self,
         rewards: Sequence[RewardSettings],
         ensemble: EnsembleSettings,
-        threads: int,
+        settings: ScorerSettings,
         name: str,
-        gpus: float = 0,
         seconds: float = 600,
     ) -> None:
         """`seconds`: the deadline of a call from outside; async functions end before it, or their samples fail."""
@@ -56,9 +56,7 @@ class RewardScorer:
         self._seconds = _SHARE_OF_DEADLINE * seconds
         self._loop = EventLoop()
         self._compute = {
-            reward.name: _SCORERS[reward.kind](reward, threads, "cuda" if gpus else "cpu")
-            for reward in rewards
-            if reward.kind != "rule"
+            reward.name: _SCORERS[reward.kind](reward, settings) for reward in rewards if reward.kind != "rule"
         }
 
     def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, StageReceipt]:
@@ -206,7 +204,7 @@ def values_or_reason(outcome: Outcome) -> Values | Failure:
     return name if len(name) <= _LABEL_CHARACTERS and name.isascii() and name.isidentifier() else "Exception"
 
 
-def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _reference(reward: RewardSettings, settings: ScorerSettings) -> Callable[[pa.RecordBatch], Values | Failure]:
     """Mean log-prob of a completion's tokens under the reference, nats: sees word salad that rewards miss.
 
     `relevance`: minus the same given another prompt: sees one answer to every question, which fluency misses.
@@ -221,25 +219,25 @@ def _reference(reward: RewardSettings, threads: int, device: str) -> Callable[[p
     return compute
 
 
-def _http(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _http(reward: RewardSettings, settings: ScorerSettings) -> Callable[[pa.RecordBatch], Values | Failure]:
     call = http_rewards.caller(reward, f"rewards.{reward.name}.source")
     return lambda batch: call(row_columns.for_http(arguments(batch)), batch.num_rows)
 
 
-def _model(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], np.ndarray]:
+def _model(reward: RewardSettings, settings: ScorerSettings) -> Callable[[pa.RecordBatch], np.ndarray]:
     """Scores [members, rows] of a reward-model folder; its own text form, offset and ensemble (reward_models.py)."""
     import torch
 
     from keel.learner import loading, reward_models
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(settings.threads)
     setting = f"rewards.{reward.name}.source"
     folder, options = loading.locate(reward.source, setting), reward.chat_template_options
-    ensemble = reward_models.Ensemble(folder, setting, device, options)
-    return lambda batch: ensemble.scores(reward_models.from_batch(batch))
+    ensemble = reward_models.Ensemble(folder, setting, "cuda" if settings.gpus else "cpu", options, settings.dtype)
+    return lambda batch: ensemble.scores(reward_models.from_batch(batch), settings.tokens_per_batch)
 
 
-def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.RecordBatch], Values | Failure]:
+def _stored(reward: RewardSettings, settings: ScorerSettings) -> Callable[[pa.RecordBatch], Values | Failure]:
     """Rewards that the prompt source has for its own completions; None for generated ones."""
 
     def compute(batch: pa.RecordBatch) -> Values:
@@ -253,7 +251,9 @@ def _stored(reward: RewardSettings, threads: int, device: str) -> Callable[[pa.R
     return compute
 
 
-_SCORERS: dict[str, Callable[[RewardSettings, int, str], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]] = {
+_SCORERS: dict[
+    str, Callable[[RewardSettings, ScorerSettings], Callable[[pa.RecordBatch], Values | Failure | np.ndarray]]
+] = {
     "reference": _reference,
     "http": _http,
     "model": _model,

@@ -16,6 +16,7 @@ from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
 from keel.config import loader
 from keel.config.run import Settings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.observability.metric_table import TABLE
 from keel.online import preflight
@@ -114,7 +115,7 @@ def test_the_reward() -> None:
     batch = generated(prompts([0, 1]))
     preflight.check_reward_source(config.rewards[0], "rewards.answered.source")
     preflight.check_rewards(config, prompts([0, 1]))
-    scored, receipt = scorers.RewardScorer(config.rewards, config.ensemble, 1, "scorer-0").score(batch)
+    scored, receipt = scorers.RewardScorer(config.rewards, config.ensemble, ScorerSettings(), "scorer-0").score(batch)
     held = np.array([1.0, 0.0, 1.0, 1.0])
     expected = held - 0.001 * schema.lengths(batch, "completion_tokens")
     assert scored.column("reward_answered").to_numpy() == pytest.approx(expected, abs=1e-6)
@@ -129,7 +130,7 @@ def test_an_unknown_answer_is_a_failed_sample() -> None:
     batch = batch.set_column(
         batch.schema.get_field_index("prompt_columns"), batch.schema.field("prompt_columns"), columns
     )
-    scored, receipt = scorers.RewardScorer(config.rewards, config.ensemble, 1, "scorer-0").score(batch)
+    scored, receipt = scorers.RewardScorer(config.rewards, config.ensemble, ScorerSettings(), "scorer-0").score(batch)
     assert scored.column("reward").is_null().to_pylist() == [True, False]
     assert dict(receipt.failures) == {"answered_none": 1}
 

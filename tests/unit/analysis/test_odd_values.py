@@ -12,6 +12,7 @@ import pytest
 from keel import schema
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.observability import metric_table
 from keel.rollout import scorers
@@ -23,7 +24,9 @@ def too_large(completions: list[str], **columns: Any) -> list[float]:
 
 
 def scored(*rewards: RewardSettings) -> tuple[Any, dict[str, int]]:
-    answer, receipt = scorers.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(generated(prompts([0, 1])))
+    answer, receipt = scorers.RewardScorer(rewards, EnsembleSettings(), ScorerSettings(), "scorer-0").score(
+        generated(prompts([0, 1]))
+    )
     schema.check(answer)  # as the buffer will
     return answer, dict(receipt.failures)
 

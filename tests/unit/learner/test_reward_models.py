@@ -27,6 +27,7 @@ from transformers import (
 
 from keel.config.objective import CriticSettings
 from keel.config.rewards import RewardSettings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.learner import loading, reward_models, tiny
 from keel.learner.networks import Critic
@@ -210,7 +211,7 @@ def test_a_tokenizer_whose_only_special_token_is_its_end_has_a_spare_one() -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_padded_scores_are_those_of_one_text_at_a_time(kind: str, trunks: dict[str, Path], tmp_path: Path) -> None:
-    """Against transformers on unpadded ids, with its own token types; in passes of 2 and of all."""
+    """Against transformers on unpadded ids, with its own token types; in passes of 1, of some and of all."""
     trained(trunks[kind], tmp_path / "m", max_tokens=64)
     model = reward_models.load_reward_model(tmp_path / "m")
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
@@ -226,11 +227,36 @@ def test_padded_scores_are_those_of_one_text_at_a_time(kind: str, trunks: dict[s
         with torch.inference_mode():
             expected.append(plain(**inputs).logits[0, 0].item())
     assert np.std(expected) > 0.05
-    for rows in (2, 16):
-        assert model.scores(TEXTS, rows) == pytest.approx(expected, abs=1e-5)
+    for tokens in (1, 24, 4096):
+        assert model.scores(TEXTS, tokens) == pytest.approx(expected, abs=1e-5)
     too_long = text(" ".join(["fine"] * 80))
     with_long = model.scores([TEXTS[0], too_long, TEXTS[1]])
     assert with_long[1] is None and [with_long[0], with_long[2]] == pytest.approx(expected[:2], abs=1e-5)
+
+
+def test_a_pass_has_no_more_tokens_than_it_may(trunks: dict[str, Path], tmp_path: Path) -> None:
+    """Padding included; a text that is longer goes alone."""
+    trained(trunks["decoder"], tmp_path / "m", max_tokens=64)
+    model = reward_models.load_reward_model(tmp_path / "m")
+    passes: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
+    texts = [text(" ".join(["fine"] * words)) for words in (1, 12, 2, 3, 1, 2, 2)]
+    lengths = sorted(len(row[0]) for row in map(model.text.tokens, texts) if row)
+    model.scores(texts, lengths[-1] - 1)
+    assert len(lengths) == len(texts) and (1, lengths[-1]) in passes
+    assert all(rows * width < lengths[-1] for rows, width in passes if rows > 1)
+    assert sum(rows for rows, _ in passes) == len(texts) > len(passes)
+
+
+def test_scores_in_bfloat16_are_near_those_in_float32(trunks: dict[str, Path], tmp_path: Path) -> None:
+    trained(trunks["decoder"], tmp_path / "m", max_tokens=64)
+    settings = {"name": "r", "kind": "model", "source": str(tmp_path / "m")}
+    batch = reward_models.as_batch(TEXTS)
+    precise, short = (
+        np.asarray(scorers._SCORERS["model"](RewardSettings(**settings), ScorerSettings(dtype=dtype))(batch))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert 0 < np.abs(precise - short).max() < 0.05 * np.abs(precise).max()
 
 
 # ---- starting
@@ -503,7 +529,7 @@ def test_options_of_the_template_are_kept_with_the_model(tmp_path: Path) -> None
     other = reward_models.load_reward_model(tmp_path / "m", {"mood": "?"})
     assert other.text.options == {"mood": "?"}
     sampling = {"name": "r", "kind": "model", "source": str(tmp_path / "m"), "chat_template_options": {"mood": "?"}}
-    compute = scorers._SCORERS["model"](RewardSettings(**sampling), 1, "cpu")
+    compute = scorers._SCORERS["model"](RewardSettings(**sampling), ScorerSettings())
     assert (
         compute(reward_models.as_batch([text(messages=messages)]))[0][0] == other.scores([text(messages=messages)])[0]
     )

@@ -15,6 +15,7 @@ import pytest
 from keel import user_code
 from keel.config import loader
 from keel.config.rewards import RewardSettings
+from keel.config.workers import ScorerSettings
 from keel.online import preflight
 from keel.rollout import datasets, scorers
 from rollouts import generated, prompts
@@ -75,13 +76,13 @@ def test_the_server_answers_a_scorer(server: tuple[str, ModuleType]) -> None:
     batch = batch.set_column(
         batch.schema.get_field_index("completion"), batch.schema.field("completion"), pa.array(texts)
     )
-    assert scorers._http(reward, 1, "cpu")(batch) == [1.0, 0.5, 0.0, None]
+    assert scorers._http(reward, ScorerSettings())(batch) == [1.0, 0.5, 0.0, None]
 
 
 def test_a_server_that_breaks_fails_the_samples(server: tuple[str, ModuleType]) -> None:
     address, module = server
     reward = RewardSettings(name="brief", kind="http", source=address, retries=0)
     module.reward = lambda completion: "no number"
-    assert scorers._http(reward, 1, "cpu")(generated(prompts([0]))) == "http_malformed"
+    assert scorers._http(reward, ScorerSettings())(generated(prompts([0]))) == "http_malformed"
     module.Rewards.do_POST = lambda handler: handler.send_error(503)
-    assert scorers._http(reward, 1, "cpu")(generated(prompts([0]))) == "http_5xx"
+    assert scorers._http(reward, ScorerSettings())(generated(prompts([0]))) == "http_5xx"

@@ -18,6 +18,7 @@ import torch
 
 from keel import schema
 from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.online import preflight
 from keel.rollout import scorers
@@ -115,7 +116,7 @@ def reward(name: str, **fields: Any) -> RewardSettings:
 
 
 def scored(*names: str, seconds: float = 60.0) -> tuple[pa.RecordBatch, dict[str, int]]:
-    scorer = scorers.RewardScorer([reward(name) for name in names], EnsembleSettings(), 1, "s", 0, seconds)
+    scorer = scorers.RewardScorer([reward(name) for name in names], EnsembleSettings(), ScorerSettings(), "s", seconds)
     answer, receipt = scorer.score(generated(prompts([0, 1])))
     schema.check(answer)
     scorer._loop.close()
@@ -150,7 +151,7 @@ def test_what_one_async_function_raises_fails_its_samples_alone(name: str, reaso
     scorer = scorers.RewardScorer(
         [reward("judge"), reward(name, role="monitor"), reward("meets_slow"), reward("slow")],
         EnsembleSettings(),
-        1,
+        ScorerSettings(),
         "s",
     )
     for _ in range(2):  # also after one that ended the loop's thread
@@ -164,7 +165,9 @@ def test_what_one_async_function_raises_fails_its_samples_alone(name: str, reaso
 
 @pytest.mark.parametrize("name", ["never", "deaf", "blocks"])
 def test_an_async_function_has_a_deadline(name: str) -> None:
-    scorer = scorers.RewardScorer([reward("judge"), reward(name, role="monitor")], EnsembleSettings(), 1, "s", 0, 0.5)
+    scorer = scorers.RewardScorer(
+        [reward("judge"), reward(name, role="monitor")], EnsembleSettings(), ScorerSettings(), "s", 0.5
+    )
     began = time.monotonic()
     answer, receipt = scorer.score(generated(prompts([0, 1])))
     assert time.monotonic() - began < 2.9
@@ -172,7 +175,7 @@ def test_an_async_function_has_a_deadline(name: str) -> None:
     assert receipt.failures[f"{name}_timeout"] == 4
     assert set(receipt.failures) <= {f"{name}_timeout", "judge_timeout"}
     assert answer.column("reward").null_count == receipt.failures.get("judge_timeout", 0)
-    again = scorers.RewardScorer([reward("judge")], EnsembleSettings(), 1, "s", 0, 60)
+    again = scorers.RewardScorer([reward("judge")], EnsembleSettings(), ScorerSettings(), "s", 60)
     again._loop = scorer._loop
     assert again.score(generated(prompts([0, 1])))[0].column("reward").to_pylist() == [2.0] * 4
     scorer._loop.close()

@@ -17,7 +17,7 @@ import torch
 
 from keel import schema
 from keel.config.rewards import EnsembleSettings, RewardSettings
-from keel.config.workers import ReferenceSettings
+from keel.config.workers import ReferenceSettings, ScorerSettings
 from keel.learner import tiny
 from keel.rollout import reference, scorers
 from rollouts import generated, prompts
@@ -32,7 +32,9 @@ def reward(**fields: Any) -> RewardSettings:
 
 
 def scored(*rewards: RewardSettings, rows: pa.RecordBatch | None = None) -> tuple[pa.RecordBatch, dict[str, int]]:
-    answer, receipt = scorers.RewardScorer(rewards, EnsembleSettings(), 1, "scorer-0").score(rows or batch())
+    answer, receipt = scorers.RewardScorer(rewards, EnsembleSettings(), ScorerSettings(), "scorer-0").score(
+        rows or batch()
+    )
     schema.check(answer)
     return answer, dict(receipt.failures)
 

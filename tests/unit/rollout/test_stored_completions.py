@@ -12,6 +12,7 @@ from fakes import SAMPLING
 from keel import references, schema
 from keel.algorithms import reward_ensembles
 from keel.config.rewards import EnsembleSettings, RewardSettings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.rollout import scorers, stored_completions
 from keel.rollout.datasets import SourceRow
@@ -130,7 +131,7 @@ def test_the_reward_of_an_ensemble(ensemble: dict[str, Any], expected: list[floa
     """A judge is no part of it, and its failure costs no sample."""
     rewards = [RewardSettings(name=name, source=f"{__name__}:{name}") for name in ("low", "high")]
     rewards.append(RewardSettings(name="gold", source=f"{__name__}:gold", role="judge"))
-    batch, receipt = scorers.RewardScorer(rewards, EnsembleSettings(**ensemble), 1, "s").score(
+    batch, receipt = scorers.RewardScorer(rewards, EnsembleSettings(**ensemble), ScorerSettings(), "s").score(
         generated(prompts([0, 1]))
     )
     schema.check(batch)
@@ -158,7 +159,9 @@ def test_a_stored_reward_is_that_of_its_sample_and_none_for_generated_ones() -> 
     rows = prompts([0])
     index = rows.schema.get_field_index("prompt_columns")
     rows = generated(rows.set_column(index, rows.schema.field(index), pa.array([json.dumps(PAIR)] * 2)))
-    subject = scorers.RewardScorer([RewardSettings(name="label", kind="stored")], EnsembleSettings(), 1, "s")
+    subject = scorers.RewardScorer(
+        [RewardSettings(name="label", kind="stored")], EnsembleSettings(), ScorerSettings(), "s"
+    )
     assert subject.score(rows)[0].column("failure").to_pylist() == ["label_none"] * 2
     place = rows.schema.get_field_index("generator")
     rows = rows.set_column(place, rows.schema.field(place), pa.array([schema.STORED] * 2))

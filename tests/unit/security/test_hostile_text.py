@@ -25,6 +25,7 @@ from keel.config import loader
 from keel.config.prompts import PromptSettings
 from keel.config.rewards import EnsembleSettings, RewardSettings
 from keel.config.run import Settings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.learner import export
 from keel.observability.console import Terminal, progress_display
@@ -357,7 +358,7 @@ VALUES = (
 def test_whatever_a_reward_function_returns_is_a_number_or_a_counted_failure(values: Any) -> None:
     Given.values, Given.error = values, None
     scorer = scorers.RewardScorer(
-        [RewardSettings(name="r", source=f"{__name__}:given_values")], EnsembleSettings(), 1, "s"
+        [RewardSettings(name="r", source=f"{__name__}:given_values")], EnsembleSettings(), ScorerSettings(), "s"
     )
     try:
         answer, receipt = scorer.score(generated(prompts([0])))
@@ -375,7 +376,7 @@ def test_whatever_a_reward_function_returns_is_a_number_or_a_counted_failure(val
 def test_a_failure_is_a_short_plain_word(name: str) -> None:
     Given.error = type(name, (Exception,), {})("\x1b[2J" * 1000)
     scorer = scorers.RewardScorer(
-        [RewardSettings(name="r", source=f"{__name__}:given_values")], EnsembleSettings(), 1, "s"
+        [RewardSettings(name="r", source=f"{__name__}:given_values")], EnsembleSettings(), ScorerSettings(), "s"
     )
     _, receipt = scorer.score(generated(prompts([0])))
     assert dict(receipt.failures) == {"r_Exception": 2}

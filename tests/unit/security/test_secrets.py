@@ -14,6 +14,7 @@ from keel.cli import main
 from keel.config import loader
 from keel.config.rewards import EnsembleSettings
 from keel.config.run import Settings
+from keel.config.workers import ScorerSettings
 from keel.errors import ConfigError
 from keel.online import preflight
 from keel.rollout import http_rewards, scorers
@@ -83,7 +84,7 @@ def test_the_server_gets_the_secret_and_nobody_else(
     monkeypatch.setattr("sys.argv", ["keel", "train", str(path), "--dry-run"])
     with pytest.raises(SystemExit, match="0"):
         main.main()
-    scorer = scorers.RewardScorer(settings.rewards, EnsembleSettings(), 1, "scorer-0")
+    scorer = scorers.RewardScorer(settings.rewards, EnsembleSettings(), ScorerSettings(), "scorer-0")
     answer, receipt = scorer.score(generated(prompts([0])))
     assert Handler.asked_by == [f"Bearer {SECRET}"] * 3
     assert dict(receipt.failures) == {"mine_http_4xx": 2}
@@ -107,7 +108,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
     own = loader.parse(tree()).rewards[0]
     for needs_it in (
         lambda: preflight.check_reward_source(own, "rewards.mine.source"),
-        lambda: scorers.RewardScorer([own], EnsembleSettings(), 1, "scorer-0"),
+        lambda: scorers.RewardScorer([own], EnsembleSettings(), ScorerSettings(), "scorer-0"),
     ):
         with pytest.raises(ConfigError, match=r"^rewards\.mine\.headers: \$\{REWARD_TOKEN\} is not set; expected"):
             needs_it()
