@@ -54,7 +54,9 @@ class Probe(DeepSpeedLearner):
         self._engine.restore_checkpoint(self.directory)
         self.version, self.settings, self.objective = 0, chosen, registry.build(chosen)
         self._engine.learners = chosen.learners
-        self._frozen_models = FrozenModels(self.objective.vocabulary, self._folder_of, "float32", self.device)
+        self._frozen_models = FrozenModels(
+            self.objective.vocabulary, self._frozen_names(), self._folder_of, "float32", self.device
+        )
         self.set_multipliers(kl_multiplier, 1.0)
         report = self.step(batch)
         named = {name: value.detach().clone() for name, value in self._engine.module.named_parameters()}

@@ -16,7 +16,7 @@ from keel import schema
 from keel.cluster import actors
 from keel.config import loader
 from keel.config.run import Settings
-from keel.learner import weights
+from keel.learner import tiny, weights
 from keel.learner.policy_learner import DeepSpeedLearner
 from probe import rendezvous
 
@@ -189,3 +189,62 @@ def test_a_second_epoch_moves_the_ratio_and_the_clip_sees_it(small_ray: None, ti
     report = ray.get(rank.step.remote(rollouts(0)))
     ray.kill(rank)
     assert report.metrics["clip_ratio"] > 0.05
+
+
+def exact_kl_by_row(folder: Path, reference: Path, batch: pa.RecordBatch) -> np.ndarray:
+    """sum_t KL(pi, ref) over the vocabulary at a temperature of 0.7, by the models' own forward, a row at a time."""
+    from transformers import AutoModelForCausalLM
+
+    policy, other = (AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) for place in (folder, reference))
+    values = []
+    with torch.inference_mode():
+        for row in batch.to_pylist():
+            tokens, before = torch.tensor([row["prompt_tokens"] + row["completion_tokens"]]), len(row["prompt_tokens"])
+            log_p, log_r = (
+                (model(tokens).logits[0, before - 1 : -1].double() / 0.7).log_softmax(-1) for model in (policy, other)
+            )
+            values.append(float((log_p.exp() * (log_p - log_r)).sum()))
+    return np.array(values)
+
+
+def step_that_measures(
+    folder: Path, reference: Path, share: float, ranks: int, batch: pa.RecordBatch
+) -> tuple[dict[str, float], str]:
+    """What one step reports, and the digest of the weights after it."""
+    plain = settings(count=ranks, zero_stage=3 if ranks > 1 else 1)
+    kl = plain.regularizer.kl.model_copy(update={"exact_share": share})
+    blocks = {"regularizer": plain.regularizer.model_copy(update={"kl": kl})}
+    assert plain.reference is not None
+    blocks["reference"] = plain.reference.model_copy(update={"dtype": "float32"})
+    chosen = plain.model_copy(update=blocks)
+    address, port = rendezvous()
+    members = [
+        ray.remote(DeepSpeedLearner).remote(
+            chosen, str(folder), {"reference": str(reference)}, rank, ranks, address, port
+        )
+        for rank in range(ranks)
+    ]
+    reports = ray.get([rank.step.remote(batch) for rank in members])
+    receipts = ray.get([rank.publish.options(num_returns=2).remote()[1] for rank in members])
+    for rank in members:
+        ray.kill(rank)
+    return dict(reports[0].metrics), receipts[0].digest
+
+
+@pytest.mark.slow
+def test_the_exact_kl_is_measured_and_moves_nothing(small_ray: None, tiny_model: Path, tmp_path: Path) -> None:
+    reference, batch = tiny.write(tmp_path / "reference", seed=5), rollouts(0)
+    by_row = exact_kl_by_row(tiny_model, reference, batch)
+    assert by_row.min() > 0.1
+    without, digest = step_that_measures(tiny_model, reference, 0.0, 1, batch)
+    whole, digest_of_whole = step_that_measures(tiny_model, reference, 1.0, 1, batch)
+    assert "kl_exact_nats" not in without and digest == digest_of_whole
+    assert {name: whole[name] for name in without if "seconds" not in name} == {
+        name: without[name] for name in without if "seconds" not in name
+    }
+    assert whole["kl_exact_nats"] == pytest.approx(by_row.mean(), rel=1e-5)
+    draws = [np.random.default_rng([seed, 0]).random() for seed in batch.column("seed").to_pylist()]
+    drawn = by_row[np.argsort(draws)[:4]]
+    for ranks in (1, 2):
+        part, _ = step_that_measures(tiny_model, reference, 0.3, ranks, batch)  # 4 of 12 completions
+        assert part["kl_exact_nats"] == pytest.approx(drawn.mean(), rel=1e-5), ranks

@@ -72,7 +72,7 @@ ABSENT = {
     "no such term in the configuration": {
         *("kl_loss", "kl_loss_nats", "entropy_loss", "policy_entropy_nats", "log_ratio_loss", "log_ratio_loss_nats"),
         *("safe_threshold_nats", "safe_gate", "safe_penalty", "normalizer_mean", "normalizer_std", "objective_term"),
-        *("clamped_policy_entropy_nats", "clamped_teacher_forced_entropy_nats"),
+        *("clamped_policy_entropy_nats", "clamped_teacher_forced_entropy_nats", "kl_exact_nats"),
     },
     "no pairs, no rankings, no weights": {
         *("preference_loss", "pairs", "chosen_implicit_reward", "rejected_implicit_reward", "implicit_margin"),

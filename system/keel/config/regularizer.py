@@ -80,6 +80,13 @@ class KLSettings(Section):
         " or exact (whole vocabulary)",
     )
     token_share: float = Field(1.0, gt=0, le=1, description="exact: share of the tokens it is computed on, sampled")
+    exact_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a step's completions of which the KL over the whole vocabulary is measured, too, outside"
+        " the loss (kl_exact_nats); above 0 the learner holds the reference for it",
+    )
     importance_weighted: bool = Field(
         False, description="correct for stale samples: learner's log-probs in the reward, ratio pi/sampler in the loss"
     )
@@ -115,7 +122,12 @@ class KLSettings(Section):
         return self.coefficient > 0 and self.placement == "loss"
 
     def check_stored(self, stored_ratio: float) -> None:
-        """Raises ValueError for a weight pi/sampler of completions that no known policy sampled."""
+        """Raises ValueError for what only completions of a known policy have."""
+        if stored_ratio == 1 and self.exact_share > 0:
+            raise ValueError(
+                f"regularizer.kl.exact_share={self.exact_share}: a KL is of sampled completions, and all are stored"
+                f" (sampling.stored_ratio={stored_ratio}); expected 0"
+            )
         if stored_ratio > 0 and self.importance_weighted:
             raise ValueError(
                 f"regularizer.kl.importance_weighted=true: no known policy sampled the stored completions"

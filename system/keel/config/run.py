@@ -174,6 +174,8 @@ class LearnerSpec(CommandSettings):
         for column, setting in self.needed_columns().items():
             if column not in self.written_columns():
                 raise ValueError(f"{setting} needs column {column} but reference is null; expected a reference block")
+        if (share := self.regularizer.kl.exact_share) > 0 and not self.reference:
+            raise ValueError(f"regularizer.kl.exact_share={share}: reference is null; expected a reference block")
         for reward in self.rewards:
             if reward.kind == "reference" and not self.reference:
                 raise ValueError(

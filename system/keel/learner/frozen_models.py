@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from keel.algorithms.regularizers import ExactKL
 from keel.algorithms.types import Credit, Rows, VocabularyTerm
 from keel.learner import loading
 from keel.learner.networks import ChunkTerm, Policy, in_precision
@@ -52,10 +53,16 @@ def chunk_term_of(
 class FrozenModels:
     """The models a term names, inside the learner, on its device."""
 
-    def __init__(self, term: VocabularyTerm | None, folder: Callable[[str], str], dtype: str, device: torch.device):
-        """`folder` gives the model folder of `reference` or `teacher`."""
+    def __init__(
+        self,
+        term: VocabularyTerm | None,
+        names: frozenset[str],
+        folder: Callable[[str], str],
+        dtype: str,
+        device: torch.device,
+    ) -> None:
+        """`folder` gives the model folder of each of the names: `reference`, `teacher`."""
         self.term, self.dtype, self.device = term, dtype, device
-        names = term.models - {"old"} if term is not None else frozenset()
         self._frozen = {name: loading.load_frozen(Path(folder(name)), dtype, device) for name in names}
         self._old: tuple[dict[bytes, Tensor], Callable[[Tensor], Tensor]] | None = None
 
@@ -83,6 +90,11 @@ class FrozenModels:
         selected = None if chosen is None else torch.from_numpy(chosen[micro.items]).to(self.device)
         targets = micro.targets.to(self.device)
         return chunk_term_of(self.term, targets, rows.advantages, selected, self._views(micro), temperature)
+
+    def exact_kl(self, micro: MicroBatch, temperature: float) -> ChunkTerm:
+        """KL to the reference over the whole vocabulary at every token of this micro-batch, nats."""
+        targets, advantages = micro.targets.to(self.device), torch.zeros(len(micro.targets), device=self.device)
+        return chunk_term_of(ExactKL(1.0), targets, advantages, None, self._views(micro), temperature)
 
     @torch.no_grad()
     def _views(self, micro: MicroBatch) -> dict[str, FrozenView]:

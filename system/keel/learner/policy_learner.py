@@ -1,6 +1,7 @@
 """DeepSpeed behind the Learner protocol: one rank of a learner group. Every rank gets all rows and trains its own.
 
-step:  measure   log-probs and values of the whole step under the current weights, if the objective reads them
+step:  measure   log-probs and values of the whole step under the current weights, if the objective reads them;
+                 the exact KL on a share of its completions, if asked for
        weigh     the whole batch (numpy, alike on every rank)
        for epoch: for micro-batch of this rank: forward -> objective.loss -> backward
                   clip, Adam, learning rate of the step                               -> version + 1
@@ -9,6 +10,7 @@ step:  measure   log-probs and values of the whole step under the current weight
 
 import functools
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from keel import schema
-from keel.algorithms import registry
+from keel.algorithms import registry, regularizers
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
 from keel.config.run import LearnerSpec
 from keel.errors import NotFinite
@@ -67,15 +69,22 @@ class DeepSpeedLearner:
         verdicts = [forward_contract.verdict(folder, settings.max_model_tokens) for folder in self._folders()]
         self._verdict = functools.reduce(Verdict.both, verdicts)
         frozen_dtype = settings.reference.dtype if settings.reference else dtype
-        self._frozen_models = FrozenModels(self.objective.vocabulary, self._folder_of, frozen_dtype, self.device)
+        names = self._frozen_names()
+        self._frozen_models = FrozenModels(self.objective.vocabulary, names, self._folder_of, frozen_dtype, self.device)
 
     def _folder_of(self, name: str) -> str:
         return self.others.get(name, self.folder)
 
+    def _frozen_names(self) -> frozenset[str]:
+        """Frozen models in the learner: those of the vocabulary term, and the reference where a share is measured."""
+        term = self.objective.vocabulary
+        names = term.models - {"old"} if term is not None else frozenset()
+        return names | ({"reference"} if self.settings.regularizer.kl.exact_share else frozenset())
+
     def _folders(self) -> set[Path]:
         """Folders of all models that read this rank's micro-batches."""
         critic = getattr(self.settings.objective, "critic", None)
-        names = set(self.objective.vocabulary.models - {"old"}) if self.objective.vocabulary is not None else set()
+        names = set(self._frozen_names())
         names |= {"critic"} if critic is not None and critic.trunk == "own" else set()
         return {Path(self.folder), *(Path(self._folder_of(name)) for name in names)}
 
@@ -110,6 +119,7 @@ class DeepSpeedLearner:
         micro_batches = (micro for micro, _ in self._micro_batches(batch, plan))
         self._frozen_models.keep_old(self._engine.module.policy, micro_batches)
         measured = self._measure(batch, plan, self._asked(epochs))
+        exact_kl = self._exact_kl(batch)
         seen = self.objective.visible(batch)
         credit = self.objective.credited(seen, measured)
         old = measured.logprobs if epochs > 1 and self.objective.reads_old else None
@@ -120,7 +130,7 @@ class DeepSpeedLearner:
             sums = self._update(batch, plan, credit, old)
         self.objective.adapt(seen, first)
         self.version += 1
-        metrics = dict(diagnostics.summarize(batch)) | dict(credit.metrics) | sums | coefficients
+        metrics = dict(diagnostics.summarize(batch)) | dict(credit.metrics) | sums | coefficients | exact_kl
         # later updates move away from the sampler on purpose
         metrics |= {name: first[name] for name in ("gap_nats", "fresh_gap_nats") if name in first}
         metrics |= {"learning_rate": rate, "step_seconds": time.monotonic() - started}
@@ -277,6 +287,25 @@ class DeepSpeedLearner:
         if not np.isfinite(measured).all():
             raise NotFinite(f"step {self.version + 1}: log-probs or values of the learner are not finite")
         return Measured(measured[:, 0], measured[:, 1:] if num_heads else None, self.version)
+
+    @torch.no_grad()
+    def _exact_kl(self, batch: pa.RecordBatch) -> dict[str, float]:
+        """KL(pi, ref) over the whole vocabulary before the update, summed over a completion, mean over a share of them.
+
+        At the places the sampler came to, at the sampling temperature. Nothing where no share is asked for.
+        """
+        share, sampled = self.settings.regularizer.kl.exact_share, np.flatnonzero(schema.sampled(batch))
+        if not share or not len(sampled):
+            return {}
+        seeds = batch.column("seed").to_numpy()[sampled]
+        order = np.argsort(regularizers.token_draws(seeds, np.ones(len(seeds), int), self.version), kind="stable")
+        rows, total = batch.take(np.sort(sampled[order[: math.ceil(share * len(seeds))]])), 0.0
+        for micro, chunks in self._micro_batches(rows, self._plan(rows)):
+            chunk_term = self._frozen_models.exact_kl(micro, self.settings.sampling.temperature)
+            outputs = self._forward(micro, chunks, entropy=False, chunk_term=chunk_term)
+            assert outputs.vocabulary is not None
+            total += outputs.vocabulary.sum().item() if micro.real else 0.0
+        return self._engine.sum_named({"kl_exact_nats": total / rows.num_rows})
 
     def _full_parameters(self) -> dict[str, Tensor]:
         """The whole policy under checkpoint names in the published number format, on rank 0; the others take part."""

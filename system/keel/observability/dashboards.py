@@ -99,7 +99,7 @@ _OVER_OPTIMIZATION = """
 Reward | reward, regularized_reward
 Rewards by name | reward_component | A monitor (gold) that turns down while the training reward goes up: \
 over-optimization.
-KL from the reference | kl_nats, kl_k3_nats | What the reward was bought with.
+KL from the reference | kl_nats, kl_k3_nats, kl_exact_nats | What the reward was bought with.
 Rewards over sqrt(KL) | sqrt_kl as sqrt(KL), reward_component as Reward | | kind=xychart
 Entropy per token | entropy_nats, policy_entropy_nats, clamped_policy_entropy_nats | Towards 0: the policy \
 repeats itself.

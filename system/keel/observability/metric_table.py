@@ -77,6 +77,11 @@ TABLE: list[Metric] = [
         ),
         ("kl_nats", "Mean over sampled completions of sum_t log pi_sampler - log pi_ref (k1, on every run)."),
         ("kl_k3_nats", "Mean over sampled completions of sum_t k3, never negative."),
+        (
+            "kl_exact_nats",
+            "Mean over regularizer.kl.exact_share of the sampled completions of sum_t KL(pi, ref) over the vocabulary,"
+            " pi before the step's update.",
+        ),
         ("entropy_nats", "Mean over sampled completions of -log pi(y)/|y| under the sampler (sampled estimate)."),
         ("sequence_entropy_nats", "Mean over sampled completions of -log pi(y) under the sampler (sampled estimate)."),
         (
