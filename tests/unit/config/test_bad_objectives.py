@@ -38,7 +38,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     # a KL that is measured alone
     ({"reference": None, "regularizer": {"kl": {"exact_share": 0.1}}}, "regularizer.kl.exact_share=0.1: reference is null; expected a reference block"),
     ({"regularizer": {"kl": {"exact_share": 1.5}}}, "regularizer.kl.exact_share=1.5: input should be less than or equal to 1"),
-    ({"regularizer": {"kl": {"exact_share": 0.1}}, "objective": PREFER, "sampling": {"stored_ratio": 1.0}}, "regularizer.kl.exact_share=0.1: a KL is of sampled completions, and all are stored (sampling.stored_ratio=1.0); expected 0"),
+    ({"regularizer": {"kl": {"exact_share": 0.1}}, "objective": PREFER, "sampling": {"stored_ratio": 1.0}}, "regularizer.kl.exact_share=0.1: a KL is of sampled completions, and all of this run's are stored; expected 0"),
     # a bonus among the likeliest tokens, and a band
     ({"regularizer": entropy(top_share=0.5)}, "regularizer.entropy.top_share=0.5: form=sequence_sum ignores it; expected token_bonus, or 1"),
     ({"regularizer": {**kl("loss", "exact"), **entropy(form="token_bonus", top_share=0.5)}}, "regularizer.entropy.top_share=0.5: regularizer.kl.estimator=exact already reads the whole vocabulary, and one term can; expected top_share 1"),

@@ -162,9 +162,11 @@ def of_the_batch(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def of_the_learner() -> set[str]:
-    """Names that DeepSpeedLearner writes itself: keys of its literals in `_step` and `_update`."""
+    """Names that DeepSpeedLearner writes itself: keys of its literals in `_step`, `_update` and `_exact_kl`."""
     tree = ast.parse(Path(policy_learner.__file__).read_text(encoding="utf8"))
-    bodies = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("_step", "_update")]
+    bodies = [
+        n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name in ("_step", "_update", "_exact_kl")
+    ]
     nodes = [node for body in bodies for node in ast.walk(body)]
     keys = [key for node in nodes if isinstance(node, ast.Dict) for key in node.keys]
     keys += [node.slice for node in nodes if isinstance(node, ast.Subscript)]
