@@ -125,8 +125,8 @@ class KLSettings(Section):
         """Raises ValueError for what only completions of a known policy have."""
         if stored_ratio == 1 and self.exact_share > 0:
             raise ValueError(
-                f"regularizer.kl.exact_share={self.exact_share}: a KL is of sampled completions, and all of this run's are"
-                " stored; expected 0"
+                f"regularizer.kl.exact_share={self.exact_share}: a KL is of sampled completions, and all of this run's"
+                " are stored; expected 0"
             )
         if stored_ratio > 0 and self.importance_weighted:
             raise ValueError(
