@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from keel import checkpoint, files, reads
+from keel.config import loader
 from keel.errors import ConfigError
 from keel.learner import model_files, scaled_down_models
 from keel.learner.networks import Policy
@@ -40,7 +41,7 @@ def locate(model: str, setting: str) -> Path:
     if folder.is_dir():
         folder = checkpoint.trained(folder)
     elif run_directory := checkpoint.run_of_best(folder):
-        folder = _best_of(run_directory, f"{setting}={model}")
+        return _best_of(run_directory, f"{setting}={model}")
     else:
         folder = _from_hub(model, setting)
     if not (folder / "config.json").is_file() and not (folder / "ensemble.json").is_file():
@@ -52,14 +53,17 @@ def locate(model: str, setting: str) -> Path:
 
 
 def _best_of(run_directory: Path, named: str) -> Path:
-    """The policy of the run's best checkpoint. Raises ConfigError where there is none."""
+    """The policy of the run's best checkpoint, or that it started from where none was better. Raises ConfigError."""
     known = checkpoint.best(run_directory)
     if known is None:
         problem = "the run keeps no best checkpoint; expected a run with a reward called gold, or with guard.monitor"
         raise ConfigError(f"{named}: {problem}")
+    if known["step"] == 0:
+        start = loader.read(loader.stored_config(run_directory, named))["policy"]["model"]
+        return locate(start, f"{named}, which is the policy that the run started from: policy.model")
     if known["folder"] is None:
-        raise ConfigError(f"{named}: {checkpoint.best_line(known)}; expected that policy by its own name")
-    return Path(known["folder"])
+        raise ConfigError(f"{named}: {checkpoint.best_line(known)}; expected a run whose best checkpoint is kept")
+    return locate(known["folder"], named)
 
 
 def check_intact(folder: Path, named: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 
 from keel import schema
 from keel.errors import ConfigError
@@ -189,7 +190,7 @@ def test_a_run_directory_is_the_model_it_trained(tmp_path: Path) -> None:
 
 
 def test_best_is_the_policy_of_the_best_checkpoint(tmp_path: Path) -> None:
-    """RUN_DIR/best, or one line that says why there is none."""
+    """RUN_DIR/best, the start where nothing was better, or one line that says why there is none."""
     online = run_directory(tmp_path / "online", *(f"checkpoints/step-{n:06d}/policy" for n in (5, 10)))
     newest = online / "checkpoints" / "step-000010"
     for step in (5, 10):
@@ -203,7 +204,16 @@ def test_best_is_the_policy_of_the_best_checkpoint(tmp_path: Path) -> None:
     (newest / "state.json").write_text(json.dumps({"guard": {"best": best}}))
     assert loading.locate(str(online / "best"), "s") == online / "checkpoints" / "step-000005" / "policy"
     (newest / "state.json").write_text(json.dumps({"guard": {"best": best | {"step": 0}}}))
-    with pytest.raises(ConfigError, match=r"/best: step 0, gold .*: the policy it started from; expected that"):
+    start = run_directory(tmp_path / "start", "model") / "model"
+    (online / "config.yaml").write_text(yaml.safe_dump({"policy": {"model": str(start)}}))
+    assert loading.locate(str(online / "best"), "s") == start
+    (online / "config.yaml").write_text(yaml.safe_dump({"policy": {"model": str(tmp_path / "moved")}}))
+    with pytest.raises(
+        ConfigError, match=r"/best, which is the policy that the run started from: policy.model=.*moved"
+    ):
+        loading.locate(str(online / "best"), "s")
+    (newest / "state.json").write_text(json.dumps({"guard": {"best": best | {"step": 7}}}))
+    with pytest.raises(ConfigError, match=r"/best: step 7, gold .*: no checkpoint of it is there; expected a run"):
         loading.locate(str(online / "best"), "s")
     with pytest.raises(ConfigError, match="no such folder"):
         loading.locate(str(tmp_path / "absent" / "best"), "s")
