@@ -212,7 +212,8 @@ class DeepSpeedLearner:
         if self.rank == 0:
             from keel.learner import export
 
-            export.policy(Path(folder), Path(self.folder), named, self.settings, self.version)
+            coefficients = self.objective.coefficients()
+            export.policy(Path(folder), Path(self.folder), named, self.settings, self.version, coefficients)
 
     def restore_checkpoint(self, directory: str) -> int:
         """Continue from what any number of ranks saved; returns its version."""

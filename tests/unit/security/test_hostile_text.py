@@ -403,7 +403,7 @@ def test_names_of_runs_are_drawn_as_they_are(tmp_path: Path, suffix: str) -> Non
 @pytest.mark.parametrize("text", [text for text in SPARSE if "\ud800" not in text], ids=lambda text: ascii(text[:20]))
 def test_a_model_card_holds_one_name(text: str) -> None:
     own = loader.parse({**VALID, "policy": {"model": f"{text}\n---\n# Another\n"}})
-    card = export._card(own, 3)
+    card = export._card(own, 3, {})
     _, front, body = card.split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == printable(own.policy.model)
     assert [line for line in body.split("\n") if line.startswith("#")] == ["# run, step 3"]
