@@ -211,4 +211,6 @@ def footprints(settings: Settings, parameters: int, ranks: int) -> list[Footprin
         "gradients": gradients / (ranks if stage >= 2 else 1),
         "optimizer state": optimizer / ranks,
     }
+    if settings.learner_holds_reference and settings.reference:
+        learner["reference"] = float(parameters * _BYTES[settings.reference.dtype])
     return [*workers, Footprint(LEARNER, learner), Footprint("node", {"published weights, old and new": 2 * published})]

@@ -153,6 +153,12 @@ class LearnerSpec(CommandSettings):
         """The KL coefficient in force where the guard's factor is `multiplier`."""
         return coefficient * multiplier
 
+    @property
+    def learner_holds_reference(self) -> bool:
+        """Whether the learner has a frozen reference beside the policy: something there reads its whole vocabulary."""
+        kl, convex = self.active_kl, self.objective.kind == "logits_convexity"
+        return kl.exact or kl.exact_share > 0 or (convex and bool(self.objective.reference_reader))
+
     def reference_readers(self) -> list[str]:
         """Settings that make the objective read the reference policy."""
         kl, active = self.regularizer.kl.coefficient, self.active_kl.coefficient

@@ -135,6 +135,20 @@ def test_in_fp32_only_stage_3_keeps_no_second_copy_of_the_weights(stage: int, nu
     assert learner.num_bytes == pytest.approx(1e9 * num_bytes)
 
 
+READERS = [
+    ({"kl": {"exact_share": 0.1}}, True),
+    ({"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "exact"}}, True),
+    ({"kl": {"coefficient": 0.1, "placement": "loss", "estimator": "k3"}}, False),
+]
+
+
+@pytest.mark.parametrize(("regularizer", "held"), READERS)
+def test_a_learner_that_reads_the_references_vocabulary_holds_it(regularizer: dict[str, Any], held: bool) -> None:
+    sizes = settings(regularizer=regularizer, reference={"dtype": "float32"})
+    (learner,) = [footprint for footprint in footprints(sizes, 10**9, 8) if footprint.role == "learner"]
+    assert learner.parts.get("reference") == (4e9 if held else None)
+
+
 ON_GPUS = {"generators": {"gpus": 1, "tensor_parallel": 4}, "reference": {"gpus": 0.5}, "learners": {"gpus": 1}}
 
 

@@ -31,7 +31,7 @@ CHANGED: list[dict[str, Any]] = [
     {"regularizer": {"entropy": {"form": "token_bonus", "coefficient": 0.01, "top_share": 0.5}}},
     {"regularizer": {"kl": {"coefficient": 0.1, "controller": {"kind": "dual", "target_nats": 2.5}}}},
     {"regularizer": {"terms": [{"name": "brief", "source": "a:b", "coefficient": 0.125}]}},
-    {"objective": {"covariance": {"form": "kl_cov", "share": 0.375}}},
+    {"objective": {"epochs": 2, "covariance": {"form": "kl_cov", "share": 0.375}}},
     {"objective": {"kind": "preference", "loss": "simpo", "beta": 2.25}},
     {"shaping": {"overlong_buffer_tokens": 7}},
 ]
