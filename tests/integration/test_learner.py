@@ -173,6 +173,18 @@ def plain_start(folder: Path) -> tuple[dict[str, torch.Tensor], None]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}, None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (3, 2)])
+def test_layers_that_run_forward_again_take_the_same_steps(
+    small_ray: None, tiny_model: Path, stage: int, ranks: int
+) -> None:
+    plain, checkpointed = (
+        train(tiny_model, ranks, zero_stage=stage, activation_checkpointing=wanted)[0] for wanted in (False, True)
+    )
+    assert largest_difference(plain, plain_start(tiny_model)[0]) > 1e-2
+    assert largest_difference(plain, checkpointed) == 0
+
+
 def test_packing_prompts_changes_nothing_but_the_work(small_ray: None, tiny_model: Path) -> None:
     packed, _ = train(tiny_model, 1, shared_prompt_tokens=64)
     alone, _ = train(tiny_model, 1, shared_prompt_tokens=0)

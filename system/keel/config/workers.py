@@ -129,6 +129,11 @@ class LearnerSettings(WorkerSettings):
         ge=0,
         description="largest sequence that rows of different prompts share, masked from each other; 0: never",
     )
+    activation_checkpointing: bool | None = Field(
+        None,
+        description="layers keep their input alone and run forward again in the backward pass: less memory, a forward"
+        " pass more; null: for models of at least a billion parameters",
+    )
     head_chunk_tokens: int = Field(512, ge=1, description="completion tokens that go through the output head at once")
     head_kept_bytes: int = Field(
         2**28, ge=0, description="bytes of logits kept for the backward pass; the rest is recomputed"

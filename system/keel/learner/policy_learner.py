@@ -27,7 +27,7 @@ from keel.algorithms import registry, regularizers
 from keel.algorithms.types import Credit, Measured, Outputs, Rows, labeled
 from keel.config.run import LearnerSpec
 from keel.errors import NotFinite
-from keel.learner import forward_contract, loading, optimizer, packing, weights
+from keel.learner import activation_checkpointing, forward_contract, loading, optimizer, packing, weights
 from keel.learner.engine import Engine, join_ranks
 from keel.learner.forward_contract import Verdict
 from keel.learner.frozen_models import FrozenModels
@@ -62,6 +62,7 @@ class DeepSpeedLearner:
         dtype = "float32" if learners.precision == "fp32" else "bfloat16"
         policy = loading.load_policy(Path(folder), dtype)
         policy.keep(learners.head_kept_bytes, learners.head_chunk_tokens)
+        activation_checkpointing.enable(policy.model, learners.activation_checkpointing)
         torch.manual_seed(settings.run.seed)  # of new value heads
         module = Learnable(policy, self._critic(policy, dtype)).to(self.device)
         rate = module.critic.config.learning_rate if module.critic is not None else None
@@ -94,6 +95,8 @@ class DeepSpeedLearner:
             return None
         folder = Path(self._folder_of("critic"))
         trunk = loading.load_trunk(folder, dtype) if config.trunk == "own" else None
+        if trunk is not None:
+            activation_checkpointing.enable(trunk, self.settings.learners.activation_checkpointing)
         hidden = (trunk if trunk is not None else policy.model).config.get_text_config().hidden_size
         critic = Critic(config, trunk, hidden, self.objective.heads).to(loading.DTYPES[dtype])
         if trunk is not None and (head := loading.score_head(folder)):

@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from keel import files, schema
 from keel.config.stages import RewardModelSettings
-from keel.learner import optimizer, packing, reward_models
+from keel.learner import activation_checkpointing, optimizer, packing, reward_models
 from keel.learner.engine import Engine, join_ranks
 from keel.protocols import StepReport
 
@@ -66,6 +66,7 @@ class RewardModelLearner:
         self._engine = Engine(settings.learners, self.ranks, self.steps)
         options = settings.policy.chat_template_options
         model = reward_models.start(Path(self.folder), dtype, settings.completions.max_tokens, seed, options)
+        activation_checkpointing.enable(model.model, settings.learners.activation_checkpointing)
         model = model.to(self._engine.device)
         self._engine.drive(model, optimizer.adamw(settings.learners, [{"params": list(model.parameters())}]))
         self.version = 0

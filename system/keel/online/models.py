@@ -12,7 +12,7 @@ from keel.config.prompts import SamplingSettings
 from keel.config.run import LearnerSpec, Settings
 from keel.config.stages import SamplingSpec
 from keel.errors import ConfigError
-from keel.learner import forward_contract, loading, model_files
+from keel.learner import activation_checkpointing, forward_contract, loading, model_files
 from keel.learner.end_tokens import EndTokens
 from keel.online import text_checks
 from keel.protocols import Sampling
@@ -66,6 +66,10 @@ def with_learner_models(models: Models, settings: LearnerSpec) -> Models:
         name = settings.reference.model
         reference = str(loading.locate_policy(name, "reference.model")) if name else models.policy
     frozen = learner_folders(settings, policy, reference)
+    for setting, folder in (("policy.model", policy), ("objective.critic.model", frozen.get("critic"))):
+        if folder is not None:
+            wanted = settings.learners.activation_checkpointing
+            activation_checkpointing.check_supported(Path(folder), setting, wanted)
     named = {"policy.model": models.policy, **{_SETTINGS[role]: folder for role, folder in frozen.items()}}
     notes = forward_contract.require(named, settings.max_model_tokens)
     return replace(models, frozen=frozen, notes=(*models.notes, *notes))

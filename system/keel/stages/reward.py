@@ -27,7 +27,7 @@ from keel.config.prompts import PromptSettings
 from keel.config.rewards import RewardSettings
 from keel.config.stages import RewardModelSettings
 from keel.errors import ConfigError
-from keel.learner import loading, reward_models, score_contract
+from keel.learner import activation_checkpointing, loading, reward_models, score_contract
 from keel.learner.reward_learner import PAIR, RewardModelLearner
 from keel.learner.reward_models import RewardText, ScoredText
 from keel.observability.console import Display
@@ -148,6 +148,7 @@ def prepare(settings: RewardModelSettings) -> RewardTraining:
     reward_models.check_trunk(trunk, settings.policy.model)
     limit = min(settings.completions.max_tokens, reward_models.limit(trunk))
     reward_models.check_readable(folder, "policy.model")
+    activation_checkpointing.check_supported(folder, "policy.model", settings.learners.activation_checkpointing)
     score_contract.check_scores(folder, "policy.model")
     encoder, options = reward_models.is_encoder(trunk), settings.policy.chat_template_options
     text_checks.check_template_options(options, tokenizer, "policy.chat_template_options")
