@@ -185,6 +185,14 @@ def test_layers_that_run_forward_again_take_the_same_steps(
     assert largest_difference(plain, checkpointed) == 0
 
 
+@pytest.mark.slow
+def test_options_that_deepspeed_gets_move_no_number(small_ray: None, tiny_model: Path) -> None:
+    plain, _ = train(tiny_model, 1, zero_stage=2)
+    assert largest_difference(plain, train(tiny_model, 1, zero_stage=2, deepspeed={"zero_optimization": {}})[0]) == 0
+    options = {"zero_optimization": {"overlap_comm": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert largest_difference(plain, train(tiny_model, 2, zero_stage=3, deepspeed=options)[0]) < 1e-5
+
+
 def test_packing_prompts_changes_nothing_but_the_work(small_ray: None, tiny_model: Path) -> None:
     packed, _ = train(tiny_model, 1, shared_prompt_tokens=64)
     alone, _ = train(tiny_model, 1, shared_prompt_tokens=0)

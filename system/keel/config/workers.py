@@ -1,10 +1,11 @@
 """Settings of the actors: sizes, numerics, deadlines, and the Ray they run on."""
 
 import os
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from keel.config import passed_options
 from keel.config.base import Fraction, Seconds, Section
 
 
@@ -60,9 +61,19 @@ class GeneratorSettings(WorkerSettings):
     kv_cache_bytes: int = Field(2**30, ge=2**26, description="size of one generator's key-value cache")
     max_sequences: int = Field(64, ge=1, description="largest number of sequences decoded together")
     enforce_eager: bool = Field(True, description="no torch.compile (20 s faster start, ~20 % slower decoding)")
+    engine: dict[str, Any] = Field(
+        {},
+        description="further arguments of vLLM's engine by their own names: {max_num_batched_tokens: 8192}; those that"
+        " Keel sets are refused",
+    )
     tensor_parallel: int = Field(
         1, ge=1, description="GPUs that share one generator's model, on one node; each asks for `gpus`, which is 1 then"
     )
+
+    @model_validator(mode="after")
+    def _engine_is_keels(self) -> Self:
+        passed_options.check_vllm(self.engine)
+        return self
 
     @model_validator(mode="after")
     def _ranks_have_a_gpu_each(self) -> Self:
@@ -138,6 +149,17 @@ class LearnerSettings(WorkerSettings):
     head_kept_bytes: int = Field(
         2**28, ge=0, description="bytes of logits kept for the backward pass; the rest is recomputed"
     )
+
+    deepspeed: dict[str, Any] = Field(
+        {},
+        description="further options of DeepSpeed by their own names: {zero_optimization: {overlap_comm: true}}; those"
+        " that Keel sets are refused",
+    )
+
+    @model_validator(mode="after")
+    def _deepspeed_is_keels(self) -> Self:
+        passed_options.check_deepspeed(self.deepspeed)
+        return self
 
     @property
     def rate_depends_on_steps(self) -> bool:

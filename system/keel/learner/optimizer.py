@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from keel.config.passed_options import merged
 from keel.config.workers import LearnerSettings
 from keel.learner.networks import Learnable
 
@@ -31,7 +32,7 @@ def adamw(learners: LearnerSettings, groups: list[dict[str, Any]]) -> torch.opti
 
 def engine_config(learners: LearnerSettings) -> dict[str, Any]:
     """DeepSpeed's configuration. The caller owns accumulation: backward accumulates, step() updates."""
-    return {
+    own = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -41,6 +42,7 @@ def engine_config(learners: LearnerSettings) -> dict[str, Any]:
         "gradient_clipping": learners.max_grad_norm,
         "steps_per_print": 10**9,
     }
+    return merged(own, learners.deepspeed)
 
 
 def learning_rate(learners: LearnerSettings, version: int, steps: int) -> float:

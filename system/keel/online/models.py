@@ -16,6 +16,7 @@ from keel.learner import activation_checkpointing, forward_contract, loading, mo
 from keel.learner.end_tokens import EndTokens
 from keel.online import text_checks
 from keel.protocols import Sampling
+from keel.rollout.generator import check_engine
 
 _SETTINGS = {
     "reference": "reference.model",
@@ -52,6 +53,8 @@ def resolve(settings: LearnerSpec | SamplingSpec, model: str | None = None, sett
 
     Raises ConfigError, one line, as every check here.
     """
+    if generators := getattr(settings, "generators", None):
+        check_engine(generators)
     folder = loading.locate_policy(model or settings.policy.model, setting)
     check_context(folder, settings)
     tokenizer = loading.load_tokenizer(folder, setting)

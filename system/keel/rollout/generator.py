@@ -5,7 +5,10 @@ each GPU inside the generator's placement group; it refuses CPUs, and no such en
 thing the rest of Keel sees, so an `AsyncLLM` engine can take its place on GPUs.
 """
 
+import ast
 import contextlib
+import difflib
+import importlib.util
 import os
 import time
 from collections.abc import Mapping
@@ -18,6 +21,7 @@ import pyarrow as pa
 
 from keel import schema
 from keel.config.workers import GeneratorSettings
+from keel.errors import ConfigError
 from keel.learner import model_files, weights
 from keel.learner.model_text import ModelText
 from keel.protocols import GenerateRequest, LoadReceipt, Sampling, StageReceipt, Weights
@@ -52,7 +56,23 @@ def engine_arguments(folder: str, settings: GeneratorSettings, max_model_tokens:
         "disable_log_stats": True,
         "seed": 0,
         **parallel,
+        **settings.engine,
     }
+
+
+def check_engine(settings: GeneratorSettings) -> None:
+    """Raise ConfigError for a name in `generators.engine` that vLLM's EngineArgs lacks. Its source is read, not run."""
+    package = importlib.util.find_spec("vllm") if settings.engine else None
+    if package is None or package.origin is None:
+        return
+    tree = ast.parse((Path(package.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf8"))
+    (arguments,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs")
+    fields = [node.target for node in arguments.body if isinstance(node, ast.AnnAssign)]
+    known = {field.id for field in fields if isinstance(field, ast.Name)}
+    for name in settings.engine:
+        if name not in known:
+            near = " or ".join(difflib.get_close_matches(name, known)) or "a name of vllm.EngineArgs"
+            raise ConfigError(f"generators.engine.{name}: vLLM's engine has no such argument; expected {near}")
 
 
 class VllmGenerator:
