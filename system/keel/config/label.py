@@ -91,12 +91,14 @@ class LabelSettings(CommandSettings):
             names = [self.judge.name, *(monitor.name for monitor in self.monitors)]
             raise ValueError(f"monitors: two rewards of {', '.join(names)} have one name; expected different names")
         for setting, reward in rewards.items():
+            if reward.kind == "stored":
+                raise ValueError(
+                    f"{setting}.kind=stored: sampled completions have no stored reward; expected another kind"
+                )
             if reward.kind == "reference" and (self.reference is None or (self.runs and self.reference.model is None)):
                 raise ValueError(
                     f"{setting}.kind=reference: reads a reference's log-probs; expected a reference block, with a model"
                 )
-        if self.judge.kind == "stored":
-            raise ValueError("judge.kind=stored: sampled completions have no stored reward; expected another kind")
         if not self.runs and self.sampling.samples_per_prompt < 2:
             raise ValueError("sampling.samples_per_prompt=1: one completion makes no pair; expected at least 2")
         if self.pairs.selection == "most_disagreeing":

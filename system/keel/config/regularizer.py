@@ -19,6 +19,14 @@ LENGTH_FORMS = ("sequence_mean_exact", "sequence_mean_naive")
 """Forms of the entropy whose temperature beta/|y| depends on the completion."""
 
 
+TERMS_OF_KEEL = {
+    "chi_squared": "regularizer.chi_squared",
+    "answer_entropy": "regularizer.answer_entropy",
+    "kl_cov": "objective.covariance",
+}
+"""Labels of the metric objective_term that Keel writes -> the setting."""
+
+
 class ControllerSettings(Section):
     """How a coefficient moves from step to step. Its state is in metrics.jsonl and in state.json."""
 
@@ -143,7 +151,12 @@ class ChiSquaredSettings(Section):
     """Chi-squared divergence to the reference, inside the reward (2403.03185). rho = pi/ref of the completion."""
 
     coefficient: float = Field(0.0, ge=0, description="lambda, reward units")
-    max_ratio: float = Field(10.0, ge=1, description="rho is clipped here: the divergence grows linearly beyond")
+    max_ratio: float = Field(
+        10.0,
+        ge=1,
+        description="largest ratio rho = pi/ref of a completion, without unit: clipped there, so the divergence grows"
+        " linearly beyond",
+    )
     root: bool = Field(
         True,
         description="true: lambda rho / sqrt(chi2), chi2 estimated on the step's rows, the gradient of lambda"
@@ -290,8 +303,9 @@ class RegularizerSettings(Section):
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"terms: name {max(names, key=names.count)!r} is used twice; expected unique names")
-        for taken in {"chi_squared", "answer_entropy"} & set(names):
-            raise ValueError(f"terms: name {taken!r} is that of regularizer.{taken}; expected another name")
+        for taken in names:
+            if taken in TERMS_OF_KEEL:
+                raise ValueError(f"terms: name {taken!r} is that of {TERMS_OF_KEEL[taken]}; expected another name")
         return self
 
     def reward_terms(self) -> list[str]:

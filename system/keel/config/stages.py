@@ -264,7 +264,10 @@ class RewardModelSettings(StageSettings):
 
     policy: PolicySettings = Field(description="trunk: a language model (score read at the last token) or an encoder")
     completions: TextSettings = Field(TextSettings(), description="which pairs are trained on")
-    members: MemberSettings = Field(MemberSettings(), description="members of an ensemble")
+    members: MemberSettings = Field(
+        MemberSettings(),
+        description="how many reward models are trained, of which pairs, and whether their weights become one",
+    )
     margin: float = Field(0.0, ge=0, description="margin subtracted from the difference of every pair, in reward units")
     margin_column: str | None = Field(None, description="column of the source with a margin of each pair (Llama 2)")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of labels taken as wrong")

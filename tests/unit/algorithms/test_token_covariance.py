@@ -1,7 +1,9 @@
 """KL-Cov and Clip-Cov (2505.22617): selection by brute force, gradients by finite differences, draws by their counts."""
 
 import itertools
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from keel.algorithms import token_covariance
 from keel.algorithms.objective import Objective
 from keel.algorithms.types import Credit
 from keel.config.covariance import CovarianceSettings
+from keel.config.regularizer import TERMS_OF_KEEL
 from tabular import loss, objective, table, weigh
 
 STEP = table()
@@ -142,3 +145,12 @@ def test_the_gradient_of_kl_cov_is_the_finite_difference_of_its_equation() -> No
     assert np.abs(expected).max() > 1e-2
     sums = loss(made, STEP, credit, STEP.logits, STEP.values).sums
     assert sums["objective_term/kl_cov"] == pytest.approx(added(start), abs=1e-6)
+
+
+def test_no_term_of_the_users_has_the_name_of_one_of_keels() -> None:
+    """Every label of objective_term that the code writes is refused as the name of a user's term."""
+    texts = [path.read_text(encoding="utf8") for path in Path(token_covariance.__file__).parent.glob("*.py")]
+    written = {
+        name for text in texts for pair in re.findall(r'objective_term/(\w+)"|terms\["(\w+)"\]', text) for name in pair
+    }
+    assert written - {""} == set(TERMS_OF_KEEL)

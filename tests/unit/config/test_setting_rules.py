@@ -70,8 +70,8 @@ LIMITS: dict[str, tuple[list[Blocks], list[Blocks], str]] = {
     ),
     "a term named as a regularizer": (
         [{"regularizer": {"terms": [{"name": "chi", "source": "m:f"}]}}],
-        [{"regularizer": {"terms": [{"name": "chi_squared", "source": "m:f"}]}}],
-        "name 'chi_squared' is that of regularizer.chi_squared; expected another name",
+        [{"regularizer": {"terms": [{"name": name, "source": "m:f"}]}} for name in ("chi_squared", "kl_cov")],
+        "is that of regularizer.chi_squared; expected another name|is that of objective.covariance; expected another name",
     ),
     "covariance by token": (
         [{"objective": {"covariance": {"form": "clip_cov"}}}],
