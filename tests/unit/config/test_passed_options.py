@@ -19,7 +19,7 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 
 
 def refusal(block: str, option: str, options: dict[str, Any]) -> str:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=rf"^{block}\.{option}\.") as error:
         loader.parse({**TREE, block: {option: options}})
     assert "\n" not in str(error.value)
     return str(error.value)
