@@ -129,8 +129,7 @@ def pictures() -> str:
 
 
 def arms_table(experiment: Experiment) -> str:
-    expected = max((len(arm.seeds) for arm in experiment.arms), default=0)
-    lines = [arm_line(arm, expected) for arm in experiment.arms]
+    lines = [arm_line(arm, begun(experiment, arm)) for arm in experiment.arms]
     for rate in experiment.learning_rates:
         missing = [name for name in FAMILIES if not experiment.family([name], rate)]
         lines += [(f"{name}{'' if name == 'none' else '-*'}, {rate:g}", "none: no finished run") for name in missing]
@@ -143,9 +142,14 @@ def arms_table(experiment: Experiment) -> str:
     return f"## All arms\n\n{note} The step of the peak is that of each seed's own mean.\n\n{table(columns, lines)}"
 
 
-def arm_line(arm: ArmCurves, expected: int) -> tuple[str, ...]:
+def begun(experiment: Experiment, arm: ArmCurves) -> int:
+    """Runs of an arm, finished or not."""
+    return len(arm.seeds) + sum(run.startswith(f"{arm.label}, seed ") for run in experiment.unfinished)
+
+
+def arm_line(arm: ArmCurves, runs: int) -> tuple[str, ...]:
     count = len(arm.seeds)
-    seeds = str(count) if count == expected else f"{count} of {expected}"
+    seeds = str(count) if count == runs else f"{count} of {runs}"
     ends = [
         number(over_seeds_and_prompts([(1, arm.end(q))]))
         for q in ("gold", "proxy", "kl_nats", "entropy", "length_tokens")
