@@ -27,7 +27,7 @@ from transformers import (
 
 from keel.config.objective import CriticSettings
 from keel.config.rewards import RewardSettings
-from keel.config.workers import ScorerSettings
+from keel.config.workers import LearnerSettings, ScorerSettings
 from keel.errors import ConfigError
 from keel.learner import loading, reward_models, tiny
 from keel.learner.networks import Critic
@@ -422,7 +422,7 @@ def critic_from(folder: Path, **settings: Any) -> Critic:
     """The critic that a learner builds beside a policy, on a trunk of its own from this folder."""
     objective = SimpleNamespace(critic=CriticSettings(**settings))
     learner = SimpleNamespace(
-        settings=SimpleNamespace(objective=objective),
+        settings=SimpleNamespace(objective=objective, learners=LearnerSettings()),
         objective=SimpleNamespace(heads=["value", "entropy"]),
         _folder_of=lambda name: str(folder),
     )
