@@ -303,7 +303,7 @@ class DeepSpeedLearner:
             return {}
         seeds = batch.column("seed").to_numpy()[sampled]
         order = np.argsort(regularizers.token_draws(seeds, np.ones(len(seeds), int), self.version), kind="stable")
-        rows, total = batch.take(np.sort(sampled[order[: math.ceil(share * len(seeds))]])), 0.0
+        rows, total = batch.take(np.sort(sampled[order[: math.ceil(share * len(seeds) - 1e-6)]])), 0.0
         for micro, chunks in self._micro_batches(rows, self._plan(rows)):
             chunk_term = self._frozen_models.exact_kl(micro, self.settings.sampling.temperature)
             outputs = self._forward(micro, chunks, entropy=False, chunk_term=chunk_term)
